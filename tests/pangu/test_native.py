@@ -25,7 +25,7 @@ def test_switched_off(monkeypatch):
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch, capsys):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert native.kernel_library() is None
     assert "no C++ compiler" in capsys.readouterr().err
 
@@ -34,7 +34,7 @@ def test_a_compiler_that_fails_is_no_error(tmp_path, monkeypatch, capsys):
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(native.shutil, "which", lambda name: str(broken))
+    monkeypatch.setattr(shutil, "which", lambda name: str(broken))
     assert native.kernel_library() is None
     assert "cannot be built" in capsys.readouterr().err
     assert not list(tmp_path.glob("pangu-rankers/*.so"))
