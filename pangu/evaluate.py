@@ -188,7 +188,8 @@ class Evaluation:
         return judge(task, instances, ordered)
 
     def _answers(self, task: TaskSettings, instances: list[Instance]) -> list[Any]:
-        """Mean nll of each candidate, or the generated text, for each instance."""
+        """For each instance the mean nll of each candidate, or the generated text; of a continuation the mean nll and
+        whether it is the greedy one."""
         requests = [request for instance in instances for request in instance.requests]
         total = len(instances) if task.kind == "generation" else len(requests)
         with Bar(total, task.name) as bar:
@@ -196,7 +197,9 @@ class Evaluation:
                 return self.model.generate_until([instance.prompt for instance in instances], self._decoding(task),
                                                  bar.advance)
             scores = iter(self.model.loglikelihood(requests, bar.advance))
-        return [[-next(scores) / len(scored) for _, scored in instance.requests] for instance in instances]
+        if task.kind == "continuation":
+            return [[-score / len(scored), greedy] for (_, scored), (score, greedy) in zip(requests, scores, strict=True)]
+        return [[-next(scores)[0] / len(scored) for _, scored in instance.requests] for instance in instances]
 
     def _decoding(self, task: TaskSettings) -> Any:
         from pangu.generate import GenerateSettings
@@ -259,12 +262,14 @@ def judge(task: TaskSettings, instances: list[Instance], answers: list[Any]) -> 
                "cut": instance.cut, "target": instance.target}
         if task.kind == "generation":
             row |= {"scores": [], "prediction": answer, **_compare(task.metric, answer, instance.target)}
+        elif task.kind == "continuation":
+            nll, greedy = answer
+            row |= {"scores": [nll], "prediction": 0, "tokens": len(instance.requests[0][1]), "perplexity": nll,
+                    "accuracy": float(greedy)}
         else:
             # Equal scores are told apart by the word, so the order of the candidates has no influence.
             best = min(range(len(answer)), key=lambda index: (answer[index], instance.candidates[index]))
             row |= {"scores": answer, "prediction": best, "candidates": instance.candidates}
-        if task.kind == "continuation":
-            row |= {"tokens": len(instance.requests[0][1]), "perplexity": answer[0]}
         rows.append(row)
     if task.kind == "blanks":
         _fill_blanks(rows)
@@ -341,6 +346,8 @@ def _scaled(result: dict, value: float) -> float:
 def _shown(result: dict) -> str:
     if result["name"] == "f1":
         return f"{100 * result['em']:.2f}/{100 * result['f1']:.2f}"
+    if result["name"] == "perplexity":
+        return f"{result['perplexity']:.2f} (top-1 {100 * result['accuracy']:.2f})"
     return f"{_scaled(result, result['metric']):.2f}"
 
 

@@ -33,11 +33,11 @@ class HarnessModel:
         self.model, self.tokenizer = model, model.tokenizer
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether it is the greedy one). Greediness is not computed: always False.
+        """(log p(continuation | context), whether it is the greedy one).
 
         An empty context is `<eot>`, as the package asks; a context that does not fit loses its beginning.
         """
-        return [(score, False) for score in self.model.loglikelihood([self._pair(*r.args) for r in requests])]
+        return self.model.loglikelihood([self._pair(*r.args) for r in requests])
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         front = [] if context else [self.model.config.eot_id]

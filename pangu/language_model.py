@@ -84,14 +84,17 @@ class LanguageModel:
         self.batch_size, self.cache = batch_size, cache or RequestCache(None)
 
     def loglikelihood(self, requests: Sequence[tuple[_Ids, _Ids]],
-                      on_done: Callable[[int], None] | None = None) -> list[float]:
-        """log p(continuation | prefix) in nats, summed over tokens; `on_done(count)` as answers come.
+                      on_done: Callable[[int], None] | None = None) -> list[tuple[float, bool]]:
+        """log p(continuation | prefix) in nats, summed over tokens, and whether the continuation is the greedy one.
+
+        `on_done(count)` is called as answers come.
 
         Raises:
             UserError: an empty prefix or continuation, or a continuation longer than the context.
         """
-        keys = [_key("score", prefix, continuation) for prefix, continuation in requests]
-        return self._answered(keys, requests, self.scorer.loglikelihood, on_done)
+        keys = [_key("score and greedy", prefix, continuation) for prefix, continuation in requests]
+        answers = self._answered(keys, requests, self.scorer.loglikelihood_and_greedy, on_done)
+        return [(score, greedy) for score, greedy in answers]  # lists, if they were read from a file
 
     def loglikelihood_rolling(self, texts: Sequence[_Ids]) -> list[float]:
         """log p of whole texts, however long, after `<eot>`: windows that overlap in one token, each token once."""
@@ -104,7 +107,7 @@ class LanguageModel:
                 requests.append((window[:1], window[1:]))
                 owners.append(number)
         totals = [0.0] * len(texts)
-        for owner, score in zip(owners, self.loglikelihood(requests), strict=True):
+        for owner, (score, _) in zip(owners, self.loglikelihood(requests), strict=True):
             totals[owner] += score
         return totals
 

@@ -154,7 +154,7 @@ def _keys_and_values(layer: DecoderLayer, hidden_ND: Tensor) -> tuple[Tensor, Te
 
 
 class TreeScores(nn.Cell):
-    """nll_M of chosen tokens of trees, with or without a trunk.
+    """nll_M of chosen tokens of trees, and the likeliest tokens in their places; with or without a trunk.
 
     Inputs: ids_BS, positions_BS, segments_BS int32; places_M int32, rows of the flattened [B S] whose next token is
     scored; labels_M int32; then, with a trunk, its length [1] int32, keys_LHPK and values_LHPK.
@@ -164,19 +164,19 @@ class TreeScores(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
         self.cross_entropy = CrossEntropy(model.config.vocabulary_size, cut="vocabulary")
-        self.gather = ops.Gather()
+        self.gather, self.argmax = ops.Gather(), ops.Argmax(axis=-1, output_type=mstype.int32)
         self.set_train(False)
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor, places_M: Tensor, labels_M: Tensor,
                   length_1: Tensor | None = None, keys_LHPK: Tensor | None = None,
-                  values_LHPK: Tensor | None = None) -> Tensor:
+                  values_LHPK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         visible_BSS = self.visible(segments_BS)
         if keys_LHPK is None:
             hidden_ND = self.model.hidden(ids_BS, positions_BS, visible_BSS)
         else:
             hidden_ND = self.hidden_after_trunk(ids_BS, positions_BS, visible_BSS, length_1, keys_LHPK, values_LHPK)
         logits_MV = self.model.head(self.gather(hidden_ND, places_M, 0), self.model.embedding.word.table)
-        return self.cross_entropy(logits_MV, labels_M)
+        return self.cross_entropy(logits_MV, labels_M), self.argmax(logits_MV)
 
     def visible(self, segments_BS: Tensor) -> Tensor:
         """1 where a token may look: not ahead, at the stem or its own rest. Padding stands on the right."""

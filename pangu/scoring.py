@@ -53,11 +53,15 @@ class Scorer:
         Raises:
             UserError: an empty prefix or continuation, or a continuation longer than the context.
         """
-        return [float(sum(scores)) for scores in self.token_loglikelihoods(requests, description)]
+        return [float(sum(scores)) for scores, _ in self.token_scores(requests, description)]
 
-    def token_loglikelihoods(self, requests: Sequence[ScoreRequest],
-                             description: str | None = None) -> list[np.ndarray]:
-        """log p of each token of each continuation: one float32 array per request."""
+    def loglikelihood_and_greedy(self, requests: Sequence[ScoreRequest]) -> list[tuple[float, bool]]:
+        """`loglikelihood` of each continuation, and whether each of its tokens is the likeliest one in its place."""
+        return [(float(sum(scores)), bool(likeliest.all())) for scores, likeliest in self.token_scores(requests)]
+
+    def token_scores(self, requests: Sequence[ScoreRequest],
+                     description: str | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each request log p of each token of its continuation, float32, and whether it is the likeliest, bool."""
         items = [_item(prefix, continuation, self.config, index)
                  for index, (prefix, continuation) in enumerate(requests)]
         if not items:
@@ -99,22 +103,22 @@ class Scorer:
             labels += row.labels
             members += tree.members
         arrays = [Tensor(array) for array in (ids_BS, positions_BS, segments_BS)]
-        scores = -self._scores(arrays, np.concatenate(places), np.concatenate(labels), states)
-        ends = np.cumsum([len(part) for part in places])
-        for index, part in zip(members, np.split(scores, ends[:-1]), strict=True):
-            results[index] = part
+        nll, likeliest = self._scores(arrays, np.concatenate(places), np.concatenate(labels), states)
+        ends = np.cumsum([len(part) for part in places])[:-1]
+        for index, *parts in zip(members, np.split(-nll, ends), np.split(likeliest, ends), strict=True):
+            results[index] = tuple(parts)
 
     def _scores(self, arrays: list[Tensor], places: np.ndarray, labels: np.ndarray,
-                states: tuple[Tensor, ...]) -> np.ndarray:
-        """nll of all places, whose number is padded to a power of two."""
+                states: tuple[Tensor, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """nll of all places, whose number is padded to a power of two, and whether the label is the likeliest."""
         count = len(places)
         padded = _SCORED_AT_ONCE
         while padded < count:
             padded *= 2
         padding = (0, padded - count)
-        nll_M = self.cell(*arrays, Tensor(np.pad(places, padding).astype(np.int32)),
-                          Tensor(np.pad(labels, padding).astype(np.int32)), *states)
-        return nll_M.asnumpy()[:count]
+        nll_M, best_M = self.cell(*arrays, Tensor(np.pad(places, padding).astype(np.int32)),
+                                  Tensor(np.pad(labels, padding).astype(np.int32)), *states)
+        return nll_M.asnumpy()[:count], best_M.asnumpy()[:count] == labels
 
 
 def loglikelihood(model: PanGuAlpha, requests: Sequence[ScoreRequest], batch_size: int | None = None) -> list[float]:

@@ -25,6 +25,12 @@ def token_scores(p, config, ids, first):
     return log_p[np.arange(first - 1, len(ids) - 1), np.asarray(ids[first:])]
 
 
+def is_greedy(p, config, ids, first):
+    """Whether each of ids[first:] is the likeliest one after all before it."""
+    best = forward(p, config, np.asarray(ids[:-1])).argmax(-1)
+    return best[first - 1:].tolist() == list(ids[first:])
+
+
 def _norm(p, name, x):
     spread = x - x.mean(-1, keepdims=True)
     return spread / np.sqrt((spread ** 2).mean(-1, keepdims=True) + 1e-5) * p[f"{name}.gamma"] + p[f"{name}.beta"]

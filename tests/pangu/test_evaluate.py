@@ -23,7 +23,7 @@ from pangu.scoring import Scorer
 from pangu.task import Source, load_task
 from parallel.runtime.command import main
 from parallel.runtime.errors import UserError
-from tests.pangu.numpy_model import forward, token_scores
+from tests.pangu.numpy_model import forward, is_greedy, token_scores
 from tests.pangu.tiny import VOCABULARY, PairTokenizer, arrays, tiny_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -67,10 +67,26 @@ def test_scores_equal_the_slow_scorer(model, reference, share):
     together, apart = requests_of_all_shapes()
     scorer = Scorer(model, share=share)
     for requests in (together, together + apart):
-        for request, got in zip(requests, scorer.token_loglikelihoods(requests), strict=True):
+        for request, (got, _) in zip(requests, scorer.token_scores(requests), strict=True):
             assert got == pytest.approx(reference(*request), abs=2e-4)
     sums = scorer.loglikelihood(apart)
     assert sums == pytest.approx([reference(*request).sum() for request in apart], abs=1e-3)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_greedy_continuations_are_told_from_others(model, share):
+    weights = arrays(model)
+    requests = []
+    for prefix, scored in [(a, b) for some in requests_of_all_shapes(4) for a, b in some]:
+        ids = list(prefix)
+        for _ in scored:
+            ids.append(int(forward(weights, model.config, np.array(ids))[-1].argmax()))
+        best = ids[len(prefix):]
+        requests += [(prefix, scored), (prefix, best), (prefix, [*best[:-1], best[-1] - 1])]
+    got = Scorer(model, share=share).loglikelihood_and_greedy(requests)
+    expected = [is_greedy(weights, model.config, [*a, *b], len(a)) for a, b in requests]
+    assert [greedy for _, greedy in got] == expected
+    assert sum(expected) >= len(requests) // 3 and not all(expected)
 
 
 def test_planning_reads_common_beginnings_once():
@@ -124,12 +140,14 @@ def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
         torn.write('["abc", 1.')  # killed while writing
     asked = []
     second = LanguageModel(model, cache=RequestCache(tmp_path, "f", rank=1))
-    answer = second.scorer.loglikelihood
-    monkeypatch.setattr(second.scorer, "loglikelihood", lambda some: asked.extend(some) or answer(some))
-    assert second.loglikelihood(together) == pytest.approx(whole, abs=1e-4)
+    answer = second.scorer.loglikelihood_and_greedy
+    monkeypatch.setattr(second.scorer, "loglikelihood_and_greedy", lambda some: asked.extend(some) or answer(some))
+    for (score, greedy), (wanted, likeliest) in zip(second.loglikelihood(together), whole, strict=True):
+        assert score == pytest.approx(wanted, abs=1e-4)
+        assert greedy == likeliest
     assert len(asked) == len({str(r) for r in together}) - len({str(r) for r in together[:9]})
     third = LanguageModel(model, cache=RequestCache(tmp_path, "f"))
-    monkeypatch.setattr(third.scorer, "loglikelihood", lambda some: pytest.fail("all answers are known"))
+    monkeypatch.setattr(third.scorer, "loglikelihood_and_greedy", lambda some: pytest.fail("all answers are known"))
     assert third.loglikelihood(together) == second.loglikelihood(together)
     assert not RequestCache(tmp_path, "other").answers
 
@@ -175,7 +193,7 @@ def test_harness_adapter_scores_texts(model, reference):
     ids, front = tokenizer.encode("这是关于故事的文章"), tokenizer.encode("这是关于")
     place = common_prefix([ids, front])
     assert score == pytest.approx(reference(ids[:place], ids[place:]).sum(), abs=1e-3)
-    assert greedy is False
+    assert greedy is is_greedy(arrays(model), model.config, ids, place)
     assert alone == pytest.approx(reference([9], tokenizer.encode("文章")).sum(), abs=1e-3)
     assert harness.loglikelihood_rolling([Request("文章")]) == [pytest.approx(alone, abs=1e-4)]
     texts = harness.generate_until([Request("这是", {"until": ["\n"], "max_gen_toks": 4}),
@@ -348,7 +366,7 @@ def test_published_tasks_equal_the_slow_scorer(published, name, shots):
     requests = [request for instance in instances for request in instance.requests]
     assert len(instances) == 3
     got = language.loglikelihood(requests)
-    for (prefix, scored), total in zip(requests, got, strict=True):
+    for (prefix, scored), (total, _) in zip(requests, got, strict=True):
         expected = token_scores(weights, language.config, [*prefix, *scored], len(prefix))
         assert total / len(scored) == pytest.approx(expected.mean(), abs=1e-3)
 

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pangu.evaluate import judge, summarize
+from pangu.evaluate import judge, markdown, summarize
 from pangu.instances import InstanceBuilder
 from pangu.task import Source, load_task, render, task_names
 from parallel.runtime.errors import UserError
@@ -341,8 +341,13 @@ def test_blanks_take_different_candidates(place):
     assert summarize(source.task, rows)["passage_accuracy"] == 1.0
 
 
-def test_perplexity_is_over_tokens(place):
-    source = place("wplc")
+def test_perplexity_is_over_tokens_and_top_1_over_words(place):
+    source = place("wplc", {"test.json": lines({"masked_text": "他去了<mask>", "correct_word": "北京"},
+                                               {"masked_text": "她也去了<mask>", "correct_word": "上海市"})})
     instances = build(source)
-    rows = judge(source.task, instances, [[2.0]])
-    assert summarize(source.task, rows)["perplexity"] == pytest.approx(np.exp(2.0))
+    rows = judge(source.task, instances, [[2.0, True], [1.0, False]])
+    few, many = (len(instance.requests[0][1]) for instance in instances)
+    result = summarize(source.task, rows)
+    assert result["perplexity"] == result["metric"] == pytest.approx(np.exp((2.0 * few + many) / (few + many)))
+    assert result["accuracy"] == 0.5
+    assert f"| {result['perplexity']:.2f} (top-1 50.00) |" in markdown({"wplc": result}, "0")
