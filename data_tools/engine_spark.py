@@ -87,9 +87,14 @@ def _start(settings: EngineSettings) -> Any:
         raise UserError(f"Spark did not start: {str(error).splitlines()[0]}", where="engine.master",
                         value=settings.master) from error
     session.sparkContext.setLogLevel("ERROR")
-    if not settings.master.startswith("local"):
+    if not _in_this_process(settings.master):
         session.sparkContext.addPyFile(_packed_sources())
     return session
+
+
+def _in_this_process(master: str) -> bool:
+    """Whether the workers are threads of the driver; local-cluster[...] starts executors as a cluster does."""
+    return re.match(r"local(\[|$)", master) is not None
 
 
 def _master(master: str) -> str:
@@ -97,7 +102,6 @@ def _master(master: str) -> str:
 
 
 def _defaults(settings: EngineSettings) -> dict[str, str]:
-    local = settings.master.startswith("local")
     options = {
         "spark.driver.memory": settings.driver_memory,
         "spark.ui.enabled": "false",
@@ -107,7 +111,7 @@ def _defaults(settings: EngineSettings) -> dict[str, str]:
         "spark.sql.adaptive.skewJoin.enabled": "true",
         "spark.task.maxFailures": str(_TRIES),
     }
-    if local:
+    if _in_this_process(settings.master):
         options |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1",
                     "spark.sql.shuffle.partitions": str(max(4, 2 * (os.cpu_count() or 2))),
                     "spark.local.dir": tempfile.gettempdir()}

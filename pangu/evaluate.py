@@ -198,7 +198,8 @@ class Evaluation:
                                                  bar.advance)
             scores = iter(self.model.loglikelihood(requests, bar.advance))
         if task.kind == "continuation":
-            return [[-score / len(scored), greedy] for (_, scored), (score, greedy) in zip(requests, scores, strict=True)]
+            return [[-score / len(scored), greedy]
+                    for (_, scored), (score, greedy) in zip(requests, scores, strict=True)]
         return [[-next(scores)[0] / len(scored) for _, scored in instance.requests] for instance in instances]
 
     def _decoding(self, task: TaskSettings) -> Any:

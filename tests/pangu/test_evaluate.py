@@ -201,13 +201,54 @@ def test_harness_adapter_scores_texts(model, reference):
     assert [text.count(",") for text in texts] == [4, 2]
 
 
-def test_harness_takes_our_model_where_it_is_installed():
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.registry import get_model
+def test_the_harness_itself_runs_our_model(home, tmp_path, monkeypatch):
+    """Questions of the world as tasks of that package: its scores and accuracies are ours."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
 
     from pangu import harness
 
-    assert get_model("pangu") is harness.register()
+    harness.register()
+    questions = home / "data" / "world" / "questions.jsonl"
+    (tmp_path / "world.yaml").write_text(yaml.safe_dump({
+        "task": "world_local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(questions)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "target_delimiter": "",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "num_fewshot": 0,
+        "metric_list": [{"metric": "acc"}]}))
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump({
+        "task": "words_local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(questions)}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "。",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}, "num_fewshot": 0,
+        "metric_list": [{"metric": "exact_match"}]}))
+    found = lm_eval.simple_evaluate(
+        model="pangu", model_args=f"config={home / 'run.yaml'}", tasks=["world_local", "words_local"], limit=12,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0,
+        log_samples=True)
+    samples = found["samples"]["world_local"]
+    assert len(samples) == 12 and len(found["samples"]["words_local"]) == 12
+    assert all(isinstance(sample["filtered_resps"][0], str) for sample in found["samples"]["words_local"])
+    language = LanguageModel(*_model_of(home))
+    for sample in samples:
+        adapter = HarnessModel(language)
+        for (score, greedy), choice in zip(sample["filtered_resps"], sample["doc"]["choices"], strict=True):
+            (wanted, likeliest), = adapter.loglikelihood([Request(sample["doc"]["prompt"], choice)])
+            assert score == pytest.approx(wanted, abs=1e-3)
+            assert greedy == likeliest
+    right = [int(np.argmax([score for score, _ in sample["filtered_resps"]])) == sample["doc"]["answer"]
+             for sample in samples]
+    assert found["results"]["world_local"]["acc,none"] == pytest.approx(np.mean(right))
+
+
+def _model_of(home):
+    from pangu.generate import load_model
+    from pangu.run import Run
+    from pangu.tokenizer import Tokenizer
+    from parallel.runtime.settings import load_settings
+
+    settings = load_settings(Run, home / "run.yaml")
+    return load_model(settings, settings.output.directory), Tokenizer(settings.data.tokenizer)
 
 
 def test_harness_missing_is_one_clear_line(monkeypatch):
