@@ -56,28 +56,24 @@ def link_documents(inputs: list[str], folder: Path) -> Path:
 
 def run_vocabulary(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """`vocabulary`: a SentencePiece vocabulary of the documents."""
-    output = Path(arguments.output).resolve()
-    corpus = link_documents(arguments.input, output.parent / f".{output.name}.corpus")
-    overrides: dict[str, Any] = {"data.corpus": str(corpus), "data.tokenizer": str(output)}
-    if arguments.size is not None:
-        overrides["model.vocabulary_size"] = arguments.size
-    try:
-        return call_pangu("vocabulary", arguments.pangu_config, overrides)
-    finally:
-        _unlink(corpus)
+    return _call_on_documents("vocabulary", "data.tokenizer", arguments)
 
 
 def run_pack(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """`pack`: the documents as records of token ids for training."""
+    return _call_on_documents("pack", "data.directory", arguments)
+
+
+def _call_on_documents(verb: str, output_key: str, arguments: argparse.Namespace) -> dict[str, Any]:
     output = Path(arguments.output).resolve()
     corpus = link_documents(arguments.input, output.parent / f".{output.name}.corpus")
-    overrides: dict[str, Any] = {"data.corpus": str(corpus), "data.directory": str(output)}
-    if arguments.tokenizer is not None:
+    overrides: dict[str, Any] = {"data.corpus": str(corpus), output_key: str(output)}
+    if verb == "pack" and arguments.tokenizer is not None:
         overrides["data.tokenizer"] = str(Path(arguments.tokenizer).resolve())
     if arguments.size is not None:
         overrides["model.vocabulary_size"] = arguments.size
     try:
-        return call_pangu("pack", arguments.pangu_config, overrides)
+        return call_pangu(verb, arguments.pangu_config, overrides)
     finally:
         _unlink(corpus)
 

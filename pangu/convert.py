@@ -172,7 +172,9 @@ class ManyFiles:
         if len(ranks) > 1:
             raise UserError(f"the checkpoint is cut over {len(ranks)} ranks", where=folder,
                             mend="merge it with Megatron's own tool; one rank is read")
-        paths = ranks or next((found for pattern in ("*.safetensors", "*.bin", "*.ckpt", "*.pt")
+        # Beside Hugging Face's shards of weights other .bin files may lie (training_args.bin).
+        patterns = ("*.safetensors", "pytorch_model*.bin", "*.bin", "*.ckpt", "*.pt")
+        paths = ranks or next((found for pattern in patterns
                                if (found := sorted(folder.glob(pattern)))), [])
         if not paths:
             raise UserError("no checkpoint file here", where=folder, mend="known: .safetensors .bin .ckpt .pt")

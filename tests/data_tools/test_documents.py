@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -115,7 +117,68 @@ def test_warc_and_wet_records(tmp_path, name):
     assert documents[0].id.startswith("<urn:uuid:") and not log.damaged_files
 
 
-def test_damaged_input_is_counted_and_the_rest_goes_through(tmp_path, two_workers):
+CRAWL = "CC-MAIN-20210115134101-20210115164101-00000"
+
+
+def record(kind: str, number: int, headers: list[tuple[str, str]], block: bytes) -> bytes:
+    """A record as Common Crawl writes it, byte for byte by the standard (ISO 28500): a gzip member of its own."""
+    fields = [("WARC-Type", kind), ("WARC-Date", "2021-01-15T13:41:01Z"),
+              ("WARC-Record-ID", f"<urn:uuid:00000000-0000-0000-0000-{number:012d}>"),
+              ("Content-Length", str(len(block))), *headers]
+    head = "WARC/1.0\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields) + "\r\n"
+    return gzip.compress(head.encode() + block + b"\r\n\r\n")
+
+
+def common_crawl_warc(body: bytes) -> bytes:
+    """An archive of one fetch: warcinfo, request, response, metadata."""
+    uri, info = "http://news.example.cn/1.html", b"isPartOf: CC-MAIN-2021-04\r\npublisher: Common Crawl\r\n"
+    sha = f"sha1:{base64.b32encode(hashlib.sha1(body).digest()).decode()}"
+    http = ("HTTP/1.1 200 OK\r\nServer: nginx\r\nContent-Type: text/html; charset=utf-8\r\n"
+            "X-Crawler-Transfer-Encoding: chunked\r\nX-Crawler-Content-Encoding: gzip\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+    common = [("WARC-Warcinfo-ID", "<urn:uuid:00000000-0000-0000-0000-000000000001>"), ("WARC-Target-URI", uri),
+              ("WARC-IP-Address", "192.0.2.1")]
+    return b"".join([
+        record("warcinfo", 1, [("Content-Type", "application/warc-fields"),
+                               ("WARC-Filename", f"{CRAWL}.warc.gz")], info),
+        record("request", 2, [*common, ("Content-Type", "application/http; msgtype=request")],
+               b"GET /1.html HTTP/1.1\r\nUser-Agent: CCBot/2.0\r\nHost: news.example.cn\r\n\r\n"),
+        record("response", 3, [*common, ("Content-Type", "application/http; msgtype=response"),
+                               ("WARC-Payload-Digest", sha), ("WARC-Identified-Payload-Type", "text/html")], http),
+        record("metadata", 4, [*common[:2], ("Content-Type", "application/warc-fields")],
+               b'fetchTimeMs: 200\r\nlanguages-cld2: {"languages":[{"code":"zh"}]}\r\n')])
+
+
+def test_archives_as_common_crawl_publishes_them(tmp_path):
+    body = ("<!DOCTYPE html><html><head><title>一则新闻</title></head><body><p>第一段正文。</p>"
+            "<p>第二段正文。</p></body></html>").encode()
+    (tmp_path / f"{CRAWL}.warc.gz").write_bytes(common_crawl_warc(body))
+    texts = ["标题行\n抽取好的第一页。\n末行", "第二页。"]
+    wet = record("warcinfo", 1, [("Content-Type", "application/warc-fields"),
+                                 ("WARC-Filename", f"{CRAWL}.warc.wet.gz")], b"Software-Info: ia-web-commons\r\n")
+    for number, text in enumerate(texts):
+        wet += record("conversion", 10 + number, [
+            ("WARC-Target-URI", f"http://site.example.cn/{number}"), ("Content-Type", "text/plain"),
+            ("WARC-Refers-To", "<urn:uuid:00000000-0000-0000-0000-000000000003>"),
+            ("WARC-Identified-Content-Language", "zho")], text.encode())
+    (tmp_path / f"{CRAWL}.warc.wet.gz").write_bytes(wet)
+    documents, log = read_all([tmp_path])
+    assert [d.text for d in documents] == ["第一段正文。\n第二段正文。", *texts]
+    assert documents[0].title == "一则新闻" and documents[0].id == "<urn:uuid:00000000-0000-0000-0000-000000000003>"
+    assert [d.other["url"] for d in documents] == [
+        "http://news.example.cn/1.html", "http://site.example.cn/0", "http://site.example.cn/1"]
+    assert documents[1].other["date"] == "2021-01-15T13:41:01Z" and documents[0].source == CRAWL
+    assert not log.damaged_files and not log.dropped and not log.mended
+    # The second conversion record is cut off: what stands before it is read.
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "x.warc.wet.gz").write_bytes(wet[:-60])
+    documents, log = read_all([tmp_path / "cut"])
+    assert documents[0].text == texts[0]
+    assert [entry["kind"] for entry in log.damaged_files] == ["truncated"]
+
+
+@pytest.mark.parametrize("engine", ["two_workers", "spark_engine"])
+def test_damaged_input_is_counted_and_the_rest_goes_through(tmp_path, engine, request):
     folder = tmp_path / "in"
     folder.mkdir()
     good = json.dumps({"id": "good", "text": "好文章"}, ensure_ascii=False).encode()
@@ -140,7 +203,8 @@ def test_damaged_input_is_counted_and_the_rest_goes_through(tmp_path, two_worker
 
     read = ReadSettings(maximum_document_bytes=1 << 20)
     splits = plan_splits([str(folder)], read)
-    figures = run_step(Pass(), splits, Places.under(tmp_path / "out", "pass"), two_workers, "jsonl", read)
+    figures = run_step(Pass(), splits, Places.under(tmp_path / "out", "pass"), request.getfixturevalue(engine), "jsonl",
+                       read)
     kept = {d["id"]: d["text"] for d in read_jsonl(tmp_path / "out")}
     assert {"good", "mended", "nulls", "surrogate"} <= set(kept) and kept["nulls"] == "abc"
     assert sum(id.startswith("z") for id in kept) > 0 and any("第一段" in text for text in kept.values())

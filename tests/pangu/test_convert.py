@@ -429,16 +429,51 @@ def test_an_existing_output_is_kept(home, capsys, tmp_path):
     assert "exists already" in line
 
 
-def test_files_that_run_code_are_refused(home, capsys, tmp_path):
-    pytest.importorskip("torch")
+class Harm:
+    """Runs code where a pickle is read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize(("layout", "name"), [("megatron", "h.pt"), ("huggingface", "pytorch_model.bin")])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_that_run_code_are_refused(home, capsys, tmp_path, layout, name, zipped):
+    torch = pytest.importorskip("torch")
     import pickle
 
-    class Harm:
-        def __reduce__(self):
-            return (Path(tmp_path / "harm").touch, ())
+    content = {"model": Harm(tmp_path / "harm"), "transformer.ln_f.bias": torch.ones(2)}
+    folder = tmp_path / "from"
+    folder.mkdir()
+    if zipped:
+        torch.save(content, folder / name)
+    else:
+        (folder / name).write_bytes(pickle.dumps(content["model"]))
+    line = convert(home, capsys, "--from", layout, "--to", "pangu", "--input",
+                   folder if layout == "huggingface" else folder / name, "--output", tmp_path / "x", code=2)
+    assert line.startswith("error: ") and "cannot read it safely" in line and name in line
+    assert not (tmp_path / "harm").exists() and not (tmp_path / "x").exists()
 
-    (tmp_path / "h.pt").write_bytes(pickle.dumps({"model": Harm()}))
-    line = convert(home, capsys, "--from", "megatron", "--to", "pangu", "--input", tmp_path / "h.pt", "--output",
-                   tmp_path / "x", code=2)
-    assert "cannot read it safely" in line
+
+def test_huggingfaces_shards_of_pytorch_are_read(home, capsys, tmp_path, values, model):
+    """As transformers saved them before safetensors, with its buffers of masks, the head and another .bin beside."""
+    torch = pytest.importorskip("torch")
+    tensors = {key.theirs: torch.from_numpy(values[key.ours].T.copy() if key.transposed else values[key.ours])
+               for key in keys(model.config, "huggingface")}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    tensors |= {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+                "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    names = sorted(tensors)
+    (tmp_path / "hf").mkdir()
+    for number, part in enumerate((names[:9], names[9:]), start=1):
+        torch.save({name: tensors[name] for name in part}, tmp_path / "hf" / f"pytorch_model-0000{number}-of-00002.bin")
+    torch.save(Harm(tmp_path / "harm"), tmp_path / "hf" / "training_args.bin")
+    figures = convert(home, capsys, "--from", "huggingface", "--to", "pangu", "--input", tmp_path / "hf", "--output",
+                      tmp_path / "x")
+    assert (figures["mapped"], figures["unmapped"], figures["ignored"]) == (len(values), 0, 3)
     assert not (tmp_path / "harm").exists()
+    for name, value in own_values(tmp_path / "x").items():
+        np.testing.assert_array_equal(value, values[name])

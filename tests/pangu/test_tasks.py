@@ -306,6 +306,41 @@ def test_a_cut_is_counted_alike_for_all_candidates_and_never_silent(place):
     assert summarize(source.task, rows)["cut"] == 1
 
 
+LONG = "".join(chr(0x4E00 + n) for n in range(90))
+LONG_FILES = {
+    "afqmc": {"dev.json": lines({"sentence1": LONG, "sentence2": LONG[::-1], "label": "1"})},
+    "c3": {"d-dev.json": json.dumps([[[LONG, LONG[::-1]], [
+        {"question": "谁走", "choice": ["男", "女的", "都走"], "answer": "都走"}], "7-1"]])},
+    "chid": {"dev.json": lines({"content": f"{LONG}#idiom#{LONG[::-1]}", "candidates": ["一石二鸟", "画蛇添足"],
+                                "id": 1, "answer": 0})},
+    "cluewsc2020": {"dev.json": lines({"idx": 3, "text": f"{LONG}他累了{LONG}。", "label": "true", "target": {
+        "span1_text": LONG[:2], "span1_index": 0, "span2_text": "他", "span2_index": 90}})},
+    "cmnli": {"dev.json": lines({"sentence1": LONG, "sentence2": LONG[::-1], "label": "neutral"})},
+    "cmrc2019": {"cmrc2019_trial.json": json.dumps({"data": [{"context_id": "T", "context": f"{LONG}[BLANK1]{LONG}",
+                                                              "choices": ["一句", "第二句"], "answers": [1]}]})},
+    "csl": {"dev.json": lines({"id": 1, "abst": LONG, "keyword": ["词一", "词二"], "label": "0"})},
+    "iflytek": {"dev.json": lines(*({"label_des": word, "sentence": LONG} for word in ("打车", "地图", "租房")))},
+    "ocnli": {"dev.json": lines({"sentence1": LONG, "sentence2": LONG[::-1], "label": "neutral"})},
+    "tnews": {"dev.json": lines({"label_desc": "news_car", "sentence": LONG, "id": 1})},
+    "wplc": {"test.json": lines({"masked_text": f"{LONG}<mask>", "correct_word": "北京"})},
+}
+
+
+@pytest.mark.parametrize("name", LONG_FILES)
+def test_no_context_cuts_the_scored_span_in_silence(place, name):
+    """At every length of context all ids fit, and a scored span is whole or its instance says that it was cut."""
+    source = place(name, LONG_FILES[name])
+    whole = build(source, context=2000)[0]
+    assert whole.cut == 0
+    seen = set()
+    for context in range(24, 260, 3):
+        instance = build(source, context=context)[0]
+        assert max(len(prefix) + len(scored) for prefix, scored in instance.requests) <= context + 1
+        assert instance.requests == whole.requests or instance.cut > 0
+        seen.add(instance.cut > 0)
+    assert seen == {True, False}
+
+
 def test_what_cannot_be_shortened_is_an_error(place):
     source = place("webqa", {"me_test.ann.json": json.dumps({"Q": {"question": "问" * 200, "answer": ["x"]}})})
     with pytest.raises(UserError, match="do not fit"):
