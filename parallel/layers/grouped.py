@@ -19,6 +19,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.activation import GELU
+from parallel.layers.fused import FusedFeedForward, FusedSwiGLU, library
 from parallel.layers.parameter import parameter
 from parallel.layout import Cut, Layer, Operand
 
@@ -118,16 +119,23 @@ class GroupedFeedForward(Layer):
         width: D.
         inner: F = k D.
         layout: what the op axis cuts.
+        outputs: width of the result; None = D.
     """
 
     def __init__(self, tokens: int, width: int, inner: int, *, layout: TokenLayout = WIDTH_CUT,
-                 compute_dtype: mstype = mstype.float32) -> None:
+                 outputs: int | None = None, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         self.mapping = GroupedLinear(tokens, width, inner, layout=layout, cut="column", compute_dtype=compute_dtype)
         self.gelu = GELU("tanh", layout.inner)
-        self.projection = GroupedLinear(tokens, inner, width, layout=layout, cut="row", compute_dtype=compute_dtype)
+        self.projection = GroupedLinear(tokens, inner, outputs or width, layout=layout, cut="row",
+                                        compute_dtype=compute_dtype)
+        kernels = library(compute_dtype)
+        self.fused = FusedFeedForward(kernels) if kernels is not None else None
 
     def construct(self, x_TBD: Tensor) -> Tensor:
+        if self.fused is not None:
+            return self.fused(x_TBD, self.mapping.weight, self.mapping.bias, self.projection.weight,
+                              self.projection.bias)
         return self.projection(self.gelu(self.mapping(x_TBD)))
 
 
@@ -161,20 +169,26 @@ class GroupedSwiGLU(Layer):
         layout: what the op axis cuts.
         down_gain: gain of the last matrix's start; TokenMixer-Large takes 0.01 (its Table 14).
         bias: TokenMixer-Large removes it.
+        outputs: width of the result; None = D.
 
     Source: TokenMixer-Large eq. 17-18 (arXiv 2602.06563).
     """
 
     def __init__(self, tokens: int, width: int, inner: int, *, layout: TokenLayout = WIDTH_CUT,
-                 down_gain: float = 0.01, bias: bool = False, compute_dtype: mstype = mstype.float32) -> None:
+                 down_gain: float = 0.01, bias: bool = False, outputs: int | None = None,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         shared = {"layout": layout, "bias": bias, "compute_dtype": compute_dtype}
         self.gate = GroupedLinear(tokens, width, inner, cut="column", **shared)
         self.up = GroupedLinear(tokens, width, inner, cut="column", **shared)
-        self.down = GroupedLinear(tokens, inner, width, cut="row", gain=down_gain, **shared)
+        self.down = GroupedLinear(tokens, inner, outputs or width, cut="row", gain=down_gain, **shared)
         self.swish = Swish(layout.inner)
+        kernels = library(compute_dtype) if not bias else None
+        self.fused = FusedSwiGLU(kernels) if kernels is not None else None
 
     def construct(self, x_TBD: Tensor) -> Tensor:
+        if self.fused is not None:
+            return self.fused(x_TBD, self.gate.weight, self.up.weight, self.down.weight)
         return self.down(self.swish(self.gate(x_TBD), self.up(x_TBD)))
 
 

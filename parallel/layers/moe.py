@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from parallel.layers.fused import FusedSparseExperts, library
 from parallel.layers.grouped import WIDTH_CUT, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
 from parallel.layers.parameter import parameter
 from parallel.layout import Cut, Layer, Operand
@@ -125,7 +126,7 @@ class GroupedExperts(nn.Cell):
                                 (tokens, batch * active, width))
         inner = self.swish(self.product1(rows_TND, gate, counts_TR), self.product2(rows_TND, up, counts_TR))
         y_TND = self.product3(inner, down, counts_TR)
-        y_TBAD = self.gather(self.reshape(y_TND, (tokens * batch * active, width)), place_TBA, 0)
+        y_TBAD = self.gather(self.reshape(y_TND, (tokens * batch * active, down.shape[-1])), place_TBA, 0)
         return self.total(self.weigh(y_TBAD, self.reshape(gates_TBA, (tokens, batch, active, 1))), 2)
 
 
@@ -170,14 +171,15 @@ class CapacityExperts(Layer):
         taken = self.reshape(self.pick(x_GTBD, read_GTS, 2), (parts, tokens, self.experts, capacity, width))
         taken = self.reshape(self.there(taken, (1, 2, 0, 3, 4)), (tokens, self.experts, parts * capacity, width))
         y = self.product3(self.swish(self.product1(taken, gate), self.product2(taken, up)), down)
-        y = self.back(self.reshape(y, (tokens, self.experts, parts, capacity, width)), (2, 0, 1, 3, 4))
-        y_GTSD = self.reshape(y, (parts, tokens, self.experts * capacity, width))
+        outputs = down.shape[-1]
+        y = self.back(self.reshape(y, (tokens, self.experts, parts, capacity, outputs)), (2, 0, 1, 3, 4))
+        y_GTSD = self.reshape(y, (parts, tokens, self.experts * capacity, outputs))
         y_GTND = self.pick_back(y_GTSD, slot_GTN, 2)
         gates_GTN = self.turn_gates(self.reshape(gates_TBA, (tokens, parts, rows)), (1, 0, 2))
         gates_GTN = self.fit(gates_GTN, self.cast(fits_GTN, gates_GTN.dtype))
         y_GTND = self.keep(y_GTND, self.reshape(gates_GTN, (parts, tokens, rows, 1)))
-        y_GTBD = self.total(self.reshape(y_GTND, (parts, tokens, batch // parts, active, width)), 3)
-        return self.reshape(self.turn_back(y_GTBD, (1, 0, 2, 3)), (tokens, batch, width))
+        y_GTBD = self.total(self.reshape(y_GTND, (parts, tokens, batch // parts, active, outputs)), 3)
+        return self.reshape(self.turn_back(y_GTBD, (1, 0, 2, 3)), (tokens, batch, outputs))
 
     def plan(self, chosen_GTN: Tensor, rows: int, capacity: int, active: int) -> tuple:
         """read_GTS: the row that slot s = (expert, c) reads; slot_GTN: where a pair's result lies; fits_GTN: whether
@@ -230,7 +232,7 @@ class SparsePertokenMoE(Layer):
         layout: what the op axis cuts (tokens or none; an expert is not cut further).
         dispatch: grouped (exact, CPU), capacity (static shapes); auto = grouped on the CPU, capacity elsewhere.
         capacity_factor: see `CapacityExperts`.
-        down_gain: see `GroupedSwiGLU`.
+        down_gain, outputs: see `GroupedSwiGLU`.
 
     The gate is a softmax over all routed experts; the chosen ones' are divided by their sum only if there are at least
     two. With one chosen expert that division would make it 1 whatever the router says, and the router would learn
@@ -241,21 +243,23 @@ class SparsePertokenMoE(Layer):
 
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, active: int, alpha: float | None = None,
                  layout: TokenLayout = WIDTH_CUT, dispatch: Dispatch = "auto", capacity_factor: float = 1.5,
-                 down_gain: float = 0.01, compute_dtype: mstype = mstype.float32) -> None:
+                 down_gain: float = 0.01, outputs: int | None = None, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
+        outputs = outputs or width
         if not 2 <= active <= experts or inner % experts:
             raise UserError(f"needs 2 <= active <= experts, and experts must divide the inner width {inner}",
                             where="model.moe", value=f"experts {experts}, active {active}")
         self.tokens, self.width, self.inner, self.layout = tokens, width, inner // experts, layout
         self.routed, self.chosen, self.experts, self.active = experts - 1, active - 1, experts, active
         self.alpha = experts / active if alpha is None else alpha
-        self.shared = GroupedSwiGLU(tokens, width, self.inner, layout=layout, down_gain=down_gain,
+        self.outputs = outputs
+        self.shared = GroupedSwiGLU(tokens, width, self.inner, layout=layout, down_gain=down_gain, outputs=outputs,
                                     compute_dtype=compute_dtype)
         self.router = GroupedLinear(tokens, width, self.routed, layout=layout, bias=False)
-        into, out = math.sqrt(6.0 / (width + self.inner)), (tokens, self.routed, self.inner, width)
+        into, out = math.sqrt(6.0 / (width + self.inner)), (tokens, self.routed, self.inner, outputs)
         self.gate_weight = parameter((tokens, self.routed, width, self.inner), "uniform", into)
         self.up_weight = parameter((tokens, self.routed, width, self.inner), "uniform", into)
-        self.down_weight = parameter(out, "uniform", down_gain * into)
+        self.down_weight = parameter(out, "uniform", down_gain * math.sqrt(6.0 / (outputs + self.inner)))
         on_cpu = mindspore.get_context("device_target") == "CPU"
         self.dispatch = dispatch if dispatch != "auto" else ("grouped" if on_cpu else "capacity")
         self.run = (GroupedExperts(self.routed) if self.dispatch == "grouped"
@@ -264,6 +268,8 @@ class SparsePertokenMoE(Layer):
         self.scale, self.add, self.cast = ops.Mul(), ops.Add(), ops.Cast()
         self.turn, self.turn_gates, self.turn_chosen = ops.Transpose(), ops.Transpose(), ops.Transpose()
         self.compute_dtype = compute_dtype
+        kernels = library(compute_dtype) if self.dispatch == "grouped" else None
+        self.fused = FusedSparseExperts(kernels, self.chosen, self.alpha) if kernels is not None else None
 
     def route(self, x_TBD: Tensor) -> tuple:
         """(gates_TBA float32, chosen_TBA int32)."""
@@ -275,6 +281,10 @@ class SparsePertokenMoE(Layer):
         return self.turn_gates(gates_BTA, (1, 0, 2)), self.turn_chosen(chosen_BTA, (1, 0, 2))
 
     def construct(self, x_TBD: Tensor) -> Tensor:
+        if self.fused is not None:
+            shared = self.shared
+            return self.fused(x_TBD, self.router.weight, shared.gate.weight, shared.up.weight, shared.down.weight,
+                              self.gate_weight, self.up_weight, self.down_weight)
         gates_TBA, chosen_TBA = self.route(x_TBD)
         kind = self.compute_dtype
         gates_TBA = self.cast(self.scale(gates_TBA, self.alpha), kind)
@@ -285,7 +295,7 @@ class SparsePertokenMoE(Layer):
     @property
     def flops_per_sample(self) -> int:
         """Router, the shared expert and the chosen ones; twice the multiplications."""
-        one = 3 * 2 * self.tokens * self.width * self.inner
+        one = 2 * self.tokens * (2 * self.width + self.outputs) * self.inner
         return 2 * self.tokens * self.width * self.routed + one * self.active
 
     def weights(self) -> dict[str, Operand]:
@@ -295,7 +305,7 @@ class SparsePertokenMoE(Layer):
     @property
     def idle_parameters(self) -> int:
         """Parameters of the experts that a sample does not use."""
-        return (self.experts - self.active) * 3 * self.tokens * self.width * self.inner
+        return (self.experts - self.active) * self.tokens * (2 * self.width + self.outputs) * self.inner
 
     def cuts(self) -> list[Cut]:
         row = (self.layout.tokens, "batch", None)

@@ -7,6 +7,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import RmsNorm
 
+from parallel.layers.fused import FusedLayerNorm, FusedRMSNorm, library
 from parallel.layers.parameter import parameter
 from parallel.layout import Cut, Layer, Operand
 
@@ -20,7 +21,8 @@ class LayerNorm(Layer):
         compute_dtype: type of the result.
         stream: named axes that cut the input's dims.
 
-    Source: PanGu-alpha code; Ba et al. 2016. In training on the CPU `WrittenOutNorm` takes its place.
+    Source: PanGu-alpha code; Ba et al. 2016. On the CPU `FusedLayerNorm` takes its place, or without a C++ compiler, in
+    training, `WrittenOutNorm`.
     """
 
     def __init__(self, width: int, *, epsilon: float = 1e-5, compute_dtype: mstype = mstype.float32,
@@ -32,8 +34,12 @@ class LayerNorm(Layer):
         self.normalise = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=epsilon)
         self.cast = ops.Cast()
         self.written_out = WrittenOutNorm(epsilon) if mindspore.get_context("device_target") == "CPU" else None
+        kernels = library(mstype.float32)
+        self.fused = FusedLayerNorm(kernels, epsilon) if kernels is not None else None
 
     def construct(self, x_ND: Tensor) -> Tensor:
+        if self.fused is not None:
+            return self.cast(self.fused(self.cast(x_ND, mstype.float32), self.gamma, self.beta), self.compute_dtype)
         if self.written_out is not None and self.training:
             return self.cast(self.written_out(self.cast(x_ND, mstype.float32), self.gamma, self.beta),
                              self.compute_dtype)
@@ -53,7 +59,8 @@ class RMSNorm(Layer):
         compute_dtype: type of the result.
         stream: named axes that cut the input's dims; the last must be None.
 
-    On the CPU, which has no such kernel, it is written out; elsewhere `ops.RmsNorm` is used.
+    On the CPU, which has no such kernel, it is `FusedRMSNorm`, or written out where there is no C++ compiler; elsewhere
+    `ops.RmsNorm` is used.
     """
 
     def __init__(self, width: int, *, epsilon: float = 1e-6, compute_dtype: mstype = mstype.float32,
@@ -66,9 +73,13 @@ class RMSNorm(Layer):
         self.square, self.mean, self.shift = ops.Square(), ops.ReduceMean(keep_dims=True), ops.Add()
         self.rsqrt, self.divide, self.scale = ops.Rsqrt(), ops.Mul(), ops.Mul()
         self.cast = ops.Cast()
+        kernels = library(mstype.float32)
+        self.fused = FusedRMSNorm(kernels, epsilon) if kernels is not None else None
 
     def construct(self, x_ND: Tensor) -> Tensor:
         x_ND = self.cast(x_ND, mstype.float32)
+        if self.fused is not None:
+            return self.cast(self.fused(x_ND, self.gamma), self.compute_dtype)
         if self.written_out:
             inverse_N1 = self.rsqrt(self.shift(self.mean(self.square(x_ND), -1), self.epsilon))
             y_ND = self.scale(self.divide(x_ND, inverse_N1), self.gamma)

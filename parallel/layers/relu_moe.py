@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.activation import GELU
+from parallel.layers.fused import FusedGatedExperts, library
 from parallel.layers.grouped import WIDTH_CUT, GroupedLinear, TokenLayout
 from parallel.layers.parameter import parameter
 from parallel.layout import Cut, Layer, Operand
@@ -21,8 +22,9 @@ from parallel.runtime.errors import UserError
 class ReluMoE(Layer):
     """v = sum_j G_j e_j(s), G = ReLU(h(s)), e_j(s) = GELU(s W1_j + b1_j) W2_j + b2_j.
 
-    All E experts of a token together are one network of inner width F whose pieces are scaled by their gates, so dense
-    training costs one batched matmul; a gate of 0 takes its expert out exactly.
+    All E experts of a token together are one network of inner width F whose pieces are scaled by their gates; a gate of
+    0 takes its expert out exactly. On the CPU (`FusedGatedExperts`) the work of such experts is not done, in training
+    and inference alike, nor does it change a gradient; elsewhere everything is one batched matmul.
 
     Args:
         tokens, width, inner: T, D, F; E must divide F.
@@ -32,6 +34,7 @@ class ReluMoE(Layer):
             penalty falls on G_infer alone, and evaluation takes G_infer alone. "single_relu" has one.
         budget: share of gates that should be above 0 in G_infer.
         penalty, penalty_step: see `adapt`.
+        outputs: width of the result; None = D.
 
     Output: (v_TBD, penalty scalar). The biases of the routers start at 1, so that every expert starts active.
 
@@ -41,15 +44,16 @@ class ReluMoE(Layer):
 
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, router: Literal["dtsi", "single_relu"],
                  budget: float, penalty: float, penalty_step: float, layout: TokenLayout = WIDTH_CUT,
-                 compute_dtype: mstype = mstype.float32) -> None:
+                 outputs: int | None = None, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         if inner % experts:
             raise UserError(f"experts must divide the inner width {inner}", where="model.moe.experts", value=experts)
         self.tokens, self.experts, self.layout, self.two_routers = tokens, experts, layout, router == "dtsi"
         self.mapping = GroupedLinear(tokens, width, inner, layout=layout, compute_dtype=compute_dtype)
         self.gelu = GELU("tanh", layout.inner)
-        self.projection = GroupedLinear(tokens, inner, width, layout=layout, bias=False, compute_dtype=compute_dtype)
-        self.expert_bias = parameter((tokens, experts, width), "zeros", shard_optimizer=False)
+        outputs = outputs or width
+        self.projection = GroupedLinear(tokens, inner, outputs, layout=layout, bias=False, compute_dtype=compute_dtype)
+        self.expert_bias = parameter((tokens, experts, outputs), "zeros", shard_optimizer=False)
         self.infer_router = GroupedLinear(tokens, width, experts, layout=layout, gain=0.1)
         self.infer_router.bias.start = ("ones", 1.0)
         self.train_router = None
@@ -62,7 +66,9 @@ class ReluMoE(Layer):
         self.relu1, self.relu2, self.blend, self.halve = ops.ReLU(), ops.ReLU(), ops.Add(), ops.Mul()
         self.expand, self.weigh, self.bias, self.add = ops.ExpandDims(), ops.Mul(), ops.BatchMatMul(), ops.Add()
         self.reshape, self.cast, self.sum, self.mean = ops.Reshape(), ops.Cast(), ops.ReduceSum(), ops.ReduceMean()
-        self.active = ops.Greater()
+        self.active, self.spread = ops.Greater(), ops.Gather()
+        kernels = library(compute_dtype)
+        self.fused = FusedGatedExperts(kernels) if kernels is not None else None
 
     def gates(self, s_TBD: Tensor) -> tuple:
         """(the gates to mix with, G_infer), both [T, B, E]."""
@@ -72,17 +78,27 @@ class ReluMoE(Layer):
         train_TBE = self.relu2(self.train_router(s_TBD))
         return self.halve(self.blend(train_TBE, infer_TBE), 0.5), infer_TBE
 
-    def construct(self, s_TBD: Tensor) -> tuple:
+    def construct(self, s_TBD: Tensor, index_N: Tensor | None = None) -> tuple:
+        """`index_N`: where rows stand for several samples, the row of each sample: the penalty counts samples."""
         gates_TBE, infer_TBE = self.gates(s_TBD)
+        v_TBD = self.mix(s_TBD, gates_TBE)
+        if not self.training:
+            return v_TBD, Tensor(0.0, mstype.float32)
+        if index_N is not None:
+            infer_TBE = self.spread(infer_TBE, index_N, 1)
+        return v_TBD, self.adapt(infer_TBE)
+
+    def mix(self, s_TBD: Tensor, gates_TBE: Tensor) -> Tensor:
+        """Sum of the experts' outputs times their gates."""
+        if self.fused is not None:
+            return self.fused(s_TBD, gates_TBE, self.mapping.weight, self.mapping.bias, self.projection.weight,
+                              self.expert_bias)
         inner_TBF = self.gelu(self.mapping(s_TBD))
         batch = s_TBD.shape[1]
         pieces = self.reshape(inner_TBF, (self.tokens, batch, self.experts, -1))
         pieces = self.weigh(pieces, self.cast(self.expand(gates_TBE, -1), pieces.dtype))
         v_TBD = self.projection(self.reshape(pieces, inner_TBF.shape))
-        v_TBD = self.add(v_TBD, self.cast(self.bias(gates_TBE, self.expert_bias), v_TBD.dtype))
-        if not self.training:
-            return v_TBD, Tensor(0.0, mstype.float32)
-        return v_TBD, self.adapt(infer_TBE)
+        return self.add(v_TBD, self.cast(self.bias(gates_TBE, self.expert_bias), v_TBD.dtype))
 
     def adapt(self, infer_TBE: Tensor) -> Tensor:
         """lambda x (sum of the gates, mean over the batch), and lambda moved towards the budget for the next step."""

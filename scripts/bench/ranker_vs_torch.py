@@ -1,12 +1,14 @@
-"""RankMixer against the same network in torch: samples/s forward and training, interleaved in one process.
+"""RankMixer against the same network in torch, eager and compiled: samples/s forward and training.
 
-Both sides run the blocks, the mean over the tokens and one linear head on given tokens [T, B, D]; training is the
-cross-entropy, its gradient and one Adam step. torch: baddbmm for the per-token networks, tanh GELU, layer_norm, eager.
-The same weights are put in both, and their logits compared first.
+    python scripts/bench/ranker_vs_torch.py [--sizes 8x128,16x768] [--batch 512] [--rounds 7] [--no-compile]
 
-    python scripts/bench/ranker_vs_torch.py [--sizes 8x128,16x768] [--batch 512] [--rounds 7]
+All sides run the blocks, the mean over the tokens and one linear head on given tokens [T, B, D], from the same
+parameters; their logits and first losses must agree. Training is the cross-entropy, its gradient and one Adam step: ours
+is the `TrainStep` that `python -m recsys train` runs, which also takes the norm of the gradient and leaves out steps that
+are not finite. torch: baddbmm for the per-token networks, tanh GELU, layer_norm, and its fused Adam. In turns, a process
+each; `--no-kernels` adds ours without the C++ primitives (PANGU_KERNELS=0).
 
-Last line of stdout: JSON with ratio (ours / peer, geometric mean of all rows), and every row's samples/s.
+The last line of stdout is JSON: `ratio` is ours over torch eager, geometric mean of all rows.
 """
 
 from __future__ import annotations
@@ -15,34 +17,119 @@ import argparse
 import json
 import math
 import os
+import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
-          "MALLOC_TOP_PAD_": "536870912"}
-THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import turns  # noqa: E402 - beside this file
+
 # Inner width over D: that of the preset rankmixer_100m for D = 768, else 4.
 RATIOS = {768: 2.7083333}
 LAYERS = 2
 
 
-def restart_with_malloc() -> None:
-    """Both sides profit from malloc keeping its pages; the settings are read when a process starts."""
-    if any(os.environ.get(key) != value for key, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv],
-                  {**os.environ, **MALLOC, "OMP_NUM_THREADS": str(THREADS)})
+def main() -> None:
+    """Runs all sides in turns, size by size, and prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="8x128,16x768", help="tokens x width, several with commas")
+    parser.add_argument("--batch", type=int, default=512, help="samples of a batch (a quarter of it at D >= 512)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every side")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-kernels", action="store_true", help="add ours with MindSpore's own kernels only")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        side(arguments.side, arguments.sizes, arguments.batch, Path(arguments.folder))
+        return
+    turns.require("torch", "mindspore")
+    print(turns.describe_machine())
+    names = (["ours"] + (["plain"] if arguments.no_kernels else []) + ["eager"]
+             + ([] if arguments.no_compile else ["compile"]))
+    rows = [row for size in arguments.sizes.split(",") for row in measure(size, names, arguments)]
+    ratios = {name: geometric([row["ratio"][name] for row in rows]) for name in names[1:]}
+    rates = {name: geometric([row["samples_per_second"][name] for row in rows]) for name in names}
+    print(json.dumps({"ratio": round(ratios["eager"], 3), "ours": round(rates["ours"], 1),
+                      "peer": round(rates["eager"], 1), "unit": "samples/s, geometric mean", "ratios": ratios,
+                      "threads": turns.threads(), "malloc": turns.MALLOC, "rows": rows}))
 
 
-def ours(tokens: int, width: int):
-    """(forward(x) , step(x, y), parameters by name) of the network in MindSpore."""
+def geometric(values: list[float]) -> float:
+    """Geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def measure(size: str, names: list[str], arguments: argparse.Namespace) -> list[dict]:
+    """Rows of one size: forward and training."""
+    rows, batch = [], batch_of(size, arguments.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [turns.Side(__file__, name, "--sizes", size, "--batch", str(arguments.batch), "--folder", folder)
+                 for name in names]
+        for what in ("logits", "loss"):
+            spread = np.ptp([one.about[what] for one in sides], axis=0).max()
+            if spread > 1e-3:
+                sys.exit(f"error: the sides do not compute the same {what}: they differ by {spread}")
+        for what in ("forward", "training"):
+            calls = max(1, round(0.3 / sides[0].ask(what=what, calls=1)["seconds"]))
+            seconds = turns.in_turns(sides, arguments.rounds, what=what, calls=calls)
+            ratio = {name: turns.ratio(seconds[name], seconds["ours"]) for name in names[1:]}
+            speed = {name: batch * calls / statistics.median(values) for name, values in seconds.items()}
+            rows.append({"network": f"T{size.replace('x', ' D')} L{LAYERS} batch {batch}", "what": what,
+                         "samples_per_second": speed, "ratio": ratio})
+            print(f"{rows[-1]['network']} {what}: " + ", ".join(
+                f"{name} {speed[name]:,.0f}/s" + (f" ({ratio[name]:.2f})" if name in ratio else "")
+                for name in names), file=sys.stderr)
+        for one in sides:
+            one.close()
+    return rows
+
+
+def batch_of(size: str, batch: int) -> int:
+    return batch // 4 if int(size.split("x")[1]) >= 512 else batch
+
+
+def side(name: str, size: str, batch: int, folder: Path) -> None:
+    """One side: answers {"what": "forward" | "training", "calls": n} with seconds."""
+    out = turns.private_stdout()
+    if name == "plain":
+        os.environ["PANGU_KERNELS"] = "0"
+    tokens, width = map(int, size.split("x"))
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((tokens, batch_of(size, batch), width)).astype(np.float32)
+    y = generator.integers(0, 2, (x.shape[1], 1)).astype(np.float32)
+    make = our_side if name in ("ours", "plain") else torch_side
+    forward, training = make(tokens, width, x, y, folder / "start.npz", name == "compile")
+    about = {"logits": forward().reshape(-1)[:64].tolist(), "loss": training()}
+    for call in (forward, training):
+        call(), call()
+
+    def answer(command: dict) -> dict:
+        began = time.perf_counter()
+        for _ in range(command["calls"]):
+            (forward if command["what"] == "forward" else training)()
+        return {"seconds": time.perf_counter() - began}
+
+    turns.serve(about, answer, out)
+
+
+def our_side(tokens: int, width: int, x: np.ndarray, y: np.ndarray, start: Path, compiled: bool):
+    """(forward() -> logits, training() -> loss) in MindSpore; writes the start values."""
     import mindspore as ms
-    from mindspore import nn, ops
+    from mindspore import nn
 
     from parallel.layers.grouped import TokenLayout
     from parallel.layers.parameter import initialize
     from parallel.runtime.optimizers import Optimizer
-    from recsys.config import RankerOptimizer
+    from parallel.step import TrainStep
+    from recsys.config import RankerOptimizer, RankerTrain
     from recsys.models.rankmixer import RankMixerBlock, RankMixerSettings
     from recsys.ranker import BinaryCrossEntropy, TaskTowers
     from recsys.tokenization import MeanPool
@@ -61,38 +148,37 @@ def ours(tokens: int, width: int):
                 x, _ = block(x)
             return self.head(self.pool(x))
 
-    class Step(nn.Cell):
+    class Loss(nn.Cell):
         def __init__(self, network) -> None:
             super().__init__(auto_prefix=False)
             self.network, self.entropy = network, BinaryCrossEntropy()
-            self.optimizer = Optimizer(network.trainable_params(), RankerOptimizer(), 100)
-            self.gradient = ops.value_and_grad(self.loss, None, ms.ParameterTuple(network.trainable_params()))
-            self.count = ms.Parameter(ms.Tensor(0, ms.int32), name="count", requires_grad=False)
-
-        def loss(self, x, y):
-            return self.entropy(self.network(x), y).mean()
 
         def construct(self, x, y):
-            value, gradients = self.gradient(x, y)
-            self.optimizer(gradients, self.count)
-            return value
+            return self.entropy(self.network(x), y).mean()
 
-    network = Network()
-    initialize(network, 1)
-    network.set_train(False)
-    step = Step(network)
-    return (lambda x: network(x).asnumpy().copy(), lambda x, y: float(step(x, y).asnumpy()),
-            {p.name: p.asnumpy().copy() for p in network.trainable_params()})
+    ms.set_context(mode=ms.GRAPH_MODE)
+    # Two networks: one stays in inference, the other in training.
+    scorer, learner = Network(), Network()
+    initialize(scorer, 1), initialize(learner, 1)
+    scorer.set_train(False)
+    loss = Loss(learner)
+    step = TrainStep(loss, Optimizer(loss.trainable_params(), RankerOptimizer(), 10_000), RankerTrain())
+    if not start.exists():
+        np.savez(start, **{p.name: p.asnumpy() for p in scorer.trainable_params()})
+    x_ms, y_ms = ms.Tensor(x), ms.Tensor(y)
+    return lambda: scorer(x_ms).asnumpy().copy(), lambda: float(step(x_ms, y_ms)[0].asnumpy())
 
 
-def peer(tokens: int, width: int, values: dict):
-    """The same in torch, with the same weights."""
+def torch_side(tokens: int, width: int, x: np.ndarray, y: np.ndarray, start: Path, compiled: bool):
+    """The same in torch, from the same start values."""
     import torch
     from torch.nn import functional
 
-    weights = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in values.items()}
+    torch.set_num_threads(turns.threads())
+    weights = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in np.load(start).items()}
+    frozen = {name: value.detach().clone() for name, value in weights.items()}
 
-    def forward(x):
+    def forward(x, weights):
         batch = x.shape[1]
         for index in range(LAYERS):
             w = {name.split(".", 2)[2]: value for name, value in weights.items()
@@ -107,79 +193,22 @@ def peer(tokens: int, width: int, values: dict):
         bias = next(value for name, value in weights.items() if name.startswith("head") and name.endswith("bias"))
         return functional.linear(x.mean(0), head, bias)
 
-    optimizer = torch.optim.Adam(weights.values(), lr=1e-3)
+    optimizer = torch.optim.Adam(weights.values(), lr=1e-3, fused=True)
+    run = torch.compile(forward) if compiled else forward
+    x_torch, y_torch = torch.from_numpy(x), torch.from_numpy(y)
 
-    def score(x):
+    def score():
         with torch.inference_mode():
-            return forward(x).numpy()
+            return run(x_torch, frozen).numpy()
 
-    def step(x, y):
+    def step():
         optimizer.zero_grad()
-        loss = functional.binary_cross_entropy_with_logits(forward(x), y)
+        loss = functional.binary_cross_entropy_with_logits(run(x_torch, weights), y_torch)
         loss.backward()
         optimizer.step()
         return loss.item()
 
     return score, step
-
-
-def measure(tokens: int, width: int, batch: int, rounds: int) -> list[dict]:
-    """Rows for forward and training: median and best samples/s of both sides, taken in turns."""
-    import mindspore as ms
-    import numpy as np
-    import torch
-
-    generator = np.random.default_rng(0)
-    x = generator.standard_normal((tokens, batch, width)).astype(np.float32)
-    y = generator.integers(0, 2, (batch, 1)).astype(np.float32)
-    score, step, values = ours(tokens, width)
-    other_score, other_step = peer(tokens, width, values)
-    x_ms, y_ms, x_torch, y_torch = ms.Tensor(x), ms.Tensor(y), torch.from_numpy(x), torch.from_numpy(y)
-    gap = float(np.abs(score(x_ms) - other_score(x_torch)).max())
-    if gap > 1e-3:
-        raise SystemExit(f"the two networks differ by {gap}")
-    rows = []
-    for kind, one, other in (("forward", lambda: score(x_ms), lambda: other_score(x_torch)),
-                             ("training", lambda: step(x_ms, y_ms), lambda: other_step(x_torch, y_torch))):
-        one(), other()
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            for side, call in enumerate((one, other)):
-                started = time.perf_counter()
-                call()
-                times[side].append(time.perf_counter() - started)
-        median = [batch / float(np.median(side)) for side in times]
-        best = [batch / min(side) for side in times]
-        rows.append({"network": f"T{tokens} D{width} L{LAYERS}", "what": kind, "ours": median[0], "peer": median[1],
-                     "ratio": median[0] / median[1], "ours_best": best[0], "peer_best": best[1],
-                     "ratio_best": best[0] / best[1], "logits_gap": gap})
-        print(f"{rows[-1]['network']} {kind}: ours {median[0]:,.0f}/s, torch {median[1]:,.0f}/s, ratio "
-              f"{rows[-1]['ratio']:.2f} (best of {rounds}: {rows[-1]['ratio_best']:.2f})", file=sys.stderr)
-    return rows
-
-
-def main() -> None:
-    """Parses the flags, measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="8x128,16x768", help="tokens x width, several with commas")
-    parser.add_argument("--batch", type=int, default=512, help="samples of a batch (a quarter of it at D >= 512)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
-    arguments = parser.parse_args()
-    restart_with_malloc()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import mindspore as ms
-    import torch
-
-    torch.set_num_threads(THREADS)
-    ms.set_context(mode=ms.GRAPH_MODE)
-    rows = []
-    for size in arguments.sizes.split(","):
-        tokens, width = map(int, size.split("x"))
-        rows += measure(tokens, width, arguments.batch // 4 if width >= 512 else arguments.batch, arguments.rounds)
-    ratio = math.exp(sum(math.log(row["ratio"]) for row in rows) / len(rows))
-    geometric = {side: math.exp(sum(math.log(row[side]) for row in rows) / len(rows)) for side in ("ours", "peer")}
-    print(json.dumps({"ratio": ratio, **geometric, "unit": "samples/s, geometric mean", "peer_name":
-                      f"torch {torch.__version__} eager", "threads": THREADS, "malloc": MALLOC, "rows": rows}))
 
 
 if __name__ == "__main__":
