@@ -32,6 +32,7 @@ _READS: dict[str, str | tuple[str, ...]] = {
     "Abs": ("i0",), "Erf": ("i0",), "LayerNorm": ("i0", "o1", "o2"), "RmsNorm": ("i0", "o1"),
     "ReduceMax": ("i0", "o0"), "ReduceMin": ("i0", "o0"), "Gather": ("i1",), "Select": ("i0",), "TopK": ("o1",),
 }
+_MASK_BYTES = 4
 _NOTHING = frozenset({"Depend", "StopGradient", "Detach"})
 
 
@@ -87,6 +88,7 @@ class SegmentCost:
         kept_recomputed: the same if the unit is recomputed: what reaches it from outside.
         kept_selective, selective: what is kept, and worked out again, if only the cells named in the config are.
         arrivals: (number, collective) of the redistributions of tensors that come from outside.
+        came: for each (tensor, layout) in `kept` that was brought into this layout from outside, how it came.
         largest: bytes of the largest result.
         divides: whether every axis divides what it cuts.
         outputs: layouts of the tensors that it makes.
@@ -101,6 +103,7 @@ class SegmentCost:
     kept_selective: dict[tuple, int] = field(default_factory=dict)
     selective: Work = field(default_factory=Work)
     arrivals: Counter = field(default_factory=Counter)
+    came: dict[tuple, Dims] = field(default_factory=dict)
     largest: int = 0
     divides: bool = True
     outputs: dict[int, Dims] = field(default_factory=dict)
@@ -234,6 +237,7 @@ class _Evaluation:
         self.relaid: set[tuple] = set()
         self.maker: dict[int, int] = {}
         self.reads: list[tuple[int, tuple]] = []
+        self.masks: list[tuple[int, tuple]] = []
         # What each operation communicates forward: filled while walking, read again for the recomputation.
         self.spoken: dict[int, list[Collective]] = {}
         self.works: list[Work] = []
@@ -267,6 +271,9 @@ class _Evaluation:
         self._work(operation, operands, outputs)
         if operation.needed:
             self._read(operation, operands)
+            if operation.primitive == "Gather" and result.summed:
+                # A table cut by rows: which ids are its own is kept beside the ids.
+                self.masks.append((number[id(operation.inputs[1])], operands[1]))
         self.divides &= all(dim.size % self.mesh.ways(dim.axis) == 0 for dims in operands for dim in dims if dim.axis)
 
     def _one_hot_axis(self, operation: Operation, placed: dict) -> tuple[int, ...]:
@@ -291,6 +298,7 @@ class _Evaluation:
                 said = self._speak(place, kind, factors, elements * WIDTH[item.dtype], back)
                 if key[0] not in self.maker:
                     self.cost.arrivals[key[0], said] += 1
+                    self.cost.came[key] = here
         return target
 
     def _sum(self, place: int, operation: Operation, dims: Dims, summed: tuple[int, ...]) -> None:
@@ -388,10 +396,13 @@ class _Evaluation:
             maker = self.maker.get(number)
             if maker is not None and self._is_fused(operations[maker]) and number not in self._leaving_fused():
                 continue
-            if number not in self.maker and item.producer < 0 and not self.layout.get(number):
-                continue
+            if number not in self.maker and item.producer < 0:
+                continue  # the batch itself is there anyway
             cost.kept[number, dims] = self.mesh.local(dims) * WIDTH[item.dtype]
             todo.append(number)
+        for number, dims in self.masks:
+            cost.kept[number, (*dims, Dim(1))] = self.mesh.local(dims) * _MASK_BYTES
+            cost.kept[number, dims] = self.mesh.local(dims) * WIDTH["int32"]
         while todo:
             number = todo.pop()
             place = self.maker.get(number)

@@ -26,8 +26,8 @@ WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "int
 """Bytes of an element."""
 
 _NO_UNIT = -1
-_ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "truediv": "RealDiv", "gt": "Greater", "lt": "Less",
-               "ge": "GreaterEqual", "le": "LessEqual"}
+_ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "truediv": "RealDiv", "floordiv": "FloorDiv", "gt": "Greater",
+               "lt": "Less", "ge": "GreaterEqual", "le": "LessEqual"}
 _FUNCTIONS = {"cast": "Cast", "reshape": "Reshape", "stop_gradient": "StopGradient", "depend": "Depend",
               "select": "Select", "zeros_like": "ZerosLike", "ones_like": "OnesLike", "assign": "Depend"}
 
@@ -376,10 +376,10 @@ def _noting(walk: Walk) -> Iterator[None]:
         finally:
             walk.leave()
 
-    def dropout_keys(self: Dropout, shape: tuple) -> tuple:
-        # The keys are hashes of indices: vectors, worked out once a step. Only what is as large as the input counts.
-        return (Item(tuple(Dim(size) for size in (*shape[:-1], 1)), "int32", walk=walk),
-                Item((Dim(shape[-1]),), "int32", walk=walk))
+    def dropout_keys(self: Dropout, shape: tuple, rows_B: Any) -> tuple:
+        # The keys are hashes of indices: vectors. Only what is as large as the input counts.
+        row_key, row_sum = (Item(tuple(Dim(size) for size in (*shape[:-1], 1)), "int32", walk=walk) for _ in range(2))
+        return row_key, row_sum, Item((Dim(shape[-1]),), "int32", walk=walk)
 
     def function(name: str) -> Any:
         return lambda *arguments: walk.functional(name, *arguments)

@@ -9,11 +9,12 @@ does not show are told apart from them: copies of weights in the compute type, a
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from parallel.config import ParallelConfig
 from parallel.parallelize import stage_of_layers
-from parallel.planning.cost import Collective, NetworkCost, SegmentCost
+from parallel.planning.cost import Collective, NetworkCost, Segment, SegmentCost
 from parallel.planning.describe import WIDTH, Description, ParameterCount
 from parallel.planning.mesh import Mesh
 from parallel.planning.shapes import Dim, Dims
@@ -191,7 +192,9 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
         whole = micro_batches > 1 and config.optimizer.level == 1
         memory.gradients += total.memory.gradients if whole else total.memory.parameters
         figures.parameters += total.parameters
-        figures.collectives.update(total.collectives)
+        if stage == min(shared) or config.optimizer_shard > 1:
+            # Else a borrower sends its part as it is: the owner sums over the ranks once they are added.
+            figures.collectives.update(total.collectives)
         if len(shared) > 1:
             there, back = ("Send", "Receive") if stage == min(shared) else ("Receive", "Send")
             for item in members:
@@ -219,25 +222,56 @@ def _gradient(figures: Stage, item: Slice, mesh: Mesh) -> None:
 def _activations(figures: Stage, description: Description, cost: NetworkCost, config: ParallelConfig,
                  micro_batches: int, stage: int, homes: list[int]) -> None:
     kept: dict[tuple, int] = {}
-    operations = description.operations
     for segment, part in zip(cost.segments, cost.costs, strict=True):
         if homes[segment.unit] != stage:
             continue
         again = is_recomputed(segment.unit, description.units, config)
-        for (number, dims), size in kept_of(part, again, config).items():
+        for number, dims, size in _kept_on_stage(segment, part, again, description, cost, homes):
             kept[id(segment.items[number].value), dims] = size
+            if again and size < cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]:
+                figures.collectives[_gather_back(cost.mesh, size)] += micro_batches
         figures.memory.workspace = max(figures.memory.workspace, _workspace(part, again))
         for said, times in part.collectives.items():
             if said.phase != "recompute" or (again and config.recompute.communication):
                 figures.collectives[said] += times * micro_batches
         for (number, said), times in part.arrivals.items():
             # A redistribution belongs to the cell whose result it brings on, and is run again with that cell.
-            producer = segment.items[number].producer
-            from_recomputed = producer >= 0 and is_recomputed(operations[producer].unit, description.units, config)
-            if from_recomputed and not again and config.recompute.communication:
+            made_again = _is_made_again(segment.items[number].producer, description, config)
+            if made_again and not again and config.recompute.communication:
                 figures.collectives[replace(said, phase="recompute")] += times * micro_batches
     alive = alive_micro_batches(config, stage, micro_batches)
     figures.memory.activations = sum(kept.values()) * alive
+
+
+def _kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description: Description, cost: NetworkCost,
+                   homes: list[int]) -> Iterator[tuple[int, Dims, int]]:
+    """(number, layout, bytes) of every tensor that one segment keeps."""
+    config = cost.mesh.config
+    for (number, dims), size in kept_of(part, again, config).items():
+        producer = segment.items[number].producer
+        from_recomputed = _is_made_again(producer, description, config)
+        if from_recomputed and not again and (number, dims) in part.came:
+            # What brings it here is run again, so it waits as it was made.
+            dims = part.came[number, dims]
+            size = cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]
+        if (from_recomputed and again and config.recompute.slice_activations and _can_be_sliced(cost.mesh, dims)
+                and homes[description.operations[producer].unit] == homes[segment.unit]):
+            size //= config.op
+        yield number, dims, size
+
+
+def _is_made_again(producer: int, description: Description, config: ParallelConfig) -> bool:
+    """Whether the tensor that operation `producer` makes (-1: nobody) comes out of a layer that is recomputed."""
+    if producer < 0:
+        return False
+    operation = description.operations[producer]
+    return operation.layer and is_recomputed(operation.unit, description.units, config)
+
+
+def _can_be_sliced(mesh: Mesh, dims: Dims) -> bool:
+    """Whether the op axis, which does not cut a tensor yet, can cut its first dim on top of what does."""
+    rest = mesh.rest(dims)
+    return mesh.ways(rest) == mesh.config.op > 1 and -(-dims[0].size // mesh.ways(dims[0].axis)) % mesh.config.op == 0
 
 
 def kept_of(part: SegmentCost, again: bool, config: ParallelConfig) -> dict[tuple, int]:
@@ -245,6 +279,12 @@ def kept_of(part: SegmentCost, again: bool, config: ParallelConfig) -> dict[tupl
     if again:
         return part.kept_recomputed
     return part.kept_selective if config.recompute.policy == "selective" else part.kept
+
+
+def _gather_back(mesh: Mesh, size: int) -> Collective:
+    """What brings a sliced activation of `size` bytes back before it is recomputed from."""
+    factors = tuple(factor for factor in mesh.everything if factor not in mesh.data_factors)
+    return Collective("AllGather", factors, size * mesh.config.op, "op", "recompute")
 
 
 def _workspace(part: SegmentCost, again: bool) -> int:

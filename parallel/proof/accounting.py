@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from parallel.config import ParallelConfig
-from parallel.proof.graph import Function, Graph, Node, TensorType
+from parallel.proof.graph import Function, Graph, Node, TensorType, attribute_value
 
 DIMENSIONS = ("data", "op", "pipeline", "optimizer", "expert", "norm")
 _GATHERING, _SCATTERING = {"AllGather", "AllGatherV"}, {"ReduceScatter", "ReduceScatterV"}
 _EXCHANGING = {"AlltoAll", "AlltoAllV", "AllToAll", "NeighborExchange", "NeighborExchangeV2"}
 _POINT_TO_POINT = {"Send", "Receive"}
+_SLICE_GATHER = "recompute_slice_allgather"
 COLLECTIVES = {"AllReduce", "Broadcast"} | _GATHERING | _SCATTERING | _EXCHANGING | _POINT_TO_POINT
 
 
@@ -95,7 +96,7 @@ def _collective(function: Function, node: Node, times: int, rank: int, config: P
     scope = node.scope.removeprefix("Gradients/").removeprefix("recompute_").removeprefix("Default/")
     fusion = node.attributes.get("fusion") or 0
     tag = node.attributes.get("sr_tag") if node.op in _POINT_TO_POINT else None
-    phase = "backward" if node.backward else "recompute" if node.recomputed else "forward"
+    phase = "backward" if node.backward else "recompute" if _runs_later(node) else "forward"
     return Collective(node.op, dimension, purpose, phase, str(node.attributes.get("group", "")), ranks, subject.bytes,
                       times, subject.dtype, subject.shape, scope, int(fusion), tag, unexpected)
 
@@ -223,33 +224,100 @@ def memory(graph: Graph, trainable: set[str], rank: int, config: ParallelConfig,
 
 
 def kept_activations(graph: Graph) -> int:
-    """Bytes of forward results that the backward pass reads, over all micro-batches of a step."""
-    return sum(_kept_in(function, graph) * graph.runs.get(function.name, 0)
+    """Bytes of forward results that the backward pass reads, over all micro-batches of a step.
+
+    A tensor that is passed on by nodes which only mark an order counts once; batches, weights and their copies in
+    another type are no activations, nor is what a call gives (the gradients of a micro-batch). What the previous stage
+    sent is one.
+    """
+    return sum(sum(kept_tensors(function, graph).values()) * graph.runs.get(function.name, 0)
                for function in (graph.main, *graph.functions.values()))
 
 
-def _kept_in(function: Function, graph: Graph) -> int:
-    read: set[str] = set()
+def kept_tensors(function: Function, graph: Graph) -> dict[tuple, int]:
+    """Bytes of each forward result of one function that outlives it, by (name of the node, place in its tuple)."""
+    if function is not graph.main and any(node.backward for node in function.nodes):
+        return {}  # a backward function: what it computes again it drops again
+    kept: dict[tuple, int] = {}
+    for name, reader in _read_later(function):
+        node = _passed_on(function, name)
+        if node is None:
+            kept |= _received(function, name, graph)
+        elif reader.op == "TupleGetItem":
+            if _is_result(function, node, graph):
+                kept[node.name, _place(function, reader)] = sum(kind.bytes for kind in reader.outputs)
+        elif node.op == "TupleGetItem":
+            source = _passed_on(function, node.inputs[0])
+            if source is not None and _is_result(function, source, graph) and not node.backward:
+                kept[source.name, _place(function, node)] = sum(kind.bytes for kind in node.outputs)
+        elif _is_result(function, node, graph):
+            kept[node.name, 0] = sum(kind.bytes for kind in node.outputs)
+    return kept
+
+
+def _read_later(function: Function) -> list[tuple[str, Node]]:
+    """(name, node that reads it) of whatever backward, recomputed and partially applied backward functions read."""
+    found = []
     for node in function.nodes:
         if node.op == "Partial":  # a backward function with what it keeps of the forward one
-            read.update(node.inputs[1:])
-        elif (node.backward or node.recomputed) and node.op not in ("UpdateState", "Depend"):
-            read.update(node.inputs)
-    if function is not graph.main and any(node.backward for node in function.nodes):
-        return 0  # a backward function: what it computes again it drops again
-    total = 0
-    for name in read:
-        node = function.by_name.get(name)
-        if node is None or node.backward or node.recomputed or node.op in ("Constant", "Load", "UpdateState"):
-            continue
-        if node.op == "Cast" and (function.by_name.get(node.inputs[0]) or node).op == "Load":
-            continue  # a half-precision copy of a weight
-        total += sum(kind.bytes for kind in node.outputs)
-    return total
+            found += [(name, node) for name in node.inputs[1:]]
+        elif _runs_later(node) and node.op not in ("UpdateState", "Depend"):
+            found += [(name, node) for name in node.inputs]
+    return found
+
+
+def _runs_later(node: Node) -> bool:
+    """Whether a node runs in the backward pass: gradients, recomputation, and gathering what was cut for it."""
+    return node.backward or node.recomputed or node.instance == _SLICE_GATHER
+
+
+
+
+def _passed_on(function: Function, name: str) -> Node | None:
+    """The node whose result `name` is, behind nodes that only mark an order; None for inputs and parameters."""
+    node = function.by_name.get(name)
+    while node is not None and node.op == "Depend":
+        node = function.by_name.get(node.inputs[0])
+    return node
+
+
+def _place(function: Function, getter: Node) -> int:
+    number = function.by_name.get(getter.inputs[1])
+    value = attribute_value(number.value) if number is not None and number.value is not None else 0
+    return value if isinstance(value, int) else 0
+
+
+def _is_result(function: Function, node: Node, graph: Graph) -> bool:
+    """Whether a node is a forward computation: no gradient, weight, copy of a weight, or call."""
+    if _runs_later(node) or node.op in ("Constant", "Load", "UpdateState", "call", "MakeTuple"):
+        return False
+    if node.op == "AddN":  # the sum of the gradients of a tensor that was used twice bears no mark of its own
+        parts = function.by_name.get(node.inputs[0])
+        return not any(source is not None and source.backward for source in
+                       (_passed_on(function, name) for name in (parts.inputs if parts is not None else ())))
+    if node.op in ("Cast", "TensorMove"):
+        source = _passed_on(function, node.inputs[0])
+        # Inside a function the parameters have arrows and the function's mark before their names.
+        bare = node.inputs[0].removeprefix("\N{BLACK RIGHT-POINTING SMALL TRIANGLE}").removeprefix("CR_")
+        return source.op != "Load" if source is not None else bare not in graph.parameters
+    return True
+
+
+def _received(function: Function, name: str, graph: Graph) -> dict[tuple, int]:
+    """An input of a shared function that its callers received from another stage (and cast, perhaps)."""
+    if name not in function.inputs:
+        return {}
+    place = function.inputs.index(name)
+    for caller in (graph.main, *graph.functions.values()):
+        for node in caller.nodes:
+            if node.op == "call" and node.callee == function.name and place < len(node.inputs):
+                given, source = _passed_on(caller, node.inputs[place]), caller.source(node.inputs[place])
+                if given is not None and source is not None and source.op == "Receive" and (
+                        "pipeline_param" not in source.marks):
+                    return {(given.name, 0): sum(kind.bytes for kind in given.outputs)}
+    return {}
 
 
 def _constant(node: Node) -> list[TensorType]:
-    from parallel.proof.graph import attribute_value
-
     value = attribute_value(node.value) if node.value is not None else None
     return [item for item in value if isinstance(item, TensorType)] if isinstance(value, list) else []
