@@ -1,22 +1,29 @@
 """A rank of any cluster, compiled in a process of its own: the Ascend plugin can only be loaded by a fresh process.
 
-The parent writes a request (JSON), starts `python -m parallel.proof.child REQUEST` in the right environment, and finds
-beside it `graph.mindir` (the partitioned graph), `layouts.json` (how every parameter is cut) and `result.json`.
+The parent starts `python -m parallel.proof.child` in the right environment, writes a request (JSON) into a folder,
+tells the child the folder, and finds there `graph.mindir` (the partitioned graph), `layouts.json` (how every parameter
+is cut), `result.json` and `log.txt`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
+import queue
 import resource
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,48 +91,112 @@ def compile_rank(request: Request, folder: Path | None = None, timeout: float = 
     Raises:
         UserError: what the child's own `UserError` said, or that MindSpore refused the layout, with its reason.
     """
-    return compile_ranks([request], folder and [folder], timeout)[0]
+    with Compilers(1, timeout) as compilers:
+        return compilers.compile([request], folder and [folder])[0]
 
 
-def compile_ranks(requests: Sequence[Request], folders: Sequence[Path] | None = None,
-                  timeout: float = 3600.0) -> list[Compiled]:
-    """Compiles several ranks of one world, one after the other, in one fresh process that imports MindSpore once.
+class Compilers:
+    """Processes that compile ranks, `processes` at once. Each imports MindSpore once and forks for every rank, since
+    MindSpore can be only one rank in its life. To be used as a context: leaving it ends the processes.
 
     Args:
-        requests: what to compile; they may differ in rank only.
-        folders: one for each, see `compile_rank`.
+        processes: how many at once; they are started when first needed.
         timeout: seconds for each rank.
-
-    Raises:
-        UserError: see `compile_rank`; of the first rank that failed.
     """
-    from parallel.proof.stubs import library_path
 
-    environment = child_environment(requests[0], library_path())
-    with tempfile.TemporaryDirectory(prefix="dryrun-") as scratch:
-        places = [Path(item) for item in folders or [f"{scratch}/rank_{request.rank}" for request in requests]]
-        for request, place in zip(requests, places, strict=True):
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
-            for old in ("result.json", "error.json", "graph.mindir"):
-                (place / old).unlink(missing_ok=True)
-        with open(places[0] / "log.txt", "wb") as log:
-            paths = [str((place / "request.json").resolve()) for place in places]
-            try:
-                done = subprocess.run([sys.executable, "-m", "parallel.proof.child", *paths], env=environment,
-                                      cwd=scratch, stdout=log, stderr=log, timeout=timeout * len(requests),
-                                      check=False, preexec_fn=_raise_stack_limit)
-            except subprocess.TimeoutExpired:
-                raise UserError("the compile took too long", where=f"rank {requests[0].rank}",
-                                value=timeout) from None
-        compiled = []
-        for request, place in zip(requests, places, strict=True):
-            if not (place / "result.json").is_file():
-                raise _failure(request, place, done.returncode, places[0] / "log.txt")
-            compiled.append(Compiled(request, (place / "graph.mindir").read_bytes(),
-                                     json.loads((place / "layouts.json").read_text(encoding="utf-8")),
-                                     json.loads((place / "result.json").read_text(encoding="utf-8"))))
-        return compiled
+    def __init__(self, processes: int = 1, timeout: float = 3600.0) -> None:
+        self.processes, self.timeout = processes, timeout
+        self.idle: queue.SimpleQueue[_Server] = queue.SimpleQueue()
+        self.servers = [_Server() for _ in range(processes)]
+        for server in self.servers:
+            self.idle.put(server)
+
+    def __enter__(self) -> Compilers:
+        return self
+
+    def start(self) -> None:
+        """Starts the processes ahead of the first compile."""
+        for server in self.servers:
+            server.start()
+
+    def __exit__(self, *exception: object) -> None:
+        for server in self.servers:
+            server.stop()
+
+    def compile(self, requests: Sequence[Request], folders: Sequence[Path] | None = None) -> list[Compiled]:
+        """The compiled ranks, in the order of the requests.
+
+        Raises:
+            UserError: see `compile_rank`; of the first rank that failed.
+        """
+        with tempfile.TemporaryDirectory(prefix="dryrun-") as scratch:
+            places = [Path(item) for item in folders or [f"{scratch}/{i}" for i in range(len(requests))]]
+            with ThreadPoolExecutor(self.processes) as pool:
+                try:
+                    return list(pool.map(self._compile, requests, places))
+                except BaseException as error:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    if not isinstance(error, UserError):
+                        self.__exit__()
+                    raise
+
+    def _compile(self, request: Request, place: Path) -> Compiled:
+        place.mkdir(parents=True, exist_ok=True)
+        for old in ("result.json", "error.json", "graph.mindir"):
+            (place / old).unlink(missing_ok=True)
+        (place / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
+        server = self.idle.get()
+        try:
+            code = server.answer(place, self.timeout)
+        finally:
+            self.idle.put(server)
+        if code is None:
+            raise UserError("the compile took too long", where=f"rank {request.rank}", value=self.timeout)
+        if not (place / "result.json").is_file():
+            raise _failure(request, place, code)
+        return Compiled(request, (place / "graph.mindir").read_bytes(),
+                        json.loads((place / "layouts.json").read_text(encoding="utf-8")),
+                        json.loads((place / "result.json").read_text(encoding="utf-8")))
+
+
+class _Server:
+    """One compiling process: it is told folders with requests and answers with exit codes, a line each."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> subprocess.Popen:
+        """The running process; starts it if there is none."""
+        if self.process is None:
+            from parallel.proof.stubs import library_path
+
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "parallel.proof.child"], env=child_environment(library_path()), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir(),
+                start_new_session=True, preexec_fn=_raise_stack_limit)
+        return self.process
+
+    def answer(self, place: Path, timeout: float) -> int | None:
+        """Exit code of the compile in `place`; None if it took too long."""
+        process = self.start()
+        process.stdin.write(f"{place.resolve()}\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], timeout)[0]:
+            self.stop()
+            return None
+        line = process.stdout.readline().strip()
+        return int(line) if line else process.wait()
+
+    def stop(self) -> None:
+        """Ends the process and the fork that compiles in it."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
 def _raise_stack_limit() -> None:
@@ -135,69 +206,77 @@ def _raise_stack_limit() -> None:
     resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
-def child_environment(request: Request, libraries: str) -> dict[str, str]:
-    """Environment of a child: the simulated cluster, the libraries, this project on the path, MindSpore quiet."""
+def child_environment(libraries: str) -> dict[str, str]:
+    """Environment of a child: a simulated cluster, the libraries, this project on the path, MindSpore quiet."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "RANK_"))}
-    paths = [str(_PROJECT), *request.paths, environment.get("PYTHONPATH", "")]
+    paths = [str(_PROJECT), environment.get("PYTHONPATH", "")]
     environment |= {
-        "MS_SIMULATION_LEVEL": "0", "RANK_SIZE": str(request.world), "RANK_ID": str(request.rank),
-        "LD_LIBRARY_PATH": libraries, "PYTHONPATH": ":".join(path for path in paths if path), "GLOG_v": "3",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "MS_SIMULATION_LEVEL": "0", "RANK_SIZE": "1", "RANK_ID": "0", "LD_LIBRARY_PATH": libraries,
+        "PYTHONPATH": ":".join(path for path in paths if path), "GLOG_v": "3", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     return environment
 
 
-def _failure(request: Request, place: Path, code: int, log: Path) -> UserError:
-    error = place / "error.json"
+def _failure(request: Request, place: Path, code: int) -> UserError:
+    error, log = place / "error.json", place / "log.txt"
     where = f"rank {request.rank} of {request.world}"
     if error.is_file():
         told = json.loads(error.read_text(encoding="utf-8"))
         if told["kind"] == "UserError":
             return UserError(told["what"], where=told["where"], value=told["value"], mend=told["mend"])
         return UserError(f"MindSpore did not compile this layout: {told['what']}", where=where)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:] if log.is_file() else []
     return UserError(f"the compiling process ended with code {code}: {' | '.join(lines)[-600:]}", where=where)
 
 
-def main(argv: Sequence[str]) -> int:
-    """The child: reads each request, compiles, writes what it found beside it.
-
-    Several requests run in forks of this process, since MindSpore can be only one rank in its life.
-    """
-    if len(argv) == 1:
-        return _answer(argv[0])
-    _import_early(Request(**json.loads(Path(argv[0]).read_text(encoding="utf-8"))))
-    for path in argv:
+def main() -> int:
+    """The child: reads folders from stdin, compiles the request in each in a fork, answers with exit codes."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing but answers goes there
+    with contextlib.suppress(Exception):  # told by the first compile, which has a log
+        _import_early()
+    for line in sys.stdin:
+        place = Path(line.strip())
         fork = os.fork()
         if fork == 0:
-            code = 1
-            try:
-                code = _answer(path)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+            _answer_in_fork(place)
         _, status = os.waitpid(fork, 0)
-        if status:
-            return os.waitstatus_to_exitcode(status)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
     return 0
 
 
-def _import_early(request: Request) -> None:
+def _answer_in_fork(place: Path) -> None:
+    """Compiles and ends the process."""
+    code = 1
+    try:
+        log = os.open(place / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = _answer(place)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _import_early() -> None:
     """Everything a compile imports, so that the forks share it; nothing that starts a device."""
     import mindspore.communication  # noqa: F401
 
     import parallel.sharded_step  # noqa: F401
-    from parallel.runtime.builder import load_run
+    from parallel.runtime.builder import MODEL_PACKAGES
 
-    if request.config is not None:
-        load_run(request.config, request.overrides)
+    for package in MODEL_PACKAGES:
+        if importlib.util.find_spec(package) is not None and importlib.util.find_spec(f"{package}.build") is not None:
+            importlib.import_module(f"{package}.build")
 
 
-def _answer(path: str) -> int:
-    place = Path(path).parent
-    request = Request(**json.loads(Path(path).read_text(encoding="utf-8")))
+def _answer(place: Path) -> int:
+    request = Request(**json.loads((place / "request.json").read_text(encoding="utf-8")))
     os.environ |= {"RANK_SIZE": str(request.world), "RANK_ID": str(request.rank)}
+    sys.path[:0] = request.paths
     try:
         _compile(request, place)
     except UserError as error:
@@ -278,4 +357,4 @@ def _pretend_hccl() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -44,13 +44,23 @@ _NUMPY = {"bfloat16": "float32", "string": None}
 
 @dataclass
 class Program:
-    """A rank's graph made ready: constants read, aliases of parameters found, last uses known."""
+    """A rank's graph made ready: constants read, aliases of parameters found, last uses known.
+
+    Args:
+        graph: the rank's.
+        nodes: what is to be computed, in order.
+        constants: values of its Constants.
+        aliases: names that stand for a parameter.
+        dead_after: which values are freed after which node.
+        read: names that some node reads; other results are not kept.
+    """
 
     graph: Graph
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     dead_after: dict[str, list[str]] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
     @property
     def copies(self) -> set[str]:
@@ -88,6 +98,7 @@ def prepare(graph: Graph) -> Program:
             program.aliases[node.name] = program.aliases.get(source, source)
         for name in node.inputs:
             last[name] = node.name
+    program.read = {main.result, *last}
     kept = {main.result, *program.constants, *graph.parameters}
     for name, user in last.items():
         if name not in kept:
@@ -131,7 +142,8 @@ class Rank:
             result = declared(node, result)
             if observe is not None:
                 observe(self.number, node, result)
-            values[node.name] = result
+            if node.name in program.read:
+                values[node.name] = result
             for name in program.dead_after.get(node.name, ()):
                 values.pop(name, None)
         return fetch(program.main.result)

@@ -22,7 +22,9 @@ from parallel.config import ParallelConfig
 from parallel.proof.accounting import COLLECTIVES, coordinates
 from parallel.proof.executor import Program, run_step
 from parallel.proof.graph import Node
-from parallel.proof.replay import PARAMETER_TOLERANCE, Difference, OneDevice, World
+from parallel.proof.one_device import OneDevice
+from parallel.proof.replay import PARAMETER_TOLERANCE, Difference
+from parallel.proof.world import World
 
 _NODE_TOLERANCE = 1e-3
 _SUMS = {"AllReduce", "ReduceScatter"}

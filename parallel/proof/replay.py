@@ -9,103 +9,36 @@ partitioner.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from parallel.config import ParallelConfig
 from parallel.proof.accounting import coordinates
-from parallel.proof.child import Compiled, Request, compile_ranks
-from parallel.proof.collectives import Deadlock, group_ranks
-from parallel.proof.executor import Program, Rank, data_inputs, prepare, run_step
-from parallel.proof.graph import read_graph
+from parallel.proof.child import Compilers
+from parallel.proof.collectives import Deadlock
+from parallel.proof.executor import Rank, run_step
+from parallel.proof.one_device import History, OneDevice
+from parallel.proof.world import World, compile_world, part_of
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import note, table
-from parallel.slices import Box, box_of_mindspore, box_shape
 
 LOSS_TOLERANCE = 1e-5
 PARAMETER_TOLERANCE = 1e-4
 STATE_TOLERANCE = 1e-3
+LARGEST_WORLD = 64
 _STATE_FLOOR = 1e-3
 # What a user's own overrides, which come after these, may change. From a warm-up's first learning rate, 0, nothing
 # would move. Adam divides by the root of the second moment: a gradient that is 0 but for rounding (an attention key's
-# bias)
-# would become a full step in a random direction, hence a larger epsilon.
+# bias) would become a full step in a random direction, hence a larger epsilon.
 _DEFAULTS = ("train.precision=fp32", "train.optimizer.schedule.warmup_steps=0", "train.optimizer.epsilon=1e-3",
              "train.clip_norm=1.0", "model.dropout=0.0", "train.loss_scale.name=none")
-_ONE_DEVICE = ("parallel.devices=null", "parallel.data=1", "parallel.op=1", "parallel.pipeline.stages=1",
-               "parallel.pipeline.micro_batches=1", "parallel.pipeline.schedule=1f1b", "parallel.pipeline.interleave=1",
-               "parallel.pipeline.offsets=null", "parallel.optimizer.shard=1", "parallel.expert=1",
-               "parallel.sequence=false", "parallel.micro_batch_interleave=1", "parallel.recompute.policy=none")
-
-
-@dataclass
-class World:
-    """All ranks of a layout, compiled and read.
-
-    Args:
-        config: resolved.
-        compiled: by rank.
-        programs: by rank.
-        boxes: for each rank, which part of every parameter, state and input it holds.
-        count: micro-batches of a step.
-    """
-
-    config: ParallelConfig
-    compiled: list[Compiled]
-    programs: list[Program]
-    boxes: list[dict[str, Box]]
-    count: int
-
-    def start(self, values: dict[str, np.ndarray]) -> list[Rank]:
-        """Ranks that hold their parts of `values`; gradients that gather over micro-batches start at 0.
-
-        Raises:
-            UserError: a parameter of a graph has no start value.
-        """
-        ranks = []
-        for number, (program, boxes) in enumerate(zip(self.programs, self.boxes, strict=True)):
-            state = {}
-            for name, kind in program.graph.parameters.items():
-                if name.startswith("accu_grads."):
-                    state[name] = np.zeros(kind.shape, kind.dtype)
-                elif name in values:
-                    state[name] = np.array(part_of(values[name], boxes.get(name)), kind.dtype).reshape(kind.shape)
-                else:
-                    raise UserError("a parameter of the compiled graph is not one of the one-device step",
-                                    where=f"rank {number}", value=name)
-            ranks.append(Rank(number, program, state))
-        return ranks
-
-    def inputs(self, batch: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """Each rank's rows of a global batch."""
-        rows = []
-        for program, boxes in zip(self.programs, self.boxes, strict=True):
-            names = data_inputs(program)
-            rows.append([part_of(item, boxes.get(name)) for name, item in zip(names, batch, strict=True)])
-        return rows
-
-    def order(self, rows: int) -> np.ndarray:
-        """Row order in which one device takes the same micro-batches: micro-batch k is the k-th part of every data
-        rank's rows."""
-        parts = np.arange(rows).reshape(self.config.data, self.count, -1)
-        return parts.transpose(1, 0, 2).reshape(-1)
-
-
-@dataclass
-class History:
-    """What a run did: loss and norm of each step (of all ranks that know them), parameters and states at the end."""
-
-    losses: list[list[float]] = field(default_factory=list)
-    norms: list[list[float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    values: list[dict[str, np.ndarray]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,7 +53,12 @@ class Difference:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("--steps", type=int, default=3, help="training steps to compare (default 3)")
-    parser.add_argument("--keep", metavar="DIR", help="keep graphs, layouts and logs of all ranks there")
+    parser.add_argument("--grid", metavar="LIST",
+                        help="replay many layouts and print a table: all, or names with commas between (see "
+                             "docs/replay.md); overrides of the parallel block come on top of each")
+    parser.add_argument("--keep", metavar="DIR", help="keep graphs, layouts and logs of all compiled ranks there")
+    parser.add_argument("--every-rank", action="store_true",
+                        help="compile every rank, also those whose graphs differ from others in their groups only")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
                         help="processes that compile at once (default: 2, or 1 on one core)")
 
@@ -131,18 +69,28 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a layout that does not fit or that MindSpore refuses, or a primitive that has no rule.
     """
-    if arguments.steps < 1:
-        raise UserError("needs at least one step", where="--steps", value=arguments.steps)
     if not Path(arguments.config).is_file():
         raise UserError("no such file", where="--config", value=arguments.config)
+    for flag in ("steps", "processes"):
+        if getattr(arguments, flag) < 1:
+            raise UserError("must be at least 1", where=f"--{flag}", value=getattr(arguments, flag))
     started = time.monotonic()
-    overrides = with_defaults(arguments.config, arguments.overrides)
-    with ThreadPoolExecutor(1) as pool:
-        compiling = pool.submit(compile_world, arguments.config, overrides, keep=arguments.keep,
-                                processes=arguments.processes)
-        reference = OneDevice(arguments.config, overrides)
-        world = compiling.result()
-    outcome = Replay(world, reference, arguments.steps).run()
+    if arguments.grid is not None:
+        from parallel.proof.grid import run_grid
+
+        outcome = run_grid(arguments)
+    else:
+        overrides = with_defaults(arguments.config, arguments.overrides)
+        check_world(arguments.config, overrides)
+        with Compilers(arguments.processes) as compilers:
+            compilers.start()
+            check_layout(arguments.config, overrides)
+            with ThreadPoolExecutor(1) as pool:
+                compiling = pool.submit(compile_world, arguments.config, overrides, compilers, keep=arguments.keep,
+                                        every_rank=arguments.every_rank)
+                reference = OneDevice(arguments.config, overrides)
+                world = compiling.result()
+        outcome = Replay(world, reference, arguments.steps).run()
     outcome["seconds"] = round(time.monotonic() - started, 2)
     return outcome
 
@@ -161,134 +109,29 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
     return [*kept, *overrides]
 
 
-def compile_world(config: str, overrides: Sequence[str], *, keep: str | None = None, processes: int = 2) -> World:
-    """Compiles every rank of the layout in the file, and reads what came out.
-
-    Raises:
-        UserError: see `compile_rank` and `prepare`.
-    """
+def check_world(config: str, overrides: Sequence[str]) -> None:
+    """Raises a `UserError` if the settings are wrong or the layout has too many ranks for one process."""
     from parallel.runtime.builder import load_run
 
     layout = load_run(config, list(overrides))[1].parallel.resolve()
-    requests = [Request(layout.world, rank, str(Path(config).resolve()), list(overrides), compute_dtype="float32",
-                        reuse=False) for rank in range(layout.world)]
-    note(f"compiling {layout.world} ranks: data {layout.data}, op {layout.op}, stages {layout.pipeline.stages}")
-    processes = max(1, min(processes, layout.world))
-    shares = [requests[first::processes] for first in range(processes)]
-    with ThreadPoolExecutor(processes) as pool:
-        folders = [[Path(keep) / f"rank_{request.rank}" for request in share] if keep else None for share in shares]
-        parts = list(pool.map(compile_ranks, shares, folders))
-    return read_world(sorted((item for part in parts for item in part), key=lambda item: item.request.rank))
+    if layout.world > LARGEST_WORLD:
+        raise UserError(
+            f"replay holds all ranks in one process, at most {LARGEST_WORLD}; data {layout.data} x op {layout.op} x "
+            f"pipeline.stages {layout.pipeline.stages} are", where="parallel", value=layout.world,
+            mend="replay a layout with the same kinds of cuts and fewer ways, 2 or 4 along each axis")
 
 
-def read_world(compiled: list[Compiled]) -> World:
-    """Reads the graphs of all ranks and finds which part of every parameter each holds."""
-    result = compiled[0].result
-    config = ParallelConfig.model_validate(result["parallel"])
-    programs = [prepare(read_graph(item.graph)) for item in compiled]
-    boxes = [parameter_boxes(item, program, config) for item, program in zip(compiled, programs, strict=True)]
-    return World(config, compiled, programs, boxes, result["micro_batches"])
+def check_layout(config: str, overrides: Sequence[str]) -> None:
+    """Raises a `UserError` if an axis does not divide what it cuts, before anything is compiled."""
+    from parallel.parallelize import layers_of_stages
+    from parallel.runtime.builder import build_task
+    from parallel.sharded_step import input_shapes
 
-
-def parameter_boxes(compiled: Compiled, program: Program, config: ParallelConfig) -> dict[str, Box]:
-    """The part of every parameter, state and input that a rank holds: op slices first, then the optimizer's cut.
-
-    Raises:
-        UserError: the graph holds another shape than its layout says.
-    """
-    stage = coordinates(compiled.request.rank, config)[0]
-    first = stage * config.data * config.op
-    groups = {node.attributes.get("group"): group_ranks(node) for node in program.nodes if "group" in node.attributes}
-    boxes = {}
-    for name, layout in compiled.layouts.items():
-        held = program.graph.parameters.get(name)
-        if not layout[6] and held is None:
-            continue
-        sharers = tuple(rank - first for rank in groups.get(layout[5], ())) if layout[5] else ()
-        box = box_of_mindspore(layout, compiled.request.rank - first, sharers)
-        if held is not None and box_shape(box) != held.shape:
-            raise UserError(f"the graph holds shape {list(held.shape)}, its layout says {list(box_shape(box))}",
-                            where=f"rank {compiled.request.rank}", value=name)
-        boxes[name] = box
-    return boxes
-
-
-def part_of(whole: np.ndarray, box: Box | None) -> np.ndarray:
-    """The elements of `whole` in `box`; all of them where there is none (nothing is cut)."""
-    return whole if box is None else whole[tuple(slice(*pair) for pair in box)]
-
-
-class OneDevice:
-    """The plain run that everything is compared with: the training step on one CPU device.
-
-    Args:
-        config: YAML file of a run.
-        overrides: key.sub=value.
-    """
-
-    def __init__(self, config: str, overrides: Sequence[str]) -> None:
-        from parallel.runtime.device import start_device
-
-        start_device("CPU")
-        self.config, self.overrides = config, list(overrides)
-        self.single: World | None = None
-        self.histories: dict[bytes, History] = {}
-        self._build()
-        self.start = {item.name: item.asnumpy().copy() for item in self.step.get_parameters()}
-
-    def _build(self) -> None:
-        from parallel.layers.parameter import initialize
-        from parallel.runtime.builder import load_run
-        from parallel.runtime.optimizers import Optimizer
-        from parallel.sharded_step import micro_batches
-        from parallel.step import TrainStep
-
-        module, settings = load_run(self.config, self.overrides)
-        self.count = micro_batches(settings.train, settings.parallel.resolve())
-        train = settings.train.model_copy(update={"accumulation": self.count})
-        self.task, self.settings = module.build(settings, ParallelConfig(), "float32"), settings
-        initialize(self.task.network, train.seed)
-        optimizer = Optimizer(self.task.network.trainable_params(), train.optimizer, train.steps)
-        self.step = TrainStep(self.task.network, optimizer, train)
-
-    def compiled(self) -> World:
-        """The same network as a world of one rank, compiled like a layout; compiled when first asked for."""
-        if self.single is None:
-            request = Request(1, 0, str(Path(self.config).resolve()),
-                              [*self.overrides, *_ONE_DEVICE, f"train.accumulation={self.count}"],
-                              compute_dtype="float32", reuse=False)
-            self.single = read_world(compile_ranks([request]))
-        return self.single
-
-    @property
-    def reach(self) -> float:
-        """How far one step can move an element of a parameter, roughly: the learning rate."""
-        return self.settings.train.optimizer.learning_rate
-
-    def batch(self, step: int) -> tuple[np.ndarray, ...]:
-        """The global batch of a step."""
-        return self.task.sample(self.settings.train.seed + 1000 * step)
-
-    def run(self, steps: int, order: np.ndarray) -> History:
-        """Trains from the start values on the batches, their rows in `order`; what was run before is not run again."""
-        import mindspore as ms
-
-        known = self.histories.get(order.tobytes())
-        if known is not None and len(known.losses) >= steps:
-            return known
-        if self.histories:
-            self._build()
-        history = History()
-        for number in range(steps):
-            batch = [ms.Tensor(np.ascontiguousarray(item[order])) for item in self.batch(number)]
-            begin = time.monotonic()
-            loss, norm, *_ = self.step(*batch)
-            history.losses.append([float(loss.asnumpy())])
-            history.norms.append([float(norm.asnumpy())])
-            history.seconds.append(time.monotonic() - begin)
-            history.values.append({item.name: item.asnumpy().copy() for item in self.step.get_parameters()})
-        self.histories[order.tobytes()] = history
-        return history
+    task, settings, layout = build_task(config, list(overrides))
+    input_shapes(task, settings.train, layout)
+    if layout.pipeline.stages > 1:
+        task.network.pipeline_cells()
+    layers_of_stages(task.network, layout)
 
 
 class Replay:
@@ -298,10 +141,12 @@ class Replay:
         world: the compiled layout.
         reference: the one-device run.
         steps: how many.
+        quiet: print the table of steps only where the runs differ.
     """
 
-    def __init__(self, world: World, reference: OneDevice, steps: int) -> None:
-        self.world, self.reference, self.steps = world, reference, steps
+    def __init__(self, world: World, reference: OneDevice, steps: int, *, quiet: bool = False) -> None:
+        self.world, self.reference, self.steps, self.quiet = world, reference, steps, quiet
+        self.ranks: list[Rank] = []
 
     def run(self) -> dict[str, Any]:
         """The verb's figures; exit_code 1 unless both runs are equal."""
@@ -309,6 +154,7 @@ class Replay:
         rows = self.reference.batch(0)[0].shape[0]
         single = self.reference.run(self.steps, world.order(rows))
         ranks, cut, problem = world.start(self.reference.start), History(), None
+        self.ranks = ranks
         differences: list[list[Difference]] = []
         for number in range(self.steps):
             begin = time.monotonic()
@@ -321,6 +167,14 @@ class Replay:
             self._record(cut, results)
             differences.append(self._differences(ranks, single.values[number]))
         return self._report(single, cut, differences, problem)
+
+    def digest(self) -> str:
+        """Hash of all parameters and states of all ranks: two layouts with the same one ended equal bit for bit."""
+        found = hashlib.sha256()
+        for rank in self.ranks:
+            for name in sorted(rank.state):
+                found.update(f"{rank.number} {name}".encode() + np.ascontiguousarray(rank.state[name]).tobytes())
+        return found.hexdigest()
 
     def _record(self, cut: History, results: list) -> None:
         config = self.world.config
@@ -363,10 +217,11 @@ class Replay:
                 first_wrong = number
             lines.append([number, single.losses[number][0], cut.losses[number][0], now["loss"], single.norms[number][0],
                           now["norm"], now["parameter"], now["state"]])
-        table("replay against one device (differences are relative)",
-              ["step", "loss, one device", "loss, replay", "difference", "norm", "norm difference",
-               "parameter difference", "state difference"], lines)
         equal = problem is None and first_wrong is None
+        if not (equal and self.quiet):
+            table("replay against one device (differences are relative)",
+                  ["step", "loss, one device", "loss, replay", "difference", "norm", "norm difference",
+                   "parameter difference", "state difference"], lines)
         figures = {
             "world": self.world.config.world, "equal": equal, "max_loss_difference": worst["loss"],
             "max_parameter_difference": worst["parameter"], "max_norm_difference": worst["norm"],

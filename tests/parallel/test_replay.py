@@ -198,12 +198,16 @@ class TestExecutor:
 @pytest.fixture(scope="module")
 def layout(root):
     """(world, one-device run, steps) of data 2 x op 2 with optimizer sharding and sequence parallelism."""
-    from parallel.proof.replay import OneDevice, compile_world, with_defaults
+    from parallel.proof.child import Compilers
+    from parallel.proof.one_device import OneDevice
+    from parallel.proof.replay import with_defaults
+    from parallel.proof.world import compile_world
 
     config = str(root / CONFIG)
     overrides = with_defaults(config, [*TINY, "parallel.data=2", "parallel.op=2", "parallel.optimizer.shard=-1",
                                        "parallel.sequence=true"])
-    return compile_world(config, overrides), OneDevice(config, overrides)
+    with Compilers(2) as compilers:
+        return compile_world(config, overrides, compilers), OneDevice(config, overrides)
 
 
 def planted(world, change):
