@@ -186,15 +186,17 @@ class FeatureEmbedding(nn.Cell):
     Args:
         spec: features in their places.
         std: sigma of the tables' start.
+        tables: those of a larger spec that this one is a part of; None makes new ones.
 
     Inputs: ids_BM int32 (rows of the tables), numbers_BN float32. Output: (groups, sequences): one tensor a group in
     the order of `spec.groups`; sequences: (rows_BLW, mask_BL1) for each sequence that is kept whole (pooling: none).
     """
 
-    def __init__(self, spec: FeatureSpec, std: float) -> None:
+    def __init__(self, spec: FeatureSpec, std: float, tables: dict[int, Table] | None = None) -> None:
         super().__init__()
         self.widths = tuple(spec.tables)
-        self.tables = nn.CellList([Table(rows, width, std) for width, rows in spec.tables.items()])
+        self.tables = nn.CellList([Table(rows, width, std) if tables is None else tables[width]
+                                   for width, rows in spec.tables.items()])
         slots = sorted(spec.slots.values(), key=lambda slot: slot.start)
         self.slot_names = tuple(slot.feature.name for slot in slots)
         self.cut_ids = Pieces([slot.length for slot in slots], 2)

@@ -299,7 +299,7 @@ class SparsePertokenMoE(Layer):
         return 2 * self.tokens * self.width * self.routed + one * self.active
 
     def weights(self) -> dict[str, Operand]:
-        routed = (self.layout.tokens, "experts" if self.dispatch == "capacity" else None, None, None)
+        routed = (self.layout.tokens, "experts", None, None)
         return {"gate_weight": routed, "up_weight": routed, "down_weight": routed}
 
     @property

@@ -21,6 +21,7 @@ from recsys.embedding import group_widths
 from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.ranker import Ranker
+from recsys.sides import UGSepSettings
 from recsys.tokenization import GroupTokenizer, MeanPool, SliceTokenizer
 
 
@@ -70,6 +71,8 @@ class RankMixerSettings(RankerSettings):
     """Ablation: false leaves layer norm out."""
     op_cut: Literal["width", "tokens", "tokens_naive"] = "width"
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
+    ug_sep: UGSepSettings | None = None
+    """User and group tokens separated, so that a request's user is computed once; null = entangled."""
 
     @property
     def inner(self) -> int:
@@ -159,4 +162,14 @@ class RankMixer(Ranker):
         return [[self.embedding, self.drop, self.tokenize], *self.layers, [self.pool, self.head]]
 
 
-SETTINGS, MODEL = RankMixerSettings, RankMixer
+def ranker(settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
+           compute_dtype: mstype = mstype.float32) -> Ranker:
+    """RankMixer, separated if the settings say so."""
+    if settings.ug_sep is None:
+        return RankMixer(settings, spec, tasks, compute_dtype)
+    from recsys.separated_rankmixer import SeparatedRankMixer
+
+    return SeparatedRankMixer(settings, spec, tasks, compute_dtype)
+
+
+SETTINGS, MODEL = RankMixerSettings, ranker

@@ -21,6 +21,7 @@ from recsys.embedding import group_widths
 from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.ranker import Ranker, TaskTowers
+from recsys.sides import UGSepSettings
 from recsys.tokenization import GroupTokenizer, MeanPool
 
 
@@ -80,6 +81,8 @@ class TokenMixerLargeSettings(RankerSettings):
     """Sparse-Pertoken MoE; null = dense."""
     op_cut: Literal["width", "tokens", "tokens_naive"] = "width"
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
+    ug_sep: UGSepSettings | None = None
+    """User and group tokens separated, so that a request's user is computed once; null = entangled."""
 
     @model_validator(mode="after")
     def _check(self) -> TokenMixerLargeSettings:
@@ -204,4 +207,14 @@ class TokenMixerLarge(Ranker):
         return [[self.embedding, self.drop, self.tokenize], *self.layers, last]
 
 
-SETTINGS, MODEL = TokenMixerLargeSettings, TokenMixerLarge
+def ranker(settings: TokenMixerLargeSettings, spec: FeatureSpec, tasks: int,
+           compute_dtype: mstype = mstype.float32) -> Ranker:
+    """TokenMixer-Large, separated if the settings say so."""
+    if settings.ug_sep is None:
+        return TokenMixerLarge(settings, spec, tasks, compute_dtype)
+    from recsys.separated_tokenmixer import SeparatedTokenMixerLarge
+
+    return SeparatedTokenMixerLarge(settings, spec, tasks, compute_dtype)
+
+
+SETTINGS, MODEL = TokenMixerLargeSettings, ranker
