@@ -19,6 +19,16 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="DIR", required=True, help="folder of the run whose vocabulary is refreshed")
+    parser.add_argument("--out", metavar="DIR", required=True,
+                        help="folder for the new vocabulary.json and checkpoint; train goes on from there with "
+                             "output.directory=DIR data.vocabulary=DIR/vocabulary.json")
+    parser.add_argument("--decay", type=float, default=0.5, metavar="X", help="factor of the old counts (default 0.5)")
+    parser.add_argument("--minimum-count", type=float, metavar="N",
+                        help="decayed count below which a value is evicted (none: each feature's minimum_count)")
+
+
 RUN = "recsys.config:Run"
 VERBS = [
     Verb("train", "recsys.train:run", "train a ranker on a click log", settings=RUN),
@@ -27,6 +37,8 @@ VERBS = [
     Verb("params", "recsys.counting:run", "count parameters and FLOPs, without allocating them", settings=RUN),
     Verb("sweep", "recsys.sweep:run", "train a grid of sizes and draw AUC against parameters and FLOPs", settings=RUN,
          arguments=_sweep_arguments),
+    Verb("refresh", "recsys.refresh:run", "admit and evict values of open vocabularies after new data", settings=RUN,
+         arguments=_refresh_arguments),
 ]
 
 if __name__ == "__main__":

@@ -68,8 +68,13 @@ class DataSettings(Settings):
     """Between the cells of reader csv."""
     features: list[Feature] | None = None
     """Columns that the model reads; null = those the reader knows."""
+    history: int = Field(0, ge=0, le=100_000)
+    """movielens, kuairand: adds the feature `history`, the items that the user liked before, at most so many, weighed
+    by the candidate unless `pooling` says otherwise (`none` for longer); 0 = no such feature."""
     pooling: dict[str, Literal["mean", "sum", "max", "attention", "none"]] = Field(default_factory=dict)
     """Pooling of single features by name, over what their list says."""
+    vocabulary: str | None = None
+    """vocabulary.json to read the values with (of another run, or of `refresh`); null = made from the training rows."""
     labels: list[str] | None = None
     """Label columns (0 or 1), one task each; null = the reader's."""
     user: str | None = None

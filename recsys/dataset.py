@@ -78,7 +78,8 @@ def prepare(data: Any, embedding_size: int, vocabulary: Path | None = None) -> L
     Args:
         data: `recsys.config.DataSettings`.
         embedding_size: the model's default width.
-        vocabulary: file of a vocabulary to read the values with; None = made from the training rows.
+        vocabulary: file of a vocabulary to read the values with; None = `data.vocabulary`, or made from the training
+            rows.
 
     Raises:
         UserError: anything wrong with the log; nothing is left half-written.
@@ -86,6 +87,10 @@ def prepare(data: Any, embedding_size: int, vocabulary: Path | None = None) -> L
     source = reader(data.reader)
     if source.needs_path and not data.path:
         raise UserError(f"reader {data.reader} needs a path", where="data.path", mend="set data.path=...")
+    if vocabulary is None and data.vocabulary is not None:
+        vocabulary = Path(data.vocabulary)
+        if not vocabulary.is_file():
+            raise UserError("there is no such file", where="data.vocabulary", value=str(vocabulary))
     directory = Path(data.cache) / _digest(data, None)
     if vocabulary is not None and not _same(vocabulary, directory / "vocabulary.json"):
         directory = Path(data.cache) / _digest(data, vocabulary)
@@ -100,7 +105,7 @@ def _same(one: Path, other: Path) -> bool:
 
 def _digest(data: Any, vocabulary: Path | None) -> str:
     """Name of the encoded log: of its settings, features, and the sizes and times of its files."""
-    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling"})
+    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary"})
     tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
                                                                           "unseen_rate"})
                         for feature in features_of(data)]
@@ -195,11 +200,7 @@ def _encode_to(directory: Path, data: Any, source: Reader, given: Path | None) -
     passes = _Passes(data, source, encoder)
     vocabulary = Vocabulary.load(given) if given is not None else Vocabulary()
     if given is None and Statistics.needed(features):
-        statistics = Statistics(features)
-        for table, where, first, part in passes.parts():
-            training = table.take(np.flatnonzero(part == 0)) if part.any() else table
-            encoder.count(training, statistics, where, first)
-        vocabulary = statistics.vocabulary()
+        vocabulary = _statistics(features, passes, encoder).vocabulary()
     # The widths do not matter here: ids are encoded with the rows of one table each, and moved when mapped.
     spec = place([f.model_copy(update={"width": None}) for f in features], 1, vocabulary.sizes())
     try:
@@ -216,6 +217,25 @@ def _encode_to(directory: Path, data: Any, source: Reader, given: Path | None) -
         raise explain_os_error(error, directory) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _statistics(features: list[Feature], passes: _Passes, encoder: Encoder) -> Statistics:
+    """What the training rows hold."""
+    statistics = Statistics(features)
+    for table, where, first, part in passes.parts():
+        training = table.take(np.flatnonzero(part == 0)) if part.any() else table
+        encoder.count(training, statistics, where, first)
+    return statistics
+
+
+def count_values(data: Any) -> dict[str, dict[str, float]]:
+    """How often each value of each vocabulary feature stands in the training rows of a log."""
+    features, source = features_of(data), reader(data.reader)
+    if source.needs_path and not data.path:
+        raise UserError(f"reader {data.reader} needs a path", where="data.path", mend="set data.path=...")
+    encoder = Encoder(features, columns_of(data, source), data.on_bad_row)
+    statistics = _statistics(features, _Passes(data, source, encoder), encoder)
+    return {name: dict(counter) for name, counter in statistics.counters.items()}
 
 
 _FIELDS = ("ids", "numbers", "labels", "users")

@@ -323,3 +323,22 @@ def test_movielens_is_chronological_and_joined(tmp_path):
     assert tables[0][0].column("class").to_pylist() == ["Action", "Action", "Drama Comedy"]
     with pytest.raises(UserError, match="no \\*.inter file"):
         list(reader("movielens").read(made, tmp_path / "c"))
+
+
+def test_histories_hold_what_was_liked_strictly_before(tmp_path):
+    (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+                                      "1\t10\t4\t100\n1\t11\t5\t100\n1\t12\t1\t200\n2\t10\t5\t250\n"
+                                      "1\t13\t5\t300\n1\t10\t5\t400\n")
+    (tmp_path / "x.user").write_text("user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token\n"
+                                     "1\t20\tM\ta\t111\n2\t40\tF\tb\t222\n")
+    (tmp_path / "x.item").write_text("item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+                                     + "".join(f"{i}\tT\t1990\tDrama\n" for i in range(10, 14)))
+    made = DataSettings(reader="movielens", path=str(tmp_path), cache=str(tmp_path / "c"), history=2,
+                        split={"by": "order", "fractions": [0.8, 0.1, 0.1]})
+    table, _ = next(iter(reader("movielens").read(made, tmp_path)))
+    rows = dict(zip(zip(table.column("user_id").to_pylist(), table.column("item_id").to_pylist(), strict=True),
+                    table.column("history").to_pylist(), strict=True))
+    assert rows["1", "11"] == [] and rows["1", "12"] == ["10", "11"] and rows["2", "10"] == []
+    assert table.column("history").to_pylist()[-1] == ["11", "13"]
+    slot = prepare(made, 4).spec.slots["history"]
+    assert slot.length == 2 and slot.feature.target == "item_id" and slot.feature.pooling == "attention"

@@ -1,0 +1,191 @@
+// Per-token GELU networks, dense or as experts with gates. Shapes: see grouped.cpp.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "products.h"
+#include "rows.h"
+#include "team.h"
+
+namespace {
+
+constexpr float kLinear = 1.5957691216057308f, kCubic = 0.044715f * kLinear;  // 2 sqrt(2 / pi)
+
+// x sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3): the tanh form.
+void gelu(const float *z, int64_t size, float *h) {
+  for (int64_t i = 0; i < size; ++i) h[i] = z[i] * sigmoid(z[i] * (kLinear + kCubic * z[i] * z[i]));
+}
+
+// h = gelu(z) and d *= gelu'(z).
+void gelu_backward(const float *z, int64_t size, float *h, float *d) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float square = z[i] * z[i], gate = sigmoid(z[i] * (kLinear + kCubic * square));
+    h[i] = z[i] * gate;
+    d[i] *= gate + h[i] * (1.0f - gate) * (kLinear + 3.0f * kCubic * square);
+  }
+}
+
+// All experts of a token are one network of inner width F whose pieces of f are scaled by the token's gates; without
+// gates there is one expert, and it is always on.
+struct GeluSizes {
+  int64_t tokens, batch, width, inner, outputs, experts, part;
+};
+
+struct GeluWeights {
+  const float *x, *w1, *b1, *w2, *b2, *gates;  // b2 [T, E, D]; gates [T, B, E] or null
+};
+
+// Rows of a block whose gate of this expert is not 0; false if that is all of them.
+bool chosen_rows(const float *gates, int64_t experts, int64_t expert, int64_t rows, std::vector<int64_t> &index) {
+  index.clear();
+  for (int64_t r = 0; r < rows; ++r)
+    if (gates[r * experts + expert] != 0.0f) index.push_back(r);
+  return static_cast<int64_t>(index.size()) != rows;
+}
+
+// Rows [first, first + rows) of token t. z: where x W1 + b1 is kept, [B, F], or null.
+void gelu_forward(const GeluSizes &n, const GeluWeights &w, int64_t t, int64_t first, int64_t rows, float *z_out,
+                  float *y_out) {
+  const int64_t start = t * n.batch + first;
+  const float *x = w.x + start * n.width, *gates = w.gates ? w.gates + start * n.experts : nullptr;
+  float *y = y_out + start * n.outputs;
+  thread_local std::vector<int64_t> index;
+  for (int64_t e = 0; e < n.experts; ++e) {
+    const bool sparse = gates && chosen_rows(gates, n.experts, e, rows, index);
+    const int64_t count = sparse ? static_cast<int64_t>(index.size()) : rows;
+    const float *bias1 = w.b1 + t * n.inner + e * n.part, *bias2 = w.b2 + (t * n.experts + e) * n.outputs;
+    if (e == 0 && (gates || count == 0)) std::fill(y, y + rows * n.outputs, 0.0f);
+    if (count == 0) continue;
+    Matrix input{x, n.width};
+    if (sparse) {
+      float *taken = scratch<0>(count * n.width);
+      take_rows(x, n.width, index, taken);
+      input.data = taken;
+    }
+    float *inner = scratch<1>(count * n.part);
+    multiply(false, false, count, n.part, n.width, input, {w.w1 + t * n.width * n.inner + e * n.part, n.inner}, false,
+             inner, n.part);
+    for (int64_t r = 0; r < count; ++r) {
+      float *row = inner + r * n.part;
+      for (int64_t i = 0; i < n.part; ++i) row[i] += bias1[i];
+      if (z_out)
+        std::memcpy(z_out + (start + (sparse ? index[r] : r)) * n.inner + e * n.part, row, n.part * sizeof(float));
+      gelu(row, n.part, row);
+      if (gates) {
+        const float gate = gates[(sparse ? index[r] : r) * n.experts + e];
+        for (int64_t i = 0; i < n.part; ++i) row[i] *= gate;
+      }
+    }
+    const Matrix second{w.w2 + (t * n.inner + e * n.part) * n.outputs, n.outputs};
+    float *output = sparse ? scratch<2>(count * n.outputs) : y;
+    multiply(false, false, count, n.outputs, n.part, {inner, n.part}, second, gates && !sparse, output, n.outputs);
+    if (sparse) add_rows(output, n.outputs, index, y);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = sparse ? index[r] : r;
+      const float gate = gates ? gates[row * n.experts + e] : 1.0f;
+      for (int64_t i = 0; i < n.outputs; ++i) y[row * n.outputs + i] += gate * bias2[i];
+    }
+  }
+}
+
+struct GeluGradients {
+  float *x, *w1, *b1, *w2, *b2, *gates;
+};
+
+// Expert e on rows of one block; `add`: whether weights' gradients have begun.
+void gelu_expert_backward(const GeluSizes &n, const GeluWeights &w, const float *z, const float *dy,
+                          const GeluGradients &d, int64_t t, int64_t first, int64_t rows, int64_t e, bool add_weights,
+                          bool add_input) {
+  const int64_t start = t * n.batch + first;
+  const float *x = w.x + start * n.width, *gates = w.gates ? w.gates + start * n.experts : nullptr;
+  const float *change = dy + start * n.outputs;
+  thread_local std::vector<int64_t> index;
+  const bool sparse = gates && chosen_rows(gates, n.experts, e, rows, index);
+  const int64_t count = sparse ? static_cast<int64_t>(index.size()) : rows;
+  const Matrix first_weight{w.w1 + t * n.width * n.inner + e * n.part, n.inner};
+  const Matrix second{w.w2 + (t * n.inner + e * n.part) * n.outputs, n.outputs};
+  float *dw1 = d.w1 + t * n.width * n.inner + e * n.part, *db1 = d.b1 + t * n.inner + e * n.part;
+  float *dw2 = d.w2 + (t * n.inner + e * n.part) * n.outputs, *db2 = d.b2 + (t * n.experts + e) * n.outputs;
+  if (!add_weights) {
+    std::fill(db1, db1 + n.part, 0.0f);
+    std::fill(db2, db2 + n.outputs, 0.0f);
+  }
+  if (gates)
+    for (int64_t r = 0; r < rows; ++r) d.gates[(start + r) * n.experts + e] = 0.0f;
+  if (count == 0) {
+    if (!add_weights) {
+      for (int64_t i = 0; i < n.width; ++i) std::fill(dw1 + i * n.inner, dw1 + i * n.inner + n.part, 0.0f);
+      std::fill(dw2, dw2 + n.part * n.outputs, 0.0f);
+    }
+    if (!add_input) std::fill(d.x + start * n.width, d.x + (start + rows) * n.width, 0.0f);
+    return;
+  }
+  if (sparse) {
+    float *taken = scratch<0>(count * (n.width + n.outputs));
+    take_rows(x, n.width, index, taken);
+    take_rows(change, n.outputs, index, taken + count * n.width);
+    x = taken, change = taken + count * n.width;
+  }
+  float *h = scratch<1>(2 * count * n.part), *dz = h + count * n.part;
+  multiply(false, true, count, n.part, n.outputs, {change, n.outputs}, second, false, dz, n.part);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = start + (sparse ? index[r] : r);
+    float *own = h + r * n.part, *down = dz + r * n.part;
+    const float *before = z + row * n.inner + e * n.part;
+    if (!gates) {
+      gelu_backward(before, n.part, own, down);
+      for (int64_t i = 0; i < n.outputs; ++i) db2[i] += change[r * n.outputs + i];
+      continue;
+    }
+    const float gate = w.gates[row * n.experts + e], *bias2 = w.b2 + (t * n.experts + e) * n.outputs;
+    gelu(before, n.part, own);
+    d.gates[row * n.experts + e] = dot(own, down, n.part) + dot(change + r * n.outputs, bias2, n.outputs);
+    gelu_backward(before, n.part, own, down);
+    for (int64_t i = 0; i < n.part; ++i) own[i] *= gate, down[i] *= gate;
+    for (int64_t i = 0; i < n.outputs; ++i) db2[i] += gate * change[r * n.outputs + i];
+  }
+  add_columns(dz, count, n.part, n.part, db1);
+  multiply(true, false, n.part, n.outputs, count, {h, n.part}, {change, n.outputs}, add_weights, dw2, n.outputs);
+  multiply(true, false, n.width, n.part, count, {x, n.width}, {dz, n.part}, add_weights, dw1, n.inner);
+  float *dx = d.x + start * n.width;
+  if (!sparse) {
+    multiply(false, true, count, n.width, n.part, {dz, n.part}, first_weight, add_input, dx, n.width);
+    return;
+  }
+  if (!add_input) std::fill(dx, dx + rows * n.width, 0.0f);
+  float *change_x = scratch<2>(count * n.width);
+  multiply(false, true, count, n.width, n.part, {dz, n.part}, first_weight, false, change_x, n.width);
+  add_rows(change_x, n.width, index, dx);
+}
+
+GeluSizes gelu_sizes(const int64_t *x, const int64_t *w1, const int64_t *w2, int64_t experts) {
+  return {x[0], x[1], x[2], w1[2], w2[2], experts, w1[2] / experts};
+}
+
+int run_gelu_forward(const GeluSizes &n, const GeluWeights &w, float *y, float *z) {
+  if (sgemm() == nullptr) return 1;
+  const int64_t blocks = (n.batch + kForwardRows - 1) / kForwardRows;
+  Team::get().run(static_cast<int>(n.tokens * blocks), [&](int block) {
+    const int64_t first = block % blocks * kForwardRows;
+    gelu_forward(n, w, block / blocks, first, std::min(kForwardRows, n.batch - first), z, y);
+  });
+  return 0;
+}
+
+int run_gelu_backward(const GeluSizes &n, const GeluWeights &w, const float *z, const float *dy,
+                      const GeluGradients &d) {
+  if (sgemm() == nullptr) return 1;
+  Team::get().run(static_cast<int>(n.tokens), [&](int t) {
+    for (int64_t first = 0; first < n.batch; first += kBackwardRows)
+      for (int64_t e = 0; e < n.experts; ++e)
+        gelu_expert_backward(n, w, z, dy, d, t, first, std::min(kBackwardRows, n.batch - first), e, first > 0, e > 0);
+  });
+  return 0;
+}
+
+}  // namespace
