@@ -3,10 +3,10 @@
     python scripts/bench/ranker_vs_torch.py [--sizes 8x128,16x768] [--batch 512] [--rounds 7] [--no-compile]
 
 All sides run the blocks, the mean over the tokens and one linear head on given tokens [T, B, D], from the same
-parameters; their logits and first losses must agree. Training is the cross-entropy, its gradient and one Adam step: ours
-is the `TrainStep` that `python -m recsys train` runs, which also takes the norm of the gradient and leaves out steps that
-are not finite. torch: baddbmm for the per-token networks, tanh GELU, layer_norm, and its fused Adam. In turns, a process
-each; `--no-kernels` adds ours without the C++ primitives (PANGU_KERNELS=0).
+parameters; their logits and first losses must agree. Training is the cross-entropy, its gradient and one Adam step:
+ours is the `TrainStep` that `python -m recsys train` runs, which also takes the norm of the gradient and leaves out
+steps that are not finite. torch: baddbmm for the per-token networks, tanh GELU, layer_norm, and its fused Adam. In
+turns, a process each; `--no-kernels` adds ours without the C++ primitives (PANGU_KERNELS=0).
 
 The last line of stdout is JSON: `ratio` is ours over torch eager, geometric mean of all rows.
 """
