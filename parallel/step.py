@@ -17,6 +17,7 @@ import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from parallel.layers.dropout import connect_dropout
+from parallel.layers.fused import squares_kernel
 from parallel.runtime.optimizers import Optimizer
 from parallel.runtime.train_settings import LossScaleSettings, TrainSettings
 
@@ -140,10 +141,14 @@ class GlobalNorm(nn.Cell):
         self.shares = tuple(1.0 / count for count in replicas)
         self.map = ops.HyperMap()
         self.reduces = tuple(ops.AllReduce(ops.ReduceOp.SUM, group) for group in groups)
+        self.kernel = squares_kernel()
 
     def construct(self, gradients: tuple) -> Tensor:
         """Scalar norm; not finite as soon as one gradient of one rank is not."""
-        total = ops.addn(self.map(shared_square, gradients, self.shares))
+        if self.kernel is None:
+            total = ops.addn(self.map(shared_square, gradients, self.shares))
+        else:
+            total = ops.addn(self.map(ops.partial(kernel_square, self.kernel), gradients, self.shares))
         for reduce in self.reduces:
             total = reduce(total)
         return ops.sqrt(total)
@@ -152,6 +157,14 @@ class GlobalNorm(nn.Cell):
 def shared_square(gradient: Tensor, share: float) -> Tensor:
     """A gradient's sum of squares times `share`."""
     square = sum_of_squares(ops.cast(gradient, ms.float32))
+    if share != 1.0:
+        square = square * share
+    return square
+
+
+def kernel_square(kernel: ops.Primitive, gradient: Tensor, share: float) -> Tensor:
+    """`shared_square` in one pass over memory, on the CPU."""
+    square = ops.reshape(kernel(ops.cast(gradient, ms.float32)), ())
     if share != 1.0:
         square = square * share
     return square
@@ -176,7 +189,7 @@ class LossScale(nn.Cell):
     def __init__(self, settings: LossScaleSettings, precision: str) -> None:
         super().__init__(auto_prefix=False)
         kind = settings.name if settings.name != "auto" else ("dynamic" if precision == "fp16" else "none")
-        self.dynamic = kind == "dynamic"
+        self.kind, self.dynamic = kind, kind == "dynamic"
         self.factor, self.window = settings.factor, settings.window
         first = 1.0 if kind == "none" else settings.initial
         self.value = Parameter(Tensor(first, ms.float32), name="loss_scale", requires_grad=False)
@@ -227,6 +240,9 @@ class TrainStep(nn.Cell):
         self.optimizer = optimizer
         self.loss_scale = LossScale(settings.loss_scale, settings.precision)
         self.clip_norm = settings.clip_norm
+        # Gradients then need no multiplication, which would go through all of them.
+        self.unscaled = (gradient is None and self.loss_scale.kind == "none" and settings.clip_norm is None
+                         and settings.accumulation * ranks == 1)
         self.skip_non_finite = skip_non_finite
         # Maps, not loops: a loop over n gradients that builds tuples makes the compiler hold n^2 nodes.
         self.map = ops.HyperMap()
@@ -237,7 +253,9 @@ class TrainStep(nn.Cell):
 
     def construct(self, *batch: Tensor) -> tuple:
         """batch: this rank's rows of the global batch, micro-batches after each other."""
-        scale = self.loss_scale.value * Tensor(1.0, ms.float32)
+        scale = Tensor(1.0, ms.float32)
+        if not self.unscaled:
+            scale = self.loss_scale.value * scale
         loss, gradients, factor = self.gradient(scale, self.iteration + 0, *batch)
         factor = factor / scale
         norm = self.norm(gradients) * factor
@@ -257,7 +275,9 @@ class TrainStep(nn.Cell):
 
     def update(self, gradients: tuple, factor: Tensor) -> Tensor:
         """Moves parameters, moments and `step`."""
-        done = self.optimizer(self.map(ops.partial(times, factor), gradients), self.step)
+        if not self.unscaled:
+            gradients = self.map(ops.partial(times, factor), gradients)
+        done = self.optimizer(gradients, self.step)
         return ops.assign(self.step, ops.depend(self.step, done) + 1)
 
     def counters(self) -> list[Parameter]:

@@ -214,3 +214,12 @@ ENTRY(rms_norm_backward) {
                        in(params, 3), out(params, 4), out(params, 5), nullptr);
   return 0;
 }
+
+// x -> sum of its squares
+ENTRY(squares) {
+  if (count != 2) return 2;
+  int64_t size = 1;
+  for (int i = 0; i < dims[0]; ++i) size *= shapes[0][i];
+  out(params, 1)[0] = sum_squares(in(params, 0), size);
+  return 0;
+}

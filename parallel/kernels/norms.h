@@ -1,4 +1,4 @@
-// Norms over the last dim.
+// Norms over the last dim, and the sum of all squares.
 
 #pragma once
 
@@ -69,6 +69,21 @@ void norm_backward(const float *x, int64_t rows, int64_t width, const float *gam
       d_gamma[i] += partial[block * 2 * width + i];
       if (kMean) d_beta[i] += partial[(block * 2 + 1) * width + i];
     }
+}
+
+// Sum over all of x^2: floats within a block, doubles over the blocks, in one order whatever the number of threads.
+float sum_squares(const float *x, int64_t size) {
+  constexpr int64_t kSize = 1 << 15;
+  const int64_t blocks = (size + kSize - 1) / kSize;
+  std::vector<float> partial(blocks);
+  Team::get().run(static_cast<int>(blocks), [&](int block) {
+    float sum = 0;
+    for (int64_t i = block * kSize; i < std::min(size, (block + 1) * kSize); ++i) sum += x[i] * x[i];
+    partial[block] = sum;
+  });
+  double total = 0;
+  for (float sum : partial) total += sum;
+  return static_cast<float>(total);
 }
 
 }  // namespace
