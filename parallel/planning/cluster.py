@@ -34,6 +34,8 @@ class EfficiencySettings(Settings):
     """Share of a link's bandwidth that collectives get."""
     overlap: float = Field(0.8, ge=0, le=1)
     """Share of the backward pass under which gradients travel unseen."""
+    op_overlap: float = Field(0.6, ge=0, le=1)
+    """Share of the op axis's communication that goes unseen where products are run piece by piece with it."""
     kernel_us: float = Field(5.0, ge=0)
     """Least microseconds of a kernel."""
     jitter: float = Field(0.0, ge=0, lt=1)
@@ -55,8 +57,12 @@ class ClusterSettings(Settings):
     """GB/s between device memory and cores."""
     devices_per_node: int = Field(8, ge=1)
     """Devices in one server."""
+    devices_per_group: int | None = Field(None, ge=1)
+    """Devices of a server that are linked more closely with each other; None = all alike."""
     nodes_per_rack: int = Field(16, ge=1)
     """Servers under one switch."""
+    group: LinkSettings | None = None
+    """Between devices of a group; None = as in the server."""
     node: LinkSettings = LinkSettings(bandwidth_gb=90.0, latency_us=5.0)
     """Between devices of a server."""
     rack: LinkSettings = LinkSettings(bandwidth_gb=12.5, latency_us=15.0)
@@ -69,6 +75,9 @@ class ClusterSettings(Settings):
     fused: list[str] = Field(default_factory=list)
     """Cells (ends of their paths) that the software runs as one kernel, so that nothing inside goes through memory:
     attention.core where there is a flash attention."""
+    overlapped: bool = False
+    """Whether the software runs products piece by piece with the op axis's communication (Megatron-LM's
+    tp-comm-overlap, MindSpeed's mc2)."""
     efficiency: EfficiencySettings = EfficiencySettings()
     """Constants of the software."""
 
@@ -103,29 +112,25 @@ class Network:
             strides[factor] = stride
             stride *= mesh.ways_of[factor]
         self.strides = strides
+        node, rack = cluster.devices_per_node, cluster.devices_per_node * cluster.nodes_per_rack
+        levels = [(node, cluster.node), (rack, cluster.rack), (None, cluster.across)]
+        if cluster.group is not None and cluster.devices_per_group is not None:
+            levels.insert(0, (cluster.devices_per_group, cluster.group))
+        self.levels: list[tuple[int | None, LinkSettings]] = levels
         self.stage_stride = config.op if inside else config.data * config.op
         self._known: dict[tuple, float] = {}
 
     def link(self, extent: int) -> LinkSettings:
         """The slowest link among ranks whose numbers differ by up to `extent`."""
-        cluster = self.cluster
-        if extent < cluster.devices_per_node:
-            return cluster.node
-        return cluster.rack if extent < cluster.devices_per_node * cluster.nodes_per_rack else cluster.across
+        return next(link for devices, link in self.levels if devices is None or extent < devices)
 
-    def members(self, factors: tuple[int, ...]) -> tuple[int, int, int]:
-        """(ranks of a group, how many of them share a node, difference of the outermost ones' numbers)."""
-        ranks, inside, extent = 1, 1, 0
-        for factor in sorted(factors, key=lambda factor: self.strides[factor]):
-            ways, stride = self.mesh.ways_of[factor], self.strides[factor]
-            ranks *= ways
-            extent += (ways - 1) * stride
-            room = max(1, self.cluster.devices_per_node // max(stride, 1))
-            inside *= min(ways, room) if stride * ways > self.cluster.devices_per_node else ways
-        return ranks, max(1, min(inside, ranks)), extent
+    def members(self, factors: tuple[int, ...]) -> list[int]:
+        """Ranks of a group that can reach each other at each level (the last: all of them)."""
+        return [math.prod(min(self.mesh.ways_of[factor], max(1, devices // self.strides[factor])) if devices else
+                          self.mesh.ways_of[factor] for factor in factors) for devices, _ in self.levels]
 
     def seconds_of(self, said: Collective) -> float:
-        """Time of one collective: a ring inside the node, then one ring across nodes for each device of a node."""
+        """Time of one collective: rings inside the closest level, then across the next with a part for each device."""
         key = (said.kind, said.factors, said.bytes)
         if key not in self._known:
             self._known[key] = self._collective(said)
@@ -136,14 +141,11 @@ class Network:
             return self.transfer(said.bytes)
         if not said.factors:
             return 2 * self.cluster.across.latency_us * 1e-6 * math.log2(max(2, self.mesh.config.pipeline.stages))
-        ranks, inside, extent = self.members(said.factors)
-        if ranks == 1:
-            return 0.0
-        trips = 2 if said.kind == "AllReduce" else 1
-        if extent < self.cluster.devices_per_node or inside == 1:
-            return trips * self._ring(said.bytes, ranks, self.link(extent))
-        return trips * (self._ring(said.bytes, inside, self.cluster.node)
-                        + self._ring(said.bytes / inside, ranks // inside, self.link(extent)))
+        seconds, inside = 0.0, 1
+        for (_, link), ranks in zip(self.levels, self.members(said.factors), strict=True):
+            seconds += self._ring(said.bytes / inside, ranks // inside, link)
+            inside = ranks
+        return (2 if said.kind == "AllReduce" else 1) * seconds
 
     def _ring(self, size: float, ranks: int, link: LinkSettings) -> float:
         if ranks <= 1:

@@ -327,40 +327,50 @@ class _Evaluation:
 
     def _work(self, operation: Operation, operands: list[Dims], outputs: tuple[Dims, ...]) -> None:
         forward, cost = Work(), self.cost
+        inside = self._fused_in(operation)
         out_bytes = sum(self.mesh.local(dims) * WIDTH[item.dtype]
-                        for dims, item in zip(outputs, operation.outputs, strict=True))
+                        for dims, item in zip(outputs, operation.outputs, strict=True)
+                        if not inside or self.segment.number[id(item)] in self._leaving_fused())
         in_bytes = sum(self.mesh.local(dims) * WIDTH[item.dtype]
-                       for dims, item in zip(operands, operation.inputs, strict=True))
+                       for dims, item in zip(operands, operation.inputs, strict=True)
+                       if not inside or not self._is_made_in(item, inside))
         cost.largest = max(cost.largest, out_bytes)
         if operation.primitive in PRODUCTS:
             self._product(operation, operands, outputs, forward, in_bytes + out_bytes)
-        elif self._moves(operation):
+        elif self._moves(operation) and (in_bytes + out_bytes or not inside):
             if operation.primitive == "Gather":
                 in_bytes = out_bytes
-            forward.bytes, forward.kernels = in_bytes + out_bytes, 1
+            forward.bytes, forward.kernels = in_bytes + out_bytes, not inside
             if operation.needed:
                 cost.backward.bytes += in_bytes + out_bytes
-                cost.backward.kernels += 1
+                cost.backward.kernels += not inside
         cost.forward.add(forward)
         self.works.append(forward)
 
-    def _is_fused(self, operation: Operation) -> bool:
-        return bool(self.fused) and any(f"{operation.scope}.".endswith((f"{name}.", f"{name}.dropout."))
-                                        for name in self.fused)
+    def _fused_in(self, operation: Operation) -> str:
+        """Path of the cell that runs as one kernel with this operation inside; "" for none."""
+        path = f".{operation.scope}."
+        for name in self.fused:
+            if f".{name}." in path:
+                return path[:path.index(f".{name}.") + len(name) + 1]
+        return ""
+
+    def _is_made_in(self, item: Item, cell: str) -> bool:
+        place = self.maker.get(self.segment.number[id(item)])
+        return place is not None and self._fused_in(self.segment.operations[place]) == cell
 
     def _moves(self, operation: Operation) -> bool:
         """Whether a primitive reads and writes memory of its own."""
         # Weights are cast once a step, not once a micro-batch: that is counted with the update.
         weight = operation.primitive == "Cast" and operation.inputs[0].parameter is not None
-        return not (operation.primitive in VIEWS | _NOTHING or weight or _is_same_cast(operation)
-                    or self._is_fused(operation))
+        return not (operation.primitive in VIEWS | _NOTHING or weight or _is_same_cast(operation))
 
     def _product(self, operation: Operation, operands: list[Dims], outputs: tuple[Dims, ...], forward: Work,
                  moved: int) -> None:
         rows = self.mesh.local(outputs[0])
         inner = self.mesh.local((_contracted(operation, operands[0]),))
         sides = [self.mesh.local((dim,)) for dim in outputs[0][-2:]]
-        product = (2 * rows * inner, min(*sides, inner), 0 if self._is_fused(operation) else moved)
+        product = (2 * rows * inner, min(*sides, inner), moved)
         forward.products[product] += 1
         if operation.needed:
             self.cost.backward.products[product] += sum(item.differentiable for item in operation.inputs)
@@ -394,7 +404,7 @@ class _Evaluation:
                 continue
             number = self._before_views(number)
             maker = self.maker.get(number)
-            if maker is not None and self._is_fused(operations[maker]) and number not in self._leaving_fused():
+            if maker is not None and self._fused_in(operations[maker]) and number not in self._leaving_fused():
                 continue
             if number not in self.maker and item.producer < 0:
                 continue  # the batch itself is there anyway
@@ -454,10 +464,14 @@ class _Evaluation:
         return any(f".{name}." in scope for name in self.mesh.config.recompute.cells)
 
     def _leaving_fused(self) -> set[int]:
-        """Results of fused cells that others read: a fused kernel keeps these and nothing else of its own."""
+        """Results of fused cells that others read: such a kernel keeps and writes these and nothing else of its own."""
         if self.leaving is None:
-            self.leaving = {self.segment.number[id(item)] for operation in self.segment.operations
-                            if not self._is_fused(operation) for item in operation.inputs}
+            made, self.leaving = {}, set()
+            for operation in self.segment.operations:
+                cell = self._fused_in(operation)
+                self.leaving |= {number for number in (self.segment.number[id(item)] for item in operation.inputs)
+                                 if made.get(number, cell) != cell}
+                made |= {self.segment.number[id(item)]: cell for item in operation.outputs}
         return self.leaving
 
     def _before_views(self, number: int) -> int:

@@ -148,6 +148,7 @@ class ParameterCount:
         axes: named axes that cut its dims, those of the first primitive that takes it.
         order: all named axes of that primitive in the order of its device matrix.
         cast: element type in which that primitive takes it.
+        user: name of that primitive.
         shared_units: all units that use it.
     """
 
@@ -159,6 +160,7 @@ class ParameterCount:
     axes: tuple[str | None, ...] = ()
     order: tuple[str, ...] = ()
     cast: str | None = None
+    user: str = ""
     shared_units: tuple[int, ...] = ()
 
 
@@ -285,7 +287,7 @@ class Walk:
                               layer=layer)
         for item, axes in zip(inputs, wanted, strict=True):
             if item.parameter is not None and name != "Cast":
-                self.first_use.setdefault(item.parameter, (axes, item.dtype, axes_in_order(operation)))
+                self.first_use.setdefault(item.parameter, (axes, item.dtype, axes_in_order(operation), name))
         self.operations.append(operation)
         return made
 
@@ -462,8 +464,8 @@ def _parameters(network: nn.Cell, walk: Walk) -> list[ParameterCount]:
     counts = []
     for parameter in network.trainable_params():
         units = owners.get(id(parameter), (0,))
-        axes, cast, order = walk.first_use.get(parameter.name, (None, None, ()))
+        axes, cast, order, user = walk.first_use.get(parameter.name, (None, None, (), ""))
         axes = axes or (None,) * len(parameter.shape)
         counts.append(ParameterCount(parameter.name, tuple(parameter.shape), _dtype(parameter.dtype), units[0],
-                                     bool(parameter.parallel_optimizer), tuple(axes), order, cast, units))
+                                     bool(parameter.parallel_optimizer), tuple(axes), order, cast, user, units))
     return counts

@@ -164,7 +164,7 @@ class Planner:
 
     def _held(self, found: Description, cost: NetworkCost, config: ParallelConfig, count: int) -> Holdings:
         key = (config.data, config.op, config.expert, config.vocabulary, config.sequence, config.optimizer_shard,
-               config.optimizer.threshold_kb)
+               config.optimizer.threshold_kb, config.optimizer.level)
         if key not in self._known_holdings:
             slices = parameter_slices(found, cost.mesh)
             self._known_holdings[key] = Holdings(slices, cost.mesh, self.train.optimizer)
@@ -212,9 +212,12 @@ class _Times:
         return forward, backward, shares
 
     def _overlapped(self, compute: float, speech: float) -> tuple[float, float]:
-        """(time, exposed communication): with k interleaved parts all but the first part's can hide under compute."""
-        parts = self.config.micro_batch_interleave
-        hidden = min(speech, compute) * (1 - 1 / parts)
+        """(time, exposed communication): with k interleaved parts all but the first part's can hide under compute,
+        and a share of it where the software runs products piece by piece."""
+        share = 1 - 1 / self.config.micro_batch_interleave
+        if self.cluster.overlapped:
+            share = max(share, self.cluster.efficiency.op_overlap)
+        hidden = min(speech, compute) * share
         return compute + speech - hidden, speech - hidden
 
     def _transfer(self, cost: NetworkCost, found: Description) -> float:
@@ -235,17 +238,17 @@ class _Times:
             passes = line.end
         else:
             passes = bound(loads, count, chunks) + 2 * (stages - 1) * self.transfer
-        ends = [self._end(stage) for stage in range(len(self.figures))]
+        ends = [self._end(stage, count) for stage in range(len(self.figures))]
         gradients, update = max(ends, key=sum)
-        step = passes + gradients + update
-        beyond = config.world / self.cluster.devices_per_node
+        work, factor, beyond = passes + gradients + update, 1.0, config.world / self.cluster.devices_per_node
         while beyond > 1:
-            step *= 1 + self.cluster.efficiency.jitter * min(1.0, beyond - 1)
+            factor *= 1 + self.cluster.efficiency.jitter * min(1.0, beyond - 1)
             beyond /= 2
+        step = work * factor
         slowest = max(range(stages), key=lambda stage: loads[stage])
         parts = {name: seconds * count for name, seconds in self.shares[slowest].items()}
         parts |= {"bubble": max(0.0, passes - loads[slowest] * count), "gradients": gradients, "update": update,
-                  "waiting": step - passes - gradients - update}
+                  "waiting": step - work}
         said = [Counter() for _ in self.figures]
         for counter, stage in zip(said, self.figures, strict=True):
             for entry, times in stage.collectives.items():
@@ -257,7 +260,7 @@ class _Times:
         return Estimate(config, count, [stage.memory for stage in self.figures], step, parts, planner.model_flops,
                         planner.task.tokens, mfu, idle, largest, self.cluster.usable_bytes, line, self.figures)
 
-    def _end(self, stage: int) -> tuple[float, float]:
+    def _end(self, stage: int, count: int) -> tuple[float, float]:
         """(exposed gradient and parameter communication, update) of a stage at the end of a step."""
         fused: Counter = Counter()
         for said, times in self.figures[stage].collectives.items():
@@ -267,6 +270,8 @@ class _Times:
         for (kind, factors, dimension), size in fused.items():
             seconds += self.network.seconds_of(Collective(kind, factors, size, dimension, "backward"))
         overlap, under = self.cluster.efficiency.overlap, sum(self.backward[stage])
+        if self.config.optimizer.level > 1:  # under every micro-batch, not the last one's alone
+            under *= count
         exposed = max((1 - overlap) * seconds, seconds - overlap * under)
         update = self.figures[stage].memory.parameters / 4 * _UPDATE_BYTES
         rate = self.cluster.memory_bandwidth_gb * 1e9 * self.cluster.efficiency.memory

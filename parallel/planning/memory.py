@@ -18,6 +18,7 @@ from parallel.planning.cost import Collective, NetworkCost, Segment, SegmentCost
 from parallel.planning.describe import WIDTH, Description, ParameterCount
 from parallel.planning.mesh import Mesh
 from parallel.planning.shapes import Dim, Dims
+from parallel.planning.timeline import most_held
 from parallel.runtime.train_settings import OptimizerSettings
 
 STATES = {"adamw": 2, "adam": 2, "lamb": 2, "adagrad": 1, "rmsprop": 1}
@@ -187,19 +188,31 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
             continue
         memory.parameters += total.memory.parameters
         memory.optimizer += total.memory.optimizer
-        memory.weight_copies += total.memory.weight_copies
+        if config.optimizer.level == 3:  # gathered for one layer at a time
+            memory.weight_copies = max(memory.weight_copies, total.memory.weight_copies)
+        else:
+            memory.weight_copies += total.memory.weight_copies
         # Micro-batches gather whole gradients; a single one's are cut as they come.
         whole = micro_batches > 1 and config.optimizer.level == 1
         memory.gradients += total.memory.gradients if whole else total.memory.parameters
         figures.parameters += total.parameters
         if stage == min(shared) or config.optimizer_shard > 1:
             # Else a borrower sends its part as it is: the owner sums over the ranks once they are added.
-            figures.collectives.update(total.collectives)
+            for said, times in total.collectives.items():
+                figures.collectives[said] += times * _times_a_step(said, config, micro_batches)
         if len(shared) > 1:
             there, back = ("Send", "Receive") if stage == min(shared) else ("Receive", "Send")
             for item in members:
                 figures.collectives[Collective(there, (), item.whole, "pipeline", "forward", "parameter")] += 1
                 figures.collectives[Collective(back, (), item.whole, "pipeline", "backward", "parameter")] += 1
+
+
+def _times_a_step(said: Collective, config: ParallelConfig, micro_batches: int) -> int:
+    """How often weights or gradients travel: level 2 scatters the gradients of every micro-batch, level 3 gathers the
+    weights for every micro-batch as well."""
+    if said.dimension != "optimizer" or config.optimizer.level == 1:
+        return 1
+    return micro_batches if said.kind == "ReduceScatter" or config.optimizer.level == 3 else 1
 
 
 def _gradient(figures: Stage, item: Slice, mesh: Mesh) -> None:
@@ -214,6 +227,8 @@ def _gradient(figures: Stage, item: Slice, mesh: Mesh) -> None:
     gathered = item.whole // WIDTH[item.count.dtype] * cast
     figures.collectives[Collective("ReduceScatter", item.shard, item.whole, "optimizer", "backward", "gradient")] += 1
     figures.collectives[Collective("AllGather", item.shard, gathered, "optimizer", "forward", "parameter")] += 1
+    if mesh.config.optimizer.level == 3 and item.count.user != "Add":  # a bias is not read backward
+        figures.collectives[Collective("AllGather", item.shard, gathered, "optimizer", "backward", "parameter")] += 1
     rest = tuple(factor for factor in item.replicas if factor not in item.shard)
     if mesh.ways(rest) > 1:
         figures.collectives[Collective("AllReduce", rest, item.bytes, "data", "backward", "gradient")] += 1
@@ -221,13 +236,14 @@ def _gradient(figures: Stage, item: Slice, mesh: Mesh) -> None:
 
 def _activations(figures: Stage, description: Description, cost: NetworkCost, config: ParallelConfig,
                  micro_batches: int, stage: int, homes: list[int]) -> None:
-    kept: dict[tuple, int] = {}
+    kept: list[dict[tuple, int]] = [{} for _ in range(config.pipeline.interleave)]
+    chunks = chunks_of_units(description.units, config)
     for segment, part in zip(cost.segments, cost.costs, strict=True):
         if homes[segment.unit] != stage:
             continue
         again = is_recomputed(segment.unit, description.units, config)
         for number, dims, size in _kept_on_stage(segment, part, again, description, cost, homes):
-            kept[id(segment.items[number].value), dims] = size
+            kept[chunks[segment.unit]][id(segment.items[number].value), dims] = size
             if again and size < cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]:
                 figures.collectives[_gather_back(cost.mesh, size)] += micro_batches
         figures.memory.workspace = max(figures.memory.workspace, _workspace(part, again))
@@ -239,8 +255,8 @@ def _activations(figures: Stage, description: Description, cost: NetworkCost, co
             made_again = _is_made_again(segment.items[number].producer, description, config)
             if made_again and not again and config.recompute.communication:
                 figures.collectives[replace(said, phase="recompute")] += times * micro_batches
-    alive = alive_micro_batches(config, stage, micro_batches)
-    figures.memory.activations = sum(kept.values()) * alive
+    figures.memory.activations = most_held([sum(chunk.values()) for chunk in kept], config.pipeline.schedule,
+                                           config.pipeline.stages, stage, micro_batches)
 
 
 def _kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description: Description, cost: NetworkCost,
@@ -292,19 +308,6 @@ def _workspace(part: SegmentCost, again: bool) -> int:
     return 3 * part.largest + (sum(part.kept.values()) if again else 0)
 
 
-def alive_micro_batches(config: ParallelConfig, stage: int, micro_batches: int) -> int:
-    """Micro-batches whose activations a stage holds at once (interleaved: a chunk's passes, rounded up)."""
-    stages, chunks = config.pipeline.stages, config.pipeline.interleave
-    if stages == 1:
-        return 1
-    if config.pipeline.schedule == "gpipe":
-        return micro_batches
-    if chunks > 1:
-        ahead = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
-        return min(micro_batches, -(-ahead // chunks))
-    return max(1, min(micro_batches, stages - stage))
-
-
 def _crossing(figures: Stage, cost: NetworkCost, config: ParallelConfig, micro_batches: int, stage: int,
               homes: list[int]) -> None:
     """Tensors that another stage made or needs: one Send or Receive for each micro-batch and direction."""
@@ -320,7 +323,7 @@ def _crossing(figures: Stage, cost: NetworkCost, config: ParallelConfig, micro_b
 
 
 def _norm(figures: Stage, mesh: Mesh, config: ParallelConfig) -> None:
-    if mesh.ways(mesh.everything) > 1:
+    if mesh.ways(mesh.everything) > 1 or config.pipeline.stages > 1:
         figures.collectives[Collective("AllReduce", mesh.everything, _SCALAR, "norm", "forward", "norm")] += 1
     if config.pipeline.stages > 1:
         figures.collectives[Collective("AllReduce", (), _SCALAR, "norm", "forward", "norm")] += 1

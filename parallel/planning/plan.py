@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, RecomputeConfig
 from parallel.planning.estimate import Estimate, Planner, figures_of, planner_for, show
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import Bar, note, table
@@ -23,6 +24,10 @@ _MOST_MICRO_BATCHES = 256
 _MOST_COUNTS = 4
 _INTERLEAVES = (2, 4)
 _FINALISTS = 12
+_MOST_COMPILED = 3
+_COMPARED = ("parameters", "optimizer", "gradients", "activations")
+_NO_RECOMPUTE = RecomputeConfig()
+_COLUMNS = ("data", "op", "stages", "micro", "chunks", "recompute", "shard", "sequence")
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Search:
         tried: layouts looked at.
         seconds: of the search.
         nearest: where nothing fits, the layout that is least too large.
+        losers: every other layout with its quick estimate (None: not worked out) and why it lost.
     """
 
     best: list[Estimate]
@@ -42,6 +48,12 @@ class Search:
     tried: int = 0
     seconds: float = 0.0
     nearest: Estimate | None = None
+    losers: list[tuple[ParallelConfig, Estimate | None, str]] = field(default_factory=list)
+
+    def lose(self, config: ParallelConfig, quick: Estimate | None, reason: str) -> None:
+        """Notes a layout that is not among the best."""
+        self.lost[reason.partition(":")[0]] += 1
+        self.losers.append((config, quick, reason))
 
 
 def divisors(number: int) -> list[int]:
@@ -53,7 +65,8 @@ def divisors(number: int) -> list[int]:
 def layouts(planner: Planner, devices: int, base: ParallelConfig) -> Iterator[ParallelConfig]:
     """Layouts of `devices` worth a look: op within two nodes, stages no more than layers, micro-batches that divide.
 
-    Per shape (data, op, stages) these are crossed: micro-batches x recompute x optimizer shard x sequence x interleave.
+    Per shape (data, op, stages) these are crossed: micro-batches x recompute (none, the cells named in the config,
+    full, full with what is kept sliced over op) x optimizer shard x sequence x interleave.
     """
     layers, batch = max(1, planner.units - 2), planner.task.inputs[0].shape[0]
     for op in divisors(devices):
@@ -71,16 +84,30 @@ def _choices(planner: Planner, base: ParallelConfig, data: int, op: int, stages:
     counts = [count for count in divisors(rows) if stages <= count <= _MOST_MICRO_BATCHES]
     if stages == 1:
         counts = counts[:1] + [count for count in counts[1:] if rows // count in (1, 2, 4, 8, 16)]
-    policies = ("none", "full") if planner.units > 1 else ("none",)
+    policies = _policies(planner, base) if planner.units > 1 else (("none", False),)
     # A shard must divide a slice's rows; where the whole data axis cannot, its largest power of 2 often does.
     power = data & -data
     shards = ([1] if data * op == 1 else [1, -1]) + ([power] if power not in (1, data) else [])
     sequences = (False, True) if op > 1 and _has_sequence(planner) else (False,)
-    for count, shard, sequence, policy in itertools.product(counts[-_MOST_COUNTS:], shards, sequences, policies):
+    counts = counts[-_MOST_COUNTS:]
+    for count, shard, sequence, (policy, sliced) in itertools.product(counts, shards, sequences, policies):
+        if sliced and (sequence or op == 1):
+            continue  # then nothing that is kept lies whole on the ranks of op
         chunks = [1] + [chunk for chunk in _INTERLEAVES if stages > 1 and stages * chunk <= layers
                         and count % stages == 0]
         for chunk in chunks:
-            yield _config(base, data, op, stages, count, policy, shard, sequence, chunk)
+            config = _config(base, data, op, stages, count, shard, sequence, chunk)
+            config.recompute.policy, config.recompute.slice_activations = policy, sliced
+            yield config
+
+
+def _policies(planner: Planner, base: ParallelConfig) -> tuple[tuple[str, bool], ...]:
+    """(policy, slice activations), those that cost least time first."""
+    found, _ = planner.description(1, 1)
+    scopes = {f".{operation.scope}." for operation in found.operations if operation.layer}
+    named = all(any(f".{name}." in scope for scope in scopes) for name in base.recompute.cells)
+    selective = (("selective", False),) if named and base.recompute.cells else ()
+    return (("none", False), *selective, ("full", False), ("full", True))
 
 
 def _has_sequence(planner: Planner) -> bool:
@@ -89,7 +116,7 @@ def _has_sequence(planner: Planner) -> bool:
     return any(axes and "residual" in axes for operation in found.operations for axes in operation.wanted)
 
 
-def _config(base: ParallelConfig, data: int, op: int, stages: int, count: int, policy: str, shard: int, sequence: bool,
+def _config(base: ParallelConfig, data: int, op: int, stages: int, count: int, shard: int, sequence: bool,
             chunk: int) -> ParallelConfig:
     config = base.model_copy(deep=True)
     config.devices, config.data, config.op, config.sequence = data * op * stages, data, op, sequence
@@ -97,7 +124,7 @@ def _config(base: ParallelConfig, data: int, op: int, stages: int, count: int, p
     config.vocabulary = base.vocabulary or stages > 1
     config.pipeline.offsets, config.pipeline.stages, config.pipeline.micro_batches = None, stages, count
     config.pipeline.schedule, config.pipeline.interleave = ("interleaved" if chunk > 1 else "1f1b"), chunk
-    config.optimizer.shard, config.recompute.policy = shard, policy
+    config.optimizer.shard = shard
     return config
 
 
@@ -114,17 +141,17 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
         for config in todo:
             bar.advance(1)
             if not planner.divides(config, config.pipeline.micro_batches):
-                found.lost["an axis does not divide"] += 1
+                found.lose(config, None, "an axis does not divide")
                 continue
             found.tried += 1
             kept = _without_recompute(config)
             if kept in roomy:
                 # Its twin that keeps everything fits already, and recomputing can only cost time.
-                found.lost["recomputation"] += 1
+                found.lose(config, None, "recomputation")
                 continue
             quick = planner.evaluate(config, exact=False, ends_only=True)
             if quick.missing > 0:
-                found.lost["memory"] += 1
+                found.lose(config, quick, f"memory: {_size(quick.missing)} too much")
                 if nearest is None or quick.missing < nearest[0]:
                     nearest = (quick.missing, config)
                 continue
@@ -138,15 +165,41 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
     exact = sorted((item for item in exact if item.missing <= 0), key=lambda item: item.step_seconds)
     found.best = exact[:TEN]
     for _, _, quick in fitting[_FINALISTS:]:
-        found.lost[main_loss(quick, found.best[0]) if found.best else "memory"] += 1
+        found.lose(quick.config, quick, main_loss(quick, found.best[0]) if found.best else "memory")
+    for item in exact[TEN:]:
+        found.lose(item.config, item, main_loss(item, found.best[0]))
     if not found.best and nearest is not None:
         found.nearest = planner.evaluate(nearest[1])
     found.seconds = time.monotonic() - started
     return found
 
 
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def write_list(path: Path, found: Search) -> None:
+    """Writes a CSV file with one row for every layout looked at: the best first, then the others and why they lost."""
+    from parallel.runtime.files import atomic_write
+
+    rows = [(item.config, item, "" if item is found.best[0] else main_loss(item, found.best[0]))
+            for item in found.best]
+    with atomic_write(path) as file:
+        writer = csv.writer(file)
+        writer.writerow([*_COLUMNS, "step_seconds", "mfu", "memory_gb", "lost_by"])
+        for config, estimate, reason in [*rows, *found.losers]:
+            figures = (["", "", ""] if estimate is None else
+                       [f"{estimate.step_seconds:.5g}", f"{estimate.mfu:.4f}", f"{estimate.fullest.total / 1e9:.2f}"])
+            writer.writerow([*_cells(config), *figures, reason])
+
+
+def _cells(config: ParallelConfig) -> list[Any]:
+    return [config.data, config.op, config.pipeline.stages, config.pipeline.micro_batches, config.pipeline.interleave,
+            recompute_name(config), config.optimizer.shard, str(config.sequence)]
+
+
 def _without_recompute(config: ParallelConfig) -> str:
-    return config.model_copy(update={"recompute": ParallelConfig().recompute}).model_dump_json()
+    return config.model_copy(update={"recompute": _NO_RECOMPUTE}).model_dump_json()
 
 
 def main_loss(loser: Estimate, winner: Estimate) -> str:
@@ -162,6 +215,9 @@ def mends(planner: Planner, config: ParallelConfig) -> str:
     trials: list[tuple[str, dict[str, Any]]] = [
         ("parallel.optimizer.shard=-1", {"optimizer": {"shard": -1}}),
         ("parallel.recompute.policy=full", {"recompute": {"policy": "full"}}),
+        ("parallel.recompute.slice_activations=true", {"recompute": {"slice_activations": True}}),
+        ("parallel.optimizer.level=2", {"optimizer": {"level": 2}}),
+        ("parallel.optimizer.level=3", {"optimizer": {"level": 3}}),
         ("parallel.sequence=true", {"sequence": True}), ("parallel.vocabulary=true", {"vocabulary": True})]
     for factor in (2, 4, 8):
         count = config.pipeline.micro_batches * factor
@@ -225,8 +281,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, metavar="N", help="how many devices (default: those of the config file)")
     parser.add_argument("--output", metavar="FILE", help="write the best layout's parallel block as YAML")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")
-    parser.add_argument("--confirm", action="store_true",
-                        help="compile the first and last stage of the best layout (dry run) and compare")
+    parser.add_argument("--list", metavar="FILE", help="write every layout that was tried, and why it lost, as CSV")
+    parser.add_argument("--confirm", action=argparse.BooleanOptionalAction, default=True,
+                        help="compile the first stage of the best layout (dry run) and compare; where it does not "
+                             "compile, the next best (default: yes)")
 
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -258,6 +316,8 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
 
         with atomic_write(Path(arguments.output)) as file:
             file.write(text)
+    if arguments.list:
+        write_list(Path(arguments.list), found)
     if arguments.html:
         from parallel.planning.report import write_report
 
@@ -266,7 +326,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
                "paper_layout_step_seconds": paper.step_seconds if paper else None, "tried": found.tried,
                "seconds": found.seconds, "lost": dict(found.lost)}
     if arguments.confirm:
-        figures["confirmed"] = confirm(arguments.config, arguments.overrides, best)
+        figures |= confirm(arguments.config, arguments.overrides, found)
     return figures
 
 
@@ -274,28 +334,47 @@ def _show_best(found: Search) -> None:
     winner = found.best[0]
     rows = []
     for item in found.best:
-        config = item.config
-        rows.append([config.data, config.op, config.pipeline.stages, config.pipeline.micro_batches,
-                     config.pipeline.interleave, config.recompute.policy, config.optimizer.shard,
-                     str(config.sequence), item.step_seconds, f"{item.mfu:.1%}", item.fullest.total / 1e9,
+        rows.append([*_cells(item.config), item.step_seconds, f"{item.mfu:.1%}", item.fullest.total / 1e9,
                      "" if item is winner else main_loss(item, winner)])
-    table("the ten best layouts", ["data", "op", "stages", "micro", "chunks", "recompute", "shard", "sequence",
-                                   "step s", "MFU", "GB", "loses by"], rows)
+    table("the ten best layouts", [*_COLUMNS, "step s", "MFU", "GB", "loses by"], rows)
 
 
-def confirm(config: str, overrides: list[str], best: Estimate) -> dict[str, Any]:
-    """Compiles the first stage of the layout and holds the dry run's bytes against the estimate's."""
+def recompute_name(config: ParallelConfig) -> str:
+    """The policy, and whether what is kept is sliced."""
+    return config.recompute.policy + (", sliced" if config.recompute.slice_activations else "")
+
+
+def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
+    """Dry-runs the first stage of the best layout that compiles and holds its bytes against the estimate's.
+
+    Returns:
+        confirmed: {kind: [planner's bytes, dry run's]} or None; confirmed_place: 1 if it was the best;
+        confirm_seconds: what that took.
+    """
     from parallel.proof.child import Request
     from parallel.proof.dryrun import dry_run
 
-    words = [*overrides, *_words("parallel", best.config.model_dump(mode="json"))]
-    report = dry_run(Request(best.config.world, 0, str(Path(config).resolve()), words))[0]
-    ours, dry = best.memory[0], report.memory
-    kinds = ("parameters", "optimizer", "gradients", "activations")
-    result = {name: [getattr(ours, name), getattr(dry, name)] for name in kinds}
-    table("first stage: bytes here and in the dry run", ["what", "planner", "dry run"],
-          [[name, *pair] for name, pair in result.items()])
-    return result
+    started = time.monotonic()
+    for place, item in enumerate(found.best[:_MOST_COMPILED], 1):
+        note(f"dry run of layout {place} (compiled, not run): {block(item.config)}")
+        words = [*overrides, *_words("parallel", item.config.model_dump(mode="json"))]
+        try:
+            report = dry_run(Request(item.config.world, 0, str(Path(config).resolve()), words))[0]
+        except UserError as error:
+            note(f"layout {place} is not confirmed: {error}")
+            continue
+        result = _compared(item, report)
+        table("first stage: here and in the dry run", ["what", "planner", "dry run"],
+              [[name, *pair] for name, pair in result.items()])
+        return {"confirmed": result, "confirmed_place": place, "confirm_seconds": time.monotonic() - started}
+    return {"confirmed": None, "confirmed_place": None, "confirm_seconds": time.monotonic() - started}
+
+
+def _compared(item: Estimate, report: Any) -> dict[str, list[int]]:
+    ours, dry = item.memory[0], report.memory
+    result = {name: [getattr(ours, name), getattr(dry, name)] for name in _COMPARED}
+    mine = sum(said.bytes * times for said, times in item.stages[0].collectives.items())
+    return result | {"communication": [mine, sum(said.bytes * said.times for said in report.collectives)]}
 
 
 def _words(prefix: str, tree: dict[str, Any]) -> list[str]:

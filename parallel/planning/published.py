@@ -17,6 +17,10 @@ from parallel.runtime.progress import table
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _GPT3 = ("model.layers=96", "model.hidden_size=12288", "model.heads=96", "model.sequence_length=2048",
          "model.vocabulary_size=51200", "model.dropout=0", "parallel.vocabulary=true")
+_LARGE = ("model.vocabulary_size=131072",)
+_MINDFORMERS = ("model.softmax_dtype=float16", "parallel.optimizer.shard=-1", "parallel.recompute.policy=full",
+                "parallel.vocabulary=false")
+_FUSED_DROPOUT = ("dropout", "dropout1", "dropout2")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Point:
         fitted: whether the constants were chosen with it.
         source: where it was published, and what we assumed.
         fused: cells that the published software runs as one kernel.
+        overlapped: whether it runs products piece by piece with the op axis's communication.
     """
 
     name: str
@@ -44,43 +49,44 @@ class Point:
     fitted: bool
     source: str
     fused: tuple[str, ...] = ()
+    overlapped: bool = False
 
 
-def _gpt3(name: str, cluster: str, devices: int, batch: int, data: int, op: int, stages: int, count: int, mfu: float,
+def _gpt3(name: str, cluster: str, batch: int, layout: tuple[int, int, int], micro: int, chunks: int, mfu: float,
           fitted: bool, source: str, *more: str) -> Point:
-    layout = (f"parallel.devices={devices}", f"parallel.data={data}", f"parallel.op={op}",
-              f"parallel.pipeline.stages={stages}", f"parallel.pipeline.micro_batches={count}",
-              f"train.global_batch_size={batch}", *more)
-    return Point(name, "2_6b.yaml", (*_GPT3, *layout), cluster, mfu, None, fitted, source,
-                 ("attention.core",))
+    """A GPT3-175B; layout: data, op, stages; micro: sequences of a micro-batch."""
+    data, op, stages = layout
+    words = (f"parallel.devices={data * op * stages}", f"parallel.data={data}", f"parallel.op={op}",
+             f"parallel.pipeline.stages={stages}", f"parallel.pipeline.micro_batches={batch // data // micro}",
+             f"train.global_batch_size={batch}", "parallel.sequence=true", "parallel.recompute.policy=none",
+             "parallel.pipeline.schedule=interleaved", f"parallel.pipeline.interleave={chunks}", *more)
+    return Point(name, "2_6b.yaml", (*_GPT3, *words), cluster, mfu, None, fitted, source, ("attention.core",), True)
 
 
-_MODEL_CARD = "MindFormers r1.0 model card, Atlas 800 (8 x 910); "
-_MINDSPEED = "MindSpeed-LLM linearity plot; flash attention; layout ours (op 8, stages 8, 48 micro-batches)"
-_MEGATRON = "Megatron-LM README, strong scaling on H100; layout ours (op 8, stages 12, interleaved, 1152 samples)"
-_SEQUENCE = ("parallel.sequence=true", "parallel.recompute.policy=none")
+_CARD = "MindFormers r1.0 model card, Atlas 800; layout, batch and recomputation of the YAML file that it names"
+_MINDSPEED = ("MindSpeed-LLM linearity plot; flash attention, mc2, op 8, stages 16, 3 chunks, micro-batches of 2, 1024 "
+              "sequences a replica: the repository's script for 128 devices")
+_GROWN = _MINDSPEED + "; that the batch grows with the devices is ours"
+_MEGATRON = ("Megatron-LM README, strong scaling on H100 with 1,152 sequences and all overlaps on; op 8, stages 12, "
+             "4 chunks and micro-batches of 1 are ours")
 
 POINTS = [
     Point("PanGu-alpha 2.6B, 8 x 910", "2_6b_8.yaml",
-          ("train.global_batch_size=128", "parallel.data=8", "parallel.op=1"), "ascend910.yaml", None, 4075, True,
-          _MODEL_CARD + "data 8, 16 sequences a device, full recompute"),
-    Point("PanGu-alpha 13B, 8 x 910", "13b_16.yaml",
-          ("parallel.devices=8", "train.global_batch_size=16", "parallel.data=1", "parallel.op=8",
-           "parallel.pipeline.stages=1", "parallel.pipeline.micro_batches=1"), "ascend910.yaml", None, 575, False,
-          _MODEL_CARD + "layout not given; op 8 and 16 sequences assumed"),
-    _gpt3("GPT3-175B, 128 x 910B", "ascend910b.yaml", 128, 96, 2, 8, 8, 48, 0.538, True, _MINDSPEED, *_SEQUENCE),
-    _gpt3("GPT3-175B, 512 x 910B", "ascend910b.yaml", 512, 384, 8, 8, 8, 48, 0.532, False, _MINDSPEED, *_SEQUENCE),
-    _gpt3("GPT3-175B, 2048 x 910B", "ascend910b.yaml", 2048, 1536, 32, 8, 8, 48, 0.515, False, _MINDSPEED,
-          *_SEQUENCE),
-    _gpt3("GPT3-175B, 7,968 x 910B", "ascend910b.yaml", 7936, 5952, 124, 8, 8, 48, 0.505, False,
-          _MINDSPEED + "; 7,936 devices, the nearest multiple of 64", *_SEQUENCE),
-    _gpt3("GPT3-175B, 96 x H100", "h100.yaml", 96, 1152, 1, 8, 12, 1152, 0.47, True, _MEGATRON, *_SEQUENCE,
-          "parallel.pipeline.schedule=interleaved", "parallel.pipeline.interleave=2"),
-    _gpt3("GPT3-175B, 1,536 x H100", "h100.yaml", 1536, 1152, 16, 8, 12, 72, 0.45, False,
-          _MEGATRON + "; between the published ends, by eye", *_SEQUENCE,
-          "parallel.pipeline.schedule=interleaved", "parallel.pipeline.interleave=2"),
-    _gpt3("GPT3-175B, 4,608 x H100", "h100.yaml", 4608, 1152, 48, 8, 12, 24, 0.42, False, _MEGATRON, *_SEQUENCE,
-          "parallel.pipeline.schedule=interleaved", "parallel.pipeline.interleave=2"),
+          ("train.global_batch_size=128", "parallel.data=8", "parallel.op=1", *_MINDFORMERS), "ascend910.yaml", None,
+          4075, True, _CARD, _FUSED_DROPOUT),
+    Point("PanGu-alpha 13B, 16 x 910", "13b_16.yaml",
+          ("train.global_batch_size=32", "parallel.data=4", "parallel.op=4", *_MINDFORMERS), "ascend910.yaml", None,
+          575, False, _CARD, _FUSED_DROPOUT),
+    _gpt3("GPT3-175B, 128 x 910B", "ascend910b.yaml", 1024, (1, 8, 16), 2, 3, 0.538, True, _MINDSPEED),
+    _gpt3("GPT3-175B, 512 x 910B", "ascend910b.yaml", 4096, (4, 8, 16), 2, 3, 0.532, False, _GROWN),
+    _gpt3("GPT3-175B, 2,048 x 910B", "ascend910b.yaml", 16384, (16, 8, 16), 2, 3, 0.515, False, _GROWN),
+    _gpt3("GPT3-175B, 4,096 x 910B", "ascend910b.yaml", 32768, (32, 8, 16), 2, 3, 0.503, False, _GROWN),
+    _gpt3("GPT3-175B, 7,968 x 910B", "ascend910b.yaml", 83 * 768, (83, 8, 12), 2, 4, 0.505, False,
+          _GROWN + "; 7,968 = 8 x 12 x 83, so 12 stages here, 768 sequences a replica"),
+    _gpt3("GPT3-175B, 96 x H100", "h100.yaml", 1152, (1, 8, 12), 1, 4, 0.47, True, _MEGATRON, *_LARGE),
+    _gpt3("GPT3-175B, 1,536 x H100", "h100.yaml", 1152, (16, 8, 12), 1, 4, 0.45, False,
+          _MEGATRON + "; read off the plot between the ends", *_LARGE),
+    _gpt3("GPT3-175B, 4,608 x H100", "h100.yaml", 1152, (48, 8, 12), 1, 4, 0.42, False, _MEGATRON, *_LARGE),
 ]
 
 
@@ -101,8 +107,7 @@ def check(constants: dict[str, float] | None = None) -> list[dict]:
 def _row(point: Point, planner: Planner, settings: object, constants: dict[str, float]) -> dict:
     for name, value in constants.items():
         setattr(planner.cluster.efficiency, name, value)
-    if point.fused:
-        planner.cluster.fused = list(point.fused)
+    planner.cluster.fused, planner.cluster.overlapped = list(point.fused), point.overlapped
     # Passes of a thousand micro-batches one by one would take longer than they tell more.
     config = settings.parallel.resolve()
     estimate = planner.evaluate(config, exact=config.pipeline.micro_batches <= 256)

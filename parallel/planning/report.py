@@ -158,8 +158,10 @@ def _table(columns: list[str], rows: list[list[Any]]) -> str:
 
 
 def _search_table(search: Any) -> str:
+    from parallel.planning.plan import recompute_name
+
     rows = [[item.config.data, item.config.op, item.config.pipeline.stages, item.config.pipeline.micro_batches,
-             item.config.recompute.policy, item.config.optimizer.shard, item.step_seconds, item.mfu,
+             recompute_name(item.config), item.config.optimizer.shard, item.step_seconds, item.mfu,
              item.fullest.total / 1e9] for item in search.best]
     lost = ", ".join(f"{name} {count}" for name, count in search.lost.most_common())
     return (_table(["data", "op", "stages", "micro", "recompute", "shard", "step s", "MFU", "GB"], rows)

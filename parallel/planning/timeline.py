@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 
@@ -59,6 +61,26 @@ def order(schedule: str, stages: int, stage: int, micro_batches: int, chunks: in
     for place, following in enumerate(forward[ahead:]):
         passes += [following, backward[place]]
     return passes + backward[len(forward) - ahead:]
+
+
+@cache
+def held_at_once(schedule: str, stages: int, stage: int, micro_batches: int, chunks: int = 1) -> tuple:
+    """How many micro-batches of each chunk a stage has been through forward but not backward, at its fullest moments
+    (those of which no other has as many of every chunk)."""
+    if stages == 1:
+        return ((1,) * chunks,)
+    counts, moments = [0] * chunks, set()
+    for item in order(schedule, stages, stage, micro_batches, chunks):
+        counts[item.chunk] += 1 if item.kind == "F" else -1
+        moments.add(tuple(counts))
+    return tuple(moment for moment in moments
+                 if not any(other != moment and all(map(int.__ge__, other, moment)) for other in moments))
+
+
+def most_held(kept: Sequence[int], schedule: str, stages: int, stage: int, micro_batches: int) -> int:
+    """Bytes held at the fullest moment by a stage that keeps `kept[c]` bytes of a micro-batch for chunk c."""
+    return max(sum(size * times for size, times in zip(kept, moment, strict=True))
+               for moment in held_at_once(schedule, stages, stage, micro_batches, len(kept)))
 
 
 def needs(stage: int, item: Pass, stages: int, chunks: int) -> tuple[int, Pass] | None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from parallel.config import ParallelConfig
+from parallel.planning.timeline import most_held
 from parallel.proof.graph import Function, Graph, Node, TensorType, attribute_value
 
 DIMENSIONS = ("data", "op", "pipeline", "optimizer", "expert", "norm")
@@ -128,7 +129,7 @@ def _purpose(node: Node) -> str:
         return "parameter" if "pipeline_param" in node.marks else "stage"
     if instance.startswith("PARALLEL_GLOBALNORM"):
         return "norm"
-    if instance.startswith(("grad_parallel_optimizer", "grad_mirror")):
+    if instance.startswith(("grad_parallel_optimizer", "grad_mirror", "_grad_accumulation_shard")):
         return "gradient"
     if instance.startswith("parallel_optimizer"):
         return "parameter"
@@ -144,7 +145,7 @@ def _dimension(node: Node, purpose: str, ranks: tuple[int, ...], config: Paralle
         return "pipeline"
     if purpose == "norm":
         return "norm"
-    if "parallel_optimizer" in node.instance:
+    if "parallel_optimizer" in node.instance or (purpose == "gradient" and node.op in _SCATTERING):
         return "optimizer"
     places = [coordinates(rank, config) for rank in ranks]
     stages, data, op = (len({place[axis] for place in places}) for axis in range(3))
@@ -218,9 +219,24 @@ def memory(graph: Graph, trainable: set[str], rank: int, config: ParallelConfig,
     gradients = sum(graph.parameters[name].bytes for name in gathered) or sum(own.values())
     constants = [kind.bytes for _, node, _ in graph.walk() if node.op == "Constant" for kind in _constant(node)]
     stage = coordinates(rank, config)[0]
-    alive = micro_batches if config.pipeline.schedule == "gpipe" else min(micro_batches, config.pipeline.stages - stage)
-    return Memory(sum(own.values()), states, gradients, kept_activations(graph) // micro_batches * max(alive, 1),
-                  max(constants, default=0))
+    pipeline = config.pipeline
+    kept = kept_by_chunk(graph, micro_batches, pipeline.interleave)
+    held = most_held(kept, pipeline.schedule, pipeline.stages, stage, micro_batches)
+    return Memory(sum(own.values()), states, gradients, held, max(constants, default=0))
+
+
+def kept_by_chunk(graph: Graph, micro_batches: int, chunks: int) -> list[int]:
+    """Bytes that one micro-batch keeps for its backward pass, for each chunk of layers of this stage.
+
+    Where micro-batches share functions there is one for each chunk, called in the order of the chunks; a graph that is
+    written out is divided evenly.
+    """
+    sizes = {function.name: sum(kept_tensors(function, graph).values()) for function in graph.functions.values()}
+    called = list(dict.fromkeys(node.callee for node in graph.main.nodes if node.op == "call" and
+                                sizes.get(node.callee or "")))
+    if chunks > 1 and len(called) == chunks:
+        return [sizes[name] for name in called]
+    return [kept_activations(graph) // micro_batches // chunks] * chunks
 
 
 def kept_activations(graph: Graph) -> int:
