@@ -105,11 +105,14 @@ def recompute(network: nn.Cell, config: ParallelConfig) -> None:
     """Marks what is computed again in the backward pass: each layer (full) or the named cells in it (selective).
 
     Raises:
-        UserError: a name fits no cell.
+        UserError: a name fits no cell, or the network has no layers.
     """
     settings = config.recompute
     if settings.policy == "none":
         return
+    if not has_stack(network):
+        raise UserError("this model has no stack of layers to compute again", where="parallel.recompute.policy",
+                        value=settings.policy, mend="set it to none")
     _, *units, _ = _units(network)
     layers = [unit[0] if isinstance(unit, list) else unit for unit in units]
     how = {"mp_comm_recompute": settings.communication, "recompute_slice_activation": settings.slice_activations}

@@ -237,6 +237,8 @@ def main() -> int:
         _import_early()
     for line in sys.stdin:
         place = Path(line.strip())
+        with contextlib.suppress(Exception):
+            _import_models(place)
         fork = os.fork()
         if fork == 0:
             _answer_in_fork(place)
@@ -266,11 +268,16 @@ def _import_early() -> None:
     import mindspore.communication  # noqa: F401
 
     import parallel.sharded_step  # noqa: F401
-    from parallel.runtime.builder import MODEL_PACKAGES
+    from parallel.runtime.builder import build_task  # noqa: F401
 
-    for package in MODEL_PACKAGES:
-        if importlib.util.find_spec(package) is not None and importlib.util.find_spec(f"{package}.build") is not None:
-            importlib.import_module(f"{package}.build")
+
+def _import_models(place: Path) -> None:
+    """The modules of the request's model."""
+    from parallel.runtime.builder import load_run
+
+    request = json.loads((place / "request.json").read_text(encoding="utf-8"))
+    if request["config"] is not None:
+        load_run(request["config"], request["overrides"])
 
 
 def _answer(place: Path) -> int:

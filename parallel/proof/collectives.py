@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from parallel.proof.graph import Node
+from parallel.runtime.errors import UserError
 
 _REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
 
@@ -62,7 +63,11 @@ def group_ranks(node: Node) -> tuple[int, ...]:
 
 
 def combine(calls: Sequence[Call]) -> list[np.ndarray]:
-    """What each member gets, for calls in the order of the group."""
+    """What each member gets, for calls in the order of the group.
+
+    Raises:
+        UserError: a collective that has no rule here.
+    """
     node, values = calls[0].node, [np.asarray(call.value) for call in calls]
     count = len(values)
     if node.op == "AllReduce":
@@ -76,7 +81,8 @@ def combine(calls: Sequence[Call]) -> list[np.ndarray]:
         return [values[root if root < count else calls[0].members.index(root)]] * count
     if node.op in ("AlltoAll", "AllToAll"):
         return _exchange(node, values)
-    raise NotImplementedError(f"replay has no rule for the collective {node.op}: add one to combine()")
+    raise UserError(f"replay has no rule for the collective {node.op}", where=node.scope,
+                    mend="add one to combine() in parallel/proof/collectives.py")
 
 
 def _reduced(node: Node, values: list[np.ndarray]) -> np.ndarray:

@@ -34,7 +34,13 @@ def representative_of(rank: int, config: ParallelConfig) -> int:
 
 
 def same_but_for_groups(graphs: dict[int, Graph], layouts: dict[int, dict], config: ParallelConfig) -> bool:
-    """Whether each compiled rank's graph is the derived one, node for node, and its parameters are cut alike."""
+    """Whether each compiled rank's graph is the derived one, node for node, and its parameters are cut alike.
+
+    Args:
+        graphs: by rank.
+        layouts: MindSpore's layout lists of each rank's parameters.
+        config: resolved.
+    """
     if len(graphs) == config.world:
         return True
     for rank, graph in graphs.items():
@@ -44,7 +50,7 @@ def same_but_for_groups(graphs: dict[int, Graph], layouts: dict[int, dict], conf
         made = derived(graphs[source], rank, config)
         if graph.functions or made.parameters != graph.parameters or len(made.main.nodes) != len(graph.main.nodes):
             return False
-        if not all(_alike(one, other) for one, other in zip(made.main.nodes, graph.main.nodes, strict=True)):
+        if not all(alike(one, other) for one, other in zip(made.main.nodes, graph.main.nodes, strict=True)):
             return False
         if _nameless(layouts[source]) != _nameless(layouts[rank]):
             return False
@@ -56,7 +62,9 @@ def _nameless(layouts: dict[str, list]) -> dict[str, list]:
     return {name: [*layout[:5], bool(layout[5]), *layout[6:]] for name, layout in layouts.items()}
 
 
-def _alike(one: Node, other: Node) -> bool:
+def alike(one: Node, other: Node) -> bool:
+    """Whether two nodes are the same computation among the same ranks."""
+
     def told(node: Node) -> tuple:
         kept = [{key: value for key, value in items.items() if key not in _NAMES_OF_GROUPS}
                 for items in (node.attributes, node.marks)]

@@ -172,7 +172,7 @@ def run_grid(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout], compilers: Compilers, steps: int = 3,
-               *, every_rank: bool = False) -> Iterator[Cell]:
+               *, references: References | None = None, every_rank: bool = False) -> Iterator[Cell]:
     """Replays `config` under each layout; one is compiled while the one before is executed.
 
     Args:
@@ -181,9 +181,10 @@ def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout],
         layouts: in this order.
         compilers: what compiles.
         steps: training steps to compare.
+        references: one-device runs of this file that are already there.
         every_rank: see `compile_world`.
     """
-    references = References(config)
+    references = references or References(config)
 
     def compiled(layout: Layout) -> World:
         keys = with_defaults(config, [*layout.keys.split(), *overrides])

@@ -86,6 +86,8 @@ RULES |= {
         "RsqrtGrad": lambda y, g: -0.5 * g * y**3, "ReciprocalGrad": lambda y, g: -g * y * y,
         "AbsGrad": lambda x, g: g * np.sign(x), "SiLUGrad": lambda g, x: _silu_grad(g, x),
         "BiasAdd": lambda x, bias: x + bias.reshape(1, -1, *[1] * (x.ndim - 2)),
+        "LessScalar": np.less, "LessEqualScalar": np.less_equal, "GreaterScalar": np.greater,
+        "GreaterEqualScalar": np.greater_equal, "EqualScalar": np.equal, "NotEqualScalar": np.not_equal,
         "FillV2": lambda shape, value: np.full(tuple(shape), value), "Full": lambda s, v: np.full(tuple(s), v),
     }.items()
 }  # fmt: skip
@@ -140,45 +142,57 @@ def _matmul(node: Node, a: np.ndarray, b: np.ndarray, left: Any = False, right: 
     return np.matmul(a, b)
 
 
-@rule("StridedSlice", "Slice", "StridedSliceGrad", "SliceGrad")
-def _slice(node: Node, x: np.ndarray, *numbers: Any) -> np.ndarray:
-    if node.op == "StridedSliceGrad":  # inputs: gradient, shape, begin, end, strides, masks
-        out = np.zeros(tuple(numbers[0]), x.dtype)
-        out[_slices(*numbers[1:4])] = x
-        return out
-    if node.op == "SliceGrad":  # inputs: gradient, x, begin, size
-        out = np.zeros_like(numbers[0])
-        out[tuple(slice(b, b + s) for b, s in zip(numbers[1], numbers[2], strict=True))] = x
-        return out
-    if node.op == "Slice":
-        return x[tuple(slice(b, b + s if s >= 0 else None) for b, s in zip(*numbers[:2], strict=True))]
-    if any(int(mask) for mask in numbers[3:]):
-        return _masked_slice(x, *numbers)
-    return x[_slices(*numbers[:3])]
+@rule("StridedSlice")
+def _strided_slice(node: Node, x: np.ndarray, begin: Any, end: Any, strides: Any, *masks: int) -> np.ndarray:
+    return x[_index(begin, end, strides, *masks)]
 
 
-def _slices(begin: Sequence[int], end: Sequence[int], strides: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(int(b), int(e), int(s)) for b, e, s in zip(begin, end, strides, strict=True))
+@rule("StridedSliceGrad")
+def _strided_slice_grad(node: Node, gradient: np.ndarray, shape: Any, begin: Any, end: Any, strides: Any,
+                        *masks: int) -> np.ndarray:
+    out = np.zeros(tuple(shape), gradient.dtype)
+    out[_index(begin, end, strides, *masks)] = gradient
+    return out
 
 
-def _masked_slice(x: np.ndarray, begin: Any, end: Any, strides: Any, begin_mask: int, end_mask: int, ellipsis: int,
-                  new_axis: int, shrink: int) -> np.ndarray:
-    if ellipsis or new_axis:
-        raise NotImplementedError("StridedSlice with ellipsis_mask or new_axis_mask")
+def _index(begin: Sequence[int], end: Sequence[int], strides: Sequence[int], begin_mask: int = 0, end_mask: int = 0,
+           ellipsis_mask: int = 0, new_axis_mask: int = 0, shrink_mask: int = 0) -> tuple:
+    """NumPy's index of a StridedSlice; a mask's bit i says something else about entry i."""
     index: list[Any] = []
     for i, (b, e, s) in enumerate(zip(begin, end, strides, strict=True)):
-        if shrink >> i & 1:
+        if ellipsis_mask >> i & 1:
+            index.append(Ellipsis)
+        elif new_axis_mask >> i & 1:
+            index.append(None)
+        elif shrink_mask >> i & 1:
             index.append(int(b))
         else:
             index.append(slice(None if begin_mask >> i & 1 else int(b), None if end_mask >> i & 1 else int(e), int(s)))
-    return x[tuple(index)]
+    return tuple(index)
+
+
+@rule("Slice")
+def _slice(node: Node, x: np.ndarray, begin: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    return x[tuple(slice(b, b + s if s >= 0 else None) for b, s in zip(begin, size, strict=True))]
+
+
+@rule("SliceGrad")
+def _slice_grad(node: Node, gradient: np.ndarray, x: np.ndarray, begin: Sequence[int],
+                size: Sequence[int]) -> np.ndarray:
+    out = np.zeros_like(x)
+    out[tuple(slice(b, b + s) for b, s in zip(begin, size, strict=True))] = gradient
+    return out
 
 
 @rule("Gather")
 def _gather(node: Node, table: np.ndarray, ids: np.ndarray, dim: int, batch_dims: int = 0) -> np.ndarray:
-    if batch_dims:
-        raise NotImplementedError("Gather with batch_dims")
-    return np.take(table, ids, axis=int(dim))
+    if not int(batch_dims):
+        return np.take(table, ids, axis=int(dim))
+    # The first dims of both are walked together; what is taken stands where `dim` stood.
+    shared = int(batch_dims)
+    rows, picked = table.reshape(-1, *table.shape[shared:]), ids.reshape(-1, *ids.shape[shared:])
+    found = np.stack([np.take(row, pick, axis=int(dim) - shared) for row, pick in zip(rows, picked, strict=True)])
+    return found.reshape(*table.shape[:shared], *found.shape[1:])
 
 
 @rule("GatherD")
@@ -288,9 +302,12 @@ def _top(node: Node, x: np.ndarray, count: int) -> tuple:
 
 @rule("CumSum", "CumsumExt")
 def _cumulate(node: Node, x: np.ndarray, dim: int, *_: Any) -> np.ndarray:
-    if node.attributes.get("exclusive") or node.attributes.get("reverse"):
-        raise NotImplementedError("CumSum exclusive or reverse")
-    return np.cumsum(x, axis=int(dim))
+    if node.attributes.get("reverse"):
+        x = np.flip(x, int(dim))
+    total = np.cumsum(x, axis=int(dim))
+    if node.attributes.get("exclusive"):
+        total = total - x
+    return np.flip(total, int(dim)) if node.attributes.get("reverse") else total
 
 
 @rule("ScatterNd")

@@ -77,6 +77,30 @@ class TestRules:
         np.testing.assert_allclose(got[4], rows[0, 1] + rows[1, 0])
         np.testing.assert_allclose(got.sum(0), rows.reshape(4, 2)[:3].sum(0))
 
+    def test_slice_with_masks_and_its_gradient(self):
+        x = generator.standard_normal((4, 6, 3))
+        numbers = ((0, -3), (0, 0), (1, 1), 1, 3)  # all of dim 0, the last three of dim 1
+        part = RULES["StridedSlice"](node("StridedSlice"), x, *numbers)
+        np.testing.assert_array_equal(part, x[:, -3:])
+        back = RULES["StridedSliceGrad"](node("StridedSliceGrad"), part, x.shape, *numbers)
+        np.testing.assert_array_equal(back[:, -3:], part)
+        assert not back[:, :-3].any()
+        # ellipsis, one column of the last dim (shrunk), a new dim behind it
+        one = RULES["StridedSlice"](node("StridedSlice"), x, (0, 1, 0), (0, 2, 0), (1, 1, 1), 0, 0, 1, 4, 2)
+        np.testing.assert_array_equal(one, x[..., 1][..., None])
+
+    def test_gather_with_batch_dims(self):
+        table, ids = generator.standard_normal((2, 3, 5, 4)), generator.integers(0, 5, (2, 3, 6))
+        got = RULES["Gather"](node("Gather"), table, ids, 2, 2)
+        assert got.shape == (2, 3, 6, 4)
+        np.testing.assert_array_equal(got[1, 2], table[1, 2][ids[1, 2]])
+
+    def test_cumulative_sum_from_either_end(self):
+        x = np.array([[1.0, 2.0, 4.0]])
+        for attributes, wanted in (({}, [1, 3, 7]), ({"exclusive": 1}, [0, 1, 3]), ({"reverse": 1}, [7, 6, 4]),
+                                   ({"exclusive": 1, "reverse": 1}, [6, 4, 0])):
+            assert list(RULES["CumSum"](node("CumSum", **attributes), x, 1)[0]) == wanted
+
     def test_one_hot_of_a_slice_ignores_foreign_classes(self):
         got = RULES["OneHot"](node("OneHot"), np.array([1, -3, 7]), 4, 1.0, 0.0, -1)
         np.testing.assert_array_equal(got, [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
