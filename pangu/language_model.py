@@ -93,8 +93,16 @@ class LanguageModel:
             UserError: an empty prefix or continuation, or a continuation longer than the context.
         """
         keys = [_key("score and greedy", prefix, continuation) for prefix, continuation in requests]
-        answers = self._answered(keys, requests, self.scorer.loglikelihood_and_greedy, on_done)
-        return [(score, greedy) for score, greedy in answers]  # lists, if they were read from a file
+        open_ones = self._open(keys, requests, on_done)
+        names = list(open_ones)
+
+        def keep(numbers: list[int], answers: list[tuple[float, bool]]) -> None:
+            self.cache.add({names[number]: answer for number, answer in zip(numbers, answers, strict=True)})
+            if on_done is not None:
+                on_done(len(numbers))
+
+        self.scorer.loglikelihood_and_greedy(list(open_ones.values()), keep)
+        return [tuple(self.cache.answers[key]) for key in keys]  # a file gives lists back
 
     def loglikelihood_rolling(self, texts: Sequence[_Ids]) -> list[float]:
         """log p of whole texts, however long, after `<eot>`: windows that overlap in one token, each token once."""
@@ -126,14 +134,7 @@ class LanguageModel:
         def answer(some: Sequence[_Ids]) -> list[str]:
             return [completion.text for completion in self.generator.generate_ids(some, settings)]
 
-        return self._answered(keys, prompts, answer, on_done)
-
-    def _answered(self, keys: list[str], requests: Sequence[Any], answer: Callable[[Sequence[Any]], list],
-                  on_done: Callable[[int], None] | None) -> list:
-        """Answers from the cache or from `answer`, block by block."""
-        open_ones = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.cache.answers}
-        if on_done is not None and len(open_ones) < len(keys):
-            on_done(len(keys) - len(open_ones))
+        open_ones = self._open(keys, prompts, on_done)
         names = list(open_ones)
         for first in range(0, len(names), BLOCK):
             block = names[first:first + BLOCK]
@@ -141,6 +142,13 @@ class LanguageModel:
             if on_done is not None:
                 on_done(len(block))
         return [self.cache.answers[key] for key in keys]
+
+    def _open(self, keys: list[str], requests: Sequence[Any], on_done: Callable[[int], None] | None) -> dict[str, Any]:
+        """The requests without an answer, by their keys; of equal ones one."""
+        found = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.cache.answers}
+        if on_done is not None and len(found) < len(keys):
+            on_done(len(keys) - len(found))
+        return found
 
 
 def _key(kind: str, prefix: _Ids, continuation: _Ids) -> str:

@@ -22,6 +22,7 @@ from parallel.layers.loss import CrossEntropy
 
 _SMALLEST_SAVING = 8  # tokens of one request; below it a tree of its own is as good
 _SHORTEST_TRUNK = 16
+_FEWEST_ON_TRUNK = 16  # requests; a tree serves fewer as well
 
 Item = tuple[np.ndarray, int]  # all ids of a request, place of its first scored one
 
@@ -36,6 +37,21 @@ class Tree:
     """Tokens of the row, counted from position 0."""
     shortest: int = 0
     rests: list[int] = field(default_factory=list)
+
+
+def group_by_trunk(items: Sequence[Item]) -> list[list[int]]:
+    """Numbers of the items in groups that begin alike; in the last one are those that share too little with others.
+
+    Examples that did not fit are left out in front, so instances with other numbers of examples begin otherwise.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    rest: list[int] = []
+    for index, (ids, first) in enumerate(items):
+        begin = tuple(ids[:_SHORTEST_TRUNK].tolist())
+        (groups.setdefault(begin, []) if first > _SHORTEST_TRUNK else rest).append(index)
+    large = [members for members in groups.values() if len(members) >= _FEWEST_ON_TRUNK]
+    rest += [index for members in groups.values() if len(members) < _FEWEST_ON_TRUNK for index in members]
+    return [*large, sorted(rest)] if rest else large
 
 
 def trunk_length(items: Sequence[Item]) -> int:
@@ -122,6 +138,22 @@ def lay_row(tree: Tree, items: Sequence[Item], trunk: int = 0) -> Row:
     return Row(ids, positions, segments, places, labels)
 
 
+class HeadScores(nn.Cell):
+    """nll_M of labels after some rows of hidden states, and the likeliest tokens there: rows_MD float32, labels_M."""
+
+    def __init__(self, model: PanGuAlpha) -> None:
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self.cross_entropy = CrossEntropy(model.config.vocabulary_size, cut="vocabulary")
+        self.argmax = ops.Argmax(axis=-1, output_type=mstype.int32)
+        self.set_train(False)
+
+    def construct(self, rows_MD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+        rows_MD = ops.cast(rows_MD, self.model.compute_dtype)
+        logits_MV = self.model.head(rows_MD, self.model.embedding.word.table)
+        return self.cross_entropy(logits_MV, labels_M), self.argmax(logits_MV)
+
+
 class TrunkStates(nn.Cell):
     """Keys and values of a trunk in every layer: ids_1P -> keys_LHPK, values_LHPK."""
 
@@ -153,30 +185,25 @@ def _keys_and_values(layer: DecoderLayer, hidden_ND: Tensor) -> tuple[Tensor, Te
     return attention.to_heads(attention.key(normed_ND), 1), attention.to_heads(attention.value(normed_ND), 1)
 
 
-class TreeScores(nn.Cell):
-    """nll_M of chosen tokens of trees, and the likeliest tokens in their places; with or without a trunk.
+class TreeHidden(nn.Cell):
+    """hidden_ND, float32, of all tokens of trees (N = B S), with or without a trunk: what `HeadScores` scores rows of.
 
-    Inputs: ids_BS, positions_BS, segments_BS int32; places_M int32, rows of the flattened [B S] whose next token is
-    scored; labels_M int32; then, with a trunk, its length [1] int32, keys_LHPK and values_LHPK.
+    Inputs: ids_BS, positions_BS, segments_BS int32; then, with a trunk, its length [1] int32, keys_LHPK, values_LHPK.
     """
 
     def __init__(self, model: PanGuAlpha) -> None:
         super().__init__(auto_prefix=False)
         self.model = model
-        self.cross_entropy = CrossEntropy(model.config.vocabulary_size, cut="vocabulary")
-        self.gather, self.argmax = ops.Gather(), ops.Argmax(axis=-1, output_type=mstype.int32)
         self.set_train(False)
 
-    def construct(self, ids_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor, places_M: Tensor, labels_M: Tensor,
-                  length_1: Tensor | None = None, keys_LHPK: Tensor | None = None,
-                  values_LHPK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def construct(self, ids_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor, length_1: Tensor | None = None,
+                  keys_LHPK: Tensor | None = None, values_LHPK: Tensor | None = None) -> Tensor:
         visible_BSS = self.visible(segments_BS)
         if keys_LHPK is None:
             hidden_ND = self.model.hidden(ids_BS, positions_BS, visible_BSS)
         else:
             hidden_ND = self.hidden_after_trunk(ids_BS, positions_BS, visible_BSS, length_1, keys_LHPK, values_LHPK)
-        logits_MV = self.model.head(self.gather(hidden_ND, places_M, 0), self.model.embedding.word.table)
-        return self.cross_entropy(logits_MV, labels_M), self.argmax(logits_MV)
+        return ops.cast(hidden_ND, mstype.float32)
 
     def visible(self, segments_BS: Tensor) -> Tensor:
         """1 where a token may look: not ahead, at the stem or its own rest. Padding stands on the right."""

@@ -1,30 +1,78 @@
 """Log-likelihood of continuations given their prefixes: what few-shot tasks with choices are decided by.
 
-Shapes: B rows of a batch, S tokens of a row, P trunk slots, M scored tokens of a batch (padded).
+Shapes: B rows of a batch, S tokens of a row, P trunk slots, M scored tokens (a fixed number at once), D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from pangu.model import PanGuAlpha
-from pangu.prefix_sharing import Row, Tree, TreeScores, TrunkStates, lay_row, plan_trees, trunk_length
+from pangu.prefix_sharing import (
+    HeadScores,
+    Item,
+    Row,
+    Tree,
+    TreeHidden,
+    TrunkStates,
+    group_by_trunk,
+    lay_row,
+    plan_trees,
+    trunk_length,
+)
 from parallel.runtime.errors import UserError
-from parallel.runtime.progress import Bar
 
 _SHORTEST = 32
-_SCORED_AT_ONCE = 64
+_SCORED_AT_ONCE = 256
 _LONGEST_TREE = 512  # a longer row costs more attention between siblings than sharing saves
 _TOKENS_AT_ONCE = 2048
 _NO_LIMIT = 1 << 30
+# On the CPU a compiled graph keeps the memory of all its activations as long as it lives: about so many bytes per
+# token, layer and unit of width (measured with MindSpore 2.9).
+_BYTES_PER_UNIT = 200
+_BYTES_OF_A_GRAPH, _BYTES_OF_GRAPHS = 1 << 30, 4 << 30
 
 ScoreRequest = tuple[Sequence[int], Sequence[int]]
+OnScored = Callable[[list[int], list[tuple[float, bool]]], None]
+
+
+class Graphs:
+    """Cells compiled for one shape each; the least lately used ones are let go when all together hold too much memory.
+
+    Args:
+        model: a `PanGuAlpha`.
+        limit: bytes that the graphs may hold together.
+    """
+
+    def __init__(self, model: PanGuAlpha, limit: int = _BYTES_OF_GRAPHS) -> None:
+        self.model, self.limit = model, limit
+        self.bytes_per_token = _BYTES_PER_UNIT * model.config.hidden_size * model.config.layers
+        self._cells: OrderedDict[tuple, tuple[nn.Cell, int]] = OrderedDict()
+
+    def tokens_at_once(self) -> int:
+        """As many tokens as one graph may have, at most 2,048."""
+        return max(1, min(_TOKENS_AT_ONCE, _BYTES_OF_A_GRAPH // self.bytes_per_token))
+
+    def get(self, kind: Callable[[PanGuAlpha], nn.Cell], tokens: int, *shape: int) -> nn.Cell:
+        """The cell for `tokens` tokens in this shape, made if there is none."""
+        key = (kind, tokens, *shape)
+        if key not in self._cells:
+            size = tokens * self.bytes_per_token
+            while self._cells and self.held() + size > self.limit:
+                self._cells.popitem(last=False)
+            self._cells[key] = kind(self.model), size
+        self._cells.move_to_end(key)
+        return self._cells[key][0]
+
+    def held(self) -> int:
+        """Bytes that the graphs hold, about."""
+        return sum(size for _, size in self._cells.values())
 
 
 class Scorer:
@@ -32,7 +80,7 @@ class Scorer:
 
     Args:
         model: a `PanGuAlpha`.
-        batch_size: rows per batch; None = as many as make about 2,048 tokens.
+        batch_size: rows per batch; None = as many as make about 2,048 tokens, fewer of a large model.
         share: whether what requests have in common at their beginning is computed once (see `pangu.prefix_sharing`);
             the scores are the same.
     """
@@ -40,85 +88,107 @@ class Scorer:
     def __init__(self, model: PanGuAlpha, batch_size: int | None = None, share: bool = True) -> None:
         model.set_train(False)
         self.config, self.batch_size, self.share = model.config, batch_size, share
-        self.cell, self.trunk_cell = TreeScores(model), TrunkStates(model)
+        self.graphs, self.head = Graphs(model), HeadScores(model)
 
-    def loglikelihood(self, requests: Sequence[ScoreRequest], description: str | None = None) -> list[float]:
+    def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[float]:
         """Sum of log p(token | everything before it) over each continuation, in nats.
 
         Args:
             requests: (prefix ids, continuation ids). A prefix that makes the two longer than the context loses its
                 beginning.
-            description: shown beside a progress bar; None = no bar.
 
         Raises:
             UserError: an empty prefix or continuation, or a continuation longer than the context.
         """
-        return [float(sum(scores)) for scores, _ in self.token_scores(requests, description)]
+        return [score for score, _ in self.loglikelihood_and_greedy(requests)]
 
-    def loglikelihood_and_greedy(self, requests: Sequence[ScoreRequest]) -> list[tuple[float, bool]]:
-        """`loglikelihood` of each continuation, and whether each of its tokens is the likeliest one in its place."""
-        return [(float(sum(scores)), bool(likeliest.all())) for scores, likeliest in self.token_scores(requests)]
+    def loglikelihood_and_greedy(self, requests: Sequence[ScoreRequest],
+                                 on_scored: OnScored | None = None) -> list[tuple[float, bool]]:
+        """`loglikelihood` of each continuation, and whether each of its tokens is the likeliest one in its place.
+
+        `on_scored(numbers of requests, their answers)` is called after every batch.
+        """
+        def tell(members: list[int], scores: list[tuple[np.ndarray, np.ndarray]]) -> None:
+            if on_scored is not None:
+                on_scored(members, [_total(*pair) for pair in scores])
+
+        return [_total(*pair) for pair in self.token_scores(requests, tell)]
 
     def token_scores(self, requests: Sequence[ScoreRequest],
-                     description: str | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+                     on_scored: Callable[[list[int], list], None] = lambda *_: None
+                     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each request log p of each token of its continuation, float32, and whether it is the likeliest, bool."""
         items = [_item(prefix, continuation, self.config, index)
                  for index, (prefix, continuation) in enumerate(requests)]
+        results: list[Any] = [None] * len(items)
+        for group in group_by_trunk(items) if self.share else [list(range(len(items)))]:
+            for members, scores in self._group([items[index] for index in group]):
+                numbers = [group[member] for member in members]
+                for number, pair in zip(numbers, scores, strict=True):
+                    results[number] = pair
+                on_scored(numbers, scores)
+        return results
+
+    def _group(self, items: list[Item]) -> Any:
+        """Yields (members, their scores) of each batch of items with one trunk; each length of row comes once."""
         if not items:
-            return []
+            return
         trunk = trunk_length(items) if self.share else 0
         states = self._trunk_states(items[0][0][:trunk])
         trees = plan_trees(items, _LONGEST_TREE if self.share else 0, trunk)
         rows = sorted(((lay_row(tree, items, trunk), tree) for tree in trees), key=lambda pair: -len(pair[0].ids))
-        results: list[Any] = [None] * len(items)
-        with Bar(len(items), description) if description is not None else nullcontext() as bar:
-            while rows:
-                length = length_bucket(len(rows[0][0].ids), _NO_LIMIT)
-                count = self.batch_size or max(1, _TOKENS_AT_ONCE // length)
-                self._score(rows[:count], count, length, states, results)
-                if bar is not None:
-                    bar.advance(sum(len(tree.members) for _, tree in rows[:count]))
-                del rows[:count]
-        return results
+        while rows:
+            length = length_bucket(len(rows[0][0].ids), _NO_LIMIT)
+            count = self.batch_size or max(1, self.graphs.tokens_at_once() // length)
+            batch, rows = rows[:count], rows[count:]
+            yield [member for _, tree in batch for member in tree.members], self._score(batch, count, length, states)
 
     def _trunk_states(self, ids: np.ndarray) -> tuple[Tensor, ...]:
         """Length, keys and values of the trunk; nothing when there is none."""
         if not len(ids):
             return ()
-        padded_P = np.full(length_bucket(len(ids), self.config.sequence_length), self.config.pad_id, np.int32)
+        slots = length_bucket(len(ids), self.config.sequence_length)
+        padded_P = np.full(slots, self.config.pad_id, np.int32)
         padded_P[:len(ids)] = ids
-        return (Tensor([len(ids)], mstype.int32), *self.trunk_cell(Tensor(padded_P.reshape(1, -1))))
+        return (Tensor([len(ids)], mstype.int32),
+                *self.graphs.get(TrunkStates, slots)(Tensor(padded_P.reshape(1, -1))))
 
-    def _score(self, rows: list[tuple[Row, Tree]], batch: int, length: int, states: tuple[Tensor, ...],
-               results: list[Any]) -> None:
-        """Fills `results` for the members of the trees of one batch."""
+    def _score(self, rows: list[tuple[Row, Tree]], batch: int, length: int,
+               states: tuple[Tensor, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The scores of the members of the trees of one batch, tree after tree."""
         ids_BS, positions_BS, segments_BS = (np.zeros((batch, length), np.int32) for _ in range(3))
         ids_BS[:] = self.config.pad_id
-        places, labels, members = [], [], []
-        for number, (row, tree) in enumerate(rows):
+        places, labels = [], []
+        for number, (row, _) in enumerate(rows):
             used = len(row.ids)
             ids_BS[number, :used], positions_BS[number, :used] = row.ids, row.positions
             segments_BS[number, :used] = row.segments
             places += [part + number * length for part in row.places]
             labels += row.labels
-            members += tree.members
-        arrays = [Tensor(array) for array in (ids_BS, positions_BS, segments_BS)]
-        nll, likeliest = self._scores(arrays, np.concatenate(places), np.concatenate(labels), states)
+        slots = states[1].shape[2] if states else 0
+        cell = self.graphs.get(TreeHidden, batch * length, length, slots)
+        hidden_ND = cell(*(Tensor(array) for array in (ids_BS, positions_BS, segments_BS)), *states).asnumpy()
+        nll, likeliest = self._head_scores(hidden_ND[np.concatenate(places)], np.concatenate(labels))
         ends = np.cumsum([len(part) for part in places])[:-1]
-        for index, *parts in zip(members, np.split(-nll, ends), np.split(likeliest, ends), strict=True):
-            results[index] = tuple(parts)
+        return list(zip(np.split(-nll, ends), np.split(likeliest, ends), strict=True))
 
-    def _scores(self, arrays: list[Tensor], places: np.ndarray, labels: np.ndarray,
-                states: tuple[Tensor, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """nll of all places, whose number is padded to a power of two, and whether the label is the likeliest."""
-        count = len(places)
-        padded = _SCORED_AT_ONCE
-        while padded < count:
-            padded *= 2
-        padding = (0, padded - count)
-        nll_M, best_M = self.cell(*arrays, Tensor(np.pad(places, padding).astype(np.int32)),
-                                  Tensor(np.pad(labels, padding).astype(np.int32)), *states)
-        return nll_M.asnumpy()[:count], best_M.asnumpy()[:count] == labels
+    def _head_scores(self, rows_XD: np.ndarray, labels_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """nll after any number of rows, and whether the label is the likeliest there; some rows at once."""
+        nll, likeliest = [], []
+        for begin in range(0, len(labels_X), _SCORED_AT_ONCE):
+            labels = labels_X[begin:begin + _SCORED_AT_ONCE]
+            rows_MD = np.zeros((_SCORED_AT_ONCE, rows_XD.shape[1]), np.float32)
+            rows_MD[:len(labels)] = rows_XD[begin:begin + _SCORED_AT_ONCE]
+            labels_M = np.zeros(_SCORED_AT_ONCE, np.int32)
+            labels_M[:len(labels)] = labels
+            nll_M, best_M = self.head(Tensor(rows_MD), Tensor(labels_M))
+            nll.append(nll_M.asnumpy()[:len(labels)])
+            likeliest.append(best_M.asnumpy()[:len(labels)] == labels)
+        return np.concatenate(nll), np.concatenate(likeliest)
+
+
+def _total(log_p: np.ndarray, likeliest: np.ndarray) -> tuple[float, bool]:
+    return float(sum(log_p)), bool(likeliest.all())
 
 
 def loglikelihood(model: PanGuAlpha, requests: Sequence[ScoreRequest], batch_size: int | None = None) -> list[float]:
@@ -135,7 +205,7 @@ def length_bucket(length: int, context: int) -> int:
     return min(middle if double >= 4 * _SHORTEST and middle >= length else double, context)
 
 
-def _item(prefix: Sequence[int], continuation: Sequence[int], config: Any, index: int) -> tuple[np.ndarray, int]:
+def _item(prefix: Sequence[int], continuation: Sequence[int], config: Any, index: int) -> Item:
     """All ids (the last is not read, only scored) and the place of the first scored one."""
     where = f"request {index + 1}"
     if not len(prefix) or not len(continuation):

@@ -17,7 +17,7 @@ from pangu.generate import GenerateSettings
 from pangu.harness import HarnessModel
 from pangu.instances import InstanceBuilder
 from pangu.language_model import LanguageModel, RequestCache
-from pangu.prefix_sharing import lay_row, plan_trees, trunk_length
+from pangu.prefix_sharing import group_by_trunk, lay_row, plan_trees, trunk_length
 from pangu.questions import common_prefix
 from pangu.scoring import Scorer
 from pangu.task import Source, load_task
@@ -110,6 +110,36 @@ def test_planning_reads_common_beginnings_once():
     assert all(len(tree.members) == 1 for tree in plan_trees(items, 0))
 
 
+def test_instances_with_fewer_examples_have_a_trunk_of_their_own(model, reference):
+    """Examples that do not fit are left out in front; such instances must not cost the others their trunk."""
+    rng = np.random.default_rng(11)
+    far, near = draw(rng, 20, 21), draw(rng, 25, 26)
+    requests = [(front + draw(rng, 2, 6), draw(rng, 2, 5)) for front in (far + near, near) for _ in range(18)]
+    requests.append((draw(rng, 40, 41), draw(rng, 2, 5)))
+    items = [(np.array([*a, *b]), len(a)) for a, b in requests]
+    groups = group_by_trunk(items)
+    assert sorted(index for group in groups for index in group) == list(range(len(items)))
+    assert [trunk_length([items[index] for index in group]) for group in groups] == [45, 25, 0]
+    for request, (got, _) in zip(requests, Scorer(model).token_scores(requests), strict=True):
+        assert got == pytest.approx(reference(*request), abs=2e-4)
+
+
+def test_graphs_that_hold_too_much_memory_are_let_go(model):
+    rng = np.random.default_rng(6)
+    requests = [(draw(rng, size, size + 1), draw(rng, 3, 4)) for size in (10, 50, 80)]
+    free, tight = Scorer(model, batch_size=1), Scorer(model, batch_size=1)
+    tight.graphs.limit = 100 * tight.graphs.bytes_per_token
+    wanted = free.loglikelihood(requests)
+    assert free.graphs.held() == (32 + 64 + 96) * free.graphs.bytes_per_token
+    for _ in range(2):
+        assert tight.loglikelihood(requests) == pytest.approx(wanted, abs=1e-5)
+        assert tight.graphs.held() == (32 + 64) * free.graphs.bytes_per_token
+    # A batch of a large model has fewer tokens.
+    assert free.graphs.tokens_at_once() == 2048
+    free.graphs.bytes_per_token = 1 << 22
+    assert free.graphs.tokens_at_once() == 256
+
+
 def test_bad_requests_are_refused(model):
     scorer = Scorer(model)
     assert scorer.loglikelihood([]) == []
@@ -141,13 +171,15 @@ def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
     asked = []
     second = LanguageModel(model, cache=RequestCache(tmp_path, "f", rank=1))
     answer = second.scorer.loglikelihood_and_greedy
-    monkeypatch.setattr(second.scorer, "loglikelihood_and_greedy", lambda some: asked.extend(some) or answer(some))
+    monkeypatch.setattr(second.scorer, "loglikelihood_and_greedy",
+                        lambda some, keep: asked.extend(some) or answer(some, keep))
     for (score, greedy), (wanted, likeliest) in zip(second.loglikelihood(together), whole, strict=True):
         assert score == pytest.approx(wanted, abs=1e-4)
         assert greedy == likeliest
     assert len(asked) == len({str(r) for r in together}) - len({str(r) for r in together[:9]})
     third = LanguageModel(model, cache=RequestCache(tmp_path, "f"))
-    monkeypatch.setattr(third.scorer, "loglikelihood_and_greedy", lambda some: pytest.fail("all answers are known"))
+    monkeypatch.setattr(third.scorer, "loglikelihood_and_greedy",
+                        lambda some, keep: some and pytest.fail("all answers are known"))
     assert third.loglikelihood(together) == second.loglikelihood(together)
     assert not RequestCache(tmp_path, "other").answers
 
