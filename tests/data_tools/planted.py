@@ -111,3 +111,29 @@ def raw_pages(count: int, seed: int = 1) -> list[dict]:
         documents.append({"id": f"p{number}", "text": f"首页 | 新闻 | 体育 | 财经\n{text}", "source": "web",
                           "url": f"http://x/{number}"})
     return documents
+
+
+def path_without_java(folder: Path) -> str:
+    """A search path with every command of this one but Java's."""
+    folder.mkdir(parents=True)
+    for place in filter(os.path.isdir, os.environ["PATH"].split(os.pathsep)):
+        for command in os.scandir(place):
+            link = folder / command.name
+            if command.name not in ("java", "javac") and not os.path.lexists(link):
+                link.symlink_to(command.path)
+    return str(folder)
+
+
+def descendants(pid: int) -> dict[int, bytes]:
+    """Command lines of the processes below `pid`, by their numbers."""
+    found, waiting = {}, [pid]
+    while waiting:
+        here = waiting.pop()
+        for task in Path(f"/proc/{here}/task").glob("*"):
+            try:
+                children = [int(child) for child in (task / "children").read_text().split()]
+                found |= {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+                waiting += children
+            except OSError:
+                continue  # it ended meanwhile
+    return found

@@ -1,0 +1,109 @@
+"""A model trained on the generated corpus is well above chance on generated tasks, so the machinery measures something.
+
+The quick test trains on the corpus's opinions alone; the slow one trains the config of the quickstart on all of the
+corpus, and also checks its scores of the published data sets against the slow scorer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.world import generate_questions, generate_world, write_jsonl
+from pangu.__main__ import VERBS
+from parallel.runtime.command import main
+from tests.pangu.numpy_model import token_scores
+from tests.pangu.tiny import arrays
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data" / "evaluation"
+SMALL = ["model.layers=2", "model.hidden_size=64", "model.heads=2", "model.sequence_length=128",
+         "model.vocabulary_size=600", "train.steps=260", "train.global_batch_size=8", "train.validate_every=null",
+         "train.optimizer.learning_rate=0.004", "train.optimizer.schedule.warmup_steps=20"]
+PUBLISHED = ["ocnli", "tnews", "chid", "cluewsc2020", "csl", "iflytek", "c3"]
+
+
+def trained(home: Path, documents, questions, *words: str) -> list[str]:
+    """Trains with the plain verbs on `documents`; returns the settings for `evaluate`."""
+    write_jsonl(documents, home / "corpus.jsonl")
+    (home / "data" / "world").mkdir(parents=True)
+    write_jsonl(questions, home / "data" / "world" / "questions.jsonl")
+    where = [f"data.corpus={home / 'corpus.jsonl'}", f"data.tokenizer={home / 'v.model'}",
+             f"data.directory={home / 'records'}", f"output.directory={home / 'run'}", "output.tensorboard=false",
+             "output.save_optimizer=false", *words]
+    for verb in ("vocabulary", "pack", "train"):
+        assert main("pangu", VERBS, [verb, "--config", str(ROOT / "configs/pangu/tiny.yaml"), *where]) == 0
+    return where
+
+
+def evaluate(where: list[str], home: Path, capsys, *words: object) -> dict:
+    capsys.readouterr()
+    assert main("pangu", VERBS, ["evaluate", "--config", str(ROOT / "configs/pangu/tiny.yaml"), "--output",
+                                 str(home / "evaluation"), *map(str, words), *where]) == 0
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]
+
+
+def assert_above_chance(result: dict, least: float, standard_errors: float = 5.0) -> None:
+    """At least `least`, and further above chance than luck allows."""
+    assert result["metric"] >= least
+    chance = result["chance"]
+    assert result["metric"] - chance > standard_errors * (chance * (1 - chance) / result["instances"]) ** 0.5
+
+
+def test_a_model_of_opinions_is_above_chance_with_and_without_examples(tmp_path, capsys):
+    opinions = [d for d in generate_world(1_600_000, seed=3) if d["source"] == "world/sentiment"]
+    where = trained(tmp_path, opinions, generate_questions("sentiment", 120), *SMALL)
+    for shots in (0, 2):
+        result = evaluate(where, tmp_path, capsys, "--tasks", "world_sentiment", "--data", tmp_path / "data", "--shots",
+                          shots)["world_sentiment"]
+        assert result["shots"] == shots and result["instances"] == 120
+        assert_above_chance(result, 0.75)
+    # Untrained weights are near chance, so it is the training that is measured.
+    untrained = trained(tmp_path / "none", opinions, [], *SMALL, "train.steps=1")
+    result = evaluate(untrained, tmp_path / "none", capsys, "--tasks", "world_sentiment", "--data", tmp_path / "data")
+    assert abs(result["world_sentiment"]["metric"] - 0.5) < 0.2
+
+
+@pytest.mark.slow
+def test_the_quickstarts_model_is_above_chance_and_scores_as_the_slow_scorer(tmp_path, capsys):
+    """Trains about 5 minutes."""
+    questions = [q for skill, count in (("context", 400), ("sentiment", 200), ("arithmetic", 200))
+                 for q in generate_questions(skill, count)]
+    where = trained(tmp_path, generate_world(), questions)
+    tasks = "world_context,world_sentiment,world_arithmetic"
+    for shots, context in ((0, 0.4), (1, 0.35), (2, 0.3)):  # other passages in front make it harder to find the fact
+        results = evaluate(where, tmp_path, capsys, "--tasks", tasks, "--data", tmp_path / "data", "--shots", shots)
+        assert_above_chance(results["world_sentiment"], 0.8)
+        assert_above_chance(results["world_context"], context, 2.0)
+        assert_above_chance(results["world_arithmetic"], 0.35, 3.0)
+        assert results["world_sentiment"]["shots"] == shots
+    if not SHARED.is_dir():
+        return
+    from pangu.instances import InstanceBuilder
+    from pangu.task import Source, load_task
+
+    model, tokenizer = _model_of(where)
+    slow = {name: value.astype(np.float64) for name, value in arrays(model).items()}
+    for name in PUBLISHED:
+        samples = tmp_path / f"{name}.jsonl"
+        evaluate(where, tmp_path, capsys, "--tasks", name, "--data", SHARED, "--shots", 1, "--limit", 3,
+                 "--log-samples", samples)
+        source = Source(load_task(name), SHARED)
+        instances = InstanceBuilder(source.task, source, tokenizer, model.config.sequence_length, 1).instances(3)
+        for row, instance in zip(map(json.loads, samples.read_text().splitlines()), instances, strict=True):
+            expected = [-token_scores(slow, model.config, [*a, *b], len(a)).mean() for a, b in instance.requests]
+            assert row["scores"] == pytest.approx(expected, abs=2e-3)
+            assert row["prediction"] == int(np.argmin(expected)) or np.ptp(expected) < 5e-3
+
+
+def _model_of(where: list[str]):
+    from pangu.generate import load_model
+    from pangu.run import Run
+    from pangu.tokenizer import Tokenizer
+    from parallel.runtime.settings import load_settings
+
+    settings = load_settings(Run, ROOT / "configs/pangu/tiny.yaml", where)
+    return load_model(settings, settings.output.directory), Tokenizer(settings.data.tokenizer)
