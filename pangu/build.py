@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from parallel.config import ParallelConfig
-from parallel.runtime.builder import Input, Task
+from parallel.runtime.builder import Input, Task, with_sample_numbers
 from parallel.runtime.settings import Settings
 
 MODELS = frozenset({"pangu_alpha"})
@@ -45,12 +45,13 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     inputs = [Input("records", (batch, length + 1), "int32", vocabulary),
               Input("position_ids", (batch, length), "int32", length),
               Input("attention_mask", (batch, length, length), "float16")]
-    return Task(network, inputs, lambda seed: sample_batch(settings, seed), batch * length,
+    task = Task(network, inputs, lambda seed: sample_batch(settings, seed), batch * length,
                 {"model": settings.model.name, "layers": settings.model.layers})
+    return with_sample_numbers(task, settings.model.dropout)
 
 
 def sample_batch(settings: Any, seed: int) -> tuple[np.ndarray, ...]:
-    """A random batch with document ends in it: records [B, S+1], positions [B, S], mask [B, S, S]."""
+    """A random batch with document ends and uneven padding: records [B, S+1], positions [B, S], mask [B, S, S]."""
     from pangu.dataset import reset_at_document_ends
 
     model, batch = settings.model, settings.train.global_batch_size
@@ -59,5 +60,7 @@ def sample_batch(settings: Any, seed: int) -> tuple[np.ndarray, ...]:
     records_BR = generator.integers(low, model.vocabulary_size, (batch, model.sequence_length + 1), dtype=np.int32)
     ends_BR = generator.random(records_BR.shape) < 4.0 / model.sequence_length
     records_BR[ends_BR] = model.eot_id
+    lengths_B = generator.integers(3 * model.sequence_length // 4, records_BR.shape[1] + 1, batch)
+    records_BR[np.arange(records_BR.shape[1]) >= lengths_B[:, None]] = model.pad_id
     positions_BS, mask_BSS = reset_at_document_ends(records_BR[:, :-1], model.eot_id)
     return records_BR, positions_BS.astype(np.int32), mask_BSS.astype(np.float16)

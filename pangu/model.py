@@ -42,12 +42,13 @@ class DecoderLayer(nn.Cell):
         self.dropout2 = Dropout(config.dropout, ("residual", None))
         self.add1, self.add2 = Residual(), Residual()
 
-    def construct(self, hidden_ND: Tensor, bias_B1SS: Tensor, query_ND: Tensor | None = None) -> Tensor:
+    def construct(self, hidden_ND: Tensor, bias_B1SS: Tensor, query_ND: Tensor | None = None,
+                  rows_B: Tensor | None = None) -> Tensor:
         normed_ND = self.norm1(hidden_ND)
         if query_ND is None:
             query_ND = normed_ND
-        hidden_ND = self.add1(hidden_ND, self.dropout1(self.attention(query_ND, normed_ND, bias_B1SS)))
-        return self.add2(hidden_ND, self.dropout2(self.feed_forward(self.norm2(hidden_ND))))
+        hidden_ND = self.add1(hidden_ND, self.dropout1(self.attention(query_ND, normed_ND, bias_B1SS, rows_B), rows_B))
+        return self.add2(hidden_ND, self.dropout2(self.feed_forward(self.norm2(hidden_ND)), rows_B))
 
 
 class TokenEmbedding(nn.Cell):
@@ -63,8 +64,8 @@ class TokenEmbedding(nn.Cell):
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
 
-    def construct(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
-        hidden_ND = self.dropout(self.add(self.word(ids_BS), self.position(positions_BS)))
+    def construct(self, ids_BS: Tensor, positions_BS: Tensor, rows_B: Tensor | None = None) -> Tensor:
+        hidden_ND = self.dropout(self.add(self.word(ids_BS), self.position(positions_BS)), rows_B)
         return self.cast(hidden_ND, self.compute_dtype)
 
 
@@ -100,16 +101,16 @@ class PanGuAlpha(nn.Cell):
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, mask_BSS: Tensor) -> Tensor:
         return self.head(self.hidden(ids_BS, positions_BS, mask_BSS), self.embedding.word.table)
 
-    def hidden(self, ids_BS: Tensor, positions_BS: Tensor, mask_BSS: Tensor) -> Tensor:
-        """[N, D]: what the head is applied to."""
-        hidden_ND = self.embedding(ids_BS, positions_BS)
+    def hidden(self, ids_BS: Tensor, positions_BS: Tensor, mask_BSS: Tensor, rows_B: Tensor | None = None) -> Tensor:
+        """[N, D]: what the head is applied to; rows_B numbers the samples for dropout."""
+        hidden_ND = self.embedding(ids_BS, positions_BS, rows_B)
         for i in range(len(self.layers)):
-            hidden_ND = self.layers[i](hidden_ND, self.biases[i](mask_BSS))
+            hidden_ND = self.layers[i](hidden_ND, self.biases[i](mask_BSS), None, rows_B)
         if self.norm_first:
             hidden_ND = self.norm(hidden_ND)
         # The released code indexes the query table with the input's own position: row i asks for token i + 1.
         query_ND = self.cast(self.query_embedding(positions_BS), self.compute_dtype)
-        hidden_ND = self.query_layer(hidden_ND, self.bias(mask_BSS), query_ND)
+        hidden_ND = self.query_layer(hidden_ND, self.bias(mask_BSS), query_ND, rows_B)
         if not self.norm_first:
             hidden_ND = self.norm(hidden_ND)
         return hidden_ND
@@ -124,7 +125,8 @@ class PanGuAlpha(nn.Cell):
 class TrainingLoss(Layer):
     """Mean negative log-likelihood of the next token over a batch of records.
 
-    Inputs: records_BR int32 with R = S + 1 ids, positions_BS, mask_BSS. Output: scalar loss in nats per token.
+    Inputs: records_BR int32 with R = S + 1 ids, positions_BS, mask_BSS and, in training with dropout, rows_B (numbers
+    of the samples, int32). Output: scalar loss in nats per token.
     Tokens are records[:, :-1], labels records[:, 1:]. The loss mask looks at the *input* token (it is 0 where that is
     padding), as in the released code, so the border from one document to the next is predicted too.
     """
@@ -142,11 +144,13 @@ class TrainingLoss(Layer):
         self.inputs, self.labels, self.differs = ops.StridedSlice(), ops.StridedSlice(), ops.NotEqual()
         self.reshape, self.cast = ops.Reshape(), ops.Cast()
 
-    def construct(self, records_BR: Tensor, positions_BS: Tensor, mask_BSS: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def construct(self, records_BR: Tensor, positions_BS: Tensor, mask_BSS: Tensor,
+                  rows_B: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         batch = records_BR.shape[0]
         ids_BS = self.inputs(records_BR, (0, 0), (batch, self.length), (1, 1))
         labels_BS = self.labels(records_BR, (0, 1), (batch, self.length + 1), (1, 1))
-        hidden_ND, table_VD = self.model.hidden(ids_BS, positions_BS, mask_BSS), self.model.embedding.word.table
+        hidden_ND = self.model.hidden(ids_BS, positions_BS, mask_BSS, rows_B)
+        table_VD = self.model.embedding.word.table
         logits_NV, labels_N = self.model.head(hidden_ND, table_VD), self.reshape(labels_BS, (-1,))
         if self.together is not None:
             nll_N = self.together(ops.stop_gradient(logits_NV), hidden_ND, table_VD, labels_N)

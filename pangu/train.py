@@ -8,10 +8,13 @@ from typing import Any
 from mindspore import dtype as mstype
 from mindspore.nn.utils import no_init_parameters
 
+from pangu.build import build
 from pangu.config import ModelConfig, check_layout
 from pangu.dataset import PackedDataset
 from pangu.model import PanGuAlpha, TrainingLoss
+from parallel.config import ParallelConfig
 from parallel.layers.parameter import initialize
+from parallel.runtime.cut_run import CutRun, CutValidation, needs_cut
 from parallel.runtime.device import Processes, start_device
 from parallel.runtime.errors import UserError
 from parallel.runtime.optimizers import Optimizer
@@ -26,18 +29,38 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     processes = start_device()
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings.model, parallel)
-    _check_device(settings, parallel, processes)
+    cut = needs_cut(parallel, processes)
+    _check_device(settings, processes)
     set_seed(settings.train.seed)
-    training, validation = sources(settings, processes)
-    step = training_step(settings, processes)
-    tokens = settings.train.global_batch_size * settings.model.sequence_length
-    trainer = Trainer(
-        step, training, settings.train, settings.output, validation=validation, units="tokens", units_per_step=tokens,
-        flops_per_step=tokens * flops_per_token(settings.model), describe=settings.model_dump(mode="json"))
+    trainer = cut_trainer(settings, parallel, processes) if cut else whole_trainer(settings, processes)
     figures = trainer.run()
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures
+
+
+def whole_trainer(settings: Any, processes: Processes) -> Trainer:
+    """A trainer of which every process holds the whole model."""
+    training, validation = sources(settings, (processes.rank, processes.ranks))
+    return Trainer(training_step(settings, processes), training, settings.train, settings.output,
+                   validation=validation, **_figures(settings))
+
+
+def cut_trainer(settings: Any, parallel: ParallelConfig, processes: Processes) -> Trainer:
+    """A trainer of which every process holds slices (Ascend)."""
+    dtype = COMPUTE_DTYPES[settings.train.precision]
+    run = CutRun(build(settings, parallel, dtype), settings.train, parallel, processes)
+    training, validation = sources(settings, run.rows)
+    if validation is not None:
+        validation = CutValidation(run, validation, settings.train.validation_batches)
+    return Trainer(run.step, training, settings.train, settings.output, validation=validation, **run.for_trainer(),
+                   **_figures(settings))
+
+
+def _figures(settings: Any) -> dict[str, Any]:
+    tokens = settings.train.global_batch_size * settings.model.sequence_length
+    return {"units": "tokens", "units_per_step": tokens, "flops_per_step": tokens * flops_per_token(settings.model),
+            "describe": settings.model_dump(mode="json")}
 
 
 def training_step(settings: Any, processes: Processes) -> TrainStep:
@@ -52,11 +75,11 @@ def training_step(settings: Any, processes: Processes) -> TrainStep:
                      ranks=processes.ranks)
 
 
-def sources(settings: Any, processes: Processes) -> tuple[PackedDataset, PackedDataset | None]:
-    """Training and validation records, this process's rows of every batch."""
+def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
+    """Training and validation records, the `share` (number, of how many) of every batch."""
     data, model = settings.data, settings.model
     shared = {"batch_size": settings.train.global_batch_size, "sequence_length": model.sequence_length,
-              "vocabulary_size": model.vocabulary_size, "shard": (processes.rank, processes.ranks),
+              "vocabulary_size": model.vocabulary_size, "shard": share,
               "eod_reset": data.eod_reset, "seed": settings.train.seed}
     training = PackedDataset(data.directory, shuffle=data.shuffle, **shared)
     if data.validation_directory is not None:
@@ -79,13 +102,8 @@ def flops_per_token(model: ModelConfig) -> float:
     return 3.0 * (model.layers * layer + 2 * width * model.vocabulary_size)
 
 
-def _check_device(settings: Any, parallel: Any, processes: Processes) -> None:
+def _check_device(settings: Any, processes: Processes) -> None:
     train = settings.train
-    if parallel.op > 1 or parallel.pipeline.stages > 1:
-        # The cut step compiles (dryrun) and computes (replay); feeding it on a device is not wired up yet.
-        raise UserError("train runs data parallelism only so far", where="parallel",
-                        value=f"op {parallel.op}, pipeline.stages {parallel.pipeline.stages}",
-                        mend="prove other layouts with python -m parallel dryrun and replay")
     if processes.target != "CPU":
         return
     if train.precision != "fp32":

@@ -7,6 +7,7 @@ own parameters, and the norm is summed over slices by the framework, which knows
 
 from __future__ import annotations
 
+import math
 import os
 
 import mindspore as ms
@@ -16,11 +17,12 @@ from mindspore.nn.utils import no_init_parameters
 from mindspore.parallel.auto_parallel import AutoParallel
 
 from parallel.config import ParallelConfig, divides
+from parallel.micro_batches import Interleaved, KnownToAllStages, LossAndWeight, MicroBatch
 from parallel.parallelize import parallelize
-from parallel.runtime.builder import Task
-from parallel.runtime.optimizers import Optimizer
+from parallel.runtime.builder import Input, Task
+from parallel.runtime.optimizers import run_optimizer
 from parallel.runtime.train_settings import TrainSettings
-from parallel.step import TrainStep, sum_of_squares
+from parallel.step import TrainStep, sum_of_squares, weighs
 
 # Functions mapped over all gradients: a loop over a thousand of them would be analysed as a thousand nested calls.
 _EXPAND = ops.ExpandDims().add_prim_attr("grad_scale", True)
@@ -46,72 +48,44 @@ def _(gathered: Tensor) -> Tensor:
 
 
 class WholeGradient(nn.Cell):
-    """Gradients of the loss of one global batch in one piece; replaces `step.MeanGradient`.
+    """Gradients of the mean loss of one global batch in one piece; replaces `step.MeanGradient`.
 
     Args:
-        network: the scalar loss.
+        network: (loss x weight, weight), as `LossAndWeight` gives them.
         parameters: what to differentiate by.
     """
 
     def __init__(self, network: nn.Cell, parameters: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
         self.network, self.parameters = network, parameters
-        # The plain form: the partitioner looks for exactly this shape of a forward graph (one scalar out).
+        # The plain form: the partitioner looks for exactly this shape of a forward graph (one tensor out).
         self.differentiate = ops.GradOperation(get_by_list=True, sens_param=True)
-        self.one = Tensor(1.0, ms.float32)
+        self.first = Tensor([1.0, 0.0], ms.float32)
+        # Left to itself the partitioner would cut even these two numbers.
+        self.part, self.reshape = ops.StridedSlice().shard(((1,),)), ops.Reshape()
 
-    def construct(self, sensitivity: Tensor, iteration: Tensor, *batch: Tensor) -> tuple:
+    def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
         """(loss, gradients, factor) as `MeanGradient` gives them."""
-        loss = self.network(*batch)
-        sens = ops.cast(sensitivity, loss.dtype) * ops.ones_like(loss)
-        return loss, self.differentiate(self.network, self.parameters)(*batch, sens), self.one
+        sums = self.network(*batch)
+        gradients = self.differentiate(self.network, self.parameters)(*batch, sensitivity * self.first)
+        loss, factor = self.mean(sums)
+        return loss, gradients, factor
+
+    def mean(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, 1 / weight) from [loss x weight, weight]."""
+        total = self.reshape(self.part(sums, (0,), (1,), (1,)), ())
+        factor = 1.0 / self.reshape(self.part(sums, (1,), (2,), (1,)), ())
+        return total * factor, factor
 
     def clear(self) -> None:
         """Nothing gathers here."""
 
 
-class MicroBatch(nn.Cell):
-    """One micro-batch: from every input each rank takes the number-th part of its own rows.
-
-    MindSpore's own cell makes every rank gather the whole global batch first, then slices it. Marked like this (under
-    stages it takes PIPELINE_SLICE_SKIP_REDISTRIBUTION=1 in the environment too), the rows are sliced where they lie.
-
-    Args:
-        count: micro-batches.
-        dims: dims of each input.
-        data: ways the rows are cut.
-        pipeline: whether there are stages (else: accumulation on one stage).
-    """
-
-    def __init__(self, count: int, dims: list[int], data: int, pipeline: bool) -> None:
-        super().__init__()
-        self.count = count
-        self.slices = tuple(ops.StridedSlice().shard(((data, *[1] * (number - 1)),)) for number in dims)
-        for primitive in self.slices:
-            primitive.add_prim_attr("out_shard_size", data).add_prim_attr("skip_redistribution", True)
-            if not pipeline:
-                primitive.add_prim_attr("grad_accu_num", count)
-
-    def construct(self, number: int, *inputs: Tensor) -> tuple:
-        """Rows of micro-batch `number` of every input."""
-        parts = ()
-        for i in range(len(inputs)):
-            shape = inputs[i].shape
-            rows, zeros, ones = shape[0] // self.count, (0,) * (len(shape) - 1), (1,) * len(shape)
-            part = self.slices[i](inputs[i], (number * rows, *zeros), ((number + 1) * rows, *shape[1:]), ones)
-            parts = parts + (part,)
-        return parts
-
-
 class PipelineGradient(WholeGradient):
-    """Gradients of the mean loss over micro-batches that run through one graph.
-
-
-    Each micro-batch's loss is its own mean and all micro-batches weigh the same (as in the released PanGu-alpha code):
-    with padding that differs from the mean over all tokens by the uneven counts.
+    """Gradients of the mean loss over micro-batches that run through one graph, weighed as in `step.MeanGradient`.
 
     Args:
-        network: the scalar loss of one micro-batch.
+        network: see `WholeGradient`; of one micro-batch.
         parameters: what to differentiate by.
         config: resolved.
         micro_batches: micro-batches in one step.
@@ -124,21 +98,25 @@ class PipelineGradient(WholeGradient):
         wrapped = (nn.PipelineCell if many else nn.GradAccumulationCell)(network, micro_batches)
         wrapped.micro_inputs = nn.CellList([MicroBatch(micro_batches, dims, config.data, many)
                                             for _ in range(micro_batches)])
+        for add in wrapped.add_list:
+            add.shard(((1,), (1,)))
         super().__init__(wrapped, parameters)
         # The partitioner finds these by name and adds each micro-batch's gradient to them.
         self.accumulated = parameters.clone("accu_grads", init="zeros")
         self.sharded = config.optimizer_shard > 1
-        self.share = Tensor(1.0 / micro_batches, ms.float32)
+        self.tell = KnownToAllStages(config) if many else None
         self.map = ops.HyperMap()
 
-    def construct(self, sensitivity: Tensor, iteration: Tensor, *batch: Tensor) -> tuple:
+    def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
         """(loss, gradients, factor) as `MeanGradient` gives them."""
-        loss = self.network(*batch)
-        sens = ops.cast(sensitivity, loss.dtype) * ops.ones_like(loss)
-        gradients = self.differentiate(self.network, self.parameters)(*batch, sens)
+        sums = self.network(*batch)
+        gradients = self.differentiate(self.network, self.parameters)(*batch, sensitivity * self.first)
+        if self.tell is not None:
+            sums = self.tell(sums)
+        loss, factor = self.mean(sums)
         if self.sharded:
-            return loss * self.share, gradients, self.share
-        return loss * self.share, ops.depend(self.accumulated, gradients), self.share
+            return loss, gradients, factor
+        return loss, ops.depend(self.accumulated, gradients), factor
 
     def clear(self) -> None:
         """Sets the gathered gradients back to 0 in place (assigning a zero tensor would cost their memory again)."""
@@ -197,7 +175,7 @@ class ShardedStep(TrainStep):
     def construct(self, *batch: Tensor) -> tuple:
         """See `TrainStep.construct`."""
         scale = self.loss_scale.value * Tensor(1.0, ms.float32)
-        loss, gradients, factor = self.gradient(scale, self.iteration + 0, *batch)
+        loss, gradients, factor = self.gradient(scale, *batch)
         factor = factor / scale
         norm = self.norm(gradients) * factor
         finite = ops.isfinite(norm)
@@ -235,16 +213,27 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
     network, count = parallelize(task.network, config), micro_batches(settings, config)
     with no_init_parameters():
         parameters = ParameterTuple(network.trainable_params())
-        gradient = WholeGradient(network, parameters)
-        if count > 1:
-            if reuse:
-                network.cell_init_args = f"lazy_inline_{type(network).__name__}"
-            dims = [len(item.shape) for item in task.inputs]
-            gradient = PipelineGradient(network, parameters, config, count, dims)
-        step = ShardedStep(network, Optimizer(parameters, settings.optimizer, settings.steps), settings,
+        gradient = gradient_of(network, parameters, config, count, task.inputs, reuse)
+        step = ShardedStep(network, run_optimizer(parameters, settings, task.is_sparse), settings,
                            gradient=gradient, norm=ShardedNorm(borrowed(network, parameters, config)))
     ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in task.inputs]
     return switch_on(step, config, ways, start_values)
+
+
+def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelConfig, count: int, inputs: list[Input],
+                reuse: bool) -> WholeGradient:
+    """Forward and backward pass of a global batch in `count` micro-batches, each perhaps in interleaved parts."""
+    dims, parts, size = [len(item.shape) for item in inputs], config.micro_batch_interleave, 1.0
+    if weighs(network):
+        size = 1.0 * math.prod(inputs[0].shape)
+    wrapped = LossAndWeight.of(len(inputs), network, size)
+    if parts > 1:
+        wrapped = Interleaved.of(len(inputs), wrapped, parts, dims, config.data)
+    if count == 1:
+        return WholeGradient(wrapped, parameters)
+    if reuse:
+        wrapped.cell_init_args = f"lazy_inline_{type(wrapped).__name__}"
+    return PipelineGradient(wrapped, parameters, config, count, dims)
 
 
 def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...]], start_values: bool) -> AutoParallel:
@@ -278,8 +267,8 @@ def input_shapes(task: Task, settings: TrainSettings, config: ParallelConfig) ->
     Raises:
         UserError: the global batch does not divide.
     """
-    parts = micro_batches(settings, config) * config.data
+    parts = micro_batches(settings, config) * config.data * config.micro_batch_interleave
     for item in task.inputs:
         divides(parts, item.shape[0], where="train.global_batch_size", what="the global batch",
-                mend="it must divide by data x micro-batches")
+                mend="it must divide by data x micro-batches x micro_batch_interleave")
     return [(item.shape[0] // config.data, *item.shape[1:]) for item in task.inputs]

@@ -46,9 +46,10 @@ def cut_parameters(network: nn.Cell, config: ParallelConfig) -> list[Whole]:
     operands = _operands(network)
     found = []
     for parameter in network.get_parameters():
-        ways = tuple(axes.sizes[axis] if axis else 1 for axis in operands.get(id(parameter), ())) or (1,) * len(
-            parameter.shape)
-        boxes = _Boxes(tuple(parameter.shape), ways, stages.get(id(parameter)), config, parameter.parallel_optimizer)
+        operand = operands.get(id(parameter)) or (None,) * len(parameter.shape)
+        # A tuple of mesh axes would be needed only by an activation; a weight is cut over one at a time.
+        cuts = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
+        boxes = Boxes(tuple(parameter.shape), cuts, stages.get(id(parameter)), config, parameter.parallel_optimizer)
         found.append(Whole(parameter.name, tuple(parameter.shape), boxes))
     return found
 
@@ -87,41 +88,80 @@ def _stages_of_parameters(network: nn.Cell, config: ParallelConfig) -> dict[int,
 
 
 @dataclass(frozen=True)
-class _Boxes:
-    """rank -> box of one parameter."""
+class Boxes:
+    """rank -> box of one parameter.
+
+    Args:
+        shape: the whole parameter's.
+        cuts: for each dim the axis of the mesh that cuts it ("expert" or "op"), or None.
+        stages: those that use it; None = there is one.
+        config: resolved.
+        shardable: whether its layer lets the optimizer's shards cut it.
+    """
 
     shape: tuple[int, ...]
-    ways: tuple[int, ...]
+    cuts: tuple[str | None, ...]
     stages: set[int] | None
     config: ParallelConfig
     shardable: bool
 
-    def __call__(self, rank: int) -> Box | None:
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Axes of one stage, the slowest first: data = replica x expert."""
         config = self.config
-        per_stage = config.data * config.op
-        stage, place = divmod(rank, per_stage)
+        return {"replica": config.data // config.expert, "expert": config.expert, "op": config.op}
+
+    def __call__(self, rank: int) -> Box | None:
+        stage, place = divmod(rank, self.config.data * self.config.op)
         if self.stages is not None and stage not in self.stages:
             return None
-        op = place % config.op
-        box = tuple(_part(size, ways, op if ways == config.op else place // config.op if ways > 1 else 0)
-                    for size, ways in zip(self.shape, self.ways, strict=True))
-        return self._shard(box, place)
-
-    def _shard(self, box: Box, place: int) -> Box:
-        """Cuts dim 0 over the ranks that hold the same slice."""
-        config = self.config
-        cut_by_op = any(ways > 1 for ways in self.ways)
-        same = config.data if cut_by_op else config.data * config.op
-        number = place // config.op if cut_by_op else place
-        shard = same if config.optimizer_shard == config.data else config.optimizer_shard
-        if config.optimizer_shard == 1 or not self.shardable or not box:
+        at = self._coordinates(place)
+        box = tuple(_part(size, self.mesh[axis], at[axis]) if axis else (0, size)
+                    for size, axis in zip(self.shape, self.cuts, strict=True))
+        shard = self.shard
+        if shard == 1:
             return box
         (start, stop), *rest = box
-        kilobytes = 4 * math.prod(box_shape(box)) / 1024
-        if shard < 2 or (stop - start) % shard or kilobytes < config.optimizer.threshold_kb:
-            return box
-        first, last = _part(stop - start, shard, number % shard)
+        first, last = _part(stop - start, shard, self._number_among_same(at) % shard)
         return ((start + first, start + last), *rest)
+
+    @property
+    def shard(self) -> int:
+        """Parts into which the optimizer's shards cut dim 0 of a slice again."""
+        config = self.config
+        same = math.prod(self.mesh[axis] for axis in self._uncut)
+        shard = same if config.optimizer_shard == config.data else config.optimizer_shard
+        if config.optimizer_shard == 1 or not self.shardable or not self.shape or shard < 2:
+            return 1
+        slices = tuple(size // self.mesh[axis] if axis else size
+                       for size, axis in zip(self.shape, self.cuts, strict=True))
+        kilobytes = 4 * math.prod(slices) / 1024
+        return shard if slices[0] % shard == 0 and kilobytes >= config.optimizer.threshold_kb else 1
+
+    @property
+    def shard_step(self) -> int:
+        """Distance of the ranks that hold the parts of one slice."""
+        sizes, step = list(self.mesh.items()), 1
+        while sizes and sizes[-1][0] not in self._uncut:
+            step *= sizes.pop()[1]
+        return step
+
+    @property
+    def _uncut(self) -> list[str]:
+        return [axis for axis in self.mesh if axis not in self.cuts]
+
+    def _coordinates(self, place: int) -> dict[str, int]:
+        found = {}
+        for axis, size in reversed(self.mesh.items()):
+            place, found[axis] = divmod(place, size)
+        return found
+
+    def _number_among_same(self, at: dict[str, int]) -> int:
+        """The place of a rank among those that hold the same slice."""
+        number = 0
+        for axis in self._uncut:
+            number = number * self.mesh[axis] + at[axis]
+        return number
 
 
 def _part(size: int, ways: int, number: int) -> tuple[int, int]:

@@ -6,7 +6,8 @@ backward), `MeanGradient` (micro-batches and data-parallel ranks), `GlobalNorm` 
 
 A network is any cell `network(*batch) -> loss`, or `-> (loss, weight)` where `loss` is a mean over `weight` items (the
 unmasked tokens of a language model, say; finite where the weight is 0): micro-batches and ranks are then averaged by
-weight, so that the result is the mean over the whole global batch however it is cut.
+weight, so that the result is the mean over the whole global batch however it is cut. A network with dropout takes the
+numbers of its samples, int32 [B], as its last input (`parallel.layers.dropout`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from parallel.layers.dropout import connect_dropout
 from parallel.layers.fused import squares_kernel
 from parallel.runtime.optimizers import Optimizer
 from parallel.runtime.train_settings import LossScaleSettings, TrainSettings
+
+
+def weighs(network: nn.Cell) -> bool:
+    """Makes a network that can tell its weight return (loss, weight); whether it can."""
+    if not hasattr(network, "weighted"):
+        return False
+    network.weighted = True
+    return True
 
 
 class BlockGradient(nn.Cell):
@@ -69,37 +78,32 @@ class MeanGradient(nn.Cell):
         block: gradient of one block.
         accumulation: micro-batches; each has a rows-th part of the rank's rows.
         group: communication group of the data-parallel ranks, or None.
-        rank, ranks: place in the group; together with the micro-batch it numbers the blocks for dropout.
-        counter: int32 [2] that dropout reads: (iteration, block).
+        ranks: size of the group.
     """
 
-    def __init__(self, block: nn.Cell, accumulation: int, counter: Parameter | None, group: str | None = None,
-                 rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, block: nn.Cell, accumulation: int, group: str | None = None, ranks: int = 1) -> None:
         super().__init__(auto_prefix=False)
         self.block = block
         self.accumulation = accumulation
-        self.counter = counter
-        self.first_block = rank * accumulation
         self.reduce = ops.AllReduce(ops.ReduceOp.SUM, group) if group is not None and ranks > 1 else None
         self.by_weight = accumulation * ranks > 1
         self.map = ops.HyperMap()
         self.one = Tensor(1.0, ms.float32)
 
-    def construct(self, sensitivity: Tensor, iteration: Tensor, *batch: Tensor) -> tuple:
+    def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
         """batch: tensors with the rank's rows first."""
         if not self.by_weight:
-            self.number_block(iteration, 0)
             loss, _, gradients = self.block(sensitivity, False, *batch)
             return loss, gradients, self.one
         # Divided here and multiplied back in `factor`, lest half-precision gradients grow with the number of tokens.
         size = 1.0 * batch[0].size if self.block.weighted else 1.0
-        loss_sum, weight_sum, gradients = self.accumulate(sensitivity / size, iteration, batch)
+        loss_sum, weight_sum, gradients = self.accumulate(sensitivity / size, batch)
         if self.reduce is not None:
             loss_sum, weight_sum = self.reduce(loss_sum), self.reduce(weight_sum)
             gradients = self.map(self.reduce, gradients)
         return loss_sum / weight_sum, gradients, size / weight_sum
 
-    def accumulate(self, sensitivity: Tensor, iteration: Tensor, batch: tuple) -> tuple:
+    def accumulate(self, sensitivity: Tensor, batch: tuple) -> tuple:
         """Sums over this rank's micro-batches, one after the other so that only one's activations are alive."""
         loss_sum = weight_sum = self.one * 0.0
         total = ()
@@ -108,7 +112,6 @@ class MeanGradient(nn.Cell):
             piece = ()
             for tensor in batch:
                 piece = piece + (ops.depend(tensor[number * rows:(number + 1) * rows], weight_sum),)
-            self.number_block(ops.depend(iteration, weight_sum), number)
             loss, weight, gradients = self.block(sensitivity, True, *piece)
             if number == 0:
                 total = gradients
@@ -117,12 +120,6 @@ class MeanGradient(nn.Cell):
             loss_sum = loss_sum + loss * weight
             weight_sum = ops.depend(weight_sum + weight, total)
         return loss_sum, weight_sum, total
-
-    def number_block(self, iteration: Tensor, micro_batch: int) -> None:
-        """Tells dropout which block of rows comes next."""
-        if self.counter is not None:
-            block = ops.zeros_like(iteration) + (self.first_block + micro_batch)
-            ops.assign(self.counter, ops.stack((iteration, block)))
 
 
 class GlobalNorm(nn.Cell):
@@ -232,10 +229,9 @@ class TrainStep(nn.Cell):
         super().__init__(auto_prefix=False)
         self.network = network
         parameters = ParameterTuple(network.trainable_params())
-        counter = Parameter(Tensor([0, 0], ms.int32), name="dropout_counter", requires_grad=False)
-        has_dropout = connect_dropout(network, counter, settings.seed) > 0
+        self.numbered = connect_dropout(network, settings.seed)
         self.gradient = gradient or MeanGradient(BlockGradient(network, parameters, weighted), settings.accumulation,
-                                                 counter if has_dropout else None, group, rank, ranks)
+                                                 group, ranks)
         self.norm = norm or GlobalNorm([1] * len(parameters))
         self.optimizer = optimizer
         self.loss_scale = LossScale(settings.loss_scale, settings.precision)
@@ -247,6 +243,7 @@ class TrainStep(nn.Cell):
         # Maps, not loops: a loop over n gradients that builds tuples makes the compiler hold n^2 nodes.
         self.map = ops.HyperMap()
         self.weighted, self.group, self.rank, self.ranks = weighted, group, rank, ranks
+        self.share = (rank, ranks)  # which rows of a global batch this process is fed with
         self.step = Parameter(Tensor(0, ms.int32), name="step", requires_grad=False)
         self.iteration = Parameter(Tensor(0, ms.int32), name="iteration", requires_grad=False)
         self.set_train(True)
@@ -256,7 +253,7 @@ class TrainStep(nn.Cell):
         scale = Tensor(1.0, ms.float32)
         if not self.unscaled:
             scale = self.loss_scale.value * scale
-        loss, gradients, factor = self.gradient(scale, self.iteration + 0, *batch)
+        loss, gradients, factor = self.gradient(scale, *batch)
         factor = factor / scale
         norm = self.norm(gradients) * factor
         finite = ops.isfinite(norm)

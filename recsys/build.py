@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from parallel.config import ParallelConfig, divides
-from parallel.runtime.builder import Input, Task
+from parallel.runtime.builder import Input, Task, with_sample_numbers
 from parallel.runtime.errors import UserError
 from parallel.runtime.settings import Settings
 from recsys.features import FeatureSpec
@@ -32,6 +32,8 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     Raises:
         UserError: an axis does not divide what it cuts, or a vocabulary's size is neither given nor to be had.
     """
+    from recsys.embedding import is_sparse
+
     spec = spec_of(settings)
     tasks = len(labels_of(settings))
     network = loss_network(settings, spec, tasks, compute_dtype)
@@ -40,8 +42,9 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     inputs = [Input("ids", (batch, spec.id_columns), "int32", min(spec.tables.values())),
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, tasks), "float32")]
-    return Task(network, inputs, lambda seed: sample_batch(spec, batch, tasks, seed), batch,
-                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)})
+    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, tasks, seed), batch,
+                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse)
+    return with_sample_numbers(task, settings.model.dropout)
 
 
 def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: str = "float32") -> Any:

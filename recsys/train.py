@@ -8,17 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from parallel.config import ParallelConfig
 from parallel.layers.parameter import initialize
 from parallel.runtime.checkpoint import list_checkpoints, load_parameters, save_checkpoint
+from parallel.runtime.cut_run import CutRun, CutValidation, needs_cut
 from parallel.runtime.device import Processes, start_device
 from parallel.runtime.errors import UserError
 from parallel.runtime.files import atomic_write, read_json
-from parallel.runtime.optimizers import Optimizer
+from parallel.runtime.optimizers import run_optimizer
 from parallel.runtime.progress import note, table
 from parallel.runtime.train_settings import COMPUTE_DTYPES
 from parallel.runtime.trainer import Trainer, set_seed
 from parallel.step import TrainStep
-from recsys.build import check_layout, loss_network
+from recsys.build import build, check_layout, loss_network
 from recsys.counting import count
 from recsys.dataset import Batches, Log, prepare
 from recsys.embedding import is_sparse
@@ -34,24 +36,24 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     log = prepare(settings.data, settings.model.embedding_size)
     set_seed(settings.train.seed)
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
-    check_device(settings, network.model, processes)
-    initialize(network.model, settings.train.seed)
-    figures = train(settings, network, log, processes)
+    parallel = check_device(settings, network.model, processes)
+    if needs_cut(parallel, processes):
+        figures = train_cut(settings, log, parallel, processes)
+    else:
+        initialize(network.model, settings.train.seed)
+        figures = train(settings, network, log, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures
 
 
-def check_device(settings: Any, model: Any, processes: Processes) -> None:
-    """Refuses layouts and types that this device does not run."""
+def check_device(settings: Any, model: Any, processes: Processes) -> ParallelConfig:
+    """The resolved layout; refuses layouts and types that this device does not run."""
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings, model, parallel)
+    needs_cut(parallel, processes)
     if processes.target != "CPU":
-        return
-    if parallel.op > 1 or parallel.pipeline.stages > 1:
-        raise UserError("on the CPU only data parallelism runs", where="parallel",
-                        value=f"op {parallel.op}, pipeline.stages {parallel.pipeline.stages}",
-                        mend="prove other layouts with python -m parallel dryrun")
+        return parallel
     if settings.train.precision != "fp32":
         raise UserError("half precision is for Ascend", where="train.precision", value=settings.train.precision,
                         mend="train.precision=fp32")
@@ -59,14 +61,42 @@ def check_device(settings: Any, model: Any, processes: Processes) -> None:
     if settings.train.global_batch_size % share:
         raise UserError(f"{processes.ranks} processes x accumulation {settings.train.accumulation} do not divide it",
                         where="train.global_batch_size", value=settings.train.global_batch_size)
+    return parallel
+
+
+def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
+    """Trains a ranker of which every process holds slices (Ascend); validated by its loss. AUC and the like need whole
+    scores: `python -m recsys evaluate` on the merged checkpoint.
+
+    Raises:
+        UserError: the run keeps or stops by a metric that a cut run does not have.
+    """
+    options = settings.train
+    if options.keep_best is not None:
+        raise UserError("a cut run has no AUC while it trains", where="train.keep_best", value=options.keep_best,
+                        mend="set it to null, merge a checkpoint (python -m parallel merge) and evaluate it")
+    task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
+    counted = count(task.network)
+    run = CutRun(task, options, parallel, processes)
+    batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
+                      *run.rows, log.spec)
+    validation = None
+    if len(log.parts["validation"]) >= options.global_batch_size:
+        rows = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
+        validation = CutValidation(run, rows, options.validation_batches)
+    trainer = Trainer(run.step, batches, options, settings.output, validation=validation, units="samples",
+                      units_per_step=options.global_batch_size,
+                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
+                      describe=settings.model_dump(mode="json"), **run.for_trainer())
+    if processes.rank == 0:
+        _keep_vocabulary(log, Path(settings.output.directory))
+    return trainer.run() | {key: counted[key] for key in ("parameters", "dense_parameters")}
 
 
 def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) -> dict:
     """Trains a network whose parameters have values; the run's figures."""
     options, model = settings.train, network.model
-    sparse = options.sparse_optimizer
-    groups = [(lambda parameter: is_sparse(parameter.name), sparse)] if sparse is not None else []
-    optimizer = Optimizer(network.trainable_params(), options.optimizer, options.steps, groups)
+    optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
     step = TrainStep(network, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size,
                       options.seed if settings.data.shuffle else None, processes.rank, processes.ranks, log.spec)
@@ -146,8 +176,8 @@ class Best:
         return metrics
 
     def parameters(self) -> list:
-        """The model's parameters, without the counter that training lends to dropout."""
-        return [parameter for parameter in self.network.get_parameters() if parameter.name != "dropout_counter"]
+        """The model's parameters."""
+        return list(self.network.get_parameters())
 
     def restore(self) -> None:
         """Brings the best parameters back for the last evaluation."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu.checkpoint_layouts import wire
+from parallel.runtime import protobuf_wire as wire
 from parallel.runtime.errors import UserError
 from parallel.runtime.files import atomic_write
 

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from pangu.checkpoint_layouts import wire
 from pangu.checkpoint_layouts.mindspore_file import Entry, MindSporeFile, write_mindspore
 from pangu.checkpoint_layouts.names import keys
 from pangu.config import ModelConfig
 from parallel.runtime.errors import UserError
-from parallel.runtime.files import atomic_write
 from parallel.runtime.progress import progress
+from parallel.runtime.strategy_file import Cut, write_strategy
+from parallel.runtime.strategy_file import read_strategy as read_cuts
 
-MAX_STRATEGY_BYTES = 64 << 20
 TABLES = {"backbone.word_embedding.embedding_table": "word_embedding.npy",
           "backbone.position_embedding.embedding_table": "position_embedding.npy",
           "backbone.top_query_embedding.embedding_table": "top_query_embedding.npy"}
@@ -31,76 +29,14 @@ SLICE_NAME = "filerted_{rank}.ckpt"  # the release's own spelling
 STRATEGY_NAME = "strategy.ckpt"
 _RANK = re.compile(r"(\d+)$")
 
-Box = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How one parameter is cut.
-
-    Args:
-        matrix: sizes of the device matrix; ranks count along its last dim first.
-        dims: for each dim of the parameter the dim of the matrix that cuts it, counted from the right; -1 = none.
-        step: distance of the ranks that share one slice by the sharded optimizer; 0 = it is not sharded.
-        parts: how many they are; -1 = all there are.
-    """
-
-    matrix: tuple[int, ...]
-    dims: tuple[int, ...]
-    step: int
-    parts: int
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks there are."""
-        return int(np.prod(self.matrix))
-
-    def box(self, rank: int, shape: tuple[int, ...]) -> Box:
-        """[start, stop) of each dim that `rank` holds of a parameter of `shape`.
-
-        Raises:
-            UserError: a dim does not divide.
-        """
-        places = np.unravel_index(rank, self.matrix)
-        box = []
-        for dim, axis in zip(shape, self.dims, strict=True):
-            parts, index = (1, 0) if axis < 0 else (self.matrix[-1 - axis], int(places[-1 - axis]))
-            box.append(_part((0, dim), parts, index))
-        if self.step:
-            parts = self.parts if self.parts > 0 else self.ranks // self.step
-            box[0] = _part(box[0], parts, rank // self.step % parts)
-        return tuple(box)
-
-
-def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
-    start, stop = span
-    if (stop - start) % parts:
-        raise UserError(f"a dim of {stop - start} does not divide into {parts} slices", where="strategy",
-                        mend="is the strategy file of another model?")
-    size = (stop - start) // parts
-    return start + index * size, start + (index + 1) * size
-
 
 def read_strategy(path: str | Path) -> dict[str, Cut]:
-    """The cuts of all parameters of a strategy file, optimizer states left out.
+    """The cuts of PanGu-alpha's parameters of a strategy file, optimizer states left out.
 
     Raises:
-        UserError: missing, too large or not a strategy file.
+        UserError: missing, too large, not a strategy file, or of another model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError("no such strategy file", where=path)
-    if path.stat().st_size > MAX_STRATEGY_BYTES:
-        raise UserError("file is too large for a strategy", where=path, value=path.stat().st_size)
-    cuts = {}
-    try:
-        for number, item in wire.fields(path.read_bytes()):
-            if number == 3:
-                name, cut = _layout(item)
-                if name.startswith("backbone."):
-                    cuts[name] = cut
-    except (ValueError, TypeError, AttributeError, UnicodeDecodeError):
-        raise UserError("not a strategy file", where=path) from None
+    cuts = {name: cut for name, cut in read_cuts(path).items() if name.startswith("backbone.")}
     if not cuts:
         raise UserError("the strategy file names no parameter of PanGu-alpha", where=path)
     return cuts
@@ -116,49 +52,6 @@ def release_cuts(config: ModelConfig, data: int = 64, op: int = 8) -> dict[str, 
             dims[1 if name.endswith("mapping.weight") else 0] = 0
         cuts[name] = Cut((data, op), tuple(dims), 0 if whole else op, 0 if whole else -1)
     return cuts
-
-
-def write_strategy(path: str | Path, cuts: dict[str, Cut]) -> None:
-    """A strategy file that `read_strategy` and MindSpore read."""
-    items = [wire.field(1, 1)]
-    for name, cut in cuts.items():
-        sizes, dims = (b"".join(wire.field(1, value) for value in values) for values in (cut.matrix, cut.dims))
-        layout = (wire.field(1, sizes) + wire.field(2, dims) + wire.field(3, b"") + wire.field(4, b"")
-                  + wire.field(5, 0) + wire.field(6, cut.step) + wire.field(7, cut.parts))
-        items.append(wire.field(3, wire.field(1, name.encode()) + wire.field(2, layout)))
-    with atomic_write(path, "wb") as file:
-        file.write(b"".join(items))
-
-
-def _layout(item: memoryview) -> tuple[str, Cut]:
-    name, layout = "", memoryview(b"")
-    for number, value in wire.fields(item):
-        if number == 1:
-            name = bytes(value).decode("utf-8")
-        elif number == 2:
-            layout = value
-    values = dict(wire.fields(layout))
-    return name, Cut(_dims(values.get(1)), _dims(values.get(2)), wire.signed(values.get(6, 0)),
-                     wire.signed(values.get(7, 0)))
-
-
-def _dims(message: memoryview | None) -> tuple[int, ...]:
-    """`repeated uint32/sint32 dim = 1`, one by one or packed."""
-    found: list[int] = []
-    for _, value in wire.fields(message or b""):
-        if isinstance(value, int):
-            found.append(value)
-        else:
-            at = 0
-            while at < len(value):
-                number, at = wire._varint(value, at)
-                found.append(number)
-    return tuple(_int32(value) for value in found)
-
-
-def _int32(value: int) -> int:
-    value = wire.signed(value)
-    return value - (1 << 32) if 1 << 31 <= value < 1 << 32 else value
 
 
 class SlicedCheckpoint:

@@ -47,9 +47,9 @@ class OneDevice:
         from parallel.layers.parameter import initialize
         from parallel.runtime.builder import load_run
         from parallel.runtime.device import start_device
-        from parallel.runtime.optimizers import Optimizer
+        from parallel.runtime.optimizers import run_optimizer
         from parallel.sharded_step import micro_batches
-        from parallel.step import TrainStep
+        from parallel.step import TrainStep, weighs
 
         start_device("CPU")
         self.config, self.overrides = config, list(overrides)
@@ -60,8 +60,8 @@ class OneDevice:
         train = settings.train.model_copy(update={"accumulation": self.count})
         self.task, self.settings = module.build(settings, ParallelConfig(), "float32"), settings
         initialize(self.task.network, train.seed)
-        optimizer = Optimizer(self.task.network.trainable_params(), train.optimizer, train.steps)
-        self.step = TrainStep(self.task.network, optimizer, train)
+        optimizer = run_optimizer(self.task.network.trainable_params(), train, self.task.is_sparse)
+        self.step = TrainStep(self.task.network, optimizer, train, weighted=weighs(self.task.network))
         self.start = {item.name: item.asnumpy().copy() for item in self.step.get_parameters()}
 
     def compiled(self) -> World:

@@ -15,7 +15,7 @@ import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Task:
         sample: `sample(seed) -> tuple of numpy arrays`, a meaningful global batch.
         tokens: tokens (or samples, for rankers) in one global batch.
         figures: anything that reports want to show (sizes and names).
+        is_sparse: by name, the parameters that `train.sparse_optimizer` owns; None = there are none.
     """
 
     network: Any
@@ -56,6 +57,37 @@ class Task:
     sample: Callable[[int], tuple[np.ndarray, ...]]
     tokens: int
     figures: dict[str, Any] = field(default_factory=dict)
+    is_sparse: Callable[[str], bool] | None = None
+
+
+SAMPLE_NUMBERS = "sample_numbers"
+
+
+def with_sample_numbers(task: Task, dropout: float) -> Task:
+    """`task` with the numbers of the samples as its last input, which a network with dropout takes
+    (`parallel.layers.dropout`)."""
+    if dropout == 0.0:
+        return task
+    batch, sample = task.inputs[0].shape[0], task.sample
+
+    def numbered(seed: int) -> tuple[np.ndarray, ...]:
+        return *sample(seed), sample_numbers(seed, batch)
+
+    inputs = [*task.inputs, Input(SAMPLE_NUMBERS, (batch,), "int32", 1 << 30)]
+    return replace(task, inputs=inputs, sample=numbered)
+
+
+def sample_numbers(iteration: int, batch: int, part: int = 0, parts: int = 1) -> np.ndarray:
+    """Numbers through the whole run of the samples in one global batch, int32 (wraps) [batch / parts].
+
+    Args:
+        iteration: number of the batch.
+        batch: samples of a global batch.
+        part, parts: which consecutive share of them.
+    """
+    share = batch // parts
+    first = iteration * batch + part * share
+    return np.arange(first, first + share, dtype=np.int64).astype(np.int32)
 
 
 def package_of(name: str) -> Any:

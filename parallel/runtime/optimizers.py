@@ -14,7 +14,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from parallel.runtime.errors import UserError
 from parallel.runtime.schedules import LearningRate
-from parallel.runtime.train_settings import OptimizerSettings
+from parallel.runtime.train_settings import OptimizerSettings, TrainSettings
 
 _NOT_DECAYED = ("layernorm", "layer_norm", "norm.", "bias")
 
@@ -271,6 +271,14 @@ class Optimizer(nn.Cell):
         """The moments of all groups."""
         own = {id(p) for cell in self.cells_of_groups for p in cell.parameters}
         return [p for p in self.get_parameters() if id(p) not in own]
+
+
+def run_optimizer(parameters: Sequence[Parameter], train: TrainSettings,
+                  is_sparse: Callable[[str], bool] | None = None) -> Optimizer:
+    """The optimizer of a run: `train.sparse_optimizer`, where it is set, owns the parameters whose name `is_sparse`."""
+    sparse = train.sparse_optimizer
+    groups = [(lambda parameter: is_sparse(parameter.name), sparse)] if sparse is not None and is_sparse else []
+    return Optimizer(parameters, train.optimizer, train.steps, groups)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -8,43 +8,26 @@ from __future__ import annotations
 
 import itertools
 import math
-import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from parallel.runtime.checkpoint import list_checkpoints, load_checkpoint, resolve_checkpoint, save_checkpoint
+from parallel.runtime.data_source import DataSource, NumberedSource, prefetch
 from parallel.runtime.errors import UserError
 from parallel.runtime.metrics_log import MetricsLog, measured_matmul_tflops
 from parallel.runtime.progress import Bar, note
 from parallel.runtime.sliced_checkpoint import Holder, save_slices
 from parallel.runtime.train_settings import OutputSettings, TrainSettings
 from parallel.step import TrainStep
-
-_PREFETCHED = 2
-
-
-class DataSource(Protocol):
-    """What the trainer reads from. Batch i depends only on the source's seed and i."""
-
-    columns: Sequence[str]
-    steps_per_epoch: int
-
-    def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
-        """Batches start_step, start_step + 1, ...: one array per column, this rank's rows first dim."""
-        ...
-
-    def mindspore_dataset(self, start_step: int, steps: int) -> Any:
-        """The same batches as a `mindspore.dataset` of `steps` batches, for data sink (Ascend). May be absent."""
-        ...
 
 
 def set_seed(seed: int) -> None:
@@ -111,7 +94,8 @@ class Trainer:
         step: the training step.
         source: training batches, this rank's rows.
         settings, output: the `train:` and `output:` blocks.
-        validation: validation batches; adds validation_loss and validation_perplexity.
+        validation: validation batches, or what gives their metrics as `evaluate` does; adds validation_loss and
+            validation_perplexity.
         evaluate: functions `evaluate(step) -> {metric: value}` called at every validation (AUC and the like).
         units: what the speed is counted in ("tokens", "samples").
         units_per_step: how many units a step holds, over all ranks.
@@ -123,21 +107,24 @@ class Trainer:
     """
 
     def __init__(self, step: TrainStep, source: DataSource, settings: TrainSettings, output: OutputSettings, *,
-                 validation: DataSource | None = None, evaluate: Sequence[Callable[[int], dict]] = (),
+                 validation: DataSource | Callable[[int], dict] | None = None,
+                 evaluate: Sequence[Callable[[int], dict]] = (),
                  units: str = "tokens", units_per_step: int = 1, flops_per_step: float | None = None,
                  describe: dict | None = None, title: str = "train",
                  on_step: Callable[[int, dict], None] | None = None, cell: nn.Cell | None = None,
                  holder: Holder | None = None) -> None:
-        self.step, self.source, self.settings, self.output = step, source, settings, output
+        self.step, self.settings, self.output = step, settings, output
+        self.source = NumberedSource(source, *step.share) if step.numbered else source
         self.evaluators = list(evaluate)
         if validation is not None:
-            self.evaluators.insert(0, Validation(step, validation, settings.validation_batches))
+            self.evaluators.insert(0, validation if callable(validation)
+                                   else Validation(step, validation, settings.validation_batches))
         self.units, self.units_per_step, self.flops_per_step = units, units_per_step, flops_per_step
         self.describe, self.title, self.on_step = describe or {}, title, on_step
         self.cell, self.holder = cell if cell is not None else step, holder
         self.directory = Path(output.directory)
         self.checkpoints = self.directory / "checkpoints"
-        counter_names = {p.name for p in step.counters()} | {"dropout_counter"}
+        counter_names = {p.name for p in step.counters()}
         self.parameters = [p for p in step.network.get_parameters() if p.name not in counter_names]
         self.states = step.optimizer.states()
         self.iteration, self.window, self.skipped = 0, [], 0
@@ -173,7 +160,7 @@ class Trainer:
         return self.figures()
 
     def _loop(self, bar: Bar | None) -> None:
-        self.step.set_train(True)
+        self.cell.set_train(True)
         while self.iteration < self.settings.steps and self.stopped_by is None:
             for count, outputs in self._outputs():
                 self._after_step(count, outputs, bar)
@@ -187,7 +174,7 @@ class Trainer:
         if self.settings.data_sink:
             yield from self._sunk_outputs()
             return
-        batches = _prefetch(itertools.islice(self.source.batches(self.iteration), self.settings.steps - self.iteration))
+        batches = prefetch(itertools.islice(self.source.batches(self.iteration), self.settings.steps - self.iteration))
         try:
             for batch in batches:
                 with self.clock.stepping():
@@ -266,7 +253,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         for evaluate in self.evaluators:
             metrics.update({name: float(value) for name, value in evaluate(self.iteration).items()})
-        self.step.set_train(True)
+        self.cell.set_train(True)
         self.metrics = metrics
         if metrics and self.log is not None:
             self.log.write(self.iteration, **metrics)
@@ -427,46 +414,6 @@ def _scalars(results: tuple) -> dict[str, float]:
 
 def _json_floats(metrics: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-def _prefetch(items: Iterator, depth: int = _PREFETCHED) -> Iterator:
-    """`items`, read ahead by a thread so that the next batch is ready when the step ends. Order is kept."""
-    ready: queue.Queue = queue.Queue(depth)
-    stop, end = threading.Event(), object()
-
-    def put(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def read() -> None:
-        try:
-            for item in items:
-                if not put(item):
-                    return
-            put(end)
-        except BaseException as error:  # noqa: BLE001 - handed to the reader, who raises it
-            put(_Failure(error))
-
-    thread = threading.Thread(target=read, daemon=True, name="prefetch")
-    thread.start()
-    try:
-        while (item := ready.get()) is not end:
-            if isinstance(item, _Failure):
-                raise item.error
-            yield item
-    finally:
-        stop.set()
-        thread.join(timeout=5.0)
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from parallel.layers.dropout import Dropout, connect_dropout
 
-ROWS, COLUMNS, RATE, SEED = 384, 256, 0.25, 11
+SAMPLES, ROWS, COLUMNS, RATE, SEED = 3, 384, 256, 0.25, 11
 
 
 class Two(nn.Cell):
@@ -15,22 +15,20 @@ class Two(nn.Cell):
         super().__init__()
         self.first, self.second = Dropout(RATE), Dropout(RATE)
 
-    def construct(self, x):
-        return self.first(x), self.second(x)
+    def construct(self, x, rows):
+        return self.first(x, rows), self.second(x, rows)
 
 
 @pytest.fixture(scope="module")
 def masks():
-    """`masks(step, block)`: which elements the two dropouts keep, as booleans; one compile."""
+    """`masks(numbers)`: which elements the two dropouts keep of samples with these numbers, as booleans."""
     network = Two()
-    counter = Parameter(Tensor([0, 0], mstype.int32), name="dropout_counter", requires_grad=False)
-    assert connect_dropout(network, counter, SEED) == 2
+    assert connect_dropout(network, SEED)
     network.set_train(True)
-    x = Tensor(np.ones((3, ROWS // 3, COLUMNS), np.float32))
+    x = Tensor(np.ones((SAMPLES, ROWS // SAMPLES, COLUMNS), np.float32))
 
-    def masks(step, block=0):
-        counter.set_data(Tensor([step, block], mstype.int32))
-        outputs = [output.asnumpy().reshape(ROWS, COLUMNS) for output in network(x)]
+    def masks(*numbers):
+        outputs = [output.asnumpy().reshape(ROWS, COLUMNS) for output in network(x, Tensor(numbers, mstype.int32))]
         assert all(set(np.unique(output)) <= {0.0, np.float32(1 / (1 - RATE))} for output in outputs)
         return [output > 0 for output in outputs]
 
@@ -41,32 +39,31 @@ def masks():
 def numpy_mix(h):
     h = h ^ (h >> np.uint32(16))
     h = h * np.uint32(0x85EBCA6B)
-    h = h ^ (h >> np.uint32(13))
-    h = h * np.uint32(0xC2B2AE35)
-    return h ^ (h >> np.uint32(16))
+    half = h ^ (h >> np.uint32(13))
+    h = half * np.uint32(0xC2B2AE35)
+    return h ^ (h >> np.uint32(16)), half
 
 
-def numpy_mask(salt, step, block):
+def numpy_mask(salt, numbers):
     """The documented hash with unsigned integers."""
     with np.errstate(over="ignore"):
-        golden = np.uint32(0x9E3779B1)
-        key = numpy_mix(np.uint32(step) * golden + np.array([salt], np.int32).view(np.uint32))
-        row = np.arange(ROWS, dtype=np.uint32) + np.uint32(block * ROWS)
-        rows = numpy_mix(row * golden + key) | np.uint32(1)
-        columns = numpy_mix(np.arange(COLUMNS, dtype=np.uint32) * np.uint32(0x85EBCA6B)
-                            + numpy_mix(key + np.uint32(1))) | np.uint32(1)
-        hashed = (rows[:, None] * columns[None, :]).view(np.int32)
+        samples = np.array(numbers, np.int64).astype(np.uint32) * np.uint32(0x9E3779B1)
+        samples = samples + np.array([salt], np.int32).view(np.uint32)
+        places = np.arange(ROWS // SAMPLES, dtype=np.uint32) * np.uint32(0x85EBCA6B)
+        row, shift = numpy_mix((samples[:, None] + places[None, :]).reshape(-1, 1))
+        columns = numpy_mix(np.arange(1, COLUMNS + 1, dtype=np.uint32))[0] | np.uint32(1)
+        hashed = (row * columns[None, :] + shift).view(np.int32)
     return hashed >= np.floor(-(2.0**31) + RATE * 2.0**32)
 
 
-@pytest.mark.parametrize(("step", "block"), [(0, 0), (5, 0), (5, 3), (123_456_789, 1)])
-def test_mask_is_the_documented_hash(masks, step, block):
-    assert np.array_equal(masks(step, block)[0], numpy_mask(masks.salt, step, block))
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (7, 3, 7), (123_456_789, 2**31 - 1, -(2**31))])
+def test_mask_is_the_documented_hash(masks, numbers):
+    assert np.array_equal(masks(*numbers)[0], numpy_mask(masks.salt, numbers))
 
 
 def test_mask_looks_random(masks):
-    first, second = masks(1)
-    later, _ = masks(2)
+    first, second = masks(3, 4, 5)
+    later, _ = masks(6, 7, 8)
     deviation = np.sqrt(RATE * (1 - RATE))
     assert abs(first.mean() - (1 - RATE)) < 5 * deviation / np.sqrt(first.size)
     for dim, count in ((0, ROWS), (1, COLUMNS)):
@@ -82,10 +79,19 @@ def test_mask_looks_random(masks):
     assert abs(corners.mean()) < limit * deviation**4 * 1.5
 
 
-def test_the_mask_depends_on_step_and_seed_alone(masks):
-    assert np.array_equal(masks(7)[0], masks(7)[0])
+def test_pairs_of_columns_are_independent_over_rows(masks):
+    """Multiply-add hashing: any two columns drop together as often as two coins do, whatever their keys."""
+    kept = np.concatenate([masks(*range(30 + 3 * i, 33 + 3 * i))[0] for i in range(20)])
+    correlation = np.corrcoef(kept.T)[np.triu_indices(COLUMNS, 1)]
+    assert abs(correlation).max() < 6 / np.sqrt(len(kept))
+    assert 0.9 < correlation.std() * np.sqrt(len(kept)) < 1.1
+
+
+def test_a_sample_keeps_its_mask_wherever_it_stands(masks):
+    straight, moved = masks(7, 8, 9)[0].reshape(SAMPLES, -1), masks(9, 7, 8)[0].reshape(SAMPLES, -1)
+    assert np.array_equal(moved, straight[[2, 0, 1]])
     other = Two()
-    connect_dropout(other, Parameter(Tensor([0, 0], mstype.int32), name="c", requires_grad=False), SEED + 1)
+    connect_dropout(other, SEED + 1)
     assert other.first.salt != masks.salt != other.second.salt
 
 

@@ -7,7 +7,7 @@ from mindspore import Tensor
 from parallel.step import GlobalNorm, sum_of_squares
 from tests.parallel.toy import DYNAMIC, Batches, make_step, run, settings, values
 
-MOVING = {"iteration", "dropout_counter", "loss_scale", "loss_scale_clean_steps"}
+MOVING = {"iteration", "loss_scale", "loss_scale_clean_steps"}
 
 
 @pytest.fixture(scope="module")

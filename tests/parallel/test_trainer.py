@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from parallel.runtime.checkpoint import list_checkpoints
+from parallel.runtime.data_source import prefetch
 from parallel.runtime.errors import UserError
 from parallel.runtime.metrics_log import measured_matmul_tflops, read_metrics
 from parallel.runtime.train_settings import EarlyStopSettings, LossScaleSettings, OutputSettings, TrainSettings
-from parallel.runtime.trainer import Clock, Trainer, _prefetch
+from parallel.runtime.trainer import Clock, Trainer
 from tests.parallel.toy import Batches, make_step, settings
 
 
@@ -130,7 +131,7 @@ def test_prefetch_keeps_order_and_raises_what_the_source_raises():
 
     taken = []
     with pytest.raises(UserError, match="record 5"):
-        for item in _prefetch(items()):
+        for item in prefetch(items()):
             taken.append(item)
     assert taken == [0, 1, 2, 3, 4]
 

@@ -6,6 +6,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.layers.dropout import Dropout
+from parallel.runtime.builder import sample_numbers
 from parallel.runtime.optimizers import Optimizer
 from parallel.runtime.train_settings import LossScaleSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from parallel.step import TrainStep
@@ -24,8 +25,8 @@ class Perceptron(nn.Cell):
         self.weight2 = Parameter(Tensor(0.5 * rng.standard_normal((WIDTH, OUTPUTS)).astype(np.float32)), name="weight2")
         self.dropout = Dropout(dropout)
 
-    def construct(self, x, y, mask):
-        hidden = self.dropout(ops.tanh(ops.matmul(x, self.weight1) + self.bias1))
+    def construct(self, x, y, mask, rows_B=None):
+        hidden = self.dropout(ops.tanh(ops.matmul(x, self.weight1) + self.bias1), rows_B)
         error = ops.reduce_sum(ops.square(ops.matmul(hidden, self.weight2) - y), -1)
         weight = ops.reduce_sum(mask)
         return ops.reduce_sum(error * mask) / ops.maximum(weight, Tensor(1.0)), weight
@@ -70,7 +71,9 @@ def make_step(train: TrainSettings, dropout: float = 0.0, **options) -> TrainSte
 
 
 def run(step: TrainStep, batches) -> list[list[float]]:
-    """The five scalars of each step."""
+    """The five scalars of each step, fed as the trainer does."""
+    if step.numbered:
+        batches = [(*batch, sample_numbers(i, len(batch[0]))) for i, batch in enumerate(batches)]
     return [[value.asnumpy().item() for value in step(*map(Tensor, batch))] for batch in batches]
 
 

@@ -20,24 +20,29 @@ def fields(data: bytes | memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """
     view, at = memoryview(data), 0
     while at < len(view):
-        tag, at = _varint(view, at)
+        tag, at = next_varint(view, at)
         number, kind = tag >> 3, tag & 7
         if kind == VARINT:
-            value, at = _varint(view, at)
+            value, at = next_varint(view, at)
             yield number, value
             continue
         size = _FIXED.get(kind)
         if size is None:
             if kind != BYTES:
                 raise ValueError(f"wire type {kind}")
-            size, at = _varint(view, at)
+            size, at = next_varint(view, at)
         if at + size > len(view) or number == 0:
             raise ValueError("cut short")
         yield number, view[at:at + size]
         at += size
 
 
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
+def next_varint(view: memoryview, at: int) -> tuple[int, int]:
+    """(number, place after it) of the varint at `at`.
+
+    Raises:
+        ValueError: cut short.
+    """
     value = shift = 0
     while at < len(view) and shift < 70:
         byte = view[at]
