@@ -112,13 +112,13 @@ class Ranker(nn.Cell):
         """(hidden_BD for the towers, tuple of auxiliary logits_BK, tuple of scalar penalties)."""
         raise NotImplementedError
 
-    def outputs(self, ids_BM: Tensor, numbers_BN: Tensor) -> tuple:
-        """(logits_BK, auxiliary logits, penalties): what training needs."""
+    def outputs(self, ids_BM: Tensor, numbers_BN: Tensor, rows_B: Tensor | None = None) -> tuple:
+        """(logits_BK, auxiliary logits, penalties): what training needs; rows_B numbers the samples for dropout."""
         groups, sequences = self.embedding(ids_BM, numbers_BN)
         if self.settings.dropout > 0.0:
             dropped = ()
             for group in groups:
-                dropped += (self.drop(group),)
+                dropped += (self.drop(group, rows_B),)
             groups = dropped
         hidden_BD, auxiliary, penalties = self.represent(groups, sequences)
         return self.head(hidden_BD), auxiliary, penalties
@@ -190,8 +190,13 @@ class TrainingLoss(nn.Cell):
         self.auxiliary_entropy, self.auxiliary_mean = BinaryCrossEntropy(), TaskMean(weights)
         self.auxiliary_weight = model.auxiliary_weight
 
-    def construct(self, ids_BM: Tensor, numbers_BN: Tensor, labels_BK: Tensor) -> Tensor:
-        logits_BK, auxiliary, penalties = self.model.outputs(ids_BM, numbers_BN)
+    def construct(self, ids_BM: Tensor, numbers_BN: Tensor, labels_BK: Tensor,
+                  rows_B: Tensor | None = None) -> Tensor:
+        return self.total(self.model.outputs(ids_BM, numbers_BN, rows_B), labels_BK)
+
+    def total(self, outputs: tuple, labels_BK: Tensor) -> Tensor:
+        """The loss from what `Ranker.outputs` gives."""
+        logits_BK, auxiliary, penalties = outputs
         loss = self.mean(self.cross_entropy(logits_BK, labels_BK))
         if self.auxiliary_weight > 0.0:
             for other_BK in auxiliary:
