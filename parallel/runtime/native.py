@@ -27,7 +27,7 @@ def build_library(source: Path, *, does: str, flags: tuple[str, ...] = ("-march=
     """The shared object of a C++ file, built now if need be; None where that cannot be done, and then it says so.
 
     Args:
-        source: the file; it may include the headers of parallel/kernels.
+        source: the file; it may include headers beside it and those of parallel/kernels.
         does: what goes on without it, as the subject and verb of a sentence: "decoding uses MindSpore's own kernels".
         flags: of the compiler, beside those that every library needs.
     """
@@ -65,7 +65,8 @@ def _key(compiler: str, source: Path, flags: list[str]) -> str:
     text = source.read_bytes()
     digest = hashlib.sha256(text + version + " ".join([*flags, platform.machine()]).encode())
     for name in _INCLUDE.findall(text):
-        digest.update((HEADERS / name.decode()).read_bytes())
+        beside = source.parent / name.decode()
+        digest.update((beside if beside.is_file() else HEADERS / name.decode()).read_bytes())
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

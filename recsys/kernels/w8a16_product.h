@@ -1,0 +1,113 @@
+// The product of a few rows with a panel of int8 weights; included once for every instruction set, which names kLanes
+// (float32 values of a vector), kMostRows (rows whose sums fit into the registers) and widen (kLanes bytes to float32).
+//
+// A panel holds kPanel columns of a weight, [K, kPanel], so that one row of it is read as a whole. The weights are
+// widened to float32 in registers, by units that the multiplications leave idle, so this pays for any number of rows:
+// widening a block once into the cache for many rows was measured slower.
+
+// y[r][0 .. 2 kLanes) += scale * sum over k < depth of x[k][r] w[k][..], for R rows, in U partial sums that need not
+// wait for each other.
+template <int R, int U>
+INLINE void add_tile(const float *x, const int8_t *w, int64_t depth, const float *scale, float *y) {
+  Vector sums[U][R][2] = {};
+  int64_t k = 0;
+  for (; k + U <= depth; k += U) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const int8_t *row = w + (k + u) * kPanel;
+      __builtin_prefetch(row + kAhead, 0, 1);
+      const Vector left = widen(row), right = widen(row + kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const float value = x[(k + u) * R + r];
+        sums[u][r][0] += value * left;
+        sums[u][r][1] += value * right;
+      }
+    }
+  }
+  for (; k < depth; ++k) {
+    const Vector left = widen(w + k * kPanel), right = widen(w + k * kPanel + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      sums[0][r][0] += x[k * R + r] * left;
+      sums[0][r][1] += x[k * R + r] * right;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Vector sum = sums[0][r][half];
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) sum += sums[u][r][half];
+      Vector *place = reinterpret_cast<Vector *>(y + r * kPanel + half * kLanes);
+      *place += sum * *reinterpret_cast<const Vector *>(scale + half * kLanes);
+    }
+}
+
+// A tile of `count` rows against all columns of the panel.
+template <int R>
+static void add_rows(int count, const float *x, const int8_t *w, int64_t depth, const float *scale, float *y) {
+  if constexpr (R > 1) {
+    if (count < R) return add_rows<R - 1>(count, x, w, depth, scale, y);
+  }
+  constexpr int kParts = R == 1 ? 4 : R <= 3 ? 2 : 1;
+  for (int column = 0; column < kPanel; column += 2 * kLanes)
+    add_tile<R, kParts>(x, w + column, depth, scale + column, y + column);
+}
+
+// sums [rows][kPanel] of one block of K; x is packed in tiles, each [K][rows of the tile].
+static void add_block(const float *x, int64_t rows, int64_t inputs, int64_t begin, const int8_t *w, int64_t depth,
+                      const float *scale, float *sums) {
+  for (int64_t row = 0, count; row < rows; row += count) {
+    count = tile_rows(row, rows, kMostRows);
+    add_rows<kMostRows>(static_cast<int>(count), x + row * inputs + begin * count, w, depth, scale,
+                        sums + row * kPanel);
+  }
+}
+
+// Columns of x w for `panels` panels from the first one on. `sums` has room for rows * panels * kPanel.
+static void multiply(const Problem &problem, int64_t first, int64_t panels, float *sums) {
+  const int64_t rows = problem.rows, inputs = problem.inputs;
+  for (int64_t i = 0; i < rows * panels * kPanel; ++i) sums[i] = 0.0f;
+  for (int64_t begin = 0; begin < inputs; begin += kBlock) {
+    const int64_t depth = inputs - begin < kBlock ? inputs - begin : kBlock;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      float scale[kPanel] = {};
+      problem.scales_of(begin, first + panel, scale);
+      const int8_t *w = problem.weight + ((first + panel) * inputs + begin) * kPanel;
+      add_block(problem.packed, rows, inputs, begin, w, depth, scale, sums + panel * rows * kPanel);
+    }
+  }
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t column = (first + panel) * kPanel;
+    const int64_t width = problem.outputs - column < kPanel ? problem.outputs - column : kPanel;
+    for (int64_t row = 0; row < rows; ++row) {
+      const float *from = sums + (panel * rows + row) * kPanel;
+      const int64_t to = row * problem.outputs + column;
+      if (problem.half)
+        for (int64_t i = 0; i < width; ++i) static_cast<Half *>(problem.y)[to + i] = static_cast<Half>(from[i]);
+      else
+        for (int64_t i = 0; i < width; ++i) static_cast<float *>(problem.y)[to + i] = from[i];
+    }
+  }
+}
+
+// Rows of x in tiles, each [K][rows of the tile], as float32.
+template <typename X>
+static void pack_rows(const X *x, int64_t rows, int64_t inputs, float *packed) {
+  for (int64_t row = 0, count; row < rows; row += count) {
+    count = tile_rows(row, rows, kMostRows);
+    float *tile = packed + row * inputs;
+    for (int64_t begin = 0; begin < inputs; begin += kBlock) {  // a block at a time: one row alone would miss the cache
+      const int64_t end = inputs - begin < kBlock ? inputs : begin + kBlock;
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t k = begin; k < end; ++k) tile[k * count + r] = static_cast<float>(x[(row + r) * inputs + k]);
+    }
+  }
+}
+
+static void pack(const Problem &problem, float *packed) {
+  if (problem.half) pack_rows(static_cast<const Half *>(problem.x), problem.rows, problem.inputs, packed);
+  else pack_rows(static_cast<const float *>(problem.x), problem.rows, problem.inputs, packed);
+}
