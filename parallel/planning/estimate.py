@@ -261,18 +261,26 @@ class _Times:
                         planner.task.tokens, mfu, idle, largest, self.cluster.usable_bytes, line, self.figures)
 
     def _end(self, stage: int, count: int) -> tuple[float, float]:
-        """(exposed gradient and parameter communication, update) of a stage at the end of a step."""
-        fused: Counter = Counter()
+        """(exposed gradient and parameter communication, update) of a stage.
+
+        Weights are gathered under the forward passes that come first, gradients summed under the backward passes that
+        come last: those of one micro-batch, and with several chunks those of the other chunks' last round too.
+        """
+        speech: Counter = Counter()
         for said, times in self.figures[stage].collectives.items():
             if said.purpose in ("gradient", "parameter") and said.kind not in ("Send", "Receive"):
-                fused[said.kind, said.factors, said.dimension] += said.bytes * times
-        seconds = 0.0
-        for (kind, factors, dimension), size in fused.items():
-            seconds += self.network.seconds_of(Collective(kind, factors, size, dimension, "backward"))
-        overlap, under = self.cluster.efficiency.overlap, sum(self.backward[stage])
-        if self.config.optimizer.level > 1:  # under every micro-batch, not the last one's alone
-            under *= count
-        exposed = max((1 - overlap) * seconds, seconds - overlap * under)
+                speech[said.kind, said.factors, said.dimension] += said.bytes * times
+        seconds = Counter()
+        for (kind, factors, dimension), size in speech.items():
+            way = "forward" if kind == "AllGather" else "backward"
+            seconds[way] += self.network.seconds_of(Collective(kind, factors, size, dimension, way))
+        pipeline = self.config.pipeline
+        rounds = 1 + (pipeline.stages - 1) * (1 - 1 / pipeline.interleave)
+        if self.config.optimizer.level > 1:  # under every micro-batch
+            rounds = count
+        overlap, exposed = self.cluster.efficiency.overlap, 0.0
+        for way, passes in (("forward", self.forward), ("backward", self.backward)):
+            exposed += max((1 - overlap) * seconds[way], seconds[way] - overlap * rounds * sum(passes[stage]))
         update = self.figures[stage].memory.parameters / 4 * _UPDATE_BYTES
         rate = self.cluster.memory_bandwidth_gb * 1e9 * self.cluster.efficiency.memory
         return exposed, update / rate

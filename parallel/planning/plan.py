@@ -242,7 +242,7 @@ def mends(planner: Planner, config: ParallelConfig) -> str:
             least = (estimate.missing, text)
     if fits:
         return f"{min(fits)[1]} makes it fit"
-    return f"no single change makes it fit; {least[1]} leaves {least[0] / 1e9:.1f} GB too much" if least else ""
+    return f"no single change makes it fit; {least[1]} leaves {_size(least[0])} too much" if least else ""
 
 
 def _changed(config: ParallelConfig, change: dict[str, Any]) -> ParallelConfig:
@@ -298,10 +298,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     note(f"{found.tried} layouts in {found.seconds:.1f} s; lost by: "
          + ", ".join(f"{name} {count}" for name, count in found.lost.most_common()))
     if not found.best:
-        near = found.nearest
-        raise UserError(f"nothing fits: the nearest layout needs {near.missing / 1e9:.1f} GB more than a device has",
-                        where=f"{devices} devices", value=yaml.safe_dump(block(near.config), default_flow_style=True),
-                        mend=mends(planner, near.config))
+        raise nothing_fits(planner, found, devices)
     _show_best(found)
     best, paper = found.best[0], None
     show(best, planner)
@@ -328,6 +325,14 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.confirm:
         figures |= confirm(arguments.config, arguments.overrides, found)
     return figures
+
+
+def nothing_fits(planner: Planner, found: Search, devices: int) -> UserError:
+    """By how much the layout that is least too large does not fit, and which single change would make it fit."""
+    near = found.nearest
+    layout = yaml.safe_dump(block(near.config), default_flow_style=True, width=1000).strip()
+    return UserError(f"nothing fits: the nearest layout needs {_size(near.missing)} more than a device has",
+                     where=f"{devices} devices", value=layout, mend=mends(planner, near.config))
 
 
 def _show_best(found: Search) -> None:

@@ -1,13 +1,11 @@
 """When each stage does what: forward and backward passes of all micro-batches under a pipeline schedule.
 
-Two ways to the same answer: `timeline` follows the dependencies (each pass starts when its stage is free and its input
-is there), `simulate` runs stages as workers that exchange messages. They must agree; tests hold them against each other
-and against the closed forms. Times are seconds.
+`timeline` follows the dependencies: each pass starts when its stage is free and its input is there. Tests hold it
+against a discrete-event simulation of another make and against the closed forms. Times are seconds.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,56 +130,6 @@ def timeline(schedule: str, forward: list[list[float]], backward: list[list[floa
     if any(len(passes) < len(wanted) for passes, wanted in zip(done, orders, strict=True)):
         raise ValueError(f"the order of {schedule} waits for itself")
     return Timeline(done)
-
-
-def simulate(schedule: str, forward: list[list[float]], backward: list[list[float]], micro_batches: int,
-             transfer: float = 0.0) -> Timeline:
-    """The same by discrete events: workers with queues, messages that arrive later than they are sent."""
-    stages, chunks = len(forward), len(forward[0])
-    queues = [deque(order(schedule, stages, stage, micro_batches, chunks)) for stage in range(stages)]
-    inbox: list[set[Pass]] = [set() for _ in range(stages)]
-    for stage in range(stages):
-        inbox[stage] |= {item for item in queues[stage] if needs(stage, item, stages, chunks) is None}
-    receivers: dict[tuple[int, Pass], list[tuple[int, Pass]]] = {}
-    for stage in range(stages):
-        for item in queues[stage]:
-            sender = needs(stage, item, stages, chunks)
-            if sender is not None:
-                receivers.setdefault(sender, []).append((stage, item))
-    running: list[Pass | None] = [None] * stages
-    log: list[list[tuple[Pass, float, float]]] = [[] for _ in range(stages)]
-    events: list[tuple[float, int, str, int, Pass | None]] = [(0.0, stage, "look", stage, None)
-                                                              for stage in range(stages)]
-    heapq.heapify(events)
-    count = stages
-    while events:
-        now, _, what, stage, item = heapq.heappop(events)
-        if what == "finished":
-            running[stage] = None
-            for receiver, following in receivers.get((stage, item), []):
-                delay = transfer if receiver != stage else 0.0
-                count += 1
-                heapq.heappush(events, (now + delay, count, "message", receiver, following))
-        elif what == "message":
-            inbox[stage].add(item)
-        if running[stage] is None and queues[stage] and queues[stage][0] in inbox[stage]:
-            begun = queues[stage].popleft()
-            running[stage] = begun
-            seconds = (forward if begun.kind == "F" else backward)[stage][begun.chunk]
-            log[stage].append((begun, now, now + seconds))
-            count += 1
-            heapq.heappush(events, (now + seconds, count, "finished", stage, begun))
-    return Timeline(log)
-
-
-def closed_form(schedule: str, stages: int, micro_batches: int, forward: float, backward: float,
-                chunks: int = 1) -> float:
-    """End of the last pass for equal stages and no transfer: (m + (p - 1) / v) (f + b), f and b of a whole stage.
-
-    Interleaved: needs micro-batches that divide by the stages.
-    """
-    ahead = (stages - 1) / chunks if schedule == "interleaved" else stages - 1
-    return (micro_batches + ahead) * (forward + backward)
 
 
 def bound(stage_seconds: list[float], micro_batches: int, chunks: int = 1) -> float:
