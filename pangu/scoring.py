@@ -33,9 +33,9 @@ _SCORED_AT_ONCE = 256
 _LONGEST_TREE = 512  # a longer row costs more attention between siblings than sharing saves
 _TOKENS_AT_ONCE = 2048
 _NO_LIMIT = 1 << 30
-# On the CPU a compiled graph keeps the memory of all its activations as long as it lives: about so many bytes per
-# token, layer and unit of width (measured with MindSpore 2.9).
-_BYTES_PER_UNIT = 200
+# On the CPU a compiled graph keeps the memory of all its activations as long as it lives: in each layer about so many
+# bytes per token and unit of width, and per token, head and token it looks at (measured with MindSpore 2.9).
+_BYTES_PER_UNIT, _BYTES_PER_SCORE = 200, 16
 _BYTES_OF_A_GRAPH, _BYTES_OF_GRAPHS = 1 << 30, 4 << 30
 
 ScoreRequest = tuple[Sequence[int], Sequence[int]]
@@ -52,18 +52,23 @@ class Graphs:
 
     def __init__(self, model: PanGuAlpha, limit: int = _BYTES_OF_GRAPHS) -> None:
         self.model, self.limit = model, limit
-        self.bytes_per_token = _BYTES_PER_UNIT * model.config.hidden_size * model.config.layers
         self._cells: OrderedDict[tuple, tuple[nn.Cell, int]] = OrderedDict()
 
-    def tokens_at_once(self) -> int:
-        """As many tokens as one graph may have, at most 2,048."""
-        return max(1, min(_TOKENS_AT_ONCE, _BYTES_OF_A_GRAPH // self.bytes_per_token))
+    def row_bytes(self, length: int, slots: int = 0) -> int:
+        """What a graph holds for each row of `length` tokens after `slots` tokens of a trunk, about."""
+        config = self.model.config
+        seen = _BYTES_PER_SCORE * config.heads * (length + slots)
+        return config.layers * length * (_BYTES_PER_UNIT * config.hidden_size + seen)
 
-    def get(self, kind: Callable[[PanGuAlpha], nn.Cell], tokens: int, *shape: int) -> nn.Cell:
-        """The cell for `tokens` tokens in this shape, made if there is none."""
-        key = (kind, tokens, *shape)
+    def rows_at_once(self, length: int, slots: int = 0) -> int:
+        """As many rows as one graph may have: about 2,048 tokens, fewer of a large model."""
+        return max(1, min(_TOKENS_AT_ONCE // length, _BYTES_OF_A_GRAPH // self.row_bytes(length, slots)))
+
+    def get(self, kind: Callable[[PanGuAlpha], nn.Cell], rows: int, length: int, slots: int = 0) -> nn.Cell:
+        """The cell for this shape, made if there is none."""
+        key = (kind, rows, length, slots)
         if key not in self._cells:
-            size = tokens * self.bytes_per_token
+            size = rows * self.row_bytes(length, slots)
             while self._cells and self.held() + size > self.limit:
                 self._cells.popitem(last=False)
             self._cells[key] = kind(self.model), size
@@ -139,7 +144,7 @@ class Scorer:
         rows = sorted(((lay_row(tree, items, trunk), tree) for tree in trees), key=lambda pair: -len(pair[0].ids))
         while rows:
             length = length_bucket(len(rows[0][0].ids), _NO_LIMIT)
-            count = self.batch_size or max(1, self.graphs.tokens_at_once() // length)
+            count = self.batch_size or self.graphs.rows_at_once(length, _slots(states))
             batch, rows = rows[:count], rows[count:]
             yield [member for _, tree in batch for member in tree.members], self._score(batch, count, length, states)
 
@@ -151,7 +156,7 @@ class Scorer:
         padded_P = np.full(slots, self.config.pad_id, np.int32)
         padded_P[:len(ids)] = ids
         return (Tensor([len(ids)], mstype.int32),
-                *self.graphs.get(TrunkStates, slots)(Tensor(padded_P.reshape(1, -1))))
+                *self.graphs.get(TrunkStates, 1, slots)(Tensor(padded_P.reshape(1, -1))))
 
     def _score(self, rows: list[tuple[Row, Tree]], batch: int, length: int,
                states: tuple[Tensor, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -165,8 +170,7 @@ class Scorer:
             segments_BS[number, :used] = row.segments
             places += [part + number * length for part in row.places]
             labels += row.labels
-        slots = states[1].shape[2] if states else 0
-        cell = self.graphs.get(TreeHidden, batch * length, length, slots)
+        cell = self.graphs.get(TreeHidden, batch, length, _slots(states))
         hidden_ND = cell(*(Tensor(array) for array in (ids_BS, positions_BS, segments_BS)), *states).asnumpy()
         nll, likeliest = self._head_scores(hidden_ND[np.concatenate(places)], np.concatenate(labels))
         ends = np.cumsum([len(part) for part in places])[:-1]
@@ -185,6 +189,10 @@ class Scorer:
             nll.append(nll_M.asnumpy()[:len(labels)])
             likeliest.append(best_M.asnumpy()[:len(labels)] == labels)
         return np.concatenate(nll), np.concatenate(likeliest)
+
+
+def _slots(states: tuple[Tensor, ...]) -> int:
+    return states[1].shape[2] if states else 0
 
 
 def _total(log_p: np.ndarray, likeliest: np.ndarray) -> tuple[float, bool]:

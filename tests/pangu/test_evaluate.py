@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 from data_tools.world import generate_questions, generate_world, write_jsonl
 from pangu.__main__ import VERBS
+from pangu.config import ModelConfig
 from pangu.evaluate import markdown
 from pangu.generate import GenerateSettings
 from pangu.harness import HarnessModel
@@ -128,16 +130,18 @@ def test_graphs_that_hold_too_much_memory_are_let_go(model):
     rng = np.random.default_rng(6)
     requests = [(draw(rng, size, size + 1), draw(rng, 3, 4)) for size in (10, 50, 80)]
     free, tight = Scorer(model, batch_size=1), Scorer(model, batch_size=1)
-    tight.graphs.limit = 100 * tight.graphs.bytes_per_token
+    sizes = [free.graphs.row_bytes(length) for length in (32, 64, 96)]
+    tight.graphs.limit = sizes[0] + sizes[2]
     wanted = free.loglikelihood(requests)
-    assert free.graphs.held() == (32 + 64 + 96) * free.graphs.bytes_per_token
+    assert free.graphs.held() == sum(sizes)
     for _ in range(2):
         assert tight.loglikelihood(requests) == pytest.approx(wanted, abs=1e-5)
-        assert tight.graphs.held() == (32 + 64) * free.graphs.bytes_per_token
+        assert tight.graphs.held() == sizes[0] + sizes[1]
     # A batch of a large model has fewer tokens.
-    assert free.graphs.tokens_at_once() == 2048
-    free.graphs.bytes_per_token = 1 << 22
-    assert free.graphs.tokens_at_once() == 256
+    assert free.graphs.rows_at_once(64) == 32
+    free.graphs.model = SimpleNamespace(config=ModelConfig(layers=24, hidden_size=1024, heads=16))
+    assert free.graphs.rows_at_once(64) == 3
+    assert free.graphs.rows_at_once(1024) == 1
 
 
 def test_bad_requests_are_refused(model):
