@@ -334,7 +334,8 @@ class _Evaluation:
         in_bytes = sum(self.mesh.local(dims) * WIDTH[item.dtype]
                        for dims, item in zip(operands, operation.inputs, strict=True)
                        if not inside or not self._is_made_in(item, inside))
-        cost.largest = max(cost.largest, out_bytes)
+        if not _is_weight_copy(operation):
+            cost.largest = max(cost.largest, out_bytes)
         if operation.primitive in PRODUCTS:
             self._product(operation, operands, outputs, forward, in_bytes + out_bytes)
         elif self._moves(operation) and (in_bytes + out_bytes or not inside):
@@ -362,8 +363,7 @@ class _Evaluation:
     def _moves(self, operation: Operation) -> bool:
         """Whether a primitive reads and writes memory of its own."""
         # Weights are cast once a step, not once a micro-batch: that is counted with the update.
-        weight = operation.primitive == "Cast" and operation.inputs[0].parameter is not None
-        return not (operation.primitive in VIEWS | _NOTHING or weight or _is_same_cast(operation))
+        return not (operation.primitive in VIEWS | _NOTHING or _is_weight_copy(operation) or _is_same_cast(operation))
 
     def _product(self, operation: Operation, operands: list[Dims], outputs: tuple[Dims, ...], forward: Work,
                  moved: int) -> None:
@@ -482,6 +482,10 @@ class _Evaluation:
                 break
             number = self.segment.number[id(operation.inputs[0])]
         return number
+
+
+def _is_weight_copy(operation: Operation) -> bool:
+    return operation.primitive == "Cast" and operation.inputs[0].parameter is not None
 
 
 def _is_same_cast(operation: Operation) -> bool:

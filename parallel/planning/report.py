@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,28 @@ def _headline(planner: Planner, estimate: Estimate) -> str:
 
 
 def timeline_picture(line: Timeline) -> str:
-    """Passes of every stage over time; forward and backward in two colours, idle time white."""
-    row, scale = 18, _WIDTH / line.end
-    shapes, drawn = [], 0
-    for stage, passes in enumerate(line.passes):
-        for item, start, end in passes:
-            if drawn < _MOST_PASSES:
-                colour = _COLOURS[0] if item.kind == "F" else _COLOURS[1]
-                width = max((end - start) * scale, 0.3)
-                shapes.append(f"<rect x='{start * scale:.1f}' y='{stage * row}' width='{width:.1f}'"
-                              f" height='{row - 3}' fill='{colour}' stroke='white' stroke-width='.3'><title>"
-                              f"{item.kind}{item.micro_batch} chunk {item.chunk}</title></rect>")
-                drawn += 1
-    return f"<svg width='{_WIDTH}' height='{row * len(line.passes)}'>{''.join(shapes)}</svg>"
+    """Passes of every stage over time; forward and backward in two colours, idle time white. Where there are too many
+    passes to draw, every k-th stage stands for its neighbours."""
+    row, left = 18, 60
+    step = max(1, -(-sum(map(len, line.passes)) // _MOST_PASSES))
+    drawn = sorted({*range(0, len(line.passes), step), len(line.passes) - 1})
+    scale, shapes = (_WIDTH - left) / line.end, []
+    for place, stage in enumerate(drawn):
+        shapes.append(f"<text x='0' y='{place * row + 12}' font-size='11'>stage {stage}</text>")
+        for item, start, end in line.passes[stage]:
+            width = max((end - start) * scale, 0.3)
+            shapes.append(f"<rect x='{left + start * scale:.1f}' y='{place * row}' width='{width:.1f}' "
+                          f"height='{row - 3}' fill='{_COLOURS[item.kind != 'F']}' stroke='white' stroke-width='.3'>"
+                          f"<title>{item.kind}{item.micro_batch} chunk {item.chunk}</title></rect>")
+    height = row * len(drawn)
+    for mark in range(6):
+        x = left + (_WIDTH - left) * mark / 5
+        shapes.append(f"<line x1='{x:.0f}' y1='0' x2='{x:.0f}' y2='{height + 4}' stroke='#999' stroke-dasharray='2'/>"
+                      f"<text x='{x - 20:.0f}' y='{height + 16}' font-size='11'>{line.end * mark / 5:.3g} s</text>")
+    legend = (f"<span style='color:{_COLOURS[0]}'>&#9632; forward</span> "
+              f"<span style='color:{_COLOURS[1]}'>&#9632; backward</span>"
+              + (f"; every {step}th stage of {len(line.passes)} is drawn" if step > 1 else ""))
+    return f"<svg width='{_WIDTH + 30}' height='{height + 20}'>{''.join(shapes)}</svg><p>{legend}</p>"
 
 
 def memory_picture(estimate: Estimate) -> str:
@@ -97,6 +107,14 @@ def roofline_picture(planner: Planner, estimate: Estimate) -> str:
                 height * (1 - (math.log10(max(rate / peak, 1e-4)) + 4) / 4))
 
     shapes = []
+    for power in range(-1, 5):
+        x = place(10.0**power, 1)[0]
+        shapes.append(f"<line x1='{x:.0f}' y1='8' x2='{x:.0f}' y2='{height + 8}' stroke='#ddd'/>"
+                      f"<text x='{x + 2:.0f}' y='{height + 6}' font-size='11'>{10.0**power:g}</text>")
+    for power in range(-3, 1):
+        y = place(1, peak * 10.0**power)[1] + 8
+        shapes.append(f"<line x1='0' y1='{y:.0f}' x2='{_WIDTH}' y2='{y:.0f}' stroke='#ddd'/>"
+                      f"<text x='2' y='{y + 12:.0f}' font-size='11'>{peak / 1e12 * 10.0**power:g} TFLOP/s</text>")
     corner = [place(0.1, 0.1 * memory), place(peak / memory, peak), place(10_000, peak)]
     shapes.append("<polyline fill='none' stroke='black' points='"
                   + " ".join(f"{x:.0f},{y + 8:.0f}" for x, y in corner) + "'/>")
@@ -107,37 +125,48 @@ def roofline_picture(planner: Planner, estimate: Estimate) -> str:
         shapes.append(f"<circle cx='{x:.0f}' cy='{y + 8:.0f}' r='4' fill='{_COLOURS[3]}'><title>"
                       f"{flops:.3g} FLOPs, least dim {least}, {flops / moved:.0f} FLOPs/byte</title></circle>")
     return (f"<svg width='{_WIDTH}' height='{height + 16}'>{''.join(shapes)}</svg>"
-            "<p>Right: more FLOPs per byte (0.1 to 10,000); up: FLOP/s (10<sup>-4</sup> to 1 of the peak).</p>")
+            "<p>Each dot is a matrix product of one micro-batch on one rank. Right: more FLOPs per byte of memory "
+            "traffic; up: FLOP/s by the model; black: the roof of memory bandwidth and peak.</p>")
 
 
 def sensitivity(planner: Planner, estimate: Estimate) -> list[list[Any]]:
     """What becomes of the step if one thing about the cluster or the layout changes."""
-    rows = [["as planned", estimate.step_seconds, estimate.mfu, estimate.fullest.total / 1e9]]
-    cluster = planner.cluster
-    changes = [(f"twice the {name} bandwidth", name) for name in ("node", "rack", "across")]
-    for text, name in changes:
-        link = getattr(cluster, name)
-        kept = link.bandwidth_gb
-        link.bandwidth_gb = 2 * kept
-        rows.append([text, *_figures(planner, estimate.config)])
-        link.bandwidth_gb = kept
-    for text, name in (("twice the peak", "peak_tflops"), ("twice the memory bandwidth", "memory_bandwidth_gb")):
-        kept = getattr(cluster, name)
-        setattr(cluster, name, 2 * kept)
-        rows.append([text, *_figures(planner, estimate.config)])
-        setattr(cluster, name, kept)
-    if estimate.config.data % 2 == 0:
-        half = estimate.config.model_copy(deep=True)
+    cluster, config = planner.cluster, estimate.config
+    links = {name: getattr(cluster, name) for name in ("group", "node", "rack", "across")
+             if getattr(cluster, name) is not None}
+    rows = [["as planned", *_figures(planner, config)]]
+    changes = [(f"twice the {name} bandwidth", [(link, "bandwidth_gb")]) for name, link in links.items()]
+    changes += [("twice the bandwidth of all links", [(link, "bandwidth_gb") for link in links.values()]),
+                ("twice the peak", [(cluster, "peak_tflops")]),
+                ("twice the memory bandwidth", [(cluster, "memory_bandwidth_gb")])]
+    for text, places in changes:
+        with _doubled(places):
+            rows.append([text, *_figures(planner, config)])
+    if config.data % 2 == 0:
+        half = config.model_copy(deep=True)
         half.data, half.devices = half.data // 2, half.world // 2
-        half.pipeline.micro_batches = estimate.config.pipeline.micro_batches * (2 if half.pipeline.stages > 1 else 1)
+        half.pipeline.micro_batches = config.pipeline.micro_batches * (2 if half.pipeline.stages > 1 else 1)
         with suppress(UserError):
-            rows.append(["half the devices (data halved)", *_figures(planner, half)])
+            rows.append(["half the devices (data halved, same batch)", *_figures(planner, half)])
     return rows
 
 
-def _figures(planner: Planner, config: Any) -> list[float]:
-    found = planner.evaluate(config, exact=False)
-    return [found.step_seconds, found.mfu, found.fullest.total / 1e9]
+@contextmanager
+def _doubled(places: list[tuple[Any, str]]) -> Iterator[None]:
+    kept = [getattr(owner, name) for owner, name in places]
+    for (owner, name), value in zip(places, kept, strict=True):
+        setattr(owner, name, 2 * value)
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(places, kept, strict=True):
+            setattr(owner, name, value)
+
+
+def _figures(planner: Planner, config: Any) -> list[Any]:
+    found = planner.evaluate(config)
+    size = f"{found.fullest.total / 1e9:.4g}"
+    return [found.step_seconds, f"{found.mfu:.1%}", size if found.missing <= 0 else f"{size}: does not fit"]
 
 
 def _bars(values: dict[str, float], unit: str) -> str:
