@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.runtime.checkpoint import load_parameters, resolve_checkpoint
+from parallel.runtime.checkpoint import resolve_checkpoint
 from parallel.runtime.device import start_device
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import progress, table
@@ -82,10 +82,13 @@ class Evaluation:
 
 
 def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
-    """The run's model with the parameters of a checkpoint (None = the newest of the run's folder)."""
+    """The run's model with the parameters of a checkpoint (None = the newest of the run's folder), quantized if it
+    is."""
+    from recsys import quantization
+
     path = resolve_checkpoint(checkpoint or settings.output.directory)
     model = loss_network(settings, log.spec, len(log.labels)).model
-    load_parameters(path, list(model.get_parameters()))
+    quantization.load(path, model)
     return model, path
 
 

@@ -1,0 +1,243 @@
+"""Verb `serve`: ranking over HTTP.
+
+    POST /rank     {"user": {...}, "candidates": [{...}, ...], "top_k": 10}  (see recsys/requests.py)
+                   -> {"ranking": [{"candidate": 3, "score": 0.41, "scores": {"click": 0.41}}, ...], "version": 1}
+    GET  /health   {"status": "ok", "version": 1, "checkpoint": ..., "waiting": 0}
+    GET  /metrics  Prometheus
+    POST /reload   the newest checkpoint of the folder that is served; SIGHUP does the same
+
+A bad request is one line: 400 not JSON, 413 too long, 422 wrong content. 503: the queue is full or the time ran out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.runtime.errors import UserError
+from parallel.runtime.progress import note
+from recsys.requests import read_request
+from recsys.serving_settings import ServeSettings
+
+_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+def require() -> None:
+    """Raises a `UserError` where the packages of the extra `serve` are missing."""
+    import importlib.util
+
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"serving needs the package {package}", where="serve", mend='pip install -e ".[serve]"')
+
+
+class Metrics:
+    """What Prometheus reads, in a registry of its own."""
+
+    def __init__(self, engine: Any) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = CollectorRegistry()
+        kept = {"registry": self.registry}
+        self.requests = Counter("ranker_requests", "Requests by the code of the answer", ["code"], **kept)
+        self.seconds = Histogram("ranker_request_seconds", "Time of a request", buckets=_BUCKETS, **kept)
+        self.candidates = Counter("ranker_candidates", "Candidates scored", **kept)
+        self.batch_requests = Histogram("ranker_batch_requests", "Requests of a batch", buckets=(1, 2, 4, 8, 16, 32),
+                                        **kept)
+        self.batch_seconds = Histogram("ranker_batch_seconds", "Time of a batch", buckets=_BUCKETS, **kept)
+        self.reloads = Counter("ranker_reloads", "Reloads by outcome", ["outcome"], **kept)
+        for name, what, read in (
+                ("ranker_waiting", "Requests in the queue", lambda: engine.waiting),
+                ("ranker_model_version", "Rises with every reload", lambda: engine.version),
+                ("ranker_cached_users", "User states kept", lambda: len(engine.cache)),
+                ("ranker_cache_hits", "Lookups that found a user's state", lambda: engine.cache.hits),
+                ("ranker_cache_misses", "Lookups that did not", lambda: engine.cache.misses)):
+            Gauge(name, what, **kept).set_function(read)
+
+    def observe(self, name: str, value: float) -> None:
+        """Of the engine."""
+        if name == "batch_candidates":
+            self.candidates.inc(value)
+        else:
+            getattr(self, name).observe(value)
+
+
+class Service:
+    """An engine behind HTTP.
+
+    Args:
+        engine: started.
+        settings: bounds.
+        folder: where reloads look for the newest checkpoint.
+    """
+
+    def __init__(self, engine: Any, settings: ServeSettings, folder: str | Path) -> None:
+        self.engine, self.settings, self.folder = engine, settings, folder
+        self.pool = ThreadPoolExecutor(settings.threads, "requests")
+        self.reloader = ThreadPoolExecutor(1, "reload")
+        self.metrics = Metrics(engine)
+        engine.observe = self.metrics.observe
+
+    async def rank(self, raw: bytes) -> tuple[int, dict]:
+        """(code, answer) of a request's body."""
+        from recsys.serving import Busy
+
+        try:
+            body = json.loads(raw, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            return 400, {"error": "the body is not JSON"}
+        loop = asyncio.get_running_loop()
+        for _ in range(2):
+            trained, version = self.engine.trained, self.engine.version
+            try:
+                ask = await loop.run_in_executor(self.pool, read_request, body, trained, self.settings.max_candidates)
+            except UserError as error:
+                return 422, {"error": str(error)}
+            try:
+                result = self.engine.submit(ask.ids, ask.numbers)
+                scores = await asyncio.wait_for(asyncio.wrap_future(result),
+                                                self.settings.engine.timeout_seconds)
+            except Busy as error:
+                return 503, {"error": str(error)}
+            except asyncio.TimeoutError:
+                return 503, {"error": f"not done within {self.settings.engine.timeout_seconds} seconds"}
+            # A request that was read with the vocabulary before a reload is read again.
+            if self.engine.trained.vocabulary is trained.vocabulary or self.engine.version == version:
+                break
+        return 200, {"ranking": self._ranking(scores, ask.top_k), "version": self.engine.version}
+
+    def _ranking(self, scores_CK: np.ndarray, top_k: int) -> list[dict]:
+        """The best candidates by the first task, the earlier one first where scores are equal."""
+        labels = self.engine.trained.columns.labels
+        order = np.argsort(-scores_CK[:, 0], kind="stable")[:top_k]
+        return [{"candidate": int(index), "score": float(scores_CK[index, 0]),
+                 "scores": {label: float(scores_CK[index, task]) for task, label in enumerate(labels)}}
+                for index in order]
+
+    async def reload(self) -> tuple[int, dict]:
+        """(code, answer): takes the newest checkpoint of the folder."""
+        try:
+            figures = await asyncio.get_running_loop().run_in_executor(self.reloader, self.engine.reload, self.folder)
+        except UserError as error:
+            self.metrics.reloads.labels("refused").inc()
+            note(f"not reloaded: {error}")
+            return 409, {"error": str(error)}
+        self.metrics.reloads.labels("done").inc()
+        note(f"reloaded: version {figures['version']}, {figures['checkpoint']}")
+        return 200, figures
+
+    def health(self) -> dict:
+        """State of the server."""
+        trained = self.engine.trained
+        return {"status": "ok", "version": self.engine.version, "checkpoint": str(trained.path),
+                "model": trained.settings.model.name, "separated": self.engine.scorer.separated,
+                "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4)}
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+async def _read(request: Any, most: int) -> bytes | None:
+    """The body, or None as soon as it is longer than `most`."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def application(service: Service) -> Any:
+    """The FastAPI application."""
+    from fastapi import FastAPI, Request, Response
+    from fastapi.responses import JSONResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any):
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not in the main thread
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(service.reload()))
+        yield
+        service.engine.stop()
+
+    app = FastAPI(title="Ranker", lifespan=lifespan, openapi_url=None)
+
+    # `from __future__ import annotations` hides local classes from FastAPI's look at the signature.
+    async def rank(request) -> Response:
+        begun = time.perf_counter()
+        raw = await _read(request, service.settings.max_body_bytes)
+        if raw is None:
+            code, answer = 413, {"error": f"the body is longer than {service.settings.max_body_bytes} bytes"}
+        else:
+            code, answer = await service.rank(raw)
+        service.metrics.requests.labels(str(code)).inc()
+        service.metrics.seconds.observe(time.perf_counter() - begun)
+        return JSONResponse(answer, code, {"Retry-After": "1"} if code == 503 else None)
+
+    async def reload(request) -> Response:
+        code, answer = await service.reload()
+        return JSONResponse(answer, code)
+
+    async def health(request) -> Response:
+        return JSONResponse(service.health())
+
+    async def metrics(request) -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    for path, method, run_one in (("/rank", "POST", rank), ("/reload", "POST", reload), ("/health", "GET", health),
+                                  ("/metrics", "GET", metrics)):
+        run_one.__annotations__["request"] = Request
+        app.add_api_route(path, run_one, methods=[method], response_model=None)
+    return app
+
+
+def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
+    """Verb `serve`: until SIGTERM or SIGINT; then what was taken is answered.
+
+    Raises:
+        UserError: a package is missing, the port is taken, or the checkpoint cannot be served.
+    """
+    require()
+    import uvicorn
+
+    from parallel.runtime.device import start_device
+    from recsys.serving import Engine
+    from recsys.trained import load
+
+    listener = _listen(settings)
+    start_device()
+    trained = load(arguments.checkpoint, arguments.run_config)
+    engine = Engine(trained, settings.engine)
+    engine.start(lambda graph: note(f"compiled {graph}"))
+    service = Service(engine, settings, arguments.checkpoint)
+    host, port = listener.getsockname()[:2]
+    note(f"serving {trained.settings.model.name} of {trained.path} on http://{host}:{port}")
+    server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning", access_log=False))
+    server.run(sockets=[listener])
+    return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}
+
+
+def _listen(settings: ServeSettings) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise UserError(f"cannot listen here: {error.strerror}", where=f"{settings.host}:{settings.port}",
+                        mend="choose another port") from None
+    return listener
