@@ -73,5 +73,8 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
                 mend="or set parallel.vocabulary: false")
     if stages > model.layers:
         raise UserError(f"more stages than the {model.layers} layers", where="parallel.pipeline.stages", value=stages)
+    if parallel.expert > 1:
+        raise UserError("PanGu-alpha has no experts to cut", where="parallel.expert", value=parallel.expert,
+                        mend="set it to 1")
     if parallel.sequence:
         divides(op, model.sequence_length, where="parallel.op", what="model.sequence_length")

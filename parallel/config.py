@@ -32,7 +32,8 @@ class OptimizerShardConfig(Settings):
     shard: int = Field(1, ge=-1)
     """Devices that share one set of optimizer states: 1 = none, -1 = the whole data axis, else a divisor of it."""
     level: Literal[1, 2, 3] = 1
-    """1: states; 2: states and gradients; 3: states, gradients and weights (MindSpore's hsdp levels)."""
+    """What is kept cut (MindSpore's hsdp levels): 1: weights and states; 2: the gradients of micro-batches too; 3: the
+    backward pass gathers the weights again (not with pipeline stages)."""
     threshold_kb: int = Field(0, ge=0)
     """Parameters smaller than this many KiB are not cut. 0 cuts every parameter that its layer allows."""
 
@@ -137,6 +138,13 @@ class ParallelConfig(Settings):
             raise UserError(f"must be at least the number of stages ({stages})",
                             where="parallel.pipeline.micro_batches", value=self.pipeline.micro_batches,
                             mend=f"set it to {stages} or a multiple")
+        if stages > 1 and self.pipeline.schedule == "interleaved" and self.pipeline.interleave < 2:
+            raise UserError("the interleaved schedule needs at least 2 chunks a stage",
+                            where="parallel.pipeline.interleave", value=self.pipeline.interleave,
+                            mend="set it to 2, or pipeline.schedule: 1f1b")
+        if stages > 1 and self.optimizer_shard > 1 and self.optimizer.level == 3:
+            raise UserError("MindSpore 2.9 does not compile level 3 with pipeline stages",
+                            where="parallel.optimizer.level", value=3, mend="set it to 2, or pipeline.stages: 1")
         if self.pipeline.interleave > 1 and self.pipeline.schedule != "interleaved":
             raise UserError("needs the interleaved schedule", where="parallel.pipeline.interleave",
                             value=self.pipeline.interleave, mend="set pipeline.schedule: interleaved")

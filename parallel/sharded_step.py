@@ -20,6 +20,7 @@ from parallel.config import ParallelConfig, divides
 from parallel.micro_batches import Interleaved, KnownToAllStages, LossAndWeight, MicroBatch
 from parallel.parallelize import parallelize
 from parallel.runtime.builder import Input, Task
+from parallel.runtime.errors import UserError
 from parallel.runtime.optimizers import run_optimizer
 from parallel.runtime.train_settings import TrainSettings
 from parallel.step import TrainStep, sum_of_squares, weighs
@@ -192,7 +193,14 @@ class ShardedStep(TrainStep):
 
 
 def micro_batches(settings: TrainSettings, config: ParallelConfig) -> int:
-    """Micro-batches in one step: those of the pipeline, or of gradient accumulation where there is no pipeline."""
+    """Micro-batches in one step: those of the pipeline, or of gradient accumulation where there is no pipeline.
+
+    Raises:
+        UserError: both are asked for, and differ.
+    """
+    if config.pipeline.stages > 1 and settings.accumulation not in (1, config.pipeline.micro_batches):
+        raise UserError("under pipeline stages the micro-batches accumulate", where="train.accumulation",
+                        value=settings.accumulation, mend="set it to 1 and use parallel.pipeline.micro_batches")
     return max(config.pipeline.micro_batches, settings.accumulation)
 
 
@@ -253,7 +261,7 @@ def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...
                  threshold=config.optimizer.threshold_kb, optimizer_level=f"level{config.optimizer.level}")
     if config.pipeline.stages > 1:
         schedule = config.pipeline.schedule
-        cut.pipeline(config.pipeline.stages, output_broadcast=True, interleave=config.pipeline.interleave > 1,
+        cut.pipeline(config.pipeline.stages, output_broadcast=True, interleave=schedule != "1f1b",
                      scheduler="1f1b" if schedule == "interleaved" else schedule)
     if not start_values:
         cut.no_init_parameters_in_compile()

@@ -79,6 +79,9 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
     batch, sizes, op = settings.train.global_batch_size, settings.model, parallel.op
     divides(parallel.data * parallel.pipeline.micro_batches if parallel.pipeline.stages > 1 else parallel.data, batch,
             where="parallel.data", what="train.global_batch_size")
+    if parallel.sequence:
+        raise UserError("rankers have no residual stream of tokens in a row to cut", where="parallel.sequence",
+                        value=True, mend="set it to false; model.op_cut: tokens cuts feature tokens")
     kind = getattr(sizes, "op_cut", "width")
     if op > 1:
         for width, rows in model.spec.tables.items():

@@ -38,6 +38,9 @@ def _raise():
     ({"pipeline": {"stages": 4, "micro_batches": 2}}, 4, "set it to 4"),
     ({"pipeline": {"stages": 2, "micro_batches": 2, "offsets": [1, 1]}}, 2, "add up to 0"),
     ({"pipeline": {"stages": 1, "interleave": 2}}, 1, "interleaved schedule"),
+    ({"pipeline": {"stages": 2, "micro_batches": 2, "schedule": "interleaved"}}, 2, "at least 2 chunks"),
+    ({"data": 2, "pipeline": {"stages": 2, "micro_batches": 2}, "optimizer": {"shard": -1, "level": 3}}, 4,
+     "does not compile level 3"),
 ])
 def test_what_does_not_fit_names_its_key(block, devices, part):
     with pytest.raises(UserError) as caught:
