@@ -87,6 +87,9 @@ class DataSettings(Settings):
     """error: stop at the first row with a wrong label, number or id; skip: leave such rows out and report how many."""
     shuffle: bool = True
     """Whether training rows come in an order drawn anew for every epoch."""
+    together: int = Field(1, ge=1)
+    """Shuffled training rows keep up to so many of a user's samples one after the other, so that batches hold fewer
+    users (see train.share_users)."""
     cache: str = "runs/data"
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
     synthetic: SyntheticSettings = SyntheticSettings()
@@ -158,6 +161,9 @@ class RankerTrain(TrainSettings):
     """Steps between lines of the metrics log."""
     early_stop: EarlyStopSettings | None = None
     """Stop before `steps` when validation no longer improves; metrics: auc, gauc, uauc, logloss, validation_loss."""
+    share_users: bool = False
+    """With model.ug_sep: samples of a batch with equal user columns share one computation of the user side; the loss is
+    the same. Pays with data.together."""
     keep_best: Literal["auc", "gauc", "uauc", "logloss"] | None = None
     """Evaluate the parameters of the validation that was best in this metric; null = the last ones."""
 

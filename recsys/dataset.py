@@ -300,7 +300,7 @@ def _row_shift(flat: FeatureSpec, spec: FeatureSpec) -> np.ndarray | None:
 
 
 class Batches:
-    """Batches of encoded rows for the trainer: (ids, numbers, labels). See `parallel.runtime.trainer.DataSource`.
+    """Batches of encoded rows for the trainer: (ids, numbers, labels). See `parallel.runtime.data_source.DataSource`.
 
     Args:
         rows: a part of a log.
@@ -308,16 +308,17 @@ class Batches:
         seed: of the order; None keeps the rows' order.
         rank, ranks: this data-parallel process's share of every batch.
         spec: places of the features, for those with an unseen_rate.
+        together: up to so many samples of a user stand one after the other in a drawn order.
     """
 
     columns = ("ids", "numbers", "labels")
 
     def __init__(self, rows: Encoded, batch: int, seed: int | None, rank: int = 0, ranks: int = 1,
-                 spec: FeatureSpec | None = None) -> None:
+                 spec: FeatureSpec | None = None, together: int = 1) -> None:
         if len(rows) < batch:
             raise UserError(f"there are only {len(rows)} rows for a batch", where="train.global_batch_size",
                             value=batch, mend="make it smaller")
-        self.rows, self.batch, self.seed = rows, batch, seed
+        self.rows, self.batch, self.seed, self.together = rows, batch, seed, together
         self.hidden = [slot for slot in spec.slots.values() if slot.feature.unseen_rate] if spec is not None else []
         self.steps_per_epoch = len(rows) // batch
         share = batch // ranks
@@ -364,10 +365,24 @@ class Batches:
                 continue
             order = np.arange(size)
             if self.seed is not None:
-                order = np.random.default_rng((self.seed, epoch, int(start))).permutation(size)
+                generator = np.random.default_rng((self.seed, epoch, int(start)))
+                order = generator.permutation(size)
+                if self.together > 1:
+                    users = np.asarray(self.rows.users)[(order + start + turn) % len(self.rows)]
+                    order = order[_together(users, self.together, generator)]
             for step in range(first, steps):
                 yield (order[step * self.batch:(step + 1) * self.batch] + start + turn) % len(self.rows)
             first = 0
+
+
+def _together(users: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
+    """An order of shuffled samples in which each user's stand together in runs of up to `most`, the runs shuffled."""
+    order = np.argsort(users, kind="stable")
+    sorted_ = users[order]
+    begin = np.flatnonzero(np.r_[True, sorted_[1:] != sorted_[:-1]])
+    number = np.arange(len(users)) - np.repeat(begin, np.diff(np.r_[begin, len(users)]))
+    run = np.cumsum(number % most == 0) - 1
+    return order[np.argsort(generator.permutation(run[-1] + 1)[run], kind="stable")]
 
 
 def gather(rows: Encoded, index: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

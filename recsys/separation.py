@@ -251,13 +251,16 @@ class SeparatedRanker(Ranker):
         """S: numbers that a request's state holds."""
         return sum(self.sizes)
 
+    def check_masks(self) -> None:
+        """Raises a `UserError` unless every mask is on; not within graphs, which raise none."""
+        if not self.ug_sep.masked:
+            raise UserError("without every mask what U tokens hold depends on the candidate", where="model.ug_sep",
+                            mend="set mixing_mask, reverting_mask and residual_mask: true")
+
     # -- the two passes -----------------------------------------------------------------------------------------------
 
     def user_pass(self, ids_Rm: Tensor, numbers_Rn: Tensor) -> Tensor:
         """state_RS: all that candidates need of each request's user. Inputs: the columns of `sides.user`."""
-        if not self.ug_sep.masked:
-            raise UserError("without every mask what U tokens hold depends on the candidate", where="model.ug_sep",
-                            mend="set mixing_mask, reverting_mask and residual_mask: true")
         groups, _ = self.embedding.user(ids_Rm, numbers_Rn)
         pieces, _, _ = self.walk_user(groups, None)
         rows, flat = ids_Rm.shape[0], ()
@@ -295,10 +298,11 @@ class SeparatedRanker(Ranker):
 
     def aggregated_outputs(self, user_ids: Tensor, user_numbers: Tensor, index_N: Tensor, group_ids: Tensor,
                            group_numbers: Tensor) -> tuple:
-        """As `outputs` for a batch whose users' rows are given once each; `index_N` is each sample's user."""
+        """As `outputs` for a batch whose users' rows are given once each; `index_N` is each sample's user. There must
+        be no dropout, which would not differ between a user's samples."""
         user, _ = self.embedding.user(user_ids, user_numbers)
         group, _ = self.embedding.group(group_ids, group_numbers)
-        return self.in_two_passes(self.dropped(user), self.dropped(group), index_N)
+        return self.in_two_passes(user, group, index_N)
 
     def in_two_passes(self, user: tuple, group: tuple, index_N: Tensor | None) -> tuple:
         """(logits, auxiliary logits, penalties)."""
@@ -396,6 +400,7 @@ class UserPass(nn.Cell):
 
     def __init__(self, model: SeparatedRanker) -> None:
         super().__init__(auto_prefix=False)
+        model.check_masks()
         self.model = model
 
     def construct(self, ids_Rm: Tensor, numbers_Rn: Tensor) -> Tensor:
@@ -407,6 +412,7 @@ class GroupPass(nn.Cell):
 
     def __init__(self, model: SeparatedRanker) -> None:
         super().__init__(auto_prefix=False)
+        model.check_masks()
         self.model = model
 
     def construct(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from recsys.dataset import Batches, Log, prepare
 from recsys.embedding import is_sparse
 from recsys.evaluate import VOCABULARY, Evaluation
 from recsys.ranker import TrainingLoss
+from recsys.sharing import SharedUsers, sharing_loss
 
 _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 
@@ -97,9 +98,13 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     """Trains a network whose parameters have values; the run's figures."""
     options, model = settings.train, network.model
     optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
-    step = TrainStep(network, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
+    loss = sharing_loss(network, settings) if options.share_users else network
+    step = TrainStep(loss, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size,
-                      options.seed if settings.data.shuffle else None, processes.rank, processes.ranks, log.spec)
+                      options.seed if settings.data.shuffle else None, processes.rank, processes.ranks, log.spec,
+                      settings.data.together)
+    if options.share_users:
+        batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
     best = Best(settings, network, Evaluation(model, rows, log.labels, _evaluation_batch(settings, rows),
                                               limit=options.validation_batches), processes.rank)
