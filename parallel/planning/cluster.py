@@ -24,17 +24,17 @@ class LinkSettings(Settings):
 class EfficiencySettings(Settings):
     """How much of the hardware real programs get: one set of constants for all clusters; see docs/planning.md."""
 
-    products: float = Field(0.85, gt=0, le=1)
+    products: float = Field(0.75, gt=0, le=1)
     """Share of the peak that very large matrix products reach."""
-    half_size: float = Field(64, ge=0)
+    half_size: float = Field(128, ge=0)
     """Least dim of a product (on one rank) at which half of that is reached: d / (d + half_size)."""
-    memory: float = Field(0.9, gt=0, le=1)
+    memory: float = Field(0.6, gt=0, le=1)
     """Share of the memory bandwidth that elementwise kernels get."""
-    communication: float = Field(0.8, gt=0, le=1)
+    communication: float = Field(0.5, gt=0, le=1)
     """Share of a link's bandwidth that collectives get."""
-    overlap: float = Field(0.8, ge=0, le=1)
-    """Share of the backward pass under which gradients travel unseen."""
-    op_overlap: float = Field(0.6, ge=0, le=1)
+    overlap: float = Field(0.5, ge=0, le=1)
+    """Share of the first forward and last backward passes under which weights and gradients travel unseen."""
+    op_overlap: float = Field(0.8, ge=0, le=1)
     """Share of the op axis's communication that goes unseen where products are run piece by piece with it."""
     kernel_us: float = Field(5.0, ge=0)
     """Least microseconds of a kernel."""
@@ -51,7 +51,7 @@ class ClusterSettings(Settings):
     """Half-precision matrix products of one device, in 10^12 FLOP/s."""
     memory_gb: float = Field(32.0, gt=0)
     """Device memory in GB (10^9 bytes)."""
-    usable_memory: float = Field(0.94, gt=0, le=1)
+    usable_memory: float = Field(0.64, gt=0, le=1)
     """Share of it that a run may take."""
     memory_bandwidth_gb: float = Field(1200.0, gt=0)
     """GB/s between device memory and cores."""
