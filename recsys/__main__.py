@@ -29,6 +29,25 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
                         help="decayed count below which a value is evicted (none: each feature's minimum_count)")
 
 
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    from recsys.quantize import add_arguments
+
+    add_arguments(parser)
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="DIR", required=True,
+                        help="the run or checkpoint to serve, float or quantized; reloads look for a newer one there")
+    parser.add_argument("--run-config", metavar="FILE",
+                        help="settings of the run (default: those kept in the checkpoint)")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from recsys.bench import add_arguments
+
+    add_arguments(parser)
+
+
 RUN = "recsys.config:Run"
 VERBS = [
     Verb("train", "recsys.train:run", "train a ranker on a click log", settings=RUN),
@@ -37,6 +56,12 @@ VERBS = [
     Verb("params", "recsys.counting:run", "count parameters and FLOPs, without allocating them", settings=RUN),
     Verb("sweep", "recsys.sweep:run", "train a grid of sizes and draw AUC against parameters and FLOPs", settings=RUN,
          arguments=_sweep_arguments),
+    Verb("quantize", "recsys.quantize:run", "int8 weights for a checkpoint, their errors, the AUC before and after",
+         arguments=_quantize_arguments),
+    Verb("serve", "recsys.server:run", "rank candidates over HTTP", settings="recsys.serving_settings:ServeSettings",
+         arguments=_serve_arguments),
+    Verb("bench", "recsys.bench:run", "latency of a ranker: entangled, separated, cached; float32 and int8",
+         settings=RUN, arguments=_bench_arguments),
     Verb("refresh", "recsys.refresh:run", "admit and evict values of open vocabularies after new data", settings=RUN,
          arguments=_refresh_arguments),
 ]

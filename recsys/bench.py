@@ -1,0 +1,233 @@
+"""Verb `bench`: what one request costs: entangled, separated, separated with the user cached; float32 and int8 weights.
+
+All variants score the same random request in turns, from encoded rows to probabilities, without HTTP. Weights are start
+values: time does not depend on what was learned. The entangled model has as many tokens, widths and layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.runtime.errors import UserError
+from parallel.runtime.files import write_json
+from parallel.runtime.progress import note, progress, table
+
+SWEEP_CANDIDATES = (1, 50, 200, 500, 1000)
+SWEEP_RATIOS = ("1:2", "1:1", "3:1")
+MODES = ("entangled", "separated", "cached")
+PRECISIONS = ("float32", "int8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's flags."""
+    parser.add_argument("--candidates", type=int, default=500, metavar="C", help="of one request (default 500)")
+    parser.add_argument("--ug-ratio", default="1:1", metavar="U:G", help="user tokens : group tokens (default 1:1)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="requests of each variant (default 15)")
+    parser.add_argument("--sweep", action="store_true",
+                        help="also 1, 50, 200, 500 and 1000 candidates and ratios 1:2, 1:1 and 3:1, with a picture")
+    parser.add_argument("--out", metavar="DIR", help="folder for bench.json, and bench.png with --sweep")
+    parser.add_argument("--group", type=int, choices=[128], help="a scale for each 128 inputs of an output")
+    parser.add_argument("--skip-matmul", action="store_true", help="leave the matrix product alone out")
+
+
+def run(settings: Any, arguments: argparse.Namespace) -> dict:
+    """Measures; the JSON has the figures of --candidates and --ug-ratio.
+
+    Raises:
+        UserError: a model without separation, or tokens that do not divide by a ratio.
+    """
+    from parallel.runtime.device import start_device
+    from recsys.sides import pair
+
+    start_device()
+    if not hasattr(settings.model, "ug_sep"):
+        raise UserError("this model has no separation to measure", where="model.name", value=settings.model.name,
+                        mend="take rankmixer or tokenmixer_large")
+    if arguments.candidates < 1 or arguments.rounds < 1:
+        raise UserError("must be above 0", where="--candidates, --rounds")
+    ratio = "{}:{}".format(*pair(arguments.ug_ratio, "--ug-ratio"))
+    ratios = list(dict.fromkeys([ratio, *(SWEEP_RATIOS if arguments.sweep else ())]))
+    sizes = sorted({arguments.candidates, *(SWEEP_CANDIDATES if arguments.sweep else ())})
+    note(f"threads {len(os.sched_getaffinity(0))}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', '-')}, "
+         + ", ".join(f"{name} {os.environ.get(name, '-')}" for name in MALLOC))
+    rows = measure(settings, ratios, sizes, arguments.rounds, arguments.group)
+    table("Latency of one request, ms", ["U:G", "candidates", "weights", "mode", "p50", "p95", "p99", "candidates/s"],
+          [[row["ratio"], row["candidates"], row["weights"], row["mode"],
+            *(f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")), f"{row['candidates_per_s']:.0f}"]
+           for row in rows])
+    figures = _figures(rows, ratio, arguments.candidates) | (
+        {} if arguments.skip_matmul else {"w8a16_matmul_ratio": _matmul_ratio()})
+    if arguments.out:
+        write_json(Path(arguments.out) / "bench.json", {**figures, "rows": rows})
+        if arguments.sweep:
+            _draw(rows, Path(arguments.out) / "bench.png")
+    return figures
+
+
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+
+
+def _figures(rows: list[dict], ratio: str, candidates: int) -> dict:
+    def p50(mode: str, weights: str) -> float:
+        return one(mode, weights)["p50_ms"]
+
+    def one(mode: str, weights: str) -> dict:
+        return next(row for row in rows if (row["ratio"], row["candidates"], row["mode"], row["weights"])
+                    == (ratio, candidates, mode, weights))
+
+    base = p50("entangled", "float32")
+    return {"entangled_ms": base, "separated_ms": p50("separated", "float32"),
+            "ratio": p50("separated", "float32") / base, "cached_ratio": p50("cached", "float32") / base,
+            "int8_ratio": p50("entangled", "int8") / base, "end_to_end_ratio": p50("separated", "int8") / base,
+            "p99_ms": one("separated", "int8")["p99_ms"], "candidates": candidates, "ug_ratio": ratio,
+            "dense_parameters": one("entangled", "float32")["dense_parameters"],
+            "separated_dense_parameters": one("separated", "float32")["dense_parameters"]}
+
+
+def _matmul_ratio() -> float:
+    from recsys.matmul_speed import geometric_mean, measure
+
+    found = measure((1, 4))
+    table("W8A16 product against MatMul", ["M", "K x O", "int8 ms", "float32 ms", "ratio"],
+          [[row["rows"], f"{row['inputs']} x {row['outputs']}", f"{row['int8_ms']:.3f}", f"{row['float32_ms']:.3f}",
+            f"{row['ratio']:.3f}"] for row in found])
+    return geometric_mean([row["ratio"] for row in found])
+
+
+# ---------------------------------------------------------------- variants
+
+
+def entangled(settings: Any, spec: Any) -> Any:
+    """Settings of the model without separation and with as many tokens.
+
+    Raises:
+        UserError: fewer tokens than semantic groups.
+    """
+    from recsys.embedding import group_widths
+    from recsys.sides import allot
+
+    model = settings.model
+    change: dict[str, Any] = {"ug_sep": None}
+    if model.name == "tokenmixer_large" and model.tokens is not None:
+        groups = list(group_widths(spec))
+        made = allot(groups, model.tokens - model.global_token, {})
+        if any(len(names) > 1 for names, _ in made):
+            raise UserError(f"{len(groups)} groups need at least as many tokens", where="model.tokens",
+                            value=model.tokens)
+        change["group_tokens"] = {names[0]: count for names, count in made}
+    return settings.model_copy(update={"model": model.model_copy(update=change)})
+
+
+def separated(settings: Any, ratio: str) -> Any:
+    """Settings of the separated model with a ratio."""
+    from recsys.sides import UGSepSettings
+
+    own = settings.model.ug_sep or UGSepSettings()
+    sep = UGSepSettings.model_validate({**own.model_dump(), "ratio": ratio})
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"ug_sep": sep})})
+
+
+def _model(settings: Any, spec: Any, int8: bool, group: int | None) -> tuple[Any, int]:
+    """(the model with start values in inference mode, its dense parameters)."""
+    from parallel.layers.parameter import initialize
+    from recsys.build import loss_network
+    from recsys.counting import count
+    from recsys.quantization import quantize_model, settle
+
+    network = loss_network(settings, spec, 1)
+    dense = count(network)["dense_parameters"]
+    initialize(network.model, 1)
+    if int8:
+        quantize_model(network.model, group)
+        settle(network.model)
+    network.model.set_train(False)
+    return network.model, dense
+
+
+def measure(settings: Any, ratios: list[str], sizes: list[int], rounds: int, group: int | None) -> list[dict]:
+    """A row for each ratio, number of candidates, mode and kind of weights."""
+    from recsys.build import spec_of
+
+    spec = spec_of(settings)
+    plain = entangled(settings, spec)
+    models = {("entangled", kind): _model(plain, spec, kind == "int8", group) for kind in PRECISIONS}
+    rows = []
+    for ratio in ratios:
+        for kind in PRECISIONS:
+            models["separated", kind] = _model(separated(settings, ratio), spec, kind == "int8", group)
+        for size in progress(sizes, f"{ratio}"):
+            rows += [{"ratio": ratio, "candidates": size, **row} for row in _one_size(models, spec, size, rounds)]
+    return rows
+
+
+def _one_size(models: dict, spec: Any, size: int, rounds: int) -> list[dict]:
+    from recsys.build import sample_batch
+    from recsys.cache import StateCache
+    from recsys.serving import Scorer
+    from recsys.serving_settings import EngineSettings
+
+    shapes = EngineSettings(requests=1, candidates=[size])
+    scorers = {(mode, kind): Scorer(models["entangled" if mode == "entangled" else "separated", kind][0], shapes,
+                                    StateCache(1 if mode == "cached" else 0)) for mode in MODES for kind in PRECISIONS}
+    ids, numbers, _ = sample_batch(spec, size, 1, 0)
+    ids[:], numbers[:] = _one_user(spec, ids, numbers)
+    for scorer in scorers.values():
+        for _ in range(2):
+            scorer.score([(ids, numbers)])
+    times: dict[tuple, list[float]] = {key: [] for key in scorers}
+    for _ in range(rounds):
+        for key, scorer in scorers.items():
+            begun = time.perf_counter()
+            scorer.score([(ids, numbers)])
+            times[key].append(1e3 * (time.perf_counter() - begun))
+    return [_row(mode, kind, size, times[mode, kind], models) for mode, kind in scorers]
+
+
+def _row(mode: str, kind: str, size: int, times: list[float], models: dict) -> dict:
+    p50, p95, p99 = np.percentile(times, (50, 95, 99))
+    return {"mode": mode, "weights": kind, "p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99),
+            "min_ms": min(times), "mean_ms": statistics.fmean(times), "candidates_per_s": 1e3 * size / float(p50),
+            "dense_parameters": models["entangled" if mode == "entangled" else "separated", kind][1]}
+
+
+def _one_user(spec: Any, ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows with the first one's user columns."""
+    from recsys.sides import Sides
+
+    user = Sides.of(spec).user
+    ids[:, list(user.ids)] = ids[:1, list(user.ids)]
+    numbers[:, list(user.numbers)] = numbers[:1, list(user.numbers)]
+    return ids, numbers
+
+
+def _draw(rows: list[dict], path: Path) -> None:
+    """Latency over candidates, a panel for each ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from parallel.runtime.files import atomic_write
+
+    ratios = list(dict.fromkeys(row["ratio"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(ratios), figsize=(5 * len(ratios), 4), sharey=True, squeeze=False)
+    for panel, ratio in zip(axes[0], ratios, strict=True):
+        for kind, style in zip(PRECISIONS, ("-", "--"), strict=True):
+            for colour, mode in enumerate(MODES):
+                own = [row for row in rows if (row["ratio"], row["weights"], row["mode"]) == (ratio, kind, mode)]
+                panel.plot([row["candidates"] for row in own], [row["p50_ms"] for row in own], style, marker=".",
+                           color=f"C{colour}", label=f"{mode}, {kind}")
+        panel.set(title=f"U:G {ratio}", xlabel="candidates", xscale="log", yscale="log")
+    axes[0][0].set_ylabel("p50 of one request, ms")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
