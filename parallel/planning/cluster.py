@@ -51,7 +51,7 @@ class ClusterSettings(Settings):
     """Half-precision matrix products of one device, in 10^12 FLOP/s."""
     memory_gb: float = Field(32.0, gt=0)
     """Device memory in GB (10^9 bytes)."""
-    usable_memory: float = Field(0.64, gt=0, le=1)
+    usable_memory: float = Field(0.94, gt=0, le=1)
     """Share of it that a run may take."""
     memory_bandwidth_gb: float = Field(1200.0, gt=0)
     """GB/s between device memory and cores."""
