@@ -169,10 +169,10 @@ GeluSizes gelu_sizes(const int64_t *x, const int64_t *w1, const int64_t *w2, int
 
 int run_gelu_forward(const GeluSizes &n, const GeluWeights &w, float *y, float *z) {
   if (sgemm() == nullptr) return 1;
-  const int64_t blocks = (n.batch + kForwardRows - 1) / kForwardRows;
+  const int64_t most = w.gates ? kExpertRows : kForwardRows, blocks = (n.batch + most - 1) / most;
   Team::get().run(static_cast<int>(n.tokens * blocks), [&](int block) {
-    const int64_t first = block % blocks * kForwardRows;
-    gelu_forward(n, w, block / blocks, first, std::min(kForwardRows, n.batch - first), z, y);
+    const int64_t first = block % blocks * most;
+    gelu_forward(n, w, block / blocks, first, std::min(most, n.batch - first), z, y);
   });
   return 0;
 }
@@ -180,10 +180,11 @@ int run_gelu_forward(const GeluSizes &n, const GeluWeights &w, float *y, float *
 int run_gelu_backward(const GeluSizes &n, const GeluWeights &w, const float *z, const float *dy,
                       const GeluGradients &d) {
   if (sgemm() == nullptr) return 1;
+  const int64_t most = w.gates ? kExpertRows : kBackwardRows;
   Team::get().run(static_cast<int>(n.tokens), [&](int t) {
-    for (int64_t first = 0; first < n.batch; first += kBackwardRows)
+    for (int64_t first = 0; first < n.batch; first += most)
       for (int64_t e = 0; e < n.experts; ++e)
-        gelu_expert_backward(n, w, z, dy, d, t, first, std::min(kBackwardRows, n.batch - first), e, first > 0, e > 0);
+        gelu_expert_backward(n, w, z, dy, d, t, first, std::min(most, n.batch - first), e, first > 0, e > 0);
   });
   return 0;
 }

@@ -14,11 +14,13 @@
 #include <cstdint>
 
 #include "gelu_networks.h"
+#include "linear.h"
 #include "norms.h"
 #include "products.h"
 #include "rows.h"
 #include "swiglu_networks.h"
 #include "team.h"
+#include "updates.h"
 
 namespace {
 
@@ -38,6 +40,30 @@ float *out(void **params, int i) { return static_cast<float *>(params[i]); }
 
 // Whether there is a product to work with.
 extern "C" int ready() { return sgemm() != nullptr; }
+
+namespace {
+
+LinearSizes linear_sizes(const int64_t *x, const int64_t *w) { return {x[0], x[1], x[2], w[2]}; }
+
+}  // namespace
+
+// x, w, b (or without b) -> y
+ENTRY(linear) {
+  if (count < 3 || count > 4) return 2;
+  if (sgemm() == nullptr) return 1;
+  linear_forward(linear_sizes(shapes[0], shapes[1]), in(params, 0), in(params, 1), count == 4 ? in(params, 2) : nullptr,
+                 out(params, count - 1));
+  return 0;
+}
+
+// x, w, dy -> dx, dw (and db)
+ENTRY(linear_backward) {
+  if (count < 5 || count > 6) return 2;
+  if (sgemm() == nullptr) return 1;
+  linear_gradients(linear_sizes(shapes[0], shapes[1]), in(params, 0), in(params, 1), in(params, 2), out(params, 3),
+                  out(params, 4), count == 6 ? out(params, 5) : nullptr);
+  return 0;
+}
 
 // x, w1, b1, w2, b2 -> y
 ENTRY(feed_forward) {
@@ -221,5 +247,16 @@ ENTRY(squares) {
   int64_t size = 1;
   for (int i = 0; i < dims[0]; ++i) size *= shapes[0][i];
   out(params, 1)[0] = sum_squares(in(params, 0), size);
+  return 0;
+}
+
+// parameter, m, v, gradient, [rate, beta1, beta2, epsilon, decay] -> 0; the first three are changed in place
+ENTRY(adam) {
+  if (count != 6) return 2;
+  int64_t size = 1;
+  for (int i = 0; i < dims[0]; ++i) size *= shapes[0][i];
+  const float *s = in(params, 4);
+  adam_update(out(params, 0), out(params, 1), out(params, 2), in(params, 3), size, {s[0], s[1], s[2], s[3], s[4]});
+  out(params, 5)[0] = 0.0f;
   return 0;
 }

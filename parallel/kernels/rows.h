@@ -10,7 +10,8 @@
 
 namespace {
 
-constexpr int64_t kForwardRows = 128, kBackwardRows = 256;  // rows of a block
+// Rows of a block; of those an expert sees only its share, so there the blocks are larger.
+constexpr int64_t kForwardRows = 128, kBackwardRows = 256, kExpertRows = 1024;
 
 // Buffers of a thread that outlive the call.
 template <int kWhich>

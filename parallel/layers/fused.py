@@ -234,6 +234,38 @@ class FusedSparseExperts(nn.Cell):
         return self.inferring(x, router, gate, up, down, gates, ups, downs)
 
 
+class FusedLinear(nn.Cell):
+    """x w + b for each token: x [T, B, I], w [T, I, O], b [T, 1, O]."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.forward = ops.Custom(f"{path}:linear", lambda x, w, b: [*x[:2], w[2]], lambda *_: mstype.float32, "aot")
+        self.backward = ops.Custom(f"{path}:linear_backward", lambda x, w, dy: (x, w, [w[0], 1, w[2]]),
+                                   lambda *_: (mstype.float32,) * 3, "aot")
+
+    def construct(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return self.forward(x, w, b)
+
+    def bprop(self, x: Tensor, w: Tensor, b: Tensor, y: Tensor, change: Tensor) -> tuple:
+        return self.backward(x, w, change)
+
+
+class FusedLinearWithoutBias(nn.Cell):
+    """x w for each token."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.forward = ops.Custom(f"{path}:linear", lambda x, w: [*x[:2], w[2]], lambda *_: mstype.float32, "aot")
+        self.backward = ops.Custom(f"{path}:linear_backward", lambda x, w, dy: (x, w),
+                                   lambda *_: (mstype.float32,) * 2, "aot")
+
+    def construct(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.forward(x, w)
+
+    def bprop(self, x: Tensor, w: Tensor, y: Tensor, change: Tensor) -> tuple:
+        return self.backward(x, w, change)
+
+
 class FusedLayerNorm(nn.Cell):
     """(x - mean) / sqrt(var + epsilon) * gamma + beta over the last dim."""
 
@@ -272,3 +304,10 @@ def squares_kernel() -> ops.Custom | None:
     """Sum of a float32 tensor's squares, [1], in one pass over memory; None where there are no kernels."""
     path = library(mstype.float32)
     return ops.Custom(f"{path}:squares", lambda x: [1], lambda x: mstype.float32, "aot") if path is not None else None
+
+
+def adam_kernel() -> ops.Custom | None:
+    """Adam's update of one float32 parameter and its moments, in place and in one pass: of (parameter, m, v, gradient,
+    [rate, beta1, beta2, epsilon, decay]); None where there are no kernels."""
+    path = library(mstype.float32)
+    return ops.Custom(f"{path}:adam", lambda *_: [1], lambda *_: mstype.float32, "aot") if path is not None else None

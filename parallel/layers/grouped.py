@@ -19,7 +19,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.activation import GELU
-from parallel.layers.fused import FusedFeedForward, FusedSwiGLU, library
+from parallel.layers.fused import FusedFeedForward, FusedLinear, FusedLinearWithoutBias, FusedSwiGLU, library
 from parallel.layers.parameter import parameter
 from parallel.layout import Cut, Layer, Operand
 
@@ -87,8 +87,12 @@ class GroupedLinear(Layer):
         self.weight = parameter((tokens, inputs, outputs), "uniform", gain * math.sqrt(6.0 / (inputs + outputs)))
         self.bias = parameter((tokens, 1, outputs), "zeros", shard_optimizer=False) if bias else None
         self.matmul, self.add, self.cast = ops.BatchMatMul(), ops.Add(), ops.Cast()
+        kernels = library(compute_dtype)
+        self.fused = None if kernels is None else (FusedLinear if bias else FusedLinearWithoutBias)(kernels)
 
     def construct(self, x_TBI: Tensor) -> Tensor:
+        if self.fused is not None:
+            return self.fused(x_TBI, self.weight, self.bias) if self.has_bias else self.fused(x_TBI, self.weight)
         y_TBO = self.matmul(self.cast(x_TBI, self.compute_dtype), self.cast(self.weight, self.compute_dtype))
         if self.has_bias:
             y_TBO = self.add(y_TBO, self.cast(self.bias, self.compute_dtype))

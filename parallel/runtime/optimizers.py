@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from parallel.layers.fused import adam_kernel
 from parallel.runtime.errors import UserError
 from parallel.runtime.schedules import LearningRate
 from parallel.runtime.train_settings import OptimizerSettings, TrainSettings
@@ -48,6 +49,14 @@ def held(factor: Tensor | float, finite: Tensor | None) -> Tensor | float:
     if finite is None:
         return factor
     return ops.select(finite, ops.cast(factor, ms.float32), Tensor(1.0, ms.float32))
+
+
+def kernel_adam_update(kernel: ops.Primitive, scalars: tuple, parameter: Parameter, m: Parameter, v: Parameter,
+                       gradient: Tensor, decay: float) -> Tensor:
+    """Adam's update of one parameter on the CPU; `scalars` are those without and those with weight decay."""
+    if decay:
+        return kernel(parameter, m, v, gradient, scalars[1])
+    return kernel(parameter, m, v, gradient, scalars[0])
 
 
 def adam_update(fused: ops.Primitive, rate: Tensor, correction: Tensor, betas: tuple, epsilon: Tensor,
@@ -92,6 +101,8 @@ class Adam(nn.Cell):
         self.one = Tensor(1.0, ms.float32)
         # Maps, not loops: a loop over n parameters that builds tuples makes the compiler hold n^2 nodes.
         self.map, self.rule = ops.HyperMap(), adam_update
+        self.kernel = adam_kernel() if type(self) is Adam and all(self.fusable) else None
+        self.decay = Tensor(settings.weight_decay, ms.float32)
 
     def construct(self, gradients: tuple, rate: Tensor, step: Tensor, finite: Tensor | None = None) -> Tensor:
         """Updates every parameter. gradients: one per parameter; rate: float32 scalar; step: int32 scalar from 0;
@@ -103,9 +114,18 @@ class Adam(nn.Cell):
             epsilon_factor = ops.sqrt(1.0 - ops.pow(self.beta2, count))
             correction = epsilon_factor / (1.0 - ops.pow(self.beta1, count))
         epsilon = self.epsilon * epsilon_factor
+        if self.kernel is not None:
+            return ops.depend(step, self.run_kernel(gradients, rate * correction, (beta1, beta2), epsilon, correction))
         update = ops.partial(self.rule, self.fused, rate, correction, (beta1, beta2), epsilon)
         return ops.depend(step, self.map(update, self.parameters, self.adam_m, self.adam_v, gradients, self.decays,
                                          self.fusable))
+
+    def run_kernel(self, gradients: tuple, rate: Tensor, betas: tuple, epsilon: Tensor, correction: Tensor) -> tuple:
+        """Every parameter's update by the CPU's kernel, which changes them in place; `rate` waits for all gradients."""
+        plain = ops.stack((rate, betas[0], betas[1], epsilon, self.decay * 0.0))
+        decayed = ops.stack((rate, betas[0], betas[1], epsilon, self.decay / correction))
+        update = ops.partial(kernel_adam_update, self.kernel, (plain, decayed))
+        return self.map(update, self.parameters, self.adam_m, self.adam_v, gradients, self.decays)
 
 
 def adam_direction(m: Tensor, v: Tensor, gradient: Tensor, betas: tuple, epsilon: Tensor) -> tuple:
@@ -244,6 +264,7 @@ class Optimizer(nn.Cell):
                 cells.append(OPTIMIZERS[own.name]([parameters[i] for i in members], own))
                 rates.append(LearningRate(own, steps))
         self.members, self.map = tuple(self.members), ops.HyperMap()
+        self.in_place = any(getattr(cell, "kernel", None) is not None for cell in cells)
         self.cells_of_groups, self.rates = nn.CellList(cells, auto_prefix=False), nn.CellList(rates, auto_prefix=False)
 
     def construct(self, gradients: tuple, step: Tensor, finite: Tensor | None = None) -> Tensor:
@@ -260,6 +281,9 @@ class Optimizer(nn.Cell):
             rate = self.rates[group](step)
             if finite is not None:
                 rate = ops.select(finite, rate, ops.zeros_like(rate))
+            if self.in_place:
+                # Another group's gradient may still need this group's parameters.
+                rate = ops.depend(rate, gradients)
             done = ops.depend(done, self.cells_of_groups[group](own, rate, step, finite))
         return done
 

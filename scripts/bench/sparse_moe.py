@@ -103,15 +103,12 @@ def measure(family: str, arguments: argparse.Namespace) -> list[dict]:
     class Gradient(nn.Cell):
         def __init__(self, network) -> None:
             super().__init__(auto_prefix=False)
-            self.network, self.first = network, First(network)
-            self.run = ops.value_and_grad(self.loss, 0, ms.ParameterTuple(network.trainable_params()))
-
-        def loss(self, x):
-            return ops.square(self.first(x)).mean()
+            self.first, self.parameters = First(network), ms.ParameterTuple(network.trainable_params())
+            self.run = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
 
         def construct(self, x):
-            value, gradients = self.run(x)
-            return ops.depend(value, gradients)
+            change, gradients = self.run(self.first, self.parameters)(x, x)
+            return ops.depend(change[0], gradients)
 
     ms.set_context(mode=ms.GRAPH_MODE)
     sides = networks(family, arguments)

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from parallel.layers import fused
-from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU
+from parallel.layers.grouped import GroupedFeedForward, GroupedLinear, GroupedSwiGLU
 from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
@@ -15,6 +15,8 @@ from parallel.layers.relu_moe import ReluMoE
 TOKENS, BATCH, WIDTH, INNER = 3, 300, 16, 48  # more rows than a block has
 RELU = {"router": "dtsi", "budget": 0.5, "penalty": 1e-8, "penalty_step": 1.2}
 NETWORKS = {
+    "linear": lambda: GroupedLinear(TOKENS, WIDTH, 24),
+    "linear_without_bias": lambda: GroupedLinear(TOKENS, WIDTH, 5, bias=False),
     "feed_forward": lambda: GroupedFeedForward(TOKENS, WIDTH, INNER),
     "feed_forward_narrower": lambda: GroupedFeedForward(TOKENS, WIDTH, INNER, outputs=12),
     "swiglu": lambda: GroupedSwiGLU(TOKENS, WIDTH, INNER, down_gain=1.0),
