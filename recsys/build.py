@@ -89,7 +89,8 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
         if not hasattr(sizes, "op_cut"):
             return
         inner = round(getattr(sizes, "ratio", getattr(sizes, "ffn_ratio", 1)) * sizes.width)
-        counts = {getattr(model, "tokens", sizes.tokens), getattr(model, "heads", sizes.tokens)}
+        counts = getattr(model, "cut_tokens", None) or {getattr(model, "tokens", sizes.tokens),
+                                                        getattr(model, "heads", sizes.tokens)}
         if kind == "width":
             divides(op, inner, where="parallel.op", what="inner width")
         else:

@@ -23,7 +23,7 @@ from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
 from parallel.layout import Cut, Layer
 from parallel.runtime.errors import UserError
 from recsys.mixing import TokenMixing
-from recsys.separation import Beside, Compensation, Mask, Shape, Take, Widths
+from recsys.separation import Beside, Compensation, Mask, Repeat, Shape, Take, Widths
 from recsys.sides import pair
 
 
@@ -106,7 +106,7 @@ class PyramidBlock(nn.Cell):
         self.beside, self.take, self.join_tokens = Beside(2, layout.stream), Take(), Beside(0, layout.stream)
         self.join_keys, self.join_values = Beside(0, layout.stream), Beside(0, layout.stream)
         self._make_attention(separation, width, layout, compute_dtype)
-        self.adds = nn.CellList([Add(layout.stream) for _ in range(6)])
+        self.adds, self.wide = nn.CellList([Add(layout.stream) for _ in range(5)]), Repeat(p_g)
         self.mix = TokenMixing(tokens, p_u + p_g, width, layout=layout)
         self.mask_mixing = Mask((p_u + p_g, wide), p_u, c_u * d, separation.mixing_mask)
         self.compensation = None
@@ -163,12 +163,6 @@ class PyramidBlock(nn.Cell):
         if not self.prenorm:
             return self.norm1(o_pND), penalty
         return self.adds[4](o_pND, self.second_group(self.norm2(o_pND))), penalty
-
-    def wide(self, piece: Tensor) -> Tensor:
-        """The compensation for every G token."""
-        if piece.shape[0] == 1 and self.after[1] > 1:
-            return ops.tile(piece, (self.after[1], 1, 1))
-        return piece
 
     def whole(self, x_TBD: Tensor) -> tuple:
         """(x_PBD, penalties): the same by masks on whole tensors."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
@@ -22,7 +22,7 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.pyramid import PyramidBlock, count_pairs
 from recsys.separated_tokenmixer import SidedGroupTokenizer
-from recsys.separation import Beside, Compensation, Fill, Mask, SeparatedRanker, Shape, Take, Widths
+from recsys.separation import Beside, Compensation, Fill, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
 from recsys.sides import tokens_of_ratio
 from recsys.tokenization import SliceTokenizer
 
@@ -57,7 +57,7 @@ class SeparatedBlock(nn.Cell):
         self.norm2 = LayerNorm(width, **norm) if settings.norm else None
         self.network_user, self.network_group = (network(settings, count, width, inner, width, layout, compute_dtype)
                                                  for count in counts)
-        self.adds = nn.CellList([Add(stream) for _ in range(5)])
+        self.adds, self.wide = nn.CellList([Add(stream) for _ in range(5)]), Repeat(c_g)
         self.compensation = None
         self.rows = c_u * d if separation.mixing_mask else width
         if separation.compensation != "none":
@@ -110,12 +110,6 @@ class SeparatedBlock(nn.Cell):
         if self.compensation is not None:
             s_gND = self.adds[4](s_gND, self.take.whole(self.wide(pieces[-1]), index_N))
         return self.half(s_gND, self.network_group, None, 1)
-
-    def wide(self, piece: Tensor) -> Tensor:
-        """The compensation for every G token."""
-        if piece.shape[0] == 1 and self.counts[1] > 1:
-            return ops.tile(piece, (self.counts[1], 1, 1))
-        return piece
 
     def whole(self, x_TBD: Tensor) -> tuple:
         """(x_TBD, penalties): the same by masks on whole tensors."""

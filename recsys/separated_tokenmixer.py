@@ -27,7 +27,7 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.pyramid import PyramidBlock, count_pairs
 from recsys.ranker import Rectifier, TaskTowers, dense
-from recsys.separation import Beside, Compensation, Fill, Mask, SeparatedRanker, Shape, Take, Widths
+from recsys.separation import Beside, Compensation, Fill, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
 from recsys.sides import allot, heads_of, tokens_of_ratio
 from recsys.tokenization import GroupTokenizer, Stack
 
@@ -116,7 +116,7 @@ class SeparatedBlock(nn.Cell):
         self.revert_group = TokenMixing(c_g, h_g, other, reverting=True, layout=layout)
         self.fill_token, self.fill_mixed = Fill(0, other, stream), Fill(0, self.from_group, stream)
         self.beside, self.beside_given, self.take = Beside(2, stream), Beside(2, stream), Take()
-        self.adds = nn.CellList([Add(stream) for _ in range(8)])
+        self.wide, self.adds = Repeat(c_g), nn.CellList([Add(stream) for _ in range(7)])
         # Of the form with masks.
         tokens, mixed = c_u + c_g, h_u + h_g
         self.mix = TokenMixing(tokens, mixed, width, layout=layout)
@@ -209,12 +209,6 @@ class SeparatedBlock(nn.Cell):
         if self.compensation is not None:
             x_gND = self.adds[3](x_gND, self.take.whole(self.wide(pieces[-1]), index_N))
         return self.group_tokens(x_gND, y_gND), 0.0
-
-    def wide(self, piece: Tensor) -> Tensor:
-        """The compensation for every G token."""
-        if piece.shape[0] == 1 and self.counts[1] > 1:
-            return ops.tile(piece, (self.counts[1], 1, 1))
-        return piece
 
     def group_mixed(self, h_hgNM: Tensor, g_hgNK: Tensor) -> Tensor:
         """[h_g, N, c_g d]: what becomes of the G mixed tokens, only the columns that G tokens take back."""
@@ -347,7 +341,8 @@ class SidedGroupTokenizer(nn.Cell):
         x_gND = self.group_side(*self.bundled(groups, self.bundles[1], self.group_joins))
         if not self.has_global:
             return x_gND
-        made_ND = self.add(self.global_group(self.join_groups(*groups)), self.take.whole(pieces[0], index_N)[0])
+        given_ND = self.reshape(self.take.whole(pieces[0], index_N), (-1, self.wide))
+        made_ND = self.add(self.global_group(self.join_groups(*groups)), given_ND)
         if self.global_out is not None:
             made_ND = self.global_out(self.relu(made_ND))
         return self.beside(self.stack(made_ND), x_gND)
@@ -368,7 +363,6 @@ class SeparatedTokenMixerLarge(SeparatedRanker):
         path = count_pairs(counts, separation.layers, settings.layers)
         self.layers = nn.CellList([self._block(before, after, compute_dtype)
                                    for before, after in zip(path[:-1], path[1:], strict=True)])
-        self.heads = getattr(self.layers[0], "heads", path[1])
         self.gap = settings.inter_residual or 0
         self.sources = tuple(range(self.gap, settings.layers - 1, self.gap)) if self.gap else ()
         # A lower layer's tokens can be added where they are still as many.

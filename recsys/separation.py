@@ -127,6 +127,20 @@ class Mask(Layer):
         return self.times(x_TBE, self.cast(self.mask, x_TBE.dtype)) if self.on else x_TBE
 
 
+class Repeat(Layer):
+    """[count, B, K] out of [1, B, K]; a tensor of more tokens as it is."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count, self.tile = count, ops.Tile()
+
+    def construct(self, x_cBK: Tensor) -> Tensor:
+        return self.tile(x_cBK, (self.count, 1, 1)) if x_cBK.shape[0] < self.count else x_cBK
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.tile, ((None, "batch", None),))]
+
+
 class Take(nn.Cell):
     """Pieces [c, R, K] for each candidate: row index_N[n] for candidate n; as they are without an index (R = N)."""
 
@@ -149,7 +163,27 @@ class Take(nn.Cell):
         return self.gather(x_cRK, index_N, 1)
 
 
-class Compensation(nn.Cell):
+class SharedMean(Layer):
+    """hidden_ND: the mean over U and G tokens from the mean of each side.
+
+    Args:
+        batch: the named axis that cuts N.
+    """
+
+    def __init__(self, batch: str) -> None:
+        super().__init__()
+        self.batch, self.weigh_user, self.weigh_group, self.add = batch, ops.Mul(), ops.Mul(), ops.Add()
+
+    def construct(self, user_ND: Tensor, group_ND: Tensor, share: float) -> Tensor:
+        """`share`: that of U among the tokens."""
+        return self.add(self.weigh_user(user_ND, share), self.weigh_group(group_ND, 1.0 - share))
+
+    def cuts(self) -> list[Cut]:
+        row = (self.batch, None)
+        return [Cut(self.weigh_user, (row, ())), Cut(self.weigh_group, (row, ())), Cut(self.add, (row, row))]
+
+
+class Compensation(Layer):
     """piece_gRD: what G tokens get of U mixed tokens u_hRK; zero at the start. See `UGSepSettings.compensation`.
 
     Args:
@@ -169,7 +203,7 @@ class Compensation(nn.Cell):
         self.form, self.sources, self.width = form, sources, width
         self.targets, self.outputs = targets, outputs
         self.reshape, self.transpose, self.mean = ops.Reshape(), ops.Transpose(), ops.ReduceMean(keep_dims=True)
-        self.matmul, self.tile = ops.MatMul(), ops.Tile()
+        self.matmul, self.tile, self.cast = ops.MatMul(), ops.Tile(), ops.Cast()
         shared = {"bias": False, "compute_dtype": compute_dtype}
         inputs = sources * width if form == "low_rank" else width
         inner = {"low_rank": rank, "token_mixing": outputs, "mean": outputs}[form]
@@ -193,7 +227,13 @@ class Compensation(nn.Cell):
             return self.spread(self.tile(self.project(flat), (self.targets, 1, 1)))
         made = self.project(self.reshape(u_hRK, (1, self.sources * rows, self.width)))
         made = self.reshape(made, (self.sources, rows * self.outputs))
-        return self.reshape(self.matmul(ops.cast(self.weight, made.dtype), made), (self.targets, rows, self.outputs))
+        made = self.matmul(self.cast(self.weight, made.dtype), made)
+        return self.reshape(made, (self.targets, rows, self.outputs))
+
+    def cuts(self) -> list[Cut]:
+        cube = (None, "batch", None)
+        return [Cut(self.transpose, (cube,)), Cut(self.mean, (cube,)), Cut(self.tile, (cube,)),
+                Cut(self.matmul, ((None, None), (None, "batch")))]
 
     @property
     def flops_per_sample(self) -> int:
@@ -239,12 +279,18 @@ class SeparatedRanker(Ranker):
         self.token_counts = tuple(counts)
         self.tokens = sum(counts[0])
         self.pool_user, self.pool_group = MeanPool(self.layout), MeanPool(self.layout)
-        self.weigh_user, self.weigh_group, self.pooled = ops.Mul(), ops.Mul(), ops.Add()
+        self.shared_mean = SharedMean("batch" if self.layout.kind == "width" else "rows")
         self.join_tokens = Beside(0, self.layout.stream)
         self.piece_shapes = (tuple(shapes), *(tuple(layer.pieces) for layer in self.layers),
                              ((1, self.settings.width),))
         self.sizes = tuple(c * k for shapes in self.piece_shapes for c, k in shapes)
         self.make_head(self.settings.width)
+
+    @property
+    def cut_tokens(self) -> set[int]:
+        """Tokens of every product: what the op axis must divide under Token Parallel."""
+        heads = [getattr(layer, "heads", ()) for layer in self.layers]
+        return {count for counts in (*self.token_counts, *heads) for count in counts}
 
     @property
     def state_size(self) -> int:
@@ -363,9 +409,8 @@ class SeparatedRanker(Ranker):
 
     def pooled_over_all(self, user_1RD: Tensor, x_gND: Tensor, index_N: Tensor | None, counts: Shape) -> Tensor:
         """hidden_ND: the mean over U and G tokens, the former's given."""
-        user, group = counts
-        part = self.weigh_user(self.take(user_1RD, index_N)[0], user / (user + group))
-        return self.pooled(part, self.weigh_group(self.pool_group(x_gND), group / (user + group)))
+        user_ND = self.reshape(self.take(user_1RD, index_N), (-1, self.settings.width))
+        return self.shared_mean(user_ND, self.pool_group(x_gND), counts[0] / sum(counts))
 
     def walk_whole(self, user: tuple, group: tuple) -> tuple:
         """(x_TBD after all layers; auxiliary logits; penalties): `represent` with masks instead of slices."""
