@@ -8,7 +8,7 @@ run with its default hash (SHA-1) and with the fastest one at hand; the ratio is
 Speeds are MB of UTF-8 text per second of CPU time, so that other work on the machine counts little.
 
     python scripts/bench/dedup.py                        a minute: signatures and dedup against datasketch
-    python scripts/bench/dedup.py --scale 250 500 1000   our clean and dedup from files, at these MB: speed, memory
+    python scripts/bench/dedup.py --scale 250 500 1000   our steps from files to files, at these MB: speed, memory
 """
 
 from __future__ import annotations
@@ -198,6 +198,8 @@ def run_verb(verb: str, path: Path, output: Path, engine: str, megabytes: float)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     command = [sys.executable, "-m", "data_tools", verb, "--input", str(path), "--output", str(output),
                "--engine", engine]
+    if verb == "signatures":
+        command = [sys.executable, __file__, "--sign", str(path), str(output)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peak = 0
     while process.poll() is None:
@@ -207,10 +209,30 @@ def run_verb(verb: str, path: Path, output: Path, engine: str, megabytes: float)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     size = line["bytes_in"] / 1e6
+    if verb == "signatures":  # counting the text afterwards is not part of it
+        seconds, cpu = line["seconds"], line["cpu_seconds"]
     return {"verb": verb, "engine": engine, "megabytes": round(size), "documents_in": line["documents_in"],
             "documents_out": line["documents_out"], "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
             "mb_per_second": round(size / seconds, 2), "mb_per_cpu_second": round(size / cpu, 2),
             "peak_mb_of_all_processes": round(peak / 1e6)}
+
+
+def sign(path: str, folder: str) -> dict[str, object]:
+    """Dedup's first pass alone, in this process: reads the file, writes the signature files."""
+    from data_tools.dedup.plan import DedupPlan, DedupSettings
+    from data_tools.dedup.sign_part import SignTask
+    from data_tools.documents import ReadLog, ReadSettings, plan_splits, read_split
+
+    splits, read = plan_splits([path], ReadSettings()), ReadSettings()
+    plan = DedupPlan(DedupSettings(threshold=THRESHOLD, ngram=NGRAM, hashes=HASHES), read, (), folder)
+    (Path(folder) / "signatures").mkdir(parents=True)
+    began, cpu = time.perf_counter(), time.process_time()
+    for split in splits:
+        SignTask(plan, split)()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    sizes = [len(document.text.encode()) for split in splits for document in read_split(split, read, ReadLog())]
+    return {"bytes_in": sum(sizes), "documents_in": len(sizes), "documents_out": len(sizes), "seconds": seconds,
+            "cpu_seconds": cpu}
 
 
 def memory_of_tree(pid: int) -> int:
@@ -231,9 +253,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=6.0, help="text of the comparison (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, nargs="+", metavar="MB", help="sizes for our verbs alone")
-    parser.add_argument("--verbs", nargs="+", choices=("clean", "dedup"), default=["clean", "dedup"], help="of --scale")
+    parser.add_argument("--verbs", nargs="+", choices=("clean", "signatures", "dedup"),
+                        default=["clean", "signatures", "dedup"], help="of --scale; signatures: in one process")
+    parser.add_argument("--sign", nargs=2, metavar=("FILE", "DIR"), help=argparse.SUPPRESS)
     parser.add_argument("--engine", choices=("local", "spark"), default="local", help="of --scale")
     arguments = parser.parse_args()
+    if arguments.sign:
+        print(json.dumps(sign(*arguments.sign)))
+        return
     for variable in ("OMP_NUM_THREADS", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         print(f"{variable}={os.environ.get(variable, '(not set)')}")
     print("threads: 1 on both sides of the comparison")
