@@ -95,6 +95,8 @@ def _encode(trained: Trained, features: list[Feature], rows: list[dict], where: 
     try:
         encoded, _ = _RowEncoder(features, trained.columns, "error").encode(
             pa.table(columns), trained.spec, trained.vocabulary, where, 0)
+    except UserError as error:  # what mends a log does not mend a request
+        raise UserError(error.what, where=error.where, value=error.value) from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=where) from None
     return encoded.ids, encoded.numbers

@@ -98,23 +98,24 @@ class Service:
             return 400, {"error": "the body is not JSON"}
         loop = asyncio.get_running_loop()
         for _ in range(2):
-            trained, version = self.engine.trained, self.engine.version
+            # In this order, since a reload sets them the other way round.
+            version, trained = self.engine.version, self.engine.trained
             try:
                 ask = await loop.run_in_executor(self.pool, read_request, body, trained, self.settings.max_candidates)
             except UserError as error:
                 return 422, {"error": str(error)}
             try:
                 result = self.engine.submit(ask.ids, ask.numbers)
-                scores = await asyncio.wait_for(asyncio.wrap_future(result),
-                                                self.settings.engine.timeout_seconds)
+                scores, scored_by = await asyncio.wait_for(asyncio.wrap_future(result),
+                                                           self.settings.engine.timeout_seconds)
             except Busy as error:
                 return 503, {"error": str(error)}
             except asyncio.TimeoutError:
                 return 503, {"error": f"not done within {self.settings.engine.timeout_seconds} seconds"}
             # A request that was read with the vocabulary before a reload is read again.
-            if self.engine.trained.vocabulary is trained.vocabulary or self.engine.version == version:
+            if scored_by == version:
                 break
-        return 200, {"ranking": self._ranking(scores, ask.top_k), "version": self.engine.version}
+        return 200, {"ranking": self._ranking(scores, ask.top_k), "version": scored_by}
 
     def _ranking(self, scores_CK: np.ndarray, top_k: int) -> list[dict]:
         """The best candidates by the first task, the earlier one first where scores are equal."""
@@ -226,7 +227,11 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     host, port = listener.getsockname()[:2]
     note(f"serving {trained.settings.model.name} of {trained.path} on http://{host}:{port}")
     server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning", access_log=False))
+    # uvicorn ends gracefully and then raises the signal again; by then all is answered, and the figures are wanted.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
+    engine.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}
 
 

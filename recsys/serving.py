@@ -177,7 +177,7 @@ class Engine:
             self._thread.join()
 
     def submit(self, ids_CM: np.ndarray, numbers_CN: np.ndarray) -> Future:
-        """Future of probabilities_CK; it may hold `Busy` when its time ran out.
+        """Future of (probabilities_CK, the model's version); it may hold `Busy` when its time ran out.
 
         Raises:
             Busy: the queue is full, or the engine ends.
@@ -193,8 +193,8 @@ class Engine:
         return item.result
 
     def score(self, ids_CM: np.ndarray, numbers_CN: np.ndarray) -> np.ndarray:
-        """`submit` and wait."""
-        return self.submit(ids_CM, numbers_CN).result()
+        """probabilities_CK: `submit` and wait."""
+        return self.submit(ids_CM, numbers_CN).result()[0]
 
     def reload(self, checkpoint: str | Path) -> dict[str, Any]:
         """Takes the values of another checkpoint of the same model: read beside the scoring, put in place between two
@@ -236,7 +236,9 @@ class Engine:
         while self._waiting and len(batch) < self.settings.requests:
             first = self._waiting[0]
             if first.deadline < time.monotonic():
-                self._waiting.popleft().result.set_exception(Busy("the request waited too long"))
+                late = self._waiting.popleft().result
+                if late.set_running_or_notify_cancel():
+                    late.set_exception(Busy("the request waited too long"))
                 continue
             if batch and candidates + len(first.ids) > self.settings.candidates[-1]:
                 break
@@ -250,11 +252,13 @@ class Engine:
             results = self.scorer.score([(item.ids, item.numbers) for item in batch])
         except Exception as error:  # a defect of ours must not end the thread: those who wait are told
             for item in batch:
-                item.result.set_exception(error)
+                if item.result.set_running_or_notify_cancel():
+                    item.result.set_exception(error)
             return
         for item, scores in zip(batch, results, strict=True):
-            if not item.result.cancelled():
-                item.result.set_result(scores)
+            # A client that gave up has cancelled its future, perhaps this moment.
+            if item.result.set_running_or_notify_cancel():
+                item.result.set_result((scores, self.version))
         self.observe("batch_requests", len(batch))
         self.observe("batch_candidates", sum(len(item.ids) for item in batch))
         self.observe("batch_seconds", time.perf_counter() - begun)

@@ -33,6 +33,6 @@ def add_checkpoint(folder: Path, settings: object, log: Log, step: int, seed: in
     initialize(model, seed)
     for item in model.get_parameters():
         if item.name.endswith(".table"):
-            item.set_data(type(item.data)((item.asnumpy() * np.float32(100))))
+            item.set_data(type(item.data)(item.asnumpy() * np.float32(100)))
     return save_checkpoint(folder / "checkpoints", step, list(model.get_parameters()), (),
                            {"run": settings.model_dump(mode="json")})
