@@ -18,6 +18,7 @@ from typing import Any
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from parallel.layers.fused import FusedLinear, library
 from parallel.layers.grouped import Add, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
 from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import RMSNorm
@@ -64,6 +65,8 @@ class SplitSwiGLU(nn.Cell):
         self.add1, self.add2, self.swish, self.take = Add(layout.inner), Add(layout.inner), Swish(layout.inner), Take()
         self.down = GroupedLinear(tokens, inner, outputs, cut="row", gain=down_gain, layout=layout, bias=False,
                                   compute_dtype=compute_dtype)
+        kernels = library(compute_dtype)
+        self.fused = FusedLinear(kernels) if kernels is not None else None
 
     def user(self, u_TRI: Tensor) -> tuple:
         """U's part of both first products, [T, R, F] each."""
@@ -71,6 +74,10 @@ class SplitSwiGLU(nn.Cell):
 
     def group(self, gate_TRF: Tensor, up_TRF: Tensor, g_TNI: Tensor, index_N: Tensor | None) -> Tensor:
         """[T, N, outputs]."""
+        if self.fused is not None and index_N is not None and gate_TRF.shape[1] == 1:
+            # What one user adds to all rows is a bias.
+            gate = self.fused(g_TNI, self.gate_group.weight, gate_TRF)
+            return self.down(self.swish(gate, self.fused(g_TNI, self.up_group.weight, up_TRF)))
         gate = self.add1(self.gate_group(g_TNI), self.take(gate_TRF, index_N))
         up = self.add2(self.up_group(g_TNI), self.take(up_TRF, index_N))
         return self.down(self.swish(gate, up))
