@@ -21,7 +21,7 @@ from parallel.runtime.progress import Bar, note, table
 
 TEN = 10
 _MOST_MICRO_BATCHES = 256
-_MOST_COUNTS = 4
+_MOST_COUNTS = 6
 _INTERLEAVES = (2, 4)
 _FINALISTS = 12
 _MOST_COMPILED = 3
@@ -89,7 +89,8 @@ def _choices(planner: Planner, base: ParallelConfig, data: int, op: int, stages:
     power = data & -data
     shards = ([1] if data * op == 1 else [1, -1]) + ([power] if power not in (1, data) else [])
     sequences = (False, True) if op > 1 and _has_sequence(planner) else (False,)
-    counts = counts[-_MOST_COUNTS:]
+    # The largest micro-batches run best, the smallest hold least and fill the pipeline.
+    counts = sorted({*counts[:_MOST_COUNTS // 2], *counts[-_MOST_COUNTS // 2:]})
     for count, shard, sequence, (policy, sliced) in itertools.product(counts, shards, sequences, policies):
         if sliced and (sequence or op == 1):
             continue  # then nothing that is kept lies whole on the ranks of op
