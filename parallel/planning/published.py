@@ -125,10 +125,10 @@ def ratio(point: Point, found: Estimate) -> float:
         found.tokens_per_second_per_device / point.tokens_per_second)
 
 
-def check() -> list[dict]:
+def check(points: list[Point]) -> list[dict]:
     """The planner's figure for every point beside the published one."""
     rows = []
-    for point, planner, config in planners(POINTS):
+    for point, planner, config in planners(points):
         found = estimate(planner, config, {})
         told = point.mfu if point.mfu is not None else point.tokens_per_second
         rows.append({"point": point.name, "published": told, "planner": told * ratio(point, found),
@@ -158,7 +158,7 @@ def main() -> None:
     if parser.parse_args().fit:
         print(json.dumps({"constants": fit()}))
         return
-    rows = check()
+    rows = check(POINTS)
     table("published speeds and the planner's", ["point", "published", "planner", "ratio", "", "source"],
           [[row["point"], row["published"], row["planner"], row["ratio"], "fitted" if row["fitted"] else "held out",
             row["source"]] for row in rows])
