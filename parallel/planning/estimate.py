@@ -158,7 +158,7 @@ class Planner:
         last = config.pipeline.stages - 1
         wanted = sorted({0, min(1, last), last}) if ends_only else range(last + 1)
         figures = [stage_figures(found, cost, config, count, held, stage) for stage in wanted]
-        times = _Times(self.cluster, found, cost, config, figures)
+        times = _Times(self.cluster, found, cost, config, figures, list(wanted))
         return times.estimate(count, self, exact)
 
 
@@ -175,8 +175,8 @@ class _Times:
     """Seconds of one layout."""
 
     def __init__(self, cluster: ClusterSettings, found: Description, cost: NetworkCost, config: ParallelConfig,
-                 figures: list[Stage]) -> None:
-        self.cluster, self.config, self.figures = cluster, config, figures
+                 figures: list[Stage], stages_told: list[int]) -> None:
+        self.cluster, self.config, self.figures, self.stages_told = cluster, config, figures, stages_told
         self.network = Network(cluster, cost.mesh)
         self.transfer = self._transfer(cost, found)
         stages, chunks = config.pipeline.stages, config.pipeline.interleave
@@ -238,7 +238,7 @@ class _Times:
             passes = line.end
         else:
             passes = bound(loads, count, chunks) + 2 * (stages - 1) * self.transfer
-        ends = [self._end(stage, count) for stage in range(len(self.figures))]
+        ends = [self._end(stage, figures, count) for stage, figures in zip(self.stages_told, self.figures, strict=True)]
         gradients, update = max(ends, key=sum)
         work, factor, beyond = passes + gradients + update, 1.0, config.world / self.cluster.devices_per_node
         while beyond > 1:
@@ -260,14 +260,14 @@ class _Times:
         return Estimate(config, count, [stage.memory for stage in self.figures], step, parts, planner.model_flops,
                         planner.task.tokens, mfu, idle, largest, self.cluster.usable_bytes, line, self.figures)
 
-    def _end(self, stage: int, count: int) -> tuple[float, float]:
+    def _end(self, stage: int, figures: Stage, count: int) -> tuple[float, float]:
         """(exposed gradient and parameter communication, update) of a stage.
 
         Weights are gathered under the forward passes that come first, gradients summed under the backward passes that
         come last: those of one micro-batch, and with several chunks those of the other chunks' last round too.
         """
         speech: Counter = Counter()
-        for said, times in self.figures[stage].collectives.items():
+        for said, times in figures.collectives.items():
             if said.purpose in ("gradient", "parameter") and said.kind not in ("Send", "Receive"):
                 speech[said.kind, said.factors, said.dimension] += said.bytes * times
         seconds = Counter()
@@ -281,7 +281,7 @@ class _Times:
         overlap, exposed = self.cluster.efficiency.overlap, 0.0
         for way, passes in (("forward", self.forward), ("backward", self.backward)):
             exposed += max((1 - overlap) * seconds[way], seconds[way] - overlap * rounds * sum(passes[stage]))
-        update = self.figures[stage].memory.parameters / 4 * _UPDATE_BYTES
+        update = figures.memory.parameters / 4 * _UPDATE_BYTES
         rate = self.cluster.memory_bandwidth_gb * 1e9 * self.cluster.efficiency.memory
         return exposed, update / rate
 

@@ -1,4 +1,4 @@
-"""The planner against hand counts, closed forms, a simulator and published speeds; test_planning_grid: against graphs."""
+"""The planner against hand counts, closed forms, a simulator and published speeds (graphs: test_planning_grid)."""
 
 from __future__ import annotations
 
