@@ -49,8 +49,10 @@ def whole_trainer(settings: Any, processes: Processes) -> Trainer:
 def cut_trainer(settings: Any, parallel: ParallelConfig, processes: Processes) -> Trainer:
     """A trainer of which every process holds slices (Ascend)."""
     dtype = COMPUTE_DTYPES[settings.train.precision]
-    run = CutRun(build(settings, parallel, dtype), settings.train, parallel, processes)
-    training, validation = sources(settings, run.rows)
+    data, _ = divmod(processes.rank % (parallel.data * parallel.op), parallel.op)
+    training, validation = sources(settings, (data, parallel.data))
+    run = CutRun(build(settings, parallel, dtype), settings.train, parallel, processes,
+                 validated=validation is not None)
     if validation is not None:
         validation = CutValidation(run, validation, settings.train.validation_batches)
     return Trainer(run.step, training, settings.train, settings.output, validation=validation, **run.for_trainer(),

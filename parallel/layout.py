@@ -93,6 +93,11 @@ class Layer(nn.Cell):
         what `cuts` says about the same operands: checkpoints are cut by it where no graph is compiled."""
         return {}
 
+    def exchanges(self, axes: Axes) -> bool:
+        """Whether this layer means to take or hand on tensors in another layout than it works in (mixing tokens, sending
+        samples to experts). A redistribution beside any other layer is a mistake, which the dry run reports."""
+        return False
+
     def lay_out(self, axes: Axes) -> None:
         """Writes the strategies for `axes` on the primitives. Has no effect on one device or under data parallelism."""
         for cut in self.cuts():
@@ -107,3 +112,9 @@ def lay_out(network: nn.Cell, config: ParallelConfig) -> Any:
         if isinstance(cell, Layer):
             cell.lay_out(axes)
     return network
+
+
+def exchanging(network: nn.Cell, config: ParallelConfig) -> list[str]:
+    """Names of the layers of `network` beside which a redistribution is meant (`Layer.exchanges`)."""
+    axes = Axes(config)
+    return [name for name, cell in network.cells_and_names() if isinstance(cell, Layer) and cell.exchanges(axes)]

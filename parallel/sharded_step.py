@@ -214,8 +214,8 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
         task: as a package's `build` made it; its network is cut in place.
         settings: the `train:` block.
         config: resolved for the world.
-        reuse: micro-batches share one copy of the network's graph until the back end (faster compile, same result);
-            False inlines each (flat graph).
+        reuse: micro-batches share one copy of the network's graph until the back end (faster compile, same result),
+            unless the network's `shares_graph` is False; False inlines each (flat graph).
         start_values: True gives parameters their values while compiling; a proof needs none.
     """
     network, count = parallelize(task.network, config), micro_batches(settings, config)
@@ -239,7 +239,7 @@ def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelCo
         wrapped = Interleaved.of(len(inputs), wrapped, parts, dims, config.data)
     if count == 1:
         return WholeGradient(wrapped, parameters)
-    if reuse:
+    if reuse and getattr(network, "shares_graph", True):
         wrapped.cell_init_args = f"lazy_inline_{type(wrapped).__name__}"
     return PipelineGradient(wrapped, parameters, config, count, dims)
 

@@ -82,6 +82,9 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
     if parallel.sequence:
         raise UserError("rankers have no residual stream of tokens in a row to cut", where="parallel.sequence",
                         value=True, mend="set it to false; model.op_cut: tokens cuts feature tokens")
+    if parallel.pipeline.stages > 1 and parallel.pipeline.schedule != "1f1b":
+        raise UserError("stages of rankers run 1f1b only", where="parallel.pipeline.schedule",
+                        value=parallel.pipeline.schedule, mend="set it to 1f1b")
     kind = getattr(sizes, "op_cut", "width")
     if op > 1:
         for width, rows in model.spec.tables.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, ops
 
 from parallel.layers.grouped import WIDTH_CUT, TokenLayout
-from parallel.layout import Cut, Layer
+from parallel.layout import Axes, Cut, Layer
 from parallel.runtime.errors import UserError
 
 
@@ -42,6 +42,9 @@ class TokenMixing(Layer):
         pieces_SBRK = self.reshape(x_SBE, (self.sources, batch, self.targets, self.piece))
         pieces_RBSK = self.transpose(pieces_SBRK, (2, 1, 0, 3))
         return self.reshape(pieces_RBSK, (self.targets, batch, self.sources * self.piece))
+
+    def exchanges(self, axes: Axes) -> bool:
+        return self.layout.tokens is not None and axes.sizes["feature_tokens"] > 1
 
     def cuts(self) -> list[Cut]:
         tokens, batch, _ = self.layout.stream

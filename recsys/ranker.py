@@ -181,6 +181,8 @@ class TrainingLoss(nn.Cell):
     Inputs: ids_BM int32, numbers_BN float32, labels_BK float32 (0 or 1).
     """
 
+    shares_graph = False  # MindSpore 2.9 loses all but the first result of SplitWithSize in a shared graph
+
     def __init__(self, model: Ranker) -> None:
         # No prefix: a parameter is called the same in training, evaluation and on disk.
         super().__init__(auto_prefix=False)

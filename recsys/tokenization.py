@@ -10,7 +10,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.grouped import GroupedLinear, TokenLayout
-from parallel.layout import Cut, Layer
+from parallel.layout import Axes, Cut, Layer
 from recsys.embedding import Join
 from recsys.ranker import MLP, dense
 
@@ -138,6 +138,9 @@ class MeanPool(Layer):
 
     def construct(self, x_TBD: Tensor) -> Tensor:
         return self.mean(x_TBD, 0)
+
+    def exchanges(self, axes: Axes) -> bool:
+        return self.layout.tokens is not None and axes.sizes["feature_tokens"] > 1
 
     def cuts(self) -> list[Cut]:
         # Under Token Parallel the last exchange brings whole samples back: the batch is cut by all devices.

@@ -78,11 +78,12 @@ def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Proc
                         mend="set it to null, merge a checkpoint (python -m parallel merge) and evaluate it")
     task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
     counted = count(task.network)
-    run = CutRun(task, options, parallel, processes)
+    validated = len(log.parts["validation"]) >= options.global_batch_size
+    run = CutRun(task, options, parallel, processes, validated=validated)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       *run.rows, log.spec)
     validation = None
-    if len(log.parts["validation"]) >= options.global_batch_size:
+    if validated:
         rows = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
         validation = CutValidation(run, rows, options.validation_batches)
     trainer = Trainer(run.step, batches, options, settings.output, validation=validation, units="samples",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, ops
 
 from parallel.layers.parameter import parameter
-from parallel.layout import Cut, Layer, Operand
+from parallel.layout import Axes, Cut, Layer, Operand
 
 
 class Embedding(Layer):
@@ -54,6 +54,9 @@ class TiedHead(Layer):
 
     def construct(self, hidden_ND: Tensor, table_VD: Tensor) -> Tensor:
         return self.matmul(hidden_ND, self.cast(table_VD, hidden_ND.dtype))
+
+    def exchanges(self, axes: Axes) -> bool:
+        return axes.sequence  # from the cut residual stream
 
     def cuts(self) -> list[Cut]:
         return [Cut(self.matmul, (("tokens", None), (self.cut, None)))]

@@ -21,7 +21,7 @@ from mindspore import dtype as mstype
 from parallel.layers.activation import GELU
 from parallel.layers.fused import FusedFeedForward, FusedLinear, FusedLinearWithoutBias, FusedSwiGLU, library
 from parallel.layers.parameter import parameter
-from parallel.layout import Cut, Layer, Operand
+from parallel.layout import Axes, Cut, Layer, Operand
 
 OpCut = Literal["width", "tokens", "tokens_naive"]
 
@@ -102,6 +102,9 @@ class GroupedLinear(Layer):
     def flops_per_sample(self) -> int:
         """Two for each multiplication and addition of the product."""
         return 2 * self.tokens * self.inputs * self.outputs
+
+    def exchanges(self, axes: Axes) -> bool:
+        return self.layout.kind == "tokens_naive" and axes.sizes["feature_tokens"] > 1
 
     def cuts(self) -> list[Cut]:
         tokens, width = self.layout.tokens, self.layout.width

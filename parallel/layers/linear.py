@@ -11,7 +11,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.parameter import parameter
-from parallel.layout import Cut, Layer, Operand
+from parallel.layout import Axes, Cut, Layer, Operand
 
 
 class Linear(Layer):
@@ -49,6 +49,9 @@ class Linear(Layer):
         if self.has_bias:
             y_NO = self.add(y_NO, self.cast(self.bias, self.compute_dtype))
         return y_NO
+
+    def exchanges(self, axes: Axes) -> bool:
+        return axes.sequence and self.cut == "column"  # from the cut residual stream
 
     def cuts(self) -> list[Cut]:
         column, row = (self.axis if self.cut == "column" else None), (self.axis if self.cut == "row" else None)

@@ -17,7 +17,7 @@ from mindspore import dtype as mstype
 from parallel.layers.fused import FusedSparseExperts, library
 from parallel.layers.grouped import WIDTH_CUT, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.layout import Cut, Layer, Operand
+from parallel.layout import Axes, Cut, Layer, Operand
 from parallel.runtime.errors import UserError
 
 Dispatch = Literal["auto", "grouped", "capacity"]
@@ -202,6 +202,9 @@ class CapacityExperts(Layer):
     def lay_out(self, axes) -> None:
         self.parts = axes.sizes["batch"]
         super().lay_out(axes)
+
+    def exchanges(self, axes: Axes) -> bool:
+        return axes.sizes["experts"] > 1  # rows go to the devices of their experts and back
 
     def cuts(self) -> list[Cut]:
         token, after = self.layout.tokens, self.layout.tokens_after_batch

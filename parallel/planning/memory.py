@@ -327,3 +327,5 @@ def _norm(figures: Stage, mesh: Mesh, config: ParallelConfig) -> None:
         figures.collectives[Collective("AllReduce", mesh.everything, _SCALAR, "norm", "forward", "norm")] += 1
     if config.pipeline.stages > 1:
         figures.collectives[Collective("AllReduce", (), _SCALAR, "norm", "forward", "norm")] += 1
+        # The last stage tells the others loss and weight.
+        figures.collectives[Collective("AllReduce", (), 2 * _SCALAR, "pipeline", "forward", "loss")] += 1

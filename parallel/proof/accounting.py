@@ -8,6 +8,7 @@ one rank sends for it under the usual ring algorithms.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ DIMENSIONS = ("data", "op", "pipeline", "optimizer", "expert", "norm")
 _GATHERING, _SCATTERING = {"AllGather", "AllGatherV"}, {"ReduceScatter", "ReduceScatterV"}
 _EXCHANGING = {"AlltoAll", "AlltoAllV", "AllToAll", "NeighborExchange", "NeighborExchangeV2"}
 _POINT_TO_POINT = {"Send", "Receive"}
+STAGES_GROUP = "stages_of_"
+"""How the groups are called over which the last stage tells the others the loss."""
+_MOVING = {"Reshape", "Cast", "Transpose", "Split", "Concat", "StridedSlice", "TupleGetItem", "MakeTuple", "Depend"}
 _SLICE_GATHER = "recompute_slice_allgather"
 COLLECTIVES = {"AllReduce", "Broadcast"} | _GATHERING | _SCATTERING | _EXCHANGING | _POINT_TO_POINT
 
@@ -78,22 +82,47 @@ def coordinates(rank: int, config: ParallelConfig) -> tuple[int, int, int]:
     return stage, *divmod(place, config.op)
 
 
-def collectives(graph: Graph, rank: int, config: ParallelConfig) -> list[Collective]:
-    """Every collective of one rank's step, in the order of the graph."""
-    found = []
-    for function, node, times in graph.walk():
-        if node.op in COLLECTIVES and times:
-            found.append(_collective(function, node, times, rank, config))
+def collectives(graph: Graph, rank: int, config: ParallelConfig, exchanging: Sequence[str] = ()) -> list[Collective]:
+    """Every collective of one rank's step, in the order of the graph.
+
+    Args:
+        graph, rank, config: of the compiled rank.
+        exchanging: names of the layers beside which a redistribution is meant (`parallel.layout.exchanging`).
+    """
+    walked = [(function, node, times) for function, node, times in graph.walk() if node.op in COLLECTIVES and times]
+    meant = {_cell(node) for function, node, _ in walked
+             if any(_within(_cell(near), name) for near in (node, _maker(function, node)) for name in exchanging)}
+    return [_collective(function, node, times, rank, config, _cell(node) in meant) for function, node, times in walked]
+
+
+def _cell(node: Node) -> str:
+    """The cell that a node was made for, `network.model.layers.0.mix`; the same forward and backward."""
+    pieces = [piece.partition("-")[0] for piece in node.scope.split("/")[:-1]]
+    return ".".join(piece for piece in pieces if not piece.startswith(("Grad", "recompute_", "Default")))
+
+
+def _within(cell: str, name: str) -> bool:
+    return f".{name}." in f".{cell}."
+
+
+def _maker(function: Function, node: Node) -> Node:
+    """The node that computed what a collective is about: what lies between only moves it."""
+    found = node
+    while found.inputs and (found is node or found.op in _MOVING or "redistribution_op" in found.instance):
+        before = function.source(found.inputs[0])
+        if before is None:
+            break
+        found = before
     return found
 
 
-def _collective(function: Function, node: Node, times: int, rank: int, config: ParallelConfig) -> Collective:
+def _collective(function: Function, node: Node, times: int, rank: int, config: ParallelConfig,
+                meant: bool) -> Collective:
     ranks = _ranks(node, rank)
     purpose = _purpose(node)
     dimension = _dimension(node, purpose, ranks, config)
     subject = _subject(node, len(ranks))
-    unexpected = purpose == "redistribution" and not _is_half_of_sum(function, node) and not (
-        config.sequence and dimension == "op") and not (config.expert > 1 and dimension == "expert")
+    unexpected = purpose == "redistribution" and not meant and not _is_half_of_sum(function, node)
     scope = node.scope.removeprefix("Gradients/").removeprefix("recompute_").removeprefix("Default/")
     fusion = node.attributes.get("fusion") or 0
     tag = node.attributes.get("sr_tag") if node.op in _POINT_TO_POINT else None
@@ -135,6 +164,8 @@ def _purpose(node: Node) -> str:
         return "parameter"
     if "redistribution_op" in instance:
         return "redistribution"
+    if str(node.attributes.get("group", "")).startswith(STAGES_GROUP):
+        return "loss"
     result = node.outputs[0] if node.outputs else None
     return "loss" if result is not None and not result.shape else "activation"
 
@@ -306,6 +337,8 @@ def _place(function: Function, getter: Node) -> int:
 def _is_result(function: Function, node: Node, graph: Graph) -> bool:
     """Whether a node is a forward computation: no gradient, weight, copy of a weight, or call."""
     if _runs_later(node) or node.op in ("Constant", "Load", "UpdateState", "call", "MakeTuple"):
+        return False
+    if "/gradient-" in node.scope:  # the scale and the weight of the loss, a few numbers
         return False
     if node.op == "AddN":  # the sum of the gradients of a tensor that was used twice bears no mark of its own
         parts = function.by_name.get(node.inputs[0])

@@ -130,7 +130,7 @@ def read_rank(compiled: Compiled) -> RankReport:
     graph, rank = read_graph(compiled.graph), compiled.request.rank
     held = memory(graph, set(compiled.result["trainable"]), rank, config, compiled.result["micro_batches"])
     return RankReport(compiled.request, compiled.result, config, graph, compiled.layouts,
-                      collectives(graph, rank, config), held)
+                      collectives(graph, rank, config, compiled.result.get("exchanging", ())), held)
 
 
 def distinct_ranks(report: RankReport) -> list[int]:

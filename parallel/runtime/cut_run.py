@@ -17,8 +17,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.config import ParallelConfig
 from parallel.layers.parameter import start_value
-from parallel.runtime.builder import Task
-from parallel.runtime.device import Processes
+from parallel.runtime.builder import SAMPLE_NUMBERS, Task
+from parallel.runtime.device import DeviceSum, Processes
 from parallel.runtime.errors import UserError
 from parallel.runtime.sliced_checkpoint import Holder
 from parallel.runtime.train_settings import TrainSettings
@@ -57,13 +57,14 @@ class CutRun:
         settings: the `train:` block.
         config: resolved.
         processes: this process among all.
+        validated: whether the loss without gradients is wanted too.
         exchange: adds lists of floats over all processes; None = AllReduce on the device.
 
     Attributes: `cell`, what is called with this process's rows; `step`, the step in it; `holder`, for checkpoints.
     """
 
-    def __init__(self, task: Task, settings: TrainSettings, config: ParallelConfig, processes: Processes,
-                 exchange: Callable[[list[float]], list[float]] | None = None) -> None:
+    def __init__(self, task: Task, settings: TrainSettings, config: ParallelConfig, processes: Processes, *,
+                 validated: bool = False, exchange: Callable[[list[float]], list[float]] | None = None) -> None:
         self.task, self.settings, self.config, self.processes = task, settings, config, processes
         self.stage, place = divmod(processes.rank, config.data * config.op)
         self.rows = (place // config.op, config.data)
@@ -79,7 +80,10 @@ class CutRun:
                              {name: whole.shape for name, whole in wholes.items()}, self.barrier)
         self.inputs = [Tensor(np.zeros(shape, item.dtype))
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
-        # Slices exist only once the graph has been cut; values are given after.
+        # From here on parameters have the shape of their slices, which MindSpore would cut again in another graph: so
+        # the loss comes first.
+        self.loss = self._compiled_loss() if validated else None
+        self.cell.set_train(True)
         self.cell.compile(*self.inputs)
         self.give_start_values()
 
@@ -99,17 +103,20 @@ class CutRun:
 
     def for_trainer(self) -> dict[str, Any]:
         """Arguments of a `Trainer` beside the step."""
-        return {"cell": self.cell, "holder": self.holder}
+        return {"cell": self.cell, "holder": self.holder, "exchange": self.exchange}
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""
         self.exchange([0.0])
 
-    def loss_cell(self) -> nn.Cell:
-        """The loss without its gradient, on the rows of one micro-batch: (loss, weight) on the last stage."""
-        ways = [(self.config.data, *[1] * (len(item.shape) - 1)) for item in self.task.inputs]
+    def _compiled_loss(self) -> nn.Cell:
+        """The loss without its gradient, on this process's rows of a batch: `ForwardLoss` on the last stage."""
+        given = [(item, tensor) for item, tensor in zip(self.task.inputs, self.inputs, strict=True)
+                 if item.name != SAMPLE_NUMBERS]
+        ways = [(self.config.data, *[1] * (len(item.shape) - 1)) for item, _ in given]
         cell = switch_on(ForwardLoss(self.task.network), self.config, ways, False)
         cell.set_train(False)
+        cell.compile(*(tensor for _, tensor in given))
         return cell
 
 
@@ -135,7 +142,7 @@ class CutValidation:
     """`trainer.Validation` of a cut network: mean loss and perplexity, known on every process.
 
     Args:
-        run: the cut run.
+        run: the cut run, made with `validated`.
         source: this process's rows of the validation batches.
         batches: how many to use; None = steps_per_epoch.
     """
@@ -143,14 +150,13 @@ class CutValidation:
     def __init__(self, run: CutRun, source: Any, batches: int | None = None) -> None:
         self.run, self.source = run, source
         self.count = min(batches or source.steps_per_epoch, source.steps_per_epoch)
-        self.cell = run.loss_cell()
 
     def __call__(self, step: int) -> dict[str, float]:
         """{"validation_loss", "validation_perplexity"}."""
         total = weight = 0.0
-        self.cell.set_train(False)
+        self.run.loss.set_train(False)
         for batch in itertools.islice(self.source.batches(0), self.count):
-            loss, own = self.cell(*map(Tensor, batch)).asnumpy().tolist()
+            loss, own = self.run.loss(*map(Tensor, batch)).asnumpy().tolist()
             total, weight = total + loss * own, weight + own
         self.run.cell.set_train(True)
         total, weight = self.run.exchange([total, weight] if self.run.is_last else [0.0, 0.0])
@@ -161,16 +167,6 @@ def perplexity(total: float, weight: float) -> dict[str, float]:
     """Mean of a loss that was summed by weight, and its exponential; too large for a float, it is infinite."""
     loss = total / weight if weight else math.nan
     return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
-
-
-class DeviceSum:
-    """Adds lists of floats over the processes of a group, on their devices."""
-
-    def __init__(self, group: str | None) -> None:
-        self.add = ops.AllReduce(ops.ReduceOp.SUM, group)
-
-    def __call__(self, values: list[float]) -> list[float]:
-        return self.add(Tensor(values, ms.float32)).asnumpy().tolist()
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:

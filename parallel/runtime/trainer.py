@@ -22,6 +22,7 @@ from mindspore import Tensor, nn, ops
 
 from parallel.runtime.checkpoint import list_checkpoints, load_checkpoint, resolve_checkpoint, save_checkpoint
 from parallel.runtime.data_source import DataSource, NumberedSource, prefetch
+from parallel.runtime.device import DeviceSum
 from parallel.runtime.errors import UserError
 from parallel.runtime.metrics_log import MetricsLog, measured_matmul_tflops
 from parallel.runtime.progress import Bar, note
@@ -104,6 +105,7 @@ class Trainer:
         on_step: called as `on_step(step, {"loss", "global_norm", ...})` after every step.
         cell: called in place of `step`: the cell that MindSpore's automatic parallelism wraps around it.
         holder: for a cut network, which slices this process holds; None saves whole parameters from rank 0.
+        exchange: adds lists of floats over all processes; None = AllReduce on the device.
     """
 
     def __init__(self, step: TrainStep, source: DataSource, settings: TrainSettings, output: OutputSettings, *,
@@ -112,7 +114,8 @@ class Trainer:
                  units: str = "tokens", units_per_step: int = 1, flops_per_step: float | None = None,
                  describe: dict | None = None, title: str = "train",
                  on_step: Callable[[int, dict], None] | None = None, cell: nn.Cell | None = None,
-                 holder: Holder | None = None) -> None:
+                 holder: Holder | None = None,
+                 exchange: Callable[[list[float]], list[float]] | None = None) -> None:
         self.step, self.settings, self.output = step, settings, output
         self.source = NumberedSource(source, *step.share) if step.numbered else source
         self.evaluators = list(evaluate)
@@ -122,6 +125,7 @@ class Trainer:
         self.units, self.units_per_step, self.flops_per_step = units, units_per_step, flops_per_step
         self.describe, self.title, self.on_step = describe or {}, title, on_step
         self.cell, self.holder = cell if cell is not None else step, holder
+        self.exchange = exchange or (DeviceSum(step.group) if step.ranks > 1 else None)
         self.directory = Path(output.directory)
         self.checkpoints = self.directory / "checkpoints"
         counter_names = {p.name for p in step.counters()}
@@ -280,10 +284,8 @@ class Trainer:
 
     def _agree_on_stop(self) -> None:
         """A signal may reach the ranks between different steps; they stop together at the next."""
-        if self.step.ranks > 1:
-            if not hasattr(self, "_any_rank"):
-                self._any_rank = ops.AllReduce(ops.ReduceOp.SUM, self.step.group)
-            wanted = self._any_rank(Tensor([1.0 if self.stopped_by else 0.0], ms.float32)).asnumpy()[0]
+        if self.exchange is not None:
+            wanted, = self.exchange([1.0 if self.stopped_by else 0.0])
             if wanted and self.stopped_by is None:
                 self.stopped_by = "another rank"
 

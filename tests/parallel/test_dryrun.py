@@ -23,16 +23,6 @@ FLOAT = 4
 Count = Counter
 
 
-def compiled(builder: str, rank: int = 0, **parallel) -> RankReport:
-    """One rank of a network of `proof_networks` under a parallel block; `train` and `wrong` are passed on."""
-    others = {key: parallel.pop(key) for key in ("train", "wrong", "reuse") if key in parallel}
-    reuse = others.pop("reuse", True)
-    config = ParallelConfig.model_validate(parallel).resolve()
-    request = Request(config.world, rank, builder=f"proof_networks:{builder}", reuse=reuse,
-                      arguments={"parallel": parallel, **others}, paths=[str(Path(__file__).parent)])
-    return read_rank(compile_rank(request))
-
-
 def found(report: RankReport) -> tuple[Count, Count]:
     """(runs, bytes) of the collectives by (kind, dimension, purpose, phase)."""
     runs, size = Counter(), Counter()
@@ -109,6 +99,7 @@ def expected_pangu(rank: int, parallel: dict) -> Expected:
     if config.world > 1:  # over the stage, and over the stages
         out.add("AllReduce norm norm forward", 1 + (stages > 1), 1)
     if stages > 1:
+        out.add("AllReduce pipeline loss forward", 1, 2)  # loss and weight, which only the last stage computes
         table = vocabulary // op * width
         for kind, end, phase in (("Send", not last, "forward"), ("Receive", not last, "backward"),
                                  ("Receive", not first, "forward"), ("Send", not first, "backward")):
@@ -145,7 +136,7 @@ CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in
 
 
 @pytest.mark.parametrize(("rank", "parallel"), CASES)
-def test_collectives_of_pangu_follow_from_the_layout(rank: int, parallel: dict) -> None:
+def test_collectives_of_pangu_follow_from_the_layout(compiled, rank: int, parallel: dict) -> None:
     report = compiled("pangu", rank, **parallel)
     expected = expected_pangu(rank, parallel)
     runs, size = found(report)
@@ -181,6 +172,7 @@ def expected_ranker(rank: int, parallel: dict) -> Expected:
         out.add(f"AllReduce {'data' if data > 1 else 'op'} gradient backward", blocks, bias)
     if config.world > 1:
         out.add("AllReduce norm norm forward", 1 + (stages > 1), 1)
+    out.add("AllReduce pipeline loss forward", int(stages > 1), 2)
     for kind, end, phase in (("Send", not last, "forward"), ("Receive", not last, "backward"),
                              ("Receive", not first, "forward"), ("Send", not first, "backward")):
         out.add(f"{kind} pipeline stage {phase}", micro * end, stream)
@@ -206,7 +198,7 @@ RANKER_CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, 
 
 
 @pytest.mark.parametrize(("rank", "parallel"), RANKER_CASES)
-def test_collectives_of_a_ranker_follow_from_the_layout(rank: int, parallel: dict) -> None:
+def test_collectives_of_a_ranker_follow_from_the_layout(compiled, rank: int, parallel: dict) -> None:
     report = compiled("ranker", rank, **parallel)
     expected = expected_ranker(rank, parallel)
     runs, size = found(report)
@@ -215,7 +207,7 @@ def test_collectives_of_a_ranker_follow_from_the_layout(rank: int, parallel: dic
     check([report])
 
 
-def test_layers_that_disagree_are_an_error_when_strict() -> None:
+def test_layers_that_disagree_are_an_error_when_strict(compiled) -> None:
     report = compiled("ranker", data=2, wrong=True)
     assert [item for item in report.collectives if item.unexpected]
     with pytest.raises(UserError, match="unexpected redistribution"):
@@ -223,7 +215,7 @@ def test_layers_that_disagree_are_an_error_when_strict() -> None:
 
 
 @pytest.mark.slow
-def test_shared_and_inlined_micro_batches_say_the_same() -> None:
+def test_shared_and_inlined_micro_batches_say_the_same(compiled) -> None:
     shared, flat = (found(compiled("pangu", 0, data=2, op=2, **PIPELINE, reuse=reuse)) for reuse in (True, False))
     assert shared == flat
 
@@ -235,14 +227,13 @@ def test_published_sizes_compile_in_the_papers_layout(config: str, rank: int) ->
     from parallel.runtime.builder import load_run
 
     world = load_run(path)[1].parallel.resolve().world
-    # Dropout's counter belongs to every stage, which the partitioner refuses (docs/dryrun.md).
-    report = read_rank(compile_rank(Request(world, rank, str(path), ["model.dropout=0"])))
+    report = read_rank(compile_rank(Request(world, rank, str(path))))
     check([report])
     assert report.result["peak_rss_gb"] < 4.0
 
 
 @pytest.mark.slow
-def test_a_stage_sends_what_the_next_receives(tmp_path: Path) -> None:
+def test_a_stage_sends_what_the_next_receives(compiled, tmp_path: Path) -> None:
     pair = [compiled("pangu", rank, data=2, op=2, **PIPELINE) for rank in (0, 4)]
     check_transfers(pair)
     write_report(tmp_path / "report.html", pair, "pair")

@@ -1,0 +1,36 @@
+"""Compiling ranks of the networks of `proof_networks`, with one process for all tests that do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def compilers():
+    """A compiling process that lives as long as the tests."""
+    from parallel.proof.child import Compilers
+
+    with Compilers() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def compiled(compilers) -> Callable:
+    """`compiled(builder, rank, **parallel)`: one rank of a network under a parallel block; `train`, `model`, `wrong`
+    and `reuse` are passed on."""
+    from parallel.config import ParallelConfig
+    from parallel.proof.child import Request
+    from parallel.proof.dryrun import read_rank
+
+    def compiled(builder: str, rank: int = 0, **parallel):
+        others = {key: parallel.pop(key) for key in ("train", "model", "wrong", "reuse") if key in parallel}
+        reuse = others.pop("reuse", True)
+        config = ParallelConfig.model_validate(parallel).resolve()
+        request = Request(config.world, rank, builder=f"proof_networks:{builder}", reuse=reuse,
+                          arguments={"parallel": parallel, **others}, paths=[str(Path(__file__).parent)])
+        return read_rank(compilers.compile([request])[0])
+
+    return compiled

@@ -1,0 +1,126 @@
+"""What the processes of test_cut_run do: a simulated cluster whose ranks are forks that talk through shared memory.
+
+MindSpore compiles the real step of every rank; the step itself cannot be executed, so a stand-in takes its place in the
+trainer's loop. Everything else is the code of a real run.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+
+class SharedSum:
+    """Sums of lists of floats over forked processes; also their barrier."""
+
+    def __init__(self, ranks: int) -> None:
+        self.rank, self.barrier = 0, multiprocessing.Barrier(ranks, timeout=300)
+        self.table = multiprocessing.Array("d", 8 * ranks)
+
+    def __call__(self, values: list[float]) -> list[float]:
+        self.table[8 * self.rank:8 * self.rank + len(values)] = values
+        self.barrier.wait()
+        table = np.array(self.table[:]).reshape(-1, 8)
+        self.barrier.wait()
+        return table[:, :len(values)].sum(0).tolist()
+
+
+class Rows:
+    """Batches of which each process has its rows: row i of batch b holds the number 1000 b + i everywhere."""
+
+    columns = ("records", "position_ids", "attention_mask")
+    steps_per_epoch = 8
+
+    def __init__(self, shapes: list[tuple], share: tuple[int, int]) -> None:
+        self.shapes, self.share = shapes, share
+
+    def batches(self, start_step: int):
+        step = start_step
+        while True:
+            part, parts = self.share
+            rows = self.shapes[0][0] // parts
+            numbers = 1000 * step + np.arange(part * rows, (part + 1) * rows)
+            yield tuple(np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), (rows, *shape[1:])).astype(
+                np.int32) for shape in self.shapes)
+            step += 1
+
+
+def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
+    """One rank: builds, compiles, takes start values or a checkpoint, trains by the stand-in, saves."""
+    os.environ |= {"RANK_SIZE": str(world), "RANK_ID": str(rank)}
+    from parallel.proof.child import _pretend_hccl
+
+    _pretend_hccl()
+    import mindspore as ms
+    from mindspore import Tensor
+    from mindspore.communication import init
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("Ascend")
+    init()
+    from parallel.runtime.builder import build_task
+    from parallel.runtime.cut_run import CutRun, needs_cut
+    from parallel.runtime.device import Processes
+    from parallel.runtime.trainer import Trainer
+
+    processes = Processes(rank, world, "hccl_world_group", "Ascend")
+    task, settings, config = build_task(order["config"], order["overrides"], world)
+    assert needs_cut(config, processes)
+    cut = CutRun(task, settings.train, config, processes, validated=order["validated"], exchange=add)
+    seen = []
+
+    def stand_in(*batch: Tensor) -> tuple:
+        seen.append([item.asnumpy() for item in batch])
+        values = (4.0 - cut.step.rank * 0.0, 1.0, True, 1.0, 0.1)
+        return tuple(Tensor(value) for value in values)
+
+    stand_in.set_train = lambda mode: None
+    shapes = [item.shape for item in task.inputs if item.name != "sample_numbers"]
+    trainer = Trainer(cut.step, Rows(shapes, cut.rows), settings.train, settings.output,
+                      **cut.for_trainer() | {"cell": stand_in})
+    figures = trainer.run()
+    told = {"figures": figures, "rows": [[int(item.reshape(len(item), -1)[i, 0]) for i in range(len(item))]
+                                         for item in seen[0]] if seen else [],
+            "shapes": {item.name: list(item.shape) for item in trainer.parameters},
+            "boxes": {name: [list(pair) for pair in box] for name, box in cut.holder.boxes.items()},
+            "validated": cut.loss is not None}
+    (Path(order["folder"]) / f"rank_{rank}.json").write_text(json.dumps(told, default=str), encoding="utf-8")
+
+
+def main(path: Path) -> int:
+    """Forks a process for every rank and waits for them."""
+    order = json.loads(path.read_text(encoding="utf-8"))
+    from parallel.proof.child import _import_early
+
+    _import_early()
+    import parallel.runtime.cut_run
+    import parallel.runtime.trainer  # noqa: F401
+
+    add, forks = SharedSum(order["world"]), []
+    for rank in range(order["world"]):
+        fork = os.fork()
+        if fork == 0:
+            code = 1
+            try:
+                add.rank = rank
+                run(rank, order["world"], add, order)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                add.barrier.abort()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        forks.append(fork)
+    return max(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
