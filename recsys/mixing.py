@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from mindspore import Tensor, ops
+from mindspore import dtype as mstype
 
+from parallel.layers.fused import FusedExchange, library
 from parallel.layers.grouped import WIDTH_CUT, TokenLayout
 from parallel.layout import Axes, Cut, Layer
 from parallel.runtime.errors import UserError
@@ -36,11 +38,16 @@ class TokenMixing(Layer):
         self.piece = width // heads
         self.layout = layout
         self.reshape, self.transpose = ops.Reshape(), ops.Transpose()
+        kernels = library(mstype.float32)
+        self.fused = FusedExchange(kernels) if kernels is not None else None
 
     def construct(self, x_SBE: Tensor) -> Tensor:
         batch = x_SBE.shape[1]
         pieces_SBRK = self.reshape(x_SBE, (self.sources, batch, self.targets, self.piece))
-        pieces_RBSK = self.transpose(pieces_SBRK, (2, 1, 0, 3))
+        if self.fused is not None and x_SBE.dtype == mstype.float32:
+            pieces_RBSK = self.fused(pieces_SBRK)
+        else:
+            pieces_RBSK = self.transpose(pieces_SBRK, (2, 1, 0, 3))
         return self.reshape(pieces_RBSK, (self.targets, batch, self.sources * self.piece))
 
     def exchanges(self, axes: Axes) -> bool:

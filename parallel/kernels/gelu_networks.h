@@ -30,6 +30,18 @@ void gelu_backward(const float *z, int64_t size, float *h, float *d) {
   }
 }
 
+// h = gate gelu(z), d *= gate gelu'(z); returns the gradient of the gate, the sum of gelu(z) d.
+float gelu_backward(const float *z, int64_t size, float gate, float *h, float *d) {
+  float sum = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const float square = z[i] * z[i], open = sigmoid(z[i] * (kLinear + kCubic * square)), value = z[i] * open;
+    sum += value * d[i];
+    h[i] = gate * value;
+    d[i] *= gate * (open + value * (1.0f - open) * (kLinear + 3.0f * kCubic * square));
+  }
+  return sum;
+}
+
 // All experts of a token are one network of inner width F whose pieces of f are scaled by the token's gates; without
 // gates there is one expert, and it is always on.
 struct GeluSizes {
@@ -55,11 +67,14 @@ void gelu_forward(const GeluSizes &n, const GeluWeights &w, int64_t t, int64_t f
   const float *x = w.x + start * n.width, *gates = w.gates ? w.gates + start * n.experts : nullptr;
   float *y = y_out + start * n.outputs;
   thread_local std::vector<int64_t> index;
+  const float *bias2 = w.b2 + t * n.experts * n.outputs;
+  // y begins as the sum of the gates times their experts' biases.
+  if (gates)
+    multiply(false, false, rows, n.outputs, n.experts, {gates, n.experts}, {bias2, n.outputs}, false, y, n.outputs);
   for (int64_t e = 0; e < n.experts; ++e) {
     const bool sparse = gates && chosen_rows(gates, n.experts, e, rows, index);
     const int64_t count = sparse ? static_cast<int64_t>(index.size()) : rows;
-    const float *bias1 = w.b1 + t * n.inner + e * n.part, *bias2 = w.b2 + (t * n.experts + e) * n.outputs;
-    if (e == 0 && (gates || count == 0)) std::fill(y, y + rows * n.outputs, 0.0f);
+    const float *bias1 = w.b1 + t * n.inner + e * n.part;
     if (count == 0) continue;
     Matrix input{x, n.width};
     if (sparse) {
@@ -85,17 +100,34 @@ void gelu_forward(const GeluSizes &n, const GeluWeights &w, int64_t t, int64_t f
     float *output = sparse ? scratch<2>(count * n.outputs) : y;
     multiply(false, false, count, n.outputs, n.part, {inner, n.part}, second, gates && !sparse, output, n.outputs);
     if (sparse) add_rows(output, n.outputs, index, y);
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = sparse ? index[r] : r;
-      const float gate = gates ? gates[row * n.experts + e] : 1.0f;
-      for (int64_t i = 0; i < n.outputs; ++i) y[row * n.outputs + i] += gate * bias2[i];
-    }
   }
+  for (int64_t r = 0; !gates && r < rows; ++r)
+    for (int64_t i = 0; i < n.outputs; ++i) y[r * n.outputs + i] += bias2[i];
 }
 
 struct GeluGradients {
   float *x, *w1, *b1, *w2, *b2, *gates;
 };
+
+// The part of the last biases b2 of all experts, on rows of one block.
+void bias_backward(const GeluSizes &n, const GeluWeights &w, const float *dy, const GeluGradients &d, int64_t t,
+                   int64_t first, int64_t rows) {
+  const int64_t start = t * n.batch + first;
+  const Matrix change{dy + start * n.outputs, n.outputs};
+  float *db2 = d.b2 + t * n.experts * n.outputs;
+  if (!w.gates) {
+    if (first == 0) std::fill(db2, db2 + n.outputs, 0.0f);
+    add_columns(change.data, rows, n.outputs, n.outputs, db2);
+    return;
+  }
+  const float *gates = w.gates + start * n.experts;
+  float *d_gates = d.gates + start * n.experts;
+  multiply(true, false, n.experts, n.outputs, rows, {gates, n.experts}, change, first > 0, db2, n.outputs);
+  multiply(false, true, rows, n.experts, n.outputs, change, {w.b2 + t * n.experts * n.outputs, n.outputs}, false,
+           d_gates, n.experts);
+  for (int64_t i = 0; i < rows * n.experts; ++i)
+    if (gates[i] == 0.0f) d_gates[i] = 0.0f;
+}
 
 // Expert e on rows of one block; `add`: whether weights' gradients have begun.
 void gelu_expert_backward(const GeluSizes &n, const GeluWeights &w, const float *z, const float *dy,
@@ -110,13 +142,8 @@ void gelu_expert_backward(const GeluSizes &n, const GeluWeights &w, const float 
   const Matrix first_weight{w.w1 + t * n.width * n.inner + e * n.part, n.inner};
   const Matrix second{w.w2 + (t * n.inner + e * n.part) * n.outputs, n.outputs};
   float *dw1 = d.w1 + t * n.width * n.inner + e * n.part, *db1 = d.b1 + t * n.inner + e * n.part;
-  float *dw2 = d.w2 + (t * n.inner + e * n.part) * n.outputs, *db2 = d.b2 + (t * n.experts + e) * n.outputs;
-  if (!add_weights) {
-    std::fill(db1, db1 + n.part, 0.0f);
-    std::fill(db2, db2 + n.outputs, 0.0f);
-  }
-  if (gates)
-    for (int64_t r = 0; r < rows; ++r) d.gates[(start + r) * n.experts + e] = 0.0f;
+  float *dw2 = d.w2 + (t * n.inner + e * n.part) * n.outputs;
+  if (!add_weights) std::fill(db1, db1 + n.part, 0.0f);
   if (count == 0) {
     if (!add_weights) {
       for (int64_t i = 0; i < n.width; ++i) std::fill(dw1 + i * n.inner, dw1 + i * n.inner + n.part, 0.0f);
@@ -139,15 +166,10 @@ void gelu_expert_backward(const GeluSizes &n, const GeluWeights &w, const float 
     const float *before = z + row * n.inner + e * n.part;
     if (!gates) {
       gelu_backward(before, n.part, own, down);
-      for (int64_t i = 0; i < n.outputs; ++i) db2[i] += change[r * n.outputs + i];
       continue;
     }
-    const float gate = w.gates[row * n.experts + e], *bias2 = w.b2 + (t * n.experts + e) * n.outputs;
-    gelu(before, n.part, own);
-    d.gates[row * n.experts + e] = dot(own, down, n.part) + dot(change + r * n.outputs, bias2, n.outputs);
-    gelu_backward(before, n.part, own, down);
-    for (int64_t i = 0; i < n.part; ++i) own[i] *= gate, down[i] *= gate;
-    for (int64_t i = 0; i < n.outputs; ++i) db2[i] += gate * change[r * n.outputs + i];
+    const float gate = w.gates[row * n.experts + e];
+    d.gates[row * n.experts + e] += gelu_backward(before, n.part, gate, own, down);
   }
   add_columns(dz, count, n.part, n.part, db1);
   multiply(true, false, n.part, n.outputs, count, {h, n.part}, {change, n.outputs}, add_weights, dw2, n.outputs);
@@ -169,7 +191,7 @@ GeluSizes gelu_sizes(const int64_t *x, const int64_t *w1, const int64_t *w2, int
 
 int run_gelu_forward(const GeluSizes &n, const GeluWeights &w, float *y, float *z) {
   if (sgemm() == nullptr) return 1;
-  const int64_t most = w.gates ? kExpertRows : kForwardRows, blocks = (n.batch + most - 1) / most;
+  const int64_t most = w.gates ? kBackwardRows : kForwardRows, blocks = (n.batch + most - 1) / most;
   Team::get().run(static_cast<int>(n.tokens * blocks), [&](int block) {
     const int64_t first = block % blocks * most;
     gelu_forward(n, w, block / blocks, first, std::min(most, n.batch - first), z, y);
@@ -182,9 +204,11 @@ int run_gelu_backward(const GeluSizes &n, const GeluWeights &w, const float *z, 
   if (sgemm() == nullptr) return 1;
   const int64_t most = w.gates ? kExpertRows : kBackwardRows;
   Team::get().run(static_cast<int>(n.tokens), [&](int t) {
-    for (int64_t first = 0; first < n.batch; first += most)
+    for (int64_t first = 0; first < n.batch; first += most) {
+      bias_backward(n, w, dy, d, t, first, std::min(most, n.batch - first));
       for (int64_t e = 0; e < n.experts; ++e)
         gelu_expert_backward(n, w, z, dy, d, t, first, std::min(most, n.batch - first), e, first > 0, e > 0);
+    }
   });
   return 0;
 }

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "exchange.h"
 #include "gelu_networks.h"
 #include "linear.h"
 #include "norms.h"
@@ -24,11 +25,14 @@
 
 namespace {
 
-int64_t rows_of(int dims, const int64_t *shape) {
-  int64_t rows = 1;
-  for (int i = 0; i + 1 < dims; ++i) rows *= shape[i];
-  return rows;
+int64_t size_of(int dims, const int64_t *shape) {
+  int64_t size = 1;
+  for (int i = 0; i < dims; ++i) size *= shape[i];
+  return size;
 }
+
+// Of all dims but the last.
+int64_t rows_of(int dims, const int64_t *shape) { return size_of(dims - 1, shape); }
 
 const float *in(void **params, int i) { return static_cast<const float *>(params[i]); }
 float *out(void **params, int i) { return static_cast<float *>(params[i]); }
@@ -244,19 +248,30 @@ ENTRY(rms_norm_backward) {
 // x -> sum of its squares
 ENTRY(squares) {
   if (count != 2) return 2;
-  int64_t size = 1;
-  for (int i = 0; i < dims[0]; ++i) size *= shapes[0][i];
-  out(params, 1)[0] = sum_squares(in(params, 0), size);
+  out(params, 1)[0] = sum_squares(in(params, 0), size_of(dims[0], shapes[0]));
   return 0;
 }
 
 // parameter, m, v, gradient, [rate, beta1, beta2, epsilon, decay] -> 0; the first three are changed in place
 ENTRY(adam) {
   if (count != 6) return 2;
-  int64_t size = 1;
-  for (int i = 0; i < dims[0]; ++i) size *= shapes[0][i];
   const float *s = in(params, 4);
-  adam_update(out(params, 0), out(params, 1), out(params, 2), in(params, 3), size, {s[0], s[1], s[2], s[3], s[4]});
+  adam_update(out(params, 0), out(params, 1), out(params, 2), in(params, 3), size_of(dims[0], shapes[0]),
+              {s[0], s[1], s[2], s[3], s[4]});
   out(params, 5)[0] = 0.0f;
+  return 0;
+}
+
+// x [S, B, R, K] -> [R, B, S, K]
+ENTRY(exchange_tokens) {
+  if (count != 2 || dims[0] != 4) return 2;
+  exchange(in(params, 0), shapes[0][0], shapes[0][1], shapes[0][2], shapes[0][3], out(params, 1));
+  return 0;
+}
+
+// x, y -> x + y
+ENTRY(add_residual) {
+  if (count != 3) return 2;
+  add(in(params, 0), in(params, 1), size_of(dims[0], shapes[0]), out(params, 2));
   return 0;
 }

@@ -40,12 +40,6 @@ void add_rows(const float *taken, int64_t width, const std::vector<int64_t> &ind
   }
 }
 
-float dot(const float *x, const float *y, int64_t width) {
-  float sum = 0;
-  for (int64_t i = 0; i < width; ++i) sum += x[i] * y[i];
-  return sum;
-}
-
 // 1 / (1 + exp(-x)). Bounded, since -ffast-math knows no infinity; beyond the bound nothing changes in float.
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(std::min(-x, 80.0f))); }
 

@@ -266,6 +266,35 @@ class FusedLinearWithoutBias(nn.Cell):
         return self.backward(x, w, change)
 
 
+class FusedExchange(nn.Cell):
+    """y [R, B, S, K] of x [S, B, R, K]: token mixing between its two reshapes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.run = ops.Custom(f"{path}:exchange_tokens", lambda x: [x[2], x[1], x[0], x[3]],
+                              lambda *_: mstype.float32, "aot")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def bprop(self, x: Tensor, y: Tensor, change: Tensor) -> tuple:
+        return (self.run(change),)
+
+
+class FusedAdd(nn.Cell):
+    """x + y of one shape."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.run = ops.Custom(f"{path}:add_residual", lambda x, y: x, lambda *_: mstype.float32, "aot")
+
+    def construct(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.run(x, y)
+
+    def bprop(self, x: Tensor, y: Tensor, z: Tensor, change: Tensor) -> tuple:
+        return change, change
+
+
 class FusedLayerNorm(nn.Cell):
     """(x - mean) / sqrt(var + epsilon) * gamma + beta over the last dim."""
 

@@ -19,7 +19,14 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.activation import GELU
-from parallel.layers.fused import FusedFeedForward, FusedLinear, FusedLinearWithoutBias, FusedSwiGLU, library
+from parallel.layers.fused import (
+    FusedAdd,
+    FusedFeedForward,
+    FusedLinear,
+    FusedLinearWithoutBias,
+    FusedSwiGLU,
+    library,
+)
 from parallel.layers.parameter import parameter
 from parallel.layout import Axes, Cut, Layer, Operand
 
@@ -209,8 +216,12 @@ class Add(Layer):
     def __init__(self, stream: Operand) -> None:
         super().__init__()
         self.stream, self.add = stream, ops.Add()
+        kernels = library(mstype.float32)
+        self.fused = FusedAdd(kernels) if kernels is not None else None
 
     def construct(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.fused is not None and x.dtype == mstype.float32 and x.shape == y.shape:
+            return self.fused(x, y)
         return self.add(x, y)
 
     def cuts(self) -> list[Cut]:

@@ -142,3 +142,18 @@ def test_kernels_are_for_float32_on_the_cpu_only(monkeypatch):
     assert fused.library(ms.float16) is None
     monkeypatch.setenv("PANGU_KERNELS", "0")
     assert fused.library(ms.float32) is None
+
+
+def test_exchange_and_residual_equal_numpy_with_their_gradients():
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    generator = np.random.default_rng(0)
+    path = fused.library(ms.float32)
+    x, change = (generator.standard_normal(shape).astype(np.float32) for shape in ((3, 150, 4, 5), (4, 150, 3, 5)))
+    exchange, add = fused.FusedExchange(path), fused.FusedAdd(path)
+    assert np.array_equal(exchange(Tensor(x)).asnumpy(), x.transpose(2, 1, 0, 3))
+    dx = ops.grad(lambda x: (exchange(x) * Tensor(change)).sum())(Tensor(x))
+    assert np.array_equal(dx.asnumpy(), change.transpose(2, 1, 0, 3))
+    y = generator.standard_normal(x.shape).astype(np.float32)
+    assert np.array_equal(add(Tensor(x), Tensor(y)).asnumpy(), x + y)
+    dx, dy = ops.grad(lambda x, y: (add(x, y) * Tensor(y)).sum(), (0, 1))(Tensor(x), Tensor(y))
+    assert np.array_equal(dx.asnumpy(), y) and np.allclose(dy.asnumpy(), x + 2 * y, atol=1e-5)
