@@ -293,13 +293,20 @@ def planner_for(config: str | Path, overrides: list[str], cluster: str | Path) -
     def build(parallel: ParallelConfig, compute_dtype: str) -> Task:
         return module.build(settings, parallel, compute_dtype)
 
-    return Planner(build, settings.train, load_settings(ClusterSettings, cluster)), settings
+    return Planner(build, settings.train, load_settings(ClusterSettings, cluster_file(cluster))), settings
+
+
+def cluster_file(cluster: str | Path) -> Path:
+    """The file of a cluster, given by its path or by the name of one that comes with the project."""
+    path, known = Path(cluster), Path(__file__).resolve().parents[2] / "configs" / "cluster" / f"{cluster}.yaml"
+    return known if not path.exists() and not path.suffix and known.is_file() else path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `estimate`."""
     parser.add_argument("--cluster", metavar="FILE", default="configs/cluster/ascend910.yaml",
-                        help="YAML file that describes devices and network (default: %(default)s)")
+                        help="YAML file that describes devices and network, or the name of one of configs/cluster "
+                             "(default: %(default)s)")
     parser.add_argument("--tokens", type=float, metavar="N", default=None,
                         help="tokens (samples) to train on, for days and device-hours; default: steps x batch")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")

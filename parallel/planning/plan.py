@@ -278,7 +278,8 @@ def block(config: ParallelConfig) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `plan`."""
     parser.add_argument("--cluster", metavar="FILE", default="configs/cluster/ascend910.yaml",
-                        help="YAML file that describes devices and network (default: %(default)s)")
+                        help="YAML file that describes devices and network, or the name of one of configs/cluster "
+                             "(default: %(default)s)")
     parser.add_argument("--devices", type=int, metavar="N", help="how many devices (default: those of the config file)")
     parser.add_argument("--output", metavar="FILE", help="write the best layout's parallel block as YAML")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")
@@ -291,8 +292,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Verb `plan`."""
     planner, run_settings = planner_for(arguments.config, arguments.overrides, arguments.cluster)
-    own = run_settings.parallel.resolve()
-    devices = arguments.devices or own.world
+    own = _own_layout(run_settings.parallel, arguments.devices)
+    devices = own.world if arguments.devices is None else arguments.devices
     if devices < 1:
         raise UserError("must be at least 1", where="--devices", value=devices)
     found = search(planner, devices, own)
@@ -334,6 +335,16 @@ def nothing_fits(planner: Planner, found: Search, devices: int) -> UserError:
     layout = yaml.safe_dump(block(near.config), default_flow_style=True, width=1000).strip()
     return UserError(f"nothing fits: the nearest layout needs {_size(near.missing)} more than a device has",
                      where=f"{devices} devices", value=layout, mend=mends(planner, near.config))
+
+
+def _own_layout(own: ParallelConfig, devices: int | None) -> ParallelConfig:
+    """The config file's layout; where it fits no number of devices, only what does not depend on it."""
+    try:
+        return own.resolve()
+    except UserError:
+        if devices is None:
+            raise
+        return own.model_copy(update={"data": 1, "op": 1, "devices": None, "expert": 1}).resolve()
 
 
 def _show_best(found: Search) -> None:
