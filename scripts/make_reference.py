@@ -18,6 +18,7 @@ from parallel.runtime.settings import reference  # noqa: E402
 CLASSES = [
     ("PanGu-alpha (`configs/pangu/`)", "pangu.run:Run"),
     ("Rankers (`configs/recsys/`)", "recsys.config:Run"),
+    ("Serving rankers (`python -m recsys serve`)", "recsys.serving_settings:ServeSettings"),
 ]
 HEAD = """# Configuration
 

@@ -178,6 +178,53 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path, capsys):
     assert "no C++ compiler" in said and "neither faster nor smaller" in " ".join(said.split())
 
 
+ASCEND = """
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.common.api import _cell_graph_executor
+from recsys.quantization import Int8Product
+
+ms.set_context(mode=ms.GRAPH_MODE)
+assert ms.get_context("device_target") == "Ascend"
+
+
+class Net(nn.Cell):
+    def __init__(self, product):
+        super().__init__()
+        self.product = product
+
+    def construct(self, x):
+        return self.product(x)
+
+
+for groups in (1, 2):
+    product = Int8Product((3, 256, 64), groups, "weight")
+    product.settle()
+    assert product.mode == "ascend"
+    net = Net(product).set_train(False)
+    _cell_graph_executor.compile(net, Tensor(np.ones((3, 5, 256)), ms.float16), phase="predict")
+print("compiled")
+"""
+
+
+def test_ascends_own_product_compiles(tmp_path):
+    """In the environment of the dry run: compiled, not run."""
+    import subprocess
+    import sys
+
+    from parallel.proof.child import child_environment
+    from parallel.proof.stubs import library_path
+
+    try:
+        environment = child_environment(library_path())
+    except UserError as error:
+        pytest.skip(str(error))
+    done = subprocess.run([sys.executable, "-c", ASCEND], env=environment, cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300)
+    assert done.stdout.strip().endswith("compiled"), done.stderr[-2000:]
+
+
 def figures(capsys) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
