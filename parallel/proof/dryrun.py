@@ -10,10 +10,11 @@ from typing import Any
 
 from parallel.config import ParallelConfig
 from parallel.proof.accounting import Collective, Memory, collectives, coordinates, memory, summary
-from parallel.proof.child import Compiled, Request, compile_rank
+from parallel.proof.child import Compiled, Compilers, Request
 from parallel.proof.graph import Graph, read_graph
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import note, progress, table
+from parallel.topology import Node, mesh_rows, place_nodes
 
 
 @dataclass
@@ -61,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="fail where two layers disagree on a layout (an unexpected redistribution)")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")
     parser.add_argument("--keep", metavar="DIR", help="keep graph, layouts and log of every compiled rank there")
+    parser.add_argument("--devices-per-node", type=int, default=8, metavar="N", help="devices of a machine (default 8)")
+    parser.add_argument("--nodes-per-rack", type=int, metavar="N",
+                        help="machines of a rack (default: as many as the stages of one data coordinate need)")
     parser.add_argument("--flat", action="store_true",
                         help="write every micro-batch out instead of sharing one graph (slower, same figures)")
 
@@ -87,12 +91,14 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     note(f"compiling rank {first} of {config.world}: data {config.data}, op {config.op}, "
          f"stages {config.pipeline.stages} (compiled, not run)")
     reports = dry_run(request, all_distinct=everything, keep=Path(arguments.keep) if arguments.keep else None)
+    nodes = _nodes(arguments, config)
+    table("mesh", ["axis", "ranks of a group", "step", "the first group", "reaches"], mesh_rows(config, nodes))
     for report in reports:
         show(report)
     if arguments.html:
         from parallel.proof.report import write_report
 
-        write_report(Path(arguments.html), reports, title=Path(arguments.config).name)
+        write_report(Path(arguments.html), reports, nodes, title=Path(arguments.config).name)
     if arguments.strict:
         check(reports)
         check_transfers(reports)
@@ -104,24 +110,32 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def _nodes(arguments: argparse.Namespace, config: ParallelConfig) -> list[Node]:
+    for flag in ("devices_per_node", "nodes_per_rack"):
+        number = getattr(arguments, flag)
+        if number is not None and number < 1:
+            raise UserError("must be at least 1", where=f"--{flag.replace('_', '-')}", value=number)
+    return place_nodes(config, arguments.devices_per_node, arguments.nodes_per_rack)
+
+
 def dry_run(request: Request, *, all_distinct: bool = False, keep: Path | None = None) -> list[RankReport]:
     """Compiles and counts the rank of `request`, or one rank for every kind of stage.
 
     Raises:
         UserError: see `compile_rank`.
     """
-    first = read_rank(compile_rank(request, _folder(keep, request.rank)))
-    reports = [first]
-    if all_distinct:
-        others = [rank for rank in distinct_ranks(first) if rank != request.rank]
-        for rank in progress(others, "dryrun"):
-            other = Request(**{**asdict(request), "rank": rank})
-            reports.append(read_rank(compile_rank(other, _folder(keep, rank))))
+    with Compilers() as compilers:
+        reports = [_compiled(compilers, request, keep)]
+        if all_distinct:
+            others = [rank for rank in distinct_ranks(reports[0]) if rank != request.rank]
+            for rank in progress(others, "dryrun"):
+                reports.append(_compiled(compilers, Request(**{**asdict(request), "rank": rank}), keep))
     return sorted(reports, key=lambda report: report.rank)
 
 
-def _folder(keep: Path | None, rank: int) -> Path | None:
-    return keep / f"rank_{rank}" if keep is not None else None
+def _compiled(compilers: Compilers, request: Request, keep: Path | None) -> RankReport:
+    folders = [keep / f"rank_{request.rank}"] if keep is not None else None
+    return read_rank(compilers.compile([request], folders)[0])
 
 
 def read_rank(compiled: Compiled) -> RankReport:

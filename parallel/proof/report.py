@@ -14,6 +14,7 @@ from parallel.proof.accounting import DIMENSIONS, coordinates, summary
 from parallel.proof.dryrun import RankReport
 from parallel.proof.timeline import bubble, timeline
 from parallel.runtime.files import atomic_write
+from parallel.topology import Node, mesh_rows, rack_rows, reach
 
 _MIB = 2**20
 _MOST_ROWS = 400
@@ -23,15 +24,17 @@ td,th{border:1px solid #ccc;padding:2px 8px;text-align:right}td:first-child,th:f
 img{max-width:100%}.wrong{background:#fdd}"""
 
 
-def write_report(path: Path, reports: list[RankReport], title: str) -> None:
-    """Writes the report of the compiled ranks.
+def write_report(path: Path, reports: list[RankReport], nodes: list[Node], title: str) -> None:
+    """Writes the report of the compiled ranks; `nodes` says which machine holds which rank.
 
     Raises:
         UserError: no disk space.
     """
     config = reports[0].config
     parts = [f"<h1>Dry run of {html.escape(title)}</h1>", _summary(reports),
-             "<h2>Mesh</h2>", _picture(lambda axes: _draw_mesh(axes, config, [report.rank for report in reports])),
+             "<h2>Mesh</h2>",
+             _picture(lambda axes: _draw_mesh(axes, config, nodes, [report.rank for report in reports])),
+             _topology(config, nodes),
              _pipeline(reports[0]), "<h2>Memory per stage</h2>",
              _picture(lambda axes: _draw_memory(axes, reports)), "<h2>Communication of one step, by dimension</h2>",
              _picture(lambda axes: _draw_communication(axes, reports))]
@@ -77,8 +80,16 @@ def _picture(draw: Callable[[Any], None], height: float = 4.0) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _draw_mesh(axes: Any, config: ParallelConfig, compiled: list[int]) -> None:
-    """Stages to the right, data downwards, op inside a box; the first rank of each box is written in it."""
+def _topology(config: ParallelConfig, nodes: list[Node]) -> str:
+    """Tables: how far each axis reaches, and which machines (by --node-rank) stand in one rack."""
+    reaching, racks = mesh_rows(config, nodes), rack_rows(config, nodes)
+    axes = ("axis", "ranks of a group", "step", "the first group", "reaches")
+    places = ("rack", "data coordinates", "machines (--node-rank), by stage")
+    return f"{_table(axes, reaching, [False] * len(reaching))}<p></p>{_table(places, racks, [False] * len(racks))}"
+
+
+def _draw_mesh(axes: Any, config: ParallelConfig, nodes: list[Node], compiled: list[int]) -> None:
+    """Stages to the right, data downwards, op inside a box with its ranks; thick lines between racks."""
     rows, columns = min(config.data, _MOST_DRAWN), config.pipeline.stages
     places = {coordinates(rank, config)[:2]: rank for rank in compiled}
     small = rows * columns > 300
@@ -93,9 +104,16 @@ def _draw_mesh(axes: Any, config: ParallelConfig, compiled: list[int]) -> None:
                           va="center", fontsize=7)
     axes.set_xlim(0, columns)
     axes.set_ylim(rows, 0)
-    axes.set_xlabel("pipeline stage (across the nodes of a rack)")
-    axes.set_ylabel("data and optimizer (across racks)")
-    axes.set_title(f"each box: {config.op} ranks of the op axis (inside a node); compiled ranks are orange")
+    axes.set_xticks([stage + 0.5 for stage in range(columns)], range(columns))
+    axes.set_yticks([data + 0.5 for data in range(rows)], range(rows))
+    per_node, rack_of = nodes[0].ranks[1] + 1, [node.rack for node in nodes]
+    for data in range(1, rows):
+        if rack_of[data * config.op // per_node] != rack_of[(data - 1) * config.op // per_node]:
+            axes.axhline(data, color="#222", linewidth=2)
+    axes.set_xlabel(f"pipeline stage ({reach('pipeline', config, nodes)})")
+    axes.set_ylabel(f"data and optimizer ({reach('data', config, nodes)})")
+    axes.set_title(f"each box: {config.op} ranks of the op axis ({reach('op', config, nodes)}); compiled ranks are "
+                   "orange; thick lines between racks")
 
 
 def _box(x: float, y: float, colour: str) -> Any:

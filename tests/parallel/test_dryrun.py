@@ -14,6 +14,7 @@ from parallel.proof.child import Request, compile_rank
 from parallel.proof.dryrun import RankReport, check, check_transfers, read_rank
 from parallel.proof.report import write_report
 from parallel.runtime.errors import UserError
+from parallel.topology import place_nodes
 from tests.parallel import proof_networks as networks
 
 pytestmark = pytest.mark.skipif(
@@ -236,8 +237,10 @@ def test_published_sizes_compile_in_the_papers_layout(config: str, rank: int) ->
 def test_a_stage_sends_what_the_next_receives(compiled, tmp_path: Path) -> None:
     pair = [compiled("pangu", rank, data=2, op=2, **PIPELINE) for rank in (0, 4)]
     check_transfers(pair)
-    write_report(tmp_path / "report.html", pair, "pair")
-    assert (tmp_path / "report.html").read_text().count("data:image/png") == 4
+    write_report(tmp_path / "report.html", pair, place_nodes(pair[0].config, 2), "pair")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") == 4
+    assert "inside a node" in page and "across racks" in page and "--node-rank" in page
     lost = next(item for item in pair[1].collectives if item.kind == "Receive")
     pair[1].collectives.remove(lost)
     with pytest.raises(UserError, match="without a partner"):
