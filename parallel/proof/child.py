@@ -32,6 +32,7 @@ from parallel.runtime.errors import UserError
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _LOG_LINES = 30
+_DEFECTS = ("ImportError", "ModuleNotFoundError", "AttributeError", "NameError", "KeyError", "AssertionError")
 _RECURSION_LIMIT = 100_000
 _STACK_BYTES = 1 << 30
 
@@ -217,13 +218,15 @@ def child_environment(libraries: str) -> dict[str, str]:
     return environment
 
 
-def _failure(request: Request, place: Path, code: int) -> UserError:
+def _failure(request: Request, place: Path, code: int) -> Exception:
     error, log = place / "error.json", place / "log.txt"
     where = f"rank {request.rank} of {request.world}"
     if error.is_file():
         told = json.loads(error.read_text(encoding="utf-8"))
         if told["kind"] == "UserError":
             return UserError(told["what"], where=told["where"], value=told["value"], mend=told["mend"])
+        if told["kind"] in _DEFECTS:
+            return RuntimeError(f"{where}: {told['kind']}: {told['what']}")
         return UserError(f"MindSpore did not compile this layout: {told['what']}", where=where)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:] if log.is_file() else []
     return UserError(f"the compiling process ended with code {code}: {' | '.join(lines)[-600:]}", where=where)

@@ -122,16 +122,14 @@ def check_world(config: str, overrides: Sequence[str]) -> None:
 
 
 def check_layout(config: str, overrides: Sequence[str]) -> None:
-    """Raises a `UserError` if an axis does not divide what it cuts, before anything is compiled."""
-    from parallel.parallelize import layers_of_stages
+    """Raises a `UserError` if the layout does not fit the network or the batch, before anything is compiled."""
+    from parallel.parallelize import parallelize
     from parallel.runtime.builder import build_task
     from parallel.sharded_step import input_shapes
 
     task, settings, layout = build_task(config, list(overrides))
     input_shapes(task, settings.train, layout)
-    if layout.pipeline.stages > 1:
-        task.network.pipeline_cells()
-    layers_of_stages(task.network, layout)
+    parallelize(task.network, layout)
 
 
 class Replay:

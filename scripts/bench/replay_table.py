@@ -27,7 +27,8 @@ MODELS = {
     "recsys/tokenmixer_large_moe": "train.global_batch_size=16 model.moe.experts=5 model.ratio=2.5 "
                                    "model.moe.capacity_factor=8",
     **{f"recsys/{name}": "train.global_batch_size=16"
-       for name in ("autoint", "dcnv2", "dhen", "dlrm_mlp", "hiformer", "longer", "wukong")},
+       for name in ("autoint", "dcnv2", "dhen", "dlrm_mlp", "hiformer", "longer", "wukong",
+                    "rankmixer_ug_sep", "tokenmixer_large_ug_sep")},
 }
 
 

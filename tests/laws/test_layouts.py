@@ -26,7 +26,8 @@ SMALL = f"model.layers=4 model.hidden_size=32 model.sequence_length=16 model.voc
 EXPERTS = "model.moe.experts=5 model.ratio=2.5 model.moe.capacity_factor=8"
 MODELS = {"pangu/tiny": SMALL, "recsys/tokenmixer_large_moe": f"{BATCH} {EXPERTS}",
           **{f"recsys/{name}": BATCH for name in ("rankmixer", "tokenmixer_large", "autoint", "dcnv2", "dhen",
-                                                  "dlrm_mlp", "hiformer", "longer", "wukong")}}
+                                                  "dlrm_mlp", "hiformer", "longer", "wukong", "rankmixer_ug_sep",
+                                                  "tokenmixer_large_ug_sep")}}
 FAST = [("pangu/tiny", "op"), ("pangu/tiny", "op_sliced"), ("pangu/tiny", "accumulation_optimizer"),
         ("pangu/tiny", "uneven_stages"), ("pangu/tiny", "all_five"), ("recsys/rankmixer", "data_tokens"),
         ("recsys/tokenmixer_large", "stages"), ("recsys/tokenmixer_large_moe", "expert"),
