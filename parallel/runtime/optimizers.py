@@ -101,7 +101,7 @@ class Adam(nn.Cell):
         self.one = Tensor(1.0, ms.float32)
         # Maps, not loops: a loop over n parameters that builds tuples makes the compiler hold n^2 nodes.
         self.map, self.rule = ops.HyperMap(), adam_update
-        self.kernel = adam_kernel() if type(self) is Adam and all(self.fusable) else None
+        self.kernel = None
         self.decay = Tensor(settings.weight_decay, ms.float32)
 
     def construct(self, gradients: tuple, rate: Tensor, step: Tensor, finite: Tensor | None = None) -> Tensor:
