@@ -38,7 +38,7 @@ EVERYTHING = ["parallel.data=2", "parallel.op=2", "parallel.pipeline.stages=2", 
 
 
 def figures(config: Path, overrides: list[str], stage: int = 0):
-    planner, settings = planner_for(config, [*overrides, "train.precision=fp16"], CLUSTER)
+    planner, settings = planner_for(config, ["train.precision=fp16", *overrides], CLUSTER)
     layout = settings.parallel.resolve()
     count = micro_batches(settings.train, layout)
     found, _ = planner.description(count, layout.data)
