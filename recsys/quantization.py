@@ -20,13 +20,14 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from parallel.layers.grouped import GroupedLinear, Swish
+from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU, Swish
 from parallel.layers.linear import Linear
 from parallel.layers.moe import Permutation, SparsePertokenMoE
 from parallel.runtime.checkpoint import Checkpoint, load_parameters
 from parallel.runtime.errors import UserError
 from parallel.runtime.native import build_library
 from parallel.runtime.progress import note
+from recsys.separated_tokenmixer import SplitSwiGLU
 
 GROUP = 128
 PANEL = 32  # columns of a panel in recsys/kernels/w8a16.cpp
@@ -214,6 +215,64 @@ class QuantizedLinear(nn.Cell):
         return y_NO
 
 
+class QuantizedSwiGLU(nn.Cell):
+    """`GroupedSwiGLU` with int8 weights: one call of the kernel on the CPU in float32, its parts elsewhere."""
+
+    def __init__(self, network: GroupedSwiGLU, group: int | None) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (QuantizedGroupedLinear(linear, _groups(linear.inputs, group))
+                                         for linear in (network.gate, network.up, network.down))
+        self.swish, self.fused = network.swish, None
+
+    def fuse(self) -> None:
+        """Takes the kernel of the whole network where there is one; once its weights are in order."""
+        self.fused = _fused_swiglu("swiglu", self.gate, self.down)
+
+    def construct(self, x_TBD: Tensor) -> Tensor:
+        if self.fused is not None:
+            gate, up, down = self.gate.product, self.up.product, self.down.product
+            return self.fused(x_TBD, gate.weight, gate.scale, up.weight, up.scale, down.weight, down.scale)
+        return self.down(self.swish(self.gate(x_TBD), self.up(x_TBD)))
+
+
+class QuantizedSplitSwiGLU(nn.Cell):
+    """`recsys.separated_tokenmixer.SplitSwiGLU` with int8 weights; what U gives is added inside the kernel."""
+
+    def __init__(self, network: SplitSwiGLU, group: int | None) -> None:
+        super().__init__()
+        self.gate_user, self.up_user, self.gate_group, self.up_group, self.down = (
+            QuantizedGroupedLinear(linear, _groups(linear.inputs, group)) for linear in (
+                network.gate_user, network.up_user, network.gate_group, network.up_group, network.down))
+        self.add1, self.add2, self.swish, self.take = network.add1, network.add2, network.swish, network.take
+        self.fused = None
+
+    def fuse(self) -> None:
+        """See `QuantizedSwiGLU`."""
+        self.fused = _fused_swiglu("added_swiglu", self.gate_group, self.down)
+
+    def user(self, u_TRI: Tensor) -> tuple:
+        """U's part of both first products, [T, R, F] each."""
+        return self.gate_user(u_TRI), self.up_user(u_TRI)
+
+    def group(self, gate_TRF: Tensor, up_TRF: Tensor, g_TNI: Tensor, index_N: Tensor | None) -> Tensor:
+        """[T, N, outputs]."""
+        gate_TNF, up_TNF = self.take(gate_TRF, index_N), self.take(up_TRF, index_N)
+        if self.fused is not None:
+            gate, up, down = self.gate_group.product, self.up_group.product, self.down.product
+            return self.fused(g_TNI, gate.weight, gate.scale, up.weight, up.scale, down.weight, down.scale, gate_TNF,
+                              up_TNF)
+        gate_TNF = self.add1(self.gate_group(g_TNI), gate_TNF)
+        return self.down(self.swish(gate_TNF, self.add2(self.up_group(g_TNI), up_TNF)))
+
+
+def _fused_swiglu(name: str, first: QuantizedGroupedLinear, last: QuantizedGroupedLinear) -> ops.Custom | None:
+    fits = first.product.mode == "kernel" and first.compute_dtype == mstype.float32
+    if not fits or first.has_bias or last.has_bias:
+        return None
+    outputs = last.outputs
+    return ops.Custom(f"{library()}:{name}_auto", lambda x, *_: [x[0], x[1], outputs], lambda x, *_: x, "aot")
+
+
 class QuantizedMoE(nn.Cell):
     """`SparsePertokenMoE` with int8 experts, exact dispatch; its router is kept, its shared expert is a cell like any
     other."""
@@ -255,6 +314,10 @@ def _groups(inputs: int, group: int | None) -> int:
 
 
 def _replacement(cell: nn.Cell, group: int | None) -> nn.Cell | None:
+    if isinstance(cell, GroupedSwiGLU):
+        return QuantizedSwiGLU(cell, group)
+    if isinstance(cell, SplitSwiGLU):
+        return QuantizedSplitSwiGLU(cell, group)
     if isinstance(cell, GroupedLinear):
         return QuantizedGroupedLinear(cell, _groups(cell.inputs, group))
     if isinstance(cell, Linear):
@@ -352,6 +415,9 @@ def settle(model: nn.Cell) -> str | None:
     for product in products(model):
         product.settle()
         modes.add(product.mode)
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, (QuantizedSwiGLU, QuantizedSplitSwiGLU)):
+            cell.fuse()
     if "float32" in modes and library() is None and os.environ.get("PANGU_KERNELS", "1") == "0":
         note("PANGU_KERNELS=0: int8 weights are widened to float32 when they are loaded")
     return next(iter(modes), None)

@@ -52,6 +52,14 @@ struct Problem {
   }
 };
 
+// A SwiGLU's first two products, what is added to them (one row for all, or one each), and where its inner rows go.
+struct Gated {
+  Problem first[2];
+  const float *gate, *up;
+  int64_t added, row;  // rows of what is added (0: nothing), and which of the token's rows the first one is
+  float *packed;
+};
+
 // Rows of the tile that begins at `row`: as few tiles as possible, of nearly equal size.
 inline int64_t tile_rows(int64_t row, int64_t rows, int64_t most) {
   const int64_t tiles = (rows + most - 1) / most, small = rows / tiles, large = rows % tiles;
@@ -63,6 +71,7 @@ inline int64_t tile_rows(int64_t row, int64_t rows, int64_t most) {
 namespace portable {
 constexpr int kLanes = 4, kMostRows = 6;
 typedef float Vector __attribute__((vector_size(16), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(16), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return Vector{static_cast<float>(w[0]), static_cast<float>(w[1]), static_cast<float>(w[2]), static_cast<float>(w[3])};
 }
@@ -75,6 +84,7 @@ INLINE Vector widen(const int8_t *w) {
 namespace avx2 {
 constexpr int kLanes = 8, kMostRows = 6;
 typedef float Vector __attribute__((vector_size(32), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(32), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(w))));
 }
@@ -87,6 +97,7 @@ INLINE Vector widen(const int8_t *w) {
 namespace avx512 {
 constexpr int kLanes = 16, kMostRows = 12;
 typedef float Vector __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w))));
 }
@@ -98,14 +109,16 @@ INLINE Vector widen(const int8_t *w) {
 struct Path {
   void (*multiply)(const Problem &, int64_t, int64_t, float *);
   void (*pack)(const Problem &, float *);
+  void (*gate_and_up)(const Gated &, int64_t, int64_t, float *);
 };
-constexpr Path kPortable{portable::multiply, portable::pack};
+constexpr Path kPortable{portable::multiply, portable::pack, portable::gate_and_up};
 
 // The path of a name, or of the best instructions that the processor has for "auto"; null where it lacks them.
 const Path *choose(const char *name) {
   const bool any = !std::strcmp(name, "auto");
 #if defined(__x86_64__)
-  static constexpr Path kAvx512{avx512::multiply, avx512::pack}, kAvx2{avx2::multiply, avx2::pack};
+  static constexpr Path kAvx512{avx512::multiply, avx512::pack, avx512::gate_and_up};
+  static constexpr Path kAvx2{avx2::multiply, avx2::pack, avx2::gate_and_up};
   static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -123,47 +136,70 @@ float *scratch_of(int64_t floats) {
   return scratch.get();
 }
 
-// A stretch of panels of one problem, and at most kMostRowsAtOnce of its rows.
-struct Piece {
-  Problem problem;
-  int64_t first, panels;
-};
+// Calls body(i) for all items, on several threads where the multiplications are worth it.
+template <typename Body>
+void share(int64_t items, int64_t multiplications, const Body &body) {
+  const int64_t blocks = std::min(items, std::max<int64_t>(1, multiplications / 100000));
+  Team::get().run(static_cast<int>(blocks), [&](int block) {
+    for (int64_t i = items * block / blocks; i < items * (block + 1) / blocks; ++i) body(i);
+  });
+}
 
-void solve(const Path &path, std::vector<Problem> problems, int64_t floats) {
-  thread_local std::vector<float> packed;
-  if (static_cast<int64_t>(packed.size()) < floats) packed.resize(floats);
+// Panels that share a block of x in the second-level cache.
+int64_t panels_together(int64_t rows, int64_t many) { return rows < kManyRows ? 1 : many; }
+
+// body(problem, first panel, panels) for stretches of panels of all problems.
+template <typename Body>
+void share_panels(const std::vector<Problem> &problems, int64_t many, const Body &body) {
+  struct Piece {
+    int64_t problem, first, panels;
+  };
   std::vector<Piece> pieces;
+  int64_t work = 0;
+  for (size_t i = 0; i < problems.size(); ++i) {
+    const int64_t all = problems[i].panels(), together = panels_together(problems[i].rows, many);
+    for (int64_t first = 0; first < all; first += together)
+      pieces.push_back({static_cast<int64_t>(i), first, std::min(together, all - first)});
+    work += problems[i].rows * problems[i].inputs * problems[i].outputs;
+  }
+  share(static_cast<int64_t>(pieces.size()), work, [&](int64_t i) {
+    body(pieces[i].problem, pieces[i].first, pieces[i].panels);
+  });
+}
+
+// Packs the rows of all problems where they are not read as they are; `packed` keeps them until the next call.
+void pack_all(const Path &path, std::vector<Problem> &problems, std::vector<float> &packed) {
   std::vector<Problem *> unpacked;
-  int64_t place = 0, work = 0;
+  int64_t size = 0;
   for (Problem &problem : problems) {
     if (problem.rows == 1 && !problem.half) {
       problem.packed = static_cast<const float *>(problem.x);
     } else {
-      problem.packed = packed.data() + place;
-      place += problem.rows * problem.inputs;
       unpacked.push_back(&problem);
+      size += problem.rows * problem.inputs;
     }
-    const int64_t together = problem.rows < kManyRows ? 1 : 4;  // panels that share a block of x in the second cache
-    for (int64_t first = 0; first < problem.panels(); first += together)
-      pieces.push_back({problem, first, std::min(together, problem.panels() - first)});
-    work += problem.rows * problem.inputs * problem.outputs;
   }
-  // Threads are worth their while from some microseconds on.
-  const int64_t most = std::max<int64_t>(1, work / 100000);
-  const auto share = [&](int64_t items, const auto &body) {
-    const int64_t blocks = std::min(items, most);
-    Team::get().run(static_cast<int>(blocks), [&](int block) {
-      for (int64_t i = items * block / blocks; i < items * (block + 1) / blocks; ++i) body(i);
-    });
-  };
-  share(static_cast<int64_t>(unpacked.size()), [&](int64_t i) {
+  if (static_cast<int64_t>(packed.size()) < size) packed.resize(size);
+  float *place = packed.data();
+  for (Problem *problem : unpacked) {
+    problem->packed = place;
+    place += problem->rows * problem->inputs;
+  }
+  share(static_cast<int64_t>(unpacked.size()), size * 20, [&](int64_t i) {
     path.pack(*unpacked[i], const_cast<float *>(unpacked[i]->packed));
   });
-  share(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-    const Piece &piece = pieces[i];
-    path.multiply(piece.problem, piece.first, piece.panels,
-                  scratch_of(piece.problem.rows * piece.panels * kPanel));
+}
+
+void multiply_all(const Path &path, const std::vector<Problem> &problems) {
+  share_panels(problems, 4, [&](int64_t i, int64_t first, int64_t panels) {
+    path.multiply(problems[i], first, panels, scratch_of(problems[i].rows * panels * kPanel));
   });
+}
+
+void solve(const Path &path, std::vector<Problem> problems) {
+  thread_local std::vector<float> packed;
+  pack_all(path, problems, packed);
+  multiply_all(path, problems);
 }
 
 // Adds rows [begin, end) of one matrix, in pieces whose scratch memory is bounded.
@@ -207,7 +243,53 @@ int run(const char *name, bool experts, int count, void **params, int64_t **shap
       begin = end;
     }
   }
-  solve(*path, std::move(problems), tokens * rows * inputs);
+  solve(*path, std::move(problems));
+  return 0;
+}
+
+// One matrix of a token: weight [T, P, K, kPanel], scale [T, G, O].
+bool matrix(int64_t token, void **params, int64_t **shapes, int place, int64_t inputs, Problem &problem) {
+  problem.inputs = inputs, problem.groups = shapes[place + 1][1], problem.outputs = shapes[place + 1][2];
+  problem.weight = static_cast<const int8_t *>(params[place]) + token * problem.panels() * inputs * kPanel;
+  problem.scale = static_cast<const float *>(params[place + 1]) + token * problem.groups * problem.outputs;
+  return shapes[place][1] == problem.panels() && shapes[place][2] == inputs &&
+         (problem.groups == 1 || problem.groups == (inputs + kBlock - 1) / kBlock);
+}
+
+// x [T, M, D]; gate, up, down and their scales; (what is added to x gate and x up, [T, 1 or M, F]); y [T, M, O]. float32.
+int run_swiglu(const char *name, bool adds, int count, void **params, int64_t **shapes, const char **types) {
+  const Path *path = choose(name);
+  if (path == nullptr || count != (adds ? 10 : 8)) return 1;
+  const int64_t tokens = shapes[0][0], rows = shapes[0][1], inputs = shapes[0][2];
+  const int64_t inner = shapes[2][2], added = adds ? shapes[7][1] : 0;
+  if (std::strcmp(types[0], "float32") || (adds && added != 1 && added != rows)) return 2;
+  thread_local std::vector<float> packed, middle;
+  if (static_cast<int64_t>(middle.size()) < tokens * rows * inner) middle.resize(tokens * rows * inner);
+  std::vector<Problem> firsts, lasts;
+  std::vector<Gated> all;
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t row = 0; row < rows; row += kMostRowsAtOnce) {
+      Problem gate{}, up{}, down{};
+      if (!matrix(token, params, shapes, 1, inputs, gate) || !matrix(token, params, shapes, 3, inputs, up) ||
+          !matrix(token, params, shapes, 5, inner, down) || gate.outputs != inner || up.outputs != inner)
+        return 2;
+      gate.rows = up.rows = down.rows = std::min(kMostRowsAtOnce, rows - row);
+      gate.x = static_cast<const float *>(params[0]) + (token * rows + row) * inputs;
+      down.y = static_cast<float *>(params[count - 1]) + (token * rows + row) * down.outputs;
+      Gated gated{{gate, up}, nullptr, nullptr, added, row, middle.data() + (token * rows + row) * inner};
+      if (adds) {
+        gated.gate = static_cast<const float *>(params[7]) + token * added * inner;
+        gated.up = static_cast<const float *>(params[8]) + token * added * inner;
+      }
+      down.packed = gated.packed;
+      firsts.push_back(gate), lasts.push_back(down), all.push_back(gated);
+    }
+  pack_all(*path, firsts, packed);
+  for (size_t i = 0; i < all.size(); ++i) all[i].first[0].packed = all[i].first[1].packed = firsts[i].packed;
+  share_panels(firsts, 2, [&](int64_t i, int64_t first, int64_t panels) {
+    path->gate_and_up(all[i], first, panels, scratch_of(2 * firsts[i].rows * panels * kPanel));
+  });
+  multiply_all(*path, lasts);
   return 0;
 }
 
@@ -221,6 +303,14 @@ int run(const char *name, bool experts, int count, void **params, int64_t **shap
   extern "C" int experts_##name(int count, void **params, int *, int64_t **shapes, const char **types, void *,   \
                                 void *) {                                                                        \
     return run(#name, true, count, params, shapes, types);                                                       \
+  }                                                                                                              \
+  extern "C" int swiglu_##name(int count, void **params, int *, int64_t **shapes, const char **types, void *,    \
+                               void *) {                                                                         \
+    return run_swiglu(#name, false, count, params, shapes, types);                                               \
+  }                                                                                                              \
+  extern "C" int added_swiglu_##name(int count, void **params, int *, int64_t **shapes, const char **types,      \
+                                     void *, void *) {                                                           \
+    return run_swiglu(#name, true, count, params, shapes, types);                                                \
   }
 
 ENTRY(auto)

@@ -66,19 +66,27 @@ static void add_block(const float *x, int64_t rows, int64_t inputs, int64_t begi
   }
 }
 
-// Columns of x w for `panels` panels from the first one on. `sums` has room for rows * panels * kPanel.
-static void multiply(const Problem &problem, int64_t first, int64_t panels, float *sums) {
-  const int64_t rows = problem.rows, inputs = problem.inputs;
-  for (int64_t i = 0; i < rows * panels * kPanel; ++i) sums[i] = 0.0f;
+// sums [panels][rows][kPanel] = columns of x w for `panels` panels from the first one on, one matrix or two side by side:
+// they read the same block of x while it is in the cache.
+static void sum_panels(const Problem *problems, int count, int64_t first, int64_t panels, float *sums) {
+  const int64_t rows = problems->rows, inputs = problems->inputs, size = rows * panels * kPanel;
+  for (int64_t i = 0; i < count * size; ++i) sums[i] = 0.0f;
   for (int64_t begin = 0; begin < inputs; begin += kBlock) {
     const int64_t depth = inputs - begin < kBlock ? inputs - begin : kBlock;
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      float scale[kPanel] = {};
-      problem.scales_of(begin, first + panel, scale);
-      const int8_t *w = problem.weight + ((first + panel) * inputs + begin) * kPanel;
-      add_block(problem.packed, rows, inputs, begin, w, depth, scale, sums + panel * rows * kPanel);
-    }
+    for (int which = 0; which < count; ++which)
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        float scale[kPanel] = {};
+        problems[which].scales_of(begin, first + panel, scale);
+        const int8_t *w = problems[which].weight + ((first + panel) * inputs + begin) * kPanel;
+        add_block(problems->packed, rows, inputs, begin, w, depth, scale, sums + which * size + panel * rows * kPanel);
+      }
   }
+}
+
+// `sums` has room for rows * panels * kPanel.
+static void multiply(const Problem &problem, int64_t first, int64_t panels, float *sums) {
+  const int64_t rows = problem.rows;
+  sum_panels(&problem, 1, first, panels, sums);
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t column = (first + panel) * kPanel;
     const int64_t width = problem.outputs - column < kPanel ? problem.outputs - column : kPanel;
@@ -89,6 +97,54 @@ static void multiply(const Problem &problem, int64_t first, int64_t panels, floa
         for (int64_t i = 0; i < width; ++i) static_cast<Half *>(problem.y)[to + i] = static_cast<Half>(from[i]);
       else
         for (int64_t i = 0; i < width; ++i) static_cast<float *>(problem.y)[to + i] = from[i];
+    }
+  }
+}
+
+// 1 / (1 + e^-x): 2^t as 2^round(t) times the series of the rest, 1e-7 relative.
+INLINE Vector sigmoid(Vector x) {
+  Vector t = x * -1.44269504089f;
+  t = t < -126.0f ? Vector{} - 126.0f : t;
+  t = t > 126.0f ? Vector{} + 126.0f : t;
+  const Vector whole = (t + 12582912.0f) - 12582912.0f, f = t - whole;
+  Vector power = f * 1.5403530e-4f + 1.3333558e-3f;
+  power = power * f + 9.6181291e-3f;
+  power = power * f + 5.5504109e-2f;
+  power = power * f + 2.4022651e-1f;
+  power = power * f + 6.9314718e-1f;
+  power = power * f + 1.0f;
+  const Integers exponent = (__builtin_convertvector(whole, Integers) + 127) << 23;
+  return 1.0f / (1.0f + power * reinterpret_cast<const Vector &>(exponent));
+}
+
+// swish(x gate + a) * (x up + b) for panels of the inner width, straight into the tiles that the last product reads.
+// `sums` has room for 2 * rows * panels * kPanel.
+static void gate_and_up(const Gated &gated, int64_t first, int64_t panels, float *sums) {
+  const Problem &problem = gated.first[0];
+  const int64_t rows = problem.rows, inner = problem.outputs, size = rows * panels * kPanel;
+  sum_panels(gated.first, 2, first, panels, sums);
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t column = (first + panel) * kPanel;
+    const int64_t width = inner - column < kPanel ? inner - column : kPanel;
+    for (int64_t begin = 0, count; begin < rows; begin += count) {
+      count = tile_rows(begin, rows, kMostRows);
+      for (int64_t r = 0; r < count; ++r) {
+        float *gate = sums + (panel * rows + begin + r) * kPanel, *up = gate + size;
+        if (gated.added) {
+          const int64_t from = gated.added > 1 ? (gated.row + begin + r) * inner + column : column;
+          for (int64_t i = 0; i < width; ++i) gate[i] += gated.gate[from + i], up[i] += gated.up[from + i];
+        }
+        for (int64_t i = 0; i < kPanel; i += kLanes) {
+          Vector &g = *reinterpret_cast<Vector *>(gate + i);
+          g *= sigmoid(g) * *reinterpret_cast<const Vector *>(up + i);
+        }
+      }
+      // A column at a time: the tile lies [inner][rows of the tile].
+      for (int64_t i = 0; i < width; ++i) {
+        float *to = gated.packed + begin * inner + (column + i) * count;
+        const float *from = sums + (panel * rows + begin) * kPanel + i;
+        for (int64_t r = 0; r < count; ++r) to[r] = from[r * kPanel];
+      }
     }
   }
 }

@@ -115,6 +115,28 @@ def test_experts_see_their_own_rows(kernels, path):
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_swiglu_in_one_call(kernels, path):
+    """With and without what the user adds to the first products: one row for all, or one each."""
+    generator = np.random.default_rng(4)
+    for tokens, rows, inputs, inner, outputs in [(1, 1, 5, 3, 4), (2, 13, 257, 70, 31), (1, 1000, 20, 40, 33)]:
+        for group, added in ((None, 0), (GROUP, 1), (None, rows)):
+            x = generator.standard_normal((tokens, rows, inputs)).astype(np.float32)
+            matrices = [quantize(generator.standard_normal((tokens, *shape)).astype(np.float32) / shape[0] ** 0.5, group)
+                        for shape in ((inputs, inner), (inputs, inner), (inner, outputs))]
+            gate, up, down = (dequantize(q, scale).astype(np.float64) for q, scale in matrices)
+            more = [generator.standard_normal((tokens, added, inner)).astype(np.float32) for _ in range(2 * (added > 0))]
+            g, u = (x @ gate, x @ up) if not added else (x @ gate + more[0], x @ up + more[1])
+            expected = (g / (1 + np.exp(-g)) * u) @ down
+            y = np.full(expected.shape, np.nan, np.float32)
+            operands = [array for q, scale in matrices for array in (panels(q), scale)]
+            code = call(kernels, f"{'added_' if added else ''}swiglu_{path}", [x, *operands, *more], y)
+            if code == 1:
+                pytest.skip(f"this processor lacks {path}")
+            assert code == 0
+            np.testing.assert_allclose(y, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+
+
 def test_a_row_gives_the_same_in_any_number_of_rows(kernels):
     generator = np.random.default_rng(2)
     x = generator.standard_normal((1, 50, 200)).astype(np.float32)
