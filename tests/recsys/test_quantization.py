@@ -122,10 +122,11 @@ def test_a_swiglu_in_one_call(kernels, path):
     for tokens, rows, inputs, inner, outputs in [(1, 1, 5, 3, 4), (2, 13, 257, 70, 31), (1, 1000, 20, 40, 33)]:
         for group, added in ((None, 0), (GROUP, 1), (None, rows)):
             x = generator.standard_normal((tokens, rows, inputs)).astype(np.float32)
-            matrices = [quantize(generator.standard_normal((tokens, *shape)).astype(np.float32) / shape[0] ** 0.5, group)
-                        for shape in ((inputs, inner), (inputs, inner), (inner, outputs))]
+            floats = [generator.standard_normal((tokens, *shape)).astype(np.float32) / shape[0] ** 0.5
+                      for shape in ((inputs, inner), (inputs, inner), (inner, outputs))]
+            matrices = [quantize(weight, group) for weight in floats]
             gate, up, down = (dequantize(q, scale).astype(np.float64) for q, scale in matrices)
-            more = [generator.standard_normal((tokens, added, inner)).astype(np.float32) for _ in range(2 * (added > 0))]
+            more = [generator.standard_normal((tokens, added, inner)).astype(np.float32) for _ in range(2 if added else 0)]
             g, u = (x @ gate, x @ up) if not added else (x @ gate + more[0], x @ up + more[1])
             expected = (g / (1 + np.exp(-g)) * u) @ down
             y = np.full(expected.shape, np.nan, np.float32)
