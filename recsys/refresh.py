@@ -12,7 +12,7 @@ from parallel.layers.parameter import start_value
 from parallel.runtime.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from parallel.runtime.device import start_device
 from parallel.runtime.errors import UserError
-from parallel.runtime.optimizers import Optimizer
+from parallel.runtime.optimizers import run_optimizer
 from parallel.runtime.progress import note, table
 from recsys.build import labels_of, loss_network
 from recsys.dataset import count_values, features_of
@@ -62,10 +62,7 @@ def refresh_feature(feature: Feature, vocabulary: Vocabulary, counts: dict[str, 
 def move_checkpoint(settings: Any, spec: FeatureSpec, rows: dict[str, list[int]], source: Path, out: Path) -> Path:
     """The newest checkpoint of `source` with some rows of the tables, and what the optimizer knows of them, reset."""
     network = loss_network(settings, spec, len(labels_of(settings)))
-    sparse = settings.train.sparse_optimizer
-    groups = [(lambda parameter: is_sparse(parameter.name), sparse)] if sparse is not None else []
-    optimizer = Optimizer(network.trainable_params(), settings.train.optimizer, settings.train.steps, groups)
-    states = optimizer.states()
+    states = run_optimizer(network.trainable_params(), settings.train, is_sparse).states()
     fresh = {state.name: _first(state) for state in states}
     path = resolve_checkpoint(source)
     state = load_checkpoint(path, list(network.get_parameters()), states)

@@ -19,6 +19,7 @@ import mindspore
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops import signature
 
 from parallel.runtime.native import build_library
 
@@ -339,4 +340,12 @@ def adam_kernel() -> ops.Custom | None:
     """Adam's update of one float32 parameter and its moments, in place and in one pass: of (parameter, m, v, gradient,
     [rate, beta1, beta2, epsilon, decay]); None where there are no kernels."""
     path = library(mstype.float32)
-    return ops.Custom(f"{path}:adam", lambda *_: [1], lambda *_: mstype.float32, "aot") if path is not None else None
+    if path is None:
+        return None
+    kernel = ops.Custom(f"{path}:adam", lambda *_: [1], lambda *_: mstype.float32, "aot")
+    # Without these MindSpore may hand the kernel copies, or leave it out since nobody needs its result.
+    kernel.add_prim_attr("side_effect_mem", True)
+    written = signature.sig_rw.RW_WRITE
+    kernel.set_signatures([*(signature.make_sig(name, written) for name in ("parameter", "m", "v")),
+                           signature.make_sig("gradient"), signature.make_sig("scalars")])
+    return kernel

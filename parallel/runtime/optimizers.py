@@ -101,7 +101,7 @@ class Adam(nn.Cell):
         self.one = Tensor(1.0, ms.float32)
         # Maps, not loops: a loop over n parameters that builds tuples makes the compiler hold n^2 nodes.
         self.map, self.rule = ops.HyperMap(), adam_update
-        self.kernel = None
+        self.kernel = adam_kernel() if type(self) is Adam and all(self.fusable) else None
         self.decay = Tensor(settings.weight_decay, ms.float32)
 
     def construct(self, gradients: tuple, rate: Tensor, step: Tensor, finite: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ class Adam(nn.Cell):
                                          self.fusable))
 
     def run_kernel(self, gradients: tuple, rate: Tensor, betas: tuple, epsilon: Tensor, correction: Tensor) -> tuple:
-        """Every parameter's update by the CPU's kernel, which changes them in place; `rate` waits for all gradients."""
+        """Every parameter's update by the CPU's kernel."""
         plain = ops.stack((rate, betas[0], betas[1], epsilon, self.decay * 0.0))
         decayed = ops.stack((rate, betas[0], betas[1], epsilon, self.decay / correction))
         update = ops.partial(kernel_adam_update, self.kernel, (plain, decayed))
@@ -264,7 +264,6 @@ class Optimizer(nn.Cell):
                 cells.append(OPTIMIZERS[own.name]([parameters[i] for i in members], own))
                 rates.append(LearningRate(own, steps))
         self.members, self.map = tuple(self.members), ops.HyperMap()
-        self.in_place = any(getattr(cell, "kernel", None) is not None for cell in cells)
         self.cells_of_groups, self.rates = nn.CellList(cells, auto_prefix=False), nn.CellList(rates, auto_prefix=False)
 
     def construct(self, gradients: tuple, step: Tensor, finite: Tensor | None = None) -> Tensor:
@@ -281,9 +280,6 @@ class Optimizer(nn.Cell):
             rate = self.rates[group](step)
             if finite is not None:
                 rate = ops.select(finite, rate, ops.zeros_like(rate))
-            if self.in_place:
-                # Another group's gradient may still need this group's parameters.
-                rate = ops.depend(rate, gradients)
             done = ops.depend(done, self.cells_of_groups[group](own, rate, step, finite))
         return done
 

@@ -11,6 +11,9 @@ from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
 from parallel.layers.relu_moe import ReluMoE
+from parallel.runtime.optimizers import Optimizer
+from parallel.runtime.train_settings import OptimizerSettings, TrainSettings
+from parallel.step import TrainStep
 
 TOKENS, BATCH, WIDTH, INNER = 3, 300, 16, 48  # more rows than a block has
 RELU = {"router": "dtsi", "budget": 0.5, "penalty": 1e-8, "penalty_step": 1.2}
@@ -157,3 +160,40 @@ def test_exchange_and_residual_equal_numpy_with_their_gradients():
     assert np.array_equal(add(Tensor(x), Tensor(y)).asnumpy(), x + y)
     dx, dy = ops.grad(lambda x, y: (add(x, y) * Tensor(y)).sum(), (0, 1))(Tensor(x), Tensor(y))
     assert np.array_equal(dx.asnumpy(), y) and np.allclose(dy.asnumpy(), x + 2 * y, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_training_step_moves_parameters_as_the_plain_one(schedule, monkeypatch):
+    class Loss(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.network, self.table = GroupedLinear(2, 3, 4), ms.Parameter(Tensor(np.ones((2, 5, 3), np.float32)))
+
+        def construct(self, x):
+            return ops.square(self.network(self.table * x)).mean()
+
+    settings = TrainSettings(clip_norm=None)
+    own = {"learning_rate": 0.1, "schedule": {"name": schedule, "warmup_steps": 0}}
+    x, results = Tensor(np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)), []
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        for kernels in ("1", "0"):
+            monkeypatch.setenv("PANGU_KERNELS", kernels)
+            loss = Loss()
+            initialize(loss, 1)
+            groups = [(lambda p: p.name.endswith("table"), OptimizerSettings(name="adamw", weight_decay=0.5, **own))]
+            optimizer = Optimizer(loss.trainable_params(), OptimizerSettings(name="adam", weight_decay=0.0, **own), 10,
+                                  groups)
+            assert all((cell.kernel is not None) == (kernels == "1") for cell in optimizer.cells_of_groups)
+            step = TrainStep(loss, optimizer, settings)
+            before = {p.name: p.asnumpy().copy() for p in loss.trainable_params()}
+            rates = [step(x)[4].asnumpy() for _ in range(3)]
+            step(Tensor(np.full(x.shape, np.nan, np.float32)))
+            assert step.step.asnumpy() == 3 and step.iteration.asnumpy() == 4
+            results.append({p.name: p.asnumpy().copy() for p in [*loss.trainable_params(), *optimizer.states()]})
+            assert all(np.abs(results[-1][name] - value).max() > 0.05 for name, value in before.items())
+            results[-1]["rates"] = np.array(rates)
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+    for name, value in results[1].items():
+        np.testing.assert_allclose(results[0][name], value, rtol=1e-5, atol=1e-6, err_msg=name)

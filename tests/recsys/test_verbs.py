@@ -81,7 +81,7 @@ def test_refresh_moves_newcomers_in_and_training_goes_on(tmp_path, capsys):
     changed = np.flatnonzero((one.read(name) != other.read(name)).any(1))
     moment = other.read(f"adam_m.{name}")
     first = changed.tolist()
-    assert len(first) == len(figures["reset"]["item"]) and (moment[first] == 0).all() and moment.any()
+    assert len(first) == figures["reset"]["item"] and (moment[first] == 0).all() and moment.any()
     resumed = command(capsys, "train", *config("new.csv", "second", 20),
                       f"data.vocabulary={tmp_path / 'second' / 'vocabulary.json'}")
     assert resumed["steps"] == 20 and np.isfinite(resumed["logloss"])
