@@ -14,7 +14,7 @@ from mindspore import dtype as mstype
 
 from pangu.config import ModelConfig
 from parallel.layers.attention import Attention, AttentionBias
-from parallel.layers.dropout import Dropout
+from parallel.layers.dropout import Dropout, DropoutKeys
 from parallel.layers.embedding import Embedding, Residual, TiedHead
 from parallel.layers.feed_forward import FeedForward
 from parallel.layers.loss import CrossEntropy, MaskedMean, TiedCrossEntropy
@@ -38,17 +38,20 @@ class DecoderLayer(nn.Cell):
         self.norm2 = LayerNorm(width, compute_dtype=compute_dtype)
         self.feed_forward = FeedForward(width, config.ffn, mapping_std=config.ffn_std, projection_std=depth_std,
                                         gelu=config.gelu, compute_dtype=compute_dtype)
+        self.dropout_keys = DropoutKeys()
         self.dropout1 = Dropout(config.dropout, ("residual", None))
         self.dropout2 = Dropout(config.dropout, ("residual", None))
         self.add1, self.add2 = Residual(), Residual()
 
     def construct(self, hidden_ND: Tensor, bias_B1SS: Tensor, query_ND: Tensor | None = None,
                   rows_B: Tensor | None = None) -> Tensor:
-        normed_ND = self.norm1(hidden_ND)
+        normed_ND, keys = self.norm1(hidden_ND), None
         if query_ND is None:
             query_ND = normed_ND
-        hidden_ND = self.add1(hidden_ND, self.dropout1(self.attention(query_ND, normed_ND, bias_B1SS, rows_B), rows_B))
-        return self.add2(hidden_ND, self.dropout2(self.feed_forward(self.norm2(hidden_ND)), rows_B))
+        if rows_B is not None:
+            keys = self.dropout_keys(rows_B, hidden_ND.shape[0] // rows_B.shape[0])
+        hidden_ND = self.add1(hidden_ND, self.dropout1(self.attention(query_ND, normed_ND, bias_B1SS, keys), keys))
+        return self.add2(hidden_ND, self.dropout2(self.feed_forward(self.norm2(hidden_ND)), keys))
 
 
 class TokenEmbedding(nn.Cell):
@@ -60,12 +63,13 @@ class TokenEmbedding(nn.Cell):
         self.word = Embedding(config.vocabulary_size, width, std=std, cut=cut)
         self.position = Embedding(config.sequence_length, width, std=std, start="truncated_normal")
         self.add = Residual()
-        self.dropout = Dropout(config.dropout, ("residual", None))
+        self.dropout, self.dropout_keys = Dropout(config.dropout, ("residual", None)), DropoutKeys()
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, rows_B: Tensor | None = None) -> Tensor:
-        hidden_ND = self.dropout(self.add(self.word(ids_BS), self.position(positions_BS)), rows_B)
+        keys = self.dropout_keys(rows_B, ids_BS.shape[1]) if rows_B is not None else None
+        hidden_ND = self.dropout(self.add(self.word(ids_BS), self.position(positions_BS)), keys)
         return self.cast(hidden_ND, self.compute_dtype)
 
 

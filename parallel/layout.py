@@ -94,7 +94,7 @@ class Layer(nn.Cell):
         return {}
 
     def exchanges(self, axes: Axes) -> bool:
-        """Whether this layer means to take or hand on tensors in another layout than it works in (mixing tokens, sending
+        """Whether this layer means to take or hand on tensors in another layout than its own (mixing tokens, sending
         samples to experts). A redistribution beside any other layer is a mistake, which the dry run reports."""
         return False
 

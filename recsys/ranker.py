@@ -10,7 +10,7 @@ import math
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from parallel.layers.dropout import Dropout
+from parallel.layers.dropout import Dropout, DropoutKeys
 from parallel.layers.linear import Linear
 from parallel.layout import Cut, Layer
 from parallel.runtime.errors import UserError
@@ -102,7 +102,7 @@ class Ranker(nn.Cell):
                             mend="name as many tasks")
         self.settings, self.spec, self.tasks, self.compute_dtype = settings, spec, tasks, compute_dtype
         self.embedding = FeatureEmbedding(spec, settings.embedding_std)
-        self.drop = Dropout(settings.dropout, ("batch", None))
+        self.drop, self.drop_keys = Dropout(settings.dropout, ("batch", None)), DropoutKeys()
 
     def make_head(self, width: int) -> None:
         """Makes the task towers on a representation of `width`; a model calls it last."""
@@ -116,9 +116,9 @@ class Ranker(nn.Cell):
         """(logits_BK, auxiliary logits, penalties): what training needs; rows_B numbers the samples for dropout."""
         groups, sequences = self.embedding(ids_BM, numbers_BN)
         if self.settings.dropout > 0.0:
-            dropped = ()
+            dropped, keys = (), self.drop_keys(rows_B, 1) if rows_B is not None else None
             for group in groups:
-                dropped += (self.drop(group, rows_B),)
+                dropped += (self.drop(group, keys),)
             groups = dropped
         hidden_BD, auxiliary, penalties = self.represent(groups, sequences)
         return self.head(hidden_BD), auxiliary, penalties

@@ -203,7 +203,8 @@ class Compensation(Layer):
         self.form, self.sources, self.width = form, sources, width
         self.targets, self.outputs = targets, outputs
         self.reshape, self.transpose, self.mean = ops.Reshape(), ops.Transpose(), ops.ReduceMean(keep_dims=True)
-        self.matmul, self.tile, self.cast = ops.MatMul(), ops.Tile(), ops.Cast()
+        self.matmul, self.tile, self.cast = ops.MatMul(transpose_b=True), ops.Tile(), ops.Cast()
+        self.turn, self.turn_back = ops.Transpose(), ops.Transpose()
         shared = {"bias": False, "compute_dtype": compute_dtype}
         inputs = sources * width if form == "low_rank" else width
         inner = {"low_rank": rank, "token_mixing": outputs, "mean": outputs}[form]
@@ -225,15 +226,18 @@ class Compensation(Layer):
         if self.form == "low_rank":
             flat = self.reshape(self.transpose(u_hRK, (1, 0, 2)), (1, rows, self.sources * self.width))
             return self.spread(self.tile(self.project(flat), (self.targets, 1, 1)))
-        made = self.project(self.reshape(u_hRK, (1, self.sources * rows, self.width)))
-        made = self.reshape(made, (self.sources, rows * self.outputs))
-        made = self.matmul(self.cast(self.weight, made.dtype), made)
-        return self.reshape(made, (self.targets, rows, self.outputs))
+        # Samples first, so that cutting them needs no exchange.
+        u_RhK = self.transpose(u_hRK, (1, 0, 2))
+        made = self.project(self.reshape(u_RhK, (1, rows * self.sources, self.width)))
+        made = self.turn(self.reshape(made, (rows, self.sources, self.outputs)), (0, 2, 1))
+        made = self.matmul(self.reshape(made, (rows * self.outputs, self.sources)), self.cast(self.weight, made.dtype))
+        return self.turn_back(self.reshape(made, (rows, self.outputs, self.targets)), (2, 0, 1))
 
     def cuts(self) -> list[Cut]:
         cube = (None, "batch", None)
         return [Cut(self.transpose, (cube,)), Cut(self.mean, (cube,)), Cut(self.tile, (cube,)),
-                Cut(self.matmul, ((None, None), (None, "batch")))]
+                Cut(self.turn, (("batch", None, None),)), Cut(self.turn_back, (("batch", None, None),)),
+                Cut(self.matmul, (("batch", None), (None, None)))]
 
     @property
     def flops_per_sample(self) -> int:
@@ -285,12 +289,6 @@ class SeparatedRanker(Ranker):
                              ((1, self.settings.width),))
         self.sizes = tuple(c * k for shapes in self.piece_shapes for c, k in shapes)
         self.make_head(self.settings.width)
-
-    @property
-    def cut_tokens(self) -> set[int]:
-        """Tokens of every product: what the op axis must divide under Token Parallel."""
-        heads = [getattr(layer, "heads", ()) for layer in self.layers]
-        return {count for counts in (*self.token_counts, *heads) for count in counts}
 
     @property
     def state_size(self) -> int:
@@ -360,9 +358,9 @@ class SeparatedRanker(Ranker):
         """The groups' vectors after dropout; rows_B numbers the samples."""
         if self.settings.dropout == 0.0:
             return groups
-        result = ()
+        result, keys = (), self.drop_keys(rows_B, 1) if rows_B is not None else None
         for group in groups:
-            result += (self.drop(group, rows_B),)
+            result += (self.drop(group, keys),)
         return result
 
     def walk_user(self, groups: tuple, index_N: Tensor | None) -> tuple:

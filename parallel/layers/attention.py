@@ -59,11 +59,11 @@ class AttentionCore(Layer):
         self.dropout = Dropout(dropout, ("batch", "heads", None, None))
 
     def construct(self, query_BHSK: Tensor, key_BHSK: Tensor, value_BHSK: Tensor, bias_B1SS: Tensor,
-                  rows_B: Tensor | None = None) -> Tensor:
+                  keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
         score_BHSS = self.scores(self.scale(query_BHSK, self.factor), key_BHSK)
         score_BHSS = self.mask(self.cast(score_BHSS, self.softmax_dtype), self.cast(bias_B1SS, self.softmax_dtype))
         weight_BHSS = self.rows(score_BHSS) if self.rows is not None else self.softmax(score_BHSS)
-        weight_BHSS = self.dropout(self.cast(weight_BHSS, value_BHSK.dtype), rows_B)
+        weight_BHSS = self.dropout(self.cast(weight_BHSS, value_BHSK.dtype), keys)
         return self.mix(weight_BHSS, value_BHSK)
 
     def cuts(self) -> list[Cut]:
@@ -126,12 +126,12 @@ class Attention(Layer):
         self.reshape, self.split_heads, self.merge_heads = ops.Reshape(), ops.Transpose(), ops.Transpose()
 
     def construct(self, query_ND: Tensor, memory_ND: Tensor, bias_B1SS: Tensor,
-                  rows_B: Tensor | None = None) -> Tensor:
+                  keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
         batch = bias_B1SS.shape[0]
         query_BHSK = self.to_heads(self.query(query_ND), batch)
         key_BHSK = self.to_heads(self.key(memory_ND), batch)
         value_BHSK = self.to_heads(self.value(memory_ND), batch)
-        return self.output(self.from_heads(self.core(query_BHSK, key_BHSK, value_BHSK, bias_B1SS, rows_B)))
+        return self.output(self.from_heads(self.core(query_BHSK, key_BHSK, value_BHSK, bias_B1SS, keys)))
 
     def to_heads(self, x_ND: Tensor, batch: int) -> Tensor:
         """[N, D] -> [B, H, S, K]."""

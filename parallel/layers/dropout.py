@@ -26,31 +26,31 @@ def _i32(value: int) -> Tensor:
 
 
 @ops.constexpr
-def place_numbers(shape: tuple[int, ...]) -> Tensor:
-    """int32 of `shape`: a number for each place, from 0 in steps of an odd constant."""
-    numbers = np.arange(math.prod(shape), dtype=np.uint32) * np.uint32(_MIX_1 & 0xFFFFFFFF)
-    return Tensor(numbers.astype(np.int32).reshape(shape))
+def place_numbers(places: int, salt: int) -> Tensor:
+    """int32 [1, places]: salt, and from there on in steps of an odd constant."""
+    numbers = np.arange(places, dtype=np.uint32) * np.uint32(_MIX_1 & 0xFFFFFFFF) + np.uint32(salt & 0xFFFFFFFF)
+    return Tensor(numbers.astype(np.int32).reshape(1, places))
 
 
 @ops.constexpr
-def column_keys(columns: int) -> Tensor:
-    """Odd int32 [columns]: MurmurHash3's finaliser of the column's number."""
-    h = np.arange(1, columns + 1, dtype=np.uint32)
+def column_keys(shape: tuple[int, ...]) -> Tensor:
+    """Odd int32 of `shape`: MurmurHash3's finaliser of the columns' numbers."""
+    h = np.arange(1, math.prod(shape) + 1, dtype=np.uint32)
     h = (h ^ (h >> np.uint32(16))) * np.uint32(_MIX_1 & 0xFFFFFFFF)
     h = (h ^ (h >> np.uint32(13))) * np.uint32(_MIX_2 & 0xFFFFFFFF)
-    return Tensor(((h ^ (h >> np.uint32(16))) | np.uint32(1)).astype(np.int32))
+    return Tensor(((h ^ (h >> np.uint32(16))) | np.uint32(1)).astype(np.int32).reshape(shape))
 
 
 class Mix(Layer):
     """MurmurHash3's finaliser on int32 tensors (arithmetic wraps): every input bit reaches every output bit.
 
     Args:
-        operand: named axes that cut the input's dims; None for inputs that are never cut.
+        operand: named axes that cut the input's dims.
 
     Returns the hash and the state before the last multiplication.
     """
 
-    def __init__(self, operand: Operand | None) -> None:
+    def __init__(self, operand: Operand) -> None:
         super().__init__()
         self.operand = operand
         self.shift1, self.shift2, self.shift3 = ops.RightShift(), ops.RightShift(), ops.RightShift()
@@ -67,28 +67,47 @@ class Mix(Layer):
         return self.xor3(h, self.clear3(self.shift3(h, _i32(16)), _i32(0xFFFF))), half
 
     def cuts(self) -> list[Cut]:
-        if self.operand is None:
-            return []
         one = [self.shift1, self.shift2, self.shift3, self.clear1, self.clear2, self.clear3, self.times1, self.times2]
         return [*(Cut(primitive, (self.operand, ())) for primitive in one),
                 *(Cut(primitive, (self.operand, self.operand)) for primitive in (self.xor1, self.xor2, self.xor3))]
 
 
+class DropoutKeys(Layer):
+    """Two hashes of every row: of its sample's number, its place in the sample and a salt; int32, both [N, 1].
+
+    One cell serves the dropouts of a layer. Inputs: rows_B, int32 numbers of the samples, and how many rows a sample
+    has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.salt = 0
+        self.number, self.place, self.reshape = ops.Mul(), ops.Add(), ops.Reshape()
+        self.mix = Mix(("batch", None))
+
+    def construct(self, rows_B: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        number_B1 = self.reshape(self.number(rows_B, _i32(_GOLDEN)), (-1, 1))
+        first_BS, second_BS = self.mix(self.place(number_B1, place_numbers(places, self.salt)))
+        return self.reshape(first_BS, (-1, 1)), self.reshape(second_BS, (-1, 1))
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.number, (("batch",), ())), Cut(self.place, (("batch", None), (None, None)))]
+
+
 class Dropout(Layer):
     """Zeroes each element with probability `rate` and multiplies the rest by 1 / (1 - rate); identity unless training.
 
-    Element (row i, column j) is kept when the 32-bit hash `a(i) c(j) + b(i)` is at or above a threshold: a and b are
-    hashes of the sample's number, the row's place in it and the layer's salt, c(j) is odd (multiply-add hashing,
-    Dietzfelbinger 1996). It costs two operations an element.
+    Element (row i, column j) is kept when the 32-bit hash `a(i) s c(j) + b(i)` is at or above a threshold: a and b come
+    from `DropoutKeys`, s is the cell's own salt, c(j) an odd hash of the column (multiply-add hashing, Dietzfelbinger
+    1996). It costs two operations an element.
 
     Args:
         rate: probability of zeroing, in [0, 1).
-        operand: named axes that cut the input's dims; None for inputs that are never cut. "residual" or "tokens" first
-            means that batch and sequence are flattened.
-        seed: seed of the run; 32 bits.
+        operand: named axes that cut the input's dims; None for inputs that are never cut. Rows are the first dim, or
+            with four dims [B, H, S, S] the first and third, heads counting as columns.
     """
 
-    def __init__(self, rate: float, operand: Operand | None = None, seed: int = 0) -> None:
+    def __init__(self, rate: float, operand: Operand | None = None) -> None:
         super().__init__()
         self.operand = operand
         if not 0.0 <= rate < 1.0:
@@ -97,60 +116,47 @@ class Dropout(Layer):
         self.inverse_keep = 1.0 / (1.0 - rate)
         # h uniform on signed int32: P(h >= threshold) = 1 - rate.
         self.threshold = _i32(int(np.floor(-(2.0**31) + rate * 2.0**32)))
-        self.salt = int(seed)
+        self.salt = 1
         self.hash_product, self.hash_sum, self.keep, self.product = ops.Mul(), ops.Add(), ops.GreaterEqual(), ops.Mul()
-        self.grow, self.reshape = ops.Mul(), ops.Reshape()
-        self.number, self.salted, self.place = ops.Mul(), ops.Add(), ops.Add()
-        flat = operand is not None and operand[0] in ("residual", "tokens")
-        self.rows = operand and (("batch", None) if flat else operand[:-1])
-        self.mix = Mix(self.rows)
+        self.grow, self.salted, self.reshape = ops.Mul(), ops.Mul(), ops.Reshape()
 
-    def construct(self, x: Tensor, rows_B: Tensor | None = None) -> Tensor:
-        """x: any float type, the batch first, or batch and sequence flattened; the same shape and type.
-
-        rows_B: int32, numbers of the samples; only where nothing is dropped it may be None.
-        """
+    def construct(self, x: Tensor, keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x: any float type; the same shape and type. keys: of its rows; None only where nothing is dropped."""
         if not self.training or self.rate == 0.0:
             return x
-        if rows_B is None:
-            raise ValueError("dropout needs the numbers of the samples in training")
-        row_key, row_sum, column_key = self.keys(x.shape, rows_B)
-        hashed = self.hash_sum(self.hash_product(row_key, column_key), row_sum)
+        if keys is None:
+            raise ValueError("dropout needs the keys of the rows in training")
+        row_key, row_sum, columns = self.salted(keys[0], _i32(self.salt)), keys[1], x.shape[1:]
+        if len(x.shape) == 4:  # [B, H, S, S]
+            thin, columns = (x.shape[0], 1, x.shape[2], 1), (1, x.shape[1], 1, x.shape[3])
+            row_key, row_sum = self.reshape(row_key, thin), self.reshape(row_sum, thin)
+        hashed = self.hash_sum(self.hash_product(row_key, column_keys(columns)), row_sum)
         kept = ops.cast(self.keep(hashed, self.threshold), x.dtype)
         return self.product(x, self.grow(kept, ops.cast(self.inverse_keep, x.dtype)))
 
     def cuts(self) -> list[Cut]:
         if self.operand is None:
             return []
-        whole, thin = self.operand, (*self.operand[:-1], None)
-        return [Cut(self.hash_product, (thin, self.operand[-1:])), Cut(self.hash_sum, (whole, thin)),
+        whole = self.operand
+        thin, columns = (whole[0], None), whole[1:]
+        if len(whole) == 4:
+            thin, columns = (whole[0], None, whole[2], None), (None, whole[1], None, whole[3])
+        return [Cut(self.hash_product, (thin, columns)), Cut(self.hash_sum, (whole, thin)),
                 Cut(self.keep, (whole, ())), Cut(self.grow, (whole, ())), Cut(self.product, (whole, whole)),
-                Cut(self.number, (("batch",), ())), Cut(self.salted, (("batch",), ())),
-                Cut(self.place, (("batch", *[None] * (len(self.rows) - 1)), (None, *self.rows[1:])))]
-
-    def keys(self, shape: tuple, rows_B: Tensor) -> tuple:
-        """int32: a(i) and b(i) of the rows, both [..., 1], and odd c(j) of the columns, [columns]."""
-        batch, count = rows_B.shape[0], 1
-        for size in shape[:-1]:
-            count = count * size
-        places = shape[1:-1] if shape[0] == batch else (count // batch,)
-        number_B = self.salted(self.number(rows_B, _i32(_GOLDEN)), _i32(self.salt))
-        number = self.place(self.reshape(number_B, (batch,) + (1,) * len(places)), place_numbers((1,) + places))
-        row_key, row_sum = self.mix(number)
-        thin = shape[:-1] + (1,)
-        return self.reshape(row_key, thin), self.reshape(row_sum, thin), column_keys(shape[-1])
+                Cut(self.salted, ((whole[0], None), ()))]
 
 
 def connect_dropout(network: nn.Cell, seed: int) -> bool:
-    """Gives every `Dropout` of `network` a salt of its own; returns whether any of them drops, in which case the
-    network takes the numbers of its samples, int32 [B], as its last input.
+    """Gives every `Dropout` and `DropoutKeys` of `network` a salt of its own; returns whether anything drops, in which
+    case the network takes the numbers of its samples, int32 [B], as its last input.
 
     Args:
         network: any cell; its dropouts are numbered in the order of `cells_and_names`.
         seed: seed of the run.
     """
-    dropouts = [cell for _, cell in network.cells_and_names() if isinstance(cell, Dropout)]
-    for index, cell in enumerate(dropouts):
+    cells = [cell for _, cell in network.cells_and_names() if isinstance(cell, (Dropout, DropoutKeys))]
+    for index, cell in enumerate(cells):
         digest = np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0]
-        cell.salt = int(digest.astype(np.int32))
-    return any(cell.rate > 0.0 for cell in dropouts)
+        # A factor has to be odd.
+        cell.salt = int((digest | np.uint32(isinstance(cell, Dropout))).astype(np.int32))
+    return any(cell.rate > 0.0 for cell in cells if isinstance(cell, Dropout))

@@ -5,7 +5,7 @@ import pytest
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
-from parallel.layers.dropout import Dropout, connect_dropout
+from parallel.layers.dropout import Dropout, DropoutKeys, connect_dropout
 
 SAMPLES, ROWS, COLUMNS, RATE, SEED = 3, 384, 256, 0.25, 11
 
@@ -13,10 +13,11 @@ SAMPLES, ROWS, COLUMNS, RATE, SEED = 3, 384, 256, 0.25, 11
 class Two(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.first, self.second = Dropout(RATE), Dropout(RATE)
+        self.keys, self.first, self.second = DropoutKeys(), Dropout(RATE), Dropout(RATE)
 
     def construct(self, x, rows):
-        return self.first(x, rows), self.second(x, rows)
+        keys = self.keys(rows, ROWS // SAMPLES)
+        return self.first(x, keys), self.second(x, keys)
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +26,14 @@ def masks():
     network = Two()
     assert connect_dropout(network, SEED)
     network.set_train(True)
-    x = Tensor(np.ones((SAMPLES, ROWS // SAMPLES, COLUMNS), np.float32))
+    x = Tensor(np.ones((ROWS, COLUMNS), np.float32))
 
     def masks(*numbers):
         outputs = [output.asnumpy().reshape(ROWS, COLUMNS) for output in network(x, Tensor(numbers, mstype.int32))]
         assert all(set(np.unique(output)) <= {0.0, np.float32(1 / (1 - RATE))} for output in outputs)
         return [output > 0 for output in outputs]
 
-    masks.salt = network.first.salt
+    masks.salts = network.keys.salt, network.first.salt
     return masks
 
 
@@ -44,21 +45,21 @@ def numpy_mix(h):
     return h ^ (h >> np.uint32(16)), half
 
 
-def numpy_mask(salt, numbers):
+def numpy_mask(salts, numbers):
     """The documented hash with unsigned integers."""
     with np.errstate(over="ignore"):
         samples = np.array(numbers, np.int64).astype(np.uint32) * np.uint32(0x9E3779B1)
-        samples = samples + np.array([salt], np.int32).view(np.uint32)
-        places = np.arange(ROWS // SAMPLES, dtype=np.uint32) * np.uint32(0x85EBCA6B)
+        salt, factor = np.array(salts, np.int32).view(np.uint32)
+        places = np.arange(ROWS // SAMPLES, dtype=np.uint32) * np.uint32(0x85EBCA6B) + salt
         row, shift = numpy_mix((samples[:, None] + places[None, :]).reshape(-1, 1))
         columns = numpy_mix(np.arange(1, COLUMNS + 1, dtype=np.uint32))[0] | np.uint32(1)
-        hashed = (row * columns[None, :] + shift).view(np.int32)
+        hashed = (row * factor * columns[None, :] + shift).view(np.int32)
     return hashed >= np.floor(-(2.0**31) + RATE * 2.0**32)
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (7, 3, 7), (123_456_789, 2**31 - 1, -(2**31))])
 def test_mask_is_the_documented_hash(masks, numbers):
-    assert np.array_equal(masks(*numbers)[0], numpy_mask(masks.salt, numbers))
+    assert np.array_equal(masks(*numbers)[0], numpy_mask(masks.salts, numbers))
 
 
 def test_mask_looks_random(masks):
@@ -92,7 +93,17 @@ def test_a_sample_keeps_its_mask_wherever_it_stands(masks):
     assert np.array_equal(moved, straight[[2, 0, 1]])
     other = Two()
     connect_dropout(other, SEED + 1)
-    assert other.first.salt != masks.salt != other.second.salt
+    assert (other.keys.salt, other.first.salt) != masks.salts
+    assert other.first.salt % 2 and other.first.salt != other.second.salt
+
+
+def test_heads_have_masks_of_their_own():
+    """In [B, H, S, S] heads count as columns: no two heads of a sample drop the same places."""
+    dropout, keys = Dropout(RATE), DropoutKeys()
+    dropout.set_train(True)
+    x = Tensor(np.ones((2, 3, 32, 32), np.float32))
+    kept = dropout(x, keys(Tensor([4, 9], mstype.int32), 32)).asnumpy().reshape(6, -1) > 0
+    assert abs(np.corrcoef(kept)[np.triu_indices(6, 1)]).max() < 5 / np.sqrt(32 * 32)
 
 
 def test_only_training_drops():

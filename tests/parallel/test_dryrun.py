@@ -40,36 +40,41 @@ class Expected:
     def __init__(self) -> None:
         self.runs, self.bytes = Counter(), Counter()
 
-    def add(self, key: str, runs: int, elements: int) -> None:
-        """`runs` collectives of `elements` float32 each."""
+    def add(self, key: str, runs: int, elements: int, element: int = FLOAT) -> None:
+        """`runs` collectives of `elements` numbers of `element` bytes each."""
         kind, dimension, purpose, phase = key.split()
         if runs:
             self.runs[kind, dimension, purpose, phase] += runs
-            self.bytes[kind, dimension, purpose, phase] += runs * elements * FLOAT
+            self.bytes[kind, dimension, purpose, phase] += runs * elements * element
 
 
-def expected_pangu(rank: int, parallel: dict) -> Expected:
-    """What the layout of `proof_networks.pangu` must cause on `rank`, by the rules of the layers (float32).
+def expected_pangu(rank: int, parallel: dict, model: dict = networks.PANGU, batch: int = networks.BATCH,
+                   half: int = FLOAT) -> Expected:
+    """What the layout of PanGu-alpha must cause on `rank`, by the rules of the layers.
 
     Row-cut products end in an AllReduce over op, whose gradient is one too; the vocabulary-cut lookup likewise, and of
-    the loss's three reductions over the vocabulary all but the maximum have a gradient.
+    the loss's three reductions over the vocabulary all but the maximum have a gradient. `half` is the size of what
+    products give and take; the lookup, the loss, parameters and their gradients are float32, but a weight is gathered
+    in the type in which it is used.
     """
-    config, model = ParallelConfig.model_validate(parallel).resolve(), networks.PANGU
+    config = ParallelConfig.model_validate(parallel).resolve()
     data, op, stages = config.data, config.op, config.pipeline.stages
     micro, layers = config.pipeline.micro_batches, model["layers"] // stages
     stage = rank // (data * op)
     first, last = stage == 0, stage == stages - 1
-    width, inner, vocabulary, length = model["hidden_size"], 4 * model["hidden_size"], 64, model["sequence_length"]
-    tokens = networks.BATCH * length // data // micro
+    width, inner, length = model["hidden_size"], 4 * model["hidden_size"], model["sequence_length"]
+    table = model["vocabulary_size"] // (op if config.vocabulary else 1) * width
+    tokens = batch * length // data // micro
     hidden = tokens * width
     out = Expected()
     if op > 1:
-        out.add("AllReduce op activation forward", 2 * layers * micro, hidden)
-        out.add("AllReduce op activation backward", 2 * layers * micro, hidden)
+        out.add("AllReduce op activation forward", 2 * layers * micro, hidden, half)
+        out.add("AllReduce op activation backward", 2 * layers * micro, hidden, half)
+        if config.recompute.policy == "full":  # the block's last sum is kept
+            out.add("AllReduce op activation recompute", layers * micro, hidden, half)
+    if op > 1 and config.vocabulary:
         out.add("AllReduce op activation forward", 3 * micro * last, tokens)
         out.add("AllReduce op activation backward", 2 * micro * last, tokens)
-        if config.recompute.policy == "full":  # the block's last sum is kept
-            out.add("AllReduce op activation recompute", layers * micro, hidden)
         if data > 1:
             out.add("AllReduce op activation forward", micro * first, hidden)
             out.add("AllReduce op activation backward", micro * first, hidden)
@@ -85,15 +90,18 @@ def expected_pangu(rank: int, parallel: dict) -> Expected:
     cut = [width * width // op] * 4 + [width // op] * 3 + [width * inner // op] * 2 + [inner // op]
     whole = [width] * 6  # gammas, betas, biases behind an AllReduce
     ends = first * [length * width] + last * [length * width, width, width]
+    if not config.vocabulary and op > 1:
+        ends += [table]
     if config.optimizer_shard > 1:
         for size in cut * layers:
-            out.add("AllGather optimizer parameter forward", 1, size)
+            out.add("AllGather optimizer parameter forward", 1, size, half)
             out.add("ReduceScatter optimizer gradient backward", 1, size)
     elif data > 1:
         for size in cut * layers:
             out.add("AllReduce data gradient backward", 1, size)
-    if data > 1:  # of the shared table each of its two stages sums its own part before they are added
-        out.add("AllReduce data gradient backward", int(first or last), vocabulary // op * width)
+    if data > 1 and (config.vocabulary or op == 1):
+        # Of the shared table each of its two stages sums its own part before they are added.
+        out.add("AllReduce data gradient backward", int(first or last), table)
     if data * op > 1:
         for size in whole * layers + ends:
             out.add(f"AllReduce {'data' if data > 1 else 'op'} gradient backward", 1, size)
@@ -101,11 +109,10 @@ def expected_pangu(rank: int, parallel: dict) -> Expected:
         out.add("AllReduce norm norm forward", 1 + (stages > 1), 1)
     if stages > 1:
         out.add("AllReduce pipeline loss forward", 1, 2)  # loss and weight, which only the last stage computes
-        table = vocabulary // op * width
         for kind, end, phase in (("Send", not last, "forward"), ("Receive", not last, "backward"),
                                  ("Receive", not first, "forward"), ("Send", not first, "backward")):
-            out.add(f"{kind} pipeline stage {phase}", micro * end, hidden)
-            out.add(f"{kind} pipeline parameter {phase}", int(end), table)
+            out.add(f"{kind} pipeline stage {phase}", micro * end, hidden, half)
+            out.add(f"{kind} pipeline parameter {phase}", int(end and (first or last)), table)
     return out
 
 
@@ -230,6 +237,12 @@ def test_published_sizes_compile_in_the_papers_layout(config: str, rank: int) ->
     world = load_run(path)[1].parallel.resolve().world
     report = read_rank(compile_rank(Request(world, rank, str(path))))
     check([report])
+    settings = load_run(path)[1]
+    expected = expected_pangu(rank, settings.parallel.model_dump(), settings.model.model_dump(),
+                              settings.train.global_batch_size, half=2)
+    runs, size = found(report)
+    assert runs == expected.runs
+    assert size == expected.bytes
     assert report.result["peak_rss_gb"] < 4.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from parallel.layers.dropout import Dropout
+from parallel.layers.dropout import Dropout, DropoutKeys
 from parallel.runtime.builder import sample_numbers
 from parallel.runtime.optimizers import Optimizer
 from parallel.runtime.train_settings import LossScaleSettings, OptimizerSettings, ScheduleSettings, TrainSettings
@@ -23,10 +23,11 @@ class Perceptron(nn.Cell):
         self.weight1 = Parameter(Tensor(0.5 * rng.standard_normal((INPUTS, WIDTH)).astype(np.float32)), name="weight1")
         self.bias1 = Parameter(Tensor(0.1 * rng.standard_normal(WIDTH).astype(np.float32)), name="bias1")
         self.weight2 = Parameter(Tensor(0.5 * rng.standard_normal((WIDTH, OUTPUTS)).astype(np.float32)), name="weight2")
-        self.dropout = Dropout(dropout)
+        self.dropout, self.keys = Dropout(dropout), DropoutKeys()
 
     def construct(self, x, y, mask, rows_B=None):
-        hidden = self.dropout(ops.tanh(ops.matmul(x, self.weight1) + self.bias1), rows_B)
+        keys = self.keys(rows_B, 1) if rows_B is not None else None
+        hidden = self.dropout(ops.tanh(ops.matmul(x, self.weight1) + self.bias1), keys)
         error = ops.reduce_sum(ops.square(ops.matmul(hidden, self.weight2) - y), -1)
         weight = ops.reduce_sum(mask)
         return ops.reduce_sum(error * mask) / ops.maximum(weight, Tensor(1.0)), weight
