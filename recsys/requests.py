@@ -115,14 +115,18 @@ def _column(feature: Feature, rows: Iterable[dict], where: str) -> pa.Array:
                 raise UserError(f"feature '{name}' must be a list", where=f"{where}[{index}]", value=value)
         values = [None if value is None else [None if item is None else str(item) for item in value]
                   for value in values]
-        return pa.array(values, pa.list_(pa.string()))
+        return _array(values, name, where, pa.list_(pa.string()))
     if any(isinstance(value, (list, dict)) for value in values):
         raise UserError(f"feature '{name}' must be a single value", where=where)
-    try:
-        kinds = {type(value) for value in values if value is not None}
-        if str in kinds and len(kinds) > 1:
-            values = [None if value is None else str(value) for value in values]
-        made = pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        raise UserError(f"feature '{name}' cannot be read: {str(error).splitlines()[0]}", where=where) from None
+    kinds = {type(value) for value in values if value is not None}
+    if str in kinds and len(kinds) > 1:
+        values = [None if value is None else str(value) for value in values]
+    made = _array(values, name, where)
     return made.cast(pa.string()) if pa.types.is_null(made.type) else made
+
+
+def _array(values: list, name: str, where: str, kind: pa.DataType | None = None) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeError) as error:
+        raise UserError(f"feature '{name}' cannot be read: {str(error).splitlines()[0]}", where=where) from None

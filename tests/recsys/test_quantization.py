@@ -126,7 +126,8 @@ def test_a_swiglu_in_one_call(kernels, path):
                       for shape in ((inputs, inner), (inputs, inner), (inner, outputs))]
             matrices = [quantize(weight, group) for weight in floats]
             gate, up, down = (dequantize(q, scale).astype(np.float64) for q, scale in matrices)
-            more = [generator.standard_normal((tokens, added, inner)).astype(np.float32) for _ in range(2 if added else 0)]
+            shape = (tokens, added, inner)
+            more = [generator.standard_normal(shape).astype(np.float32) for _ in range(2 if added else 0)]
             g, u = (x @ gate, x @ up) if not added else (x @ gate + more[0], x @ up + more[1])
             expected = (g / (1 + np.exp(-g)) * u) @ down
             y = np.full(expected.shape, np.nan, np.float32)

@@ -318,6 +318,8 @@ def test_a_request_reads_as_the_log_does(run):
     (lambda b: {**b, "user": {**b["user"], "user_id": {"a": 1}}}, "single value"),
     (lambda b: {**b, "user": {**b["user"], "user_id": 10**30}}, "user"),
     (lambda b: {**b, "user": {**b["user"], "user_id": -5}}, "outside the table"),
+    (lambda b: {**b, "user": {**b["user"], "user_id": "\ud800"}}, "cannot be read"),
+    (lambda b: {**b, "user": {**b["user"], "history": ["\ud800"]}}, "cannot be read"),
     (lambda b: {**b, "user": {key: value for key, value in b["user"].items() if key != "age"}}, "'age' is missing"),
 ])
 def test_a_bad_request_is_one_line(run, change, message):
