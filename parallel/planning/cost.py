@@ -166,36 +166,6 @@ class NetworkCost:
     segments: list[Segment]
     costs: list[SegmentCost]
     layouts: dict[int, Dims]
-    _crossing: list[tuple[Item, int, set[int]]] | None = None
-
-    def stages_of_items(self, stage_of_unit: list[int]) -> list[tuple[Item, int, list[int]]]:
-        """(tensor, stage that makes it, other stages that use it) for every tensor that crosses stages."""
-        if self._crossing is None:
-            self._crossing = self._units_of_items()
-        found = []
-        for item, home, units in self._crossing:
-            users = {stage_of_unit[unit] for unit in units} - {stage_of_unit[home]}
-            if users:
-                found.append((item, stage_of_unit[home], sorted(users)))
-        return found
-
-    def _units_of_items(self) -> list[tuple[Item, int, set[int]]]:
-        made: dict[int, int] = {}
-        free: set[int] = set()
-        users: dict[int, set[int]] = {}
-        tensors: dict[int, Item] = {}
-        for segment in self.segments:
-            for operation in segment.operations:
-                for item in operation.inputs:
-                    home = made.get(id(item))
-                    if home is not None and home != segment.unit and id(item) not in free:
-                        users.setdefault(id(item), set()).add(segment.unit)
-                        tensors[id(item)] = item
-                for item in operation.outputs:
-                    made[id(item)] = segment.unit
-                    if operation.free:
-                        free.add(id(item))
-        return [(tensors[key], made[key], units) for key, units in users.items()]
 
 
 def network_cost(description: Description, config: ParallelConfig, cut: list[Segment] | None = None,

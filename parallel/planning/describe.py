@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mindspore
@@ -179,6 +180,22 @@ class Description:
     def parameter_count(self) -> int:
         """Trainable parameters of the whole model."""
         return sum(_product(item.shape) for item in self.parameters)
+
+    @cached_property
+    def crossings(self) -> list[tuple[Item, int, set[int]]]:
+        """(tensor, unit that makes it, other units that use it): what travels if they are on different stages."""
+        made: dict[int, int] = {}
+        users: dict[int, set[int]] = {}
+        tensors: dict[int, Item] = {}
+        for operation in self.operations:
+            for item in operation.inputs:
+                home = made.get(id(item))
+                if home is not None and home != operation.unit:
+                    users.setdefault(id(item), set()).add(operation.unit)
+                    tensors[id(item)] = item
+            if not operation.free:
+                made |= {id(item): operation.unit for item in operation.outputs}
+        return [(tensors[key], made[key], units) for key, units in users.items()]
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -173,7 +173,7 @@ def stage_figures(description: Description, cost: NetworkCost, config: ParallelC
     homes = stages_of_units(description.units, config)
     _parameters(figures, holdings, config, micro_batches, homes, stage)
     _activations(figures, description, cost, config, micro_batches, stage, homes)
-    _crossing(figures, cost, config, micro_batches, stage, homes)
+    _crossing(figures, description, cost, micro_batches, stage, homes)
     _norm(figures, cost.mesh, config)
     figures.memory.communication = 2 * max((entry.bytes for entry in figures.collectives), default=0)
     return figures
@@ -308,10 +308,14 @@ def _workspace(part: SegmentCost, again: bool) -> int:
     return 3 * part.largest + (sum(part.kept.values()) if again else 0)
 
 
-def _crossing(figures: Stage, cost: NetworkCost, config: ParallelConfig, micro_batches: int, stage: int,
+def _crossing(figures: Stage, description: Description, cost: NetworkCost, micro_batches: int, stage: int,
               homes: list[int]) -> None:
     """Tensors that another stage made or needs: one Send or Receive for each micro-batch and direction."""
-    for item, home, users in cost.stages_of_items(homes):
+    for item, unit, units in description.crossings:
+        home = homes[unit]
+        users = {homes[user] for user in units} - {home}
+        if not users or stage not in (home, *users):
+            continue
         size = cost.mesh.local(cost.layouts[id(item)]) * WIDTH[item.dtype]
         for user in users:
             if stage not in (home, user):
