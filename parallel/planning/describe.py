@@ -343,7 +343,7 @@ def _dtype(kind: Any) -> str:
 def _widest(name: str, inputs: list[Item]) -> str:
     if name == "OneHot":
         return "float32"
-    if name == "Gather":
+    if name == "Gather" or len({item.dtype for item in inputs}) == 1:
         return inputs[0].dtype
     return max((item.dtype for item in inputs), key=lambda dtype: (dtype.startswith(("float", "bf")), WIDTH[dtype]),
                default="float32")
