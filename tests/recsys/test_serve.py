@@ -428,23 +428,32 @@ def test_over_http(run, server):
 
 
 def test_back_pressure_is_503(run):
-    """The HTTP layer before an engine that does not answer."""
+    """HTTP before an engine that does not answer, or takes nothing more."""
     pytest.importorskip("fastapi")
-    from fastapi.testclient import TestClient
-
-    from recsys.server import Service, application
+    uvicorn = pytest.importorskip("uvicorn")
+    from recsys.server import Service, _listen, application
     from recsys.serving_settings import ServeSettings
 
     trained = describe(run[0])
     engine = StuckEngine(trained)
-    settings = ServeSettings(engine=replace_settings(timeout_seconds=0.2))
-    body = body_of(trained, run[2], 0, 2)
-    client = TestClient(application(Service(engine, settings, run[0])))
-    answer = client.post("/rank", json=body)
-    assert answer.status_code == 503 and "within 0.2 seconds" in answer.json()["error"]
-    engine.full = True
-    answer = client.post("/rank", json=body)
-    assert answer.status_code == 503 and answer.headers["retry-after"] == "1" and "wait" in answer.json()["error"]
+    settings = ServeSettings(port=0, engine=replace_settings(timeout_seconds=0.2))
+    listener = _listen(settings)
+    server = uvicorn.Server(uvicorn.Config(application(Service(engine, settings, run[0])), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        body = json.dumps(body_of(trained, run[2], 0, 2)).encode()
+        code, answer = ask(address, "/rank", body)
+        assert code == 503 and "within 0.2 seconds" in answer["error"]
+        engine.full = True
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(address + "/rank", data=body), timeout=30)
+        assert refused.value.code == 503 and refused.value.headers["Retry-After"] == "1"
+        assert 'ranker_requests_total{code="503"} 2.0' in ask(address, "/metrics")[1]
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 class StuckEngine:
