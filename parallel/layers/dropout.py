@@ -33,12 +33,13 @@ def place_numbers(places: int, salt: int) -> Tensor:
 
 
 @ops.constexpr
-def column_keys(shape: tuple[int, ...]) -> Tensor:
-    """Odd int32 of `shape`: MurmurHash3's finaliser of the columns' numbers."""
+def column_keys(shape: tuple[int, ...], salt: int) -> Tensor:
+    """Odd int32 of `shape`: MurmurHash3's finaliser of the columns' numbers, times an odd salt."""
     h = np.arange(1, math.prod(shape) + 1, dtype=np.uint32)
     h = (h ^ (h >> np.uint32(16))) * np.uint32(_MIX_1 & 0xFFFFFFFF)
     h = (h ^ (h >> np.uint32(13))) * np.uint32(_MIX_2 & 0xFFFFFFFF)
-    return Tensor(((h ^ (h >> np.uint32(16))) | np.uint32(1)).astype(np.int32).reshape(shape))
+    h = ((h ^ (h >> np.uint32(16))) | np.uint32(1)) * np.uint32(salt & 0xFFFFFFFF)
+    return Tensor(h.astype(np.int32).reshape(shape))
 
 
 class Mix(Layer):
@@ -97,8 +98,8 @@ class DropoutKeys(Layer):
 class Dropout(Layer):
     """Zeroes each element with probability `rate` and multiplies the rest by 1 / (1 - rate); identity unless training.
 
-    Element (row i, column j) is kept when the 32-bit hash `a(i) s c(j) + b(i)` is at or above a threshold: a and b come
-    from `DropoutKeys`, s is the cell's own salt, c(j) an odd hash of the column (multiply-add hashing, Dietzfelbinger
+    Element (row i, column j) is kept when the 32-bit hash `a(i) c(j) + b(i)` is at or above a threshold: a and b come
+    from `DropoutKeys`, c(j) is an odd hash of the column and the cell's salt (multiply-add hashing, Dietzfelbinger
     1996). It costs two operations an element.
 
     Args:
@@ -118,7 +119,7 @@ class Dropout(Layer):
         self.threshold = _i32(int(np.floor(-(2.0**31) + rate * 2.0**32)))
         self.salt = 1
         self.hash_product, self.hash_sum, self.keep, self.product = ops.Mul(), ops.Add(), ops.GreaterEqual(), ops.Mul()
-        self.grow, self.salted, self.reshape = ops.Mul(), ops.Mul(), ops.Reshape()
+        self.grow, self.reshape = ops.Mul(), ops.Reshape()
 
     def construct(self, x: Tensor, keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x: any float type; the same shape and type. keys: of its rows; None only where nothing is dropped."""
@@ -126,11 +127,11 @@ class Dropout(Layer):
             return x
         if keys is None:
             raise ValueError("dropout needs the keys of the rows in training")
-        row_key, row_sum, columns = self.salted(keys[0], _i32(self.salt)), keys[1], x.shape[1:]
+        row_key, row_sum, columns = keys[0], keys[1], x.shape[1:]
         if len(x.shape) == 4:  # [B, H, S, S]
             thin, columns = (x.shape[0], 1, x.shape[2], 1), (1, x.shape[1], 1, x.shape[3])
             row_key, row_sum = self.reshape(row_key, thin), self.reshape(row_sum, thin)
-        hashed = self.hash_sum(self.hash_product(row_key, column_keys(columns)), row_sum)
+        hashed = self.hash_sum(self.hash_product(row_key, column_keys(columns, self.salt)), row_sum)
         kept = ops.cast(self.keep(hashed, self.threshold), x.dtype)
         return self.product(x, self.grow(kept, ops.cast(self.inverse_keep, x.dtype)))
 
@@ -142,8 +143,7 @@ class Dropout(Layer):
         if len(whole) == 4:
             thin, columns = (whole[0], None, whole[2], None), (None, whole[1], None, whole[3])
         return [Cut(self.hash_product, (thin, columns)), Cut(self.hash_sum, (whole, thin)),
-                Cut(self.keep, (whole, ())), Cut(self.grow, (whole, ())), Cut(self.product, (whole, whole)),
-                Cut(self.salted, ((whole[0], None), ()))]
+                Cut(self.keep, (whole, ())), Cut(self.grow, (whole, ())), Cut(self.product, (whole, whole))]
 
 
 def connect_dropout(network: nn.Cell, seed: int) -> bool:

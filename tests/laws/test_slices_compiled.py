@@ -7,8 +7,13 @@ import pytest
 from parallel.runtime.builder import build_task
 from parallel.slices import box_shape, cut_parameters
 
-CONFIG = Path(__file__).parents[2] / "configs" / "pangu" / "tiny.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIG = CONFIGS / "pangu" / "tiny.yaml"
+EXPERTS = [CONFIGS / "recsys" / "tokenmixer_large_moe.yaml", "train.global_batch_size=16", "model.moe.experts=3"]
 LAYOUTS = {
+    "experts": [*EXPERTS, "parallel.data=4", "parallel.expert=2"],
+    "experts sharded": [*EXPERTS, "parallel.data=4", "parallel.expert=2", "parallel.optimizer.shard=-1"],
+    "tokens and experts": [*EXPERTS, "parallel.data=4", "parallel.op=2", "parallel.expert=2", "model.op_cut=tokens"],
     "all sharded": ["parallel.data=4", "parallel.op=2", "parallel.optimizer.shard=-1"],
     "sharded by 2": ["parallel.data=4", "parallel.op=2", "parallel.optimizer.shard=2"],
     "two stages": ["parallel.data=2", "parallel.op=2", "parallel.pipeline.stages=2",
@@ -18,12 +23,15 @@ LAYOUTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_boxes_are_those_of_the_compiled_graph(name):
+def test_boxes_are_those_of_the_compiled_graph(name, tmp_path):
     from parallel.proof.child import Request, compile_rank
 
-    task, _, config = build_task(CONFIG, LAYOUTS[name])
+    file, *words = LAYOUTS[name] if isinstance(LAYOUTS[name][0], Path) else [CONFIG, *LAYOUTS[name]]
+    if file != CONFIG:
+        words.append(f"data.cache={tmp_path}")
+    task, _, config = build_task(file, words)
     rank = config.world - 3
-    layouts = compile_rank(Request(config.world, rank, str(CONFIG), LAYOUTS[name])).layouts
+    layouts = compile_rank(Request(config.world, rank, str(file), words)).layouts
     ours = {whole.name: whole.box_of_rank(rank) for whole in cut_parameters(task.network, config)}
     assert {key for key, box in ours.items() if box is not None} == {key for key in layouts if key in ours}
     for key, box in ours.items():

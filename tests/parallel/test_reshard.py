@@ -194,6 +194,44 @@ def test_every_rank_saves_its_slices(whole, model, tmp_path):
         assert_same_file(whole / file, tmp_path / "back" / file)
 
 
+def test_the_first_stages_copy_of_a_shared_table_counts(tmp_path):
+    """The last stage's copy is sent to it at every step and updated by nobody: the first's is read and merged."""
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    box = ((0, 6), (0, 4))
+    for rank, value in ((0, 1.0), (1, 7.0)):
+        write_rank(folder, rank, 2, [("table", "parameters.safetensors", "F32", (6, 4), box),
+                                     (f"own.{rank}", "parameters.safetensors", "F32", (2,), ((0, 2),))],
+                   lambda name, part, value=value: np.full([b - a for a, b in part], value, np.float32))
+    (folder / "state.json").write_text("{}")
+    assert (Slices(folder).read("table") == 1.0).all()
+    reshard.run_merge(None, argparse.Namespace(source=str(folder), target=str(tmp_path / "whole")))
+    merged = Slices(tmp_path / "whole")
+    assert (merged.read("table") == 1.0).all() and (merged.read("own.1") == 7.0).all()
+
+
+def test_boxes_of_experts():
+    """data 4 = 2 replicas x 2 of the expert axis: experts are cut by the inner half of the data coordinate."""
+    from parallel.layers.moe import SparsePertokenMoE
+
+    class Experts(Layer):
+        def __init__(self):
+            super().__init__()
+            self.moe = SparsePertokenMoE(4, 8, 24, experts=3, active=2)
+
+    layout = config(data=4, op=2, expert=2)
+    wholes = {whole.name: whole for whole in cut_parameters(Experts(), layout)}
+    gate = wholes["moe.gate_weight"]
+    assert gate.shape == (4, 2, 8, 8)
+    for rank in range(8):
+        expert = rank // 2 % 2
+        assert gate.box_of_rank(rank) == ((0, 4), (expert, expert + 1), (0, 8), (0, 8))
+    sharded = {w.name: w for w in cut_parameters(Experts(), config(data=4, op=2, expert=2, optimizer={"shard": -1}))}
+    # Whoever holds the same experts shares their states: both replicas x both places of the unused op axis.
+    parts = [sharded["moe.gate_weight"].box_of_rank(rank)[0] for rank in (0, 1, 4, 5)]
+    assert parts == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
 def test_what_is_wrong_is_said(whole, model, tmp_path):
     cut = recut(whole, tmp_path / "cut", model, LAYOUTS["dp2 op4"])
     with pytest.raises(UserError, match="exists already"):
