@@ -187,3 +187,12 @@ def test_padding_of_a_history_changes_nothing():
         moved[slot.offset] += 5.0
         table.set_data(Tensor(moved))
         np.testing.assert_allclose(model(Tensor(ids), Tensor(numbers)).asnumpy(), before, rtol=1e-5, atol=1e-6)
+
+
+def test_recipes_for_movielens_are_read():
+    recipes = sorted((CONFIGS / "movielens").glob("*.yaml"))
+    assert len(recipes) >= 3
+    for path in recipes:
+        _, settings = load_run(path, ["data.path=somewhere"])
+        assert settings.model.name == path.stem and settings.data.reader == "movielens"
+        assert settings.train.keep_best == "auc" and settings.train.sparse_optimizer.weight_decay > 0
