@@ -68,7 +68,8 @@ class Divergence:
         return asdict(self)
 
 
-def locate(world: World, reference: OneDevice, step: int, differences: Sequence[Difference]) -> Divergence:
+def locate(world: World, reference: OneDevice, step: int, differences: Sequence[Difference], *,
+           forward: bool = True) -> Divergence:
     """Runs both sides again up to `step` and finds the first forward node that differs, else the parameter.
 
     Args:
@@ -76,9 +77,11 @@ def locate(world: World, reference: OneDevice, step: int, differences: Sequence[
         reference: the one-device run.
         step: the first step that differed.
         differences: of that step's parameters and states, largest first.
+        forward: whether the loss of that step differs; if not, the forward pass is not looked at.
     """
-    whole = _whole_values(world, reference, step)
-    found = _first_node(world, reference, step, whole)
+    found = None
+    if forward:
+        found = _first_node(world, reference, step, _whole_values(world, reference, step))
     if found is not None:
         rank, node, difference, ranks = found
         line = source_line(reference.task.network, node)

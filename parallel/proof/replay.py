@@ -204,7 +204,7 @@ class Replay:
                 problem: str | None) -> dict[str, Any]:
         trainable = {item.name for item in self.reference.task.network.trainable_params()}
         lines, worst = [], {"loss": 0.0, "norm": 0.0, "parameter": 0.0, "state": 0.0}
-        first_wrong = None
+        first_wrong, forward = None, False
         for number, found in enumerate(differences):
             now = {"loss": _relative(cut.losses[number], single.losses[number][0]),
                    "norm": _relative(cut.norms[number], single.norms[number][0]),
@@ -212,7 +212,7 @@ class Replay:
                    "state": max((item.relative for item in found if item.name not in trainable), default=0.0)}
             worst = {key: _larger(worst[key], now[key]) for key in worst}
             if first_wrong is None and not _within(now):
-                first_wrong = number
+                first_wrong, forward = number, now["loss"] > LOSS_TOLERANCE
             lines.append([number, single.losses[number][0], cut.losses[number][0], now["loss"], single.norms[number][0],
                           now["norm"], now["parameter"], now["state"]])
         equal = problem is None and first_wrong is None
@@ -233,7 +233,7 @@ class Replay:
         if first_wrong is not None:
             from parallel.proof.locate import locate
 
-            found = locate(self.world, self.reference, first_wrong, differences[first_wrong])
+            found = locate(self.world, self.reference, first_wrong, differences[first_wrong], forward=forward)
             note(found.text)
             figures["divergence"] = found.to_dict()
         return figures | {"exit_code": 0 if equal else 1}

@@ -142,6 +142,9 @@ def _matmul(node: Node, a: np.ndarray, b: np.ndarray, left: Any = False, right: 
     return np.matmul(a, b)
 
 
+_MASKS = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
+
+
 @rule("StridedSlice")
 def _strided_slice(node: Node, x: np.ndarray, begin: Any, end: Any, strides: Any, *masks: int) -> np.ndarray:
     return x[_index(begin, end, strides, *masks)]
@@ -151,7 +154,8 @@ def _strided_slice(node: Node, x: np.ndarray, begin: Any, end: Any, strides: Any
 def _strided_slice_grad(node: Node, gradient: np.ndarray, shape: Any, begin: Any, end: Any, strides: Any,
                         *masks: int) -> np.ndarray:
     out = np.zeros(tuple(shape), gradient.dtype)
-    out[_index(begin, end, strides, *masks)] = gradient
+    # The gradient has its masks as attributes.
+    out[_index(begin, end, strides, *(masks or (int(node.attributes.get(name) or 0) for name in _MASKS)))] = gradient
     return out
 
 
