@@ -92,8 +92,10 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
         if not hasattr(sizes, "op_cut"):
             return
         inner = round(getattr(sizes, "ratio", getattr(sizes, "ffn_ratio", 1)) * sizes.width)
-        counts = getattr(model, "cut_tokens", None) or {getattr(model, "tokens", sizes.tokens),
-                                                        getattr(model, "heads", sizes.tokens)}
+        if kind != "width" and getattr(sizes, "ug_sep", None) is not None:
+            raise UserError("tokens of a separated ranker are not cut", where="model.op_cut", value=kind,
+                            mend="choose model.op_cut: width")
+        counts = {getattr(model, "tokens", sizes.tokens), getattr(model, "heads", sizes.tokens)}
         if kind == "width":
             divides(op, inner, where="parallel.op", what="inner width")
         else:

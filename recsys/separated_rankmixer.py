@@ -22,7 +22,7 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.pyramid import PyramidBlock, count_pairs
 from recsys.separated_tokenmixer import SidedGroupTokenizer
-from recsys.separation import Beside, Compensation, Fill, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
+from recsys.separation import Beside, Blank, Compensation, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
 from recsys.sides import tokens_of_ratio
 from recsys.tokenization import SliceTokenizer
 
@@ -51,7 +51,8 @@ class SeparatedBlock(nn.Cell):
         self.heads_apart = Widths((c_u * d, c_g * d), stream)
         self.mix_own, self.mix_given = (TokenMixing(c_u, count, count * d, layout=layout) for count in counts)
         self.mix_group = TokenMixing(c_g, c_g, c_g * d, layout=layout)
-        self.fill, self.beside, self.take = Fill(0, c_g * d, stream), Beside(2, stream), Take()
+        self.blank, self.beside, self.beside_rest = Blank(stream), Beside(2, stream), Beside(2, stream)
+        self.take = Take()
         norm = {"compute_dtype": compute_dtype, "stream": stream}
         self.norm1 = LayerNorm(width, **norm) if settings.norm else None
         self.norm2 = LayerNorm(width, **norm) if settings.norm else None
@@ -88,12 +89,12 @@ class SeparatedBlock(nn.Cell):
         """(x_uRD, pieces: U heads of the G mixed tokens [c_g, R, c_u d], compensation if any; penalty)."""
         s_uRD, pieces = x_uRD, ()
         if self.mixing:
-            own, given = self.heads_apart(x_uRD)
-            own = self.mix_own(own)
-            pieces += (self.mix_given(given),)
-            s_uRD = self.fill(own)
-            if self.residual:
-                s_uRD = self.adds[2](s_uRD, x_uRD)
+            first, rest = self.heads_apart(x_uRD)
+            own = self.mix_own(first)
+            pieces += (self.mix_given(rest),)
+            # The mixed token ends where the mask begins.
+            s_uRD = (self.beside_rest(self.adds[2](own, first), rest) if self.residual
+                     else self.beside_rest(own, self.blank(rest)))
         if self.compensation is not None:
             pieces += (self.compensation(own if self.mixing else self.heads_apart(x_uRD)[0]),)
         x_uRD, penalty = self.half(s_uRD, self.network_user, index_N, 0)

@@ -28,7 +28,7 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.pyramid import PyramidBlock, count_pairs
 from recsys.ranker import Rectifier, TaskTowers, dense
-from recsys.separation import Beside, Compensation, Fill, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
+from recsys.separation import Beside, Blank, Compensation, Fill, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
 from recsys.sides import allot, heads_of, tokens_of_ratio
 from recsys.tokenization import GroupTokenizer, Stack
 
@@ -114,15 +114,16 @@ class SeparatedBlock(nn.Cell):
     def _make_mixing(self, width: int, d: int, layout: TokenLayout, separation: Any) -> None:
         (c_u, c_g), (h_u, h_g), stream = self.counts, self.heads, layout.stream
         own, other = h_u * d, h_g * d
-        self.heads_apart = Widths((own, other), stream)
+        self.heads_apart, self.heads_again = Widths((own, other), stream), Widths((own, other), stream)
         self.mix_own, self.mix_given = (TokenMixing(c_u, h, h * d, layout=layout) for h in (h_u, h_g))
         self.mix_group = TokenMixing(c_g, h_g, other, layout=layout)
         self.tokens_apart = Widths((self.from_user, self.from_group), stream)
         self.revert_own, self.revert_given = (TokenMixing(c, h_u, own, reverting=True, layout=layout)
                                               for c in (c_u, c_g))
         self.revert_group = TokenMixing(c_g, h_g, other, reverting=True, layout=layout)
-        self.fill_token, self.fill_mixed = Fill(0, other, stream), Fill(0, self.from_group, stream)
-        self.beside, self.beside_given, self.take = Beside(2, stream), Beside(2, stream), Take()
+        self.blank, self.fill_mixed = Blank(stream), Fill(0, self.from_group, stream)
+        self.beside, self.beside_given, self.beside_rest = Beside(2, stream), Beside(2, stream), Beside(2, stream)
+        self.take = Take()
         self.wide, self.adds = Repeat(c_g), nn.CellList([Add(stream) for _ in range(7)])
         # Of the form with masks.
         tokens, mixed = c_u + c_g, h_u + h_g
@@ -176,7 +177,7 @@ class SeparatedBlock(nn.Cell):
         pieces += (self.revert_given(theirs),)
         if self.compensation is not None:
             pieces += (self.compensation(own_huRK),)
-        return self.user_tokens(x_uRD, self.revert_own(mine)), pieces, 0.0
+        return self.user_tokens(x_uRD, self.revert_own(mine), given), pieces, 0.0
 
     def user_mixed(self, own_huRK: Tensor) -> Tensor:
         """[h_u, R, M]: what becomes of the U mixed tokens, whose columns from c_u d on are zero."""
@@ -189,13 +190,14 @@ class SeparatedBlock(nn.Cell):
         normed, _ = self.tokens_apart(norm(full))
         return self.adds[0](full, self.first_user(normed))
 
-    def user_tokens(self, x_uRD: Tensor, back_uRK: Tensor) -> Tensor:
-        """The second half of the block, from what came back of the U mixed tokens, [c_u, R, h_u d]."""
+    def user_tokens(self, x_uRD: Tensor, back_uRK: Tensor, given_uRK: Tensor) -> Tensor:
+        """The second half of the block, from what came back of the U mixed tokens, [c_u, R, h_u d]; the G heads, shaped
+        [c_u, R, h_g d] like `given_uRK`, get nothing back."""
         if self.variant == "equation_postnorm":
             return self.norm2(self.adds[1](self.second_user(back_uRK), x_uRD))
-        full = self.fill_token(back_uRK)
+        full = self.beside_rest(back_uRK, self.blank(given_uRK))
         if self.variant == "equation_prenorm":
-            normed, _ = self.heads_apart(self.norm2(full))
+            normed, _ = self.heads_again(self.norm2(full))
             return self.adds[1](x_uRD, self.second_user(normed))
         x_uRD = self.adds[2](x_uRD, full)
         return self.adds[1](x_uRD, self.second_user(self.norm2(x_uRD)))

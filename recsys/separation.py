@@ -109,6 +109,20 @@ class Fill(Layer):
         return [Cut(self.pad, (self.stream,))]
 
 
+class Blank(Layer):
+    """Zeros in the shape of x_TBD. (A filled constant would not be cut as x is.)"""
+
+    def __init__(self, stream: Operand) -> None:
+        super().__init__()
+        self.stream, self.zeros = stream, ops.ZerosLike()
+
+    def construct(self, x_TBD: Tensor) -> Tensor:
+        return self.zeros(x_TBD)
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.zeros, (self.stream,))]
+
+
 class Mask(Layer):
     """x_TBE with 0 where a U row (the first `rows`) would read a G column (from `columns` on); all of it otherwise.
 
