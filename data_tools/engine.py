@@ -26,7 +26,7 @@ class EngineSettings(Settings):
     """Spark master: local[*], spark://host:7077, yarn, ... Input and output must be visible to all its workers."""
     driver_memory: str = "2g"
     """Memory of the Spark driver (with a local master: of everything in the JVM)."""
-    options: dict[str, str] = {}
+    options: dict[str, bool | int | float | str] = {}
     """Further Spark options, such as spark.executor.memory."""
 
 
