@@ -71,6 +71,10 @@ def test_scores_equal_the_slow_scorer(model, reference, share):
     for requests in (together, together + apart):
         for request, (got, _) in zip(requests, scorer.token_scores(requests), strict=True):
             assert got == pytest.approx(reference(*request), abs=2e-4)
+    # The order of requests, so of candidates and instances, has no influence.
+    order = np.random.default_rng(1).permutation(len(together))
+    turned = scorer.loglikelihood([together[index] for index in order])
+    assert turned == pytest.approx([reference(*together[index]).sum() for index in order], abs=1e-3)
     sums = scorer.loglikelihood(apart)
     assert sums == pytest.approx([reference(*request).sum() for request in apart], abs=1e-3)
 
