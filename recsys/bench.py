@@ -174,20 +174,27 @@ def _one_size(models: dict, spec: Any, size: int, rounds: int) -> list[dict]:
     from recsys.serving_settings import EngineSettings
 
     shapes = EngineSettings(requests=1, candidates=[size])
-    scorers = {(mode, kind): Scorer(models["entangled" if mode == "entangled" else "separated", kind][0], shapes,
-                                    StateCache(1 if mode == "cached" else 0)) for mode in MODES for kind in PRECISIONS}
+    # Separated and cached are one scorer, hence the same graphs, with another cache.
+    scorers = {key: Scorer(model, shapes, StateCache(0)) for key, (model, _) in models.items()}
+    caches = {"entangled": StateCache(0), "separated": StateCache(0), "cached": StateCache(len(PRECISIONS))}
+
+    def score(mode: str, kind: str) -> float:
+        scorer = scorers["entangled" if mode == "entangled" else "separated", kind]
+        scorer.cache, scorer.version = caches[mode], PRECISIONS.index(kind)
+        begun = time.perf_counter()
+        scorer.score([(ids, numbers)])
+        return 1e3 * (time.perf_counter() - begun)
+
     ids, numbers, _ = sample_batch(spec, size, 1, 0)
     ids[:], numbers[:] = _one_user(spec, ids, numbers)
-    for scorer in scorers.values():
-        for _ in range(2):
-            scorer.score([(ids, numbers)])
-    times: dict[tuple, list[float]] = {key: [] for key in scorers}
+    variants = [(mode, kind) for mode in MODES for kind in PRECISIONS]
+    for variant in variants * 2:
+        score(*variant)
+    times: dict[tuple, list[float]] = {variant: [] for variant in variants}
     for _ in range(rounds):
-        for key, scorer in scorers.items():
-            begun = time.perf_counter()
-            scorer.score([(ids, numbers)])
-            times[key].append(1e3 * (time.perf_counter() - begun))
-    return [_row(mode, kind, size, times[mode, kind], models) for mode, kind in scorers]
+        for variant in variants:
+            times[variant].append(score(*variant))
+    return [_row(*variant, size, times[variant], models) for variant in variants]
 
 
 def _row(mode: str, kind: str, size: int, times: list[float], models: dict) -> dict:
