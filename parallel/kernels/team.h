@@ -45,12 +45,16 @@ class Team {
       parts_[part].next.store(static_cast<int>(int64_t(blocks) * part / (helpers_ + 1)), std::memory_order_relaxed);
       parts_[part].end = static_cast<int>(int64_t(blocks) * (part + 1) / (helpers_ + 1));
     }
-    running_.store(helpers_, std::memory_order_relaxed);
+    inside_.store(kOpen, std::memory_order_release);
     round_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) futex(FUTEX_WAKE_PRIVATE, helpers_);
     work(0);
-    // Every helper must have seen this round before the next may begin.
-    while (running_.load(std::memory_order_acquire) != 0) pause_cpu();
+    // Nothing is left to begin. Helpers inside finish their blocks; one that has not come yet, since its core was busy
+    // with something else, is not waited for.
+    inside_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int spins = 0; inside_.load(std::memory_order_acquire) != 0; ++spins)
+      if (spins < kSpins) pause_cpu();
+      else sched_yield();
     busy_.store(false, std::memory_order_release);
   }
 
@@ -88,8 +92,12 @@ class Team {
         sleepers_.fetch_sub(1, std::memory_order_seq_cst);
       }
       seen = round_.load(std::memory_order_acquire);
+      uint32_t state = inside_.load(std::memory_order_acquire);
+      while ((state & kOpen) != 0 && !inside_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+      }
+      if ((state & kOpen) == 0) continue;
       work(own);
-      running_.fetch_sub(1, std::memory_order_release);
+      inside_.fetch_sub(1, std::memory_order_release);
     }
   }
 
@@ -100,11 +108,13 @@ class Team {
 
   static constexpr int kSpins = 4000;  // about 0.1 ms
   static constexpr int kMost = 16;
+  static constexpr uint32_t kOpen = 1u << 16;
   int helpers_ = 0;
   const pid_t home_ = getpid();
   std::atomic<bool> busy_{false};
   std::atomic<uint32_t> round_{0};
-  std::atomic<int> running_{0}, sleepers_{0};
+  std::atomic<uint32_t> inside_{0};  // helpers at work, and whether more may come
+  std::atomic<int> sleepers_{0};
   Part parts_[kMost];
   void (*call_)(const void *, int) = nullptr;
   const void *context_ = nullptr;
