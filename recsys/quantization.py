@@ -279,7 +279,7 @@ class QuantizedMoE(nn.Cell):
 
     def __init__(self, moe: SparsePertokenMoE, groups: tuple[int, int]) -> None:
         super().__init__()
-        self.router, self.shared, self.route_of = moe.router, moe.shared, moe.route
+        self.router, self.shared = moe.router, moe.shared
         self.alpha, self.chosen, self.routed = moe.alpha, moe.chosen, moe.routed
         self.flops_per_sample, self.idle_parameters = moe.flops_per_sample, moe.idle_parameters
         self.compute_dtype = moe.compute_dtype
