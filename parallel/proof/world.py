@@ -15,7 +15,9 @@ from parallel.proof.collectives import group_ranks
 from parallel.proof.distinct import derived, representative_of, representatives, same_but_for_groups
 from parallel.proof.executor import Program, Rank, data_inputs, prepare
 from parallel.proof.graph import Graph, read_graph
+from parallel.proof.inline import flat
 from parallel.runtime.errors import UserError
+from parallel.runtime.train_settings import TrainSettings
 from parallel.slices import Box, box_of_mindspore, box_shape
 
 
@@ -88,23 +90,32 @@ def compile_world(config: str, overrides: Sequence[str], compilers: Compilers, *
     """
     from parallel.runtime.builder import load_run
 
-    layout = load_run(config, list(overrides))[1].parallel.resolve()
+    settings = load_run(config, list(overrides))[1]
+    layout = settings.parallel.resolve()
+    shared = needs_sharing(settings.train, layout)
 
     def compile_(ranks: Sequence[int]) -> dict[int, Compiled]:
         requests = [Request(layout.world, rank, str(Path(config).resolve()), list(overrides), compute_dtype="float32",
-                            reuse=False) for rank in ranks]
+                            reuse=shared) for rank in ranks]
         folders = [Path(keep) / f"rank_{rank}" for rank in ranks] if keep else None
         return dict(zip(ranks, compilers.compile(requests, folders), strict=True))
 
     first = list(range(layout.world)) if every_rank else representatives(layout)
     compiled = compile_(first)
-    graphs = {rank: read_graph(item.graph) for rank, item in compiled.items()}
+    graphs = {rank: flat(read_graph(item.graph)) for rank, item in compiled.items()}
     if not same_but_for_groups(graphs, {rank: item.layouts for rank, item in compiled.items()}, layout):
         missing = [rank for rank in range(layout.world) if rank not in compiled]
         others = compile_(missing)
         compiled |= others
-        graphs |= {rank: read_graph(item.graph) for rank, item in others.items()}
+        graphs |= {rank: flat(read_graph(item.graph)) for rank, item in others.items()}
     return read_world(compiled, graphs)
+
+
+def needs_sharing(train: TrainSettings, layout: ParallelConfig) -> bool:
+    """Whether MindSpore compiles the layout only with micro-batches that share one copy of the network's graph."""
+    from parallel.sharded_step import micro_batches
+
+    return layout.pipeline.interleave > 1 or (layout.optimizer.level > 1 and micro_batches(train, layout) > 1)
 
 
 def read_world(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> World:
