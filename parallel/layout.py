@@ -58,6 +58,7 @@ class Axes:
             "rows": data * op,
         }
         self.sequence = config.sequence and op > 1
+        self.stages = config.pipeline.stages
         self.mesh = Layout((data // config.expert, config.expert, op), ("replica", "expert", "op"))
         whole = ("replica", "expert")
         self.places = {"batch": whole, "tokens": whole, "residual": (*whole, "op") if config.sequence else whole,

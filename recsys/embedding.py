@@ -60,6 +60,27 @@ class Pieces(Layer):
         return [Cut(self.split, (("batch", *([None] * (self.dims - 1))),))]
 
 
+class Piece(Layer):
+    """One piece of `Pieces`, by a slice."""
+
+    def __init__(self, start: int, size: int, dims: int = 3) -> None:
+        super().__init__()
+        self.start, self.size, self.dims, self.slice = start, size, dims, ops.StridedSlice()
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.dims == 2:
+            return self.slice(x, (0, self.start), (x.shape[0], self.start + self.size), (1, 1))
+        return self.slice(x, (0, self.start, 0), (x.shape[0], self.start + self.size, x.shape[2]), (1, 1, 1))
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.slice, (("batch", *([None] * (self.dims - 1))),))]
+
+
+def pieces_of(sizes: list[int], dims: int = 3) -> nn.CellList:
+    """A `Piece` for each size."""
+    return nn.CellList([Piece(sum(sizes[:index]), size, dims) for index, size in enumerate(sizes)])
+
+
 class Join(Layer):
     """Concatenation of `count` tensors along dim 1."""
 
@@ -180,7 +201,7 @@ class Numbers(Layer):
                 Cut(self.plus, (("batch", None, None), (None, None)))]
 
 
-class FeatureEmbedding(nn.Cell):
+class FeatureEmbedding(Layer):
     """groups: for each semantic group the concatenation [B, width of the group] of its features' vectors.
 
     Args:
@@ -200,13 +221,21 @@ class FeatureEmbedding(nn.Cell):
         slots = sorted(spec.slots.values(), key=lambda slot: slot.start)
         self.slot_names = tuple(slot.feature.name for slot in slots)
         self.cut_ids = Pieces([slot.length for slot in slots], 2)
+        # Where micro-batches of a pipeline share one graph, MindSpore loses the shapes of a tuple that a cell returns.
+        self.sliced = False
+        self.id_pieces = pieces_of([slot.length for slot in slots], 2)
+        self.row_pieces, self.places = [], [(0, 0)] * len(slots)
         self.members, self.cut_rows, self.join_ids = [], [], []
         for width in self.widths:
             mine = [index for index, slot in enumerate(slots) if slot.width == width]
             self.members.append(tuple(mine))
             self.cut_rows.append(Pieces([slots[index].length for index in mine]))
             self.join_ids.append(Join(len(mine)))
-        self.members = tuple(self.members)
+            self.row_pieces.append(pieces_of([slots[index].length for index in mine]))
+            for number, index in enumerate(mine):
+                self.places[index] = (len(self.row_pieces) - 1, number)
+        self.members, self.places = tuple(self.members), tuple(self.places)
+        self.row_pieces = nn.CellList(self.row_pieces)
         self.cut_rows, self.join_ids = nn.CellList(self.cut_rows), nn.CellList(self.join_ids)
         self._make_numbers(spec, std)
         self._make_plans(spec, slots)
@@ -246,8 +275,11 @@ class FeatureEmbedding(nn.Cell):
         self.joins = nn.CellList([join for join, plan in zip(joins, plans, strict=True) if plan])
 
     def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> tuple:
-        ids = self.cut_ids(ids_BM)
-        rows = self._rows(ids_BM, ids)
+        if self.sliced:
+            ids, rows = self._sliced(ids_BM)
+        else:
+            ids = self.cut_ids(ids_BM)
+            rows = self._rows(ids_BM, ids)
         numbers = ()
         if self.numbers is not None:
             numbers = self.cut_numbers(self.numbers(numbers_BN))
@@ -269,6 +301,27 @@ class FeatureEmbedding(nn.Cell):
         for place, pooling in self.kept:
             sequences += ((rows[place], self.poolings[pooling](ids[place])),)
         return groups, sequences
+
+    def lay_out(self, axes) -> None:
+        self.sliced = axes.stages > 1
+        super().lay_out(axes)
+
+    def _sliced(self, ids_BM: Tensor) -> tuple:
+        """Ids and rows of every slot, one slice each."""
+        ids, found, rows = (), (), ()
+        for piece in self.id_pieces:
+            ids += (piece(ids_BM),)
+        for index in range(len(self.widths)):
+            if len(self.widths) == 1:
+                found += (self.tables[index](ids_BM),)
+            else:
+                mine = ()
+                for member in self.members[index]:
+                    mine += (ids[member],)
+                found += (self.tables[index](self.join_ids[index](*mine)),)
+        for table, number in self.places:
+            rows += (self.row_pieces[table][number](found[table]),)
+        return ids, rows
 
     def _rows(self, ids_BM: Tensor, ids: tuple) -> tuple:
         """Embedding rows of every slot, [B, L, W] each, in the order of the slots."""

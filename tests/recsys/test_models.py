@@ -1,5 +1,6 @@
 """Every ranker's config: it builds, learns through every parameter, and its counts are right."""
 
+import json
 from pathlib import Path
 
 import mindspore as ms
@@ -196,3 +197,28 @@ def test_recipes_for_movielens_are_read():
         _, settings = load_run(path, ["data.path=somewhere"])
         assert settings.model.name == path.stem and settings.data.reader == "movielens"
         assert settings.train.keep_best == "auc" and settings.train.sparse_optimizer.weight_decay > 0
+
+
+@pytest.mark.parametrize("name", ["rankmixer", "longer"])
+def test_slices_of_a_pipeline_give_what_the_split_gives(name):
+    made = task(name)
+    batch = [Tensor(array) for array in made.sample(0)][:2]
+    embedding = made.network.model.embedding
+    groups, sequences = embedding(*batch)
+    embedding.sliced = True
+    others, kept = embedding(*batch)
+    pairs = [*zip(groups, others, strict=True), *((a, b) for own, other in zip(sequences, kept, strict=True)
+                                                  for a, b in zip(own, other, strict=True))]
+    assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_pipeline_stages_compile_with_one_graph_for_all_micro_batches(capsys):
+    from parallel.__main__ import VERBS as PROOFS
+
+    words = ["dryrun", "--config", str(CONFIGS / "rankmixer.yaml"), "parallel.data=2", "parallel.op=2",
+             "parallel.pipeline.stages=2", "parallel.pipeline.micro_batches=2"]
+    assert main("parallel", PROOFS, words) == 0
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert figures["world"] == 8 and figures["unexpected_redistributions"] == 0
+    assert figures["collectives"]["Send"]["count"] == 2
