@@ -281,6 +281,11 @@ class _Evaluation:
             self.layout[self.segment.number[id(item)]] = tuple(
                 Dim(dim.size, placed.get(axis, ()) if axis else ())
                 for dim, axis in zip(dims, operation.out_wanted, strict=True))
+        whole = not any(dim.axis for dim in dims)
+        if operation.primitive == "Gather" and whole and dims[0].size % self.mesh.ways(summed) == 0:
+            # With the ids whole on every rank a lookup in a cut table is scattered; who needs it whole gathers it.
+            kind = "ReduceScatter"
+            self.layout[self.segment.number[id(item)]] = (Dim(dims[0].size, summed), *dims[1:])
         self._speak(place, kind, summed, size, operation.needed, "loss" if not dims else "activation")
 
     def _speak(self, place: int, kind: str, factors: tuple[int, ...], size: int, back: bool,

@@ -22,6 +22,7 @@ GRID = {
     "all of them, first stage": (TINY, 0, " ".join(EVERYTHING)),
     "all of them, last stage, sequence": (TINY, 4, " ".join([*EVERYTHING, "parallel.sequence=true"])),
     "sequence": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.sequence=true parallel.optimizer.shard=-1 " + EIGHT),
+    "sequence, op alone": (TINY, 0, "parallel.op=2 parallel.sequence=true " + EIGHT),
     "first stage": (TINY, 0, "parallel.data=2 train.global_batch_size=16 " + PIPE),
     "last stage": (TINY, 2, "parallel.data=2 train.global_batch_size=16 " + PIPE),
     "third of four stages": (TINY, 4, "parallel.data=2 parallel.pipeline.stages=4 parallel.pipeline.micro_batches=4 "
@@ -52,6 +53,7 @@ GRID = {
     "shard level 3, accumulation": (TINY, 0, "parallel.data=4 parallel.optimizer.shard=-1 parallel.optimizer.level=3 "
                                              "train.accumulation=4 train.global_batch_size=16"),
     "ranker": (RANKER, 0, "parallel.data=2 parallel.op=2 parallel.optimizer.shard=-1"),
+    "ranker, op alone": (RANKER, 0, "parallel.op=2"),
     "ranker cut by tokens": (RANKER, 0, "parallel.data=4 parallel.op=2 model.op_cut=tokens"),
     "ranker recomputed": (RANKER, 0, "parallel.data=2 parallel.recompute.policy=full"),
     "experts": (MOE, 0, "parallel.data=2"),
