@@ -115,7 +115,8 @@ def needs_sharing(train: TrainSettings, layout: ParallelConfig) -> bool:
     """Whether MindSpore compiles the layout only with micro-batches that share one copy of the network's graph."""
     from parallel.sharded_step import micro_batches
 
-    return layout.pipeline.interleave > 1 or (layout.optimizer.level > 1 and micro_batches(train, layout) > 1)
+    scheduled = layout.pipeline.stages > 1 and layout.pipeline.schedule != "1f1b"
+    return scheduled or (layout.optimizer.level > 1 and micro_batches(train, layout) > 1)
 
 
 def read_world(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> World:
