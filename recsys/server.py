@@ -6,7 +6,8 @@
     GET  /metrics  Prometheus
     POST /reload   the newest checkpoint of the folder that is served; SIGHUP does the same
 
-A bad request is one line: 400 not JSON, 413 too long, 422 wrong content. 503: the queue is full or the time ran out.
+A bad request is one line: 400 not JSON, 408 too slow, 413 too long, 422 wrong content. 503: the queue is full or the
+time ran out.
 """
 
 from __future__ import annotations
@@ -85,8 +86,25 @@ class Service:
         self.engine, self.settings, self.folder = engine, settings, folder
         self.pool = ThreadPoolExecutor(settings.threads, "requests")
         self.reloader = ThreadPoolExecutor(1, "reload")
+        self.inside, self.most_inside = 0, settings.engine.queue + settings.engine.requests + settings.threads
         self.metrics = Metrics(engine)
         engine.observe = self.metrics.observe
+
+    async def answer(self, request: Any) -> tuple[int, dict]:
+        """(code, answer) of a call of /rank. Only so many bodies are held at once as could be scored or wait."""
+        if self.inside >= self.most_inside:
+            return 503, {"error": f"{self.inside} requests are being answered already"}
+        self.inside += 1
+        try:
+            raw = await asyncio.wait_for(_read(request, self.settings.max_body_bytes),
+                                         self.settings.engine.timeout_seconds)
+            if raw is None:
+                return 413, {"error": f"the body is longer than {self.settings.max_body_bytes} bytes"}
+            return await self.rank(raw)
+        except asyncio.TimeoutError:
+            return 408, {"error": f"the body did not come within {self.settings.engine.timeout_seconds} seconds"}
+        finally:
+            self.inside -= 1
 
     async def rank(self, raw: bytes) -> tuple[int, dict]:
         """(code, answer) of a request's body."""
@@ -179,11 +197,7 @@ def application(service: Service) -> Any:
     # `from __future__ import annotations` hides local classes from FastAPI's look at the signature.
     async def rank(request) -> Response:
         begun = time.perf_counter()
-        raw = await _read(request, service.settings.max_body_bytes)
-        if raw is None:
-            code, answer = 413, {"error": f"the body is longer than {service.settings.max_body_bytes} bytes"}
-        else:
-            code, answer = await service.rank(raw)
+        code, answer = await service.answer(request)
         service.metrics.requests.labels(str(code)).inc()
         service.metrics.seconds.observe(time.perf_counter() - begun)
         return JSONResponse(answer, code, {"Retry-After": "1"} if code == 503 else None)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -436,21 +437,36 @@ def test_back_pressure_is_503(run):
 
     trained = describe(run[0])
     engine = StuckEngine(trained)
-    settings = ServeSettings(port=0, engine=replace_settings(timeout_seconds=0.2))
-    listener = _listen(settings)
-    server = uvicorn.Server(uvicorn.Config(application(Service(engine, settings, run[0])), log_level="warning"))
+    settings = ServeSettings(port=0, threads=1, engine=replace_settings(timeout_seconds=1.5, queue=3, requests=1))
+    service, listener = Service(engine, settings, run[0]), _listen(settings)
+    server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         body = json.dumps(body_of(trained, run[2], 0, 2)).encode()
         code, answer = ask(address, "/rank", body)
-        assert code == 503 and "within 0.2 seconds" in answer["error"]
+        assert code == 503 and "within 1.5 seconds" in answer["error"]
         engine.full = True
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(urllib.request.Request(address + "/rank", data=body), timeout=30)
         assert refused.value.code == 503 and refused.value.headers["Retry-After"] == "1"
         assert 'ranker_requests_total{code="503"} 2.0' in ask(address, "/metrics")[1]
+        # A client that never sends its body holds a place for a while, not for ever.
+        host, port = listener.getsockname()[:2]
+        head = b"POST /rank HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+        slow = [socket.create_connection((host, port)) for _ in range(service.most_inside)]
+        for connection in slow:
+            connection.sendall(head)
+        deadline = time.monotonic() + 10
+        while service.inside < service.most_inside and time.monotonic() < deadline:
+            time.sleep(0.005)
+        code, answer = ask(address, "/rank", body)
+        assert code == 503 and "being answered" in answer["error"]
+        assert all(connection.recv(12) == b"HTTP/1.1 408" for connection in slow)
+        assert service.inside == 0
+        for connection in slow:
+            connection.close()
     finally:
         server.should_exit = True
         thread.join()
@@ -477,8 +493,6 @@ class StuckEngine:
 
 def test_a_port_that_is_taken_is_one_line(run, capsys):
     pytest.importorskip("uvicorn")
-    import socket
-
     from parallel.runtime.command import main
     from recsys.__main__ import VERBS
 
