@@ -76,12 +76,14 @@ def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Proc
     if options.keep_best is not None:
         raise UserError("a cut run has no AUC while it trains", where="train.keep_best", value=options.keep_best,
                         mend="set it to null, merge a checkpoint (python -m parallel merge) and evaluate it")
+    if options.share_users:
+        raise UserError("a cut run does not share users", where="train.share_users", mend="set it to false")
     task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
     counted = count(task.network)
     validated = len(log.parts["validation"]) >= options.global_batch_size
     run = CutRun(task, options, parallel, processes, validated=validated)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      *run.rows, log.spec)
+                      *run.rows, log.spec, settings.data.together)
     validation = None
     if validated:
         rows = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
