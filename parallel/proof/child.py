@@ -234,6 +234,7 @@ def _failure(request: Request, place: Path, code: int) -> Exception:
 
 def main() -> int:
     """The child: reads folders from stdin, compiles the request in each in a fork, answers with exit codes."""
+    parent = os.getppid()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but answers goes there
     with contextlib.suppress(Exception):  # told by the first compile, which has a log
@@ -245,9 +246,21 @@ def main() -> int:
         fork = os.fork()
         if fork == 0:
             _answer_in_fork(place)
-        _, status = os.waitpid(fork, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        print(_exit_code(fork, parent), file=answers, flush=True)
     return 0
+
+
+def _exit_code(fork: int, parent: int) -> int:
+    """Waits for the fork; ends it and itself when whoever asked is gone, for a compile can take all the memory."""
+    pause = 0.01
+    while True:
+        ended, status = os.waitpid(fork, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if os.getppid() != parent:
+            os.killpg(0, signal.SIGKILL)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
 
 
 def _answer_in_fork(place: Path) -> None:

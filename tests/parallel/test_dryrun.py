@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import platform
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -264,3 +267,10 @@ def test_what_mindspore_refuses_is_told_in_one_line() -> None:
     with pytest.raises(UserError) as error:
         compile_rank(Request(2, 0, builder="proof_networks:nothing", paths=[str(Path(__file__).parent)]))
     assert "\n" not in str(error.value)
+
+
+def test_a_compile_ends_with_whoever_asked_for_it():
+    program = ("import os, time\nfrom parallel.proof import child\nfork = os.fork()\nif fork == 0:\n    time.sleep(60)\n"
+               "child._exit_code(fork, parent=-1)")
+    ended = subprocess.run([sys.executable, "-c", program], start_new_session=True, timeout=50, check=False)
+    assert ended.returncode == -signal.SIGKILL
