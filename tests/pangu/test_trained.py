@@ -83,7 +83,7 @@ def test_the_quickstarts_model_is_above_chance_and_scores_as_the_slow_scorer(tmp
     tasks = "world_context,world_sentiment,world_arithmetic"
     for shots, context in ((0, 0.4), (1, 0.35), (2, 0.3)):  # other passages in front make it harder to find the fact
         results = evaluate(where, tmp_path, capsys, "--tasks", tasks, "--data", tmp_path / "data", "--shots", shots)
-        assert_above_chance(results["world_sentiment"], 0.8)
+        assert_above_chance(results["world_sentiment"], 0.7)
         assert_above_chance(results["world_context"], context, 2.0)
         assert_above_chance(results["world_arithmetic"], 0.35, 3.0)
         assert results["world_sentiment"]["shots"] == shots
