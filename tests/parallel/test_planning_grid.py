@@ -61,7 +61,8 @@ GRID = {
     "experts cut": (MOE, 0, "parallel.data=4 parallel.expert=2 model.moe.experts=5 model.width=80"),
     **{f"{name} {words}": (ROOT / f"configs/recsys/{name}.yaml", 0, words) for name, words in (
         ("tokenmixer_large", "parallel.data=2 parallel.op=2 parallel.optimizer.shard=-1"),
-        ("rankmixer_ug_sep", "parallel.data=2 parallel.op=2"), ("wukong", "parallel.data=4 parallel.optimizer.shard=-1"), ("hiformer", "parallel.data=2 parallel.op=2"),
+        ("rankmixer_ug_sep", "parallel.data=2 parallel.op=2"), ("hiformer", "parallel.data=2 parallel.op=2"),
+        ("wukong", "parallel.data=4 parallel.optimizer.shard=-1"),
         ("dcnv2", "parallel.data=4 parallel.optimizer.shard=2"), ("autoint", "parallel.data=2"),
         ("longer", "parallel.data=2 parallel.optimizer.shard=-1 train.precision=fp32"),
         ("dlrm_mlp", "parallel.data=2 parallel.op=2"))},
