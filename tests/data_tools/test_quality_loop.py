@@ -112,7 +112,7 @@ def test_shuffled_text_is_judged_worse(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "data_tools", "quality-loop", "--versions", str(tmp_path / "shuffled"),
          str(tmp_path / "whole"), "--development", str(tmp_path / "dev"), "--output", str(tmp_path / "out"),
-         "quality.characters=150000", "quality.vocabulary_size=800",
+         "quality.characters=150000", "quality.vocabulary_size=1000",
          "quality.pangu={train.steps: 60, train.validate_every: null, model.layers: 2, model.hidden_size: 64}"],
         cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
