@@ -27,6 +27,7 @@ void add(const float *x, const float *y, int64_t size, float *sum) {
   constexpr int64_t kSize = 1 << 15;
   Team::get().run(static_cast<int>((size + kSize - 1) / kSize), [=](int block) {
     const int64_t last = std::min(size, (block + int64_t{1}) * kSize);
+#pragma GCC ivdep
     for (int64_t i = block * kSize; i < last; ++i) sum[i] = x[i] + y[i];
   });
 }

@@ -18,11 +18,13 @@ constexpr float kLinear = 1.5957691216057308f, kCubic = 0.044715f * kLinear;  //
 
 // x sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3): the tanh form.
 void gelu(const float *z, int64_t size, float *h) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) h[i] = z[i] * sigmoid(z[i] * (kLinear + kCubic * z[i] * z[i]));
 }
 
 // h = gelu(z) and d *= gelu'(z).
 void gelu_backward(const float *z, int64_t size, float *h, float *d) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
     const float square = z[i] * z[i], gate = sigmoid(z[i] * (kLinear + kCubic * square));
     h[i] = z[i] * gate;
@@ -33,6 +35,7 @@ void gelu_backward(const float *z, int64_t size, float *h, float *d) {
 // h = gate gelu(z), d *= gate gelu'(z); returns the gradient of the gate, the sum of gelu(z) d.
 float gelu_backward(const float *z, int64_t size, float gate, float *h, float *d) {
   float sum = 0;
+#pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
     const float square = z[i] * z[i], open = sigmoid(z[i] * (kLinear + kCubic * square)), value = z[i] * open;
     sum += value * d[i];
@@ -87,12 +90,14 @@ void gelu_forward(const GeluSizes &n, const GeluWeights &w, int64_t t, int64_t f
              inner, n.part);
     for (int64_t r = 0; r < count; ++r) {
       float *row = inner + r * n.part;
+#pragma GCC ivdep
       for (int64_t i = 0; i < n.part; ++i) row[i] += bias1[i];
       if (z_out)
         std::memcpy(z_out + (start + (sparse ? index[r] : r)) * n.inner + e * n.part, row, n.part * sizeof(float));
       gelu(row, n.part, row);
       if (gates) {
         const float gate = gates[(sparse ? index[r] : r) * n.experts + e];
+#pragma GCC ivdep
         for (int64_t i = 0; i < n.part; ++i) row[i] *= gate;
       }
     }
@@ -102,6 +107,7 @@ void gelu_forward(const GeluSizes &n, const GeluWeights &w, int64_t t, int64_t f
     if (sparse) add_rows(output, n.outputs, index, y);
   }
   for (int64_t r = 0; !gates && r < rows; ++r)
+#pragma GCC ivdep
     for (int64_t i = 0; i < n.outputs; ++i) y[r * n.outputs + i] += bias2[i];
 }
 
@@ -125,6 +131,7 @@ void bias_backward(const GeluSizes &n, const GeluWeights &w, const float *dy, co
   multiply(true, false, n.experts, n.outputs, rows, {gates, n.experts}, change, first > 0, db2, n.outputs);
   multiply(false, true, rows, n.experts, n.outputs, change, {w.b2 + t * n.experts * n.outputs, n.outputs}, false,
            d_gates, n.experts);
+#pragma GCC ivdep
   for (int64_t i = 0; i < rows * n.experts; ++i)
     if (gates[i] == 0.0f) d_gates[i] = 0.0f;
 }

@@ -5,6 +5,9 @@
 // experts see only the rows that chose them. The arithmetic is that of parallel/layers/{grouped,moe,relu_moe,norm}.py;
 // tests/parallel/test_fused.py holds the two together.
 //
+// Loops are marked ivdep: else the compiler asks at run time whether tensors lie side by side, takes another path where
+// they do, and rounds differently there, so that a resumed run would not be the straight one to the bit.
+//
 // Signature of an entry: int name(int count, void **params, int *dims, int64_t **shapes, const char **types,
 // void *stream, void *extra); 0 = done. Tensors are float32 and dense.
 // Shapes: T tokens, B batch, D width, O outputs (mostly D), F inner width, E experts (each with f = F / E), R routed

@@ -25,6 +25,7 @@ void linear_forward(const LinearSizes &n, const float *x, const float *w, const 
     multiply(false, false, rows, n.outputs, n.inputs, {x + start * n.inputs, n.inputs},
              {w + t * n.inputs * n.outputs, n.outputs}, false, own, n.outputs);
     for (int64_t r = 0; b && r < rows; ++r)
+#pragma GCC ivdep
       for (int64_t i = 0; i < n.outputs; ++i) own[r * n.outputs + i] += b[t * n.outputs + i];
   });
 }

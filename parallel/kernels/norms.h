@@ -18,8 +18,10 @@ template <bool kMean>
 void norm_row(const float *x, int64_t width, float epsilon, float *mean, float *scale) {
   float sum = 0, squares = 0;
   if (kMean)
+#pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) sum += x[i];
   *mean = sum / width;
+#pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) squares += (x[i] - *mean) * (x[i] - *mean);
   *scale = 1.0f / std::sqrt(squares / width + epsilon);
 }
@@ -33,6 +35,7 @@ void norm_forward(const float *x, int64_t rows, int64_t width, const float *gamm
       const float *in = x + r * width;
       float *out = y + r * width, mean, scale;
       norm_row<kMean>(in, width, epsilon, &mean, &scale);
+#pragma GCC ivdep
       for (int64_t i = 0; i < width; ++i) out[i] = (in[i] - mean) * scale * gamma[i] + (kMean ? beta[i] : 0.0f);
     }
   });
@@ -51,6 +54,7 @@ void norm_backward(const float *x, int64_t rows, int64_t width, const float *gam
       const float *in = x + r * width, *change = dy + r * width;
       float *out = dx + r * width, mean, scale, first = 0, second = 0;
       norm_row<kMean>(in, width, epsilon, &mean, &scale);
+#pragma GCC ivdep
       for (int64_t i = 0; i < width; ++i) {
         const float normed = (in[i] - mean) * scale, inner = change[i] * gamma[i];
         first += inner, second += inner * normed;
@@ -58,6 +62,7 @@ void norm_backward(const float *x, int64_t rows, int64_t width, const float *gam
         if (kMean) sum_beta[i] += change[i];
       }
       first = kMean ? first / width : 0.0f, second /= width;
+#pragma GCC ivdep
       for (int64_t i = 0; i < width; ++i)
         out[i] = (change[i] * gamma[i] - first - (in[i] - mean) * scale * second) * scale;
     }
@@ -65,6 +70,7 @@ void norm_backward(const float *x, int64_t rows, int64_t width, const float *gam
   std::fill(d_gamma, d_gamma + width, 0.0f);
   if (kMean) std::fill(d_beta, d_beta + width, 0.0f);
   for (int64_t block = 0; block < blocks; ++block)
+#pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) {
       d_gamma[i] += partial[block * 2 * width + i];
       if (kMean) d_beta[i] += partial[(block * 2 + 1) * width + i];
@@ -78,6 +84,7 @@ float sum_squares(const float *x, int64_t size) {
   std::vector<float> partial(blocks);
   Team::get().run(static_cast<int>(blocks), [&](int block) {
     float sum = 0;
+#pragma GCC ivdep
     for (int64_t i = block * kSize; i < std::min(size, (block + 1) * kSize); ++i) sum += x[i] * x[i];
     partial[block] = sum;
   });

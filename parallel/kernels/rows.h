@@ -23,6 +23,7 @@ float *scratch(int64_t size) {
 
 void add_columns(const float *x, int64_t rows, int64_t width, int64_t stride, float *sums) {
   for (int64_t r = 0; r < rows; ++r)
+#pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) sums[i] += x[r * stride + i];
 }
 
@@ -36,6 +37,7 @@ void add_rows(const float *taken, int64_t width, const std::vector<int64_t> &ind
   for (size_t r = 0; r < index.size(); ++r) {
     float *to = x + index[r] * width;
     const float *from = taken + r * width;
+#pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) to[i] += from[i];
   }
 }

@@ -22,6 +22,7 @@ struct SwigluGradient {
 
 // h = swish(a) * b
 void swish(const float *a, const float *b, int64_t size, float *h) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) h[i] = a[i] * sigmoid(a[i]) * b[i];
 }
 
@@ -35,6 +36,7 @@ void swiglu_forward(const float *x, int64_t rows, int64_t width, int64_t inner, 
     float *row = h + r * inner;
     swish(a + r * inner, b + r * inner, inner, row);
     if (scale)
+#pragma GCC ivdep
       for (int64_t i = 0; i < inner; ++i) row[i] *= scale[r];
   }
   multiply(false, false, rows, outputs, inner, {h, inner}, {w.down, outputs}, add, y, outputs);
@@ -51,6 +53,7 @@ void swiglu_rows_backward(const float *x, const float *dy, int64_t rows, int64_t
     float *own = h + r * inner, *down = da + r * inner, *up = db + r * inner;
     const float factor = scale ? scale[r] : 1.0f;
     float sum = 0;
+#pragma GCC ivdep
     for (int64_t i = 0; i < inner; ++i) {
       const float gate = sigmoid(one[i]), active = one[i] * gate, change = down[i];
       sum += active * other[i] * change;
@@ -77,7 +80,9 @@ void softmax(float *x, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; ++r, x += width) {
     const float largest = *std::max_element(x, x + width);
     float sum = 0;
+#pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) sum += x[i] = std::exp(x[i] - largest);
+#pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) x[i] /= sum;
   }
 }

@@ -19,6 +19,7 @@ void adam_update(float *p, float *m, float *v, const float *gradient, int64_t si
   constexpr int64_t kSize = 1 << 14;
   Team::get().run(static_cast<int>((size + kSize - 1) / kSize), [=](int block) {
     const int64_t last = std::min(size, (block + int64_t{1}) * kSize);
+#pragma GCC ivdep
     for (int64_t i = block * kSize; i < last; ++i) {
       const float g = gradient[i];
       m[i] = s.beta1 * m[i] + (1.0f - s.beta1) * g;
