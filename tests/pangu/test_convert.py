@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from pangu.__main__ import VERBS
-from pangu.checkpoint_layouts import wire
 from pangu.checkpoint_layouts.mindspore_file import MindSporeFile, write_mindspore
 from pangu.checkpoint_layouts.names import NAMINGS, keys, shapes
 from pangu.checkpoint_layouts.slices import TABLES, Cut, SlicedCheckpoint, read_strategy, release_cuts
+from parallel.runtime import protobuf_wire as wire
 from parallel.runtime.command import main
 from parallel.runtime.errors import UserError
 from parallel.runtime.safetensors_file import SafetensorsFile
