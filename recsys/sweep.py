@@ -56,10 +56,22 @@ def grid(words: list[str]) -> list[dict[str, str]]:
     axes = []
     for word in words:
         key, equals, values = word.partition("=")
-        if not equals or not key or not all(values.split(",")):
+        if not equals or not key or not all(_values(values)):
             raise UserError("a grid has the form key=value,value", where="--grid", value=word)
-        axes.append([(key, value) for value in values.split(",")])
+        axes.append([(key, value) for value in _values(values)])
     return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def _values(text: str) -> list[str]:
+    """The values between commas; those inside of brackets and braces part nothing."""
+    values, depth = [""], 0
+    for sign in text:
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += sign
+    return values
 
 
 def _name(point: dict[str, str]) -> str:
