@@ -129,8 +129,9 @@ def test_sequence_parallelism_turns_sums_into_halves(compiled):
 def test_slicing_what_is_kept_gathers_before_recomputing(compiled):
     kept, sliced = (compiled("pangu", 0, op=2, model={"layers": 4},
                              recompute={"policy": "full", "slice_activations": slices}) for slices in (False, True))
-    assert runs(kept, "AllGather", "recompute") == 0 < runs(sliced, "AllGather", "recompute")
-    assert sliced.memory.activations < kept.memory.activations
+    # MindSpore slices the inputs of the layers between the first and the last (seen with 4 and with 6 layers).
+    assert [runs(report, "AllGather", "recompute") for report in (kept, sliced)] == [0, 4 - 2]
+    assert size(sliced, "AllGather", "recompute") == 2 * HIDDEN
 
 
 def test_kept_sums_are_not_run_again(compiled):
