@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import lzma
+import uuid
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,10 @@ def warc(compressed: bool) -> bytes:
         http = headers if kind == "response" else None
         writer.write_record(writer.create_warc_record(
             "http://example.cn/1", kind, payload=io.BytesIO(payload), http_headers=http, length=len(payload),
-            warc_content_type=content_type if kind == "conversion" else ""))
+            warc_content_type=content_type if kind == "conversion" else "",
+            # Given, since where a cut falls in the compressed text would else be left to chance.
+            warc_headers_dict={"WARC-Record-ID": f"<urn:uuid:{uuid.UUID(int=len(payload))}>",
+                               "WARC-Date": "2021-01-15T13:41:01Z"}))
 
     add("response", "text/html", page.encode("gbk"))
     add("response", "image/png", b"\x89PNG")
