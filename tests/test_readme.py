@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,10 @@ ADDED = [
     ("python -m data_tools dedup", []),
     ("python -m data_tools run", ["engine.name=local"]),
     ("python -m parallel estimate", []),
+    ("python -m parallel plan", []),
+    ("python -m recsys quantize", []),
+    ("python -m recsys serve", ["port=0", "engine.candidates=[64]", "engine.requests=2"]),
+    ("python -m recsys bench", ["--rounds", "2", "--candidates", "20", "--skip-matmul"]),
     ("python -m recsys train", ["train.steps=4", "data.synthetic.samples=2000", "output.directory={tmp}/ranker"]),
     ("python -m recsys params", []),
     ("python -m parallel dryrun", TINY),
@@ -73,16 +78,36 @@ def small(command: str, place: Path) -> list[str]:
         del words[at:at + 2]
     words = [str(place) if word == "." else word for word in words]
     files = {"world.jsonl", "world/questions.jsonl", "my_text.txt", "data.corpus=world.jsonl", "deduplicated",
-             "cleaned"}
+             "cleaned", "quantized"}
+    words = [str(place / "ranker") if word == "runs/recsys/tokenmixer_large_ug_sep" else word for word in words]
     return [word.replace("=", f"={place}/", 1) if word in files and "=" in word
             else str(place / word) if word in files else word for word in words]
 
 
-@pytest.mark.parametrize("command", commands())
+def ended_once_it_serves(words: list[str], environment: dict[str, str]) -> None:
+    """Starts a server, asks it for its health, and ends it as an operator would."""
+    with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as server:
+        said = []
+        for line in server.stderr:
+            said.append(line)
+            if address := re.search(r"serving .* on (http://\S+)", line):
+                with urllib.request.urlopen(f"{address[1]}/health", timeout=60) as answer:
+                    assert json.load(answer)["status"] == "ok"
+                server.terminate()
+        out = server.stdout.read()
+    assert server.returncode == 0, "".join(said)[-3000:]
+    assert "version" in json.loads(out.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("command", commands(), ids=str)
 def test_command(command, place):
     # The tests' own environment stands in for .venv, which scripts/test.sh has made.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(small(command, place), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    words = small(command, place)
+    if command.startswith("python -m recsys serve"):
+        return ended_once_it_serves(["timeout", "--preserve-status", "300", *words], environment)
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     if "test.sh" not in command and "--print-reference" not in command:
         assert isinstance(json.loads(done.stdout.strip().splitlines()[-1]), dict)

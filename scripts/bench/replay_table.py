@@ -24,8 +24,7 @@ MODELS = {
     "recsys/rankmixer": "train.global_batch_size=16",
     "recsys/tokenmixer_large": "train.global_batch_size=16",
     # Rows beyond an expert's capacity get nothing from it, on the cluster only: here no row is left out.
-    "recsys/tokenmixer_large_moe": "train.global_batch_size=16 model.moe.experts=5 model.ratio=2.5 "
-                                   "model.moe.capacity_factor=8",
+    "recsys/tokenmixer_large_moe": "train.global_batch_size=16 model.moe.capacity_factor=8",
     **{f"recsys/{name}": "train.global_batch_size=16"
        for name in ("autoint", "dcnv2", "dhen", "dlrm_mlp", "hiformer", "longer", "wukong",
                     "rankmixer_ug_sep", "tokenmixer_large_ug_sep")},

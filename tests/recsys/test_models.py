@@ -92,7 +92,7 @@ def test_half_of_the_experts_are_half_of_the_network():
     dense = count(task("tokenmixer_large_moe", "model.moe=null").network)
     sparse = count(task("tokenmixer_large_moe", "model.moe={experts: 4, active: 2}").network)
     routers = sparse["dense_parameters"] - dense["dense_parameters"]
-    blocks = 2 * 3 * 8 * 48 * 96 * 2
+    blocks = 2 * 3 * 8 * 48 * 120 * 2
     assert sparse["active_parameters"] == dense["dense_parameters"] + routers - blocks // 2
     assert sparse["flops_per_sample"] == dense["flops_per_sample"] + 2 * routers - blocks
 
