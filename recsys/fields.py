@@ -85,7 +85,8 @@ class FieldLinear(Layer):
     def construct(self, x_BFW: Tensor) -> Tensor:
         _, fields, width = x_BFW.shape
         x_NF = self.reshape(self.transpose(x_BFW, (0, 2, 1)), (-1, fields))
-        y_BWG = self.reshape(self.matmul(x_NF, self.weight), (-1, width, self.weight.shape[0]))
+        weight = ops.cast(self.weight, x_NF.dtype)
+        y_BWG = self.reshape(self.matmul(x_NF, weight), (-1, width, self.weight.shape[0]))
         return self.back(y_BWG, (0, 2, 1))
 
     @property
@@ -109,7 +110,8 @@ class Attend(Layer):
         scores = self.times(self.scores(q_BHQK, k_BHFK), self.scale)
         if bias_B11F is not None:
             scores = self.plus(scores, bias_B11F)
-        return self.mix(self.softmax(scores), v_BHFK)
+        # A float32 bias has made the scores float32.
+        return self.mix(ops.cast(self.softmax(scores), v_BHFK.dtype), v_BHFK)
 
     def cuts(self) -> list[Cut]:
         plane = ("batch", None, None, None)

@@ -222,3 +222,13 @@ def test_pipeline_stages_compile_with_one_graph_for_all_micro_batches(capsys):
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert figures["world"] == 8 and figures["unexpected_redistributions"] == 0
     assert figures["collectives"]["Send"]["count"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_half_precision_compiles(name, capsys):
+    from parallel.__main__ import VERBS as PARALLEL
+
+    layout = ["parallel.data=2", "train.precision=fp16"]
+    arguments = ["dryrun", "--config", str(CONFIGS / f"{name}.yaml"), "--rank", "0", *layout]
+    assert main("parallel", PARALLEL, arguments) == 0, capsys.readouterr().err
