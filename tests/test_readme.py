@@ -106,7 +106,8 @@ def test_command(command, place):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = small(command, place)
     if command.startswith("python -m recsys serve"):
-        return ended_once_it_serves(["timeout", "--preserve-status", "300", *words], environment)
+        ended_once_it_serves(["timeout", "--preserve-status", "300", *words], environment)
+        return
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     if "test.sh" not in command and "--print-reference" not in command:
