@@ -92,7 +92,7 @@ class OneDevice:
         if known is not None and len(known.losses) >= steps:
             return known
         for item in self.step.get_parameters():
-            item.set_data(ms.Tensor(self.start[item.name]))
+            item.set_data(ms.Tensor(self.start[item.name].copy()))
         history = History()
         for number in range(steps):
             batch = [ms.Tensor(np.ascontiguousarray(item[order])) for item in self.batch(number)]

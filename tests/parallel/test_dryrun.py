@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from parallel.config import ParallelConfig
-from parallel.proof.child import Request, compile_rank
+from parallel.proof.child import Request, _failure, compile_rank
 from parallel.proof.dryrun import RankReport, check, check_transfers, read_rank
 from parallel.proof.report import write_report
 from parallel.runtime.errors import UserError
@@ -263,10 +264,13 @@ def test_a_stage_sends_what_the_next_receives(compiled, tmp_path: Path) -> None:
         check_transfers(pair)
 
 
-def test_what_mindspore_refuses_is_told_in_one_line() -> None:
-    with pytest.raises(UserError) as error:
-        compile_rank(Request(2, 0, builder="proof_networks:nothing", paths=[str(Path(__file__).parent)]))
-    assert "\n" not in str(error.value)
+def test_what_mindspore_refuses_is_told_in_one_line_and_our_own_mistake_is_not_a_refusal(tmp_path) -> None:
+    request = Request(2, 0, builder="proof_networks:nothing", paths=[str(Path(__file__).parent)])
+    with pytest.raises(RuntimeError, match="no attribute 'nothing'"):
+        compile_rank(request)
+    (tmp_path / "error.json").write_text(json.dumps({"kind": "ValueError", "what": "shapes differ"}), encoding="utf-8")
+    refused = _failure(request, tmp_path, 1)
+    assert isinstance(refused, UserError) and "shapes differ" in str(refused) and "\n" not in str(refused)
 
 
 def test_a_compile_ends_with_whoever_asked_for_it():
