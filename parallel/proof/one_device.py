@@ -44,25 +44,30 @@ class OneDevice:
     """
 
     def __init__(self, config: str, overrides: Sequence[str]) -> None:
-        from parallel.layers.parameter import initialize
         from parallel.runtime.builder import load_run
         from parallel.runtime.device import start_device
-        from parallel.runtime.optimizers import run_optimizer
         from parallel.sharded_step import micro_batches
-        from parallel.step import TrainStep, weighs
 
         start_device("CPU")
         self.config, self.overrides = config, list(overrides)
         self.single: World | None = None
         self.histories: dict[bytes, History] = {}
-        module, settings = load_run(config, self.overrides)
-        self.count = micro_batches(settings.train, settings.parallel.resolve())
-        train = settings.train.model_copy(update={"accumulation": self.count})
-        self.task, self.settings = module.build(settings, ParallelConfig(), "float32"), settings
+        self.module, self.settings = load_run(config, self.overrides)
+        self.count = micro_batches(self.settings.train, self.settings.parallel.resolve())
+        self._build()
+        self.start = {item.name: item.asnumpy().copy() for item in self.step.get_parameters()}
+
+    def _build(self) -> None:
+        """The network at its start values and its step, not compiled yet."""
+        from parallel.layers.parameter import initialize
+        from parallel.runtime.optimizers import run_optimizer
+        from parallel.step import TrainStep, weighs
+
+        train = self.settings.train.model_copy(update={"accumulation": self.count})
+        self.task = self.module.build(self.settings, ParallelConfig(), "float32")
         initialize(self.task.network, train.seed)
         optimizer = run_optimizer(self.task.network.trainable_params(), train, self.task.is_sparse)
         self.step = TrainStep(self.task.network, optimizer, train, weighted=weighs(self.task.network))
-        self.start = {item.name: item.asnumpy().copy() for item in self.step.get_parameters()}
 
     def compiled(self) -> World:
         """The same network as a world of one rank, compiled like a layout; compiled when first asked for."""
@@ -91,8 +96,9 @@ class OneDevice:
         known = self.histories.get(order.tobytes())
         if known is not None and len(known.losses) >= steps:
             return known
-        for item in self.step.get_parameters():
-            item.set_data(ms.Tensor(self.start[item.name].copy()))
+        if self.histories:
+            # A compiled step does not see its optimizer's states set from outside.
+            self._build()
         history = History()
         for number in range(steps):
             batch = [ms.Tensor(np.ascontiguousarray(item[order])) for item in self.batch(number)]
