@@ -52,17 +52,19 @@ def main() -> None:
 
 def model_row(model: str, rates: list[str], arguments: argparse.Namespace, scratch: Path, runs: list) -> dict:
     """Trains one model: every rate with seed 1, then the other seeds with the best rate."""
-    def one(trainer: Repeated, rate: str, seed: int) -> dict:
+    def one(trainer: Trained, rate: str, seed: int) -> dict:
         figures = trainer.train(seed)
         runs.append({"model": model, "rate": rate, "seed": seed, **figures})
         print(f"{model} seed {seed} rate {rate or 'of the recipe'}: validation AUC {figures['validation_auc']:.4f} at "
               f"step {figures['best_step']}, test AUC {figures['auc']:.4f}", file=sys.stderr, flush=True)
         return figures
 
-    trainers = {rate: Repeated(settings_of(model, rate, arguments, scratch)) for rate in rates}
+    # Each run compiles its own step: a compiled one does not see its optimizer's states set from outside.
+    trainers = {rate: Trained(settings_of(model, rate, arguments, scratch)) for rate in rates}
     first = {rate: one(trainers[rate], rate, 1) for rate in rates}
     rate = max(first, key=lambda rate: first[rate]["validation_auc"])
-    own = [first[rate], *(one(trainers[rate], rate, seed) for seed in range(2, arguments.seeds + 1))]
+    own = [first[rate], *(one(Trained(trainers[rate].settings), rate, seed)
+                          for seed in range(2, arguments.seeds + 1))]
     means = {name: statistics.mean(run[name] for run in own)
              for name in ("auc", "gauc", "uauc", "logloss", "validation_auc")}
     return {"model": model, **means, "std": statistics.stdev([run["auc"] for run in own]) if len(own) > 1 else 0.0,
@@ -83,8 +85,8 @@ def settings_of(model: str, rate: str, arguments: argparse.Namespace, scratch: P
     return load_settings(Run.for_file(path, words), path, words)
 
 
-class Repeated:
-    """One compiled training step that is run from several seeds.
+class Trained:
+    """A training step for one run.
 
     Args:
         settings: of the run.
@@ -107,7 +109,6 @@ class Repeated:
         self.network = loss_network(settings, self.log.spec, len(self.log.labels))
         self.optimizer = run_optimizer(self.network.trainable_params(), settings.train, is_sparse)
         self.step = TrainStep(self.network, self.optimizer, settings.train)
-        self.first = [(state, state.asnumpy().copy()) for state in [*self.optimizer.states(), *self.step.counters()]]
         # Both parts in batches of one size: one graph.
         size = min(len(self.log.parts["validation"]), len(self.log.parts["test"]), 4096)
         self.evaluations = {part: Evaluation(self.network.model, self.log.parts[part], self.log.labels, size)
@@ -116,23 +117,14 @@ class Repeated:
         self.dense_parameters = count(self.network)["dense_parameters"]
         self.bayes_auc = _limit(settings, self.log).get("bayes_auc")
 
-    def start(self, seed: int) -> None:
-        """Start values of a seed; everything else as at the beginning."""
-        import mindspore as ms
-
-        from parallel.layers.parameter import initialize
-
-        initialize(self.network.model, seed)
-        for state, first in self.first:
-            state.set_data(ms.Tensor(first, state.dtype))
-
     def train(self, seed: int) -> dict:
         """Metrics on the test rows of the parameters that were best on the validation rows."""
         from mindspore import Tensor
 
+        from parallel.layers.parameter import initialize
         from recsys.dataset import Batches
 
-        self.start(seed)
+        initialize(self.network.model, seed)
         options, best = self.settings.train, {}
         batches = Batches(self.log.parts["train"], options.global_batch_size, seed, spec=self.log.spec).batches(0)
         for number, batch in zip(range(options.steps), batches, strict=False):  # batches never end
