@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -18,12 +17,7 @@ from recsys.build import loss_network, sample_batch, spec_of
 TINY = ["model.layers=1", "model.width=24"]
 
 
-@pytest.fixture(autouse=True)
-def graph_mode():
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 @pytest.mark.parametrize("name", ["tokenmixer_large_ug_sep", "rankmixer_ug_sep"])

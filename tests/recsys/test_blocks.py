@@ -18,13 +18,7 @@ BATCH = 6
 LAYOUT = TokenLayout()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def pynative():
-    """Blocks run op by op here: nothing is compiled, so many small cases stay cheap."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("pynative")
 
 
 def made(cell, seed=0):

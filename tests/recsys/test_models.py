@@ -26,13 +26,7 @@ PUBLISHED = {"rankmixer_100m": (107e6, 233e9), "rankmixer_1b": (1.1e9, 2.1e12),
              "tokenmixer_large_7b": (7.6e9, 49.0e12), "tokenmixer_large_15b": (15e9, None)}
 
 
-@pytest.fixture(autouse=True)
-def pynative():
-    """Op by op, nothing compiled; anew for every test, since commands set graph mode."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("pynative")
 
 
 def task(name, *overrides):

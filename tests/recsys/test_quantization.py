@@ -6,7 +6,6 @@ import ctypes
 import json
 import shutil
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -24,12 +23,7 @@ PATHS = ("auto", "avx512", "avx2", "portable")
 SHAPES = [(1, 1, 5, 3), (3, 2, 130, 33), (2, 13, 257, 70), (1, 40, 300, 100), (2, 70, 129, 31), (1, 1000, 64, 40)]
 
 
-@pytest.fixture(autouse=True)
-def graph_mode():
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 @pytest.fixture(scope="module")

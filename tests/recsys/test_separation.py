@@ -40,13 +40,7 @@ CASES = ([("tml", name, (2, 4), (3, 5)) for name in TML] + [("tml", "figure", (4
          + [("rankmixer_pyramid", name, (2, 4), (1, 2)) for name in ("post", "experts", "low_rank")])
 
 
-@pytest.fixture(autouse=True)
-def pynative():
-    """Op by op, nothing compiled."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("pynative")
 
 
 def block(model, name, counts, other, **masks):

@@ -15,7 +15,6 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -31,12 +30,7 @@ from tests.recsys.runs import add_checkpoint, make_run
 SMALL = EngineSettings(requests=3, candidates=[4, 16], queue=64, timeout_seconds=60.0, cache_users=5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def graph_mode():
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 @pytest.fixture(scope="module")

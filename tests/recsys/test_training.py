@@ -2,7 +2,6 @@
 
 import json
 
-import mindspore as ms
 import numpy as np
 import pytest
 
@@ -25,12 +24,7 @@ SMALL = ["data.synthetic.samples=3000", "data.synthetic.users=60", "data.synthet
          "data.labels=[click, like]", "model.dropout=0.1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def graph_mode():
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=before)
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 def overrides(folder, *more):
