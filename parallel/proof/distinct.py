@@ -2,9 +2,9 @@
 
 A rank's graph says who it is in three ways: the rank lists of its groups, the partner of a Send or Receive, and
 constants that depend on its place (the first row of its slice of the vocabulary, say). Ranks that differ in their data
-coordinate only have the same constants, so the first and the last data coordinate are compiled, the last is checked to
-be the first with other rank lists, node for node, and those between are made from the first. Where the check fails all
-ranks are compiled.
+coordinate only have the same constants, so the first data coordinate is compiled whole, and of the last one rank of each
+stage, which is checked to be the first's with other rank lists, node for node; all others are made from the first. Where
+the check fails all ranks are compiled.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from parallel.config import ParallelConfig
 from parallel.proof.accounting import coordinates
 from parallel.proof.graph import Function, Graph, Node
 
-_FEWEST = 3  # data coordinates from which on there is one between the first and the last
 _NAMES_OF_GROUPS = ("group", "group_ranks", "comm_reuse_tag", "related_fusion_key")
 
 
 def representatives(config: ParallelConfig) -> list[int]:
-    """Ranks to compile: those of the first and the last data coordinate."""
-    last = config.data - 1
-    return [rank for rank in range(config.world)
-            if config.data < _FEWEST or coordinates(rank, config)[1] in (0, last)]
+    """Ranks to compile: those of the first data coordinate, and of the last one on each stage."""
+    return [rank for rank in range(config.world) if coordinates(rank, config)[1:] == (config.data - 1, 0)
+            or coordinates(rank, config)[1] == 0]
 
 
 def representative_of(rank: int, config: ParallelConfig) -> int:

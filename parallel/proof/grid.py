@@ -50,6 +50,7 @@ class Layout:
     twin: str = ""
 
 
+_SPARSE = "train.sparse_optimizer.name=adagrad train.sparse_optimizer.learning_rate=1e-2"
 LAYOUTS = (
     # Each dimension alone.
     Layout("one", _keys()),
@@ -58,7 +59,7 @@ LAYOUTS = (
     Layout("op", _keys(op=2)),
     Layout("op_4", _keys(op=4)),
     Layout("stages", _keys(stages=2)),
-    Layout("stages_4", _keys(stages=4)),
+    Layout("stages_4", _keys(stages=4, more="model.layers=4")),
     Layout("optimizer", _keys(data=2, shard=-1)),
     Layout("recompute", _keys(recompute="full"), "one"),
     # Each pair.
@@ -78,9 +79,9 @@ LAYOUTS = (
     Layout("all_five_sequence", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.sequence=true")),
     Layout("all_five_data_4", _keys(4, 2, 2, shard=-1, recompute="full")),
     Layout("all_five_op_4", _keys(2, 4, 2, shard=-1, recompute="full")),
-    Layout("all_five_stages_4", _keys(2, 2, 4, shard=-1, recompute="full")),
+    Layout("all_five_stages_4", _keys(2, 2, 4, shard=-1, recompute="full", more="model.layers=4")),
     Layout("data_4_op_4", _keys(4, 4, shard=-1)),
-    Layout("data_4_stages_4", _keys(data=4, stages=4)),
+    Layout("data_4_stages_4", _keys(data=4, stages=4, more="model.layers=4")),
     # The optimizer's levels and shares.
     Layout("optimizer_half", _keys(data=4, shard=2)),
     Layout("optimizer_level_2", _keys(data=2, shard=-1, more="parallel.optimizer.level=2")),
@@ -116,7 +117,10 @@ LAYOUTS = (
     Layout("dropout_accumulation", _keys(data=2, more="train.accumulation=2 model.dropout=0.1")),
     Layout("dropout_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.sequence=true "
                                                                               "model.dropout=0.1")),
-    # What rankers have besides: tokens cut, experts on the data axis.
+    # What rankers have besides: tables with an optimizer of their own, tokens cut, experts on the data axis.
+    Layout("sparse_optimizer", _keys(data=2, shard=-1, more=_SPARSE)),
+    Layout("sparse_optimizer_op", _keys(2, 2, shard=-1, more=f"{_SPARSE} train.accumulation=2")),
+    Layout("sparse_optimizer_stages", _keys(2, 1, 2, more=_SPARSE)),
     Layout("tokens", _keys(op=2, more="model.op_cut=tokens")),
     Layout("data_tokens", _keys(2, 2, shard=-1, more="model.op_cut=tokens")),
     Layout("tokens_naive", _keys(2, 2, more="model.op_cut=tokens_naive")),
@@ -127,6 +131,16 @@ LAYOUTS = (
     Layout("expert_tokens", _keys(2, 2, more="parallel.expert=2 model.op_cut=tokens")),
     Layout("expert_stages", _keys(data=2, stages=2, more="parallel.expert=2")),
 )
+
+
+# What a model says to a layout that does not fit it, and that in a word; any other refusal (one of MindSpore's own,
+# say) is a fault of ours.
+REFUSALS = {
+    "stack of": "no stack", "how its cells follow": "no stack", "more stages than": "layers",
+    "leave a stage without a layer": "layers", "routed experts": "experts", "cut along their width": "experts",
+    "unknown key": "key", "residual stream": "residual", "no such cell": "cells", "divide": "sizes",
+    "are not cut": "not cut", "run 1f1b only": "1f1b only",
+}
 
 
 @dataclass
@@ -178,12 +192,14 @@ def run_grid(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout], compilers: Compilers, steps: int = 3,
-               *, references: References | None = None, every_rank: bool = False) -> Iterator[Cell]:
+               *, sizes: Sequence[str] = (), references: References | None = None,
+               every_rank: bool = False) -> Iterator[Cell]:
     """Replays `config` under each layout; one is compiled while the one before is executed.
 
     Args:
         config: YAML file of a run.
         overrides: key.sub=value; they come after a layout's own and win.
+        sizes: key.sub=value; a layout's own come after them and win.
         layouts: in this order.
         compilers: what compiles.
         steps: training steps to compare.
@@ -192,8 +208,11 @@ def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout],
     """
     references = references or References(config)
 
+    def keys_of(layout: Layout) -> list[str]:
+        return with_defaults(config, [*sizes, *layout.keys.split(), *overrides])
+
     def compiled(layout: Layout) -> World:
-        keys = with_defaults(config, [*layout.keys.split(), *overrides])
+        keys = keys_of(layout)
         check_world(config, keys)
         check_layout(config, keys)
         return compile_world(config, keys, compilers, every_rank=every_rank)
@@ -204,8 +223,7 @@ def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout],
             for layout, future in zip(layouts, pending, strict=True):
                 try:
                     world = future.result()
-                    keys = with_defaults(config, [*layout.keys.split(), *overrides])
-                    replay = Replay(world, references.of(keys), steps, quiet=True)
+                    replay = Replay(world, references.of(keys_of(layout)), steps, quiet=True)
                     yield Cell(layout, replay.run(), replay.digest())
                 except UserError as error:
                     yield Cell(layout, None, refused=str(error))

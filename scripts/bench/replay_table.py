@@ -1,91 +1,164 @@
 """Every layout of the grid under every small model, replayed and compared with one device, as one table.
 
-    python scripts/bench/replay_table.py [--models pangu/tiny,recsys/dlrm_mlp] [--layouts all] [--markdown FILE]
+    python scripts/bench/replay_table.py [--models pangu/tiny,recsys/dlrm_mlp] [--layouts all] [--runs FILE]
+                                         [--minutes 8] [--markdown FILE]
+
+The whole grid takes hours on two cores. `--runs` keeps finished replays in a file of JSON lines and reads it when
+started again; `--minutes` begins no model's next replay after that time. Delete a line to have it replayed again.
 
 Nothing is timed against another project: `ours` is the time of a replayed step divided by the ranks, `peer` the
-one-device step of the same batch on MindSpore's CPU kernels, both medians over the table. All of it takes about half an
-hour on two cores. The last line of stdout is JSON; exit code 1 if a layout differs.
+one-device step of the same batch on MindSpore's CPU kernels, both medians over the table. The last line of stdout is
+JSON; exit code 1 if a layout differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+# Sizes of the small models; a layout may say otherwise (four stages need four layers). Rows beyond an expert's capacity
+# get nothing from it, on the cluster only: with a factor of 8 no row is left out.
+BATCH = "train.global_batch_size=16"
 MODELS = {
-    "pangu/tiny": "train.global_batch_size=16",
-    "recsys/rankmixer": "train.global_batch_size=16",
-    "recsys/tokenmixer_large": "train.global_batch_size=16",
-    # Rows beyond an expert's capacity get nothing from it, on the cluster only: here no row is left out.
-    "recsys/tokenmixer_large_moe": "train.global_batch_size=16 model.moe.capacity_factor=8",
-    **{f"recsys/{name}": "train.global_batch_size=16"
-       for name in ("autoint", "dcnv2", "dhen", "dlrm_mlp", "hiformer", "longer", "wukong",
-                    "rankmixer_ug_sep", "tokenmixer_large_ug_sep")},
+    "pangu/tiny": f"model.layers=2 model.hidden_size=32 model.sequence_length=16 model.vocabulary_size=64 {BATCH}",
+    "recsys/tokenmixer_large_moe": f"{BATCH} model.moe.capacity_factor=8",
+    **{f"recsys/{name}": BATCH for name in (
+        "rankmixer", "tokenmixer_large", "rankmixer_ug_sep", "tokenmixer_large_ug_sep", "longer", "dhen", "wukong",
+        "hiformer", "autoint", "dcnv2", "dlrm_mlp")},
 }
 
 
 def main() -> int:
     """Parses the flags, replays and prints."""
-    from parallel.proof.child import Compilers
-    from parallel.proof.grid import chosen, replay_all, show
+    from parallel.proof.grid import chosen
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="files under configs/, commas between")
     parser.add_argument("--layouts", default="all", help="names of the grid, commas between")
     parser.add_argument("--steps", type=int, default=3, help="training steps to compare")
+    parser.add_argument("--runs", metavar="FILE", help="file of finished replays")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no replay after that time")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     arguments = parser.parse_args()
-    layouts, found = chosen(arguments.layouts), {}
-    with Compilers(2) as compilers, tempfile.TemporaryDirectory() as cache:
-        for model in arguments.models.split(","):
-            keys = MODELS.get(model, "").split()
-            if model.startswith("recsys/"):
-                keys.append(f"data.cache={cache}")
-            found[model] = list(replay_all(f"{ROOT}/configs/{model}.yaml", keys, layouts, compilers, arguments.steps))
-            show(found[model], model)
+    layouts, models = chosen(arguments.layouts), arguments.models.split(",")
+    cells = replayed(models, layouts, arguments)
     if arguments.markdown:
-        Path(arguments.markdown).write_text(markdown(found), encoding="utf-8")
-    figures = [cell.figures for cells in found.values() for cell in cells if cell.figures is not None]
-    ours = median(item["step_seconds"] / item["world"] for item in figures)
-    peer = median(item["one_device_step_seconds"] for item in figures)
-    equal = all(item["equal"] for item in figures) and not broken_twins(found)
-    print(json.dumps({"ratio": round(ours / peer, 3), "ours": round(ours, 4), "peer": round(peer, 4),
-                      "unit": "seconds a step and rank", "equal": equal, "replays": len(figures),
-                      "refused": sum(len(cells) for cells in found.values()) - len(figures),
-                      "max_loss_difference": max(item["max_loss_difference"] for item in figures),
-                      "max_parameter_difference": max(item["max_parameter_difference"] for item in figures)}))
-    return 0 if equal else 1
+        Path(arguments.markdown).write_text(markdown(models, layouts, cells), encoding="utf-8")
+    return report(cells, len(models) * len(layouts))
 
 
-def broken_twins(found: dict[str, list]) -> list[str]:
+def replayed(models: list[str], layouts: list, arguments: argparse.Namespace) -> dict[tuple[str, str], object]:
+    """Cells by model and layout: those of `--runs`, and what is replayed now."""
+    from parallel.proof.child import Compilers
+
+    end = time.monotonic() + 60 * arguments.minutes
+    cells = kept(arguments.runs)
+    with Compilers(min(2, os.cpu_count() or 1)) as compilers, tempfile.TemporaryDirectory() as cache:
+        for model in models:
+            left = [layout for layout in layouts if (model, layout.name) not in cells]
+            for cell in replays(model, left, compilers, arguments.steps, cache) if time.monotonic() < end else ():
+                cells[model, cell.layout.name] = cell
+                keep(arguments.runs, model, cell)
+                if time.monotonic() > end:
+                    break
+    return {(model, layout.name): cells[model, layout.name] for model in models for layout in layouts
+            if (model, layout.name) in cells}
+
+
+def replays(model: str, layouts: list, compilers, steps: int, cache: str) -> Iterator:
+    """Replays one model, a cell for each layout."""
+    from parallel.proof.grid import replay_all
+
+    sizes = MODELS.get(model, "").split() + ([f"data.cache={cache}"] if model.startswith("recsys/") else [])
+    yield from replay_all(f"{ROOT}/configs/{model}.yaml", [], layouts, compilers, steps, sizes=sizes)
+
+
+def kept(file: str | None) -> dict[tuple[str, str], object]:
+    """The cells in a file of finished replays."""
+    from parallel.proof.grid import LAYOUTS, Cell
+
+    known = {layout.name: layout for layout in LAYOUTS}
+    lines = Path(file).read_text(encoding="utf-8").splitlines() if file and Path(file).exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["model"], row["layout"]): Cell(known[row["layout"]], row["figures"], row["digest"], row["refused"])
+            for row in rows if row["layout"] in known}
+
+
+def keep(file: str | None, model: str, cell) -> None:
+    """Appends a finished replay to the file, and tells it."""
+    row = {"model": model, "layout": cell.layout.name, "figures": cell.figures, "digest": cell.digest,
+           "refused": cell.refused}
+    if file:
+        with Path(file).open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+    figures = cell.figures or {}
+    told = cell.refused or "{} ranks, {}, loss {:.1e}, parameters {:.1e}".format(
+        figures["world"], "equal" if figures["equal"] else "DIFFERENT", figures["max_loss_difference"],
+        figures["max_parameter_difference"])
+    print(f"{model} {cell.layout.name}: {told}", file=sys.stderr, flush=True)
+
+
+def report(cells: dict[tuple[str, str], object], wanted: int) -> int:
+    """Prints the JSON line; returns the exit code."""
+    figures = [cell.figures for cell in cells.values() if cell.figures is not None]
+    different = [" ".join(place) for place, cell in cells.items() if cell.figures and not cell.figures["equal"]]
+    different += broken_twins(cells)
+    ours = median([item["step_seconds"] / item["world"] for item in figures if item["step_seconds"]] or [0.0])
+    peer = median([item["one_device_step_seconds"] for item in figures] or [0.0])
+    largest = {f"max_{name}_difference": max((item[f"max_{name}_difference"] for item in figures), default=None)
+               for name in ("loss", "norm", "parameter", "state")}
+    print(json.dumps({"ratio": round(ours / peer, 3) if peer else None, "ours": round(ours, 4), "peer": round(peer, 4),
+                      "unit": "seconds a step and rank", "equal": not different, "different": different,
+                      "replays": len(figures), "refused": len(cells) - len(figures), "left": wanted - len(cells),
+                      "worlds": sorted({item["world"] for item in figures}), **largest}))
+    return 1 if different else 0
+
+
+def broken_twins(cells: dict[tuple[str, str], object]) -> list[str]:
     """Layouts that should have ended equal to another bit for bit and did not."""
     from parallel.proof.grid import bitwise
 
-    return [f"{model} {name}" for model, cells in found.items() for name, same in bitwise(cells).items() if not same]
+    models = dict.fromkeys(model for model, _ in cells)
+    return [f"{model} {name} (bit for bit)" for model in models
+            for name, same in bitwise([cell for place, cell in cells.items() if place[0] == model]).items() if not same]
 
 
-def markdown(found: dict[str, list]) -> str:
-    """Rows are layouts, columns models; a field is the largest relative difference of losses / of parameters."""
-    models = list(found)
-    lines = ["| layout | ranks | " + " | ".join(name.partition("/")[2] for name in models) + " |",
-             "|---" * (len(models) + 2) + "|"]
-    for row in zip(*found.values(), strict=True):
-        world = max((cell.figures["world"] for cell in row if cell.figures is not None), default=0)
-        lines.append(f"| {row[0].layout.name} | {world or ''} | " + " | ".join(_field(cell) for cell in row) + " |")
+def markdown(models: list[str], layouts: list, cells: dict[tuple[str, str], object]) -> str:
+    """Rows are layouts, columns models; a field is the largest relative difference of parameters, or why it was
+    refused. The last row is each model's largest relative difference of losses."""
+    head = ["layout", "ranks", *(model.partition("/")[2] for model in models)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for layout in layouts:
+        row = [cells.get((model, layout.name)) for model in models]
+        world = max((cell.figures["world"] for cell in row if cell and cell.figures), default="")
+        lines.append(f"| {layout.name} | {world} | " + " | ".join(map(_field, row)) + " |")
+    worst = []
+    for model in models:
+        losses = [cell.figures["max_loss_difference"] for place, cell in cells.items()
+                  if place[0] == model and cell.figures]
+        worst.append(f"{max(losses):.1e}" if losses else "")
+    lines.append("| largest of the losses | | " + " | ".join(worst) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _field(cell) -> str:
+    from parallel.proof.grid import REFUSALS
+
+    if cell is None:
+        return ""
     if cell.figures is None:
-        return "-"
-    text = f"{cell.figures['max_loss_difference']:.0e} / {cell.figures['max_parameter_difference']:.0e}"
+        return next((reason for text, reason in REFUSALS.items() if text in cell.refused), "refused")
+    text = f"{cell.figures['max_parameter_difference']:.1e}"
     return text if cell.figures["equal"] else f"**{text}**"
 
 

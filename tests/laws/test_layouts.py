@@ -9,31 +9,24 @@ from __future__ import annotations
 
 import json
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from parallel.proof.grid import LAYOUTS, Cell, References, chosen, replay_all
+from parallel.proof.grid import LAYOUTS, REFUSALS, Cell, References, chosen, replay_all
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the dry run needs g++ on x86-64")
 
-BATCH = "train.global_batch_size=16"
-SMALL = f"model.layers=4 model.hidden_size=32 model.sequence_length=16 model.vocabulary_size=64 {BATCH}"
-# Rows beyond an expert's capacity get nothing from it, on the cluster only: here no row is left out.
-EXPERTS = "model.moe.capacity_factor=8"
-MODELS = {"pangu/tiny": SMALL, "recsys/tokenmixer_large_moe": f"{BATCH} {EXPERTS}",
-          **{f"recsys/{name}": BATCH for name in ("rankmixer", "tokenmixer_large", "autoint", "dcnv2", "dhen",
-                                                  "dlrm_mlp", "hiformer", "longer", "wukong", "rankmixer_ug_sep",
-                                                  "tokenmixer_large_ug_sep")}}
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "replay_table.py"
+MODELS = runpy.run_path(str(SCRIPT))["MODELS"]
 FAST = [("pangu/tiny", "op"), ("pangu/tiny", "accumulation_optimizer"), ("pangu/tiny", "uneven_stages"),
         ("pangu/tiny", "all_five"), ("recsys/tokenmixer_large", "stages"), ("recsys/tokenmixer_large_moe", "expert"),
         ("recsys/dlrm_mlp", "op")]
-# What a model may say to a layout of the grid; anything else (MindSpore's own refusals too) is a fault.
-REFUSALS = ("stack of", "more stages than", "routed experts", "unknown key", "residual stream", "no such cell",
-            "divide", "not cut along", "leave a stage without a layer")
 FOUR_GIGABYTES = 4 * 2**20  # in KiB, as getrusage counts
 MEASURED = """
 import json, resource, sys
@@ -57,11 +50,11 @@ class Grid:
 
     def cell(self, model: str, name: str) -> Cell:
         config = str(self.root / "configs" / f"{model}.yaml")
-        keys = [*MODELS[model].split(), *([f"data.cache={self.cache}"] if model.startswith("recsys") else [])]
+        sizes = [*MODELS[model].split(), *([f"data.cache={self.cache}"] if model.startswith("recsys") else [])]
         references = self.references.setdefault(model, References(config))
         if (model, name) not in self.cells:
-            self.cells[model, name] = next(iter(replay_all(config, keys, chosen(name), self.compilers,
-                                                           references=references)))
+            self.cells[model, name] = next(iter(replay_all(config, [], chosen(name), self.compilers,
+                                                           sizes=sizes, references=references)))
         return self.cells[model, name]
 
 
@@ -104,7 +97,7 @@ def test_ranks_made_from_others_are_those_that_compile(grid, root):
     from parallel.proof.world import compile_world
 
     config = str(root / "configs/pangu/tiny.yaml")
-    keys = with_defaults(config, [*SMALL.split(), *chosen("all_five_data_4")[0].keys.split()])
+    keys = with_defaults(config, [*MODELS["pangu/tiny"].split(), *chosen("all_five_data_4")[0].keys.split()])
     few = compile_world(config, keys, grid.compilers)
     every = compile_world(config, keys, grid.compilers, every_rank=True)
     assert few.compiled_ranks == representatives(few.config) and len(every.compiled_ranks) == 16
