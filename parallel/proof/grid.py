@@ -137,9 +137,9 @@ LAYOUTS = (
 # say) is a fault of ours.
 REFUSALS = {
     "stack of": "no stack", "how its cells follow": "no stack", "more stages than": "layers",
-    "leave a stage without a layer": "layers", "routed experts": "experts", "cut along their width": "experts",
-    "unknown key": "key", "residual stream": "residual", "no such cell": "cells", "divide": "sizes",
-    "are not cut": "not cut", "run 1f1b only": "1f1b only",
+    "leave a stage without a layer": "layers", "routed experts": "experts", "has no experts": "experts",
+    "cut along their width": "experts", "unknown key": "key", "residual stream": "residual", "no such cell": "cells",
+    "divide": "sizes", "are not cut": "not cut", "run 1f1b only": "1f1b only",
 }
 
 

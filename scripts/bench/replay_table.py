@@ -118,10 +118,10 @@ def report(cells: dict[tuple[str, str], object], wanted: int) -> int:
     largest = {f"max_{name}_difference": max((item[f"max_{name}_difference"] for item in figures), default=None)
                for name in ("loss", "norm", "parameter", "state")}
     print(json.dumps({"ratio": round(ours / peer, 3) if peer else None, "ours": round(ours, 4), "peer": round(peer, 4),
-                      "unit": "seconds a step and rank", "equal": not different, "different": different,
+                      "unit": "seconds a step and rank", "equal": bool(figures) and not different, "different": different,
                       "replays": len(figures), "refused": len(cells) - len(figures), "left": wanted - len(cells),
                       "worlds": sorted({item["world"] for item in figures}), **largest}))
-    return 1 if different else 0
+    return 0 if figures and not different else 1
 
 
 def broken_twins(cells: dict[tuple[str, str], object]) -> list[str]:
