@@ -7,6 +7,7 @@ the log is, batch i is a function of (seed, i), and a run can resume at any step
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -57,7 +58,11 @@ def columns_of(data: Any, source: Reader) -> Columns:
 
 def features_of(data: Any) -> list:
     """The features of a run with `repeat` written out."""
-    features = expand(data.features or reader(data.reader).features(data))
+    source = reader(data.reader)
+    if data.history and not source.histories:
+        raise UserError(f"reader {data.reader} makes no history", where="data.history", value=data.history,
+                        mend="set it to 0, and list the log's own sequences in data.features")
+    features = expand(data.features or source.features(data))
     if unknown := set(data.pooling) - {feature.name for feature in features}:
         raise UserError("no such feature", where="data.pooling", value=sorted(unknown)[0])
     return [Feature.model_validate({**feature.model_dump(), "pooling": data.pooling[feature.name]})
@@ -115,10 +120,17 @@ def _digest(data: Any, vocabulary: Path | None) -> str:
     if vocabulary is not None:
         tree["vocabulary"] = hashlib.sha256(vocabulary.read_bytes()).hexdigest()
     paths = [path for path in (data.path, data.split.validation_path, data.split.test_path) if path]
-    files = [file for path in paths for file in ([Path(path)] if Path(path).is_file() else Path(path).rglob("*"))]
+    files = [file for path in paths for file in _files_of(path)]
     tree["files"] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)
                      if file.is_file()]
     return f"{data.reader}-{hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def _files_of(path: str) -> Iterator[Path]:
+    """All that a file, a folder or a glob pattern stands for."""
+    if any(mark in path for mark in "*?[") and not Path(path).exists():
+        return map(Path, glob.iglob(path))
+    return iter([Path(path)]) if Path(path).is_file() else Path(path).rglob("*")
 
 
 class _Passes:

@@ -14,7 +14,7 @@ from mindspore.ops.auto_generate import SplitWithSize
 from parallel.layers.linear import Linear
 from parallel.layers.parameter import parameter
 from parallel.layout import Cut, Layer, Operand
-from recsys.features import Feature, FeatureSpec, Slot
+from recsys.features import Feature, FeatureSpec, NumericSlot, Slot
 
 
 class Table(Layer):
@@ -218,48 +218,53 @@ class FeatureEmbedding(Layer):
         self.widths = tuple(spec.tables)
         self.tables = nn.CellList([Table(rows, width, std) if tables is None else tables[width]
                                    for width, rows in spec.tables.items()])
-        slots = sorted(spec.slots.values(), key=lambda slot: slot.start)
-        self.slot_names = tuple(slot.feature.name for slot in slots)
-        self.cut_ids = Pieces([slot.length for slot in slots], 2)
+        runs = runs_of_slots(spec)
+        lengths = [sum(slot.length for slot in run) for run in runs]
+        self.cut_ids = Pieces(lengths, 2)
         # Where micro-batches of a pipeline share one graph, MindSpore loses the shapes of a tuple that a cell returns.
         self.sliced = False
-        self.id_pieces = pieces_of([slot.length for slot in slots], 2)
-        self.row_pieces, self.places = [], [(0, 0)] * len(slots)
+        self.id_pieces = pieces_of(lengths, 2)
+        self.row_pieces, self.places = [], [(0, 0)] * len(runs)
         self.members, self.cut_rows, self.join_ids = [], [], []
         for width in self.widths:
-            mine = [index for index, slot in enumerate(slots) if slot.width == width]
+            mine = [index for index, run in enumerate(runs) if run[0].width == width]
             self.members.append(tuple(mine))
-            self.cut_rows.append(Pieces([slots[index].length for index in mine]))
+            self.cut_rows.append(Pieces([lengths[index] for index in mine]))
             self.join_ids.append(Join(len(mine)))
-            self.row_pieces.append(pieces_of([slots[index].length for index in mine]))
+            self.row_pieces.append(pieces_of([lengths[index] for index in mine]))
             for number, index in enumerate(mine):
                 self.places[index] = (len(self.row_pieces) - 1, number)
         self.members, self.places = tuple(self.members), tuple(self.places)
         self.row_pieces = nn.CellList(self.row_pieces)
         self.cut_rows, self.join_ids = nn.CellList(self.cut_rows), nn.CellList(self.join_ids)
         self._make_numbers(spec, std)
-        self._make_plans(spec, slots)
+        self._make_plans(spec, runs)
         self.reshape = ops.Reshape()
 
     def _make_numbers(self, spec: FeatureSpec, std: float) -> None:
-        numeric = sorted(spec.numeric.values(), key=lambda slot: slot.column)
+        numeric = list(spec.numeric.values())
         if len({slot.width for slot in numeric}) > 1:
             # One width keeps all numbers in one product.
             raise ValueError("numeric features that scale a vector share one width")
         self.numbers = Numbers(len(numeric), numeric[0].width, std) if numeric else None
-        self.cut_numbers = Pieces([1] * len(numeric)) if numeric else None
+        lengths = [len(run) for run in runs_of_numbers(spec)]
+        self.cut_numbers = Pieces(lengths) if numeric else None
+        self.number_pieces = pieces_of(lengths)
 
-    def _make_plans(self, spec: FeatureSpec, slots: list[Slot]) -> None:
-        """For each feature of each group how its vector comes about."""
-        place = {slot.feature.name: index for index, slot in enumerate(slots)}
+    def _make_plans(self, spec: FeatureSpec, runs: list[list[Slot]]) -> None:
+        """For each feature of each group how its vector comes about; one entry for a run of features."""
+        place = {slot.feature.name: index for index, run in enumerate(runs) for slot in run}
+        column = {slot.feature.name: index for index, run in enumerate(runs_of_numbers(spec)) for slot in run}
         poolings, plans, joins, kept = [], [], [], []
         for features in spec.groups.values():
             plan = []
             for feature in features:
-                if feature.is_value:
-                    plan.append(("number", spec.numeric[feature.name].column, spec.width(feature.name), 0))
-                elif not feature.is_list:
-                    plan.append(("row", place[feature.name], spec.width(feature.name), 0))
+                if not feature.is_list:
+                    kind, where = ("number", column) if feature.is_value else ("row", place)
+                    first, width = (kind, where[feature.name]), spec.width(feature.name)
+                    if plan and plan[-1][:2] == first:
+                        width += plan.pop()[2]
+                    plan.append((*first, width, 0))
                 elif feature.pooling == "none":
                     kept.append((place[feature.name], len(poolings)))
                     poolings.append(Present(spec.slots[feature.name].offset))
@@ -282,7 +287,7 @@ class FeatureEmbedding(Layer):
             rows = self._rows(ids_BM, ids)
         numbers = ()
         if self.numbers is not None:
-            numbers = self.cut_numbers(self.numbers(numbers_BN))
+            numbers = self._numbers(self.numbers(numbers_BN))
         groups = ()
         for index in range(len(self.plans)):
             parts = ()
@@ -307,7 +312,7 @@ class FeatureEmbedding(Layer):
         super().lay_out(axes)
 
     def _sliced(self, ids_BM: Tensor) -> tuple:
-        """Ids and rows of every slot, one slice each."""
+        """Ids and rows of every run, one slice each."""
         ids, found, rows = (), (), ()
         for piece in self.id_pieces:
             ids += (piece(ids_BM),)
@@ -323,8 +328,17 @@ class FeatureEmbedding(Layer):
             rows += (self.row_pieces[table][number](found[table]),)
         return ids, rows
 
+    def _numbers(self, vectors_BNW: Tensor) -> tuple:
+        """Vectors of every run of numbers."""
+        if not self.sliced:
+            return self.cut_numbers(vectors_BNW)
+        numbers = ()
+        for piece in self.number_pieces:
+            numbers += (piece(vectors_BNW),)
+        return numbers
+
     def _rows(self, ids_BM: Tensor, ids: tuple) -> tuple:
-        """Embedding rows of every slot, [B, L, W] each, in the order of the slots."""
+        """Embedding rows of every run, [B, L, W] each, in the order of the runs."""
         if len(self.widths) == 1:
             return self.cut_rows[0](self.tables[0](ids_BM))
         found = [None] * len(ids)
@@ -336,6 +350,44 @@ class FeatureEmbedding(Layer):
             for number in range(len(mine)):
                 found[self.members[index][number]] = pieces[number]
         return tuple(found)
+
+
+def runs_of_slots(spec: FeatureSpec) -> list[list[Slot]]:
+    """Slots whose rows are taken together, in the order of the columns: features of one value that follow each other in
+    their group and in the input and have one width; a list, and what a list looks for, is a run of its own.
+
+    So the graph grows with the number of groups and lists, not of features.
+    """
+    targets = {feature.target for feature in spec.ordered}
+    runs: list[list[Slot]] = []
+    for features in spec.groups.values():
+        last = None
+        for feature in features:
+            slot = spec.slots.get(feature.name)
+            alone = slot is None or feature.is_list or feature.name in targets
+            if slot is not None:
+                if last is not None and not alone and (last.start + 1, last.width) == (slot.start, slot.width):
+                    runs[-1].append(slot)
+                else:
+                    runs.append([slot])
+            last = None if alone else slot
+    return sorted(runs, key=lambda run: run[0].start)
+
+
+def runs_of_numbers(spec: FeatureSpec) -> list[list[NumericSlot]]:
+    """The same for features that scale a vector."""
+    runs: list[list[NumericSlot]] = []
+    for features in spec.groups.values():
+        last = None
+        for feature in features:
+            slot = spec.numeric.get(feature.name)
+            if slot is not None:
+                if last is not None and last.column + 1 == slot.column:
+                    runs[-1].append(slot)
+                else:
+                    runs.append([slot])
+            last = slot
+    return sorted(runs, key=lambda run: run[0].column)
 
 
 def _pooling(feature: Feature, slot: Slot) -> Layer:

@@ -15,6 +15,7 @@ from recsys.features import FIRST_KNOWN, UNSEEN, Feature, FeatureSpec
 from recsys.vocabulary import Statistics, Vocabulary, hash_rows, transformed
 
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$|^\s*[+-]?([nN][aA][nN]|[iI]nf(inity)?)\s*$"
+_MAX_WHOLE = 2.0**53
 
 
 @dataclass
@@ -83,7 +84,7 @@ def column(table: pa.Table, name: str, where: str) -> pa.Array:
     """One column as a flat array.
 
     Raises:
-        UserError: the column is missing; the nearest is named.
+        UserError: the column is missing (the nearest is named), or there are several of the name.
     """
     if name not in table.column_names:
         import difflib
@@ -91,26 +92,37 @@ def column(table: pa.Table, name: str, where: str) -> pa.Array:
         near = difflib.get_close_matches(name, table.column_names, n=1)
         raise UserError(f"column '{name}' is missing", where=where, mend=f"did you mean '{near[0]}'?" if near else
                         f"columns: {', '.join(table.column_names[:20])}")
+    if table.column_names.count(name) > 1:
+        raise UserError(f"there are several columns '{name}'", where=where, mend="give each a name of its own")
     values = table.column(name)
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
 
 
-def strings(values: pa.Array) -> pa.Array:
-    """Values as text; empty text is null. Whole floats lose their '.0' so that 3 and 3.0 are one value."""
+def strings(values: pa.Array, name: str, where: str) -> pa.Array:
+    """Values as text; empty text is null, as is NaN. Whole floats lose their '.0' so that 3 and 3.0 are one value.
+
+    Raises:
+        UserError: column `name` holds lists, or bytes that are no UTF-8.
+    """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if pa.types.is_floating(values.type):
-        whole = pc.all(pc.equal(pc.floor(values), values), min_count=0).as_py()
-        values = pc.if_else(pc.is_nan(values), None, values)
-        values = values.cast(pa.int64()) if whole else values
-    values = values.cast(pa.string())
+    try:
+        if pa.types.is_floating(values.type):
+            values = pc.if_else(pc.is_nan(values), None, values)
+            whole = pc.and_(pc.equal(pc.floor(values), values), pc.less(pc.abs(values), _MAX_WHOLE))
+            text = pc.if_else(whole, values, None).cast(pa.int64()).cast(pa.string())
+            values = pc.if_else(whole, text, values.cast(pa.string()))
+        values = values.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise UserError(f"column '{name}' holds no single values (text or numbers)", where=where,
+                        value=str(values.type)) from None
     return pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
 
 
 def numbers(values: pa.Array, name: str, errors: RowErrors) -> np.ndarray:
     """float64, NaN where missing; text that is no number is a bad row."""
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        values = strings(values)
+        values = strings(values, name, errors.where)
         bad = pc.invert(pc.fill_null(pc.match_substring_regex(values, _NUMBER), True)).to_numpy(zero_copy_only=False)
         errors.mark(bad, name, "text that is not a number", values)
         values = pc.if_else(pa.array(bad), pa.scalar(None, pa.string()), pc.utf8_trim_whitespace(values))
@@ -125,12 +137,14 @@ def numbers(values: pa.Array, name: str, errors: RowErrors) -> np.ndarray:
 
 def lists(values: pa.Array, feature: Feature, where: str) -> tuple[np.ndarray, pa.Array]:
     """Offsets [n + 1] into, and the flat text values of, a list column (or text with separators)."""
+    if pa.types.is_null(values.type):
+        return np.zeros(len(values) + 1, np.int64), pa.array([], pa.string())
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         values = pc.split_pattern(pc.utf8_trim_whitespace(values), feature.separator)
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
         raise UserError(f"column '{feature.source}' holds no lists", where=where, value=str(values.type))
     lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return np.concatenate([[0], np.cumsum(lengths)]), strings(values.flatten())
+    return np.concatenate([[0], np.cumsum(lengths)]), strings(values.flatten(), feature.source, where)
 
 
 class Encoder:
@@ -154,7 +168,8 @@ class Encoder:
             if feature.type == "numeric":
                 statistics.add_numbers(feature, numbers(values, feature.source, errors))
             elif feature.values == "vocabulary" and feature.target is None:
-                statistics.add_values(feature, lists(values, feature, where)[1] if feature.is_list else strings(values))
+                statistics.add_values(feature, lists(values, feature, where)[1] if feature.is_list
+                                      else strings(values, feature.source, where))
 
     def encode(self, table: pa.Table, spec: FeatureSpec, vocabulary: Vocabulary, where: str,
                first_row: int) -> tuple[Encoded, np.ndarray]:
@@ -179,7 +194,7 @@ class Encoder:
             elif feature.type == "numeric":
                 local = self._buckets(feature, cells, vocabulary, errors)[:, None]
             else:
-                local = self._rows(feature, strings(cells), vocabulary, errors, cells)[:, None]
+                local = self._rows(feature, strings(cells, feature.source, where), vocabulary, errors, cells)[:, None]
             self.report.missing[feature.name] += int((local == 0).all(1).sum())
             self.report.unseen[feature.name] += int((local == UNSEEN).sum()) if feature.type != "numeric" else 0
             ids[:, slot.start:slot.start + slot.length] = local + slot.offset
@@ -201,7 +216,7 @@ class Encoder:
     def _users(self, table: pa.Table, where: str) -> np.ndarray:
         if self.columns.user is None:
             return np.zeros(len(table), np.int64)
-        encoded = strings(column(table, self.columns.user, where)).dictionary_encode()
+        encoded = strings(column(table, self.columns.user, where), self.columns.user, where).dictionary_encode()
         # A number that depends on the text alone, so that chunks and runs agree.
         names = [value.encode() for value in encoded.dictionary.to_pylist()]
         numbers_ = np.array([zlib.crc32(n) | zlib.adler32(n[::-1]) << 32 for n in names] + [0], np.uint64)

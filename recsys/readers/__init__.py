@@ -30,6 +30,7 @@ class Reader:
         time: column of times for a split by time.
         split_by: default way to split ("order", "time" or "random").
         needs_path: whether `data.path` must be given.
+        histories: whether it adds the column `history` that `data.history` asks for.
     """
 
     read: Callable[[Any, Path | None], Iterator[tuple[Any, str]]]
@@ -39,6 +40,7 @@ class Reader:
     time: str | None = None
     split_by: str = "order"
     needs_path: bool = True
+    histories: bool = False
 
 
 def known_readers() -> list[str]:

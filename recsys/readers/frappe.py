@@ -32,23 +32,36 @@ def features(data: Any) -> list[Feature]:
 
 
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
-    """Tables of all .libfm files in order of their names."""
+    """Tables of all .libfm files in order of their names.
+
+    Raises:
+        UserError: a line of another form, a damaged archive, not UTF-8.
+    """
     for file in shards(path, (".libfm", ".txt")):
-        columns: list[list[str]] = [[] for _ in range(len(FIELDS) + 1)]
-        with open_text(file) as lines:
-            for number, line in enumerate(lines, 1):
-                cells = line.split()
-                if len(cells) != len(FIELDS) + 1:
-                    raise UserError(f"a line has a label and {len(FIELDS)} fields", where=f"{file}, line {number}",
-                                    value=line.strip())
-                columns[0].append("0" if cells[0] in ("-1", "0", "-1.0", "0.0") else cells[0])
-                for place, cell in enumerate(cells[1:], 1):
-                    columns[place].append(cell.partition(":")[0])
-                if len(columns[0]) == ROWS_AT_ONCE:
-                    yield pa.table(dict(zip(["label", *FIELDS], columns, strict=True))), str(file)
-                    columns = [[] for _ in columns]
-        if columns[0]:
-            yield pa.table(dict(zip(["label", *FIELDS], columns, strict=True))), str(file)
+        try:
+            yield from _tables(file)
+        except UnicodeDecodeError:
+            raise UserError("not UTF-8 text", where=file) from None
+        except (EOFError, OSError) as error:
+            raise UserError(f"cannot be read to its end: {error}", where=file, mend="fetch it again") from None
+
+
+def _tables(file: Path) -> Iterator[tuple[Any, str]]:
+    columns: list[list[str]] = [[] for _ in range(len(FIELDS) + 1)]
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, 1):
+            cells = line.split()
+            if len(cells) != len(FIELDS) + 1:
+                raise UserError(f"a line has a label and {len(FIELDS)} fields", where=f"{file}, line {number}",
+                                value=line.strip())
+            columns[0].append("0" if cells[0] in ("-1", "0", "-1.0", "0.0") else cells[0])
+            for place, cell in enumerate(cells[1:], 1):
+                columns[place].append(cell.partition(":")[0])
+            if len(columns[0]) == ROWS_AT_ONCE:
+                yield pa.table(dict(zip(["label", *FIELDS], columns, strict=True))), str(file)
+                columns = [[] for _ in columns]
+    if columns[0]:
+        yield pa.table(dict(zip(["label", *FIELDS], columns, strict=True))), str(file)
 
 
 READER = Reader(read, features, user="user", split_by="random")

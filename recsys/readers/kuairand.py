@@ -77,6 +77,8 @@ def _side_table(path: Path, pattern: str, key: str, wanted: list[str]) -> pa.Tab
     if not tables:
         raise UserError(f"no {pattern} here", where="data.path", value=str(path))
     table = pa.concat_tables(tables)
+    if key not in table.column_names:
+        raise UserError(f"column '{key}' is missing", where=path / pattern)
     return table.select([key, *(name for name in wanted if name in table.column_names)])
 
 
@@ -90,4 +92,4 @@ def _join(log: pa.Table, side: pa.Table, key: str) -> pa.Table:
     return log
 
 
-READER = Reader(read, features, labels=["is_click"], user="user_id", time="time_ms", split_by="time")
+READER = Reader(read, features, labels=["is_click"], user="user_id", time="time_ms", split_by="time", histories=True)

@@ -68,11 +68,16 @@ def _table(path: Path, suffix: str) -> pa.Table:
     if not files:
         raise UserError(f"no *{suffix} file here", where="data.path", value=str(path),
                         mend="give the folder of ml-100k.inter, .user and .item")
-    table = pa.concat_tables([table for table, _ in csv_tables(files[0], delimiter="\t", quoted=False)])
+    tables = [table for table, _ in csv_tables(files[0], delimiter="\t", quoted=False)]
+    if not tables:
+        raise UserError("the file is empty", where=files[0], mend="fetch it again")
+    table = pa.concat_tables(tables)
     return table.rename_columns([name.partition(":")[0] for name in table.column_names]).combine_chunks()
 
 
 def _join(log: pa.Table, side: pa.Table, key: str) -> pa.Table:
+    if key not in side.column_names:
+        raise UserError(f"column '{key}' is missing", where=f"data.path, the file of {key.partition('_')[0]}s")
     index = pc.index_in(log.column(key).combine_chunks(), value_set=side.column(key).combine_chunks())
     for name in side.column_names:
         if name != key:
@@ -80,4 +85,4 @@ def _join(log: pa.Table, side: pa.Table, key: str) -> pa.Table:
     return log
 
 
-READER = Reader(read, features, user="user_id", time="timestamp")
+READER = Reader(read, features, user="user_id", time="timestamp", histories=True)

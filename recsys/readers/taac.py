@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from parallel.runtime.errors import UserError
 from parallel.runtime.progress import note
 from recsys.features import Feature
 from recsys.readers import Reader
@@ -26,8 +27,14 @@ _SIDES = {"user_": "user", "context_": "context", "item_": "item", "cross_": "cr
 
 
 def features(data: Any) -> list[Feature]:
-    """One feature a column, read from the schema of the first file."""
-    schema = parquet.read_schema(shards(Path(data.path), (".parquet",))[0])
+    """One feature a column, read from the schema of the first file that is not empty.
+
+    Raises:
+        UserError: no path, or no readable file there.
+    """
+    if data.path is None:
+        raise UserError("reader taac needs a path", where="data.path", mend="set data.path=...")
+    schema = _schema(shards(Path(data.path), (".parquet",)))
     found, left_out = [], []
     for field in schema:
         side = next((side for prefix, side in _SIDES.items() if field.name.startswith(prefix)), None)
@@ -41,6 +48,16 @@ def features(data: Any) -> list[Feature]:
     if left_out:
         note(f"columns without a known prefix are left out: {', '.join(left_out)}")
     return found
+
+
+def _schema(files: list[Path]) -> pa.Schema:
+    file = next((file for file in files if file.stat().st_size), None)
+    if file is None:
+        raise UserError("all files are empty", where="data.path", value=str(files[0].parent))
+    try:
+        return parquet.read_schema(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"not a whole parquet file: {error}", where=file, mend="fetch it again") from None
 
 
 def _feature(field: pa.Field, side: str) -> Feature:

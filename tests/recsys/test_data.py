@@ -11,6 +11,7 @@ import pytest
 from parallel.runtime.errors import UserError
 from recsys.config import DataSettings
 from recsys.dataset import Batches, gather, in_order, prepare
+from recsys.encode import strings
 from recsys.features import FIRST_KNOWN, Feature, expand, place
 from recsys.readers import known_readers, reader
 from recsys.vocabulary import Vocabulary
@@ -109,6 +110,63 @@ def test_bad_rows_are_skipped_and_counted_where_configured(tmp_path):
     log = prepare(data(tmp_path, text, on_bad_row="skip"), 4)
     assert len(log.parts["train"]) == 2
     assert log.report["skipped"] == {"click: label that is not 0 or 1": 1, "age: text that is not a number": 1}
+
+
+def test_columns_of_a_wrong_type_are_one_clear_line(tmp_path):
+    def refused(**columns):
+        base = {"click": [0, 1, 1], "user": ["a", "b", "a"], "age": [1.0, 2.0, 3.0], "item": ["i", "j", "i"],
+                "tags": [["x"]] * 3, "seen": [["i"]] * 3}
+        parquet.write_table(pa.table({**base, **columns}), tmp_path / "log.parquet")
+        with pytest.raises(UserError) as caught:
+            prepare(data(tmp_path).model_copy(update={"reader": "parquet", "path": str(tmp_path / "log.parquet")}), 4)
+        assert "\n" not in str(caught.value) and "log.parquet" in str(caught.value)
+        return str(caught.value)
+
+    assert "column 'user' holds no single values" in refused(user=[["a"], ["b"], ["a"]])
+    assert "column 'item' holds no single values" in refused(item=[b"\xff", b"\xfe", b"\xff"])
+    assert "column 'age' is not numeric" in refused(age=[{"years": 1}] * 3)
+    assert "column 'tags' holds no lists" in refused(tags=[1, 2, 3])
+    assert "label that is not 0 or 1 in column 'click'" in refused(click=[0, None, 1])
+    text = LINES.replace("click,user,age", "click,user,user")
+    with pytest.raises(UserError, match="several columns 'user'"):
+        prepare(data(tmp_path, text), 4)
+
+
+def test_ids_that_come_as_floats_are_the_same_values_in_every_piece():
+    whole = strings(pa.array([3.0, 1e20, 4.5, None, float("nan"), float("inf"), -0.0]), "id", "here").to_pylist()
+    assert whole[0] == "3" and whole[2] == "4.5" and whole[3] is whole[4] is None and whole[5] == "inf"
+    assert float(whole[1]) == 1e20 and whole[6] == "0"
+    assert strings(pa.array([3, None]), "id", "here").to_pylist() == ["3", None]
+
+
+def test_readers_say_what_is_wrong_with_their_files(tmp_path):
+    def refused(name, message, **more):
+        with pytest.raises(UserError, match=message) as caught:
+            prepare(DataSettings(reader=name, cache=str(tmp_path / "c"), **more), 4)
+        assert "\n" not in str(caught.value)
+
+    for name in ("criteo", "avazu", "kuairand", "movielens", "frappe", "taac"):
+        refused(name, "needs a path")
+        with pytest.raises(UserError, match="data.path"):
+            prepare(DataSettings(reader=name, path=str(tmp_path / "nowhere"), cache=str(tmp_path / "c")), 4)
+    for name, file in (("criteo", "a.csv"), ("avazu", "a.csv"), ("frappe", "a.libfm"), ("taac", "a.parquet")):
+        path = tmp_path / file
+        path.write_bytes(b"\xff\xfe rubbish\x00,1\n2,3\n")
+        refused(name, "well-formed|UTF-8|parquet", path=str(path))
+        path.write_bytes(b"")
+        refused(name, "no row is left|empty", path=str(path))
+    for suffix in ("inter", "user", "item"):
+        (tmp_path / f"x.{suffix}").write_text("")
+    refused("movielens", "the file is empty", path=str(tmp_path))
+    refused("csv", "reader csv makes no history", path=str(tmp_path), history=3,
+            features=[{"name": "user", "side": "user"}])
+
+
+def test_a_changed_file_behind_a_pattern_is_read_anew(tmp_path):
+    made = data(tmp_path).model_copy(update={"path": str(tmp_path / "*.csv")})
+    assert len(prepare(made, 4).parts["train"]) == 4
+    (tmp_path / "more.csv").write_text(LINES)
+    assert len(prepare(made, 4).parts["train"]) == 8
 
 
 def test_an_id_over_the_table(tmp_path):
