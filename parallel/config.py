@@ -16,7 +16,8 @@ class PipelineConfig(Settings):
     stages: int = Field(1, ge=1)
     """Number of pipeline stages; consecutive layers share a stage."""
     micro_batches: int = Field(1, ge=1)
-    """Micro-batches a global batch is cut into; at least the number of stages, or stages stand idle."""
+    """Micro-batches a global batch is cut into; at least the number of stages, or stages stand idle. Not given: as many
+    as stages."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """Order of forward and backward passes. 1f1b holds the fewest activations; interleaved gives each stage several
     chunks of layers and shrinks the bubble."""
@@ -102,6 +103,8 @@ class ParallelConfig(Settings):
         """
         devices = devices or self.devices
         config = self.model_copy(deep=True)
+        if config.pipeline.stages > 1 and "micro_batches" not in config.pipeline.model_fields_set:
+            config.pipeline.micro_batches = config.pipeline.stages
         free = [axis for axis in ("data", "op") if getattr(self, axis) == -1]
         if len(free) > 1:
             raise UserError("only one axis may be -1", where="parallel", value=f"data {self.data}, op {self.op}")

@@ -51,3 +51,11 @@ def test_what_does_not_fit_names_its_key(block, devices, part):
 def test_optimizer_shard_minus_one_is_the_data_axis():
     assert ParallelConfig(data=8, optimizer={"shard": -1}).resolve().optimizer_shard == 8
     assert ParallelConfig(data=8, optimizer={"shard": 4}).resolve().optimizer_shard == 4
+
+
+def test_there_are_as_many_micro_batches_as_stages_unless_it_is_said():
+    assert ParallelConfig(pipeline={"stages": 4}).resolve().pipeline.micro_batches == 4
+    assert ParallelConfig(pipeline={"stages": 4, "micro_batches": 8}).resolve().pipeline.micro_batches == 8
+    assert ParallelConfig().resolve().pipeline.micro_batches == 1
+    with pytest.raises(UserError, match="at least the number of stages"):
+        ParallelConfig(pipeline={"stages": 4, "micro_batches": 1}).resolve()
