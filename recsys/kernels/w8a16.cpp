@@ -1,6 +1,6 @@
 // Products of float32 or float16 activations with int8 weights on the CPU, for MindSpore's `ops.Custom` (AOT).
 //
-// Few rows only stream the weights from memory, and int8 is a quarter of the bytes. Weights are symmetric int8 with one
+// Few rows only stream the weights from memory, and int8 is a quarter of the bytes; many are as fast as float32. Weights are symmetric int8 with one
 // scale for each output channel, or for each 128 inputs of it; they lie in panels (see w8a16_product.h), packed by
 // recsys/quantization.py. All tokens' matrices, or all experts', are one call, spread over the cores by panels.
 //
@@ -18,6 +18,7 @@
 #include <immintrin.h>
 #endif
 
+#include "products.h"
 #include "team.h"
 
 namespace {
@@ -32,6 +33,10 @@ constexpr int kPanel = 32;
 constexpr int64_t kBlock = 128;     // inputs of one block: a group's worth, and small enough for the first-level cache
 constexpr int64_t kManyRows = 33;   // from so many rows on panels share a block of activations in the second-level cache
 constexpr int kAhead = 2048;        // bytes of weights that are fetched ahead
+constexpr int64_t kWideRows = 96;   // from so many rows on blocks of weights are widened for oneDNN, where there is one
+constexpr int64_t kWidePanels = 12; // panels of such a block,
+constexpr int64_t kDeep = 384;      // and inputs of it: 0.6 MB, about half of a usual second-level cache
+constexpr int64_t kGap = 16;        // floats between its rows, lest all of a column fall into few sets of the cache
 constexpr int64_t kMostRowsAtOnce = 960;  // bounds the scratch memory of a thread
 
 struct Problem {
@@ -41,7 +46,7 @@ struct Problem {
   void *y;
   const float *packed;
   int64_t rows, inputs, outputs, groups;
-  bool half;
+  bool half, wide;
 
   int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
 
@@ -145,8 +150,15 @@ void share(int64_t items, int64_t multiplications, const Body &body) {
   });
 }
 
-// Panels that share a block of x in the second-level cache.
-int64_t panels_together(int64_t rows, int64_t many) { return rows < kManyRows ? 1 : many; }
+// Panels that are worked on together: they share a block of x in the second-level cache, or are widened as one block.
+int64_t panels_together(const Problem &problem, int64_t many) {
+  return problem.wide ? kWidePanels : problem.rows < kManyRows ? 1 : many;
+}
+
+// Floats of scratch memory for `panels` of `count` products with the same x.
+int64_t scratch_for(const Problem &problem, int64_t panels, int64_t count) {
+  return count * problem.rows * panels * kPanel + (problem.wide ? kDeep * (panels * kPanel + kGap) : 0);
+}
 
 // body(problem, first panel, panels) for stretches of panels of all problems.
 template <typename Body>
@@ -157,7 +169,7 @@ void share_panels(const std::vector<Problem> &problems, int64_t many, const Body
   std::vector<Piece> pieces;
   int64_t work = 0;
   for (size_t i = 0; i < problems.size(); ++i) {
-    const int64_t all = problems[i].panels(), together = panels_together(problems[i].rows, many);
+    const int64_t all = problems[i].panels(), together = panels_together(problems[i], many);
     for (int64_t first = 0; first < all; first += together)
       pieces.push_back({static_cast<int64_t>(i), first, std::min(together, all - first)});
     work += problems[i].rows * problems[i].inputs * problems[i].outputs;
@@ -172,7 +184,8 @@ void pack_all(const Path &path, std::vector<Problem> &problems, std::vector<floa
   std::vector<Problem *> unpacked;
   int64_t size = 0;
   for (Problem &problem : problems) {
-    if (problem.rows == 1 && !problem.half) {
+    problem.wide = problem.rows >= kWideRows && sgemm() != nullptr;
+    if ((problem.rows == 1 || problem.wide) && !problem.half) {
       problem.packed = static_cast<const float *>(problem.x);
     } else {
       unpacked.push_back(&problem);
@@ -192,7 +205,7 @@ void pack_all(const Path &path, std::vector<Problem> &problems, std::vector<floa
 
 void multiply_all(const Path &path, const std::vector<Problem> &problems) {
   share_panels(problems, 4, [&](int64_t i, int64_t first, int64_t panels) {
-    path.multiply(problems[i], first, panels, scratch_of(problems[i].rows * panels * kPanel));
+    path.multiply(problems[i], first, panels, scratch_of(scratch_for(problems[i], panels, 1)));
   });
 }
 
@@ -285,9 +298,12 @@ int run_swiglu(const char *name, bool adds, int count, void **params, int64_t **
       firsts.push_back(gate), lasts.push_back(down), all.push_back(gated);
     }
   pack_all(*path, firsts, packed);
-  for (size_t i = 0; i < all.size(); ++i) all[i].first[0].packed = all[i].first[1].packed = firsts[i].packed;
+  for (size_t i = 0; i < all.size(); ++i) {
+    all[i].first[0].packed = all[i].first[1].packed = firsts[i].packed;
+    all[i].first[0].wide = all[i].first[1].wide = lasts[i].wide = firsts[i].wide;
+  }
   share_panels(firsts, 2, [&](int64_t i, int64_t first, int64_t panels) {
-    path->gate_and_up(all[i], first, panels, scratch_of(2 * firsts[i].rows * panels * kPanel));
+    path->gate_and_up(all[i], first, panels, scratch_of(scratch_for(firsts[i], panels, 2)));
   });
   multiply_all(*path, lasts);
   return 0;

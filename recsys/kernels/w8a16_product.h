@@ -1,9 +1,9 @@
 // The product of a few rows with a panel of int8 weights; included once for every instruction set, which names kLanes
 // (float32 values of a vector), kMostRows (rows whose sums fit into the registers) and widen (kLanes bytes to float32).
 //
-// A panel holds kPanel columns of a weight, [K, kPanel], so that one row of it is read as a whole. The weights are
-// widened to float32 in registers, by units that the multiplications leave idle, so this pays for any number of rows:
-// widening a block once into the cache for many rows was measured slower.
+// A panel holds kPanel columns of a weight, [K, kPanel], so that one row of it is read as a whole. Few rows: the weights
+// are widened to float32 in registers, by units that the multiplications leave idle. Many rows (`Problem::wide`): a block
+// of some panels is widened once, scaled, into a second-level cache's worth of memory, and oneDNN multiplies with it.
 
 // y[r][0 .. 2 kLanes) += scale * sum over k < depth of x[k][r] w[k][..], for R rows, in U partial sums that need not
 // wait for each other.
@@ -83,9 +83,51 @@ static void sum_panels(const Problem *problems, int count, int64_t first, int64_
   }
 }
 
-// `sums` has room for rows * panels * kPanel.
+// to [depth][panels * kPanel + kGap] = q s of panels from the first one on, inputs from `begin` on.
+static void widen_block(const Problem &problem, int64_t first, int64_t panels, int64_t begin, int64_t depth, float *to) {
+  const int64_t stride = panels * kPanel + kGap;
+  float scale[kWidePanels * kPanel] = {};
+  for (int64_t k = 0; k < depth; ++k, to += stride) {
+    if (k % kBlock == 0)
+      for (int64_t panel = 0; panel < panels; ++panel)
+        problem.scales_of(begin + k, first + panel, scale + panel * kPanel);
+    const int8_t *w = problem.weight + (first * problem.inputs + begin + k) * kPanel;
+    for (int64_t panel = 0; panel < panels; ++panel, w += problem.inputs * kPanel) {
+      __builtin_prefetch(w + kAhead, 0, 1);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPanel; i += kLanes)
+        *reinterpret_cast<Vector *>(to + panel * kPanel + i) =
+            widen(w + i) * *reinterpret_cast<const Vector *>(scale + panel * kPanel + i);
+    }
+  }
+}
+
+// y [rows][stride] = columns of x w for panels from the first one on; `width` of them exist.
+static void multiply_wide(const Problem &problem, int64_t first, int64_t panels, int64_t width, float *widened, float *y,
+                          int64_t stride) {
+  for (int64_t begin = 0; begin < problem.inputs; begin += kDeep) {
+    const int64_t depth = problem.inputs - begin < kDeep ? problem.inputs - begin : kDeep;
+    widen_block(problem, first, panels, begin, depth, widened);
+    ::multiply(false, false, problem.rows, width, depth, {problem.packed + begin, problem.inputs},
+               {widened, panels * kPanel + kGap}, begin > 0, y, stride);
+  }
+}
+
+// `sums` has room for rows * panels * kPanel, and for the widened block after it.
 static void multiply(const Problem &problem, int64_t first, int64_t panels, float *sums) {
   const int64_t rows = problem.rows;
+  if (problem.wide) {
+    const int64_t begin = first * kPanel, width = std::min(panels * kPanel, problem.outputs - begin);
+    float *widened = sums + rows * panels * kPanel;
+    if (!problem.half)
+      return multiply_wide(problem, first, panels, width, widened, static_cast<float *>(problem.y) + begin,
+                           problem.outputs);
+    multiply_wide(problem, first, panels, width, widened, sums, width);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < width; ++i)
+        static_cast<Half *>(problem.y)[row * problem.outputs + begin + i] = static_cast<Half>(sums[row * width + i]);
+    return;
+  }
   sum_panels(&problem, 1, first, panels, sums);
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t column = (first + panel) * kPanel;
@@ -118,9 +160,30 @@ INLINE Vector sigmoid(Vector x) {
 }
 
 // swish(x gate + a) * (x up + b) for panels of the inner width, straight into the tiles that the last product reads.
-// `sums` has room for 2 * rows * panels * kPanel.
+// The same for many rows, whose inner rows lie [rows][inner].
+static void gate_and_up_wide(const Gated &gated, int64_t first, int64_t panels, float *sums) {
+  const int64_t rows = gated.first[0].rows, inner = gated.first[0].outputs, column = first * kPanel;
+  const int64_t width = std::min(panels * kPanel, inner - column), size = rows * panels * kPanel;
+  for (int which = 0; which < 2; ++which)
+    multiply_wide(gated.first[which], first, panels, width, sums + 2 * size, sums + which * size, panels * kPanel);
+  for (int64_t row = 0; row < rows; ++row) {
+    float *gate = sums + row * panels * kPanel, *up = gate + size;
+    if (gated.added) {
+      const int64_t from = gated.added > 1 ? (gated.row + row) * inner + column : column;
+      for (int64_t i = 0; i < width; ++i) gate[i] += gated.gate[from + i], up[i] += gated.up[from + i];
+    }
+    for (int64_t i = 0; i < panels * kPanel; i += kLanes) {
+      Vector &g = *reinterpret_cast<Vector *>(gate + i);
+      g *= sigmoid(g) * *reinterpret_cast<const Vector *>(up + i);
+    }
+    std::memcpy(gated.packed + row * inner + column, gate, sizeof(float) * width);
+  }
+}
+
+// `sums` has room for 2 * rows * panels * kPanel, and for the widened block after it.
 static void gate_and_up(const Gated &gated, int64_t first, int64_t panels, float *sums) {
   const Problem &problem = gated.first[0];
+  if (problem.wide) return gate_and_up_wide(gated, first, panels, sums);
   const int64_t rows = problem.rows, inner = problem.outputs, size = rows * panels * kPanel;
   sum_panels(gated.first, 2, first, panels, sums);
   for (int64_t panel = 0; panel < panels; ++panel) {
@@ -164,6 +227,11 @@ static void pack_rows(const X *x, int64_t rows, int64_t inputs, float *packed) {
 }
 
 static void pack(const Problem &problem, float *packed) {
+  if (problem.wide) {  // half precision only: rows as they lie
+    for (int64_t i = 0; i < problem.rows * problem.inputs; ++i)
+      packed[i] = static_cast<float>(static_cast<const Half *>(problem.x)[i]);
+    return;
+  }
   if (problem.half) pack_rows(static_cast<const Half *>(problem.x), problem.rows, problem.inputs, packed);
   else pack_rows(static_cast<const float *>(problem.x), problem.rows, problem.inputs, packed);
 }

@@ -20,7 +20,8 @@ from tests.recsys.runs import make_run
 
 PATHS = ("auto", "avx512", "avx2", "portable")
 # Tokens, rows, inputs, outputs: none a multiple of a vector, a panel or a block, some smaller than one.
-SHAPES = [(1, 1, 5, 3), (3, 2, 130, 33), (2, 13, 257, 70), (1, 40, 300, 100), (2, 70, 129, 31), (1, 1000, 64, 40)]
+SHAPES = [(1, 1, 5, 3), (3, 2, 130, 33), (2, 13, 257, 70), (1, 40, 300, 100), (2, 70, 129, 31), (1, 1000, 64, 40),
+          (2, 130, 900, 450)]
 
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -113,7 +114,8 @@ def test_experts_see_their_own_rows(kernels, path):
 def test_a_swiglu_in_one_call(kernels, path):
     """With and without what the user adds to the first products: one row for all, or one each."""
     generator = np.random.default_rng(4)
-    for tokens, rows, inputs, inner, outputs in [(1, 1, 5, 3, 4), (2, 13, 257, 70, 31), (1, 1000, 20, 40, 33)]:
+    for tokens, rows, inputs, inner, outputs in [(1, 1, 5, 3, 4), (2, 13, 257, 70, 31), (1, 1000, 20, 40, 33),
+                                                (2, 130, 400, 390, 401)]:
         for group, added in ((None, 0), (GROUP, 1), (None, rows)):
             x = generator.standard_normal((tokens, rows, inputs)).astype(np.float32)
             floats = [generator.standard_normal((tokens, *shape)).astype(np.float32) / shape[0] ** 0.5
