@@ -59,8 +59,9 @@ def columns_of(data: Any, source: Reader) -> Columns:
 def features_of(data: Any) -> list:
     """The features of a run with `repeat` written out."""
     source = reader(data.reader)
-    if data.history and not source.histories:
-        raise UserError(f"reader {data.reader} makes no history", where="data.history", value=data.history,
+    kept = data.history or data.passed
+    if kept and not source.histories:
+        raise UserError(f"reader {data.reader} makes no history", where="data.history", value=kept,
                         mend="set it to 0, and list the log's own sequences in data.features")
     features = expand(data.features or source.features(data))
     if unknown := set(data.pooling) - {feature.name for feature in features}:

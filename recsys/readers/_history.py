@@ -1,4 +1,4 @@
-"""What a user liked before: a column that logs without histories do not have."""
+"""What a user liked before, and met without liking it: columns that logs without histories do not have."""
 
 from __future__ import annotations
 
@@ -8,45 +8,64 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from parallel.runtime.errors import UserError
 from recsys.features import Feature
+
+HISTORY, PASSED = "history", "passed"
 
 
 class Histories:
-    """The items that each user liked strictly before the row's time, newest last; memory grows with the users.
+    """The items that each user liked, and those met but not liked, strictly before the row's time, newest last; memory
+    grows with the users.
 
     Rows must come in order of time for each user (others between do no harm); rows of one moment do not see each other.
 
     Args:
-        length: items kept.
+        data: `data.history` and `data.passed`: how many items of each kind are kept.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.liked: dict[Any, deque] = {}
+    def __init__(self, data: Any) -> None:
+        self.lengths = {name: length for name, length in ((HISTORY, data.history), (PASSED, data.passed)) if length}
+        self.known: dict[Any, dict[str, deque]] = {}
         self.waiting: dict[Any, tuple[Any, list]] = {}
 
-    def add(self, users: pa.Array, items: pa.Array, times: np.ndarray, liked: np.ndarray) -> pa.Array:
-        """The histories of some rows, as lists of text; then takes the rows into account."""
-        offsets, values = [0], []
-        for user, item, time, like in zip(users.to_pylist(), items.to_pylist(), times.tolist(), liked.tolist(),
-                                          strict=True):
-            known = self._until(user, time)
-            values.extend(known)
-            offsets.append(len(values))
-            if like and user is not None and item is not None:
-                self.waiting.setdefault(user, (time, []))[1].append(str(item))
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.string()))
+    def add(self, table: pa.Table, users: pa.Array, items: pa.Array, times: np.ndarray, liked: np.ndarray,
+            where: str) -> pa.Table:
+        """The table with the histories of its rows as lists of text; then takes the rows into account.
 
-    def _until(self, user: Any, time: Any) -> deque:
-        known = self.liked.setdefault(user, deque(maxlen=self.length))
-        if user in self.waiting and self.waiting[user][0] != time:
-            known.extend(self.waiting.pop(user)[1])
+        Raises:
+            UserError: a user's rows do not come in order of time, so that histories would hold the future.
+        """
+        made: dict[str, tuple[list, list]] = {name: ([0], []) for name in self.lengths}
+        rows = zip(users.to_pylist(), items.to_pylist(), times.tolist(), liked.tolist(), strict=True)
+        for number, (user, item, time, like) in enumerate(rows, 1):
+            known = self._until(user, time, f"{where}, row {number} of this piece")
+            for name, (offsets, values) in made.items():
+                values.extend(known[name])
+                offsets.append(len(values))
+            if user is not None and item is not None:
+                self.waiting.setdefault(user, (time, []))[1].append((HISTORY if like else PASSED, str(item)))
+        for name, (offsets, values) in made.items():
+            lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.string()))
+            table = table.append_column(name, lists)
+        return table
+
+    def _until(self, user: Any, time: Any, where: str) -> dict[str, deque]:
+        if user not in self.known:
+            self.known[user] = {name: deque(maxlen=length) for name, length in self.lengths.items()}
+        known = self.known[user]
+        waiting = self.waiting.get(user)
+        if waiting is not None and waiting[0] != time:
+            if time < waiting[0]:
+                raise UserError("a user's rows do not come in order of time", where=where, value=user,
+                                mend="sort the log by time, or do without data.history and data.passed")
+            for kind, item in self.waiting.pop(user)[1]:
+                if kind in known:
+                    known[kind].append(item)
         return known
 
 
-def history_feature(data: Any, target: str) -> list[Feature]:
-    """The feature `history` for `data.history` items, weighed by the candidate (DIN); none where it is 0."""
-    if not data.history:
-        return []
-    return [Feature(name="history", type="sequence", side="cross", group="history", target=target,
-                    length=data.history, pooling="attention")]
+def history_features(data: Any, target: str) -> list[Feature]:
+    """The features `history` and `passed`, weighed by the candidate (DIN), as long as the settings say; 0 = none."""
+    return [Feature(name=name, type="sequence", side="cross", group=name, target=target, length=length,
+                    pooling="attention") for name, length in ((HISTORY, data.history), (PASSED, data.passed)) if length]

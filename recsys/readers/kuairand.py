@@ -17,7 +17,7 @@ from parallel.runtime.errors import UserError
 from recsys.features import Feature
 from recsys.readers import Reader
 from recsys.readers._files import csv_tables, ids
-from recsys.readers._history import Histories, history_feature
+from recsys.readers._history import Histories, history_features
 
 _USER = ["user_active_degree", "follow_user_num_range", "fans_user_num_range", "friend_user_num_range",
          "register_days_range", *(f"onehot_feat{i}" for i in range(18))]
@@ -35,12 +35,12 @@ def features(data: Any) -> list[Feature]:
         *ids(_VIDEO, "item", "content", minimum_count=2),
         Feature(name="video_duration", type="numeric", side="item", group="content", buckets=16),
         Feature(name="tag", type="multi", side="item", group="tags", separator=",", length=4),
-        *history_feature(data, "video_id"),
+        *history_features(data, "video_id"),
     ]
 
 
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
-    """Logs in order of their names, with the user's and the video's columns joined; `data.history` counts clicks.
+    """Logs in order of their names, with the user's and the video's columns joined; histories count clicks.
 
     Raises:
         UserError: the folder holds no standard log.
@@ -50,26 +50,26 @@ def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
         raise UserError("no log_standard*.csv here", where="data.path", value=str(path))
     users = _side_table(path, "user_features*.csv*", "user_id", _USER)
     videos = _side_table(path, "video_features_basic*.csv*", "video_id", [*_VIDEO, "video_duration", "tag"])
-    histories = Histories(data.history) if data.history else None
+    histories = Histories(data) if data.history or data.passed else None
     for file in logs:
         for table, where in csv_tables(file):
             if histories is not None:
-                table = table.append_column("history", _clicked_before(table, histories, where))
+                table = _with_histories(table, histories, where)
             if "hourmin" in table.column_names:
                 minutes = pc.utf8_lpad(table.column("hourmin"), 4, "0")
                 table = table.append_column("hour", pc.utf8_slice_codeunits(minutes, 0, 2))
             yield _join(_join(table, users, "user_id"), videos, "video_id"), where
 
 
-def _clicked_before(table: pa.Table, histories: Histories, where: str) -> pa.Array:
+def _with_histories(table: pa.Table, histories: Histories, where: str) -> pa.Table:
     missing = {"user_id", "video_id", "time_ms", "is_click"} - set(table.column_names)
     if missing:
-        raise UserError(f"column '{sorted(missing)[0]}' is missing", where=where, mend="data.history needs it")
+        raise UserError(f"column '{sorted(missing)[0]}' is missing", where=where, mend="histories need it")
     try:
         times, clicks = (table.column(name).cast(pa.int64()).to_numpy() for name in ("time_ms", "is_click"))
     except pa.ArrowInvalid as error:
         raise UserError(f"time_ms or is_click is not a number: {error}", where=where) from None
-    return histories.add(table.column("user_id"), table.column("video_id"), times, clicks)
+    return histories.add(table, table.column("user_id"), table.column("video_id"), times, clicks, where)
 
 
 def _side_table(path: Path, pattern: str, key: str, wanted: list[str]) -> pa.Table:

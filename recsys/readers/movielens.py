@@ -17,7 +17,7 @@ from parallel.runtime.errors import UserError
 from recsys.features import Feature
 from recsys.readers import Reader
 from recsys.readers._files import csv_tables, ids
-from recsys.readers._history import Histories, history_feature
+from recsys.readers._history import Histories, history_features
 
 LIKED = 4.0
 
@@ -32,7 +32,7 @@ def features(data: Any) -> list[Feature]:
         *ids(["item_id"], "item", "item", minimum_count=2),
         *ids(["release_year"], "item", "year"),
         Feature(name="class", type="multi", side="item", group="genres", length=6),
-        *history_feature(data, "item_id"),
+        *history_features(data, "item_id"),
     ]
 
 
@@ -56,10 +56,9 @@ def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
     order = np.lexsort((*(np.asarray(ratings.column(name).to_pylist(), object).astype(str).astype("U12")
                           for name in ("item_id", "user_id")), when))
     ratings = ratings.take(pa.array(order))
-    if data.history:
-        column = Histories(data.history).add(ratings.column("user_id"), ratings.column("item_id"), when[order],
-                                             ratings.column("label").to_numpy())
-        ratings = ratings.append_column("history", column)
+    if data.history or data.passed:
+        ratings = Histories(data).add(ratings, ratings.column("user_id"), ratings.column("item_id"), when[order],
+                                      ratings.column("label").to_numpy(), str(path))
     yield _join(_join(ratings, users, "user_id"), items, "item_id"), str(path)
 
 

@@ -14,6 +14,7 @@ from recsys.dataset import Batches, gather, in_order, prepare
 from recsys.encode import strings
 from recsys.features import FIRST_KNOWN, Feature, expand, place
 from recsys.readers import known_readers, reader
+from recsys.readers._history import Histories
 from recsys.vocabulary import Vocabulary
 
 LINES = """click,user,age,item,tags,seen,price
@@ -400,3 +401,15 @@ def test_histories_hold_what_was_liked_strictly_before(tmp_path):
     assert table.column("history").to_pylist()[-1] == ["11", "13"]
     slot = prepare(made, 4).spec.slots["history"]
     assert slot.length == 2 and slot.feature.target == "item_id" and slot.feature.pooling == "attention"
+    both = made.model_copy(update={"passed": 3})
+    table, _ = next(iter(reader("movielens").read(both, tmp_path)))
+    assert table.column("history").to_pylist()[-1] == ["11", "13"]
+    assert table.column("passed").to_pylist()[-1] == ["12"] and not any(table.column("passed").to_pylist()[:4])
+    assert prepare(both, 4).spec.slots["passed"].length == 3
+
+
+def test_histories_of_a_log_out_of_order_are_refused():
+    histories = Histories(DataSettings(history=3))
+    columns = pa.array(["u", "u"]), pa.array(["1", "2"]), np.array([5, 4]), np.array([1, 1])
+    with pytest.raises(UserError, match="order of time"):
+        histories.add(pa.table({"x": [1, 2]}), *columns, "log.csv")
