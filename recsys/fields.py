@@ -14,9 +14,10 @@ from parallel.layers.norm import LayerNorm
 from parallel.layers.parameter import parameter
 from parallel.layout import Cut, Layer
 from parallel.runtime.errors import UserError
+from recsys.config import RankerSettings
 from recsys.embedding import Join, group_widths
 from recsys.features import FeatureSpec
-from recsys.ranker import dense
+from recsys.ranker import MLP, Ranker, dense
 
 CUBE = ("batch", None, None)
 
@@ -179,3 +180,27 @@ class AddRelu(Layer):
 
     def cuts(self) -> list[Cut]:
         return [Cut(self.add, (self.stream, self.stream)), Cut(self.relu, (self.stream,))]
+
+
+class FieldStack(Ranker):
+    """hidden = MLP(flatten(layers(fields))): what models of stacked field interactions share; a model's file calls
+    `make_stack`."""
+
+    def __init__(self, settings: RankerSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
+        super().__init__(settings, spec, tasks, compute_dtype)
+        self.fields = Fields(spec)
+
+    def make_stack(self, layers: list[nn.Cell], size: int, hidden: list[int]) -> None:
+        """Takes layers [B, F, W] -> [B, F', W'], of which the last makes F' W' = `size`, and makes what follows: an MLP
+        of the widths `hidden`, and the towers."""
+        self.layers = nn.CellList(layers)
+        self.flat = Flat(size)
+        self.network = MLP([size, *hidden], self.compute_dtype)
+        self.make_head(hidden[-1] if hidden else size)
+
+    def represent(self, groups: tuple, sequences: tuple) -> tuple:
+        x_BFW = self.fields(*groups)
+        for layer in self.layers:
+            x_BFW = layer(x_BFW)
+        return self.network(self.flat(x_BFW)), (), ()

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from recsys.config import RankerSettings
 from recsys.features import FeatureSpec
-from recsys.fields import AddRelu, Attend, Fields, Flat, Heads, PositionLinear
-from recsys.ranker import MLP, Ranker
+from recsys.fields import AddRelu, Attend, FieldStack, Heads, PositionLinear
 
 
 class AutoIntSettings(RankerSettings):
@@ -45,26 +44,17 @@ class InteractingLayer(nn.Cell):
         return self.add(self.heads(mixed, True), self.shortcut(x_BFI))
 
 
-class AutoInt(Ranker):
+class AutoInt(FieldStack):
     """hidden = MLP(flatten(interacting layers(fields)))."""
 
     def __init__(self, settings: AutoIntSettings, spec: FeatureSpec, tasks: int,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
-        self.fields = Fields(spec)
         width = settings.heads * settings.head_width
         inputs = [self.fields.width] + [width] * (settings.layers - 1)
-        self.layers = nn.CellList([InteractingLayer(self.fields.count, size, settings.heads, settings.head_width,
-                                                    compute_dtype) for size in inputs])
-        self.flat = Flat(self.fields.count * width)
-        self.network = MLP([self.flat.size, *settings.hidden], compute_dtype)
-        self.make_head(settings.hidden[-1] if settings.hidden else self.flat.size)
-
-    def represent(self, groups: tuple, sequences: tuple) -> tuple:
-        x_BFD = self.fields(*groups)
-        for layer in self.layers:
-            x_BFD = layer(x_BFD)
-        return self.network(self.flat(x_BFD)), (), ()
+        layers = [InteractingLayer(self.fields.count, size, settings.heads, settings.head_width, compute_dtype)
+                  for size in inputs]
+        self.make_stack(layers, self.fields.count * width, settings.hidden)
 
 
 SETTINGS, MODEL = AutoIntSettings, AutoInt

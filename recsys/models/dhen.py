@@ -11,10 +11,11 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from pydantic import Field
 
+from parallel.runtime.errors import UserError
 from recsys.config import RankerSettings
 from recsys.features import FeatureSpec
-from recsys.fields import AddRelu, Attend, Cross, CubeNorm, FieldLinear, Fields, Flat, Heads, PositionLinear
-from recsys.ranker import MLP, Ranker
+from recsys.fields import AddRelu, Attend, Cross, CubeNorm, FieldLinear, FieldStack, Flat, Heads, PositionLinear
+from recsys.ranker import MLP
 
 
 class DHENSettings(RankerSettings):
@@ -115,25 +116,18 @@ class EnsembleLayer(nn.Cell):
         return self.norm(total)
 
 
-class DHEN(Ranker):
+class DHEN(FieldStack):
     """hidden = MLP(flatten(ensemble layers(fields)))."""
 
     def __init__(self, settings: DHENSettings, spec: FeatureSpec, tasks: int,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
-        self.fields = Fields(spec)
         counts = [self.fields.count] + [settings.fields] * (settings.layers - 1)
-        self.layers = nn.CellList([EnsembleLayer(count, self.fields.width, settings, compute_dtype)
-                                   for count in counts])
-        self.flat = Flat(settings.fields * self.fields.width)
-        self.network = MLP([self.flat.size, *settings.top], compute_dtype)
-        self.make_head(settings.top[-1] if settings.top else self.flat.size)
-
-    def represent(self, groups: tuple, sequences: tuple) -> tuple:
-        x_BFW = self.fields(*groups)
-        for layer in self.layers:
-            x_BFW = layer(x_BFW)
-        return self.network(self.flat(x_BFW)), (), ()
+        if self.fields.width % settings.heads:
+            raise UserError(f"heads must divide the embedding size {self.fields.width}", where="model.heads",
+                            value=settings.heads)
+        self.make_stack([EnsembleLayer(count, self.fields.width, settings, compute_dtype) for count in counts],
+                        settings.fields * self.fields.width, settings.top)
 
 
 SETTINGS, MODEL = DHENSettings, DHEN

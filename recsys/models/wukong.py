@@ -14,8 +14,8 @@ from parallel.layout import Cut, Layer
 from recsys.config import RankerSettings
 from recsys.embedding import Join
 from recsys.features import FeatureSpec
-from recsys.fields import CUBE, AddRelu, CubeNorm, FieldLinear, Fields, Flat
-from recsys.ranker import MLP, Ranker
+from recsys.fields import CUBE, AddRelu, CubeNorm, FieldLinear, FieldStack, Flat
+from recsys.ranker import MLP
 
 
 class WukongSettings(RankerSettings):
@@ -78,27 +78,17 @@ class WukongLayer(nn.Cell):
         return self.last_norm(self.add(both, kept))
 
 
-class Wukong(Ranker):
+class Wukong(FieldStack):
     """hidden = MLP(flatten(Wukong layers(fields)))."""
 
     def __init__(self, settings: WukongSettings, spec: FeatureSpec, tasks: int,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
-        self.fields = Fields(spec)
         layers, count = [], self.fields.count
         for _ in range(settings.layers):
             layers.append(WukongLayer(count, self.fields.width, settings, compute_dtype))
             count = layers[-1].fields
-        self.layers = nn.CellList(layers)
-        self.flat = Flat(count * self.fields.width)
-        self.network = MLP([self.flat.size, *settings.top], compute_dtype)
-        self.make_head(settings.top[-1] if settings.top else self.flat.size)
-
-    def represent(self, groups: tuple, sequences: tuple) -> tuple:
-        x_BFW = self.fields(*groups)
-        for layer in self.layers:
-            x_BFW = layer(x_BFW)
-        return self.network(self.flat(x_BFW)), (), ()
+        self.make_stack(layers, count * self.fields.width, settings.top)
 
 
 SETTINGS, MODEL = WukongSettings, Wukong
