@@ -28,6 +28,8 @@ MOE = {"experts": 4, "active": 2}
 # Blocks: name -> (model, settings, U and G tokens, heads or tokens after).
 TML = {"figure": {}, "inner": {"inner_residual": True}, "prenorm": {"block_variant": "equation_prenorm"},
        "postnorm": {"block_variant": "equation_postnorm"}, "experts": {"moe": MOE},
+       "prenorm_low_rank": {"block_variant": "equation_prenorm", "ug_sep": {"compensation": "low_rank"}},
+       "postnorm_experts_mean": {"block_variant": "equation_postnorm", "moe": MOE, "ug_sep": {"compensation": "mean"}},
        "low_rank": {"ug_sep": {"compensation": "low_rank"}},
        "token_mixing": {"ug_sep": {"compensation": "token_mixing"}}, "mean": {"ug_sep": {"compensation": "mean"}}}
 RANKMIXER = {"post": {}, "experts": {"moe": {"experts": 4}}, "bare": {"norm": False, "residual": False},
@@ -37,7 +39,9 @@ CASES = ([("tml", name, (2, 4), (3, 5)) for name in TML] + [("tml", "figure", (4
                                                                                               (1, 5))]
          + [("rankmixer", name, (4, 2), None) for name in RANKMIXER]
          + [("tml_pyramid", name, (4, 2), (2, 4)) for name in ("figure", "experts", "mean")]
-         + [("rankmixer_pyramid", name, (2, 4), (1, 2)) for name in ("post", "experts", "low_rank")])
+         + [("rankmixer_pyramid", name, (2, 4), (1, 2)) for name in ("post", "experts", "low_rank")]
+         # residual: attention where a layer keeps its tokens
+         + [("tml_pyramid", "token_mixing", (2, 4), (2, 4)), ("rankmixer_pyramid", "mean", (4, 2), (4, 2))])
 
 
 pytestmark = pytest.mark.usefixtures("pynative")
@@ -88,11 +92,11 @@ def test_user_tokens_do_not_move_with_the_candidate(model, name, counts, other):
     assert user == 0.0 and group > 1e-2
 
 
-MASKS = ([("tml", name, mask) for name in ("figure", "inner", "prenorm", "postnorm", "experts", "mean")
-          for mask in ("mixing_mask", "reverting_mask")]
-         + [("rankmixer", name, "mixing_mask") for name in ("post", "experts", "bare", "mean")]
-         + [(model, name, mask) for model, name in (("tml_pyramid", "figure"), ("rankmixer_pyramid", "post"))
-            for mask in ("mixing_mask", "residual_mask")])
+MASKS = ([("tml", name, mask) for name in TML for mask in ("mixing_mask", "reverting_mask")]
+         + [("rankmixer", name, "mixing_mask") for name in RANKMIXER]
+         + [(model, name, mask) for model, names in (("tml_pyramid", ("figure", "experts", "mean")),
+                                                     ("rankmixer_pyramid", ("post", "experts", "low_rank")))
+            for name in names for mask in ("mixing_mask", "residual_mask")])
 
 
 @pytest.mark.parametrize(("model", "name", "mask"), MASKS)
@@ -207,8 +211,13 @@ def tasks():
     return get
 
 
-def scores(model, ids, numbers):
-    return model(Tensor(ids), Tensor(numbers)).asnumpy().copy()
+def scores(model, ids, numbers, masks=False):
+    """Logits of the plain call; with `masks` by whole tensors times masks, nothing computed once or left out."""
+    model.in_slices = not masks
+    try:
+        return model(Tensor(ids), Tensor(numbers)).asnumpy().copy()
+    finally:
+        model.in_slices = True
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -218,7 +227,8 @@ def test_a_state_of_several_users_serves_all_candidates(name, tasks):
     index = np.array([0, 1, 2, 1, 0, 2, 2, 1, 0, 0, 0, 2], np.int32)
     (users, user_numbers), (group, group_numbers) = model.sides.split(ids, numbers)
     ids[:, list(model.sides.user.ids)], numbers[:, list(model.sides.user.numbers)] = users[index], user_numbers[index]
-    wanted = scores(model, ids, numbers)
+    wanted = scores(model, ids, numbers, masks=True)
+    assert np.abs(scores(model, ids, numbers) - wanted).max() <= 1e-6
     state = model.user_pass(Tensor(users[:3]), Tensor(user_numbers[:3]))
     assert state.shape == (3, model.state_size)
     got = model.group_pass(state, Tensor(index), Tensor(group), Tensor(group_numbers)).asnumpy()
@@ -231,18 +241,20 @@ def test_a_state_of_several_users_serves_all_candidates(name, tasks):
     assert np.abs(alone - state.asnumpy()[1:2]).max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["tml_experts", "rankmixer_experts"])
-@pytest.mark.parametrize("candidates", [1, 1000])
-def test_a_thousand_candidates_of_one_user(name, candidates, tasks):
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("candidates", "requests"), [(1, 1), (2, 1), (1000, 1), (1000, 5)])
+def test_up_to_a_thousand_candidates_of_one_user_and_of_several(name, candidates, requests, tasks):
     task = tasks(name)
     model = task.network.model
     rows = [task.sample(seed) for seed in range(-(-candidates // 12))]
     ids, numbers = (np.concatenate([row[i] for row in rows])[:candidates] for i in (0, 1))
     (users, user_numbers), group = model.sides.split(ids, numbers)
-    ids[:, list(model.sides.user.ids)], numbers[:, list(model.sides.user.numbers)] = users[:1], user_numbers[:1]
-    state = model.user_pass(Tensor(users[:1]), Tensor(user_numbers[:1]))
-    got = model.group_pass(state, Tensor(np.zeros(candidates, np.int32)), *map(Tensor, group)).asnumpy()
-    assert np.abs(got - scores(model, ids, numbers)).max() <= 1e-6
+    index = np.sort(np.arange(candidates) % requests).astype(np.int32)
+    ids[:, list(model.sides.user.ids)], numbers[:, list(model.sides.user.numbers)] = users[index], user_numbers[index]
+    state = model.user_pass(Tensor(users[:requests]), Tensor(user_numbers[:requests]))
+    got = model.group_pass(state, Tensor(index), *map(Tensor, group)).asnumpy()
+    wanted = scores(model, ids, numbers, masks=True)
+    assert np.abs(got - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
 
 
 def test_the_same_in_compiled_graphs(tasks):
