@@ -7,6 +7,7 @@ values: time does not depend on what was learned. The entangled model has as man
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -23,6 +24,7 @@ SWEEP_CANDIDATES = (1, 50, 200, 500, 1000)
 SWEEP_RATIOS = ("1:2", "1:1", "3:1")
 MODES = ("entangled", "separated", "cached")
 PRECISIONS = ("float32", "int8")
+SWEEP_SECONDS = 6.0  # of rounds for one ratio and number of candidates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +59,8 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     sizes = sorted({arguments.candidates, *(SWEEP_CANDIDATES if arguments.sweep else ())})
     note(f"threads {len(os.sched_getaffinity(0))}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', '-')}, "
          + ", ".join(f"{name} {os.environ.get(name, '-')}" for name in MALLOC))
-    rows = measure(settings, ratios, sizes, arguments.rounds, arguments.group)
+    rows = measure(settings, ratios, sizes, arguments.rounds, arguments.group,
+                   SWEEP_SECONDS if arguments.sweep else math.inf)
     table("Latency of one request, ms", ["U:G", "candidates", "weights", "mode", "p50", "p95", "p99", "candidates/s"],
           [[row["ratio"], row["candidates"], row["weights"], row["mode"],
             *(f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")), f"{row['candidates_per_s']:.0f}"]
@@ -151,35 +154,42 @@ def _model(settings: Any, spec: Any, int8: bool, group: int | None) -> tuple[Any
     return network.model, dense
 
 
-def measure(settings: Any, ratios: list[str], sizes: list[int], rounds: int, group: int | None) -> list[dict]:
-    """A row for each ratio, number of candidates, mode and kind of weights."""
+def measure(settings: Any, ratios: list[str], sizes: list[int], rounds: int, group: int | None,
+            most_seconds: float = math.inf) -> list[dict]:
+    """A row for each ratio, number of candidates, mode and kind of weights. Rounds of a size end early after
+    `most_seconds`, but not before the fifth."""
     from recsys.build import spec_of
-
-    spec = spec_of(settings)
-    plain = entangled(settings, spec)
-    models = {("entangled", kind): _model(plain, spec, kind == "int8", group) for kind in PRECISIONS}
-    rows = []
-    for ratio in ratios:
-        for kind in PRECISIONS:
-            models["separated", kind] = _model(separated(settings, ratio), spec, kind == "int8", group)
-        for size in progress(sizes, f"{ratio}"):
-            rows += [{"ratio": ratio, "candidates": size, **row} for row in _one_size(models, spec, size, rounds)]
-    return rows
-
-
-def _one_size(models: dict, spec: Any, size: int, rounds: int) -> list[dict]:
-    from recsys.build import sample_batch
     from recsys.cache import StateCache
     from recsys.serving import Scorer
     from recsys.serving_settings import EngineSettings
 
-    shapes = EngineSettings(requests=1, candidates=[size])
+    spec, shapes = spec_of(settings), EngineSettings(requests=1, candidates=sizes)
+
+    def scorer(changed: Any, kind: str) -> tuple[Any, int]:
+        model, dense = _model(changed, spec, kind == "int8", group)
+        return Scorer(model, shapes, StateCache(0)), dense
+
     # Separated and cached are one scorer, hence the same graphs, with another cache.
-    scorers = {key: Scorer(model, shapes, StateCache(0)) for key, (model, _) in models.items()}
+    plain = entangled(settings, spec)
+    scorers = {("entangled", kind): scorer(plain, kind) for kind in PRECISIONS}
+    rows = []
+    for ratio in ratios:
+        for kind in PRECISIONS:
+            scorers["separated", kind] = scorer(separated(settings, ratio), kind)
+        for size in progress(sizes, f"{ratio}"):
+            rows += [{"ratio": ratio, "candidates": size, **row}
+                     for row in _one_size(scorers, spec, size, rounds, most_seconds)]
+    return rows
+
+
+def _one_size(scorers: dict, spec: Any, size: int, rounds: int, most_seconds: float) -> list[dict]:
+    from recsys.build import sample_batch
+    from recsys.cache import StateCache
+
     caches = {"entangled": StateCache(0), "separated": StateCache(0), "cached": StateCache(len(PRECISIONS))}
 
     def score(mode: str, kind: str) -> float:
-        scorer = scorers["entangled" if mode == "entangled" else "separated", kind]
+        scorer, _ = scorers["entangled" if mode == "entangled" else "separated", kind]
         scorer.cache, scorer.version = caches[mode], PRECISIONS.index(kind)
         begun = time.perf_counter()
         scorer.score([(ids, numbers)])
@@ -191,17 +201,21 @@ def _one_size(models: dict, spec: Any, size: int, rounds: int) -> list[dict]:
     for variant in variants * 2:
         score(*variant)
     times: dict[tuple, list[float]] = {variant: [] for variant in variants}
-    for _ in range(rounds):
+    begun = time.perf_counter()
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - begun > most_seconds:
+            break
         for variant in variants:
             times[variant].append(score(*variant))
-    return [_row(*variant, size, times[variant], models) for variant in variants]
+    return [_row(*variant, size, times[variant], scorers) for variant in variants]
 
 
-def _row(mode: str, kind: str, size: int, times: list[float], models: dict) -> dict:
+def _row(mode: str, kind: str, size: int, times: list[float], scorers: dict) -> dict:
     p50, p95, p99 = np.percentile(times, (50, 95, 99))
     return {"mode": mode, "weights": kind, "p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99),
             "min_ms": min(times), "mean_ms": statistics.fmean(times), "candidates_per_s": 1e3 * size / float(p50),
-            "dense_parameters": models["entangled" if mode == "entangled" else "separated", kind][1]}
+            "rounds": len(times),
+            "dense_parameters": scorers["entangled" if mode == "entangled" else "separated", kind][1]}
 
 
 def _one_user(spec: Any, ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
