@@ -53,7 +53,8 @@ def describe(node: Node) -> str:
         way = "to" if node.op == "Send" else "from"
         return f"{node.op} {way} {peer} of group {list(group_ranks(node))}, tag {attributes.get('sr_tag')}, " \
                f"shape {shape} ({node.scope})"
-    return f"{node.op} of shape {shape} in group {list(group_ranks(node))} ({node.scope})"
+    owner = f", {node.marks['mirror_user_id']}" if node.marks.get("mirror_user_id") else ""
+    return f"{node.op} of shape {shape} in group {list(group_ranks(node))} ({node.scope}{owner})"
 
 
 def group_ranks(node: Node) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from parallel.proof.child import Compilers
 from parallel.proof.collectives import Deadlock
 from parallel.proof.executor import Rank, run_step
 from parallel.proof.one_device import History, OneDevice
+from parallel.proof.orders import wrong_order
 from parallel.proof.world import World, compile_world, part_of
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import note, table
@@ -151,10 +152,10 @@ class Replay:
         world = self.world
         rows = self.reference.batch(0)[0].shape[0]
         single = self.reference.run(self.steps, world.order(rows))
-        ranks, cut, problem = world.start(self.reference.start), History(), None
+        ranks, cut, problem = world.start(self.reference.start), History(), wrong_order(world.programs)
         self.ranks = ranks
         differences: list[list[Difference]] = []
-        for number in range(self.steps):
+        for number in range(0 if problem else self.steps):
             begin = time.monotonic()
             try:
                 results = run_step(ranks, world.inputs(self.reference.batch(number)))

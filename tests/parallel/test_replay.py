@@ -13,6 +13,7 @@ from parallel.proof.collectives import Call, Deadlock, Meeting
 from parallel.proof.executor import Program, Rank, prepare, run_step
 from parallel.proof.graph import Function, Graph, Node, TensorType
 from parallel.proof.inline import flat
+from parallel.proof.orders import wrong_order
 from parallel.proof.rules import RULES, UPDATES
 from parallel.runtime.errors import UserError
 
@@ -198,6 +199,29 @@ class TestDeadlocks:
             Meeting([coroutine()]).run()
 
 
+class TestOrders:
+    def ranks(self, *orders: str) -> list[Program]:
+        """Two ranks whose graphs reduce -x and exp x, of one shape, in the given orders ("ab" or "ba")."""
+        made = []
+        for order in orders:
+            calls = [collective("AllReduce", (0, 1), f"{name}2", name) for name in order]
+            made.append(graph_of(node("Neg", "a", ("x",), (2,)), node("Exp", "b", ("x",), (2,)), *calls,
+                                 node("Sub", "out", ("a2", "b2"), (2,))))
+        return [prepare(graph) for graph in made]
+
+    def test_other_order_of_equal_kinds(self):
+        programs = self.ranks("ab", "ba")
+        assert wrong_order(programs).startswith("collective 0 of group [0, 1] is not the same on all ranks: rank 0 at")
+        inputs = [[np.ones(2, np.float32)]] * 2
+        run_step([Rank(number, program, {}) for number, program in enumerate(programs)], inputs)  # it would not hang
+
+    def test_same_order(self):
+        assert wrong_order(self.ranks("ab", "ab")) is None and wrong_order(self.ranks("ba", "ba")) is None
+
+    def test_other_collectives_on_another_stage_are_no_order(self):
+        assert wrong_order(self.ranks("ab", "aa")) is None and wrong_order(self.ranks("ab", "a")) is None
+
+
 class TestExecutor:
     def test_unknown_primitive_is_named(self):
         with pytest.raises(UserError, match="no rule for the primitive Frobnicate.*rules.py"):
@@ -295,9 +319,9 @@ class TestPlantedMistakes:
         assert 0 < figures["max_loss_difference"] < 1e-5 and 0 < figures["max_parameter_difference"] < 1e-4
 
     def test_dropped_allreduce(self, layout):
-        """The sum over the vocabulary's slices that the loss needs is left out on rank 2."""
+        """The sum over the vocabulary's slices that the loss needs is left out."""
         def change(rank, item):
-            if rank < 4 and item.op == "AllReduce" and "cross_entropy" in item.scope and not item.backward \
+            if item.op == "AllReduce" and "cross_entropy" in item.scope and not item.backward \
                     and item.attributes.get("op") == "sum":
                 return dataclasses.replace(item, op="TensorMove", attributes={})
             return None
@@ -365,6 +389,30 @@ class TestPlantedMistakes:
         assert found["parameter"] == "layers.0.norm2.gamma" and "norm2-LayerNorm" in found["node"]
         assert found["line"].startswith("parallel/layers/norm.py:")
         assert found["ranks"] == (0, 1, 2, 3)
+
+    def test_two_collectives_of_one_shape_in_another_order(self, layout):
+        """Rank 1 sums the gradients of beta and gamma the other way round: a cluster would not hang, but go wrong."""
+        from parallel.proof.replay import Replay
+
+        world, reference = layout
+        main = world.programs[1].main
+        first, second = (next(item for item in main.nodes if item.op == "AllReduce" and
+                              item.marks.get("mirror_user_id") == f"layers.0.norm2.{name}")
+                         for name in ("gamma", "beta"))
+        nodes, late = [], {first.name}
+        for item in main.nodes[:main.nodes.index(second)]:
+            if late & {item.name, *item.inputs}:
+                late.add(item.name)
+            else:
+                nodes.append(item)
+        nodes += [second, *(item for item in main.nodes if item.name in late)]
+        nodes += main.nodes[main.nodes.index(second) + 1:]
+        graph = Graph(Function(main.name, main.inputs, nodes, main.result), {}, world.programs[1].graph.parameters)
+        programs = [world.programs[0], prepare(graph), *world.programs[2:]]
+        figures = Replay(dataclasses.replace(world, programs=programs), reference, 1).run()
+        assert not figures["equal"] and figures["exit_code"] == 1
+        told = figures["deadlock"]
+        assert "another order" in told and "layers.0.norm2.gamma" in told and "layers.0.norm2.beta" in told
 
     def test_a_rank_that_skips_a_collective_is_a_deadlock(self, layout):
         def change(rank, item):
