@@ -1,12 +1,14 @@
 """Test AUC of rankers at equal dense parameters over several seeds: a table with means and standard deviations.
 
     python scripts/bench/ranker_auc.py [--models dlrm_mlp,rankmixer,tokenmixer_large] [--seeds 5]
-                                       [--rates 0.0005,0.001,0.002] [--movielens FOLDER] [key.sub=value ..]
+                                       [--rates 0.0005,0.001,0.002] [--movielens FOLDER] [--runs FILE]
+                                       [key.sub=value ..]
 
 On the generated log (default) the small configs of configs/recsys are trained, and the learning rate of each model is
 chosen among `--rates` by the validation AUC of seed 1. On MovieLens-100k (`--movielens`; rating >= 4 is a click; sorted
 by time, 80/10/10) the recipes of configs/recsys/movielens are taken as they are; they were chosen by validation AUC.
-Test AUC is that of the parameters of the best validation.
+Test AUC is that of the parameters of the best validation. Each finished run is added to the file `--runs` and taken
+from there the next time, so that a long table can be made in pieces.
 
 The last line of stdout is JSON with every run; `ratio` is the mean AUC of the last model over that of the first.
 """
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--rates", help="learning rates to choose from (generated log: 0.0005,0.001,0.002,0.004; "
                                         "MovieLens: that of the recipe)")
     parser.add_argument("--movielens", metavar="FOLDER", help="folder of ml-100k.inter, .user, .item")
+    parser.add_argument("--runs", metavar="FILE", type=Path, help="keep finished runs here, one JSON object a line")
     parser.add_argument("words", nargs="*", help="overrides for every run, key.sub=value")
     arguments = parser.parse_args()
     rates = (arguments.rates or ("" if arguments.movielens else "0.0005,0.001,0.002,0.004")).split(",")
@@ -52,23 +55,38 @@ def main() -> None:
 
 def model_row(model: str, rates: list[str], arguments: argparse.Namespace, scratch: Path, runs: list) -> dict:
     """Trains one model: every rate with seed 1, then the other seeds with the best rate."""
-    def one(trainer: Trained, rate: str, seed: int) -> dict:
-        figures = trainer.train(seed)
+    def one(rate: str, seed: int) -> dict:
+        figures = finished_run(model, rate, seed, arguments, scratch)
         runs.append({"model": model, "rate": rate, "seed": seed, **figures})
         print(f"{model} seed {seed} rate {rate or 'of the recipe'}: validation AUC {figures['validation_auc']:.4f} at "
               f"step {figures['best_step']}, test AUC {figures['auc']:.4f}", file=sys.stderr, flush=True)
         return figures
 
-    # Each run compiles its own step: a compiled one does not see its optimizer's states set from outside.
-    trainers = {rate: Trained(settings_of(model, rate, arguments, scratch)) for rate in rates}
-    first = {rate: one(trainers[rate], rate, 1) for rate in rates}
+    first = {rate: one(rate, 1) for rate in rates}
     rate = max(first, key=lambda rate: first[rate]["validation_auc"])
-    own = [first[rate], *(one(Trained(trainers[rate].settings), rate, seed)
-                          for seed in range(2, arguments.seeds + 1))]
+    own = [first[rate], *(one(rate, seed) for seed in range(2, arguments.seeds + 1))]
     means = {name: statistics.mean(run[name] for run in own)
              for name in ("auc", "gauc", "uauc", "logloss", "validation_auc")}
     return {"model": model, **means, "std": statistics.stdev([run["auc"] for run in own]) if len(own) > 1 else 0.0,
-            "rate": rate, "dense_parameters": trainers[rate].dense_parameters, "bayes_auc": trainers[rate].bayes_auc}
+            "rate": rate, **{name: own[0][name] for name in ("dense_parameters", "bayes_auc")}}
+
+
+def finished_run(model: str, rate: str, seed: int, arguments: argparse.Namespace, scratch: Path) -> dict:
+    """Metrics of one run, from the file of runs if it is there."""
+    key = {"model": model, "rate": rate, "seed": seed, "words": arguments.words,
+           "log": "movielens" if arguments.movielens else "generated"}
+    if arguments.runs is not None and arguments.runs.exists():
+        for line in arguments.runs.read_text(encoding="utf-8").splitlines():
+            kept = json.loads(line)
+            if kept["key"] == key:
+                return kept["figures"]
+    # Each run compiles its own step: a compiled one does not see its optimizer's states set from outside.
+    trained = Trained(settings_of(model, rate, arguments, scratch))
+    figures = {**trained.train(seed), "dense_parameters": trained.dense_parameters, "bayes_auc": trained.bayes_auc}
+    if arguments.runs is not None:
+        with arguments.runs.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "figures": figures}) + "\n")
+    return figures
 
 
 def settings_of(model: str, rate: str, arguments: argparse.Namespace, scratch: Path):
