@@ -23,6 +23,7 @@ from parallel.runtime.builder import Input, Task
 from parallel.runtime.errors import UserError
 from parallel.runtime.optimizers import run_optimizer
 from parallel.runtime.train_settings import TrainSettings
+from parallel.stand_in import held_parameters, leave_out_other_stages
 from parallel.step import TrainStep, sum_of_squares, weighs
 
 # Functions mapped over all gradients: a loop over a thousand of them would be analysed as a thousand nested calls.
@@ -205,7 +206,7 @@ def micro_batches(settings: TrainSettings, config: ParallelConfig) -> int:
 
 
 def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *, reuse: bool = True,
-                 start_values: bool = False) -> AutoParallel:
+                 start_values: bool = False, stage: int | None = None) -> AutoParallel:
     """The training step of `task` cut by `config`, ready to compile or run on rank `RANK_ID` of `RANK_SIZE`.
 
     Its inputs are those of the task, this rank's rows of them (`input_shapes`).
@@ -217,10 +218,14 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
         reuse: micro-batches share one copy of the network's graph until the back end (faster compile, same result),
             unless the network's `shares_graph` is False; False inlines each (flat graph).
         start_values: True gives parameters their values while compiling; a proof needs none.
+        stage: leave out the layers of other stages than this one, which the partitioner would drop (faster compile,
+            same result for ranks of this stage; `parallel.stand_in`).
     """
     network, count = parallelize(task.network, config), micro_batches(settings, config)
+    if stage is not None:
+        leave_out_other_stages(network, config, stage)
     with no_init_parameters():
-        parameters = ParameterTuple(network.trainable_params())
+        parameters = ParameterTuple(held_parameters(network))
         gradient = gradient_of(network, parameters, config, count, task.inputs, reuse)
         step = ShardedStep(network, run_optimizer(parameters, settings, task.is_sparse), settings,
                            gradient=gradient, norm=ShardedNorm(borrowed(network, parameters, config)))

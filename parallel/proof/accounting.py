@@ -44,7 +44,7 @@ class Collective:
         shape: of the tensor it is about.
         scope: the cell that it belongs to.
         fusion: number of the group it is fused with, 0 for none.
-        tag: of Send and Receive: pairs of them have the same.
+        tag: of Send and Receive: pairs of them have the same; None where a stage was compiled alone.
         unexpected: whether it is there only because two layers disagree on a layout.
     """
 
@@ -316,8 +316,6 @@ def _read_later(function: Function) -> list[tuple[str, Node]]:
 def _runs_later(node: Node) -> bool:
     """Whether a node runs in the backward pass: gradients, recomputation, and gathering what was cut for it."""
     return node.backward or node.recomputed or node.instance == _SLICE_GATHER
-
-
 
 
 def _passed_on(function: Function, name: str) -> Node | None:

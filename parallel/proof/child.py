@@ -8,6 +8,7 @@ is cut), `result.json` and `log.txt`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import json
@@ -35,6 +36,7 @@ _LOG_LINES = 30
 _DEFECTS = ("ImportError", "ModuleNotFoundError", "AttributeError", "NameError", "KeyError", "AssertionError")
 _RECURSION_LIMIT = 100_000
 _STACK_BYTES = 1 << 30
+_MALLOC = "glibc.malloc.tcache_count=60000"  # small blocks go back to where they came from
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Request:
         paths: folders added to sys.path for it.
         compute_dtype: of the matmuls; None = what train.precision says.
         reuse: micro-batches share one copy of the network's graph (see `sharded_step`).
+        own_stage: only the layers of the rank's own stage are analysed (see `sharded_step`).
     """
 
     world: int
@@ -62,6 +65,7 @@ class Request:
     paths: list[str] = field(default_factory=list)
     compute_dtype: str | None = None
     reuse: bool = True
+    own_stage: bool = False
 
 
 @dataclass
@@ -214,6 +218,7 @@ def child_environment(libraries: str) -> dict[str, str]:
     environment |= {
         "MS_SIMULATION_LEVEL": "0", "RANK_SIZE": "1", "RANK_ID": "0", "LD_LIBRARY_PATH": libraries,
         "PYTHONPATH": ":".join(path for path in paths if path), "GLOG_v": "3", "PYTHONDONTWRITEBYTECODE": "1",
+        "GLIBC_TUNABLES": ":".join(filter(None, (environment.get("GLIBC_TUNABLES"), _MALLOC))),
     }  # fmt: skip
     return environment
 
@@ -266,6 +271,7 @@ def _exit_code(fork: int, parent: int) -> int:
 def _answer_in_fork(place: Path) -> None:
     """Compiles and ends the process."""
     code = 1
+    gc.disable()  # nothing is collected in so short a life
     try:
         log = os.open(place / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(log, 1)
@@ -329,11 +335,14 @@ def _compile(request: Request, place: Path) -> None:
     init()
     from parallel.layout import exchanging
     from parallel.parallelize import layers_of_stages
+    from parallel.proof.accounting import coordinates
     from parallel.sharded_step import input_shapes, micro_batches, sharded_step
 
     task, settings, config = _build(request)
-    step = sharded_step(task, settings, config, reuse=request.reuse)
     trainable = [parameter.name for parameter in task.network.trainable_params()]
+    several = request.own_stage and config.pipeline.stages > 1
+    step = sharded_step(task, settings, config, reuse=request.reuse,
+                        stage=coordinates(request.rank, config)[0] if several else None)
     shapes = input_shapes(task, settings, config)
     # Only types matter; np.zeros takes no memory until it is touched.
     inputs = [ms.Tensor(np.zeros(shape, item.dtype)) for shape, item in zip(shapes, task.inputs, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="machines of a rack (default: as many as the stages of one data coordinate need)")
     parser.add_argument("--flat", action="store_true",
                         help="write every micro-batch out instead of sharing one graph (slower, same figures)")
+    parser.add_argument("--all-stages", action="store_true",
+                        help="analyse the layers of other stages, too, which are dropped anyway (slower, same figures)")
 
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if not 0 <= first < config.world:
         raise UserError(f"the layout has ranks 0 to {config.world - 1}", where="--rank", value=first)
     request = Request(config.world, first, str(Path(arguments.config).resolve()), list(arguments.overrides),
-                      reuse=not arguments.flat)
+                      reuse=not arguments.flat, own_stage=not arguments.all_stages)
     note(f"compiling rank {first} of {config.world}: data {config.data}, op {config.op}, "
          f"stages {config.pipeline.stages} (compiled, not run)")
     reports = dry_run(request, all_distinct=everything, keep=Path(arguments.keep) if arguments.keep else None)
@@ -143,8 +145,10 @@ def read_rank(compiled: Compiled) -> RankReport:
     config = ParallelConfig.model_validate(compiled.result["parallel"])
     graph, rank = read_graph(compiled.graph), compiled.request.rank
     held = memory(graph, set(compiled.result["trainable"]), rank, config, compiled.result["micro_batches"])
-    return RankReport(compiled.request, compiled.result, config, graph, compiled.layouts,
-                      collectives(graph, rank, config, compiled.result.get("exchanging", ())), held)
+    found = collectives(graph, rank, config, compiled.result.get("exchanging", ()))
+    if compiled.request.own_stage:  # the tags are numbered through the layers of all stages
+        found = [replace(item, tag=None) for item in found]
+    return RankReport(compiled.request, compiled.result, config, graph, compiled.layouts, found, held)
 
 
 def distinct_ranks(report: RankReport) -> list[int]:

@@ -19,18 +19,18 @@ def compilers():
 
 @pytest.fixture(scope="session")
 def compiled(compilers) -> Callable:
-    """`compiled(builder, rank, **parallel)`: one rank of a network under a parallel block; `train`, `model`, `wrong`
-    and `reuse` are passed on."""
+    """`compiled(builder, rank, **parallel)`: one rank of a network under a parallel block; `train`, `model`, `wrong`,
+    `reuse` and `own_stage` are passed on."""
     from parallel.config import ParallelConfig
     from parallel.proof.child import Request
     from parallel.proof.dryrun import read_rank
 
     def compiled(builder: str, rank: int = 0, **parallel):
-        others = {key: parallel.pop(key) for key in ("train", "model", "wrong", "reuse") if key in parallel}
-        reuse = others.pop("reuse", True)
+        others = {key: parallel.pop(key) for key in ("train", "model", "wrong") if key in parallel}
+        how = {key: parallel.pop(key) for key in ("reuse", "own_stage") if key in parallel}
         config = ParallelConfig.model_validate(parallel).resolve()
-        request = Request(config.world, rank, builder=f"proof_networks:{builder}", reuse=reuse,
-                          arguments={"parallel": parallel, **others}, paths=[str(Path(__file__).parent)])
+        request = Request(config.world, rank, builder=f"proof_networks:{builder}",
+                          arguments={"parallel": parallel, **others}, paths=[str(Path(__file__).parent)], **how)
         return read_rank(compilers.compile([request])[0])
 
     return compiled

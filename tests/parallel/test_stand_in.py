@@ -1,0 +1,69 @@
+"""Compiling a stage without the layers of the others leaves the graph that compiling all of them leaves, but for the
+numbers by which Send and Receive find each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+import shutil
+from collections import Counter
+
+import pytest
+
+from parallel.proof.graph import Graph
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the dry run needs g++ on x86-64")
+
+FULL = {"recompute": {"policy": "full"}}
+WET = {"layers": 8, "dropout": 0.1}
+
+
+def told(graph: Graph) -> Counter:
+    """Every node with its types, attributes and cell, how often it runs, and what its operands are."""
+    found: Counter = Counter()
+    for function, node, times in graph.walk():
+        operands = tuple(source.op if (source := function.by_name.get(name)) else "input" for name in node.inputs)
+        value = node.value.SerializeToString() if node.op == "Constant" and node.value is not None else b""
+        # Numbered through the whole graph; a call is named after the number of its function.
+        scope = "" if node.op == "call" else re.sub(r"-op\d+$", "", node.scope)
+        attributes = str(sorted((key, item) for key, item in node.attributes.items() if key != "sr_tag"))
+        found[node.op, tuple(node.outputs), attributes, scope, operands, value] += times
+    return found
+
+
+def same(compiled, rank: int, **layout) -> None:
+    """The two graphs of a rank are one."""
+    whole, own = (compiled("pangu", rank, own_stage=alone, **layout) for alone in (False, True))
+    assert len(whole.graph.main.nodes) == len(own.graph.main.nodes) > 500
+    assert told(whole.graph) == told(own.graph)
+    assert whole.graph.parameters == own.graph.parameters
+    assert all(item.tag is None for item in own.collectives)
+    assert [dataclasses.replace(item, tag=None) for item in whole.collectives] == own.collectives
+    assert whole.memory == own.memory
+
+
+def test_middle_stage(compiled) -> None:
+    same(compiled, 2, data=1, op=2, pipeline={"stages": 4, "micro_batches": 4}, model=WET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 5, 10, 15])
+def test_every_stage_under_all_five(compiled, rank) -> None:
+    same(compiled, rank, data=2, op=2, pipeline={"stages": 4, "micro_batches": 4}, optimizer={"shard": -1}, model=WET,
+         **FULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("pipeline", [{"schedule": "interleaved", "interleave": 2}, {"offsets": [1, 0, -1]},
+                                      {"schedule": "gpipe"}], ids=lambda block: next(iter(block.values())))
+def test_other_schedules(compiled, rank, pipeline) -> None:
+    same(compiled, rank, pipeline={"stages": 3, "micro_batches": 6} | pipeline,
+         model={"layers": 9}, recompute={"policy": "selective"}, train={"global_batch_size": 18})
+
+
+@pytest.mark.slow
+def test_micro_batches_written_out(compiled) -> None:
+    same(compiled, 2, op=2, pipeline={"stages": 4, "micro_batches": 4}, model=WET, reuse=False)
