@@ -316,11 +316,11 @@ def test_a_mend_is_the_single_change_that_fits(planner):
         cluster.memory_gb = keep
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[pr]*/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LARGE))
+    for path in sorted((ROOT / "configs").glob("[pr]*/*.yaml"))])
 def test_every_model_is_estimated(path):
-    """From its layers alone, with the layout of its file."""
-    if path.stem in LARGE:
-        pytest.skip("the same layers as a smaller one")
+    """From its layers alone, with the layout of its file; those with the layers of a smaller one only if slow."""
     planner, settings = planner_for(path, [], CLUSTER)
     estimate = planner.evaluate(settings.parallel.resolve())
     assert estimate.step_seconds > 0 and 0 < estimate.mfu < 1
