@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from parallel.__main__ import VERBS
 from parallel.config import ParallelConfig
+from parallel.proof import dryrun
 from parallel.proof.child import Request, _failure, compile_rank
 from parallel.proof.dryrun import RankReport, check, check_transfers, read_rank
 from parallel.proof.report import write_report
+from parallel.runtime.builder import load_run
+from parallel.runtime.command import main
 from parallel.runtime.errors import UserError
 from parallel.topology import place_nodes
 from tests.parallel import proof_networks as networks
@@ -25,6 +29,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the dry run needs g++ on x86-64")
 
 FLOAT = 4
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pangu"
 Count = Counter
 
 
@@ -50,6 +55,11 @@ class Expected:
         if runs:
             self.runs[kind, dimension, purpose, phase] += runs
             self.bytes[kind, dimension, purpose, phase] += runs * elements * element
+
+
+def is_recomputed(report: RankReport) -> bool:
+    """Whether the backward pass computes anything of the forward pass again."""
+    return any(node.recomputed for _, node, _ in report.graph.walk())
 
 
 def expected_pangu(rank: int, parallel: dict, model: dict = networks.PANGU, batch: int = networks.BATCH,
@@ -154,11 +164,13 @@ def test_collectives_of_pangu_follow_from_the_layout(compiled, rank: int, parall
     runs, size = found(report)
     assert runs == expected.runs
     assert size == expected.bytes
+    assert is_recomputed(report) == ("recompute" in parallel)
     check([report])
 
 
 def expected_ranker(rank: int, parallel: dict) -> Expected:
-    """The same for `proof_networks.ranker`: four per-token feed-forward networks and a mean over the batch."""
+    """The same for `proof_networks.ranker`: four per-token feed-forward networks and a mean over the batch. A network's
+    sum stands at its end, where recomputation does not run it again."""
     config, sizes = ParallelConfig.model_validate(parallel).resolve(), networks.RANKER
     data, op, stages = config.data, config.op, config.pipeline.stages
     micro, blocks = config.pipeline.micro_batches, sizes["blocks"] // stages
@@ -204,6 +216,14 @@ RANKER_SLOW = {
     "op pipeline": (1, {"op": 2} | PIPELINE),
     "data optimizer": (1, {"data": 2} | SHARD),
     "four, first": (0, {"data": 2, "op": 2} | PIPELINE | SHARD),
+    "recompute": (0, FULL),
+    "data recompute": (1, {"data": 2} | FULL),
+    "op recompute": (1, {"op": 2} | FULL),
+    "pipeline recompute": (1, PIPELINE | FULL),
+    "optimizer recompute": (1, {"data": 2} | SHARD | FULL),
+    "pipeline optimizer": (2, {"data": 2} | PIPELINE | SHARD),
+    "all five, first": (3, {"data": 2, "op": 2} | PIPELINE | SHARD | FULL),
+    "all five, last": (4, {"data": 2, "op": 2} | PIPELINE | SHARD | FULL),
 }
 RANKER_CASES = [pytest.param(*case, id=name) for name, case in RANKER_FAST.items()]
 RANKER_CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in RANKER_SLOW.items()]
@@ -216,14 +236,22 @@ def test_collectives_of_a_ranker_follow_from_the_layout(compiled, rank: int, par
     runs, size = found(report)
     assert runs == expected.runs
     assert size == expected.bytes
+    assert is_recomputed(report) == ("recompute" in parallel)
     check([report])
 
 
-def test_layers_that_disagree_are_an_error_when_strict(compiled) -> None:
+def test_layers_that_disagree_are_an_error_when_strict(compiled, monkeypatch, capsys) -> None:
     report = compiled("ranker", data=2, wrong=True)
     assert [item for item in report.collectives if item.unexpected]
     with pytest.raises(UserError, match="unexpected redistribution"):
         check([report])
+    monkeypatch.setattr(dryrun, "dry_run", lambda *_, **__: [report])
+    command = ["dryrun", "--config", str(CONFIGS / "tiny.yaml")]
+    assert main("parallel", VERBS, command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["unexpected_redistributions"] > 0
+    assert main("parallel", VERBS, [*command, "--strict"]) == 2
+    told = capsys.readouterr()
+    assert "unexpected redistribution" in told.err and not told.out
 
 
 @pytest.mark.slow
@@ -235,13 +263,10 @@ def test_shared_and_inlined_micro_batches_say_the_same(compiled) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "rank"), [("2_6b", 0), ("13b", 0), ("200b", 0), ("200b", 300), ("200b", 2047)])
 def test_published_sizes_compile_in_the_papers_layout(config: str, rank: int) -> None:
-    path = Path(__file__).resolve().parents[2] / "configs" / "pangu" / f"{config}.yaml"
-    from parallel.runtime.builder import load_run
-
-    world = load_run(path)[1].parallel.resolve().world
-    report = read_rank(compile_rank(Request(world, rank, str(path))))
-    check([report])
+    path = CONFIGS / f"{config}.yaml"
     settings = load_run(path)[1]
+    report = read_rank(compile_rank(Request(settings.parallel.resolve().world, rank, str(path), own_stage=True)))
+    check([report])
     expected = expected_pangu(rank, settings.parallel.model_dump(), settings.model.model_dump(),
                               settings.train.global_batch_size, half=2)
     runs, size = found(report)
