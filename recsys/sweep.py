@@ -29,7 +29,8 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     if arguments.seeds < 1 or len(points) * arguments.seeds > MAX_RUNS:
         raise UserError(f"a sweep has 1 to {MAX_RUNS} runs", where="sweep", value=len(points) * arguments.seeds)
     out = Path(arguments.out)
-    results = read_json(out / "sweep.json")["points"] if (out / "sweep.json").is_file() else []
+    about = {"config": str(arguments.config), "overrides": sorted(arguments.overrides)}
+    results = _done_before(out / "sweep.json", about)
     # Every point is checked before the first one trains.
     plans = [(point, seed, _settings(arguments, point, seed, out)) for point in points
              for seed in range(1, arguments.seeds + 1)]
@@ -38,13 +39,28 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
             note(f"{_name(point)} seed {seed}: done before")
             continue
         results.append({"point": point, "seed": seed, **_train(own)})
-        write_json(out / "sweep.json", {"points": results})
+        write_json(out / "sweep.json", {**about, "points": results})
     rows = summary(points, results)
     table("Sweep", list(rows[0]), [row.values() for row in rows])
     draw(rows, out / "sweep.png", settings.model.name)
     best = max(rows, key=lambda row: row["auc"])
     return {"points": len(rows), "best": best["point"], "best_auc": best["auc"], "table": rows,
             "picture": str(out / "sweep.png")}
+
+
+def _done_before(path: Path, about: dict) -> list[dict]:
+    """Finished points of an earlier call.
+
+    Raises:
+        UserError: they are of another file or other overrides.
+    """
+    if not path.is_file():
+        return []
+    found = read_json(path)
+    if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
+        raise UserError("the runs there are of another config file or other overrides", where="--out",
+                        value=str(path.parent), mend="choose another folder")
+    return found["points"]
 
 
 def grid(words: list[str]) -> list[dict[str, str]]:

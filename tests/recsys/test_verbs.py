@@ -32,6 +32,8 @@ def test_sweep_trains_the_grid_once_and_draws(tmp_path, capsys):
     before = (tmp_path / "sweep" / "sweep.json").stat().st_mtime_ns
     assert command(capsys, "sweep", *words)["table"] == figures["table"]
     assert (tmp_path / "sweep" / "sweep.json").stat().st_mtime_ns == before
+    error = command(capsys, "sweep", *words, "train.optimizer.learning_rate=0.1", code=2)
+    assert len(error) == 1 and "other overrides" in error[0]
     error = command(capsys, "sweep", "--config", "configs/recsys/dlrm_mlp.yaml", "--grid", "model.hiden=[8]", code=2)
     assert len(error) == 1 and "hidden" in error[0]
 
