@@ -20,10 +20,12 @@ from parallel.proof.graph import Function, Graph, Node
 _NAMES_OF_GROUPS = ("group", "group_ranks", "comm_reuse_tag", "related_fusion_key")
 
 
-def representatives(config: ParallelConfig) -> list[int]:
-    """Ranks to compile: those of the first data coordinate, and of the last one on each stage."""
-    return [rank for rank in range(config.world) if coordinates(rank, config)[1:] == (config.data - 1, 0)
-            or coordinates(rank, config)[1] == 0]
+def representatives(config: ParallelConfig, trust: bool = False) -> list[int]:
+    """Ranks to compile: those of the first data coordinate, and of the last one on each stage; with `trust` none of the
+    last one where there are but two."""
+    last = config.data - 1 if config.data > 2 or not trust else 0
+    places = {rank: coordinates(rank, config)[1:] for rank in range(config.world)}
+    return [rank for rank, (data, op) in places.items() if data == 0 or (data, op) == (last, 0)]
 
 
 def representative_of(rank: int, config: ParallelConfig) -> int:

@@ -193,7 +193,7 @@ def run_grid(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout], compilers: Compilers, steps: int = 3,
                *, sizes: Sequence[str] = (), references: References | None = None,
-               every_rank: bool = False) -> Iterator[Cell]:
+               every_rank: bool = False, trust: bool = False) -> Iterator[Cell]:
     """Replays `config` under each layout; one is compiled while the one before is executed.
 
     Args:
@@ -204,7 +204,7 @@ def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout],
         compilers: what compiles.
         steps: training steps to compare.
         references: one-device runs of this file that are already there.
-        every_rank: see `compile_world`.
+        every_rank, trust: see `compile_world`.
     """
     references = references or References(config)
 
@@ -215,7 +215,7 @@ def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout],
         keys = keys_of(layout)
         check_world(config, keys)
         check_layout(config, keys)
-        return compile_world(config, keys, compilers, every_rank=every_rank)
+        return compile_world(config, keys, compilers, every_rank=every_rank, trust=trust)
 
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(compiled, layout) for layout in layouts]

@@ -225,6 +225,7 @@ class Replay:
             "world": self.world.config.world, "equal": equal, "max_loss_difference": worst["loss"],
             "max_parameter_difference": worst["parameter"], "max_norm_difference": worst["norm"],
             "max_state_difference": worst["state"], "steps": len(differences),
+            "compiled_ranks": len(self.world.compiled_ranks),
             "step_seconds": round(min(cut.seconds), 4) if cut.seconds else None,
             "one_device_step_seconds": round(min(single.seconds), 4),
         }  # fmt: skip

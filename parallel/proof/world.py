@@ -75,7 +75,7 @@ class World:
 
 
 def compile_world(config: str, overrides: Sequence[str], compilers: Compilers, *, keep: str | None = None,
-                  every_rank: bool = False) -> World:
+                  every_rank: bool = False, trust: bool = False) -> World:
     """Compiles the ranks of the layout in the file, and reads what came out.
 
     Args:
@@ -84,6 +84,7 @@ def compile_world(config: str, overrides: Sequence[str], compilers: Compilers, *
         compilers: what compiles.
         keep: folder for graphs, layouts and logs.
         every_rank: compile also the ranks whose graphs could be had from others (see `distinct`).
+        trust: do not check that where there are but two data coordinates.
 
     Raises:
         UserError: see `compile_rank` and `prepare`.
@@ -100,7 +101,7 @@ def compile_world(config: str, overrides: Sequence[str], compilers: Compilers, *
         folders = [Path(keep) / f"rank_{rank}" for rank in ranks] if keep else None
         return dict(zip(ranks, compilers.compile(requests, folders), strict=True))
 
-    first = list(range(layout.world)) if every_rank else representatives(layout)
+    first = list(range(layout.world)) if every_rank else representatives(layout, trust)
     compiled = compile_(first)
     graphs = {rank: flat(read_graph(item.graph)) for rank, item in compiled.items()}
     if not same_but_for_groups(graphs, {rank: item.layouts for rank, item in compiled.items()}, layout):

@@ -3,8 +3,8 @@
     python scripts/bench/replay_table.py [--models pangu/tiny,recsys/dlrm_mlp] [--layouts all] [--runs FILE]
                                          [--minutes 8] [--markdown FILE]
 
-The whole grid takes hours on two cores. `--runs` keeps finished replays in a file of JSON lines and reads it when
-started again; `--minutes` begins no model's next replay after that time. Delete a line to have it replayed again.
+The whole grid takes about two hours on two cores. `--runs` keeps finished replays in a file of JSON lines and reads it
+when started again; `--minutes` begins no replay after that time. Delete a line to have it replayed again.
 
 Nothing is timed against another project: `ours` is the time of a replayed step divided by the ranks, `peer` the
 one-device step of the same batch on MindSpore's CPU kernels, both medians over the table. The last line of stdout is
@@ -48,6 +48,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="training steps to compare")
     parser.add_argument("--runs", metavar="FILE", help="file of finished replays")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no replay after that time")
+    parser.add_argument("--trust", action="store_true",
+                        help="compile one data coordinate where there are two; that the graphs of others follow from "
+                             "it is then checked for each model where there are four")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     arguments = parser.parse_args()
     layouts, models = chosen(arguments.layouts), arguments.models.split(",")
@@ -66,7 +69,7 @@ def replayed(models: list[str], layouts: list, arguments: argparse.Namespace) ->
     with Compilers(min(2, os.cpu_count() or 1)) as compilers, tempfile.TemporaryDirectory() as cache:
         for model in models:
             left = [layout for layout in layouts if (model, layout.name) not in cells]
-            for cell in replays(model, left, compilers, arguments.steps, cache) if time.monotonic() < end else ():
+            for cell in replays(model, left, compilers, arguments, cache) if time.monotonic() < end else ():
                 cells[model, cell.layout.name] = cell
                 keep(arguments.runs, model, cell)
                 if time.monotonic() > end:
@@ -75,12 +78,13 @@ def replayed(models: list[str], layouts: list, arguments: argparse.Namespace) ->
             if (model, layout.name) in cells}
 
 
-def replays(model: str, layouts: list, compilers, steps: int, cache: str) -> Iterator:
+def replays(model: str, layouts: list, compilers, arguments: argparse.Namespace, cache: str) -> Iterator:
     """Replays one model, a cell for each layout."""
     from parallel.proof.grid import replay_all
 
     sizes = MODELS.get(model, "").split() + ([f"data.cache={cache}"] if model.startswith("recsys/") else [])
-    yield from replay_all(f"{ROOT}/configs/{model}.yaml", [], layouts, compilers, steps, sizes=sizes)
+    yield from replay_all(f"{ROOT}/configs/{model}.yaml", [], layouts, compilers, arguments.steps, sizes=sizes,
+                          trust=arguments.trust)
 
 
 def kept(file: str | None) -> dict[tuple[str, str], object]:
@@ -118,9 +122,9 @@ def report(cells: dict[tuple[str, str], object], wanted: int) -> int:
     largest = {f"max_{name}_difference": max((item[f"max_{name}_difference"] for item in figures), default=None)
                for name in ("loss", "norm", "parameter", "state")}
     print(json.dumps({"ratio": round(ours / peer, 3) if peer else None, "ours": round(ours, 4), "peer": round(peer, 4),
-                      "unit": "seconds a step and rank", "equal": bool(figures) and not different, "different": different,
-                      "replays": len(figures), "refused": len(cells) - len(figures), "left": wanted - len(cells),
-                      "worlds": sorted({item["world"] for item in figures}), **largest}))
+                      "unit": "seconds a step and rank", "equal": bool(figures) and not different,
+                      "different": different, "replays": len(figures), "refused": len(cells) - len(figures),
+                      "left": wanted - len(cells), "worlds": sorted({item["world"] for item in figures}), **largest}))
     return 0 if figures and not different else 1
 
 
