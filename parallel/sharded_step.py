@@ -177,12 +177,7 @@ class ShardedStep(TrainStep):
     def construct(self, *batch: Tensor) -> tuple:
         """See `TrainStep.construct`."""
         scale = self.loss_scale.value * Tensor(1.0, ms.float32)
-        loss, gradients, factor = self.gradient(scale, *batch)
-        factor = factor / scale
-        norm = self.norm(gradients) * factor
-        finite = ops.isfinite(norm)
-        if self.clip_norm is not None:
-            factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, ms.float32)))
+        loss, gradients, factor, norm, finite = self.measured(scale, batch)
         rate = self.optimizer.learning_rate(self.step)
         counted = self.map(ops.partial(_counted, factor, ops.logical_not(finite)), gradients)
         self.optimizer(counted, self.step, finite)

@@ -220,12 +220,11 @@ class TrainStep(nn.Cell):
         group, rank, ranks: data-parallel group, this rank's place in it and its size.
         gradient: replaces `MeanGradient` (a pipeline accumulates by itself).
         norm: replaces the `GlobalNorm` of whole gradients.
-        skip_non_finite: False leaves out the branch around the update, for flat graphs.
     """
 
     def __init__(self, network: nn.Cell, optimizer: Optimizer, settings: TrainSettings, *, weighted: bool = False,
                  group: str | None = None, rank: int = 0, ranks: int = 1, gradient: nn.Cell | None = None,
-                 norm: nn.Cell | None = None, skip_non_finite: bool = True) -> None:
+                 norm: nn.Cell | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
         parameters = ParameterTuple(network.trainable_params())
@@ -239,7 +238,6 @@ class TrainStep(nn.Cell):
         # Gradients then need no multiplication, which would go through all of them.
         self.unscaled = (gradient is None and self.loss_scale.kind == "none" and settings.clip_norm is None
                          and settings.accumulation * ranks == 1)
-        self.skip_non_finite = skip_non_finite
         # Maps, not loops: a loop over n gradients that builds tuples makes the compiler hold n^2 nodes.
         self.map = ops.HyperMap()
         self.weighted, self.group, self.rank, self.ranks = weighted, group, rank, ranks
@@ -253,22 +251,25 @@ class TrainStep(nn.Cell):
         scale = Tensor(1.0, ms.float32)
         if not self.unscaled:
             scale = self.loss_scale.value * scale
+        loss, gradients, factor, norm, finite = self.measured(scale, batch)
+        rate = self.optimizer.learning_rate(self.step)
+        if finite:
+            self.update(gradients, factor)
+        ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
+        if self.loss_scale.dynamic:
+            self.loss_scale(finite)
+        return loss, norm, finite, scale, rate
+
+    def measured(self, scale: Tensor, batch: tuple) -> tuple:
+        """(loss, gradients, factor, norm, finite): `gradients * factor` are the clipped gradients of the mean loss,
+        `norm` is that before clipping."""
         loss, gradients, factor = self.gradient(scale, *batch)
         factor = factor / scale
         norm = self.norm(gradients) * factor
         finite = ops.isfinite(norm)
         if self.clip_norm is not None:
             factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, ms.float32)))
-        rate = self.optimizer.learning_rate(self.step)
-        if self.skip_non_finite:
-            if finite:
-                self.update(gradients, factor)
-        else:
-            self.update(gradients, factor)
-        ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
-        if self.loss_scale.dynamic:
-            self.loss_scale(finite)
-        return loss, norm, finite, scale, rate
+        return loss, gradients, factor, norm, finite
 
     def update(self, gradients: tuple, factor: Tensor) -> Tensor:
         """Moves parameters, moments and `step`."""
