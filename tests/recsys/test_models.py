@@ -126,7 +126,8 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     ("tokenmixer_large", {"op": 5}, "does not divide by 5"),
     ("tokenmixer_large", {"data": 3}, "does not divide by 3"),
     ("tokenmixer_large", {"data": 2, "expert": 2}, "no routed experts"),
-    ("dlrm_mlp", {"pipeline": {"stages": 2, "micro_batches": 2}}, "more stages than layers"),
+    ("dlrm_mlp", {"pipeline": {"stages": 2, "micro_batches": 2}}, "no stack of blocks"),
+    ("rankmixer", {"pipeline": {"stages": 4, "micro_batches": 4}}, "more stages than layers"),
     ("tokenmixer_large_moe", {"op": 2}, "not cut along their width"),
 ])
 def test_layouts_that_do_not_fit_are_refused(name, parallel, message):
@@ -226,3 +227,19 @@ def test_half_precision_compiles(name, capsys):
     layout = ["parallel.data=2", "train.precision=fp16"]
     arguments = ["dryrun", "--config", str(CONFIGS / f"{name}.yaml"), "--rank", "0", *layout]
     assert main("parallel", PARALLEL, arguments) == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "world"), [("rankmixer_100m", 1), ("rankmixer_1b", 1), ("tokenmixer_large_7b_64", 64),
+                                             ("tokenmixer_large_7b_256", 256)])
+def test_large_presets_compile_in_little_memory(name, world, capsys):
+    """Hundreds of features and billions of parameters: neither may show in the compile."""
+    from parallel.__main__ import VERBS as PARALLEL
+
+    assert main("parallel", PARALLEL, ["dryrun", "--config", str(CONFIGS / f"{name}.yaml")]) == 0
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert figures["world"] == world and figures["unexpected_redistributions"] == 0
+    assert figures["peak_rss_gb"] < 4 and figures["cpu_seconds"] < 120
+    if world > 1:
+        # Ten exchanges forward (2 L + 1, and one for the auxiliary head) and backward, eight again in recomputation.
+        assert figures["collectives"]["AlltoAll"]["count"] == 28
