@@ -111,8 +111,10 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
         if moe is None or sizes.name != "tokenmixer_large":
             raise UserError("the model has no routed experts to cut", where="parallel.expert", value=parallel.expert)
         divides(parallel.expert, moe.experts - 1, where="parallel.expert", what="routed experts")
-    if parallel.pipeline.stages > getattr(sizes, "layers", 1):
-        raise UserError("more stages than layers", where="parallel.pipeline.stages", value=parallel.pipeline.stages)
+    layers = getattr(sizes, "layers", None)
+    if parallel.pipeline.stages > (layers or 1):
+        raise UserError("more stages than layers" if layers else "the model has no stack of blocks to cut into stages",
+                        where="parallel.pipeline.stages", value=parallel.pipeline.stages)
 
 
 def sample_batch(spec: FeatureSpec, batch: int, tasks: int, seed: int) -> tuple[np.ndarray, ...]:

@@ -75,6 +75,8 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     for flag in ("steps", "processes"):
         if getattr(arguments, flag) < 1:
             raise UserError("must be at least 1", where=f"--{flag}", value=getattr(arguments, flag))
+    if arguments.grid is not None and arguments.keep:
+        raise UserError("keeps the ranks of one layout", where="--keep", value=arguments.keep, mend="leave --grid out")
     started = time.monotonic()
     if arguments.grid is not None:
         from parallel.proof.grid import run_grid
