@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from parallel.config import ParallelConfig
+from parallel.planning.timeline import Timeline, timeline
 from parallel.proof.accounting import DIMENSIONS, coordinates, summary
 from parallel.proof.dryrun import RankReport
-from parallel.proof.timeline import bubble, timeline
 from parallel.runtime.files import atomic_write
 from parallel.topology import Node, mesh_rows, rack_rows, reach
 
@@ -61,12 +61,12 @@ def _pipeline(report: RankReport) -> str:
     config, count = report.config, report.result["micro_batches"]
     if config.pipeline.stages == 1:
         return ""
-    backward = 3.0 if config.recompute.policy == "full" else 2.0
-    slots = timeline(config.pipeline.stages, count, config.pipeline.schedule, backward)
-    idle = bubble(slots) / config.pipeline.interleave
-    text = (f"Bubble: {idle:.1%} of the step, for equal stages, a forward pass of length 1 and a backward pass of "
-            f"{backward:g}; transfers not counted.")
-    return f"<h2>Pipeline</h2><p>{text}</p>" + _picture(lambda axes: _draw_timeline(axes, slots), height=0.3
+    backward, chunks = 3.0 if config.recompute.policy == "full" else 2.0, config.pipeline.interleave
+    line = timeline(config.pipeline.schedule, *([[length / chunks] * chunks] * config.pipeline.stages
+                                                for length in (1.0, backward)), count)
+    text = (f"Bubble: {line.bubble:.1%} of the step, for equal stages, a forward pass of length 1 and a backward pass "
+            f"of {backward:g}; transfers not counted.")
+    return f"<h2>Pipeline</h2><p>{text}</p>" + _picture(lambda axes: _draw_timeline(axes, line), height=0.3
                                                         * config.pipeline.stages + 1.2)
 
 
@@ -122,12 +122,12 @@ def _box(x: float, y: float, colour: str) -> Any:
     return Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, facecolor=colour, edgecolor="#446")
 
 
-def _draw_timeline(axes: Any, slots: list) -> None:
-    colours = {"forward": "#7fb069", "backward": "#5b8dbe"}
-    for phase, colour in colours.items():
-        own = [slot for slot in slots if slot.phase == phase]
-        axes.barh([slot.stage for slot in own], [slot.end - slot.start for slot in own],
-                  left=[slot.start for slot in own], color=colour, edgecolor="white", linewidth=0.3, label=phase)
+def _draw_timeline(axes: Any, line: Timeline) -> None:
+    for kind, phase, colour in (("F", "forward", "#7fb069"), ("B", "backward", "#5b8dbe")):
+        own = [(stage, start, end) for stage, passes in enumerate(line.passes) for item, start, end in passes
+               if item.kind == kind]
+        axes.barh([stage for stage, _, _ in own], [end - start for _, start, end in own],
+                  left=[start for _, start, _ in own], color=colour, edgecolor="white", linewidth=0.3, label=phase)
     axes.invert_yaxis()
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("time in forward passes of one micro-batch")
