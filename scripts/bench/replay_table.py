@@ -6,9 +6,9 @@
 The whole grid takes about two hours on two cores. `--runs` keeps finished replays in a file of JSON lines and reads it
 when started again; `--minutes` begins no replay after that time. Delete a line to have it replayed again.
 
-Nothing is timed against another project: `ours` is the time of a replayed step divided by the ranks, `peer` the
-one-device step of the same batch on MindSpore's CPU kernels, both medians over the table. The last line of stdout is
-JSON; exit code 1 if a layout differs.
+Nothing is timed against another project: `ours` is the time of a replayed step of all ranks, `ours_a_rank` the same
+divided by the ranks, `peer` the one-device step of the same batch on MindSpore's CPU kernels: medians over the table. The last line of stdout is
+JSON; exit code 1 if a layout differs, or is refused for another reason than the model's.
 """
 
 from __future__ import annotations
@@ -117,12 +117,15 @@ def report(cells: dict[tuple[str, str], object], wanted: int) -> int:
     figures = [cell.figures for cell in cells.values() if cell.figures is not None]
     different = [" ".join(place) for place, cell in cells.items() if cell.figures and not cell.figures["equal"]]
     different += broken_twins(cells)
-    ours = median([item["step_seconds"] / item["world"] for item in figures if item["step_seconds"]] or [0.0])
-    peer = median([item["one_device_step_seconds"] for item in figures] or [0.0])
+    different += [" ".join(place) for place, cell in cells.items() if cell.figures is None and not _reason(cell)]
+    stepped = [item for item in figures if item["step_seconds"]]
+    ours, rank, peer = (median(map(of, stepped)) if stepped else 0.0 for of in (
+        lambda item: item["step_seconds"], lambda item: item["step_seconds"] / item["world"],
+        lambda item: item["one_device_step_seconds"]))
     largest = {f"max_{name}_difference": max((item[f"max_{name}_difference"] for item in figures), default=None)
                for name in ("loss", "norm", "parameter", "state")}
     print(json.dumps({"ratio": round(ours / peer, 3) if peer else None, "ours": round(ours, 4), "peer": round(peer, 4),
-                      "unit": "seconds a step and rank", "equal": bool(figures) and not different,
+                      "unit": "seconds a step", "ours_a_rank": round(rank, 4), "equal": bool(figures) and not different,
                       "different": different, "replays": len(figures), "refused": len(cells) - len(figures),
                       "left": wanted - len(cells), "worlds": sorted({item["world"] for item in figures}), **largest}))
     return 0 if figures and not different else 1
@@ -155,13 +158,18 @@ def markdown(models: list[str], layouts: list, cells: dict[tuple[str, str], obje
     return "\n".join(lines) + "\n"
 
 
-def _field(cell) -> str:
+def _reason(cell) -> str:
+    """Why a layout was refused, in a word; "" if the model is no reason (MindSpore refused it, say)."""
     from parallel.proof.grid import REFUSALS
 
+    return next((reason for text, reason in REFUSALS.items() if text in cell.refused), "")
+
+
+def _field(cell) -> str:
     if cell is None:
         return ""
     if cell.figures is None:
-        return next((reason for text, reason in REFUSALS.items() if text in cell.refused), "refused")
+        return _reason(cell) or "**refused**"
     text = f"{cell.figures['max_parameter_difference']:.1e}"
     return text if cell.figures["equal"] else f"**{text}**"
 

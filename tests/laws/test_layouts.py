@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the dry run needs g++ on x86-64")
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "replay_table.py"
-MODELS = runpy.run_path(str(SCRIPT))["MODELS"]
+SCRIPT_NAMES = runpy.run_path(str(SCRIPT))
+MODELS = SCRIPT_NAMES["MODELS"]
 FAST = [("pangu/tiny", "op"), ("pangu/tiny", "accumulation_optimizer"), ("pangu/tiny", "uneven_stages"),
         ("pangu/tiny", "all_five"), ("recsys/tokenmixer_large", "stages"), ("recsys/tokenmixer_large_moe", "expert"),
         ("recsys/dlrm_mlp", "op")]
@@ -84,6 +85,41 @@ def check(grid: Grid, model: str, name: str) -> None:
 def test_layout_equals_one_device(grid, model, name):
     check(grid, model, name)
     assert grid.cell(model, name).figures is not None, grid.cell(model, name).refused
+
+
+class TestTable:
+    """The table of `scripts/bench/replay_table.py`, from made-up replays."""
+
+    def cell(self, name: str, equal: bool = True, digest: str = "a", refused: str = "") -> Cell:
+        figures = {"world": 2, "equal": equal, "step_seconds": 1.0, "one_device_step_seconds": 1.0,
+                   **{f"max_{key}_difference": 2e-6 for key in ("loss", "norm", "parameter", "state")}}
+        return Cell(chosen(name)[0], None if refused else figures, digest, refused)
+
+    def test_a_difference_is_bold_and_a_failure(self, capsys):
+        cells = {("m/x", "one"): self.cell("one", equal=False), ("m/x", "data"): self.cell("data")}
+        table = SCRIPT_NAMES["markdown"](["m/x"], chosen("one,data,op"), cells).splitlines()
+        assert table[2:] == ["| one | 2 | **2.0e-06** |", "| data | 2 | 2.0e-06 |", "| op |  |  |",
+                             "| largest of the losses | | 2.0e-06 |"]
+        assert SCRIPT_NAMES["report"](cells, 3) == 1
+        told = json.loads(capsys.readouterr().out)
+        assert told["different"] == ["m/x one"] and told["left"] == 1 and told["replays"] == 2
+
+    def test_a_twin_with_another_bit_is_a_failure(self, capsys):
+        cells = {("x", "one"): self.cell("one"), ("x", "recompute"): self.cell("recompute", digest="b")}
+        assert SCRIPT_NAMES["report"](cells, 2) == 1 and "bit for bit" in capsys.readouterr().out
+        cells["x", "recompute"] = self.cell("recompute")
+        assert SCRIPT_NAMES["report"](cells, 2) == 0
+
+    def test_only_the_model_may_refuse(self):
+        known = self.cell("stages", refused="DCNv2 has no stack of blocks to cut into stages")
+        strange = self.cell("op", refused="MindSpore did not compile this layout")
+        assert SCRIPT_NAMES["report"]({("x", "one"): self.cell("one"), ("x", "stages"): known}, 2) == 0
+        assert SCRIPT_NAMES["report"]({("x", "one"): self.cell("one"), ("x", "op"): strange}, 2) == 1
+
+    def test_finished_replays_are_read_back(self, tmp_path):
+        made = self.cell("op")
+        SCRIPT_NAMES["keep"](tmp_path / "runs", "x", made)
+        assert SCRIPT_NAMES["kept"](tmp_path / "runs") == {("x", "op"): made}
 
 
 @pytest.mark.slow
