@@ -7,8 +7,8 @@ The whole grid takes about two hours on two cores. `--runs` keeps finished repla
 when started again; `--minutes` begins no replay after that time. Delete a line to have it replayed again.
 
 Nothing is timed against another project: `ours` is the time of a replayed step of all ranks, `ours_a_rank` the same
-divided by the ranks, `peer` the one-device step of the same batch on MindSpore's CPU kernels: medians over the table. The last line of stdout is
-JSON; exit code 1 if a layout differs, or is refused for another reason than the model's.
+divided by the ranks, `peer` the one-device step of the same batch on MindSpore's CPU kernels: medians over the table.
+The last line of stdout is JSON; exit code 1 if a layout differs, or is refused for another reason than the model's.
 """
 
 from __future__ import annotations
