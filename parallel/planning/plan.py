@@ -15,8 +15,12 @@ from typing import Any
 import yaml
 
 from parallel.config import ParallelConfig, RecomputeConfig
-from parallel.planning.estimate import Estimate, Planner, figures_of, planner_for, show
+from parallel.planning.estimate import figures_of, show
+from parallel.planning.mends import mends, size_text
+from parallel.planning.planner import Estimate, Planner, planner_for
+from parallel.planning.report import recompute_name, write_report
 from parallel.runtime.errors import UserError
+from parallel.runtime.files import atomic_write
 from parallel.runtime.progress import Bar, note, table
 
 TEN = 10
@@ -152,7 +156,7 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
                 continue
             quick = planner.evaluate(config, exact=False, ends_only=True)
             if quick.missing > 0:
-                found.lose(config, quick, f"memory: {_size(quick.missing)} too much")
+                found.lose(config, quick, f"memory: {size_text(quick.missing)} too much")
                 if nearest is None or quick.missing < nearest[0]:
                     nearest = (quick.missing, config)
                 continue
@@ -175,14 +179,8 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
     return found
 
 
-def _size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
-
-
 def write_list(path: Path, found: Search) -> None:
     """Writes a CSV file with one row for every layout looked at: the best first, then the others and why they lost."""
-    from parallel.runtime.files import atomic_write
-
     rows = [(item.config, item, "" if item is found.best[0] else main_loss(item, found.best[0]))
             for item in found.best]
     with atomic_write(path) as file:
@@ -209,52 +207,6 @@ def main_loss(loser: Estimate, winner: Estimate) -> str:
              "gradients": "gradient communication", "update": "update", "waiting": "waiting"}
     gaps = {name: loser.parts[name] - winner.parts[name] for name in names}
     return names[max(gaps, key=gaps.get)]
-
-
-def mends(planner: Planner, config: ParallelConfig) -> str:
-    """The single change that makes a layout fit at the least cost of time, or by how much the best one falls short."""
-    trials: list[tuple[str, dict[str, Any]]] = [
-        ("parallel.optimizer.shard=-1", {"optimizer": {"shard": -1}}),
-        ("parallel.recompute.policy=full", {"recompute": {"policy": "full"}}),
-        ("parallel.recompute.slice_activations=true", {"recompute": {"slice_activations": True}}),
-        ("parallel.optimizer.level=2", {"optimizer": {"level": 2}}),
-        ("parallel.optimizer.level=3", {"optimizer": {"level": 3}}),
-        ("parallel.sequence=true", {"sequence": True}), ("parallel.vocabulary=true", {"vocabulary": True})]
-    for factor in (2, 4, 8):
-        count = config.pipeline.micro_batches * factor
-        trials.append((f"parallel.pipeline.micro_batches={count}", {"pipeline": {"micro_batches": count}}))
-        for name, change in (("op", {"op": config.op * factor}),
-                             ("pipeline.stages", {"pipeline": {"stages": config.pipeline.stages * factor}})):
-            value = config.op * factor if name == "op" else config.pipeline.stages * factor
-            trials.append((f"parallel.{name}={value} on {config.world * factor} devices", {**change, "devices": None}))
-    fits, least = [], None
-    for text, change in trials:
-        trial = _changed(config, change)
-        try:
-            trial = trial.resolve()
-            if trial == config or not planner.divides(trial, trial.pipeline.micro_batches):
-                continue
-            estimate = planner.evaluate(trial, exact=False)
-        except UserError:
-            continue
-        if estimate.missing <= 0:
-            fits.append((estimate.step_seconds * trial.world, text))
-        elif least is None or estimate.missing < least[0]:
-            least = (estimate.missing, text)
-    if fits:
-        return f"{min(fits)[1]} makes it fit"
-    return f"no single change makes it fit; {least[1]} leaves {_size(least[0])} too much" if least else ""
-
-
-def _changed(config: ParallelConfig, change: dict[str, Any]) -> ParallelConfig:
-    tree = config.model_dump()
-    for key, value in change.items():
-        if isinstance(value, dict):
-            tree[key].update(value)
-        else:
-            tree[key] = value
-    tree["pipeline"]["micro_batches"] = max(tree["pipeline"]["micro_batches"], tree["pipeline"]["stages"])
-    return ParallelConfig.model_validate(tree)
 
 
 def block(config: ParallelConfig) -> dict[str, Any]:
@@ -311,15 +263,11 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     text = yaml.safe_dump({"parallel": block(best.config)}, sort_keys=False)
     note(text)
     if arguments.output:
-        from parallel.runtime.files import atomic_write
-
         with atomic_write(Path(arguments.output)) as file:
             file.write(text)
     if arguments.list:
         write_list(Path(arguments.list), found)
     if arguments.html:
-        from parallel.planning.report import write_report
-
         write_report(Path(arguments.html), planner, best, title=Path(arguments.config).name, search=found)
     figures = {"best": block(best.config), **figures_of(best, planner),
                "paper_layout_step_seconds": paper.step_seconds if paper else None, "tried": found.tried,
@@ -333,7 +281,7 @@ def nothing_fits(planner: Planner, found: Search, devices: int) -> UserError:
     """By how much the layout that is least too large does not fit, and which single change would make it fit."""
     near = found.nearest
     layout = yaml.safe_dump(block(near.config), default_flow_style=True, width=1000).strip()
-    return UserError(f"nothing fits: the nearest layout needs {_size(near.missing)} more than a device has",
+    return UserError(f"nothing fits: the nearest layout needs {size_text(near.missing)} more than a device has",
                      where=f"{devices} devices", value=layout, mend=mends(planner, near.config))
 
 
@@ -356,11 +304,6 @@ def _show_best(found: Search) -> None:
     table("the ten best layouts", [*_COLUMNS, "step s", "MFU", "GB", "loses by"], rows)
 
 
-def recompute_name(config: ParallelConfig) -> str:
-    """The policy, and whether what is kept is sliced."""
-    return config.recompute.policy + (", sliced" if config.recompute.slice_activations else "")
-
-
 def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
     """Dry-runs the first stage of the best layout that compiles and holds its bytes against the estimate's.
 
@@ -376,7 +319,8 @@ def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
         note(f"dry run of layout {place} (compiled, not run): {block(item.config)}")
         words = [*overrides, *_words("parallel", item.config.model_dump(mode="json"))]
         try:
-            report = dry_run(Request(item.config.world, 0, str(Path(config).resolve()), words))[0]
+            report = dry_run(Request(item.config.world, 0, str(Path(config).resolve()), words,
+                                     own_stage=True))[0]
         except UserError as error:
             note(f"layout {place} is not confirmed: {error}")
             continue

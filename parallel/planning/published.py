@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.config import ParallelConfig
-from parallel.planning.estimate import Estimate, Planner, planner_for
+from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.runtime.progress import progress, table
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from parallel.planning.estimate import Estimate, Planner
+from parallel.config import ParallelConfig
+from parallel.planning.planner import Estimate, Planner
 from parallel.planning.timeline import Timeline
 from parallel.runtime.errors import UserError
 from parallel.runtime.files import atomic_write
@@ -186,9 +187,12 @@ def _table(columns: list[str], rows: list[list[Any]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _search_table(search: Any) -> str:
-    from parallel.planning.plan import recompute_name
+def recompute_name(config: ParallelConfig) -> str:
+    """The policy, and whether what is kept is sliced."""
+    return config.recompute.policy + (", sliced" if config.recompute.slice_activations else "")
 
+
+def _search_table(search: Any) -> str:
     rows = [[item.config.data, item.config.op, item.config.pipeline.stages, item.config.pipeline.micro_batches,
              recompute_name(item.config), item.config.optimizer.shard, item.step_seconds, item.mfu,
              item.fullest.total / 1e9] for item in search.best]

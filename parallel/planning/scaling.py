@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from parallel.config import ParallelConfig
-from parallel.planning.estimate import Estimate, Planner, planner_for
+from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.runtime.progress import table
 
 

@@ -7,14 +7,16 @@ import html
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.config import ParallelConfig
 from parallel.planning.timeline import Timeline, timeline
 from parallel.proof.accounting import DIMENSIONS, coordinates, summary
-from parallel.proof.dryrun import RankReport
 from parallel.runtime.files import atomic_write
 from parallel.topology import Node, mesh_rows, rack_rows, reach
+
+if TYPE_CHECKING:
+    from parallel.proof.dryrun import RankReport
 
 _MIB = 2**20
 _MOST_ROWS = 400

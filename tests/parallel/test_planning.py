@@ -14,10 +14,11 @@ from parallel.config import ParallelConfig
 from parallel.planning.cluster import ClusterSettings
 from parallel.planning.cost import network_cost
 from parallel.planning.describe import as_on_ascend, describe
-from parallel.planning.estimate import planner_for
 from parallel.planning.memory import Holdings, parameter_slices, stage_figures
+from parallel.planning.mends import mends
 from parallel.planning.mesh import Mesh, redistribution
-from parallel.planning.plan import block, divisors, mends, nothing_fits, search
+from parallel.planning.plan import block, divisors, nothing_fits, search
+from parallel.planning.planner import planner_for
 from parallel.planning.published import POINTS, check
 from parallel.planning.report import sensitivity, timeline_picture, write_report
 from parallel.planning.scaling import study
