@@ -75,6 +75,22 @@ def test_an_output_moves_by_at_most_half_a_scale_for_each_input(group):
             np.testing.assert_allclose(bound, scale / 2 * np.abs(x).sum(-1, keepdims=True))
 
 
+@pytest.mark.parametrize("group", [None, GROUP])
+@pytest.mark.parametrize("path", PATHS)
+def test_outputs_of_the_kernel_keep_that_bound(kernels, path, group):
+    """Few rows, some, and so many that weights are widened first; the sums' own rounding is allowed for."""
+    generator = np.random.default_rng(5)
+    for rows, inputs, outputs in ((1, 300, 40), (40, 257, 33), (130, 300, 70)):
+        weight = generator.standard_normal((2, inputs, outputs)).astype(np.float32)
+        x = generator.standard_normal((2, rows, inputs)) * np.exp(generator.standard_normal((2, 1, inputs)))
+        x = x.astype(np.float32)
+        q, scale = quantize(weight, group)
+        moved = np.abs(product(kernels, f"dense_{path}", x, q, scale) - x.astype(np.float64) @ weight)
+        half = np.repeat(scale, GROUP if group else inputs, 1)[:, :inputs].astype(np.float64) / 2
+        assert (moved <= np.abs(x) @ half + 1e-6 * (np.abs(x) @ np.abs(weight))).all()
+        assert moved.max() > 0.01 * (np.abs(x) @ half).max()  # something did move
+
+
 def test_a_weight_that_is_not_finite_is_refused():
     with pytest.raises(UserError, match="not a number"):
         quantize(np.array([[1.0, np.nan]], np.float32))
