@@ -43,6 +43,6 @@ class ServeSettings(Settings):
     max_body_bytes: int = Field(4 << 20, ge=1024)
     """Longest request that is read."""
     threads: int = Field(2, ge=1)
-    """Threads that turn requests into numbers."""
+    """Threads that turn long requests (above 64 KB) into numbers; shorter ones are read at once."""
     engine: EngineSettings = EngineSettings()
     """How requests are scored."""
