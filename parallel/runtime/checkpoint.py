@@ -12,6 +12,7 @@ ever unpickled. Slices of many ranks: `parallel.runtime.sliced_checkpoint`; both
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -92,8 +93,8 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Param
         for name, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
             if tensors:
                 entries.update(_write_tensors(hidden / name, tensors))
-        _write_plain_json(hidden / "layout.json", {"format": FORMAT, "version": VERSION, "tensors": entries})
-        _write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **(state or {})})
+        write_plain_json(hidden / "layout.json", {"format": FORMAT, "version": VERSION, "tensors": entries})
+        write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **(state or {})})
         put_in_place(hidden, target)
     except OSError as error:
         raise explain_os_error(error, target) from error
@@ -127,9 +128,8 @@ def _write_tensors(path: Path, tensors: Sequence[Parameter]) -> dict[str, dict]:
             for name, dtype, shape, _ in plan}
 
 
-def _write_plain_json(path: Path, value: dict) -> None:
-    import json
-
+def write_plain_json(path: Path, value: dict) -> None:
+    """JSON without a temporary file of its own: the folder is what is renamed."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
         file.flush()

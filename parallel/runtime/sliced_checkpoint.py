@@ -10,7 +10,6 @@ A whole checkpoint (`parallel.runtime.checkpoint`) is the special case without b
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -31,6 +30,7 @@ from parallel.runtime.checkpoint import (
     put_in_place,
     remove_old,
     resolve_checkpoint,
+    write_plain_json,
 )
 from parallel.runtime.errors import UserError
 from parallel.runtime.files import explain_os_error, inside, read_json
@@ -257,14 +257,6 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
     except OSError as error:
         raise explain_os_error(error, target) from error
     return target
-
-
-def write_plain_json(path: Path, value: dict) -> None:
-    """JSON without a temporary file of its own: the folder is what is renamed."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_checkpoint(target: str | Path, needed: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
