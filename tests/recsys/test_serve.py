@@ -14,22 +14,17 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from mindspore import Tensor
 
 from parallel.runtime.errors import UserError
-from recsys import requests
 from recsys.cache import StateCache, user_key
-from recsys.encode import Columns
-from recsys.features import Feature, expand, place
 from recsys.requests import read_request
 from recsys.serving import Busy, Engine
 from recsys.serving_settings import EngineSettings
-from recsys.trained import Trained, describe, load
-from recsys.vocabulary import Vocabulary
+from recsys.trained import describe, load
 from tests.recsys.runs import add_checkpoint, make_run
 
 SMALL = EngineSettings(requests=3, candidates=[4, 16], queue=64, timeout_seconds=60.0, cache_users=5)
@@ -331,56 +326,6 @@ def test_a_bad_request_is_one_line(run, change, message):
     with pytest.raises(UserError) as caught:
         read_request(change(body), trained, 10)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-READ = [Feature(name="i", values="integer", rows=9, side="user"), Feature(name="v", side="user"),
-        Feature(name="h", values="hash", rows=50, side="user"),
-        Feature(name="item", side="item"), Feature(name="b", type="numeric", boundaries=[-1.0, 0.5, 3.0], side="item"),
-        Feature(name="n", type="numeric", transform="value", side="item"),
-        Feature(name="l", type="numeric", transform="log", side="item"),
-        Feature(name="m", type="multi", values="integer", rows=9, length=3, side="item"),
-        Feature(name="w", type="multi", values="hash", rows=9, length=2, side="user"),
-        Feature(name="s", type="sequence", target="item", length=4, side="cross"),
-        Feature(name="again", column="i", values="integer", rows=20, side="user")]
-
-
-def test_quick_columns_are_those_of_the_log(monkeypatch):
-    """Values of all types: what is read quickly is what the log's encoder reads, and what it refuses is refused."""
-    features = expand(READ)
-    vocabulary = Vocabulary({"v": ["a", "7", "é"], "item": ["3", "x", "1", "2"]}, {}, {}, {"n": (0.5, 2.0),
-                                                                                          "l": (0.1, 0.7)})
-    trained = Trained(Path("x"), None, features, Columns([]), vocabulary, place(features, 4, vocabulary.sizes()))
-    odd = [None, True, 2.0, "2", "", -1, 10**30, 2**60, "\ud800", [1], {}, 1e400, "no", 9]
-    usual = {"i": (0, 8), "v": ("a", "7", 7, "new", "é"), "h": ("a", "b", ""), "item": (1, 3, 99, "x"),
-             "b": (0, 0.5, -3.0, 10), "n": (1, -2.5, 1e400), "l": (0, -7, 3.5), "m": ([], [1, 8, 3, 4], [9]),
-             "w": (["a"], ["b", "c", "d"]), "s": ([1, 2, 3, "x", 2], [], ["x"], [77, 1])}
-    generator, agreed, refused, quick = random.Random(0), 0, 0, 0
-
-    def read(body):
-        try:
-            made = requests._encode(trained, features, body, "candidates")
-        except UserError as error:
-            return str(error)
-        return [array.tolist() for array in made]
-
-    for trial in range(600):
-        rows = [{name: generator.choice(values) for name, values in usual.items()} for _ in range(1 + trial % 3)]
-        if trial % 2:
-            name = generator.choice(list(usual))
-            value = generator.choice([generator.choice(odd), [generator.choice(odd)]])
-            rows[0] = {**rows[0], name: value}
-        got = read(rows)
-        with monkeypatch.context() as patch:
-            patch.setattr(requests, "quick_column", lambda *_: None)
-            wanted = read(rows)
-        if isinstance(wanted, str):
-            assert isinstance(got, str), (wanted, rows)
-            refused += 1
-        else:
-            assert got == wanted
-            agreed += 1
-        quick += sum(requests.quick_column(f, [row[f.source] for row in rows], trained) is not None for f in features)
-    assert agreed > 300 and refused > 30 and quick > 3000
 
 
 def test_missing_values_are_allowed(run):
