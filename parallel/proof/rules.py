@@ -20,8 +20,6 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 UPDATES: dict[str, Rule] = {}
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 
 def rule(*names: str, table: dict[str, Rule] = RULES) -> Callable[[Rule], Rule]:
     """Registers `function(node, *inputs)` as the rule of the primitives `names`."""
