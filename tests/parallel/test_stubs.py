@@ -38,8 +38,15 @@ def test_stubs_hold_functions_of_cann_only():
     assert not [name for name in names if name.startswith(("Py", "_ZTV", "_ZTI", "_ZN9mindspore"))]
 
 
-def test_stubs_are_refused_beside_a_real_cann(tmp_path, monkeypatch):
-    monkeypatch.setenv("ASCEND_HOME_PATH", "/opt/ascend")
+@pytest.mark.parametrize("found_by", ["environment", "folder"])
+def test_stubs_are_refused_beside_a_real_cann(tmp_path, monkeypatch, found_by):
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    monkeypatch.setattr(stubs, "CANN_HOME", tmp_path / "absent")
+    assert not stubs.cann_present()
+    if found_by == "environment":
+        monkeypatch.setenv("ASCEND_HOME_PATH", "/opt/ascend")
+    else:
+        monkeypatch.setattr(stubs, "CANN_HOME", tmp_path)
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/ascend/lib64")
     assert stubs.cann_present()
     assert stubs.library_path() == "/opt/ascend/lib64"
