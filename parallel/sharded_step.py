@@ -265,8 +265,15 @@ def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...
                      scheduler="1f1b" if schedule == "interleaved" else schedule)
     if not start_values:
         cut.no_init_parameters_in_compile()
+        # On one device MindSpore would fill them all the same, after compiling.
+        cut.init_parameters_data = _no_values
     cut.set_train(True)
     return cut
+
+
+def _no_values(auto_parallel_mode: bool = False) -> dict:
+    """In place of `Cell.init_parameters_data`: no parameter gets values."""
+    return {}
 
 
 def input_shapes(task: Task, settings: TrainSettings, config: ParallelConfig) -> list[tuple[int, ...]]:
