@@ -261,8 +261,9 @@ def test_shared_and_inlined_micro_batches_say_the_same(compiled) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "rank"), [("2_6b", 0), ("13b", 0), ("200b", 0), ("200b", 300), ("200b", 2047)])
-def test_published_sizes_compile_in_the_papers_layout(config: str, rank: int) -> None:
+@pytest.mark.parametrize(("config", "rank"), [
+    ("2_6b", 0), ("13b", 0), ("200b", 0), ("200b", 300), ("200b", 2047), ("2_6b_8", 7), ("13b_16", 0), ("200b_64", 63)])
+def test_published_sizes_compile_in_their_layouts(config: str, rank: int) -> None:
     path = CONFIGS / f"{config}.yaml"
     settings = load_run(path)[1]
     report = read_rank(compile_rank(Request(settings.parallel.resolve().world, rank, str(path), own_stage=True)))
