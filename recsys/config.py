@@ -72,8 +72,10 @@ class DataSettings(Settings):
     """movielens, kuairand: adds the feature `history`, the items that the user liked before, at most so many, weighed
     by the candidate unless `pooling` says otherwise (`none` for longer); 0 = no such feature."""
     passed: int = Field(0, ge=0, le=100_000)
-    """The same for the feature `passed`: items that the user met before and did not like (rated lower, not clicked).
-    Both together tell how easily a user likes, which matters most for users whom training has not seen."""
+    """The same for the feature `passed`: items that the user met before and did not like (rated lower, not clicked)."""
+    like_rate: bool = False
+    """movielens, kuairand: adds the feature `like_rate`, the share of liked items among all that the user met before,
+    in 16 buckets. It says most about users whom training has not seen."""
     pooling: dict[str, Literal["mean", "sum", "max", "attention", "none"]] = Field(default_factory=dict)
     """Pooling of single features by name, over what their list says."""
     vocabulary: str | None = None

@@ -59,10 +59,10 @@ def columns_of(data: Any, source: Reader) -> Columns:
 def features_of(data: Any) -> list:
     """The features of a run with `repeat` written out."""
     source = reader(data.reader)
-    kept = data.history or data.passed
-    if kept and not source.histories:
-        raise UserError(f"reader {data.reader} makes no history", where="data.history", value=kept,
-                        mend="set it to 0, and list the log's own sequences in data.features")
+    asked = next((name for name in ("history", "passed", "like_rate") if getattr(data, name)), None)
+    if asked is not None and not source.histories:
+        raise UserError(f"reader {data.reader} makes no histories", where=f"data.{asked}", value=getattr(data, asked),
+                        mend="leave it out, and list the log's own columns in data.features")
     features = expand(data.features or source.features(data))
     if unknown := set(data.pooling) - {feature.name for feature in features}:
         raise UserError("no such feature", where="data.pooling", value=sorted(unknown)[0])

@@ -30,7 +30,7 @@ class Reader:
         time: column of times for a split by time.
         split_by: default way to split ("order", "time" or "random").
         needs_path: whether `data.path` must be given.
-        histories: whether it adds the columns that `data.history` and `data.passed` ask for.
+        histories: whether it adds the columns that `data.history`, `passed` and `like_rate` ask for.
     """
 
     read: Callable[[Any, Path | None], Iterator[tuple[Any, str]]]

@@ -17,7 +17,7 @@ from parallel.runtime.errors import UserError
 from recsys.features import Feature
 from recsys.readers import Reader
 from recsys.readers._files import csv_tables, ids
-from recsys.readers._history import Histories, history_features
+from recsys.readers._history import Histories, history_features, wanted
 
 _USER = ["user_active_degree", "follow_user_num_range", "fans_user_num_range", "friend_user_num_range",
          "register_days_range", *(f"onehot_feat{i}" for i in range(18))]
@@ -50,7 +50,7 @@ def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
         raise UserError("no log_standard*.csv here", where="data.path", value=str(path))
     users = _side_table(path, "user_features*.csv*", "user_id", _USER)
     videos = _side_table(path, "video_features_basic*.csv*", "video_id", [*_VIDEO, "video_duration", "tag"])
-    histories = Histories(data) if data.history or data.passed else None
+    histories = Histories(data) if wanted(data) else None
     for file in logs:
         for table, where in csv_tables(file):
             if histories is not None:

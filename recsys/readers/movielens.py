@@ -17,7 +17,7 @@ from parallel.runtime.errors import UserError
 from recsys.features import Feature
 from recsys.readers import Reader
 from recsys.readers._files import csv_tables, ids
-from recsys.readers._history import Histories, history_features
+from recsys.readers._history import Histories, history_features, wanted
 
 LIKED = 4.0
 
@@ -56,7 +56,7 @@ def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
     order = np.lexsort((*(np.asarray(ratings.column(name).to_pylist(), object).astype(str).astype("U12")
                           for name in ("item_id", "user_id")), when))
     ratings = ratings.take(pa.array(order))
-    if data.history or data.passed:
+    if wanted(data):
         ratings = Histories(data).add(ratings, ratings.column("user_id"), ratings.column("item_id"), when[order],
                                       ratings.column("label").to_numpy(), str(path))
     yield _join(_join(ratings, users, "user_id"), items, "item_id"), str(path)

@@ -159,7 +159,7 @@ def test_readers_say_what_is_wrong_with_their_files(tmp_path):
     for suffix in ("inter", "user", "item"):
         (tmp_path / f"x.{suffix}").write_text("")
     refused("movielens", "the file is empty", path=str(tmp_path))
-    refused("csv", "reader csv makes no history", path=str(tmp_path), history=3,
+    refused("csv", "reader csv makes no histories", path=str(tmp_path), history=3,
             features=[{"name": "user", "side": "user"}])
 
 
@@ -401,10 +401,11 @@ def test_histories_hold_what_was_liked_strictly_before(tmp_path):
     assert table.column("history").to_pylist()[-1] == ["11", "13"]
     slot = prepare(made, 4).spec.slots["history"]
     assert slot.length == 2 and slot.feature.target == "item_id" and slot.feature.pooling == "attention"
-    both = made.model_copy(update={"passed": 3})
+    both = made.model_copy(update={"passed": 3, "like_rate": True})
     table, _ = next(iter(reader("movielens").read(both, tmp_path)))
     assert table.column("history").to_pylist()[-1] == ["11", "13"]
     assert table.column("passed").to_pylist()[-1] == ["12"] and not any(table.column("passed").to_pylist()[:4])
+    assert table.column("like_rate").to_pylist() == [None, None, 3 / 4, None, 3 / 5, 4 / 6]
     assert prepare(both, 4).spec.slots["passed"].length == 3
 
 
