@@ -272,8 +272,6 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
         raise UserError("no row is left for training", where=passes.data.path or passes.data.reader,
                         mend="the log is empty, or every row was skipped")
     report = encoder.report.figures()
-    if report["skipped"]:
-        note("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in report["skipped"].items()))
     vocabulary.save(directory / "vocabulary.json")
     write_json(directory / "log.json", {"rows": counts, "report": {**report, "user": encoder.columns.user},
                                         "id_columns": spec.id_columns, "numeric_columns": spec.numeric_columns,
@@ -282,6 +280,9 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
 
 def _map(directory: Path, data: Any, embedding_size: int) -> Log:
     header = read_json(directory / "log.json")
+    if skipped := header["report"]["skipped"]:
+        # Told by every run, not only by the one that encoded the log.
+        note("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
     vocabulary = Vocabulary.load(directory / "vocabulary.json")
     features = features_of(data)
     sizes = vocabulary.sizes()
@@ -296,7 +297,7 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
         for field, (dtype, width) in shapes.items():
             shape = (header["rows"][part],) if width is None else (header["rows"][part], width)
             path = directory / f"{part}.{field}"
-            if path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
+            if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
                 raise UserError("encoded log is damaged", where=path, mend=f"delete {directory}")
             arrays[field] = np.memmap(path, dtype, "r", shape=shape) if math.prod(shape) else np.zeros(shape, dtype)
         parts[part] = Encoded(**arrays)

@@ -106,11 +106,17 @@ def test_bad_input_is_one_clear_line(tmp_path, change, message):
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_bad_rows_are_skipped_and_counted_where_configured(tmp_path):
+def test_bad_rows_are_skipped_and_counted_where_configured(tmp_path, capsys):
     text = LINES.replace("\n1,u1", "\n3,u1").replace("u2,30", "u2,old")
-    log = prepare(data(tmp_path, text, on_bad_row="skip"), 4)
+    made = data(tmp_path, text, on_bad_row="skip")
+    for _ in range(2):  # encoded, then mapped
+        log = prepare(made, 4)
+        assert "rows skipped: 1 (click: label that is not 0 or 1), 1 (age" in capsys.readouterr().err
     assert len(log.parts["train"]) == 2
     assert log.report["skipped"] == {"click: label that is not 0 or 1": 1, "age: text that is not a number": 1}
+    (log.directory / "train.users").unlink()
+    with pytest.raises(UserError, match="encoded log is damaged"):
+        prepare(made, 4)
 
 
 def test_columns_of_a_wrong_type_are_one_clear_line(tmp_path):
