@@ -143,13 +143,13 @@ class Meeting:
             if call.node.op != "Send":
                 self.waiting[rank] = call
                 return
-            self.mail[_address(call)].append(call)
+            self.mail[address(call)].append(call)
             value = call.value
 
     def _advance(self, rank: int) -> bool:
         call = self.waiting[rank]
         if call.node.op == "Receive":
-            letters = self.mail.get(_address(call))
+            letters = self.mail.get(address(call))
             if not letters:
                 return False
             letter = letters.pop(0)
@@ -189,8 +189,8 @@ class Meeting:
         for rank in sorted(self.waiting):
             call = self.waiting[rank]
             if call.node.op == "Receive":
-                why = "nobody sends this tag" if _address(call)[0] not in self.waiting else \
-                    f"rank {_address(call)[0]} has not sent it"
+                why = "nobody sends this tag" if address(call)[0] not in self.waiting else \
+                    f"rank {address(call)[0]} has not sent it"
             else:
                 places = {rank: describe(other.node) for rank, other in self.waiting.items()}
                 why = "waits for " + ", ".join(
@@ -200,7 +200,7 @@ class Meeting:
         return "deadlock: no rank can go on\n" + "\n".join(lines)
 
 
-def _address(call: Call) -> tuple:
+def address(call: Call) -> tuple:
     """(sender, receiver, group, tag) of a Send or Receive."""
     attributes, members = call.node.attributes, call.members
     peer = int(attributes["dest_rank" if call.node.op == "Send" else "src_rank"])

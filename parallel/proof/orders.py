@@ -5,7 +5,8 @@ equal kind and shape in another order on one rank do not hang: the ranks get sum
 So what a collective is for is told by what it computes with: the cells, primitives and parameters behind its operand.
 
 Ranks whose collectives are not the same ones (a stage has what another has not) are not judged here: only an order that
-differs among the same collectives is a mistake for certain.
+differs among the same collectives is a mistake for certain. So it is with what one rank sends another: the tags are the
+partitioner's, a cluster pairs the k-th Send with the k-th Receive.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from parallel.proof.accounting import COLLECTIVES
-from parallel.proof.collectives import describe, group_ranks
+from parallel.proof.collectives import Call, address, describe, group_ranks
 from parallel.proof.executor import Program
 from parallel.proof.graph import Node
 
@@ -23,11 +24,16 @@ _FIRST_INPUT_ONLY = ("Depend", "Load")  # what follows only says when
 
 
 def wrong_order(programs: Sequence[Program]) -> str | None:
-    """The first collective of a group that is for something else on one rank than on another; None if there is none.
+    """The first collective of a group that is for something else on one rank than on another, or the first Send that
+    meets another one's Receive, in words; None if there is none.
 
     Args:
         programs: of all ranks, by number.
     """
+    return _groups_order(programs) or _pairs_order(programs)
+
+
+def _groups_order(programs: Sequence[Program]) -> str | None:
     # The strictest notion of sameness under which the ranks have the same collectives: constants are the same along the
     # data axis, computations within a stage, places in the network everywhere.
     notions = [[purposes(program, constants) for program in programs] for constants in (True, False)]
@@ -47,6 +53,24 @@ def wrong_order(programs: Sequence[Program]) -> str | None:
                                 f"{members[0]} at {describe(calls[members[0]][number])}, but rank {rank} at "
                                 f"{describe(calls[rank][number])}; they come in another order")
             break
+    return None
+
+
+def _pairs_order(programs: Sequence[Program]) -> str | None:
+    letters: dict[str, dict[tuple, list[tuple]]] = {name: defaultdict(list) for name in _PAIRS}
+    for rank, program in enumerate(programs):
+        for node in program.nodes:
+            if node.op in _PAIRS:
+                sender, receiver, group, tag = address(Call(rank, node, None))
+                letters[node.op][sender, receiver, group].append((tag, node))
+    for (sender, receiver, group), sent in sorted(letters["Send"].items()):
+        wanted = letters["Receive"].get((sender, receiver, group), [])
+        if sorted(tag for tag, _ in sent) != sorted(tag for tag, _ in wanted):
+            continue  # the walk tells what is lost
+        for number, ((one, send), (other, receive)) in enumerate(zip(sent, wanted, strict=True)):
+            if one != other:
+                return (f"what rank {sender} sends rank {receiver} comes in another order: number {number} is "
+                        f"{describe(send)}, but {describe(receive)}")
     return None
 
 

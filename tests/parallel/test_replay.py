@@ -220,6 +220,17 @@ class TestOrders:
     def test_same_order(self):
         assert wrong_order(self.ranks("ab", "ab")) is None and wrong_order(self.ranks("ba", "ba")) is None
 
+    def test_letters_in_another_order(self):
+        def rank(op: str, peer: str, number: int, *tags: int) -> Program:
+            nodes = [node(op, f"{op}{tag}", ("x",), (2,), group_rank_ids=[[0], [1]], sr_tag=tag, **{peer: number})
+                     for tag in tags]
+            return prepare(graph_of(*nodes))
+
+        sends = rank("Send", "dest_rank", 1, 4, 5)
+        assert wrong_order([sends, rank("Receive", "src_rank", 0, 4, 5)]) is None
+        told = wrong_order([sends, rank("Receive", "src_rank", 0, 5, 4)])
+        assert "rank 0 sends rank 1 comes in another order" in told and "tag 4" in told and "tag 5" in told
+
     def test_other_collectives_on_another_stage_are_no_order(self):
         assert wrong_order(self.ranks("ab", "aa")) is None and wrong_order(self.ranks("ab", "a")) is None
 
