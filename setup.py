@@ -14,7 +14,7 @@ EXTRAS = {
     "mindformers": ["mindformers==1.9.0"],
     # Peers for scripts/bench.
     "bench": ["torch==2.13.0", "transformers==4.57.1", "datasketch"],
-    "test": ["pytest", "hypothesis", "ruff", "scikit-learn"],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn"],
 }
 
 setup(
