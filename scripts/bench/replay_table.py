@@ -25,6 +25,8 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+# Sums of another number of threads differ in their last bit; a table may be made in several runs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Sizes of the small models; a layout may say otherwise (four stages need four layers). Rows beyond an expert's capacity
 # get nothing from it, on the cluster only: with a factor of 8 no row is left out.
