@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ DEFAULT_PORT = 8118
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
 _TAIL_LINES = 12
+_CHATTER = re.compile(r"\[(INFO|WARNING)\] ")  # of MindSpore, which would push the error out of sight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,7 +226,7 @@ class Launcher:
             log = self.logs / "scheduler.log" if rank == -1 else self.log(rank)
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             note(f"error: {name} {how}; the other ranks were ended. The end of {log}:")
-            for line in _last_lines(log):
+            for line in [line for line in _last_lines(log, 4 * _TAIL_LINES) if not _CHATTER.match(line)][-_TAIL_LINES:]:
                 note(f"  {line}")
         # A shell shows a death by signal n as 128 + n.
         return {**_figures(self.log(0)), "exit_code": code if code >= 0 else 128 - code, "ranks": self.plan.ranks,

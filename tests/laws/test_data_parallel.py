@@ -82,12 +82,13 @@ def test_a_dying_rank_ends_all_and_gives_its_exit_code(tmp_path):
     script = ("import os, sys, time;"
               "open(sys.argv[1] + '/pid' + os.environ['RANK_ID'] + os.environ['MS_ROLE'], 'w')"
               ".write(str(os.getpid())); time.sleep(1.5 if os.environ['MS_ROLE'] + os.environ['RANK_ID'] == "
-              "'MS_WORKER1' else 600); print('out of luck'); sys.exit(7)")
+              "'MS_WORKER1' else 600); print('out of luck'); print('[INFO] chatter\\n' * 30); sys.exit(7)")
     node = start_node(nodes=1, node_rank=0, port=free_port(), local=2, command=["-c", script, str(tmp_path)],
                       logs=str(tmp_path / "logs"))
     output, errors = node.communicate(timeout=60)
     assert node.returncode == 7 and json.loads(output.splitlines()[-1])["failed_rank"] == 1
     assert "rank 1 failed with exit code 7" in errors and "out of luck" in errors
+    assert "[INFO] chatter\n" not in errors
     pids = [int(path.read_text()) for path in tmp_path.glob("pid*")]
     assert len(pids) == 3 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
