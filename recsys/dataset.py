@@ -63,7 +63,7 @@ def features_of(data: Any) -> list:
     if asked is not None and not source.histories:
         raise UserError(f"reader {data.reader} makes no histories", where=f"data.{asked}", value=getattr(data, asked),
                         mend="leave it out, and list the log's own columns in data.features")
-    features = expand(data.features or source.features(data))
+    features = expand(source.features(data) if data.features is None else data.features)
     if unknown := set(data.pooling) - {feature.name for feature in features}:
         raise UserError("no such feature", where="data.pooling", value=sorted(unknown)[0])
     return [Feature.model_validate({**feature.model_dump(), "pooling": data.pooling[feature.name]})

@@ -243,9 +243,6 @@ class FeatureEmbedding(Layer):
 
     def _make_numbers(self, spec: FeatureSpec, std: float) -> None:
         numeric = list(spec.numeric.values())
-        if len({slot.width for slot in numeric}) > 1:
-            # One width keeps all numbers in one product.
-            raise ValueError("numeric features that scale a vector share one width")
         self.numbers = Numbers(len(numeric), numeric[0].width, std) if numeric else None
         lengths = [len(run) for run in runs_of_numbers(spec)]
         self.cut_numbers = Pieces(lengths) if numeric else None

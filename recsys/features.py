@@ -228,7 +228,7 @@ def place(features: list[Feature], embedding_size: int, known: dict[str, int] | 
         known: values in the vocabulary of each feature that has one, taken where a feature gives no `rows`.
 
     Raises:
-        UserError: the size of a vocabulary is neither known nor given.
+        UserError: the size of a vocabulary is neither known nor given; numbers of several widths.
     """
     groups: dict[str, list[Feature]] = {}
     for feature in features:
@@ -257,6 +257,9 @@ def place(features: list[Feature], embedding_size: int, known: dict[str, int] | 
             slots[feature.name] = Slot(feature, start, length, tables.get(width, 0), rows, width)
             tables[width] = tables.get(width, 0) + rows
         start += length
+    if len(widths := {slot.width for slot in numeric.values()}) > 1:
+        raise UserError("numeric features that scale a vector share one width", where="data.features",
+                        value=sorted(widths), mend="use transform: bucket, or one width")
     tables = {width: -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE for width, rows in tables.items()}
     return FeatureSpec(slots, numeric, tables, ordered)
 

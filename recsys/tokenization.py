@@ -11,6 +11,7 @@ from mindspore import dtype as mstype
 
 from parallel.layers.grouped import GroupedLinear, TokenLayout
 from parallel.layout import Axes, Cut, Layer
+from parallel.runtime.errors import UserError
 from recsys.embedding import Join
 from recsys.ranker import MLP, dense
 
@@ -70,6 +71,21 @@ class SliceTokenizer(Layer):
 
     def cuts(self) -> list[Cut]:
         return [Cut(self.pad, (("batch", None),)), Cut(self.transpose, (("batch", None, None),))]
+
+
+def tokens_of_groups(named: dict[str, int], groups: list[str]) -> list[int]:
+    """Tokens that each group makes: what `model.group_tokens` says, else 1.
+
+    Raises:
+        UserError: it names a group that is not there, or a count below 1.
+    """
+    for name, count in named.items():
+        if name not in groups:
+            raise UserError("no such group", where="model.group_tokens", value=name,
+                            mend=f"groups: {', '.join(groups)}")
+        if count < 1:
+            raise UserError("a group makes at least one token", where=f"model.group_tokens.{name}", value=count)
+    return [named.get(name, 1) for name in groups]
 
 
 class GroupTokenizer(nn.Cell):

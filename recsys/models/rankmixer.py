@@ -22,7 +22,7 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.ranker import Ranker
 from recsys.sides import UGSepSettings
-from recsys.tokenization import GroupTokenizer, MeanPool, SliceTokenizer
+from recsys.tokenization import GroupTokenizer, MeanPool, SliceTokenizer, tokens_of_groups
 
 
 class ReluMoESettings(Settings):
@@ -138,7 +138,7 @@ class RankMixer(Ranker):
             self.tokenize = SliceTokenizer(list(groups.values()), settings.tokens, settings.width, layout=layout,
                                            shared=settings.shared_projection, compute_dtype=compute_dtype)
         else:
-            counts = [settings.group_tokens.get(name, 1) for name in groups]
+            counts = tokens_of_groups(settings.group_tokens, list(groups))
             self.tokenize = GroupTokenizer(list(groups.values()), counts, settings.width, global_token=False,
                                            compute_dtype=compute_dtype)
             if self.tokenize.tokens != settings.tokens:

@@ -22,7 +22,7 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.ranker import Ranker, TaskTowers
 from recsys.sides import UGSepSettings
-from recsys.tokenization import GroupTokenizer, MeanPool
+from recsys.tokenization import GroupTokenizer, MeanPool, tokens_of_groups
 
 
 class SparseMoESettings(Settings):
@@ -153,7 +153,7 @@ class TokenMixerLarge(Ranker):
         super().__init__(settings, spec, tasks, compute_dtype)
         self.layout = TokenLayout(settings.op_cut)
         groups = group_widths(spec)
-        counts = [settings.group_tokens.get(name, 1) for name in groups]
+        counts = tokens_of_groups(settings.group_tokens, list(groups))
         self.tokenize = GroupTokenizer(list(groups.values()), counts, settings.width,
                                        global_token=settings.global_token, hidden=settings.tokenizer_hidden,
                                        compute_dtype=compute_dtype)

@@ -330,6 +330,11 @@ def test_feature_lists_are_checked():
     spec = place(many, 8)
     assert [f.name for f in spec.ordered] == ["f_0", "f_1", "f_2", "item"]
     assert spec.tables == {8: 64} and spec.id_columns == 4
+    with pytest.raises(UserError, match="share one width"):
+        place([Feature(name=name, type="numeric", transform="value", side="item", width=width)
+               for name, width in (("a", 4), ("b", 8))], 8)
+    with pytest.raises(UserError, match="there is no feature"):
+        prepare(DataSettings(reader="synthetic", features=[]), 8)
     with pytest.raises(UserError, match="not known yet"):
         place([Feature(name="open", side="item")], 8)
 

@@ -113,6 +113,8 @@ def test_params_command_prints_the_figures(capsys):
     (["data.reader=movielens"], "needs a path"),
     (["data.reader=criteo", "data.path=/nowhere"], "data.path"),
     (["data.pooling={histroy: mean}"], "no such feature"),
+    (["model.tokenization=groups", "model.group_tokens={useer: 2}"], "no such group"),
+    (["data.passed=5"], "makes no histories"),
     (["parallel.op=3", "parallel.devices=3"], "op"),
 ])
 def test_mistakes_are_one_line(arguments, message, capsys):
