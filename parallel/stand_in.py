@@ -30,11 +30,14 @@ class StandIn(nn.Cell):
     def __init__(self, layer: nn.Cell, axes: Axes) -> None:
         super().__init__(auto_prefix=False)
         stream = _residual(layer).cuts()[0].inputs[0]
-        self.layer, self.negative = layer, ops.Neg().shard(axes.strategy((stream,)))
+        self.layer, self.negative, self.wait = layer, ops.Neg().shard(axes.strategy((stream,))), ops.Depend()
         self.pipeline_stage = layer.pipeline_stage
 
     def construct(self, x_ND: Tensor, *others: Any) -> Tensor:
-        """others: what the layer would take beside the residual stream."""
+        """others: what the layer takes beside the residual stream, used here too lest it no longer cross a border."""
+        for other in others:
+            if other is not None:
+                x_ND = self.wait(x_ND, other)
         return self.negative(x_ND)
 
 

@@ -29,6 +29,18 @@ def pangu(parallel: dict, model: dict | None = None, train: dict | None = None) 
     return build(settings, config), settings.train, config
 
 
+def one_bias(parallel: dict, model: dict | None = None, train: dict | None = None) -> tuple:
+    """The same as it should not be: the attention bias is made on the first stage and sent to all others."""
+    task, settings, config = pangu(parallel, model, train)
+    loss, model = task.network, task.network.model
+    bias = model.bias
+    for name in list(model.biases._cells):
+        model.biases._cells[name] = bias
+    loss.pipeline_cells = lambda: [[model.embedding, bias], *model.layers, model.query_layer,
+                                   [model.query_embedding, model.norm, model.head, loss.cross_entropy, loss.mean]]
+    return task, settings, config
+
+
 class Entrance(Layer):
     """[B, T, D] -> [T, B, D]."""
 

@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 
+from parallel.proof.dryrun import RankReport
 from parallel.proof.graph import Graph
 
 pytestmark = pytest.mark.skipif(
@@ -26,11 +27,20 @@ def told(graph: Graph) -> Counter:
     for function, node, times in graph.walk():
         operands = tuple(source.op if (source := function.by_name.get(name)) else "input" for name in node.inputs)
         value = node.value.SerializeToString() if node.op == "Constant" and node.value is not None else b""
-        # Numbered through the whole graph; a call is named after the number of its function.
-        scope = "" if node.op == "call" else re.sub(r"-op\d+$", "", node.scope)
+        scope = "" if node.op == "call" else unnumbered(node.scope)  # a call is named after its function's number
         attributes = str(sorted((key, item) for key, item in node.attributes.items() if key != "sr_tag"))
         found[node.op, tuple(node.outputs), attributes, scope, operands, value] += times
     return found
+
+
+def said(report: RankReport) -> Counter:
+    """Its collectives, but for what is numbered through the whole graph."""
+    return Counter(dataclasses.replace(item, tag=None, scope=unnumbered(item.scope)) for item in report.collectives)
+
+
+def unnumbered(scope: str) -> str:
+    """A node's scope without its number among all nodes of the graph."""
+    return re.sub(r"-op\d+$", "", scope)
 
 
 def same(compiled, rank: int, **layout) -> None:
@@ -40,7 +50,7 @@ def same(compiled, rank: int, **layout) -> None:
     assert told(whole.graph) == told(own.graph)
     assert whole.graph.parameters == own.graph.parameters
     assert all(item.tag is None for item in own.collectives)
-    assert [dataclasses.replace(item, tag=None) for item in whole.collectives] == own.collectives
+    assert said(whole) == said(own)
     assert whole.memory == own.memory
 
 
@@ -67,3 +77,14 @@ def test_other_schedules(compiled, rank, pipeline) -> None:
 @pytest.mark.slow
 def test_micro_batches_written_out(compiled) -> None:
     same(compiled, 2, op=2, pipeline={"stages": 4, "micro_batches": 4}, model=WET, reuse=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_layers_take_beside_the_stream_still_crosses_borders(compiled, rank) -> None:
+    """Stage 0 sends the bias to the other three for each of four micro-batches."""
+    layout = {"pipeline": {"stages": 4, "micro_batches": 4}, "model": {"layers": 8}}
+    whole, own = (compiled("one_bias", rank, own_stage=alone, **layout) for alone in (False, True))
+    assert said(whole) == said(own)
+    bias = [item for item in own.collectives if item.kind in ("Send", "Receive") and len(item.shape) == 4]
+    assert {item.ranks for item in bias} == ({(0, 1), (0, 2), (0, 3)} if rank == 0 else {(2, 0)})
