@@ -164,11 +164,11 @@ class TaskMean(Layer):
 
     def __init__(self, weights: list[float]) -> None:
         super().__init__()
-        self.weights = Tensor([weights], mstype.float32)
+        self.weight_of_tasks = Tensor([weights], mstype.float32)
         self.mean, self.weigh, self.sum, self.reshape = ops.ReduceMean(), ops.Mul(), ops.ReduceSum(), ops.Reshape()
 
     def construct(self, loss_BK: Tensor) -> Tensor:
-        return self.mean(self.sum(self.weigh(loss_BK, self.weights), 1))
+        return self.mean(self.sum(self.weigh(loss_BK, self.weight_of_tasks), 1))
 
     def cuts(self) -> list[Cut]:
         wide = ("batch", None)

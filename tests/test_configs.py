@@ -8,6 +8,7 @@ import pytest
 
 from parallel.runtime.builder import build_task
 from parallel.runtime.settings import read_yaml_tree
+from parallel.slices import cut_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = sorted([*(ROOT / "configs" / "pangu").glob("*.yaml"), *(ROOT / "configs" / "recsys").glob("*.yaml")])
@@ -17,7 +18,9 @@ MODELS = sorted([*(ROOT / "configs" / "pangu").glob("*.yaml"), *(ROOT / "configs
 def test_model_config_builds(path):
     task, settings, config = build_task(path)
     assert config.world == (config.devices or config.world)
-    assert len(list(task.network.get_parameters())) > 0
+    held = cut_parameters(task.network, config)
+    assert held and all(any(whole.box_of_rank(stage * config.data * config.op) is not None
+                            for stage in range(config.pipeline.stages)) for whole in held)
     assert all(size > 0 for item in task.inputs for size in item.shape)
 
 
