@@ -407,7 +407,9 @@ class SeparatedTokenMixerLarge(SeparatedRanker):
         heads = settings.heads or max(n for n in range(1, tokens + 1) if settings.width % n == 0)
         if heads < 2:
             raise UserError("separation needs at least two mixing heads", where="model.heads", value=heads)
-        own = heads_of(before[0], tokens, heads)
+        own = settings.ug_sep.user_heads or heads_of(before[0], tokens, heads)
+        if own >= heads:
+            raise UserError(f"of {heads} mixing heads one must be G", where="model.ug_sep.user_heads", value=own)
         return SeparatedBlock(settings, before, (own, heads - own), self.layout, compute_dtype)
 
     @property
