@@ -36,8 +36,8 @@ def test_boxes_are_those_of_the_compiled_graph(name, tmp_path):
     assert {key for key, box in ours.items() if box is not None} == {key for key in layouts if key in ours}
     for key, box in ours.items():
         if box is not None:
-            # Slice shape before the optimizer's cut, and the group that cuts dim 0 again, "<size>-<hash>".
+            # Slice shape before the optimizer's cut, and the group that cuts dim 0 again: "<size>-<hash>", or all.
             shape, group = list(layouts[key][2]), layouts[key][5]
             if group:
-                shape[0] //= int(group.partition("-")[0])
+                shape[0] //= config.world if group == "hccl_world_group" else int(group.partition("-")[0])
             assert shape == list(box_shape(box)), key
