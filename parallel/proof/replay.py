@@ -148,6 +148,7 @@ class Replay:
     def __init__(self, world: World, reference: OneDevice, steps: int, *, quiet: bool = False) -> None:
         self.world, self.reference, self.steps, self.quiet = world, reference, steps, quiet
         self.ranks: list[Rank] = []
+        self.largest: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
         """The verb's figures; exit_code 1 unless both runs are equal."""
@@ -185,9 +186,15 @@ class Replay:
         cut.norms.append([float(result[1]) for result in results])
 
     def _differences(self, ranks: Sequence[Rank], whole: dict[str, np.ndarray]) -> list[Difference]:
-        """Of every parameter and state of every rank, largest relative difference first."""
+        """Of every parameter and state of every rank, largest relative difference first.
+
+        Relative to the largest element that the tensor has had so far: a moment may pass through 0, and keeps the
+        rounding errors of what it was.
+        """
+        for name, value in whole.items():
+            self.largest[name] = max(self.largest.get(name, 0.0), float(np.abs(value).max(initial=0.0)))
         trainable = {item.name for item in self.reference.task.network.trainable_params()}
-        largest = max((np.abs(value).max() for name, value in whole.items() if name.startswith("adam_m.")), default=0.0)
+        largest = max((self.largest[name] for name in whole if name.startswith("adam_m.")), default=0.0)
         floors = {"adam_m": _STATE_FLOOR * largest, "adam_v": (_STATE_FLOOR * largest) ** 2}
         found = []
         for rank, boxes in zip(ranks, self.world.boxes, strict=True):
@@ -195,12 +202,11 @@ class Replay:
             for name, value in rank.state.items():
                 if name not in whole or value.ndim == 0 or name.partition(".")[2] in copies or name in copies:
                     continue
-                wanted = whole[name]
                 floor = self.reference.reach if name in trainable else floors.get(name.partition(".")[0], 1e-12)
-                part = part_of(wanted, boxes.get(name))
-                far = float(np.abs(value - part).max(initial=0.0)) if np.isfinite(value).all() else float("inf")
-                scale = max(float(np.abs(wanted).max(initial=0.0)), floor, 1e-30)
-                found.append(Difference(far / scale, name, rank.number))
+                part = part_of(whole[name], boxes.get(name))
+                finite = np.isfinite(value).all() and np.isfinite(part).all()
+                far = float(np.abs(value - part).max(initial=0.0)) if finite else float("inf")
+                found.append(Difference(far / max(self.largest[name], floor, 1e-30), name, rank.number))
         return sorted(found, key=lambda item: -item.relative)
 
     def _report(self, single: History, cut: History, differences: list[list[Difference]],
