@@ -30,14 +30,15 @@ SHARDED = ["parallel.data=2", "parallel.op=2", "parallel.optimizer.shard=-1"]
 STAGED = ["parallel.op=2", "parallel.pipeline.stages=2", "parallel.pipeline.micro_batches=2"]
 
 
-def simulate(folder: Path, layout: list[str], *more: str, world: int = 4, validated: bool = False) -> list[dict]:
+def simulate(folder: Path, layout: list[str], *more: str, world: int = 4, validated: bool = False,
+             config: Path = CONFIG, model: list[str] = MODEL) -> list[dict]:
     """What every rank of the run told."""
     from parallel.proof.child import child_environment
     from parallel.proof.stubs import library_path
 
     folder.mkdir(parents=True, exist_ok=True)
-    order = {"world": world, "config": str(CONFIG), "folder": str(folder), "validated": validated,
-             "overrides": [*MODEL, *layout, f"output.directory={folder / 'run'}", *more]}
+    order = {"world": world, "config": str(config), "folder": str(folder), "validated": validated,
+             "overrides": [*model, *layout, f"output.directory={folder / 'run'}", *more]}
     (folder / "order.json").write_text(json.dumps(order))
     environment = child_environment(library_path())
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])
@@ -53,9 +54,9 @@ def sharded(tmp_path_factory):
     return simulate(folder, SHARDED), folder
 
 
-def whole_start() -> dict[str, np.ndarray]:
+def whole_start(config: Path = CONFIG, model: list[str] = MODEL) -> dict[str, np.ndarray]:
     """What one device starts from."""
-    task, settings, _ = build_task(CONFIG, [*MODEL, "parallel.devices=1"])
+    task, settings, _ = build_task(config, [*model, "parallel.devices=1"])
     return {p.name: start_value(p.name, tuple(p.shape), p.start, settings.train.seed)
             for p in task.network.get_parameters()}
 
@@ -77,6 +78,21 @@ def test_each_rank_holds_its_slices_and_reads_its_rows(sharded):
         numbers = list(range(4 * data, 4 * data + 4))
         assert own["rows"] == [numbers] * 4, "three columns and the samples' numbers"
         assert own["figures"]["steps"] == 2 and own["figures"]["loss"] == 4.0
+
+
+@pytest.mark.slow
+def test_a_ranker_starts_from_the_slices_of_one_device(tmp_path):
+    config = ROOT / "configs" / "recsys" / "rankmixer.yaml"
+    model = ["train.global_batch_size=8", "train.steps=2", "train.validate_every=null", "train.keep_best=null",
+             "output.tensorboard=false", "output.loss_curve=false", "output.checkpoint_every=null",
+             f"data.cache={tmp_path / 'cache'}"]
+    told = simulate(tmp_path, SHARDED, config=config, model=model)
+    saved = Slices(tmp_path / "run" / "checkpoints" / "step_00000002")
+    start = whole_start(config, model)
+    for name, value in start.items():
+        np.testing.assert_array_equal(saved.read(name), value, err_msg=name)
+    cut = {name for name, box in told[0]["boxes"].items() if [stop for _, stop in box] != list(start[name].shape)}
+    assert {f"layers.{i}.network.{part}.weight" for i in range(2) for part in ("mapping", "projection")} <= cut
 
 
 @pytest.mark.slow
