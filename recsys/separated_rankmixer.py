@@ -4,7 +4,6 @@ Shapes: R rows of U, N rows of G, T = c_u + c_g tokens = mixing heads, D width, 
 
 A U mixed token is 0 from column c_u d on, but RankMixer adds the token itself before its network, so here the network's
 first matrix keeps all its rows; all that G needs of U are the heads of the U tokens that stand in G mixed tokens.
-With group_mixing: whole a G mixed token is Mix over the G tokens alone, in c_g heads of D / c_g, plus these U heads.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.pyramid import PyramidBlock, count_pairs
 from recsys.separated_tokenmixer import SidedGroupTokenizer
-from recsys.separation import Beside, Blank, Compensation, Fill, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
+from recsys.separation import Beside, Blank, Compensation, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
 from recsys.sides import tokens_of_ratio
 from recsys.tokenization import SliceTokenizer
 
@@ -47,13 +46,11 @@ class SeparatedBlock(nn.Cell):
         width, separation, (c_u, c_g) = settings.width, settings.ug_sep, counts
         tokens, stream = c_u + c_g, layout.stream
         d = width // tokens
-        self.counts, self.mixing, self.residual, self.from_user = counts, settings.mixing, settings.residual, c_u * d
+        self.counts, self.mixing, self.residual = counts, settings.mixing, settings.residual
         self.sparse, inner = settings.moe is not None, settings.inner
         self.heads_apart = Widths((c_u * d, c_g * d), stream)
         self.mix_own, self.mix_given = (TokenMixing(c_u, count, count * d, layout=layout) for count in counts)
-        self.whole_group = separation.group_mixing == "whole"
-        self.mix_group = TokenMixing(c_g, c_g, width if self.whole_group else c_g * d, layout=layout)
-        self.fill_given = Fill(0, c_g * d, stream)
+        self.mix_group = TokenMixing(c_g, c_g, c_g * d, layout=layout)
         self.blank, self.beside, self.beside_rest = Blank(stream), Beside(2, stream), Beside(2, stream)
         self.take = Take()
         norm = {"compute_dtype": compute_dtype, "stream": stream}
@@ -61,7 +58,7 @@ class SeparatedBlock(nn.Cell):
         self.norm2 = LayerNorm(width, **norm) if settings.norm else None
         self.network_user, self.network_group = (network(settings, count, width, inner, width, layout, compute_dtype)
                                                  for count in counts)
-        self.adds, self.wide = nn.CellList([Add(stream) for _ in range(6)]), Repeat(c_g)
+        self.adds, self.wide = nn.CellList([Add(stream) for _ in range(5)]), Repeat(c_g)
         self.compensation = None
         self.rows = c_u * d if separation.mixing_mask else width
         if separation.compensation != "none":
@@ -107,19 +104,13 @@ class SeparatedBlock(nn.Cell):
         """(x_gND, penalty)."""
         s_gND = x_gND
         if self.mixing:
-            s_gND = self.group_mixed(x_gND, pieces[0], index_N)
+            _, heads = self.heads_apart(x_gND)
+            s_gND = self.beside(self.take.whole(pieces[0], index_N), self.mix_group(heads))
             if self.residual:
                 s_gND = self.adds[3](s_gND, x_gND)
         if self.compensation is not None:
             s_gND = self.adds[4](s_gND, self.take.whole(self.wide(pieces[-1]), index_N))
         return self.half(s_gND, self.network_group, None, 1)
-
-    def group_mixed(self, x_gND: Tensor, given_gRK: Tensor, index_N: Tensor | None) -> Tensor:
-        """The G mixed tokens [c_g, N, D], from the G tokens and what U gives."""
-        if self.whole_group:
-            return self.adds[5](self.mix_group(x_gND), self.take(self.fill_given(given_gRK), index_N))
-        _, heads = self.heads_apart(x_gND)
-        return self.beside(self.take.whole(given_gRK, index_N), self.mix_group(heads))
 
     def whole(self, x_TBD: Tensor) -> tuple:
         """(x_TBD, penalties): the same by masks on whole tensors."""
@@ -127,9 +118,6 @@ class SeparatedBlock(nn.Cell):
         source = x_TBD[:c_u, :, :self.rows]
         if self.mixing:
             s_TBD = self.mask_mixing(self.mix(x_TBD))
-            if self.whole_group:
-                given_gBK = s_TBD[c_u:, :, :self.from_user]
-                s_TBD = self.join_tokens(s_TBD[:c_u], self.group_mixed(x_TBD[c_u:], given_gBK, None))
             source = s_TBD[:c_u, :, :self.rows]
             if self.residual:
                 s_TBD = s_TBD + x_TBD

@@ -38,10 +38,6 @@ class UGSepSettings(Settings):
     user_heads: int | None = Field(None, ge=1)
     """TokenMixer-Large: mixing heads that are U, layers that keep their tokens only; null = about the share that U has
     of the tokens. Fewer let G tokens mix more of every token, for more work a candidate (ours)."""
-    group_mixing: Literal["masked", "whole"] = "masked"
-    """RankMixer: masked: G mixed tokens are what the mask leaves, so a G token's U heads take no part; whole: G tokens
-    mix all of their width among themselves, in as many heads as they are, and what U gives is added; no more work
-    (ours). The number of G tokens must then divide the width."""
     global_token: Literal["group", "per_side"] = "group"
     """TokenMixer-Large: group: one global token of all groups, a G token; per_side: U has one of its own besides, made
     of user groups. model.global_token: false = none."""

@@ -33,9 +33,8 @@ TML = {"figure": {}, "inner": {"inner_residual": True}, "prenorm": {"block_varia
        "low_rank": {"ug_sep": {"compensation": "low_rank"}},
        "token_mixing": {"ug_sep": {"compensation": "token_mixing"}}, "mean": {"ug_sep": {"compensation": "mean"}}}
 RANKMIXER = {"post": {}, "experts": {"moe": {"experts": 4}}, "bare": {"norm": False, "residual": False},
-             "whole": {"ug_sep": {"group_mixing": "whole"}},
-             "whole_bare": {"norm": False, "residual": False, "moe": {"experts": 4},
-                            "ug_sep": {"group_mixing": "whole", "compensation": "low_rank"}},
+             "bare_experts_low_rank": {"norm": False, "residual": False, "moe": {"experts": 4},
+                                       "ug_sep": {"compensation": "low_rank"}},
              "low_rank": {"ug_sep": {"compensation": "low_rank"}},
              "token_mixing": {"ug_sep": {"compensation": "token_mixing"}}, "mean": {"ug_sep": {"compensation": "mean"}}}
 CASES = ([("tml", name, (2, 4), (3, 5)) for name in TML] + [("tml", "figure", (4, 2), (2, 1)), ("tml", "figure", (1, 1),
@@ -164,16 +163,12 @@ def test_tokenmixer_block_equals_numpy_with_whole_matrices():
     assert np.abs(whole(cell, x[:c_u].astype(np.float32), x[c_u:].astype(np.float32)) - wanted).max() < 1e-5
 
 
-@pytest.mark.parametrize("mixing", ["masked", "whole"])
-def test_rankmixer_block_equals_numpy(mixing):
-    cell = block("rankmixer", "token_mixing", (4, 2), None, group_mixing=mixing)
+def test_rankmixer_block_equals_numpy():
+    cell = block("rankmixer", "token_mixing", (4, 2), None)
     p, d = values(cell), WIDTH // 6
     x = np.concatenate([tokens(4, 1), tokens(2, 2)]).astype(np.float64)
     h = mix(x, 6)
     h[:4, :, 4 * d:] = 0
-    if mixing == "whole":
-        h[4:, :, 4 * d:] = 0
-        h[4:] += mix(x[4:], 2)
     s = h + x
     projected = h[:4, :, :4 * d] @ p["compensation.project.weight"][0]
     s[4:] += np.einsum("gu,ubd->gbd", p["compensation.weight"], projected)
@@ -195,7 +190,6 @@ MODELS = {"tml": ("tokenmixer_large_ug_sep", "model.layers=3", "model.width=24")
                           "model.global_token=false", "model.ug_sep.compensation=mean"),
           "tml_heads": ("tokenmixer_large_ug_sep", "model.width=24", "model.ug_sep.user_heads=2"),
           "rankmixer": ("rankmixer_ug_sep", "model.width=24", "model.ug_sep.ratio=3:1", "model.shared_projection=true"),
-          "rankmixer_whole": ("rankmixer_ug_sep", "model.width=24", "model.ug_sep.group_mixing=whole"),
           "rankmixer_experts": ("rankmixer_ug_sep", "model.width=24", "model.moe={experts: 4, penalty: 0.1}",
                                 "model.tokenization=groups", "model.group_tokens={user: 2}",
                                 "model.ug_sep.compensation=low_rank")}
