@@ -128,11 +128,10 @@ def _whole_values(world: World, reference: OneDevice, step: int) -> dict[tuple, 
         if is_forward(node) and isinstance(result, np.ndarray):
             values[numbers.key(rank, node)] = result
 
-    ranks = single.start(reference.start)
     order = world.order(reference.batch(0)[0].shape[0])
-    for number in range(step + 1):
-        batch = [item[order] for item in reference.batch(number)]
-        run_step(ranks, single.inputs(batch), observe if number == step else None)
+    # The step before is not run here: the partitioner does not gather gradients of micro-batches in a world of 1.
+    before = reference.run(step + 1, order).values[step - 1] if step else reference.start
+    run_step(single.start(before), single.inputs([item[order] for item in reference.batch(step)]), observe)
     return values
 
 

@@ -113,10 +113,17 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
 
 
 def check_world(config: str, overrides: Sequence[str]) -> None:
-    """Raises a `UserError` if the settings are wrong or the layout has too many ranks for one process."""
+    """Raises a `UserError` if the settings are wrong or the layout has too many ranks for one process, or nothing that
+    is cut."""
     from parallel.runtime.builder import load_run
+    from parallel.sharded_step import micro_batches
 
-    layout = load_run(config, list(overrides))[1].parallel.resolve()
+    settings = load_run(config, list(overrides))[1]
+    layout = settings.parallel.resolve()
+    if layout.world == 1 and micro_batches(settings.train, layout) > 1:
+        raise UserError("MindSpore's partitioner gathers no gradients of micro-batches in a world of one rank",
+                        where="train.accumulation", value=micro_batches(settings.train, layout),
+                        mend="nothing is cut there (training uses the plain step); give data, op or stages 2")
     if layout.world > LARGEST_WORLD:
         raise UserError(
             f"replay holds all ranks in one process, at most {LARGEST_WORLD}; data {layout.data} x op {layout.op} x "
