@@ -112,7 +112,7 @@ class PyramidBlock(nn.Cell):
         self.compensation = None
         if separation.compensation != "none":
             self.compensation = Compensation(separation.compensation, p_u, self.rows, p_g, width,
-                                             separation.compensation_rank, compute_dtype)
+                                             separation.compensation_rank or width, compute_dtype)
         self.pieces = [(p_g, c_u * d), (c_u, separation.attention_size), (c_u, width),
                        *([self.compensation.shape] if self.compensation is not None else [])]
 

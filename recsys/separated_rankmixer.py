@@ -63,7 +63,7 @@ class SeparatedBlock(nn.Cell):
         self.rows = c_u * d if separation.mixing_mask else width
         if separation.compensation != "none":
             self.compensation = Compensation(separation.compensation, c_u, self.rows, c_g, width,
-                                             separation.compensation_rank, compute_dtype)
+                                             separation.compensation_rank or width, compute_dtype)
         self.pieces = [*([(c_g, c_u * d)] if self.mixing else []),
                        *([self.compensation.shape] if self.compensation is not None else [])]
         # Of the form with masks.

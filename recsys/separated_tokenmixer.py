@@ -108,7 +108,7 @@ class SeparatedBlock(nn.Cell):
         self.compensation = None
         if separation.compensation != "none":
             self.compensation = Compensation(separation.compensation, heads[0], self.user_rows, counts[1], width,
-                                             separation.compensation_rank, compute_dtype)
+                                             separation.compensation_rank or width, compute_dtype)
         self.pieces = self._pieces(heads[0] * d)
 
     def _make_mixing(self, width: int, d: int, layout: TokenLayout, separation: Any) -> None:

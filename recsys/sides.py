@@ -45,8 +45,8 @@ class UGSepSettings(Settings):
     """What brings U mixed tokens to the G tokens in place of the heads that the mask drops; starts at zero.
     token_mixing: weights over U tokens for each G token, after one projection; low_rank: one linear map from all U
     mixed tokens to each G token, of rank compensation_rank; mean: one projection of their mean for all G tokens."""
-    compensation_rank: int = Field(16, ge=1)
-    """low_rank: the rank."""
+    compensation_rank: int | None = Field(None, ge=1)
+    """low_rank: the rank; null = the model's width."""
     layers: list[str] = Field(default_factory=list)
     """Pyramid: tokens "U:G" that each layer makes, as counts; empty = all layers keep theirs."""
     residual: Literal["auto", "attention"] = "auto"

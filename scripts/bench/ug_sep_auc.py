@@ -5,7 +5,7 @@ learning rate: entangled (no mask), separated, and separated with information co
 by seed. Parameters of the best validation are kept.
 
     python scripts/bench/ug_sep_auc.py [--models tokenmixer_large,rankmixer] [--seeds 5] [--ratios 1:1] [--variants ...]
-                                       [--compensation low_rank] [--rank 64] [--steps N] [--movielens FOLDER]
+                                       [--compensation low_rank] [--steps N] [--movielens FOLDER]
                                        [--runs FILE] [--minutes N] [key.sub=value ...]
 
 On the generated log a run sees 820,000 samples once, with a falling learning rate, and is tested on 150,000 others:
@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 # 12 tokens divide by every ratio of the paper.
 SIZES = {"tokenmixer_large": [], "rankmixer": ["model.tokens=12", "model.width=60"]}
 VARIANTS = {"entangled": ["model.ug_sep.mixing_mask=false", "model.ug_sep.reverting_mask=false"], "separated": [],
-            "compensated": ["model.ug_sep.compensation={compensation}", "model.ug_sep.compensation_rank={rank}"]}
+            "compensated": ["model.ug_sep.compensation={compensation}"]}
 
 
 # A log's own settings, and the steps of a run.
@@ -121,7 +121,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each variant")
     parser.add_argument("--ratios", default="1:1", help="user tokens : group tokens, of 12; several with commas")
     parser.add_argument("--compensation", default="low_rank", help="form of the third variant")
-    parser.add_argument("--rank", type=int, default=64, help="rank of low_rank")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which of them, with commas")
     parser.add_argument("--steps", type=int, help="steps of a run (default 800, MovieLens 320)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
