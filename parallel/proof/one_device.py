@@ -80,10 +80,12 @@ class OneDevice:
             self.single = read_world({0: compiled}, {0: read_graph(compiled.graph)})
         return self.single
 
-    @property
-    def reach(self) -> float:
-        """How far one step can move an element of a parameter, roughly: the learning rate."""
-        return self.settings.train.optimizer.learning_rate
+    def reach(self, name: str) -> float:
+        """How far one step can move an element of a parameter, roughly: the learning rate of its optimizer."""
+        train = self.settings.train
+        if train.sparse_optimizer is not None and self.task.is_sparse and self.task.is_sparse(name):
+            return train.sparse_optimizer.learning_rate
+        return train.optimizer.learning_rate
 
     def batch(self, step: int) -> tuple[np.ndarray, ...]:
         """The global batch of a step."""

@@ -40,6 +40,8 @@ _STATE_FLOOR = 1e-3
 # bias) would become a full step in a random direction, hence a larger epsilon.
 _DEFAULTS = ("train.precision=fp32", "train.optimizer.schedule.warmup_steps=0", "train.optimizer.epsilon=1e-3",
              "train.clip_norm=1.0", "model.dropout=0.0", "train.loss_scale.name=none")
+# The same for the tables' own optimizer, where there is one.
+_SPARSE_DEFAULTS = ("train.sparse_optimizer.schedule.warmup_steps=0", "train.sparse_optimizer.epsilon=1e-3")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,11 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
-    """The user's overrides behind those that replay needs, as far as the file's settings know them."""
+    """The user's overrides behind those that replay needs, as far as the file's settings know them.
+
+    Raises:
+        UserError: the overrides do not fit the file.
+    """
     from parallel.runtime.builder import load_run
 
     kept: list[str] = []
@@ -109,6 +115,8 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
             kept.append(item)
         except UserError:  # a model without this key
             continue
+    if load_run(config, [*kept, *overrides])[1].train.sparse_optimizer is not None:
+        kept += _SPARSE_DEFAULTS
     return [*kept, *overrides]
 
 
@@ -209,7 +217,8 @@ class Replay:
             for name, value in rank.state.items():
                 if name not in whole or value.ndim == 0 or name.partition(".")[2] in copies or name in copies:
                     continue
-                floor = self.reference.reach if name in trainable else floors.get(name.partition(".")[0], 1e-12)
+                floor = (self.reference.reach(name) if name in trainable
+                         else floors.get(name.partition(".")[0], 1e-12))
                 part = part_of(whole[name], boxes.get(name))
                 finite = np.isfinite(value).all() and np.isfinite(part).all()
                 far = float(np.abs(value - part).max(initial=0.0)) if finite else float("inf")
