@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -319,6 +320,36 @@ class TestFlat:
         made.main.nodes[2].callee = "x"
         with pytest.raises(UserError, match="decides at run time what it calls"):
             flat(made)
+
+
+class TestComparison:
+    def test_a_moment_is_measured_against_what_it_has_been(self):
+        from parallel.proof.replay import Replay
+
+        network = SimpleNamespace(trainable_params=list)
+        replay = Replay(SimpleNamespace(boxes=[{}]), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
+        rank = Rank(0, prepare(graph_of(node("Neg", "out", ("x",), (1,)))), {})
+        found = []
+        for ours, whole in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):
+            rank.state = {"adam_m.bias": np.array([ours])}
+            found.append(replay._differences([rank], {"adam_m.bias": np.array([whole])})[0].relative)
+        np.testing.assert_allclose(found, [0.0, 1e-7, 0.5, np.inf])
+
+    def test_both_optimizers_take_the_larger_epsilon(self, root):
+        from parallel.proof.replay import with_defaults
+
+        config = str(root / "configs/recsys/dlrm_mlp.yaml")
+        own = ["train.sparse_optimizer.name=adagrad"]
+        assert not any("sparse" in item for item in with_defaults(config, []))
+        made = with_defaults(config, own)
+        assert made[-1:] == own and {"train.optimizer.epsilon=1e-3", "train.sparse_optimizer.epsilon=1e-3"} < set(made)
+
+    def test_micro_batches_of_one_rank_are_refused(self, root):
+        from parallel.proof.replay import check_world
+
+        with pytest.raises(UserError, match="gathers no gradients of micro-batches in a world of one rank"):
+            check_world(str(root / CONFIG), ["train.accumulation=2"])
+        check_world(str(root / CONFIG), ["train.accumulation=2", "parallel.data=2"])
 
 
 @pytest.fixture(scope="module")
