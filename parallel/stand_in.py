@@ -42,12 +42,12 @@ class StandIn(nn.Cell):
 
 
 def leave_out_other_stages(network: nn.Cell, config: ParallelConfig, stage: int) -> None:
-    """Replaces the layers of `network` (cut, on stages) that `stage` does not hold.
+    """Replaces the layers of `network` (cut by `config`) that `stage` does not hold.
 
     The first and the last layer stay: what stands before and after the layers may need them. So do layers that do not
-    end in a `Residual`.
+    end in a `Residual`, and under the interleaved schedule all: MindSpore does not compile stand-ins in chunks.
     """
-    if not has_stack(network):
+    if config.pipeline.stages == 1 or config.pipeline.interleave > 1 or not has_stack(network):
         return
     _, _, *units, _, _ = network.pipeline_cells()
     layers = [unit[0] if isinstance(unit, list) else unit for unit in units]

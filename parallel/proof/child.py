@@ -340,9 +340,8 @@ def _compile(request: Request, place: Path) -> None:
 
     task, settings, config = _build(request)
     trainable = [parameter.name for parameter in task.network.trainable_params()]
-    several = request.own_stage and config.pipeline.stages > 1
     step = sharded_step(task, settings, config, reuse=request.reuse,
-                        stage=coordinates(request.rank, config)[0] if several else None)
+                        stage=coordinates(request.rank, config)[0] if request.own_stage else None)
     shapes = input_shapes(task, settings, config)
     # Only types matter; np.zeros takes no memory until it is touched.
     inputs = [ms.Tensor(np.zeros(shape, item.dtype)) for shape, item in zip(shapes, task.inputs, strict=True)]

@@ -114,8 +114,9 @@ def expected_pangu(rank: int, parallel: dict, model: dict = networks.PANGU, batc
         for size in cut * layers:
             out.add("AllReduce data gradient backward", 1, size)
     if data > 1 and (config.vocabulary or op == 1):
-        # Of the shared table each of its two stages sums its own part before they are added.
-        out.add("AllReduce data gradient backward", int(first or last), table)
+        # With sharded states each of the shared table's two stages sums its own part before they are added; without,
+        # the first sums what it gathered, to which it has added what the last sent.
+        out.add("AllReduce data gradient backward", int(first or (last and config.optimizer_shard > 1)), table)
     if data * op > 1:
         for size in whole * layers + ends:
             out.add(f"AllReduce {'data' if data > 1 else 'op'} gradient backward", 1, size)
