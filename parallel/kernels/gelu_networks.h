@@ -198,7 +198,7 @@ GeluSizes gelu_sizes(const int64_t *x, const int64_t *w1, const int64_t *w2, int
 
 int run_gelu_forward(const GeluSizes &n, const GeluWeights &w, float *y, float *z) {
   if (sgemm() == nullptr) return 1;
-  const int64_t most = w.gates ? kBackwardRows : kForwardRows, blocks = (n.batch + most - 1) / most;
+  const int64_t most = w.gates ? kExpertRows : kForwardRows, blocks = (n.batch + most - 1) / most;
   Team::get().run(static_cast<int>(n.tokens * blocks), [&](int block) {
     const int64_t first = block % blocks * most;
     gelu_forward(n, w, block / blocks, first, std::min(most, n.batch - first), z, y);
