@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -466,6 +467,25 @@ def test_back_pressure_is_503(run):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def test_long_bodies_are_read_in_a_thread_short_ones_at_once(run, monkeypatch):
+    pytest.importorskip("prometheus_client")
+    from recsys import server
+    from recsys.serving_settings import ServeSettings
+
+    trained, readers = describe(run[0]), []
+    service = server.Service(StuckEngine(trained), ServeSettings(), run[0])
+    parse = server._parse
+    monkeypatch.setattr(server, "_parse", lambda *words: (readers.append(threading.current_thread().name),
+                                                          parse(*words))[1])
+    body = json.dumps(body_of(trained, run[2], 0, 3)).encode()
+    short = asyncio.run(service._understood(body, trained))
+    monkeypatch.setattr(server, "_SHORT_BYTES", len(body) - 1)
+    long = asyncio.run(service._understood(body, trained))
+    assert readers[0] == threading.current_thread().name and readers[1].startswith("requests")
+    np.testing.assert_array_equal(short.ids, long.ids)
+    assert asyncio.run(service._understood(b"{" * len(body), trained)) is None
 
 
 class StuckEngine:
