@@ -50,7 +50,9 @@ class Layout:
     twin: str = ""
 
 
-_SPARSE = "train.sparse_optimizer.name=adagrad train.sparse_optimizer.learning_rate=1e-2"
+# The epsilon: see docs/replay.md for what float32 rounds.
+_SPARSE = "train.sparse_optimizer.name=adagrad train.sparse_optimizer.learning_rate=1e-2 " \
+          "train.sparse_optimizer.epsilon=1e-2"
 LAYOUTS = (
     # Each dimension alone.
     Layout("one", _keys()),
@@ -139,7 +141,7 @@ REFUSALS = {
     "stack of": "no stack", "how its cells follow": "no stack", "more stages than": "layers",
     "leave a stage without a layer": "layers", "routed experts": "experts", "has no experts": "experts",
     "cut along their width": "experts", "unknown key": "key", "residual stream": "residual", "no such cell": "cells",
-    "divide": "sizes", "are not cut": "not cut", "run 1f1b only": "1f1b only",
+    "divide": "sizes", "are not cut": "not cut", "not cut into stages": "no stages", "run 1f1b only": "1f1b only",
 }
 
 
