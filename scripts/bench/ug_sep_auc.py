@@ -14,7 +14,7 @@ docs/ug_sep.md), and on 12,000 test rows differences of 0.1 % cannot be told fro
 
 `--runs` keeps finished runs in a file of JSON lines and reads it when started again; `--minutes` stops beginning new
 ones, so that a table can be made piece by piece. Last line of stdout: JSON with the table; `ratio` is the mean over
-models of separated over entangled AUC at the first of `--ratios`.
+models of separated (the first of `--variants` that is not entangled) over entangled AUC at the first of `--ratios`.
 """
 
 from __future__ import annotations
@@ -136,11 +136,13 @@ def main() -> None:
               f"{row['std']:.4f}, {row['delta_percent']:+.3f} +- {row['delta_error']:.3f} % over {row['seeds']} seeds",
               file=sys.stderr)
     first = [row for row in table if row["ratio"] == arguments.ratios.split(",")[0]]
-    ours, peer = (statistics.mean([row["auc"] for row in first if row["variant"] == name] or [math.nan])
-                  for name in ("separated", "entangled"))
-    if not math.isfinite(ours / peer):
-        raise SystemExit("error: there is no finished run of both, entangled and separated")
-    print(json.dumps({"ratio": ours / peer, "ours": ours, "peer": peer, "unit": "AUC", "table": table}))
+    own = next((name for name in arguments.variants.split(",") if name != "entangled"), "entangled")
+    both = [row for row in first if row["variant"] == own]
+    if not both:
+        raise SystemExit(f"error: there is no seed with finished runs of both, entangled and {own}")
+    ratio, ours = (statistics.mean(values) for values in zip(
+        *((1 + row["relative_percent"] / 100, row["auc"]) for row in both), strict=True))
+    print(json.dumps({"ratio": ratio, "ours": ours, "peer": ours / ratio, "unit": "AUC", "table": table}))
 
 
 if __name__ == "__main__":
