@@ -76,7 +76,8 @@ def spec_of(settings: Any) -> FeatureSpec:
 
 def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
     """Raises a `UserError` unless every axis divides what it cuts."""
-    batch, sizes, op = settings.train.global_batch_size, settings.model, parallel.op
+    batch, sizes = settings.train.global_batch_size, settings.model
+    micro = max(parallel.pipeline.micro_batches, settings.train.accumulation)
     divides(parallel.data * parallel.pipeline.micro_batches if parallel.pipeline.stages > 1 else parallel.data, batch,
             where="parallel.data", what="train.global_batch_size")
     if parallel.sequence:
@@ -85,27 +86,11 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
     if parallel.pipeline.stages > 1 and parallel.pipeline.schedule != "1f1b":
         raise UserError("stages of rankers run 1f1b only", where="parallel.pipeline.schedule",
                         value=parallel.pipeline.schedule, mend="set it to 1f1b")
-    kind = getattr(sizes, "op_cut", "width")
-    if op > 1:
-        for width, rows in model.spec.tables.items():
-            divides(op if parallel.vocabulary else 1, rows, where="parallel.op", what=f"table of width {width}, rows")
-        if not hasattr(sizes, "op_cut"):
-            return
-        inner = round(getattr(sizes, "ratio", getattr(sizes, "ffn_ratio", 1)) * sizes.width)
-        if kind != "width" and getattr(sizes, "ug_sep", None) is not None:
-            raise UserError("tokens of a separated ranker are not cut", where="model.op_cut", value=kind,
-                            mend="choose model.op_cut: width")
-        counts = {getattr(model, "tokens", sizes.tokens), getattr(model, "heads", sizes.tokens)}
-        if kind == "width":
-            divides(op, inner, where="parallel.op", what="inner width")
-        else:
-            for count in counts:
-                divides(op, count, where="parallel.op", what="tokens (or mixing heads)",
-                        mend="choose model.op_cut: width")
-            divides(op * parallel.data, batch, where="parallel.op", what="train.global_batch_size")
-        if kind == "width" and getattr(sizes, "moe", None) is not None:
-            raise UserError("experts are not cut along their width", where="parallel.op", value=op,
-                            mend="choose model.op_cut: tokens, or cut the experts with parallel.expert")
+    if parallel.optimizer_shard > 1 and parallel.optimizer.level > 1 and micro > 1:
+        raise UserError("gradients of a ranker's micro-batches are not kept cut", where="parallel.optimizer.level",
+                        value=parallel.optimizer.level, mend="set it to 1, or train without micro-batches")
+    if parallel.op > 1:
+        check_op(settings, model, parallel)
     moe = getattr(sizes, "moe", None)
     if parallel.expert > 1:
         if moe is None or sizes.name != "tokenmixer_large":
@@ -115,6 +100,28 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
     if parallel.pipeline.stages > (layers or 1):
         raise UserError("more stages than layers" if layers else "the model has no stack of blocks to cut into stages",
                         where="parallel.pipeline.stages", value=parallel.pipeline.stages)
+
+
+def check_op(settings: Any, model: Any, parallel: ParallelConfig) -> None:
+    """Raises a `UserError` unless the op axis divides the tables and what `model.op_cut` cuts."""
+    batch, sizes, op = settings.train.global_batch_size, settings.model, parallel.op
+    for width, rows in model.spec.tables.items():
+        divides(op if parallel.vocabulary else 1, rows, where="parallel.op", what=f"table of width {width}, rows")
+    if not hasattr(sizes, "op_cut"):
+        return
+    if sizes.op_cut == "width":
+        if getattr(sizes, "moe", None) is not None:
+            raise UserError("experts are not cut along their width", where="parallel.op", value=op,
+                            mend="choose model.op_cut: tokens, or cut the experts with parallel.expert")
+        inner = round(getattr(sizes, "ratio", getattr(sizes, "ffn_ratio", 1)) * sizes.width)
+        divides(op, inner, where="parallel.op", what="inner width")
+        return
+    if getattr(sizes, "ug_sep", None) is not None:
+        raise UserError("tokens of a separated ranker are not cut", where="model.op_cut", value=sizes.op_cut,
+                        mend="choose model.op_cut: width")
+    for count in {getattr(model, "tokens", sizes.tokens), getattr(model, "heads", sizes.tokens)}:
+        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", mend="choose model.op_cut: width")
+    divides(op * parallel.data, batch, where="parallel.op", what="train.global_batch_size")
 
 
 def sample_batch(spec: FeatureSpec, batch: int, tasks: int, seed: int) -> tuple[np.ndarray, ...]:

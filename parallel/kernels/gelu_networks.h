@@ -16,10 +16,18 @@ namespace {
 
 constexpr float kLinear = 1.5957691216057308f, kCubic = 0.044715f * kLinear;  // 2 sqrt(2 / pi)
 
-// x sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3): the tanh form.
-void gelu(const float *z, int64_t size, float *h) {
+// h = gate gelu(z) of z = h + bias, in one pass; z is kept where `kept` is not null. gelu(z) = z sigmoid(2 u) with
+// u = sqrt(2 / pi) (z + 0.044715 z^3): the tanh form.
+void gelu(const float *bias, float gate, int64_t size, float *h, float *kept) {
+  if (kept != nullptr) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < size; ++i) h[i] = z[i] * sigmoid(z[i] * (kLinear + kCubic * z[i] * z[i]));
+    for (int64_t i = 0; i < size; ++i) kept[i] = h[i] + bias[i];
+  }
+#pragma GCC ivdep
+  for (int64_t i = 0; i < size; ++i) {
+    const float z = h[i] + bias[i];
+    h[i] = gate * z * sigmoid(z * (kLinear + kCubic * z * z));
+  }
 }
 
 // h = gelu(z) and d *= gelu'(z).
@@ -89,17 +97,9 @@ void gelu_forward(const GeluSizes &n, const GeluWeights &w, int64_t t, int64_t f
     multiply(false, false, count, n.part, n.width, input, {w.w1 + t * n.width * n.inner + e * n.part, n.inner}, false,
              inner, n.part);
     for (int64_t r = 0; r < count; ++r) {
-      float *row = inner + r * n.part;
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n.part; ++i) row[i] += bias1[i];
-      if (z_out)
-        std::memcpy(z_out + (start + (sparse ? index[r] : r)) * n.inner + e * n.part, row, n.part * sizeof(float));
-      gelu(row, n.part, row);
-      if (gates) {
-        const float gate = gates[(sparse ? index[r] : r) * n.experts + e];
-#pragma GCC ivdep
-        for (int64_t i = 0; i < n.part; ++i) row[i] *= gate;
-      }
+      const int64_t row = sparse ? index[r] : r;
+      gelu(bias1, gates ? gates[row * n.experts + e] : 1.0f, n.part, inner + r * n.part,
+           z_out ? z_out + (start + row) * n.inner + e * n.part : nullptr);
     }
     const Matrix second{w.w2 + (t * n.inner + e * n.part) * n.outputs, n.outputs};
     float *output = sparse ? scratch<2>(count * n.outputs) : y;
