@@ -17,7 +17,8 @@ from parallel.config import ParallelConfig
 from parallel.proof.accounting import coordinates
 from parallel.proof.graph import Function, Graph, Node
 
-_NAMES_OF_GROUPS = ("group", "group_ranks", "comm_reuse_tag", "related_fusion_key")
+# The order in which MindSpore came by recomputed nodes differs from run to run.
+_NOT_COMPARED = ("group", "group_ranks", "comm_reuse_tag", "related_fusion_key", "recompute_id")
 
 
 def representatives(config: ParallelConfig, trust: bool = False) -> list[int]:
@@ -66,7 +67,7 @@ def alike(one: Node, other: Node) -> bool:
     """Whether two nodes are the same computation among the same ranks."""
 
     def told(node: Node) -> tuple:
-        kept = [{key: value for key, value in items.items() if key not in _NAMES_OF_GROUPS}
+        kept = [{key: value for key, value in items.items() if key not in _NOT_COMPARED}
                 for items in (node.attributes, node.marks)]
         value = node.value.SerializeToString() if node.value is not None else None
         return node.name, node.op, node.inputs, node.outputs, node.scope, node.callee, value, kept
