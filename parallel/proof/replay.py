@@ -42,6 +42,8 @@ _DEFAULTS = ("train.precision=fp32", "train.optimizer.schedule.warmup_steps=0", 
              "train.clip_norm=1.0", "model.dropout=0.0", "train.loss_scale.name=none")
 # The same for the tables' own optimizer, where there is one.
 _SPARSE_DEFAULTS = ("train.sparse_optimizer.schedule.warmup_steps=0", "train.sparse_optimizer.epsilon=1e-3")
+# Routed experts: one device computes every row, so none may be left out; of the epsilon see docs/replay.md.
+_EXPERT_DEFAULTS = ("model.moe.capacity_factor={experts}", "train.optimizer.epsilon=1e-2")
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,12 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
             kept.append(item)
         except UserError:  # a model without this key
             continue
-    if load_run(config, [*kept, *overrides])[1].train.sparse_optimizer is not None:
+    settings = load_run(config, [*kept, *overrides])[1]
+    if settings.train.sparse_optimizer is not None:
         kept += _SPARSE_DEFAULTS
+    moe = getattr(settings.model, "moe", None)
+    if hasattr(moe, "capacity_factor"):
+        kept += [item.format(experts=moe.experts) for item in _EXPERT_DEFAULTS]
     return [*kept, *overrides]
 
 

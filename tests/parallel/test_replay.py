@@ -344,6 +344,16 @@ class TestComparison:
         made = with_defaults(config, own)
         assert made[-1:] == own and {"train.optimizer.epsilon=1e-3", "train.sparse_optimizer.epsilon=1e-3"} < set(made)
 
+    def test_experts_leave_no_row_out_unless_the_user_says_so(self, root):
+        from parallel.proof.replay import with_defaults
+        from parallel.runtime.builder import load_run
+
+        config = str(root / "configs/recsys/tokenmixer_large_moe.yaml")
+        for own, factor in (["model.moe.experts=9"], 9.0), (["model.moe.capacity_factor=2"], 2.0):
+            settings = load_run(config, with_defaults(config, own))[1]
+            assert (settings.model.moe.capacity_factor, settings.train.optimizer.epsilon) == (factor, 1e-2)
+        assert not any("moe" in item for item in with_defaults(str(root / "configs/recsys/rankmixer.yaml"), []))
+
     def test_micro_batches_of_one_rank_are_refused(self, root):
         from parallel.proof.replay import check_world
 
