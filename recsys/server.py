@@ -113,7 +113,7 @@ class Service:
 
         for _ in range(2):
             # In this order, since a reload sets them the other way round.
-            version, trained = self.engine.version, self.engine.trained
+            version, reading, trained = self.engine.version, self.engine.reading, self.engine.trained
             try:
                 ask = await self._understood(raw, trained)
             except UserError as error:
@@ -128,8 +128,8 @@ class Service:
                 return 503, {"error": str(error)}
             except asyncio.TimeoutError:
                 return 503, {"error": f"not done within {self.settings.engine.timeout_seconds} seconds"}
-            # A request that was read with the vocabulary before a reload is read again.
-            if scored_by == version:
+            # A request that was read with another vocabulary than that of a reload since is read again.
+            if scored_by == version or reading == self.engine.reading:
                 break
         return 200, {"ranking": self._ranking(scores, ask.top_k), "version": scored_by}
 

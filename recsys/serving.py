@@ -141,6 +141,7 @@ class Engine:
     def __init__(self, trained: Trained, settings: EngineSettings,
                  observe: Callable[[str, float], None] = lambda name, value: None) -> None:
         self.trained, self.settings, self.observe = trained, settings, observe
+        self.reading = 1  # rises with every reload after which requests read as other numbers
         self.cache = StateCache(settings.cache_users)
         self.scorer = Scorer(trained.model, settings, self.cache)
         self._waiting: deque[Waiting] = deque()
@@ -205,11 +206,12 @@ class Engine:
         """
         with self._reloading:
             trained, values = self._prepare(checkpoint)
+            rise = int(not trained.reads_as(self.trained))
             done: Future = Future()
             with self._wake:
                 if not self._running:
                     raise Busy("the server is ending")
-                self._changes.append((lambda: self._put(trained, values), done))
+                self._changes.append((lambda: self._put(trained, values, rise), done))
                 self._wake.notify()
             done.result()
             return {"version": self.version, "checkpoint": str(trained.path)}
@@ -265,7 +267,7 @@ class Engine:
 
     # -- reloading ----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, np.ndarray]]:
+    def _prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Tensor]]:
         """The other checkpoint's description, and its values by parameter name in the order of this device."""
         trained = describe(checkpoint)
         if (trained.settings.model, trained.spec) != (self.trained.settings.model, self.trained.spec):
@@ -281,16 +283,20 @@ class Engine:
             name = parameter.name
             if name not in file.layout:
                 raise UserError(f"lacks parameter {name}", where=trained.path)
-            values[name] = _in_order(file, stored[name]) if name in stored else file.read(name)
-            if values[name].shape != tuple(parameter.shape):
+            value = _in_order(file, stored[name]) if name in stored else file.read(name)
+            if value.shape != tuple(parameter.shape):
                 raise UserError(f"'{name}' has another shape", where=trained.path)
+            values[name] = Tensor(value, parameter.dtype)
         return trained, values
 
-    def _put(self, trained: Trained, values: dict[str, np.ndarray]) -> None:
+    def _put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
+        """`rise`: of `reading`."""
         for parameter in self.trained.model.get_parameters():
-            parameter.set_data(Tensor(values[parameter.name], parameter.dtype))
+            parameter.set_data(values[parameter.name])
         trained.model = self.trained.model
+        # In this order: who takes version and reading first never has an older `trained` than they say.
         self.trained = trained
+        self.reading += rise
         self.scorer.version += 1
         self.cache.clear()
 

@@ -38,6 +38,14 @@ class Trained:
     spec: FeatureSpec
     model: Any = None
 
+    def reads_as(self, other: Trained) -> bool:
+        """Whether a request becomes the same numbers by both."""
+        def reading(one: Trained) -> tuple:
+            known = one.vocabulary
+            return one.features, one.columns, one.spec, known.values, known.boundaries, known.moments
+
+        return reading(self) == reading(other)
+
 
 def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     """The run's settings: those of a file, or those that the trainer kept in the checkpoint.

@@ -469,6 +469,46 @@ def test_back_pressure_is_503(run):
         thread.join()
 
 
+@pytest.mark.parametrize("rise, passes", [(0, 1), (1, 2)])
+def test_a_request_is_read_again_only_after_a_reload_with_another_vocabulary(run, rise, passes):
+    pytest.importorskip("prometheus_client")
+    from concurrent.futures import Future
+
+    from recsys.server import Service
+    from recsys.serving_settings import ServeSettings
+
+    class Reloading(StuckEngine):
+        """A reload comes between reading and scoring of the first pass."""
+
+        asked = 0
+
+        def submit(self, ids: np.ndarray, numbers: np.ndarray) -> Future:
+            self.version, self.reading, self.asked = 2, 1 + rise, self.asked + 1
+            done: Future = Future()
+            done.set_result((np.full((len(ids), 1), 0.25 * self.asked), self.version))
+            return done
+
+    engine = Reloading(describe(run[0]))
+    service = Service(engine, ServeSettings(), run[0])
+    body = json.dumps(body_of(engine.trained, run[2], 0, 3)).encode()
+    code, answer = asyncio.run(service.rank(body))
+    assert (code, answer["version"], engine.asked) == (200, 2, passes)
+    assert answer["ranking"][0]["score"] == 0.25 * passes
+
+
+def test_a_reload_tells_whether_requests_read_otherwise(run, engine):
+    folder, settings, log = run
+    reading, version = engine.reading, engine.version
+    path = add_checkpoint(folder, settings, log, 3, seed=3)
+    engine.reload(path)
+    assert (engine.reading, engine.version) == (reading, version + 1)
+    other = type(log.vocabulary)(moments={"none": (0.0, 2.0)})
+    other.save(path / "vocabulary.json")
+    engine.reload(path)
+    assert (engine.reading, engine.version) == (reading + 1, version + 2)
+    (path / "vocabulary.json").unlink()
+
+
 def test_long_bodies_are_read_in_a_thread_short_ones_at_once(run, monkeypatch):
     pytest.importorskip("prometheus_client")
     from recsys import server
@@ -491,7 +531,7 @@ def test_long_bodies_are_read_in_a_thread_short_ones_at_once(run, monkeypatch):
 class StuckEngine:
     """An engine whose thread never takes anything."""
 
-    version, waiting, full = 1, 0, False
+    version, reading, waiting, full = 1, 1, 0, False
 
     def __init__(self, trained) -> None:
         self.trained, self.cache = trained, StateCache(0)
