@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.proof.child import Compilers
+from parallel.proof.lockstep import Replay
 from parallel.proof.one_device import OneDevice
-from parallel.proof.replay import Replay, check_layout, check_world, with_defaults
+from parallel.proof.replay_settings import check_layout, check_world, with_defaults
 from parallel.proof.world import World, compile_world
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import Bar, note, table

@@ -20,10 +20,10 @@ from mindspore import ops
 
 from parallel.config import ParallelConfig
 from parallel.proof.accounting import COLLECTIVES, coordinates
+from parallel.proof.bounds import PARAMETER_TOLERANCE, Difference
 from parallel.proof.executor import Program, run_step
 from parallel.proof.graph import Node
 from parallel.proof.one_device import OneDevice
-from parallel.proof.replay import PARAMETER_TOLERANCE, Difference
 from parallel.proof.world import World
 
 _NODE_TOLERANCE = 1e-3

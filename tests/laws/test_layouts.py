@@ -136,7 +136,7 @@ def test_every_layout_of_every_model_equals_one_device(grid, model, name):
 def test_ranks_made_from_others_are_those_that_compile(grid, model, name):
     """Where not every rank is compiled, the others' graphs are those that would have been."""
     from parallel.proof.distinct import alike, representatives
-    from parallel.proof.replay import with_defaults
+    from parallel.proof.replay_settings import with_defaults
     from parallel.proof.world import compile_world
 
     config = str(grid.root / "configs" / f"{model}.yaml")

@@ -324,7 +324,7 @@ class TestFlat:
 
 class TestComparison:
     def test_a_moment_is_measured_against_what_it_has_been(self):
-        from parallel.proof.replay import Replay
+        from parallel.proof.lockstep import Replay
 
         network = SimpleNamespace(trainable_params=list)
         replay = Replay(SimpleNamespace(boxes=[{}]), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
@@ -336,7 +336,7 @@ class TestComparison:
         np.testing.assert_allclose(found, [0.0, 1e-7, 0.5, np.inf])
 
     def test_both_optimizers_take_the_larger_epsilon(self, root):
-        from parallel.proof.replay import with_defaults
+        from parallel.proof.replay_settings import with_defaults
 
         config = str(root / "configs/recsys/dlrm_mlp.yaml")
         own = ["train.sparse_optimizer.name=adagrad"]
@@ -345,7 +345,7 @@ class TestComparison:
         assert made[-1:] == own and {"train.optimizer.epsilon=1e-3", "train.sparse_optimizer.epsilon=1e-3"} < set(made)
 
     def test_experts_leave_no_row_out_unless_the_user_says_so(self, root):
-        from parallel.proof.replay import with_defaults
+        from parallel.proof.replay_settings import with_defaults
         from parallel.runtime.builder import load_run
 
         config = str(root / "configs/recsys/tokenmixer_large_moe.yaml")
@@ -355,7 +355,7 @@ class TestComparison:
         assert not any("moe" in item for item in with_defaults(str(root / "configs/recsys/rankmixer.yaml"), []))
 
     def test_micro_batches_of_one_rank_are_refused(self, root):
-        from parallel.proof.replay import check_world
+        from parallel.proof.replay_settings import check_world
 
         with pytest.raises(UserError, match="gathers no gradients of micro-batches in a world of one rank"):
             check_world(str(root / CONFIG), ["train.accumulation=2"])
@@ -367,7 +367,7 @@ def layout(root):
     """(world, one-device run, steps) of data 2 x op 2 with optimizer sharding and sequence parallelism."""
     from parallel.proof.child import Compilers
     from parallel.proof.one_device import OneDevice
-    from parallel.proof.replay import with_defaults
+    from parallel.proof.replay_settings import with_defaults
     from parallel.proof.world import compile_world
 
     config = str(root / CONFIG)
@@ -390,7 +390,7 @@ def planted(world, change):
 
 def replayed(layout, change, steps: int = 1) -> dict:
     """Figures of a replay with a mistake."""
-    from parallel.proof.replay import Replay
+    from parallel.proof.lockstep import Replay
 
     world, reference = layout
     return Replay(planted(world, change), reference, steps).run()
@@ -477,7 +477,7 @@ class TestPlantedMistakes:
 
     def test_two_collectives_of_one_shape_in_another_order(self, layout):
         """Rank 1 sums the gradients of beta and gamma the other way round: a cluster would not hang, but go wrong."""
-        from parallel.proof.replay import Replay
+        from parallel.proof.lockstep import Replay
 
         world, reference = layout
         main = world.programs[1].main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.proof.replay import check_layout
+from parallel.proof.replay_settings import check_layout
 from parallel.runtime.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
