@@ -25,7 +25,7 @@ from pangu.checkpoint_layouts.names import Key, keys
 from pangu.checkpoint_layouts.slices import Cut, SlicedCheckpoint, read_strategy, release_cuts, write_slices
 from pangu.checkpoint_layouts.torch_file import TorchFile, write_megatron
 from pangu.config import ModelConfig
-from parallel.runtime.checkpoint import FORMAT, PARAMETERS_FILE, VERSION
+from parallel.runtime.checkpoint_folder import FORMAT, PARAMETERS_FILE, VERSION
 from parallel.runtime.errors import UserError
 from parallel.runtime.files import explain_os_error, write_json
 from parallel.runtime.progress import Bar, note, table

@@ -144,7 +144,7 @@ class Evaluation:
         from pangu.generate import check_vocabulary, load_model
         from pangu.language_model import LanguageModel, RequestCache
         from pangu.tokenizer import Tokenizer
-        from parallel.runtime.checkpoint import resolve_checkpoint
+        from parallel.runtime.checkpoint_folder import resolve_checkpoint
 
         arguments, settings = self.arguments, self.settings
         self.checkpoint = resolve_checkpoint(arguments.checkpoint or settings.output.directory)

@@ -274,7 +274,8 @@ def load_model(settings: Any, checkpoint: str) -> Any:
     from mindspore.nn.utils import no_init_parameters
 
     from pangu.model import PanGuAlpha
-    from parallel.runtime.checkpoint import load_parameters, resolve_checkpoint
+    from parallel.runtime.checkpoint import load_parameters
+    from parallel.runtime.checkpoint_folder import resolve_checkpoint
 
     path = resolve_checkpoint(checkpoint)
     ms.set_context(mode=ms.GRAPH_MODE)

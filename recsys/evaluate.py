@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.runtime.checkpoint import resolve_checkpoint
+from parallel.runtime.checkpoint_folder import resolve_checkpoint
 from parallel.runtime.device import start_device
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import progress, table

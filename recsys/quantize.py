@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from parallel.runtime.checkpoint import PARAMETERS_FILE, Checkpoint, resolve_checkpoint, save_checkpoint
+from parallel.runtime.checkpoint import Checkpoint, save_checkpoint
+from parallel.runtime.checkpoint_folder import PARAMETERS_FILE, resolve_checkpoint
 from parallel.runtime.device import start_device
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import table

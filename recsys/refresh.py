@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from parallel.layers.parameter import start_value
-from parallel.runtime.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
+from parallel.runtime.checkpoint import load_checkpoint, save_checkpoint
+from parallel.runtime.checkpoint_folder import resolve_checkpoint
 from parallel.runtime.device import start_device
 from parallel.runtime.errors import UserError
 from parallel.runtime.optimizers import run_optimizer

@@ -10,7 +10,8 @@ from typing import Any
 
 from parallel.config import ParallelConfig
 from parallel.layers.parameter import initialize
-from parallel.runtime.checkpoint import list_checkpoints, load_parameters, save_checkpoint
+from parallel.runtime.checkpoint import load_parameters, save_checkpoint
+from parallel.runtime.checkpoint_folder import list_checkpoints
 from parallel.runtime.cut_run import CutRun, CutValidation, needs_cut
 from parallel.runtime.device import Processes, start_device
 from parallel.runtime.errors import UserError

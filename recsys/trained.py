@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.runtime.checkpoint import Checkpoint, resolve_checkpoint
+from parallel.runtime.checkpoint import Checkpoint
+from parallel.runtime.checkpoint_folder import resolve_checkpoint
 from parallel.runtime.errors import UserError
 from parallel.runtime.settings import load_settings
 from recsys.dataset import columns_of, features_of

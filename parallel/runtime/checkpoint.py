@@ -12,9 +12,7 @@ ever unpickled. Slices of many ranks: `parallel.runtime.sliced_checkpoint`; both
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,50 +20,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parallel.runtime.checkpoint_folder import (
+    FORMAT,
+    OPTIMIZER_FILE,
+    PARAMETERS_FILE,
+    VERSION,
+    checkpoint_path,
+    put_in_place,
+    remove_old,
+    write_plain_json,
+)
 from parallel.runtime.errors import UserError
 from parallel.runtime.files import explain_os_error
 from parallel.runtime.safetensors_file import dtype_name, write_safetensors
+from parallel.runtime.sliced_checkpoint import Slices, parameter_of
 
 if TYPE_CHECKING:
     from mindspore import Parameter
 
-    from parallel.runtime.sliced_checkpoint import Slices
-
-FORMAT = "parallel.checkpoint"
-VERSION = 1
-PARAMETERS_FILE = "parameters.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-_NAME = re.compile(r"^step_(\d{8,})$")
 _MAX_SHOWN = 3
-
-
-def checkpoint_path(directory: str | Path, step: int) -> Path:
-    """`<directory>/step_00001000`."""
-    return Path(directory) / f"step_{step:08d}"
-
-
-def list_checkpoints(directory: str | Path) -> list[Path]:
-    """Complete checkpoints of a folder, oldest first."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.match(path.name))]
-    return [path for _, path in sorted(found) if (path / "state.json").is_file()]
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a checkpoint, or the newest one below it (`path` or `path/checkpoints`).
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    if (path / "layout.json").is_file() or next(path.glob("layout-*-of-*.json"), None):
-        return path
-    found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
-    if not found:
-        raise UserError("no checkpoint here", where=path, mend="give the folder of a run or of a checkpoint")
-    return found[-1]
 
 
 def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Parameter], states: Sequence[Parameter] = (),
@@ -104,13 +77,6 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Param
     return target
 
 
-def remove_old(directory: str | Path, keep: int | None) -> None:
-    """Deletes all checkpoints of a folder but the newest `keep`; None keeps all."""
-    if keep is not None:
-        for old in list_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-
 def _check_space(directory: Path, tensors: Sequence[Parameter]) -> None:
     needed = sum(int(np.prod(t.shape, dtype=np.int64)) * t.itemsize for t in tensors) + (1 << 20)
     free = shutil.disk_usage(directory).free
@@ -128,28 +94,6 @@ def _write_tensors(path: Path, tensors: Sequence[Parameter]) -> dict[str, dict]:
             for name, dtype, shape, _ in plan}
 
 
-def write_plain_json(path: Path, value: dict) -> None:
-    """JSON without a temporary file of its own: the folder is what is renamed."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def put_in_place(hidden: Path, target: Path) -> None:
-    """Renames; an older checkpoint of the same step steps aside first and is deleted after."""
-    aside = hidden.with_name(hidden.name + ".old")
-    if target.exists():
-        target.rename(aside)
-    hidden.rename(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 class Checkpoint:
     """A checkpoint, whole or in slices, as whole tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
 
@@ -158,8 +102,6 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        from parallel.runtime.sliced_checkpoint import Slices
-
         self._slices = Slices(path)
         self.path, self.state = self._slices.path, self._slices.state
         self.names, self.read = self._slices.names, self._slices.read
@@ -183,8 +125,6 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Parameter], states: S
     Raises:
         UserError: missing, extra, of another shape or type, damaged; the parameter is named.
     """
-    from parallel.runtime.sliced_checkpoint import Slices, parameter_of
-
     checkpoint = Slices(path)
     if boxes is not None:
         parameters, states = ([p for p in many if parameter_of(p.name) in boxes] for many in (parameters, states))
@@ -206,8 +146,6 @@ def load_parameters(path: str | Path, parameters: Sequence[Parameter]) -> dict[s
 
 def _compare(checkpoint: Slices, kind: str, parameters: Sequence[Parameter], boxes: dict[str, tuple]) -> None:
     import mindspore as ms
-
-    from parallel.runtime.sliced_checkpoint import parameter_of
 
     wanted = {p.name: p for p in parameters}
     missing = [name for name in wanted if name not in checkpoint.tensors]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from parallel.runtime.checkpoint import PARAMETERS_FILE
+from parallel.runtime.checkpoint_folder import PARAMETERS_FILE
 from parallel.runtime.errors import UserError
 from parallel.runtime.progress import Bar
 from parallel.runtime.sliced_checkpoint import (

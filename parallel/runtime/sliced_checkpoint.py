@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.runtime.checkpoint import (
+from parallel.runtime.checkpoint_folder import (
     FORMAT,
     OPTIMIZER_FILE,
     PARAMETERS_FILE,

@@ -20,7 +20,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.runtime.checkpoint import list_checkpoints, load_checkpoint, resolve_checkpoint, save_checkpoint
+from parallel.runtime.checkpoint import load_checkpoint, save_checkpoint
+from parallel.runtime.checkpoint_folder import list_checkpoints, resolve_checkpoint
 from parallel.runtime.data_source import DataSource, NumberedSource, prefetch
 from parallel.runtime.device import DeviceSum
 from parallel.runtime.errors import UserError

@@ -10,7 +10,8 @@ import safetensors.numpy
 from mindspore import Parameter, Tensor
 
 from parallel.runtime import checkpoint as module
-from parallel.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_parameters, save_checkpoint
+from parallel.runtime.checkpoint import Checkpoint, load_checkpoint, load_parameters, save_checkpoint
+from parallel.runtime.checkpoint_folder import list_checkpoints
 from parallel.runtime.errors import UserError
 from parallel.runtime.safetensors_file import SafetensorsFile, write_safetensors
 

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from parallel.runtime.checkpoint import list_checkpoints
+from parallel.runtime.checkpoint_folder import list_checkpoints
 from parallel.runtime.data_source import prefetch
 from parallel.runtime.errors import UserError
 from parallel.runtime.metrics_log import measured_matmul_tflops, read_metrics

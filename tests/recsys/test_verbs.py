@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from parallel.runtime.checkpoint import Checkpoint, resolve_checkpoint
+from parallel.runtime.checkpoint import Checkpoint
+from parallel.runtime.checkpoint_folder import resolve_checkpoint
 from parallel.runtime.command import main
 from recsys.__main__ import VERBS
 from recsys.vocabulary import Vocabulary
