@@ -82,10 +82,12 @@ class OneDevice:
 
     def reach(self, name: str) -> float:
         """How far one step can move an element of a parameter, roughly: the learning rate of its optimizer."""
-        train = self.settings.train
-        if train.sparse_optimizer is not None and self.task.is_sparse and self.task.is_sparse(name):
-            return train.sparse_optimizer.learning_rate
-        return train.optimizer.learning_rate
+        from parallel.runtime.optimizers import sparse_settings
+
+        sparse = sparse_settings(self.settings.train)
+        if sparse is not None and self.task.is_sparse and self.task.is_sparse(name):
+            return sparse.learning_rate
+        return self.settings.train.optimizer.learning_rate
 
     def batch(self, step: int) -> tuple[np.ndarray, ...]:
         """The global batch of a step."""

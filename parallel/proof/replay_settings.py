@@ -25,6 +25,7 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
         UserError: the overrides do not fit the file.
     """
     from parallel.runtime.builder import load_run
+    from parallel.runtime.optimizers import sparse_settings
 
     kept: list[str] = []
     for item in _DEFAULTS:
@@ -34,7 +35,7 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
         except UserError:  # a model without this key
             continue
     settings = load_run(config, [*kept, *overrides])[1]
-    if settings.train.sparse_optimizer is not None:
+    if sparse_settings(settings.train) is not None:
         kept += _SPARSE_DEFAULTS
     moe = getattr(settings.model, "moe", None)
     if hasattr(moe, "capacity_factor"):

@@ -125,10 +125,7 @@ class TrainSettings(Settings):
     """Type of the matrix products (parameters, moments, norms, softmax and loss stay float32). fp32 on the CPU."""
 
     optimizer: OptimizerSettings = OptimizerSettings()
-    """The optimizer of all parameters, or of the dense ones where `sparse_optimizer` is set."""
-
-    sparse_optimizer: OptimizerSettings | None = None
-    """Optimizer of the embedding tables of a ranker; null = the same as for the rest."""
+    """The optimizer of all parameters, or of the dense ones where the tables have one of their own."""
 
     clip_norm: float | None = pydantic.Field(1.0, gt=0.0)
     """Largest global norm of the gradient; null = no clipping."""
