@@ -204,3 +204,6 @@ class FieldStack(Ranker):
         for layer in self.layers:
             x_BFW = layer(x_BFW)
         return self.network(self.flat(x_BFW)), (), ()
+
+    def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
+        return [[self.embedding, self.drop, self.fields], *self.layers, [self.flat, self.network, self.head]]

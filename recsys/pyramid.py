@@ -23,7 +23,7 @@ from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
 from parallel.layout import Cut, Layer
 from parallel.runtime.errors import UserError
 from recsys.mixing import TokenMixing
-from recsys.separation import Beside, Compensation, Mask, Repeat, Shape, Take, Widths
+from recsys.separation import Beside, Compensation, Mask, Repeat, Shape, SidedBlock, Take, Widths
 from recsys.sides import pair
 
 
@@ -64,7 +64,7 @@ class Attend(Layer):
                 Cut(self.mix, (cube, cube)), Cut(self.turn_back, (cube,))]
 
 
-class PyramidBlock(nn.Cell):
+class PyramidBlock(SidedBlock):
     """From T tokens to P: O = network(Mix(X)), X' = O + attention of O to X.
 
     With `prenorm` (TokenMixer-Large) X is normalised first and a second per-token network follows, X' + F2(norm X');

@@ -22,7 +22,18 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.pyramid import PyramidBlock, count_pairs
 from recsys.separated_tokenmixer import SidedGroupTokenizer
-from recsys.separation import Beside, Blank, Compensation, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
+from recsys.separation import (
+    Beside,
+    Blank,
+    Compensation,
+    Mask,
+    Repeat,
+    SeparatedRanker,
+    Shape,
+    SidedBlock,
+    Take,
+    Widths,
+)
 from recsys.sides import tokens_of_ratio
 from recsys.tokenization import SliceTokenizer
 
@@ -38,7 +49,7 @@ def network(settings: Any, tokens: int, inputs: int, inner: int, outputs: int, l
                    compute_dtype=compute_dtype)
 
 
-class SeparatedBlock(nn.Cell):
+class SeparatedBlock(SidedBlock):
     """S = LN(Mix(X) M_mix + X), X' = LN(PFFN(S) + S), each side with networks of its own and the norms in common."""
 
     def __init__(self, settings: Any, counts: Shape, layout: TokenLayout, compute_dtype: mstype) -> None:

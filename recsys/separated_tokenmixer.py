@@ -28,7 +28,19 @@ from recsys.features import FeatureSpec
 from recsys.mixing import TokenMixing
 from recsys.pyramid import PyramidBlock, count_pairs
 from recsys.ranker import Rectifier, TaskTowers, dense
-from recsys.separation import Beside, Blank, Compensation, Fill, Mask, Repeat, SeparatedRanker, Shape, Take, Widths
+from recsys.separation import (
+    Beside,
+    Blank,
+    Compensation,
+    Fill,
+    Mask,
+    Repeat,
+    SeparatedRanker,
+    Shape,
+    SidedBlock,
+    Take,
+    Widths,
+)
 from recsys.sides import allot, heads_of, tokens_of_ratio
 from recsys.tokenization import GroupTokenizer, Stack
 
@@ -83,7 +95,7 @@ class SplitSwiGLU(nn.Cell):
         return self.down(self.swish(gate, up))
 
 
-class SeparatedBlock(nn.Cell):
+class SeparatedBlock(SidedBlock):
     """A block whose tokens stay as many as they are; the variants are those of `TokenMixerLargeSettings`.
 
     Args:

@@ -263,16 +263,27 @@ class Compensation(Layer):
         return self.sources * self.project.flops_per_sample + 2 * self.targets * self.sources * self.outputs
 
 
-class SeparatedRanker(Ranker):
-    """Base of separated rankers: `user_pass` once a request, `group_pass` for its candidates, both together the
-    forward pass.
-
-    A model makes `tokenize`, `layers` (blocks), `pool_user`, `pool_group` and says `token_counts`. A block has
+class SidedBlock(nn.Cell):
+    """Base of a separated ranker's blocks.
 
         pieces                            (c, K) of what its `user` gives to its `group`
         user(x_uRD, index) -> (x_uRD, pieces, penalty)
         group(x_gND, pieces, index) -> (x_gND, penalty)
         whole(x_TBD) -> (x_TBD, penalty)  the same with masks instead of slices
+    """
+
+    def construct(self, x_uRD: Tensor, x_gND: Tensor, index_N: Tensor | None = None) -> tuple:
+        """(x_uRD, x_gND, U's penalty, G's penalty): one layer of both passes."""
+        x_uRD, pieces, own = self.user(x_uRD, index_N)
+        x_gND, other = self.group(x_gND, pieces, index_N)
+        return x_uRD, x_gND, own, other
+
+
+class SeparatedRanker(Ranker):
+    """Base of separated rankers: `user_pass` once a request, `group_pass` for its candidates, both together the
+    forward pass.
+
+    A model makes `tokenize`, `layers` (`SidedBlock`s), `pool_user`, `pool_group` and says `token_counts`.
 
     Inputs of the plain call: ids_BM int32, numbers_BN float32. Output: logits_BK float32.
 
@@ -320,9 +331,8 @@ class SeparatedRanker(Ranker):
     def user_pass(self, ids_Rm: Tensor, numbers_Rn: Tensor) -> Tensor:
         """state_RS: all that candidates need of each request's user. Inputs: the columns of `sides.user`."""
         groups, _ = self.embedding.user(ids_Rm, numbers_Rn)
-        pieces, _, _ = self.walk_user(groups, None)
         rows, flat = ids_Rm.shape[0], ()
-        for layer in pieces:
+        for layer in self.walk_user(groups):
             for piece in layer:
                 flat += (self.reshape(self.transpose(piece, (1, 0, 2)), (rows, -1)),)
         return self.pack(flat)
@@ -339,8 +349,7 @@ class SeparatedRanker(Ranker):
                 taken += 1
             pieces += (own,)
         groups, _ = self.embedding.group(ids_Nm, numbers_Nn)
-        hidden_ND, _, _ = self.walk_group(groups, pieces, (), index_N)
-        return self.head(hidden_ND)
+        return self.head(self.walk_group(groups, pieces, index_N))
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
 
@@ -348,7 +357,7 @@ class SeparatedRanker(Ranker):
         user, group = self.embedding(ids_BM, numbers_BN)
         user, group = self.dropped(user, rows_B), self.dropped(group, rows_B)
         if self.in_slices:
-            return self.in_two_passes(user, group, None)
+            return self.walk_both(user, group, None)
         x_TBD, auxiliary, penalties = self.walk_whole(user, group)
         if self.norm is not None:
             x_TBD = self.norm(x_TBD)
@@ -360,13 +369,28 @@ class SeparatedRanker(Ranker):
         be no dropout, which would not differ between a user's samples."""
         user, _ = self.embedding.user(user_ids, user_numbers)
         group, _ = self.embedding.group(group_ids, group_numbers)
-        return self.in_two_passes(user, group, index_N)
+        return self.walk_both(user, group, index_N)
 
-    def in_two_passes(self, user: tuple, group: tuple, index_N: Tensor | None) -> tuple:
-        """(logits, auxiliary logits, penalties)."""
-        pieces, sums, penalties = self.walk_user(user, index_N)
-        hidden_ND, auxiliary, more = self.walk_group(group, pieces, sums, index_N)
-        return self.head(hidden_ND), auxiliary, penalties + more
+    def walk_both(self, user: tuple, group: tuple, index_N: Tensor | None) -> tuple:
+        """(logits, auxiliary logits, penalties): both passes at once, layer by layer."""
+        x_uRD, first = self.tokenize.user(user)
+        x_gND = self.tokenize.group(group, first, index_N)
+        inputs, auxiliary, penalties = (), (), ()
+        for index in range(len(self.layers)):
+            inputs += ((x_uRD, x_gND),)
+            x_uRD, x_gND, own, other = self.layers[index](x_uRD, x_gND, index_N)
+            if self.sparse:
+                penalties += (own, other)
+            if index in self.sources:
+                number, below = index // self.gap - 1, inputs[index - self.gap + 1]
+                x_uRD, x_gND = self.adds_user[number](x_uRD, below[0]), self.adds_group[number](x_gND, below[1])
+            if index in self.auxiliary_layers:
+                hidden_ND = self.pooled_over_all(self.mean(x_uRD), x_gND, index_N, self.token_counts[index + 1])
+                auxiliary += (self.auxiliary[len(auxiliary)](hidden_ND),)
+        if self.norm is not None:
+            x_uRD, x_gND = self.norm(x_uRD), self.norm(x_gND)
+        hidden_ND = self.pooled_over_all(self.mean(x_uRD), x_gND, index_N, self.token_counts[-1])
+        return self.head(hidden_ND), auxiliary, penalties
 
     def dropped(self, groups: tuple, rows_B: Tensor | None = None) -> tuple:
         """The groups' vectors after dropout; rows_B numbers the samples."""
@@ -377,47 +401,36 @@ class SeparatedRanker(Ranker):
             result += (self.drop(group, keys),)
         return result
 
-    def walk_user(self, groups: tuple, index_N: Tensor | None) -> tuple:
-        """(pieces: the tokenizer's, each layer's, the mean of the U tokens; their means where a layer has a head;
-        penalties)."""
+    def walk_user(self, groups: tuple) -> tuple:
+        """Pieces: the tokenizer's, each layer's, the mean of the U tokens."""
         x_uRD, first = self.tokenize.user(groups)
-        pieces, inputs, means, penalties = (first,), (), (), ()
+        pieces, inputs = (first,), ()
         for index in range(len(self.layers)):
             inputs += (x_uRD,)
-            x_uRD, own, penalty = self.layers[index].user(x_uRD, index_N)
+            x_uRD, own, _ = self.layers[index].user(x_uRD)
             pieces += (own,)
-            if self.sparse:
-                penalties += (penalty,)
             if index in self.sources:
                 x_uRD = self.adds_user[index // self.gap - 1](x_uRD, inputs[index - self.gap + 1])
-            if index in self.auxiliary_layers:
-                means += (self.mean(self.pool_user, x_uRD),)
         if self.norm is not None:
             x_uRD = self.norm(x_uRD)
-        return pieces + ((self.mean(self.pool_user, x_uRD),),), means, penalties
+        return pieces + ((self.mean(x_uRD),),)
 
-    def mean(self, pool: nn.Cell, x_TBD: Tensor) -> Tensor:
-        """[1, B, D]: the mean over the tokens, as a piece."""
-        return self.reshape(pool(x_TBD), (1, -1, self.settings.width))
+    def mean(self, x_uRD: Tensor) -> Tensor:
+        """[1, R, D]: the mean over the U tokens, as a piece."""
+        return self.reshape(self.pool_user(x_uRD), (1, -1, self.settings.width))
 
-    def walk_group(self, groups: tuple, pieces: tuple, means: tuple, index_N: Tensor | None) -> tuple:
-        """(hidden_ND, auxiliary logits where `means` are given, penalties)."""
+    def walk_group(self, groups: tuple, pieces: tuple, index_N: Tensor | None) -> Tensor:
+        """hidden_ND."""
         x_gND = self.tokenize.group(groups, pieces[0], index_N)
-        inputs, auxiliary, penalties = (), (), ()
+        inputs = ()
         for index in range(len(self.layers)):
             inputs += (x_gND,)
-            x_gND, penalty = self.layers[index].group(x_gND, pieces[index + 1], index_N)
-            if self.sparse:
-                penalties += (penalty,)
+            x_gND, _ = self.layers[index].group(x_gND, pieces[index + 1], index_N)
             if index in self.sources:
                 x_gND = self.adds_group[index // self.gap - 1](x_gND, inputs[index - self.gap + 1])
-            if index in self.auxiliary_layers and len(means) > 0:
-                number = len(auxiliary)
-                hidden_ND = self.pooled_over_all(means[number], x_gND, index_N, self.token_counts[index + 1])
-                auxiliary += (self.auxiliary[number](hidden_ND),)
         if self.norm is not None:
             x_gND = self.norm(x_gND)
-        return self.pooled_over_all(pieces[-1][0], x_gND, index_N, self.token_counts[-1]), auxiliary, penalties
+        return self.pooled_over_all(pieces[-1][0], x_gND, index_N, self.token_counts[-1])
 
     def pooled_over_all(self, user_1RD: Tensor, x_gND: Tensor, index_N: Tensor | None, counts: Shape) -> Tensor:
         """hidden_ND: the mean over U and G tokens, the former's given."""
@@ -448,8 +461,8 @@ class SeparatedRanker(Ranker):
         return x_TBD[:self.token_counts[-1][0]]
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
-        raise UserError("a separated ranker is not cut into stages: its two sides run one after the other",
-                        where="parallel.pipeline.stages")
+        last = [self.pool_user, self.pool_group, self.head, *([self.norm] if self.norm is not None else [])]
+        return [[self.embedding, self.drop, self.tokenize], *self.layers, last]
 
 
 class UserPass(nn.Cell):

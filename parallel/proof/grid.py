@@ -145,7 +145,7 @@ REFUSALS = {
     "stack of": "no stack", "how its cells follow": "no stack", "more stages than": "layers",
     "leave a stage without a layer": "layers", "routed experts": "experts", "has no experts": "experts",
     "cut along their width": "experts", "unknown key": "key", "residual stream": "residual", "no such cell": "cells",
-    "divide": "sizes", "are not cut": "not cut", "not cut into stages": "no stages", "run 1f1b only": "1f1b only",
+    "divide": "sizes", "are not cut": "not cut", "run 1f1b only": "1f1b only",
     "are not kept cut": "level 1",
 }
 

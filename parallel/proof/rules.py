@@ -107,6 +107,7 @@ RULES |= {
     "Flatten": lambda node, x: np.reshape(x, (len(x), -1)),
     "Concat": lambda node, items, dim=None: np.concatenate(items, _dim(node, dim)),
     "Stack": lambda node, items, dim=None: np.stack(items, _dim(node, dim)),
+    "Pad": lambda node, x: np.pad(x, np.reshape(node.attributes["paddings"], (-1, 2))),
     "Range": lambda node, start, stop, step, *_: np.arange(start, stop, step),
     "Zeros": lambda node, shape, *_: np.zeros(tuple(np.atleast_1d(shape))),
     "Ones": lambda node, shape, *_: np.ones(tuple(np.atleast_1d(shape))),

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +158,17 @@ class Launcher:
     def _start(self) -> None:
         from mindspore.parallel.cluster.process_entity import _ProcessManager
 
-        # msrun starts "python": let that be ours.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         plan = self.plan
-        manager = _ProcessManager(argparse.Namespace(
-            worker_num=plan.ranks, local_worker_num=plan.local, master_addr=plan.host, master_port=plan.port,
-            node_rank=plan.node_rank, log_dir=str(self.logs), join=False, cluster_time_out=plan.timeout,
-            bind_core=False, bind_numa=False, sim_level=-1, sim_rank_id=-1, rank_table_file="", worker_log_name="rank",
-            tail_worker_log="-1", task_script="python", task_script_args=["-u", *self.command]))
-        os.environ["RANK_SIZE"] = str(plan.ranks)
-        with _quiet_stdout():
+        with _quiet_stdout(), _kept_environment():
+            # msrun starts "python": let that be ours.
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+            os.environ["RANK_SIZE"] = str(plan.ranks)
+            manager = _ProcessManager(argparse.Namespace(
+                worker_num=plan.ranks, local_worker_num=plan.local, master_addr=plan.host, master_port=plan.port,
+                node_rank=plan.node_rank, log_dir=str(self.logs), join=False, cluster_time_out=plan.timeout,
+                bind_core=False, bind_numa=False, sim_level=-1, sim_rank_id=-1, rank_table_file="",
+                worker_log_name="rank", tail_worker_log="-1", task_script="python",
+                task_script_args=["-u", *self.command]))
             if plan.node_rank == 0:
                 manager.start_scheduler()
                 self.scheduler = manager.msn_process
@@ -268,6 +270,18 @@ class _quiet_stdout:
 
     def __exit__(self, *_: object) -> None:
         sys.stdout = self._stdout
+
+
+@contextmanager
+def _kept_environment() -> Iterator[None]:
+    """msrun tells the processes who they are by this process's own variables: they go once the processes have them, so
+    that what this process starts later is no worker."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -127,5 +127,8 @@ class HiFormer(Ranker):
             x_TBD = layer(x_TBD)
         return self.pool(x_TBD), (), ()
 
+    def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
+        return [[self.embedding, self.drop, self.tokenize], *self.layers, [self.pool, self.head]]
+
 
 SETTINGS, MODEL = HiFormerSettings, HiFormer

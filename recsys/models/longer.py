@@ -3,7 +3,7 @@
 
 Shapes: B batch, L sequence, M = L / K merged tokens, G global tokens, D width, H heads. Sequence tokens look only at
 the sequence, so what a user's sequence needs is the same for every candidate: `user_state` makes it once, `score` uses
-it; together they are the forward pass.
+it; together they equal the forward pass.
 """
 
 from __future__ import annotations
@@ -77,10 +77,8 @@ class Merge(Layer):
 
 
 class LongerLayer(nn.Cell):
-    """Pre-norm attention and feed-forward network, with separate calls for sequence and global tokens.
-
-    Sequence and global tokens share the projections; the queries of the sequence see keys of the sequence only.
-    """
+    """Pre-norm attention and feed-forward network. Sequence and global tokens share the projections; the queries of the
+    sequence see keys of the sequence only, so each kind can also go its own way (`sequence`, `candidates`)."""
 
     def __init__(self, keys: int, queries: int, globals_: int, settings: LongerSettings, compute_dtype: mstype) -> None:
         super().__init__()
@@ -94,6 +92,8 @@ class LongerLayer(nn.Cell):
         self.heads, self.attend = Heads(settings.heads), Attend((width // settings.heads) ** -0.5)
         self.norm1, self.norm2 = CubeNorm(width), CubeNorm(width)
         self.add1, self.add2, self.relu = AddRelu(3), AddRelu(3), ops.ReLU()
+        self.join_keys, self.join_bias, self.zero = JoinHeads(2), JoinHeads(3), ops.ZerosLike()
+        self.recent, self.count = queries, globals_
         pairs = queries * keys + globals_ * (keys + globals_)
         self.flops_per_sample = (2 * width * width * (2 * rows + 2 * (keys + globals_)) + 4 * rows * width * inner
                                  + 4 * pairs * width)
@@ -108,6 +108,25 @@ class LongerLayer(nn.Cell):
         mixed = self.attend(self.heads(self.query(self.norm1(x))), keys, values, bias)
         x = self.add1(x, self.out(self.heads(mixed, True)))
         return self.add2(x, self.second(self.relu(self.first(self.norm2(x)))))
+
+    def sequence(self, x_BMD: Tensor, bias: Tensor) -> tuple:
+        """(the recent tokens after the layer, their bias, (keys, values, bias) for the global tokens)."""
+        keys, values = self.keys_values(x_BMD)
+        recent_BMD = self.update(x_BMD[:, -self.recent:], keys, values, bias)
+        return recent_BMD, bias[:, :, :, -self.recent:], (keys, values, bias)
+
+    def candidates(self, x_BGD: Tensor, state: tuple) -> Tensor:
+        """The global tokens after the layer, given what `sequence` leaves for them."""
+        keys, values, bias = state
+        own_keys, own_values = self.keys_values(x_BGD)
+        whole = self.join_bias(self.zero(bias[:, :, :, :1]).tile((1, 1, 1, self.count)), bias)
+        return self.update(x_BGD, self.join_keys(own_keys, keys), self.join_keys(own_values, values), whole)
+
+    def construct(self, x_BGD: Tensor, x_BMD: Tensor, bias: Tensor) -> tuple:
+        """(global tokens, recent tokens, their bias)."""
+        # Nothing before a stage's border asks for the bias's gradient: sent back all the same, it would wait forever.
+        x_BMD, recent_bias, state = self.sequence(x_BMD, ops.stop_gradient(bias))
+        return self.candidates(x_BGD, state), x_BMD, recent_bias
 
 
 class Longer(Ranker):
@@ -129,10 +148,9 @@ class Longer(Ranker):
         sizes = [self.merge.count] + [self.recent] * (settings.layers - 1)
         self.layers = nn.CellList([LongerLayer(keys, self.recent, self.count, settings, compute_dtype)
                                    for keys in sizes])
-        self.join, self.join_keys, self.join_bias = Join(self.count), JoinHeads(2), JoinHeads(3)
+        self.join = Join(self.count)
         self.flat, self.reshape = Flat(self.count * settings.width), ops.Reshape()
         self.network = MLP([self.flat.size, *settings.top], compute_dtype)
-        self.zero = ops.ZerosLike()
         self.make_head(settings.top[-1] if settings.top else self.flat.size)
 
     def user_state(self, sequences: tuple) -> tuple:
@@ -141,29 +159,35 @@ class Longer(Ranker):
         x_BMD, bias = self.merge(rows_BLW, present_BL1)
         state = ()
         for layer in self.layers:
-            keys, values = layer.keys_values(x_BMD)
-            state += ((keys, values, bias),)
-            queries = x_BMD[:, -self.recent:]
-            x_BMD = layer.update(queries, keys, values, bias)
-            bias = bias[:, :, :, -self.recent:]
+            x_BMD, bias, own = layer.sequence(x_BMD, bias)
+            state += (own,)
         return state
+
+    def tokens(self, groups: tuple) -> Tensor:
+        """x_BGD: a global token of each group."""
+        made = ()
+        for index in range(self.count):
+            made += (self.globals[index](groups[index]),)
+        return self.reshape(self.join(*made), (-1, self.count, self.width))
 
     def score(self, groups: tuple, state: tuple) -> Tensor:
         """hidden_BD of candidates whose users' states are given (a row of the state for each row of the groups)."""
-        tokens = ()
-        for index in range(self.count):
-            tokens += (self.globals[index](groups[index]),)
-        x_BGD = self.reshape(self.join(*tokens), (-1, self.count, self.width))
+        x_BGD = self.tokens(groups)
         for index in range(len(self.layers)):
-            layer = self.layers[index]
-            keys, values, bias = state[index]
-            own_keys, own_values = layer.keys_values(x_BGD)
-            whole = self.join_bias(self.zero(bias[:, :, :, :1]).tile((1, 1, 1, self.count)), bias)
-            x_BGD = layer.update(x_BGD, self.join_keys(own_keys, keys), self.join_keys(own_values, values), whole)
+            x_BGD = self.layers[index].candidates(x_BGD, state[index])
         return self.network(self.flat(x_BGD))
 
     def represent(self, groups: tuple, sequences: tuple) -> tuple:
-        return self.score(groups, self.user_state(sequences)), (), ()
+        rows_BLW, present_BL1 = sequences[0]
+        x_BMD, bias = self.merge(rows_BLW, present_BL1)
+        x_BGD = self.tokens(groups)
+        for layer in self.layers:
+            x_BGD, x_BMD, bias = layer(x_BGD, x_BMD, bias)
+        return self.network(self.flat(x_BGD)), (), ()
+
+    def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
+        first = [self.embedding, self.drop, self.merge, self.globals, self.join]
+        return [first, *self.layers, [self.flat, self.network, self.head]]
 
 
 class JoinHeads(Layer):

@@ -107,6 +107,16 @@ def test_a_signal_reaches_all_ranks(tmp_path):
     assert all("saved" in (tmp_path / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1))
 
 
+def test_what_is_started_after_a_launch_is_no_worker(tmp_path):
+    from parallel.runtime.launch import Launcher, Plan
+
+    before = dict(os.environ)
+    script = "import os, sys; print(os.environ['MS_ROLE'], os.environ['RANK_SIZE'])"
+    figures = Launcher(Plan(1, 0, "127.0.0.1", free_port(), 2, 60), ["-c", script], tmp_path / "logs").run()
+    assert figures["exit_code"] == 0 and dict(os.environ) == before
+    assert all("MS_WORKER 2" in (tmp_path / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1))
+
+
 def test_a_port_in_use(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.2", 0))

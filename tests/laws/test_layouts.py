@@ -27,7 +27,7 @@ SCRIPT_NAMES = runpy.run_path(str(SCRIPT))
 MODELS = SCRIPT_NAMES["MODELS"]
 FAST = [("pangu/tiny", "op"), ("pangu/tiny", "accumulation_optimizer"), ("pangu/tiny", "uneven_stages"),
         ("pangu/tiny", "all_five"), ("recsys/tokenmixer_large", "stages"), ("recsys/tokenmixer_large_moe", "expert"),
-        ("recsys/dlrm_mlp", "op")]
+        ("recsys/tokenmixer_large_ug_sep", "stages"), ("recsys/longer", "stages"), ("recsys/dlrm_mlp", "op")]
 FOUR_GIGABYTES = 4 * 2**20  # in KiB, as getrusage counts
 MEASURED = """
 import json, resource, sys

@@ -37,5 +37,6 @@ def test_what_is_refused_is_accepted_without_the_one_thing():
     for model, overrides in (
             ("dlrm_mlp", "parallel.data=2 parallel.optimizer.shard=-1 parallel.optimizer.level=2"),
             ("dlrm_mlp", "parallel.data=2 parallel.optimizer.shard=-1 train.accumulation=2"),
-            ("rankmixer", "parallel.op=2 model.op_cut=tokens"), ("rankmixer", "parallel.pipeline.stages=2")):
+            ("rankmixer", "parallel.op=2 model.op_cut=tokens"), ("rankmixer", "parallel.pipeline.stages=2"),
+            ("tokenmixer_large_ug_sep", "parallel.pipeline.stages=2")):
         check_layout(str(CONFIGS / f"recsys/{model}.yaml"), overrides.split())
