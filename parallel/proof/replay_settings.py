@@ -15,7 +15,8 @@ _DEFAULTS = ("train.precision=fp32", "train.optimizer.schedule.warmup_steps=0", 
 # The same for the tables' own optimizer, where there is one.
 _SPARSE_DEFAULTS = ("train.sparse_optimizer.schedule.warmup_steps=0", "train.sparse_optimizer.epsilon=1e-3")
 # Routed experts: one device computes every row, so none may be left out; of the epsilon see docs/replay.md.
-_EXPERT_DEFAULTS = ("model.moe.capacity_factor={experts}", "train.optimizer.epsilon=1e-2")
+_LARGER_EPSILON = "train.optimizer.epsilon=1e-2"
+_EXPERT_DEFAULTS = ("model.moe.capacity_factor={experts}", _LARGER_EPSILON)
 
 
 def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
@@ -40,6 +41,8 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
     moe = getattr(settings.model, "moe", None)
     if hasattr(moe, "capacity_factor"):
         kept += [item.format(experts=moe.experts) for item in _EXPERT_DEFAULTS]
+    if getattr(settings.model, "ug_sep", None) is not None:
+        kept.append(_LARGER_EPSILON)
     return [*kept, *overrides]
 
 

@@ -36,6 +36,8 @@ MODELS = {
         "tokenmixer_large_moe", "rankmixer", "tokenmixer_large", "rankmixer_ug_sep", "tokenmixer_large_ug_sep",
         "longer", "dhen", "wukong", "hiformer", "autoint", "dcnv2", "dlrm_mlp")},
 }
+# With seed 1 and four layers one input of one ReLU lies within rounding of 0 (docs/replay.md).
+MODELS["recsys/longer"] += " train.seed=2"
 
 
 def main() -> int:

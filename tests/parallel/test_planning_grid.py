@@ -66,6 +66,8 @@ GRID = {
         ("dcnv2", "parallel.data=4 parallel.optimizer.shard=2"), ("autoint", "parallel.data=2"),
         ("longer", "parallel.data=2 parallel.optimizer.shard=-1 train.precision=fp32"),
         ("dlrm_mlp", "parallel.data=2 parallel.op=2"))},
+    **{f"{name} in stages": (ROOT / f"configs/recsys/{name}.yaml", 0, "parallel.data=2 parallel.pipeline.stages=2")
+       for name in ("tokenmixer_large_ug_sep", "rankmixer_ug_sep", "hiformer", "autoint", "dhen")},
 }
 QUICK = ("all of them, last stage, sequence", "sliced", "ranker")
 

@@ -352,7 +352,9 @@ class TestComparison:
         for own, factor in (["model.moe.experts=9"], 9.0), (["model.moe.capacity_factor=2"], 2.0):
             settings = load_run(config, with_defaults(config, own))[1]
             assert (settings.model.moe.capacity_factor, settings.train.optimizer.epsilon) == (factor, 1e-2)
-        assert not any("moe" in item for item in with_defaults(str(root / "configs/recsys/rankmixer.yaml"), []))
+        plain, separated = (with_defaults(str(root / f"configs/recsys/{name}.yaml"), [])
+                            for name in ("rankmixer", "rankmixer_ug_sep"))
+        assert not any("moe" in item for item in plain) and plain + ["train.optimizer.epsilon=1e-2"] == separated
 
     def test_micro_batches_of_one_rank_are_refused(self, root):
         from parallel.proof.replay_settings import check_world
