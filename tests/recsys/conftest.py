@@ -1,4 +1,4 @@
-"""The mode in which MindSpore runs a module's tests; named by `pytest.mark.usefixtures`."""
+"""The mode in which MindSpore runs a module's tests, named by `pytest.mark.usefixtures`; a run to serve."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ def pynative() -> Iterator[None]:
     """Op by op, nothing compiled; anew for every test, since commands set graph mode."""
     with _mode(ms.PYNATIVE_MODE):
         yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """(folder, settings, log) of a separated run with one checkpoint."""
+    from tests.recsys.runs import make_run
+
+    folder = tmp_path_factory.mktemp("serve") / "run"
+    return folder, *make_run(folder, "tokenmixer_large_ug_sep")

@@ -1,10 +1,13 @@
-"""Runs that were never trained, for tests of what comes after training: start values, a vocabulary, a checkpoint."""
+"""Runs that were never trained, for tests of what comes after training: start values, a vocabulary, a checkpoint; what
+is asked of them."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
+from mindspore import Tensor
 
 from parallel.layers.parameter import initialize
 from parallel.runtime.builder import load_run
@@ -36,3 +39,24 @@ def add_checkpoint(folder: Path, settings: object, log: Log, step: int, seed: in
             item.set_data(type(item.data)(item.asnumpy() * np.float32(100)))
     return save_checkpoint(folder / "checkpoints", step, list(model.get_parameters()), (),
                            {"run": settings.model_dump(mode="json")})
+
+
+def plain(model, ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Probabilities by the whole forward pass of the model, always of 40 rows: one graph for all."""
+    filled = [Tensor(np.concatenate([array, np.repeat(array[-1:], 40 - len(array), 0)])) for array in (ids, numbers)]
+    return 1.0 / (1.0 + np.exp(-model(*filled).asnumpy()[:len(ids)].astype(np.float64)))
+
+
+def body_of(trained, log, seed: int, candidates: int) -> dict:
+    """A request in JSON, of values that the features know."""
+    generator = random.Random(seed)
+
+    def value(feature):
+        if feature.type == "numeric":
+            return generator.random()
+        rows = (feature.rows or 10) - 1
+        return [generator.randint(0, rows) for _ in range(3)] if feature.is_list else generator.randint(0, rows)
+
+    user = {f.source: value(f) for f in trained.features if f.side != "item"}
+    items = [{f.source: value(f) for f in trained.features if f.side == "item"} for _ in range(candidates)]
+    return {"user": user, "candidates": items, "top_k": 3}
