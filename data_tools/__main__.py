@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 
 from data_tools import flags
-from data_tools.world import add_world_arguments
-from parallel.runtime.command import Verb, main
+from data_tools.synthetic.generate import add_world_arguments
+from parallel.common.command import Verb, main
 
 _SETTINGS = "data_tools.settings:DataSettings"
 VERBS = [
     Verb("run", "data_tools.verbs:run_all", "the whole pipeline: clean, filter, dedup, decontaminate, mix, report",
          settings=_SETTINGS, arguments=flags.add_input_output),
-    Verb("world", "data_tools.world:run_world", "generate a Chinese corpus and its questions from a small world",
+    Verb("world", "data_tools.synthetic.generate:run_world",
+         "generate a Chinese corpus and its questions from a small world",
          arguments=add_world_arguments),
     Verb("clean", "data_tools.verbs:run_clean", "the eight cleaning rules over raw documents",
          settings=_SETTINGS, arguments=flags.add_input_output),
     Verb("filter", "data_tools.verbs:run_filter", "sensitive words, spam and quality filters",
          settings=_SETTINGS, arguments=flags.add_input_output),
-    Verb("train-classifier", "data_tools.classifier:run_train_classifier",
+    Verb("train-classifier", "data_tools.classifier.train:run_train_classifier",
          "a spam or quality classifier from good and bad documents",
          settings=_SETTINGS, arguments=flags.add_classifier_arguments),
     Verb("dedup", "data_tools.verbs:run_dedup", "exact and near duplicates across all inputs",

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools import readers
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import atomic_write
-from parallel.runtime.settings import Settings
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
+from parallel.common.settings import Settings
 
 REMOVED_FOLDER = "removed"  # stands beside documents that we wrote, and is never read as input
 _PARQUET_BATCH = 1000

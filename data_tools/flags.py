@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from parallel.runtime.errors import UserError
+from parallel.common.errors import UserError
 
 
 def need(arguments: argparse.Namespace, *names: str) -> None:

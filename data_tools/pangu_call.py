@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.documents import find_files
-from parallel.runtime.errors import UserError
-from parallel.runtime.progress import note
+from parallel.common.errors import UserError
+from parallel.common.progress import note
 
 _ROOT = Path(__file__).resolve().parent.parent
 

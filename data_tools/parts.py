@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.documents import Document, OutputFormat, ReadLog, ReadSettings, RecordWriter, Split, read_split
-from data_tools.engine import Engine
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import write_json
-from parallel.runtime.progress import note
+from data_tools.engines.base import Engine
+from parallel.common.errors import UserError
+from parallel.common.files import write_json
+from parallel.common.progress import note
 
 _FORMAT_VERSION = 1  # part of every digest: raised when the output of a step changes with the same settings
 _PART = re.compile(r"^part-\d{5,}\.(jsonl|jsonl\.gz|jsonl\.zst|parquet)$")

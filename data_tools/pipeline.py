@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.clean import CleanStep
-from data_tools.decontaminate import DecontaminateStep, build_index
 from data_tools.dedup.step import run_dedup
 from data_tools.documents import OutputFormat, Split, find_files, plan_splits
-from data_tools.engine import Engine
-from data_tools.filter import FilterStep, file_digest
-from data_tools.mix import run_mix
-from data_tools.paragraphs import run_paragraphs
+from data_tools.engines.base import Engine
 from data_tools.parts import PartFigures, Places, digest_of, run_step, split_identity
 from data_tools.rules import discover
 from data_tools.settings import DataSettings
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import read_json, write_json
-from parallel.runtime.progress import note
+from data_tools.steps.clean import CleanStep
+from data_tools.steps.decontaminate import DecontaminateStep, build_index
+from data_tools.steps.filter import FilterStep, file_digest
+from data_tools.steps.mix import run_mix
+from data_tools.steps.paragraphs import run_paragraphs
+from parallel.common.errors import UserError
+from parallel.common.files import read_json, write_json
+from parallel.common.progress import note
 
 
 @dataclass

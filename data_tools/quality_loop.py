@@ -16,13 +16,13 @@ import pydantic
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.sign_part import node_digest
 from data_tools.documents import Document, ReadLog, ReadSettings, RecordWriter, plan_splits, read_split
-from data_tools.filter import uniform
 from data_tools.flags import need
 from data_tools.pangu_call import call_pangu
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import read_json, write_json
-from parallel.runtime.progress import note, progress, table
-from parallel.runtime.settings import Settings
+from data_tools.steps.filter import uniform
+from parallel.common.errors import UserError
+from parallel.common.files import read_json, write_json
+from parallel.common.progress import note, progress, table
+from parallel.common.settings import Settings
 
 
 class QualitySettings(Settings):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.pipeline import StepResult
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import atomic_write, read_json
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write, read_json
 
 _EXAMPLES_A_RULE = 5
 _LINES_A_FILE = 2000

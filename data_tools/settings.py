@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 from data_tools import rules
-from data_tools.classifier import TrainClassifierSettings
-from data_tools.decontaminate import DecontaminateSettings
+from data_tools.classifier.train import TrainClassifierSettings
 from data_tools.dedup.plan import DedupSettings
 from data_tools.documents import OutputFormat, ReadSettings
-from data_tools.engine import EngineSettings
-from data_tools.filter import FilterSettings
-from data_tools.mix import MixSettings
-from data_tools.paragraphs import ParagraphSettings
+from data_tools.engines.base import EngineSettings
 from data_tools.quality_loop import QualitySettings
-from parallel.runtime.settings import Settings
+from data_tools.steps.decontaminate import DecontaminateSettings
+from data_tools.steps.filter import FilterSettings
+from data_tools.steps.mix import MixSettings
+from data_tools.steps.paragraphs import ParagraphSettings
+from parallel.common.settings import Settings
 
 RulesSettings = rules.settings_class()
 

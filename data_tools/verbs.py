@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.documents import plan_splits
-from data_tools.engine import open_engine
+from data_tools.engines.base import open_engine
 from data_tools.flags import need
 from data_tools.parts import Places
 from data_tools.pipeline import StepResult, run_one, run_pipeline, total_by_rule
 from data_tools.report import load_results, write_report
 from data_tools.settings import DataSettings
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import atomic_write
-from parallel.runtime.progress import note, table
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
+from parallel.common.progress import note, table
 
 
 def apply_flags(settings: DataSettings, arguments: argparse.Namespace) -> DataSettings:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pangu.convert import add_arguments as _convert_arguments
-from pangu.evaluate import add_arguments as _evaluate_arguments
+from pangu.checkpoints.convert import add_arguments as _convert_arguments
+from pangu.evaluation.evaluate import add_arguments as _evaluate_arguments
 from pangu.quickstart import add_arguments as _quickstart_arguments
-from parallel.runtime.command import Verb, main
+from parallel.common.command import Verb, main
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,18 +18,19 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print the text of a single prompt as it is generated")
 
 
-RUN = "pangu.run:Run"
+RUN = "pangu.settings:Run"
 VERBS = [
     Verb("quickstart", "pangu.quickstart:run", "run the main job: text, vocabulary, training, generated text",
          settings=RUN, arguments=_quickstart_arguments, config="configs/pangu/tiny.yaml"),
     Verb("params", "pangu.params:run", "count parameters exactly, without allocating them", settings=RUN),
-    Verb("vocabulary", "pangu.prepare:run_vocabulary", "train a vocabulary on data.corpus", settings=RUN),
-    Verb("pack", "pangu.prepare:run_pack", "turn data.corpus into MindRecord files of token ids", settings=RUN),
+    Verb("vocabulary", "pangu.data.prepare:run_vocabulary", "train a vocabulary on data.corpus", settings=RUN),
+    Verb("pack", "pangu.data.prepare:run_pack", "turn data.corpus into MindRecord files of token ids", settings=RUN),
     Verb("train", "pangu.train:run", "train a model on packed records", settings=RUN),
-    Verb("generate", "pangu.generate:run_generate", "continue prompts", settings=RUN, arguments=_generate_arguments),
-    Verb("evaluate", "pangu.evaluate:run", "few-shot tasks and multiple-choice questions", settings=RUN,
+    Verb("generate", "pangu.generation.generate:run_generate", "continue prompts", settings=RUN,
+         arguments=_generate_arguments),
+    Verb("evaluate", "pangu.evaluation.evaluate:run", "few-shot tasks and multiple-choice questions", settings=RUN,
          arguments=_evaluate_arguments),
-    Verb("convert", "pangu.convert:run", "turn checkpoints of other codes into ours and back", settings=RUN,
+    Verb("convert", "pangu.checkpoints.convert:run", "turn checkpoints of other codes into ours and back", settings=RUN,
          arguments=_convert_arguments),
 ]
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from parallel.config import ParallelConfig
-from parallel.runtime.builder import Input, Task, with_sample_numbers
-from parallel.runtime.settings import Settings
+from parallel.common.settings import Settings
+from parallel.sharding.config import ParallelConfig
+from parallel.task import Input, Task, with_sample_numbers
 
 MODELS = frozenset({"pangu_alpha"})
 
 
 def settings_class(name: str) -> type[Settings]:
     """The settings of a run of `name`."""
-    from pangu.run import Run
+    from pangu.settings import Run
 
     return Run
 
@@ -24,7 +24,7 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     """The training loss of PanGu-alpha for one global batch, checked against the layout.
 
     Args:
-        settings: a `pangu.run.Run`.
+        settings: a `pangu.settings.Run`.
         parallel: resolved.
         compute_dtype: "float32" or "float16".
 
@@ -52,7 +52,7 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
 
 def sample_batch(settings: Any, seed: int) -> tuple[np.ndarray, ...]:
     """A random batch with document ends and uneven padding: records [B, S+1], positions [B, S], mask [B, S, S]."""
-    from pangu.dataset import reset_at_document_ends
+    from pangu.data.dataset import reset_at_document_ends
 
     model, batch = settings.model, settings.train.global_batch_size
     generator = np.random.default_rng(seed)

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from parallel.config import ParallelConfig, divides
-from parallel.runtime.errors import UserError
-from parallel.runtime.settings import Settings
+from parallel.common.errors import UserError
+from parallel.common.settings import Settings
+from parallel.sharding.config import ParallelConfig, divides
 
 
 class ModelConfig(Settings):

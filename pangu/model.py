@@ -19,7 +19,7 @@ from parallel.layers.embedding import Embedding, Residual, TiedHead
 from parallel.layers.feed_forward import FeedForward
 from parallel.layers.loss import CrossEntropy, MaskedMean, TiedCrossEntropy
 from parallel.layers.norm import LayerNorm
-from parallel.layout import Cut, Layer
+from parallel.sharding.layout import Cut, Layer
 
 
 class DecoderLayer(nn.Cell):

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from parallel.runtime.native import build_library
+from parallel.common.native import build_library
 
 SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
 

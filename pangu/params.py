@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from parallel.runtime.progress import table
+from parallel.common.progress import table
 
 
 def run(settings: Any, arguments: argparse.Namespace) -> dict:

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import atomic_write, read_json, write_json
-from parallel.runtime.progress import note, table
-from parallel.runtime.settings import to_yaml
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write, read_json, write_json
+from parallel.common.progress import note, table
+from parallel.common.settings import to_yaml
 
 OWN_TEXT_VOCABULARY = 8000
 PROMPTS = "pangu/prompts/quickstart.yaml"

@@ -10,18 +10,18 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu.build import build
 from pangu.config import ModelConfig, check_layout
-from pangu.dataset import PackedDataset
+from pangu.data.dataset import PackedDataset
 from pangu.model import PanGuAlpha, TrainingLoss
-from parallel.config import ParallelConfig
+from parallel.common.errors import UserError
+from parallel.common.progress import table
 from parallel.layers.parameter import initialize
-from parallel.runtime.cut_run import CutRun, CutValidation, needs_cut
-from parallel.runtime.device import Processes, start_device
-from parallel.runtime.errors import UserError
-from parallel.runtime.optimizers import Optimizer
-from parallel.runtime.progress import table
-from parallel.runtime.train_settings import COMPUTE_DTYPES
-from parallel.runtime.trainer import Trainer, set_seed
-from parallel.step import TrainStep
+from parallel.sharding.config import ParallelConfig
+from parallel.training.device import Processes, start_device
+from parallel.training.optimizers import Optimizer
+from parallel.training.settings import COMPUTE_DTYPES
+from parallel.training.sharded_run import CutRun, CutValidation, needs_cut
+from parallel.training.step import TrainStep
+from parallel.training.trainer import Trainer, set_seed
 
 
 def run(settings: Any, arguments: argparse.Namespace) -> dict:

@@ -5,29 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 
-from parallel.runtime.command import Verb, main
+from parallel.common.command import Verb, main
 
 
 def _launch_arguments(parser: argparse.ArgumentParser) -> None:
-    from parallel.runtime.launch import add_arguments
+    from parallel.training.launch import add_arguments
 
     add_arguments(parser)
 
 
 def _dryrun_arguments(parser: argparse.ArgumentParser) -> None:
-    from parallel.proof.dryrun import add_arguments
+    from parallel.proof.dryrun.dryrun import add_arguments
 
     add_arguments(parser)
 
 
 def _reshard_arguments(parser: argparse.ArgumentParser) -> None:
-    from parallel.runtime.reshard import add_arguments
+    from parallel.checkpoint.reshard import add_arguments
 
     add_arguments(parser)
 
 
 def _replay_arguments(parser: argparse.ArgumentParser) -> None:
-    from parallel.proof.replay import add_arguments
+    from parallel.proof.replay.replay import add_arguments
 
     add_arguments(parser)
 
@@ -45,17 +45,20 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS: list[Verb] = [
-    Verb("launch", "parallel.runtime.launch:run", "run a verb of a model as many processes, on one node or several",
+    Verb("launch", "parallel.training.launch:run", "run a verb of a model as many processes, on one node or several",
          arguments=_launch_arguments, run_file=True),
-    Verb("dryrun", "parallel.proof.dryrun:run", "compile the training graph of any rank of any cluster and report it",
+    Verb("dryrun", "parallel.proof.dryrun.dryrun:run",
+         "compile the training graph of any rank of any cluster and report it",
          arguments=_dryrun_arguments, run_file=True),
-    Verb("reshard", "parallel.runtime.reshard:run_reshard", "cut a checkpoint by the parallel block of a config file",
+    Verb("reshard", "parallel.checkpoint.reshard:run_reshard",
+         "cut a checkpoint by the parallel block of a config file",
          arguments=_reshard_arguments, run_file=True),
-    Verb("split", "parallel.runtime.reshard:run_split", "cut a whole checkpoint by the parallel block of a config file",
+    Verb("split", "parallel.checkpoint.reshard:run_split",
+         "cut a whole checkpoint by the parallel block of a config file",
          arguments=_reshard_arguments, run_file=True),
-    Verb("merge", "parallel.runtime.reshard:run_merge", "put the slices of a checkpoint together",
+    Verb("merge", "parallel.checkpoint.reshard:run_merge", "put the slices of a checkpoint together",
          arguments=_reshard_arguments),
-    Verb("replay", "parallel.proof.replay:run", "execute all ranks of a layout here and compare with one device",
+    Verb("replay", "parallel.proof.replay.replay:run", "execute all ranks of a layout here and compare with one device",
          arguments=_replay_arguments, run_file=True),
     Verb("estimate", "parallel.planning.estimate:run", "memory, communication and time of a step on a cluster",
          arguments=_estimate_arguments, run_file=True),

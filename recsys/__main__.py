@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from parallel.runtime.command import Verb, main
+from parallel.common.command import Verb, main
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    from recsys.quantize import add_arguments
+    from recsys.quantization.quantize import add_arguments
 
     add_arguments(parser)
 
@@ -43,24 +43,25 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from recsys.bench import add_arguments
+    from recsys.serving.bench import add_arguments
 
     add_arguments(parser)
 
 
-RUN = "recsys.config:Run"
+RUN = "recsys.settings:Run"
 VERBS = [
     Verb("train", "recsys.train:run", "train a ranker on a click log", settings=RUN),
     Verb("evaluate", "recsys.evaluate:run", "exact metrics of a checkpoint", settings=RUN,
          arguments=_evaluate_arguments),
-    Verb("params", "recsys.counting:run", "count parameters and FLOPs, without allocating them", settings=RUN),
+    Verb("params", "recsys.params:run", "count parameters and FLOPs, without allocating them", settings=RUN),
     Verb("sweep", "recsys.sweep:run", "train a grid of sizes and draw AUC against parameters and FLOPs", settings=RUN,
          arguments=_sweep_arguments),
-    Verb("quantize", "recsys.quantize:run", "int8 weights for a checkpoint, their errors, the AUC before and after",
+    Verb("quantize", "recsys.quantization.quantize:run",
+         "int8 weights for a checkpoint, their errors, the AUC before and after",
          arguments=_quantize_arguments),
-    Verb("serve", "recsys.server:run", "rank candidates over HTTP", settings="recsys.serving_settings:ServeSettings",
-         arguments=_serve_arguments),
-    Verb("bench", "recsys.bench:run", "latency of a ranker: entangled, separated, cached; float32 and int8",
+    Verb("serve", "recsys.serving.server:run", "rank candidates over HTTP",
+         settings="recsys.serving.settings:ServeSettings", arguments=_serve_arguments),
+    Verb("bench", "recsys.serving.bench:run", "latency of a ranker: entangled, separated, cached; float32 and int8",
          settings=RUN, arguments=_bench_arguments),
     Verb("refresh", "recsys.refresh:run", "admit and evict values of open vocabularies after new data", settings=RUN,
          arguments=_refresh_arguments),

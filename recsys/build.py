@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from parallel.config import ParallelConfig, divides
-from parallel.runtime.builder import Input, Task, with_sample_numbers
-from parallel.runtime.errors import UserError
-from parallel.runtime.settings import Settings
-from recsys.features import FeatureSpec
+from parallel.common.errors import UserError
+from parallel.common.settings import Settings
+from parallel.sharding.config import ParallelConfig, divides
+from parallel.task import Input, Task, with_sample_numbers
+from recsys.data.features import FeatureSpec
 from recsys.models import NAMES, module_of, run_class
 
 MODELS = NAMES
@@ -25,14 +25,14 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     """The training loss of a ranker for one global batch, checked against the layout.
 
     Args:
-        settings: a `recsys.config.Run`.
+        settings: a `recsys.settings.Run`.
         parallel: resolved.
         compute_dtype: "float32" or "float16".
 
     Raises:
         UserError: an axis does not divide what it cuts, or a vocabulary's size is neither given nor to be had.
     """
-    from recsys.embedding import is_sparse
+    from recsys.layers.embedding import is_sparse
 
     spec = spec_of(settings)
     tasks = len(labels_of(settings))
@@ -61,14 +61,14 @@ def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: st
 
 def labels_of(settings: Any) -> list[str]:
     """Label columns of the run."""
-    from recsys.readers import reader
+    from recsys.data.readers import reader
 
     return settings.data.labels or reader(settings.data.reader).labels
 
 
 def spec_of(settings: Any) -> FeatureSpec:
     """Places of the features; reads the log only where a vocabulary's size is not given."""
-    from recsys.dataset import prepare, spec_without_data
+    from recsys.data.dataset import prepare, spec_without_data
 
     spec = spec_without_data(settings.data, settings.model.embedding_size)
     return spec or prepare(settings.data, settings.model.embedding_size).spec

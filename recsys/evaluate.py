@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.runtime.checkpoint_folder import resolve_checkpoint
-from parallel.runtime.device import start_device
-from parallel.runtime.errors import UserError
-from parallel.runtime.progress import progress, table
+from parallel.checkpoint.folder import resolve_checkpoint
+from parallel.common.errors import UserError
+from parallel.common.progress import progress, table
+from parallel.training.device import start_device
 from recsys.build import loss_network
-from recsys.dataset import Log, in_order, prepare
-from recsys.encode import Encoded
+from recsys.data.dataset import Log, in_order, prepare
+from recsys.data.encode import Encoded
 from recsys.metrics import Accumulator
 from recsys.ranker import Ranker
 
@@ -84,7 +84,7 @@ class Evaluation:
 def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
     """The run's model with the parameters of a checkpoint (None = the newest of the run's folder), quantized if it
     is."""
-    from recsys import quantization
+    from recsys.quantization import layers as quantization
 
     path = resolve_checkpoint(checkpoint or settings.output.directory)
     model = loss_network(settings, log.spec, len(log.labels)).model

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.runtime.errors import UserError
+from parallel.common.errors import UserError
 
 CLIP = 1e-7
 

@@ -10,13 +10,13 @@ import math
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from parallel.common.errors import UserError
 from parallel.layers.dropout import Dropout, DropoutKeys
 from parallel.layers.linear import Linear
-from parallel.layout import Cut, Layer
-from parallel.runtime.errors import UserError
-from recsys.config import RankerSettings
-from recsys.embedding import FeatureEmbedding, Join
-from recsys.features import FeatureSpec
+from parallel.sharding.layout import Cut, Layer
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import FeatureEmbedding, Join
+from recsys.settings import RankerSettings
 
 
 def dense(inputs: int, outputs: int, compute_dtype: mstype = mstype.float32, *, bias: bool = True,

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from parallel.checkpoint.folder import resolve_checkpoint
+from parallel.checkpoint.whole import load_checkpoint, save_checkpoint
+from parallel.common.errors import UserError
+from parallel.common.progress import note, table
 from parallel.layers.parameter import start_value
-from parallel.runtime.checkpoint import load_checkpoint, save_checkpoint
-from parallel.runtime.checkpoint_folder import resolve_checkpoint
-from parallel.runtime.device import start_device
-from parallel.runtime.errors import UserError
-from parallel.runtime.optimizers import run_optimizer
-from parallel.runtime.progress import note, table
+from parallel.training.device import start_device
+from parallel.training.optimizers import run_optimizer
 from recsys.build import labels_of, loss_network
-from recsys.dataset import count_values, features_of
-from recsys.embedding import is_sparse
+from recsys.data.dataset import count_values, features_of
+from recsys.data.features import Feature, FeatureSpec, place
+from recsys.data.vocabulary import Vocabulary
 from recsys.evaluate import VOCABULARY
-from recsys.features import Feature, FeatureSpec, place
-from recsys.vocabulary import Vocabulary
+from recsys.layers.embedding import is_sparse
 
 
 def run(settings: Any, arguments: argparse.Namespace) -> dict:

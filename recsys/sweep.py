@@ -7,9 +7,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import read_json, write_json
-from parallel.runtime.progress import note, table
+from parallel.common.errors import UserError
+from parallel.common.files import read_json, write_json
+from parallel.common.progress import note, table
 
 MAX_RUNS = 500
 
@@ -95,9 +95,9 @@ def _name(point: dict[str, str]) -> str:
 
 
 def _settings(arguments: argparse.Namespace, point: dict[str, str], seed: int, out: Path) -> Any:
-    from parallel.runtime.settings import load_settings
+    from parallel.common.settings import load_settings
     from recsys.build import build
-    from recsys.config import Run
+    from recsys.settings import Run
 
     folder = out / "runs" / f"{_name(point).replace(' ', '_').replace('/', '_')}_seed{seed}"
     words = [*arguments.overrides, *(f"{key}={value}" for key, value in point.items()), f"train.seed={seed}",
@@ -113,7 +113,7 @@ def _train(settings: Any) -> dict:
 
     figures = train(settings)
     from recsys.build import labels_of, loss_network, spec_of
-    from recsys.counting import count
+    from recsys.params import count
 
     counted = count(loss_network(settings, spec_of(settings), len(labels_of(settings))))
     return {**{key: figures[key] for key in ("auc", "gauc", "uauc", "logloss", "samples_per_second")}, **counted}

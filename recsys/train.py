@@ -8,26 +8,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from parallel.config import ParallelConfig
+from parallel.checkpoint.folder import list_checkpoints
+from parallel.checkpoint.whole import load_parameters, save_checkpoint
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write, read_json
+from parallel.common.progress import note, table
 from parallel.layers.parameter import initialize
-from parallel.runtime.checkpoint import load_parameters, save_checkpoint
-from parallel.runtime.checkpoint_folder import list_checkpoints
-from parallel.runtime.cut_run import CutRun, CutValidation, needs_cut
-from parallel.runtime.device import Processes, start_device
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import atomic_write, read_json
-from parallel.runtime.optimizers import run_optimizer
-from parallel.runtime.progress import note, table
-from parallel.runtime.train_settings import COMPUTE_DTYPES
-from parallel.runtime.trainer import Trainer, set_seed
-from parallel.step import TrainStep
+from parallel.sharding.config import ParallelConfig
+from parallel.training.device import Processes, start_device
+from parallel.training.optimizers import run_optimizer
+from parallel.training.settings import COMPUTE_DTYPES
+from parallel.training.sharded_run import CutRun, CutValidation, needs_cut
+from parallel.training.step import TrainStep
+from parallel.training.trainer import Trainer, set_seed
 from recsys.build import build, check_layout, loss_network
-from recsys.counting import count
-from recsys.dataset import Batches, Log, prepare
-from recsys.embedding import is_sparse
+from recsys.data.dataset import Batches, Log, prepare
 from recsys.evaluate import VOCABULARY, Evaluation
+from recsys.layers.embedding import is_sparse
+from recsys.params import count
 from recsys.ranker import TrainingLoss
-from recsys.sharing import SharedUsers, sharing_loss
+from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
 _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 
@@ -146,8 +146,8 @@ def _limit(settings: Any, log: Log) -> dict[str, float]:
     data = settings.data
     if data.reader != "synthetic" or data.split.by not in ("default", "order"):
         return {}
+    from recsys.data.readers.synthetic import probabilities
     from recsys.metrics import bayes_auc
-    from recsys.readers.synthetic import probabilities
 
     return {"bayes_auc": bayes_auc(probabilities(data)[-max(1, len(log.parts["test"])):])}
 

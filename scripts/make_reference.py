@@ -12,13 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from parallel.runtime.files import atomic_write  # noqa: E402
-from parallel.runtime.settings import reference  # noqa: E402
+from parallel.common.files import atomic_write  # noqa: E402
+from parallel.common.settings import reference  # noqa: E402
 
 CLASSES = [
-    ("PanGu-alpha (`configs/pangu/`)", "pangu.run:Run"),
-    ("Rankers (`configs/recsys/`)", "recsys.config:Run"),
-    ("Serving rankers (`python -m recsys serve`)", "recsys.serving_settings:ServeSettings"),
+    ("PanGu-alpha (`configs/pangu/`)", "pangu.settings:Run"),
+    ("Rankers (`configs/recsys/`)", "recsys.settings:Run"),
+    ("Serving rankers (`python -m recsys serve`)", "recsys.serving.settings:ServeSettings"),
 ]
 HEAD = """# Configuration
 

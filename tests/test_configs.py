@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from parallel.runtime.builder import build_task
-from parallel.runtime.settings import read_yaml_tree
-from parallel.slices import cut_parameters
+from parallel.common.settings import read_yaml_tree
+from parallel.sharding.slices import cut_parameters
+from parallel.task import build_task
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = sorted([*(ROOT / "configs" / "pangu").glob("*.yaml"), *(ROOT / "configs" / "recsys").glob("*.yaml")])

@@ -15,10 +15,10 @@ from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
 from data_tools.documents import Split
-from parallel.runtime.files import atomic_write
+from parallel.common.files import atomic_write
 
 if TYPE_CHECKING:
-    from data_tools.engine import Engine
+    from data_tools.engines.base import Engine
 
 _PAIRS_A_TASK = 20_000
 

@@ -13,7 +13,7 @@ import unicodedata
 
 import numpy as np
 
-from parallel.runtime.errors import UserError
+from parallel.common.errors import UserError
 
 _CODE_POINTS = 0x110000
 _DROPPED = np.uint32(0xFFFFFFFF)

@@ -10,7 +10,7 @@ import pydantic
 
 from data_tools.dedup.signature import Bands, Signer, plan_bands
 from data_tools.documents import ReadSettings, Split
-from parallel.runtime.settings import Settings
+from parallel.common.settings import Settings
 
 
 class DedupSettings(Settings):

@@ -12,7 +12,7 @@ from data_tools.dedup.normalise import normalise
 from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.signature import band_keys, shingle_set, text_digest
 from data_tools.documents import Document, ReadLog, Split, read_split
-from parallel.runtime.files import atomic_write
+from parallel.common.files import atomic_write
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1000

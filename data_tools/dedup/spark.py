@@ -19,10 +19,10 @@ from data_tools.dedup.local import decision_rule
 from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
-from parallel.runtime.files import atomic_write
+from parallel.common.files import atomic_write
 
 if TYPE_CHECKING:
-    from data_tools.engine_spark import SparkEngine
+    from data_tools.engines.spark import SparkEngine
 
 DRIVER_EDGES = 2_000_000  # up to this many edges the components are found on the driver
 

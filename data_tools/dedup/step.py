@@ -11,10 +11,10 @@ from typing import Any
 from data_tools.dedup.plan import DedupPlan, DedupSettings
 from data_tools.dedup.sign_part import SignTask
 from data_tools.documents import Document, OutputFormat, ReadSettings, Split
-from data_tools.engine import Engine
+from data_tools.engines.base import Engine
 from data_tools.parts import Drop, PartFigures, Places, Step, digest_of, run_step, split_identity
-from parallel.runtime.files import read_json, write_json
-from parallel.runtime.progress import note
+from parallel.common.files import read_json, write_json
+from parallel.common.progress import note
 
 
 class RemoveDuplicates(Step):

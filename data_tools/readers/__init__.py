@@ -16,8 +16,8 @@ import zlib
 from pathlib import Path
 from types import ModuleType
 
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import COMPRESSED_SUFFIXES
+from parallel.common.errors import UserError
+from parallel.common.files import COMPRESSED_SUFFIXES
 
 # What a damaged or truncated compressed file raises while it is read.
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
@@ -27,6 +27,8 @@ _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 def _by_suffix() -> dict[str, str]:
     found = {}
     for module in pkgutil.iter_modules(__path__):
+        if module.name.startswith("_"):
+            continue
         for suffix in load(module.name).SUFFIXES:
             found[suffix] = module.name
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools import readers
-from data_tools.lines import decode, read_lines
+from data_tools.readers._lines import decode, read_lines
 
 if TYPE_CHECKING:
     from data_tools.documents import Document, ReadLog, ReadSettings, Split

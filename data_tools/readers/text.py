@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools import readers
-from data_tools.lines import decode, read_lines
-from parallel.runtime.files import open_binary
+from data_tools.readers._lines import decode, read_lines
+from parallel.common.files import open_binary
 
 if TYPE_CHECKING:
     from data_tools.documents import Document, ReadLog, ReadSettings, Split

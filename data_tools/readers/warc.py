@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools import readers
-from data_tools.html import extract_html
-from data_tools.lines import decode
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import open_binary
+from data_tools.readers._html import extract_html
+from data_tools.readers._lines import decode
+from parallel.common.errors import UserError
+from parallel.common.files import open_binary
 
 if TYPE_CHECKING:
     from data_tools.documents import Document, ReadLog, ReadSettings, Split

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import pydantic
 
-from parallel.runtime.settings import Settings
+from parallel.common.settings import Settings
 
 
 class Removal(Exception):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from data_tools.keywords import KeywordFinder
 from data_tools.rules import Removal, Rule
+from data_tools.rules._aho_corasick import KeywordFinder
 
 _KEYWORDS = [
     "加微信", "加我微信", "微信号：", "微信号:", "加QQ群", "加qq群", "扫码关注", "扫描二维码", "长按二维码",

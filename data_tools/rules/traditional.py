@@ -6,7 +6,7 @@ import functools
 from typing import Any, ClassVar, Literal
 
 from data_tools.rules import Rule
-from parallel.runtime.errors import UserError
+from parallel.common.errors import UserError
 
 
 class Traditional(Rule):

@@ -3,7 +3,7 @@
 // With one new token per sequence a matrix product only streams its weights from memory, and the general kernels reach
 // a third of what memory gives; what stands between them costs as much again, since the stream drives everything else
 // out of the caches. Here one call does the whole step and reads whole rows of [outputs, inputs] weights once, on all
-// cores. The arithmetic is that of pangu/model.py with the cache of pangu/cache.py; tests/laws/test_cache.py holds the
+// cores. The arithmetic is that of pangu/model.py with the cache of pangu/generation/kv_cache.py; tests/laws/test_cache.py holds the
 // two together.
 //
 // Signature of an entry: int name(int count, void **params, int *dims, int64_t **shapes, const char **types,
@@ -111,7 +111,7 @@ struct Linear {
   const float *weight, *bias;
 };
 
-// Pointers of one layer, in the order in which pangu/cache.py gives them.
+// Pointers of one layer, in the order in which pangu/generation/kv_cache.py gives them.
 struct Layer {
   const float *gamma1, *beta1;
   Linear query, key, value, output;

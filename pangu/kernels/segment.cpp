@@ -2,7 +2,7 @@
 //
 // Everything that decides a cut is done in jieba's order of operations on the same doubles: log frequencies from libm's
 // log, routes from right to left, ties to the longer word, Viterbi with ties to the later letter of B, E, M, S.
-// Called through ctypes by pangu/segmentation.py. Text comes as UTF-32, words go back as their ends, or as UTF-8 joined.
+// Called through ctypes by pangu/data/segmentation.py. Text comes as UTF-32, words go back as their ends, or as UTF-8 joined.
 
 #include <cmath>
 #include <cstdint>

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from parallel.runtime.files import read_json
+from parallel.common.files import read_json
 
 
 def read(path: Path) -> Iterator[dict]:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pangu.task import read_json_lines
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import read_json
+from pangu.evaluation.task import read_json_lines
+from parallel.common.errors import UserError
+from parallel.common.files import read_json
 
 _BLANK = re.compile(r"#idiom\d*#")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import open_text
+from parallel.common.errors import UserError
+from parallel.common.files import open_text
 
 BLANK = "XXXXX"
 _FENCE = "|||"

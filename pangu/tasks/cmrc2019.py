@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from parallel.runtime.files import read_json
+from parallel.common.files import read_json
 
 _BLANK = re.compile(r"\[BLANK\s*\d+\]")
 LEFT, RIGHT = 300, 200  # characters of context, as in the released evaluation code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pangu.task import read_json_lines
+from pangu.evaluation.task import read_json_lines
 
 
 def read(path: Path) -> Iterator[dict]:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from pangu.tasks import squad
-from parallel.runtime.errors import UserError
+from parallel.common.errors import UserError
 
 
 def read(path: Path) -> Iterator[dict]:

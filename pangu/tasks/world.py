@@ -1,11 +1,11 @@
-"""Multiple-choice questions of the generated world: JSON lines of `pangu.questions`."""
+"""Multiple-choice questions of the generated world: JSON lines of `pangu.evaluation.questions`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from pangu.questions import read_questions
+from pangu.evaluation.questions import read_questions
 
 
 def read(path: Path) -> Iterator[dict]:

@@ -3,7 +3,7 @@
 // MindSpore runs such a network as a product, a bias, half a dozen elementwise kernels and another product, each of
 // which goes through memory. Here a block of rows goes through the whole network while it lies in the cache, and
 // experts see only the rows that chose them. The arithmetic is that of parallel/layers/{grouped,moe,relu_moe,norm}.py;
-// tests/parallel/test_fused.py holds the two together.
+// tests/parallel/layers/test_fused.py holds the two together.
 //
 // Loops are marked ivdep: else the compiler asks at run time whether tensors lie side by side, takes another path where
 // they do, and rounds differently there, so that a resumed run would not be the straight one to the bit.

@@ -8,7 +8,7 @@ from typing import Literal
 import mindspore
 from mindspore import Tensor, ops
 
-from parallel.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Cut, Layer, Operand
 
 Gelu = Literal["tanh", "fast", "erf"]
 

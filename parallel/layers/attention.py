@@ -11,10 +11,10 @@ import mindspore
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from parallel.common.errors import UserError
 from parallel.layers.dropout import Dropout
 from parallel.layers.linear import Linear
-from parallel.layout import Cut, Layer
-from parallel.runtime.errors import UserError
+from parallel.sharding.layout import Cut, Layer
 
 MASKED = -10000.0
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Cut, Layer, Operand
 
 # Odd constants of the 32-bit finaliser of MurmurHash3 (public domain, A. Appleby) as signed integers.
 _MIX_1 = int(np.uint32(0x85EBCA6B).astype(np.int32))

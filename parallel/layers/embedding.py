@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, ops
 
 from parallel.layers.parameter import parameter
-from parallel.layout import Axes, Cut, Layer, Operand
+from parallel.sharding.layout import Axes, Cut, Layer, Operand
 
 
 class Embedding(Layer):

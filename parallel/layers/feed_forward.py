@@ -7,7 +7,7 @@ from mindspore import dtype as mstype
 
 from parallel.layers.activation import GELU, Gelu
 from parallel.layers.linear import Linear
-from parallel.layout import Layer
+from parallel.sharding.layout import Layer
 
 
 class FeedForward(Layer):

@@ -21,7 +21,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops import signature
 
-from parallel.runtime.native import build_library
+from parallel.common.native import build_library
 
 SOURCE = Path(__file__).resolve().parents[1] / "kernels" / "grouped.cpp"
 

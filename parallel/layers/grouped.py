@@ -28,7 +28,7 @@ from parallel.layers.fused import (
     library,
 )
 from parallel.layers.parameter import parameter
-from parallel.layout import Axes, Cut, Layer, Operand
+from parallel.sharding.layout import Axes, Cut, Layer, Operand
 
 OpCut = Literal["width", "tokens", "tokens_naive"]
 

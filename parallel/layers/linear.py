@@ -11,7 +11,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.parameter import parameter
-from parallel.layout import Axes, Cut, Layer, Operand
+from parallel.sharding.layout import Axes, Cut, Layer, Operand
 
 
 class Linear(Layer):

@@ -6,7 +6,7 @@ import mindspore
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from parallel.layout import Cut, Layer
+from parallel.sharding.layout import Cut, Layer
 
 
 class CrossEntropy(Layer):

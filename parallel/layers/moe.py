@@ -14,11 +14,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from parallel.common.errors import UserError
 from parallel.layers.fused import FusedSparseExperts, library
 from parallel.layers.grouped import WIDTH_CUT, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.layout import Axes, Cut, Layer, Operand
-from parallel.runtime.errors import UserError
+from parallel.sharding.layout import Axes, Cut, Layer, Operand
 
 Dispatch = Literal["auto", "grouped", "capacity"]
 

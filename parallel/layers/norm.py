@@ -9,7 +9,7 @@ from mindspore.ops.auto_generate import RmsNorm
 
 from parallel.layers.fused import FusedLayerNorm, FusedRMSNorm, library
 from parallel.layers.parameter import parameter
-from parallel.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Cut, Layer, Operand
 
 
 class LayerNorm(Layer):

@@ -11,12 +11,12 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 from mindspore import dtype as mstype
 
+from parallel.common.errors import UserError
 from parallel.layers.activation import GELU
 from parallel.layers.fused import FusedGatedExperts, library
 from parallel.layers.grouped import WIDTH_CUT, GroupedLinear, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.layout import Cut, Layer, Operand
-from parallel.runtime.errors import UserError
+from parallel.sharding.layout import Cut, Layer, Operand
 
 
 class ReluMoE(Layer):

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from parallel.common.settings import Settings
 from parallel.planning.cost import Collective, Work
 from parallel.planning.mesh import Mesh
-from parallel.runtime.settings import Settings
 
 
 class LinkSettings(Settings):

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from parallel.config import ParallelConfig
 from parallel.planning.describe import WIDTH, Description, Item, Operation, axes_in_order
 from parallel.planning.mesh import Mesh, redistribution
 from parallel.planning.shapes import PRODUCTS, VIEWS, Dim, Dims
+from parallel.sharding.config import ParallelConfig
 
 BACK = {"AllReduce": "AllReduce", "AllGather": "ReduceScatter", "ReduceScatter": "AllGather", "AlltoAll": "AlltoAll"}
 """Collective of the gradient for each collective of the forward pass."""

@@ -17,10 +17,10 @@ from typing import Any
 import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 
-from parallel.layout import Layer
+from parallel.common.errors import UserError
 from parallel.planning.shapes import INTEGER_RESULTS, RULES, Dim, Dims, Result, broadcast, reshaped
-from parallel.runtime.builder import Task
-from parallel.runtime.errors import UserError
+from parallel.sharding.layout import Layer
+from parallel.task import Task
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "int8": 1, "bool": 1, "uint8": 1}
 """Bytes of an element."""

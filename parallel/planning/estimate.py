@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from parallel.common.errors import UserError
+from parallel.common.progress import note, table
 from parallel.planning.mends import mends
 from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.planning.report import write_report
-from parallel.runtime.errors import UserError
-from parallel.runtime.progress import note, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,9 @@
 
 `parallel.planning.cost` knows one micro-batch of every unit; here units are put on stages and the choices that come on
 top are added: pipeline, micro-batches, recomputation, optimizer parallelism. The figures mean what the dry run's mean
-(`parallel.proof.accounting`), so the two can be held against each other; two kinds that a graph before memory planning
-does not show are told apart from them: copies of weights in the compute type, and communication buffers.
+(`parallel.proof.dryrun.accounting`), so the two can be held against each other; two kinds that a graph
+before memory planning does not show are told apart from them: copies of weights in the compute type, and communication
+buffers.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from parallel.config import ParallelConfig
-from parallel.parallelize import stage_of_layers
 from parallel.planning.cost import Collective, NetworkCost, Segment, SegmentCost
 from parallel.planning.describe import WIDTH, Description, ParameterCount
 from parallel.planning.mesh import Mesh
 from parallel.planning.shapes import Dim, Dims
 from parallel.planning.timeline import most_held
-from parallel.runtime.train_settings import OptimizerSettings
+from parallel.sharding.config import ParallelConfig
+from parallel.sharding.parallelize import stage_of_layers
+from parallel.training.settings import OptimizerSettings
 
 STATES = {"adamw": 2, "adam": 2, "lamb": 2, "adagrad": 1, "rmsprop": 1}
 """Float32 states for each parameter (rmsprop with momentum has one more)."""

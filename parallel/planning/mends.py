@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from parallel.config import ParallelConfig
+from parallel.common.errors import UserError
 from parallel.planning.planner import Planner
-from parallel.runtime.errors import UserError
+from parallel.sharding.config import ParallelConfig
 
 
 def mends(planner: Planner, config: ParallelConfig) -> str:

@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from parallel.config import ParallelConfig
-from parallel.layout import Axes
 from parallel.planning.shapes import Dim, Dims
+from parallel.sharding.config import ParallelConfig
+from parallel.sharding.layout import Axes
 
 
 class Mesh:

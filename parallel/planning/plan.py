@@ -14,14 +14,14 @@ from typing import Any
 
 import yaml
 
-from parallel.config import ParallelConfig, RecomputeConfig
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
+from parallel.common.progress import Bar, note, table
 from parallel.planning.estimate import figures_of, show
 from parallel.planning.mends import mends, size_text
 from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.planning.report import recompute_name, write_report
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import atomic_write
-from parallel.runtime.progress import Bar, note, table
+from parallel.sharding.config import ParallelConfig, RecomputeConfig
 
 TEN = 10
 _MOST_MICRO_BATCHES = 256
@@ -311,8 +311,8 @@ def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
         confirmed: {kind: [planner's bytes, dry run's]} or None; confirmed_place: 1 if it was the best;
         confirm_seconds: what that took.
     """
-    from parallel.proof.child import Request
-    from parallel.proof.dryrun import dry_run
+    from parallel.proof.compile.rank_compiler import Request
+    from parallel.proof.dryrun.dryrun import dry_run
 
     started = time.monotonic()
     for place, item in enumerate(found.best[:_MOST_COMPILED], 1):

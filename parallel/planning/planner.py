@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from parallel.config import ParallelConfig
+from parallel.common.settings import load_settings
 from parallel.planning.cluster import ClusterSettings, Network
 from parallel.planning.cost import Collective, NetworkCost, Segment, SegmentCost, network_cost, segments
 from parallel.planning.describe import Description, as_on_ascend, describe
@@ -27,9 +27,9 @@ from parallel.planning.memory import (
     stages_of_units,
 )
 from parallel.planning.timeline import Timeline, bound, timeline
-from parallel.runtime.builder import Task, load_run
-from parallel.runtime.settings import load_settings
-from parallel.runtime.train_settings import COMPUTE_DTYPES, TrainSettings
+from parallel.sharding.config import ParallelConfig
+from parallel.task import Task, load_run
+from parallel.training.settings import COMPUTE_DTYPES, TrainSettings
 
 _UPDATE_BYTES = 28  # float32: parameter, gradient and two moments read, three of them written
 

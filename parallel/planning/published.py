@@ -14,9 +14,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.config import ParallelConfig
+from parallel.common.progress import progress, table
 from parallel.planning.planner import Estimate, Planner, planner_for
-from parallel.runtime.progress import progress, table
+from parallel.sharding.config import ParallelConfig
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GRID = {

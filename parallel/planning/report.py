@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from parallel.config import ParallelConfig
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
 from parallel.planning.planner import Estimate, Planner
 from parallel.planning.timeline import Timeline
-from parallel.runtime.errors import UserError
-from parallel.runtime.files import atomic_write
+from parallel.sharding.config import ParallelConfig
 
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f")
 _STYLE = ("body{font:14px sans-serif;margin:2em;max-width:1100px}table{border-collapse:collapse}td,th{padding:2px 9px;"

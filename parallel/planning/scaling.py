@@ -12,9 +12,9 @@ import dataclasses
 import json
 from typing import Any
 
-from parallel.config import ParallelConfig
+from parallel.common.progress import table
 from parallel.planning.planner import Estimate, Planner, planner_for
-from parallel.runtime.progress import table
+from parallel.sharding.config import ParallelConfig
 
 
 def with_batch(planner: Planner, batch: int) -> Planner:

@@ -1,5 +1,5 @@
-"""Rankers, one file each. A model is a module here with `SETTINGS` (a `RankerSettings` whose `name` is the module's
-name) and `MODEL` (a `Ranker` built as `MODEL(settings, spec, tasks, compute_dtype)`)."""
+"""Rankers, a module or a folder each. A model is a module here with `SETTINGS` (a `RankerSettings` whose `name` is
+the module's name) and `MODEL` (a `Ranker` built as `MODEL(settings, spec, tasks, compute_dtype)`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pydantic
 
-from parallel.runtime.errors import UserError
-from recsys.config import Run
+from parallel.common.errors import UserError
+from recsys.settings import Run
 
 NAMES = frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 

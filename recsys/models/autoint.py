@@ -8,9 +8,9 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 from pydantic import Field
 
-from recsys.config import RankerSettings
-from recsys.features import FeatureSpec
-from recsys.fields import AddRelu, Attend, FieldStack, Heads, PositionLinear
+from recsys.data.features import FeatureSpec
+from recsys.layers.interactions import AddRelu, Attend, FieldStack, Heads, PositionLinear
+from recsys.settings import RankerSettings
 
 
 class AutoIntSettings(RankerSettings):

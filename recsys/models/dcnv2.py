@@ -8,11 +8,11 @@ from mindspore import dtype as mstype
 from mindspore import nn
 from pydantic import Field
 
-from recsys.config import RankerSettings
-from recsys.embedding import Join, group_widths
-from recsys.features import FeatureSpec
-from recsys.fields import Cross
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import Join, group_widths
+from recsys.layers.interactions import Cross
 from recsys.ranker import MLP, Ranker
+from recsys.settings import RankerSettings
 
 
 class DCNv2Settings(RankerSettings):

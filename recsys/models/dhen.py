@@ -11,11 +11,21 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from pydantic import Field
 
-from parallel.runtime.errors import UserError
-from recsys.config import RankerSettings
-from recsys.features import FeatureSpec
-from recsys.fields import AddRelu, Attend, Cross, CubeNorm, FieldLinear, FieldStack, Flat, Heads, PositionLinear
+from parallel.common.errors import UserError
+from recsys.data.features import FeatureSpec
+from recsys.layers.interactions import (
+    AddRelu,
+    Attend,
+    Cross,
+    CubeNorm,
+    FieldLinear,
+    FieldStack,
+    Flat,
+    Heads,
+    PositionLinear,
+)
 from recsys.ranker import MLP
+from recsys.settings import RankerSettings
 
 
 class DHENSettings(RankerSettings):

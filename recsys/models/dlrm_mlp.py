@@ -7,10 +7,10 @@ from typing import Literal
 from mindspore import dtype as mstype
 from pydantic import Field
 
-from recsys.config import RankerSettings
-from recsys.embedding import Join, group_widths
-from recsys.features import FeatureSpec
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import Join, group_widths
 from recsys.ranker import MLP, Ranker
+from recsys.settings import RankerSettings
 
 
 class DLRMMLPSettings(RankerSettings):

@@ -11,16 +11,16 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from pydantic import Field, model_validator
 
+from parallel.common.errors import UserError
 from parallel.layers.grouped import WIDTH_CUT, Add, GroupedFeedForward
 from parallel.layers.norm import LayerNorm
-from parallel.layout import Cut, Layer
-from parallel.runtime.errors import UserError
-from recsys.config import RankerSettings
-from recsys.embedding import group_widths
-from recsys.features import FeatureSpec
-from recsys.fields import Attend, Heads
+from parallel.sharding.layout import Cut, Layer
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import group_widths
+from recsys.layers.interactions import Attend, Heads
+from recsys.layers.tokenization import GroupTokenizer, MeanPool
 from recsys.ranker import Ranker, dense
-from recsys.tokenization import GroupTokenizer, MeanPool
+from recsys.settings import RankerSettings
 
 
 class HiFormerSettings(RankerSettings):

@@ -14,14 +14,14 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from pydantic import Field, model_validator
 
+from parallel.common.errors import UserError
 from parallel.layers.parameter import parameter
-from parallel.layout import Cut, Layer
-from parallel.runtime.errors import UserError
-from recsys.config import RankerSettings
-from recsys.embedding import Join, group_widths
-from recsys.features import FeatureSpec
-from recsys.fields import CUBE, AddRelu, Attend, CubeNorm, Flat, Heads, PositionLinear
+from parallel.sharding.layout import Cut, Layer
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import Join, group_widths
+from recsys.layers.interactions import CUBE, AddRelu, Attend, CubeNorm, Flat, Heads, PositionLinear
 from recsys.ranker import MLP, Ranker, dense
+from recsys.settings import RankerSettings
 
 
 class LongerSettings(RankerSettings):

@@ -10,12 +10,12 @@ from pydantic import Field
 
 from parallel.layers.norm import LayerNorm
 from parallel.layers.parameter import parameter
-from parallel.layout import Cut, Layer
-from recsys.config import RankerSettings
-from recsys.embedding import Join
-from recsys.features import FeatureSpec
-from recsys.fields import CUBE, AddRelu, CubeNorm, FieldLinear, FieldStack, Flat
+from parallel.sharding.layout import Cut, Layer
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import Join
+from recsys.layers.interactions import CUBE, AddRelu, CubeNorm, FieldLinear, FieldStack, Flat
 from recsys.ranker import MLP
+from recsys.settings import RankerSettings
 
 
 class WukongSettings(RankerSettings):

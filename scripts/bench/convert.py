@@ -36,8 +36,8 @@ print(json.dumps({"seconds": time.perf_counter() - began,
 
 def make_slices(folder: Path, config) -> None:
     """512 files, three tables and the strategy, of random numbers, written by the converter."""
-    from pangu.checkpoint_layouts.names import keys
-    from pangu.checkpoint_layouts.slices import release_cuts, write_slices
+    from pangu.checkpoints.names import keys
+    from pangu.checkpoints.slices import release_cuts, write_slices
 
     rng, arrays = np.random.default_rng(0), {}
     for key in keys(config, "mindspore"):

@@ -93,8 +93,8 @@ def our_side() -> None:
     """The generator's decoder on random weights."""
     import mindspore as ms
 
-    from pangu.cache import CachedDecoder
-    from pangu.generate import cache_capacity
+    from pangu.generation.generate import cache_capacity
+    from pangu.generation.kv_cache import CachedDecoder
 
     out = turns.private_stdout()
     model = our_model()

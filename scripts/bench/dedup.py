@@ -38,7 +38,7 @@ def sentences() -> tuple[str, list[str]]:
         with lzma.open(SHARED, "rt", encoding="utf-8") as file:
             texts, name = [json.loads(line)["text"] for line in file], SHARED.name
     else:
-        from data_tools.world import generate_world
+        from data_tools.synthetic.generate import generate_world
 
         texts, name = [document["text"] for document in generate_world(20_000_000)], "generated world, 20 MB"
     return name, [line for text in texts for line in text.split("\n") if 10 <= len(line) <= 300]
@@ -129,7 +129,7 @@ def our_dedup(path: Path) -> int:
     from data_tools.dedup.plan import DedupSettings
     from data_tools.dedup.step import run_dedup
     from data_tools.documents import ReadSettings, plan_splits
-    from data_tools.engine_local import LocalEngine
+    from data_tools.engines.local import LocalEngine
     from data_tools.parts import Places
 
     with tempfile.TemporaryDirectory() as folder:

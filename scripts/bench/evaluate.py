@@ -23,9 +23,9 @@ WIDTH, LAYERS, CONTEXT, VOCABULARY = 256, 6, 1024, 1200
 
 def generated_tnews(folder: Path, count: int) -> Path:
     """TNEWS's files with sentences of the generated world of about a headline's length, and their vocabulary."""
-    from data_tools.world import generate_world
-    from pangu.task import load_task
-    from pangu.vocabulary import train_vocabulary
+    from data_tools.synthetic.generate import generate_world
+    from pangu.data.train_vocabulary import train_vocabulary
+    from pangu.evaluation.task import load_task
 
     texts = [document["text"] for document in generate_world(300_000)]
     train_vocabulary(texts, folder / "vocabulary.model", size=VOCABULARY)
@@ -49,10 +49,10 @@ def main() -> None:
 
     import mindspore
 
-    from pangu.instances import InstanceBuilder
-    from pangu.scoring import Scorer
-    from pangu.task import Source, load_task
-    from pangu.tokenizer import Tokenizer
+    from pangu.data.tokenizer import Tokenizer
+    from pangu.evaluation.instances import InstanceBuilder
+    from pangu.evaluation.scoring import Scorer
+    from pangu.evaluation.task import Source, load_task
 
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     with tempfile.TemporaryDirectory() as folder:

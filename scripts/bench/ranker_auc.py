@@ -91,8 +91,8 @@ def finished_run(model: str, rate: str, seed: int, arguments: argparse.Namespace
 
 def settings_of(model: str, rate: str, arguments: argparse.Namespace, scratch: Path):
     """The run's settings: the model's file, the rate, the words of the command line."""
-    from parallel.runtime.settings import load_settings
-    from recsys.config import Run
+    from parallel.common.settings import load_settings
+    from recsys.settings import Run
 
     folder = ROOT / "configs" / "recsys" / ("movielens" if arguments.movielens else "")
     path = str(folder / f"{model}.yaml")
@@ -113,13 +113,13 @@ class Trained:
     def __init__(self, settings) -> None:
         import mindspore as ms
 
-        from parallel.runtime.optimizers import run_optimizer
-        from parallel.step import TrainStep
+        from parallel.training.optimizers import run_optimizer
+        from parallel.training.step import TrainStep
         from recsys.build import loss_network
-        from recsys.counting import count
-        from recsys.dataset import prepare
-        from recsys.embedding import is_sparse
+        from recsys.data.dataset import prepare
         from recsys.evaluate import Evaluation
+        from recsys.layers.embedding import is_sparse
+        from recsys.params import count
         from recsys.train import _limit
 
         ms.set_context(mode=ms.GRAPH_MODE)
@@ -140,7 +140,7 @@ class Trained:
         from mindspore import Tensor
 
         from parallel.layers.parameter import initialize
-        from recsys.dataset import Batches
+        from recsys.data.dataset import Batches
 
         initialize(self.network.model, seed)
         options, best = self.settings.train, {}

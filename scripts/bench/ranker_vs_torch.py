@@ -127,12 +127,12 @@ def our_side(tokens: int, width: int, x: np.ndarray, y: np.ndarray, start: Path,
 
     from parallel.layers.grouped import TokenLayout
     from parallel.layers.parameter import initialize
-    from parallel.runtime.optimizers import Optimizer
-    from parallel.step import TrainStep
-    from recsys.config import RankerOptimizer, RankerTrain
-    from recsys.models.rankmixer import RankMixerBlock, RankMixerSettings
+    from parallel.training.optimizers import Optimizer
+    from parallel.training.step import TrainStep
+    from recsys.layers.tokenization import MeanPool
+    from recsys.models.rankmixer.model import RankMixerBlock, RankMixerSettings
     from recsys.ranker import BinaryCrossEntropy, TaskTowers
-    from recsys.tokenization import MeanPool
+    from recsys.settings import RankerOptimizer, RankerTrain
 
     settings = RankMixerSettings(tokens=tokens, width=width, ffn_ratio=RATIOS.get(width, 4.0))
 

@@ -44,7 +44,7 @@ OTHER_ORDER = {("recsys/dhen", "recompute")}
 
 def main() -> int:
     """Parses the flags, replays and prints."""
-    from parallel.proof.grid import chosen
+    from parallel.proof.replay.layout_grid import chosen
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="files under configs/, commas between")
@@ -66,7 +66,7 @@ def main() -> int:
 
 def replayed(models: list[str], layouts: list, arguments: argparse.Namespace) -> dict[tuple[str, str], object]:
     """Cells by model and layout: those of `--runs`, and what is replayed now."""
-    from parallel.proof.child import Compilers
+    from parallel.proof.compile.rank_compiler import Compilers
 
     end = time.monotonic() + 60 * arguments.minutes
     cells = kept(arguments.runs)
@@ -84,7 +84,7 @@ def replayed(models: list[str], layouts: list, arguments: argparse.Namespace) ->
 
 def replays(model: str, layouts: list, compilers, arguments: argparse.Namespace, cache: str) -> Iterator:
     """Replays one model, a cell for each layout."""
-    from parallel.proof.grid import replay_all
+    from parallel.proof.replay.layout_grid import replay_all
 
     sizes = MODELS.get(model, "").split() + ([f"data.cache={cache}"] if model.startswith("recsys/") else [])
     yield from replay_all(f"{ROOT}/configs/{model}.yaml", [], layouts, compilers, arguments.steps, sizes=sizes,
@@ -93,7 +93,7 @@ def replays(model: str, layouts: list, compilers, arguments: argparse.Namespace,
 
 def kept(file: str | None) -> dict[tuple[str, str], object]:
     """The cells in a file of finished replays."""
-    from parallel.proof.grid import LAYOUTS, Cell
+    from parallel.proof.replay.layout_grid import LAYOUTS, Cell
 
     known = {layout.name: layout for layout in LAYOUTS}
     lines = Path(file).read_text(encoding="utf-8").splitlines() if file and Path(file).exists() else []
@@ -137,7 +137,7 @@ def report(cells: dict[tuple[str, str], object], wanted: int) -> int:
 
 def broken_twins(cells: dict[tuple[str, str], object]) -> list[str]:
     """Layouts that should have ended equal to another bit for bit and did not."""
-    from parallel.proof.grid import bitwise
+    from parallel.proof.replay.layout_grid import bitwise
 
     models = dict.fromkeys(model for model, _ in cells)
     return [f"{model} {name} (bit for bit)" for model in models
@@ -165,7 +165,7 @@ def markdown(models: list[str], layouts: list, cells: dict[tuple[str, str], obje
 
 def _reason(cell) -> str:
     """Why a layout was refused, in a word; "" if the model is no reason (MindSpore refused it, say)."""
-    from parallel.proof.grid import REFUSALS
+    from parallel.proof.replay.layout_grid import REFUSALS
 
     return next((reason for text, reason in REFUSALS.items() if text in cell.refused), "")
 

@@ -33,9 +33,9 @@ LAYOUTS = {
 
 def make_checkpoint(folder: Path, config: str, overrides: list[str]) -> None:
     """A whole training checkpoint of random numbers in `folder`."""
-    from parallel.runtime.builder import build_task
-    from parallel.runtime.checkpoint_folder import OPTIMIZER_FILE, PARAMETERS_FILE
-    from parallel.runtime.sliced_checkpoint import Slices, write_checkpoint, write_rank, write_whole
+    from parallel.checkpoint.folder import OPTIMIZER_FILE, PARAMETERS_FILE
+    from parallel.checkpoint.sharded import Slices, write_checkpoint, write_rank, write_whole
+    from parallel.task import build_task
 
     task, _, _ = build_task(config, [*overrides, *LAYOUTS["one device"]])
     shapes = {item.name: tuple(item.shape) for item in task.network.get_parameters()}

@@ -66,10 +66,10 @@ MAKE = """
 import sys
 from pathlib import Path
 from parallel.layers.parameter import initialize
-from parallel.runtime.builder import load_run
-from parallel.runtime.checkpoint import save_checkpoint
+from parallel.task import load_run
+from parallel.checkpoint.whole import save_checkpoint
 from recsys.build import loss_network
-from recsys.dataset import prepare
+from recsys.data.dataset import prepare
 folder = Path(sys.argv[2])
 _, settings = load_run(sys.argv[1], [f"data.cache={folder}/data", "data.synthetic.samples=2000"])
 log = prepare(settings.data, settings.model.embedding_size)
@@ -101,7 +101,7 @@ def load(checkpoint: str, arguments: argparse.Namespace) -> dict:
 
 def requests(checkpoint: str, arguments: argparse.Namespace) -> list[bytes]:
     """Random requests as JSON, one for each user."""
-    from recsys.trained import describe
+    from recsys.saved_model import describe
 
     features, generator = describe(checkpoint).features, random.Random(0)
 

@@ -1,4 +1,4 @@
-"""Text to ids on one core: `pangu.tokenizer.Tokenizer` against jieba + SentencePiece called as the release calls them.
+"""Text to ids on one core: `pangu.data.tokenizer.Tokenizer` against jieba + SentencePiece called as its release does.
 
     python scripts/bench/tokenizer.py [--megabytes 6] [--rounds 3]
 
@@ -27,8 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pangu.tokenizer import Tokenizer  # noqa: E402 - the checkout must be on the path first
-from pangu.vocabulary import train_vocabulary  # noqa: E402
+from pangu.data.tokenizer import Tokenizer  # noqa: E402 - the checkout must be on the path first
+from pangu.data.train_vocabulary import train_vocabulary  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 MODEL = SHARED / "tokenizer" / "pangu_alpha_vocab.model"

@@ -128,9 +128,9 @@ def our_side(batch: int, name: str):
     import mindspore as ms
     from mindspore import Tensor, ops
 
-    from pangu.run import Run
+    from pangu.settings import Run
     from pangu.train import training_step
-    from parallel.runtime.device import start_device
+    from parallel.training.device import start_device
 
     processes = start_device()
     settings = Run()

@@ -47,8 +47,8 @@ RATES = {"tokenmixer_large": 4e-3, "rankmixer": 3e-3}  # of the generated log's 
 
 def train(model: str, words: list[str], folder: Path) -> dict:
     """One run's figures."""
-    from parallel.runtime.settings import load_settings
-    from recsys.config import Run
+    from parallel.common.settings import load_settings
+    from recsys.settings import Run
     from recsys.train import run
 
     path = str(ROOT / "configs" / "recsys" / f"{model}_ug_sep.yaml")

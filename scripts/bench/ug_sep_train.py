@@ -38,14 +38,14 @@ def trainer(config: str, words: list[str], shared: bool):
     """(step on a batch of arrays, batches of the log, sides, settings) of one way to train."""
     from mindspore import Tensor
 
+    from parallel.common.settings import load_settings
     from parallel.layers.parameter import initialize
-    from parallel.runtime.optimizers import Optimizer
-    from parallel.runtime.settings import load_settings
-    from parallel.step import TrainStep
+    from parallel.training.optimizers import Optimizer
+    from parallel.training.step import TrainStep
     from recsys.build import loss_network
-    from recsys.config import Run
-    from recsys.dataset import Batches, prepare
-    from recsys.sharing import sharing_loss
+    from recsys.data.dataset import Batches, prepare
+    from recsys.settings import Run
+    from recsys.ug_sep.user_aggregation import sharing_loss
 
     settings = load_settings(Run.for_file(config, words), config, words)
     log = prepare(settings.data, settings.model.embedding_size)
@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace, ratio: str, cache: str) -> dict:
 
     import numpy as np
 
-    from recsys.sharing import share
+    from recsys.ug_sep.user_aggregation import share
 
     words = [*SIZES, f"data.cache={cache}", f"data.together={arguments.together}", f"model.ug_sep.ratio={ratio}",
              *arguments.words]

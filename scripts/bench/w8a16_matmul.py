@@ -37,8 +37,8 @@ def main() -> None:
         os.execvpe(sys.executable, [sys.executable, *sys.argv], {**environment(), MARK: "1"})
     import mindspore
 
-    from parallel.runtime.progress import table
-    from recsys.matmul_speed import geometric_mean, measure
+    from parallel.common.progress import table
+    from recsys.quantization.matmul_speed import geometric_mean, measure
 
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     found = measure(tuple(int(rows) for rows in arguments.rows.split(",")), rounds=arguments.rounds)

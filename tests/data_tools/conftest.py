@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def two_workers():
     """One local engine of two processes for all tests."""
-    from data_tools.engine_local import LocalEngine
+    from data_tools.engines.local import LocalEngine
 
     with LocalEngine(2) as engine:
         yield engine
@@ -18,8 +18,8 @@ def two_workers():
 def spark_engine():
     """One small Spark session for all tests."""
     pytest.importorskip("pyspark", reason="pyspark is not installed (extra 'data')")
-    from data_tools.engine import EngineSettings
-    from data_tools.engine_spark import SparkEngine
+    from data_tools.engines.base import EngineSettings
+    from data_tools.engines.spark import SparkEngine
 
     # Small plans compiled once: the first-tier compiler alone starts several times faster.
     options = {"spark.sql.shuffle.partitions": "2", "spark.default.parallelism": "2",

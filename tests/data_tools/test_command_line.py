@@ -9,8 +9,8 @@ import pytest
 
 from data_tools.__main__ import VERBS
 from data_tools.settings import DataSettings
-from parallel.runtime.command import main
-from parallel.runtime.settings import load_settings
+from parallel.common.command import main
+from parallel.common.settings import load_settings
 from tests.data_tools.planted import raw_pages, read_jsonl, write_jsonl
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "data").glob("*.yaml"))

@@ -13,7 +13,7 @@ import pytest
 from data_tools.dedup.plan import DedupSettings
 from data_tools.dedup.step import run_dedup
 from data_tools.documents import ReadSettings, plan_splits
-from data_tools.engine_local import LocalEngine
+from data_tools.engines.local import LocalEngine
 from data_tools.parts import Places
 from tests.data_tools.planted import (
     edit,
@@ -215,7 +215,7 @@ def test_a_rerun_does_nothing_and_new_settings_do_all(planted, tmp_path):
 
 def test_command_line(planted, tmp_path, capsys):
     from data_tools.__main__ import VERBS
-    from parallel.runtime.command import main
+    from parallel.common.command import main
 
     documents, path, *_ = planted
     words = ["dedup", "--input", str(path), "--output"]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.documents import ReadLog, ReadSettings, plan_splits, read_split
-from data_tools.engine_local import LocalEngine
+from data_tools.engines.local import LocalEngine
 from data_tools.parts import PartFigures, Places, Step, run_step
-from parallel.runtime.errors import UserError
+from parallel.common.errors import UserError
 from tests.data_tools.planted import read_jsonl, write_jsonl
 
 
@@ -245,7 +245,7 @@ def test_figures_survive_their_json():
 
 def test_output_inside_input_is_refused(tmp_path, capsys):
     from data_tools.__main__ import VERBS
-    from parallel.runtime.command import main
+    from parallel.common.command import main
 
     write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     assert main("data_tools", VERBS, ["clean", "--input", str(tmp_path), "--output", str(tmp_path / "out")]) == 2

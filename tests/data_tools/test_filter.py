@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.classifier import TrainClassifierSettings, judge, read_examples, train_local, train_spark
+from data_tools.classifier.hashed_ngrams import LinearClassifier, hashed_counts
+from data_tools.classifier.train import TrainClassifierSettings, judge, read_examples, train_local, train_spark
 from data_tools.documents import Document, ReadSettings, plan_splits
-from data_tools.engine_local import LocalEngine
-from data_tools.features import LinearClassifier, hashed_counts
-from data_tools.filter import FilterSettings, FilterStep, keep_by_pareto, lomax, uniform
-from data_tools.keywords import KeywordFinder
+from data_tools.engines.local import LocalEngine
 from data_tools.parts import Places, run_step
-from parallel.runtime.errors import UserError
+from data_tools.rules._aho_corasick import KeywordFinder
+from data_tools.steps.filter import FilterSettings, FilterStep, keep_by_pareto, lomax, uniform
+from parallel.common.errors import UserError
 from tests.data_tools.planted import make_text, read_jsonl, write_jsonl
 
 
@@ -162,7 +162,7 @@ def test_features_do_not_depend_on_width_or_case():
 
 def test_train_classifier_verb(trained, tmp_path, capsys):
     from data_tools.__main__ import VERBS
-    from parallel.runtime.command import main
+    from parallel.common.command import main
 
     folder = trained[0]
     words = ["train-classifier", "--positives", str(folder / "good.jsonl"), "--negatives", str(folder / "bad.jsonl")]

@@ -8,13 +8,13 @@ from collections import Counter
 
 import pytest
 
-from data_tools.decontaminate import DecontaminateSettings, DecontaminateStep, build_index, evaluation_texts
 from data_tools.documents import ReadSettings, plan_splits
-from data_tools.engine_local import LocalEngine
-from data_tools.mix import PRESETS, MixSettings, plan_epochs, run_mix
-from data_tools.paragraphs import ParagraphSettings, run_paragraphs
+from data_tools.engines.local import LocalEngine
 from data_tools.parts import Places, run_step
-from parallel.runtime.errors import UserError
+from data_tools.steps.decontaminate import DecontaminateSettings, DecontaminateStep, build_index, evaluation_texts
+from data_tools.steps.mix import PRESETS, MixSettings, plan_epochs, run_mix
+from data_tools.steps.paragraphs import ParagraphSettings, run_paragraphs
+from parallel.common.errors import UserError
 from tests.data_tools.planted import make_text, read_jsonl, write_jsonl
 
 

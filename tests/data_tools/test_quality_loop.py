@@ -14,8 +14,8 @@ from data_tools import quality_loop
 from data_tools.__main__ import VERBS
 from data_tools.documents import ReadSettings
 from data_tools.quality_loop import QualitySettings, draw_sample
-from parallel.runtime.command import main
-from parallel.runtime.errors import UserError
+from parallel.common.command import main
+from parallel.common.errors import UserError
 from tests.data_tools.planted import make_text, read_jsonl, write_jsonl
 
 
@@ -101,7 +101,7 @@ def test_vocabulary_and_pack_read_only_the_documents(tmp_path, monkeypatch, caps
 @pytest.mark.slow
 def test_shuffled_text_is_judged_worse(tmp_path):
     """The real thing: two tiny models; a version whose characters are shuffled must come out worse."""
-    from data_tools.world import generate_world
+    from data_tools.synthetic.generate import generate_world
 
     rng = random.Random(1)
     texts = [document["text"] for document in generate_world(700_000, seed=1)]

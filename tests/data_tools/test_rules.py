@@ -111,11 +111,11 @@ def test_navigation():
 
 def test_a_rule_can_be_turned_off_and_unknown_keys_are_told():
     from data_tools.settings import DataSettings
-    from parallel.runtime.errors import UserError
-    from parallel.runtime.settings import load_settings
+    from parallel.common.errors import UserError
+    from parallel.common.settings import load_settings
 
     settings = load_settings(DataSettings, None, ["rules.length.enabled=false"])
-    from data_tools.clean import CleanStep
+    from data_tools.steps.clean import CleanStep
 
     assert "length" not in dict(CleanStep(settings.rules)._active)
     with pytest.raises(UserError, match="minimum_characters"):

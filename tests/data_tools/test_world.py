@@ -15,9 +15,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import world, world_skills
-from data_tools.world_words import _TABLE, load_words
-from parallel.runtime.errors import UserError
+from data_tools.synthetic import generate as world
+from data_tools.synthetic import skills as world_skills
+from data_tools.synthetic.words import _TABLE, load_words
+from parallel.common.errors import UserError
 
 SIZE = 150_000
 

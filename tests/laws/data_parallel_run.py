@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.runtime.device import start_device
-from parallel.runtime.train_settings import LossScaleSettings, OutputSettings
-from parallel.runtime.trainer import Trainer
+from parallel.training.device import start_device
+from parallel.training.settings import LossScaleSettings, OutputSettings
+from parallel.training.trainer import Trainer
 from tests.parallel.toy import Batches, make_step, settings, values
 
 BROKEN_STEP = 3

@@ -44,12 +44,12 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def decoder(case):
-    from pangu.cache import CachedDecoder
+    from pangu.generation.kv_cache import CachedDecoder
     from pangu.native import kernel_library
 
     model, kernels, _ = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pangu.cache.kernel_library", kernel_library if kernels else lambda: None)
+        patch.setattr("pangu.generation.kv_cache.kernel_library", kernel_library if kernels else lambda: None)
         made = CachedDecoder(model, len(LENGTHS), 24, CHUNK)
     if kernels and not made.fast:
         pytest.skip("no C++ compiler here")
@@ -85,7 +85,7 @@ def test_every_step_equals_recomputation(case, decoder):
 
 def test_batches_of_different_lengths_equal_single_prompts(case):
     """Greedy text of each prompt: in a batch, alone, and by recomputing everything for every token."""
-    from pangu.generate import GenerateSettings, Generator
+    from pangu.generation.generate import GenerateSettings, Generator
 
     model, kernels, recompute = case
     if not kernels:

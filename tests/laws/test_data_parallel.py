@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 NODE = """
 import sys
 from pathlib import Path
-from parallel.runtime.launch import Launcher, Plan
+from parallel.training.launch import Launcher, Plan
 plan = Plan(nodes={nodes}, node_rank={node_rank}, host="127.0.0.2", port={port}, local={local}, timeout=120)
 report = Launcher(plan, {command!r}, Path({logs!r})).run()
 import json; print(json.dumps(report)); sys.exit(report["exit_code"])
@@ -108,7 +108,7 @@ def test_a_signal_reaches_all_ranks(tmp_path):
 
 
 def test_what_is_started_after_a_launch_is_no_worker(tmp_path):
-    from parallel.runtime.launch import Launcher, Plan
+    from parallel.training.launch import Launcher, Plan
 
     before = dict(os.environ)
     script = "import os, sys; print(os.environ['MS_ROLE'], os.environ['RANK_SIZE'])"

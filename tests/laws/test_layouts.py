@@ -2,7 +2,7 @@
 
 Law: 3 training steps of all ranks, executed from the partitioned graphs, equal 3 steps on one device (float32): losses
 to 1e-5, norm and parameters to 1e-4, moments to 1e-3, relative; and recomputation changes no bit. A few cases run by
-default, the whole grid (`parallel.proof.grid.LAYOUTS` x models) with -m slow.
+default, the whole grid (`parallel.proof.replay.layout_grid.LAYOUTS` x models) with -m slow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.proof.grid import LAYOUTS, REFUSALS, Cell, References, chosen, replay_all
+from parallel.proof.replay.layout_grid import LAYOUTS, REFUSALS, Cell, References, chosen, replay_all
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the dry run needs g++ on x86-64")
@@ -32,7 +32,7 @@ FOUR_GIGABYTES = 4 * 2**20  # in KiB, as getrusage counts
 MEASURED = """
 import json, resource, sys
 from parallel.__main__ import VERBS
-from parallel.runtime.command import main
+from parallel.common.command import main
 code = main("parallel", VERBS, sys.argv[1:])
 peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 print(json.dumps([code, *peaks]))
@@ -43,7 +43,7 @@ class Grid:
     """Cells by model and layout, replayed when first asked for; compilers and one-device runs are shared."""
 
     def __init__(self, root, cache) -> None:
-        from parallel.proof.child import Compilers
+        from parallel.proof.compile.rank_compiler import Compilers
 
         self.root, self.cache, self.compilers = root, cache, Compilers(2)
         self.references: dict[str, References] = {}
@@ -136,9 +136,9 @@ def test_every_layout_of_every_model_equals_one_device(grid, model, name):
                                          ("recsys/tokenmixer_large_moe", "expert_half")])
 def test_ranks_made_from_others_are_those_that_compile(grid, model, name):
     """Where not every rank is compiled, the others' graphs are those that would have been."""
-    from parallel.proof.distinct import alike, representatives
-    from parallel.proof.replay_settings import with_defaults
-    from parallel.proof.world import compile_world
+    from parallel.proof.replay.ranks import compile_world
+    from parallel.proof.replay.representatives import alike, representatives
+    from parallel.proof.replay.settings import with_defaults
 
     config = str(grid.root / "configs" / f"{model}.yaml")
     keys = with_defaults(config, [*grid.sizes(model), *chosen(name)[0].keys.split()])

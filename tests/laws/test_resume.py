@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from parallel.runtime.metrics_log import read_metrics
-from parallel.runtime.train_settings import LossScaleSettings, OutputSettings
-from parallel.runtime.trainer import Trainer
+from parallel.training.metrics_log import read_metrics
+from parallel.training.settings import LossScaleSettings, OutputSettings
+from parallel.training.trainer import Trainer
 from tests.parallel.toy import Batches, make_step, settings, values
 
 BROKEN = (2, 6)

@@ -1,11 +1,11 @@
-"""The boxes that `parallel.slices` works out are those that MindSpore's partitioner gives every parameter."""
+"""The boxes that `parallel.sharding.slices` works out are those that MindSpore's partitioner gives every parameter."""
 
 from pathlib import Path
 
 import pytest
 
-from parallel.runtime.builder import build_task
-from parallel.slices import box_shape, cut_parameters
+from parallel.sharding.slices import box_shape, cut_parameters
+from parallel.task import build_task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = CONFIGS / "pangu" / "tiny.yaml"
@@ -24,7 +24,7 @@ LAYOUTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_boxes_are_those_of_the_compiled_graph(name, tmp_path):
-    from parallel.proof.child import Request, compile_rank
+    from parallel.proof.compile.rank_compiler import Request, compile_rank
 
     file, *words = LAYOUTS[name] if isinstance(LAYOUTS[name][0], Path) else [CONFIG, *LAYOUTS[name]]
     if file != CONFIG:

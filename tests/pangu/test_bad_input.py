@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from data_tools.world import generate_world
+from data_tools.synthetic.generate import generate_world
 from pangu.__main__ import VERBS
-from parallel.runtime.command import main
+from parallel.common.command import main
 
 SIZES = ["model.layers=2", "model.hidden_size=16", "model.heads=2", "model.sequence_length=32", "train.steps=2",
          "train.global_batch_size=2", "train.validation_batches=1", "output.tensorboard=false"]

@@ -150,8 +150,8 @@ def test_parameter_counts_of_the_papers_sizes(root, name):
     from mindspore.nn.utils import no_init_parameters
 
     from pangu.model import PanGuAlpha
-    from pangu.run import Run
-    from parallel.runtime.settings import load_settings
+    from pangu.settings import Run
+    from parallel.common.settings import load_settings
 
     config = load_settings(Run, root / "configs" / "pangu" / f"{name}.yaml").model
     with no_init_parameters():

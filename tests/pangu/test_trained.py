@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.world import generate_questions, generate_world, write_jsonl
-from data_tools.world_skills import sentiment_document
-from data_tools.world_words import Draw
+from data_tools.synthetic.generate import generate_questions, generate_world, write_jsonl
+from data_tools.synthetic.skills import sentiment_document
+from data_tools.synthetic.words import Draw
 from pangu.__main__ import VERBS
-from parallel.runtime.command import main
+from parallel.common.command import main
 from tests.pangu.numpy_model import token_scores
 from tests.pangu.tiny import arrays
 
@@ -89,8 +89,8 @@ def test_the_quickstarts_model_is_above_chance_and_scores_as_the_slow_scorer(tmp
         assert results["world_sentiment"]["shots"] == shots
     if not SHARED.is_dir():
         return
-    from pangu.instances import InstanceBuilder
-    from pangu.task import Source, load_task
+    from pangu.evaluation.instances import InstanceBuilder
+    from pangu.evaluation.task import Source, load_task
 
     model, tokenizer = _model_of(where)
     slow = {name: value.astype(np.float64) for name, value in arrays(model).items()}
@@ -107,10 +107,10 @@ def test_the_quickstarts_model_is_above_chance_and_scores_as_the_slow_scorer(tmp
 
 
 def _model_of(where: list[str]):
-    from pangu.generate import load_model
-    from pangu.run import Run
-    from pangu.tokenizer import Tokenizer
-    from parallel.runtime.settings import load_settings
+    from pangu.data.tokenizer import Tokenizer
+    from pangu.generation.generate import load_model
+    from pangu.settings import Run
+    from parallel.common.settings import load_settings
 
     settings = load_settings(Run, ROOT / "configs/pangu/tiny.yaml", where)
     return load_model(settings, settings.output.directory), Tokenizer(settings.data.tokenizer)

@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def compilers():
     """A compiling process that lives as long as the tests."""
-    from parallel.proof.child import Compilers
+    from parallel.proof.compile.rank_compiler import Compilers
 
     with Compilers() as made:
         yield made
@@ -21,9 +21,9 @@ def compilers():
 def compiled(compilers) -> Callable:
     """`compiled(builder, rank, **parallel)`: one rank of a network under a parallel block; `train`, `model`, `wrong`,
     `reuse` and `own_stage` are passed on."""
-    from parallel.config import ParallelConfig
-    from parallel.proof.child import Request
-    from parallel.proof.dryrun import read_rank
+    from parallel.proof.compile.rank_compiler import Request
+    from parallel.proof.dryrun.dryrun import read_rank
+    from parallel.sharding.config import ParallelConfig
 
     def compiled(builder: str, rank: int = 0, **parallel):
         others = {key: parallel.pop(key) for key in ("train", "model", "wrong") if key in parallel}

@@ -54,7 +54,7 @@ class Rows:
 def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     """One rank: builds, compiles, takes start values or a checkpoint, trains by the stand-in, saves."""
     os.environ |= {"RANK_SIZE": str(world), "RANK_ID": str(rank)}
-    from parallel.proof.child import _pretend_hccl
+    from parallel.proof.compile.rank_compiler import _pretend_hccl
 
     _pretend_hccl()
     import mindspore as ms
@@ -64,10 +64,10 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("Ascend")
     init()
-    from parallel.runtime.builder import build_task
-    from parallel.runtime.cut_run import CutRun, needs_cut
-    from parallel.runtime.device import Processes
-    from parallel.runtime.trainer import Trainer
+    from parallel.task import build_task
+    from parallel.training.device import Processes
+    from parallel.training.sharded_run import CutRun, needs_cut
+    from parallel.training.trainer import Trainer
 
     processes = Processes(rank, world, "hccl_world_group", "Ascend")
     task, settings, config = build_task(order["config"], order["overrides"], world)
@@ -96,11 +96,11 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
 def main(path: Path) -> int:
     """Forks a process for every rank and waits for them."""
     order = json.loads(path.read_text(encoding="utf-8"))
-    from parallel.proof.child import _import_early
+    from parallel.proof.compile.rank_compiler import _import_early
 
     _import_early()
-    import parallel.runtime.cut_run
-    import parallel.runtime.trainer  # noqa: F401
+    import parallel.training.sharded_run
+    import parallel.training.trainer  # noqa: F401
 
     add, forks = SharedSum(order["world"]), []
     for rank in range(order["world"]):

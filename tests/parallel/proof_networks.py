@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
-from parallel.config import ParallelConfig
 from parallel.layers.grouped import Add, GroupedFeedForward
-from parallel.layout import Cut, Layer
-from parallel.runtime.builder import Input, Task
-from parallel.runtime.train_settings import TrainSettings
+from parallel.sharding.config import ParallelConfig
+from parallel.sharding.layout import Cut, Layer
+from parallel.task import Input, Task
+from parallel.training.settings import TrainSettings
 
 PANGU = {"layers": 2, "hidden_size": 16, "heads": 4, "vocabulary_size": 64, "sequence_length": 8, "dropout": 0.0}
 RANKER = {"tokens": 4, "width": 8, "inner": 32, "blocks": 4}
@@ -21,7 +21,7 @@ BATCH = 16
 def pangu(parallel: dict, model: dict | None = None, train: dict | None = None) -> tuple:
     """PanGu-alpha of a few thousand parameters under a `parallel:` block."""
     from pangu.build import build
-    from pangu.run import Run
+    from pangu.settings import Run
 
     settings = Run.model_validate({"model": PANGU | (model or {}), "parallel": parallel,
                                    "train": {"global_batch_size": BATCH} | (train or {})})

@@ -6,10 +6,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.layers.dropout import Dropout, DropoutKeys
-from parallel.runtime.builder import sample_numbers
-from parallel.runtime.optimizers import Optimizer
-from parallel.runtime.train_settings import LossScaleSettings, OptimizerSettings, ScheduleSettings, TrainSettings
-from parallel.step import TrainStep
+from parallel.task import sample_numbers
+from parallel.training.optimizers import Optimizer
+from parallel.training.settings import LossScaleSettings, OptimizerSettings, ScheduleSettings, TrainSettings
+from parallel.training.step import TrainStep
 
 INPUTS, WIDTH, OUTPUTS = 6, 10, 3
 

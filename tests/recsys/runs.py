@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
+from parallel.checkpoint.whole import save_checkpoint
 from parallel.layers.parameter import initialize
-from parallel.runtime.builder import load_run
-from parallel.runtime.checkpoint import save_checkpoint
+from parallel.task import load_run
 from recsys.build import loss_network
-from recsys.dataset import Log, prepare
+from recsys.data.dataset import Log, prepare
 
 DATA = ["data.synthetic.samples=600", "data.synthetic.users=40", "data.synthetic.items=30"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.proof.replay_settings import check_layout
-from parallel.runtime.errors import UserError
+from parallel.common.errors import UserError
+from parallel.proof.replay.settings import check_layout
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REFUSED = {

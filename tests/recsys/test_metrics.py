@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from parallel.runtime.errors import UserError
+from parallel.common.errors import UserError
 from recsys.metrics import Accumulator, auc, bayes_auc, calibration, expected_calibration_error, group_auc, logloss
 
 

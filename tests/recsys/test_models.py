@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
-from parallel.config import ParallelConfig
+from parallel.common.command import main
+from parallel.common.errors import UserError
 from parallel.layers.parameter import initialize
-from parallel.runtime.builder import load_run
-from parallel.runtime.command import main
-from parallel.runtime.errors import UserError
+from parallel.sharding.config import ParallelConfig
+from parallel.task import load_run
 from recsys.__main__ import VERBS
 from recsys.build import build, loss_network, spec_of
-from recsys.counting import count
 from recsys.models import NAMES
+from recsys.params import count
 
 CONFIGS = Path("configs/recsys")
 TINY = sorted(NAMES) + ["tokenmixer_large_moe"]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from parallel.runtime.settings import load_settings
-from recsys.config import DataSettings, Run
-from recsys.dataset import prepare
+from parallel.common.settings import load_settings
+from recsys.data.dataset import prepare
+from recsys.settings import DataSettings, Run
 
 CTR = Path("../shared/data/ctr")
 pytestmark = [pytest.mark.shared_data, pytest.mark.skipif(not CTR.is_dir(), reason="../shared/data/ctr is absent")]

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from parallel.runtime.checkpoint import load_parameters
-from parallel.runtime.command import main
-from parallel.runtime.settings import load_settings
+from parallel.checkpoint.whole import load_parameters
+from parallel.common.command import main
+from parallel.common.settings import load_settings
 from recsys.__main__ import VERBS
 from recsys.build import loss_network, spec_of
-from recsys.config import Run
-from recsys.dataset import prepare
+from recsys.data.dataset import prepare
 from recsys.evaluate import Evaluation
 from recsys.metrics import auc
+from recsys.settings import Run
 
 CONFIG = "configs/recsys/rankmixer.yaml"
 SMALL = ["data.synthetic.samples=3000", "data.synthetic.users=60", "data.synthetic.items=40", "model.width=16",

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 
-from parallel.runtime.checkpoint import Checkpoint
-from parallel.runtime.checkpoint_folder import resolve_checkpoint
-from parallel.runtime.command import main
+from parallel.checkpoint.folder import resolve_checkpoint
+from parallel.checkpoint.whole import Checkpoint
+from parallel.common.command import main
 from recsys.__main__ import VERBS
-from recsys.vocabulary import Vocabulary
+from recsys.data.vocabulary import Vocabulary
 
 QUIET = ["output.tensorboard=false", "output.loss_curve=false", "train.log_every=5"]
 

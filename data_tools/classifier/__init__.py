@@ -1,0 +1,1 @@
+"""The quality classifier and its hashed n-gram features."""

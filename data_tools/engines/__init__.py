@@ -1,0 +1,1 @@
+"""Where the steps run: this machine's processes, or Spark."""

@@ -1,0 +1,1 @@
+"""A generated Chinese corpus of a small world, with questions about it."""

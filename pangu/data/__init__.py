@@ -1,0 +1,1 @@
+"""Text to records: corpus, segmentation, tokenizer, vocabulary, packing, batches."""

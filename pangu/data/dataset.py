@@ -1,0 +1,302 @@
+"""Packed records as batches: which record stands where in which batch, positions and masks at document ends.
+
+Shapes: B batch (of one rank), S sequence. Batch number i depends only on (seed, i): a run resumes at any step without
+reading what came before, and the contiguous slices of N ranks make up the batch of a single process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pangu.data.packing import COLUMN, SPLITS, read_index
+from parallel.common.errors import UserError
+from parallel.common.files import inside
+
+_RECORDS_PER_WINDOW = 8192  # records asked for at once: bounds memory and spreads the cost of opening the files
+_MEND = "make the records anew with `python -m pangu pack`"
+
+
+# ---------------------------------------------------------------- positions and masks
+
+def reset_at_document_ends(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and attention masks that start anew after every end-of-document id.
+
+    The mask starts as a lower triangle; rows after an end at position e lose the columns up to and including e, and the
+    positions after e count from 0 at e + 1. The end itself belongs to its own document. Source: the release's
+    `dataset.py` (`eod_reset`); there a loop over the ends, here one comparison of document numbers.
+
+    Args:
+        ids_BS: input ids, without the last column of the record.
+        eod_id: end of document, 9 in the published vocabulary.
+
+    Returns:
+        position_ids_BS (int32) and attention_mask_BSS (uint8, 1 = row may see column).
+    """
+    batch, length = ids_BS.shape
+    ends_BS = ids_BS == eod_id
+    # Number of ends strictly before each position: equal numbers, same document.
+    document_BS = np.cumsum(ends_BS, axis=1, dtype=np.int32) - ends_BS
+    places_S = np.arange(length, dtype=np.int32)
+    starts_BS = np.zeros((batch, length), np.int32)
+    starts_BS[:, 1:] = np.where(ends_BS[:, :-1], places_S[1:], 0)
+    position_ids_BS = places_S - np.maximum.accumulate(starts_BS, axis=1)
+    mask_BSS = document_BS[:, :, None] == document_BS[:, None, :]
+    mask_BSS &= np.tri(length, dtype=bool)
+    return position_ids_BS, mask_BSS.view(np.uint8)
+
+
+def plain_positions(ids_BS: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions 0..S-1 and the lower triangle without the rows and columns of padding: `eod_reset` off.
+
+    Returns:
+        position_ids_BS (int32) and attention_mask_BSS (uint8), tril * (m m^T) with m = ids != pad_id.
+    """
+    batch, length = ids_BS.shape
+    real_BS = ids_BS != pad_id
+    mask_BSS = real_BS[:, :, None] & real_BS[:, None, :]
+    mask_BSS &= np.tri(length, dtype=bool)
+    return np.tile(np.arange(length, dtype=np.int32), (batch, 1)), mask_BSS.view(np.uint8)
+
+
+# ---------------------------------------------------------------- order
+
+def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
+    """Where a shuffle of `range(count)` puts `positions`, computed without making the whole shuffle.
+
+    A Feistel network of six rounds over the next even number of bits, walked along its cycle until it lands below
+    `count`: a permutation chosen by `key`, at the cost of the positions asked for (our choice; a list of all records
+    of a large corpus would fill the memory of every rank).
+
+    Args:
+        positions: int64 array, values in [0, count).
+        key: any integer; another key, another order.
+    """
+    half = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
+    keys = np.random.default_rng(key % 2**64).integers(0, 2**63, 6, dtype=np.uint64)
+    low_mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    values = positions.astype(np.uint64)
+    outside = np.ones(values.shape, bool)
+    while outside.any():
+        walking = values[outside]
+        left, right = walking >> shift, walking & low_mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & low_mask)
+        values[outside] = (left << shift) | right
+        outside = values >= count
+    return values.astype(np.int64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: every bit of the result depends on every bit of the value."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+# ---------------------------------------------------------------- the data set
+
+class PackedDataset:
+    """Batches of packed records for the trainer.
+
+    Args:
+        directory: folder that `python -m pangu pack` wrote.
+        batch_size: sequences of one step over all ranks.
+        seed: chooses the order of the records; each epoch has its own.
+        sequence_length, vocabulary_size: of the model; checked against the index.
+        shard: (index, count) of this rank; it gets the index-th of `count` equal slices of every batch.
+        shuffle: off, records come as they lie in the files.
+        eod_reset: attention and positions start anew after every document end.
+        split: "train" or "validation".
+        repeat: on, epochs follow each other without end, and a batch may reach over the border of two. Off, one pass;
+            the last batch is filled with records of padding, which carry no loss.
+        tokenizer_fingerprint: SHA-256 of the tokenizer in use; checked against the index when given.
+
+    Raises:
+        UserError: no records, another sequence length, vocabulary or tokenizer, a batch that the ranks cannot share
+            equally, files missing, cut off or damaged.
+    """
+
+    columns = ("input_ids", "position_ids", "attention_mask")
+
+    def __init__(self, directory: str | Path, *, batch_size: int, seed: int, sequence_length: int, vocabulary_size: int,
+                 shard: tuple[int, int] = (0, 1), shuffle: bool = True, eod_reset: bool = True, split: str = "train",
+                 repeat: bool = True, tokenizer_fingerprint: str | None = None) -> None:
+        self.directory, self.index = Path(directory), read_index(directory)
+        self._check("sequence_length", self.index.sequence_length, sequence_length)
+        self._check("vocabulary_size", self.index.vocabulary_size, vocabulary_size)
+        if tokenizer_fingerprint is not None:
+            self._check("tokenizer", self.index.tokenizer_sha256, tokenizer_fingerprint)
+        rank, ranks = shard
+        if not 0 <= rank < ranks or batch_size < 1 or batch_size % ranks:
+            raise UserError("the batch cannot be shared equally", where="global_batch_size", value=batch_size,
+                            mend=f"choose a multiple of the {ranks} data-parallel ranks")
+        self.batch_size, self.seed, self.shuffle, self.repeat = batch_size, seed, shuffle, repeat
+        self.eod_reset = eod_reset
+        self.sequence_length, self.vocabulary_size = sequence_length, vocabulary_size
+        self._slice = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
+        self._open(split)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that show every record at least once."""
+        return -(-self.records // self.batch_size)
+
+    def batches(self, start_step: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields the batches from number `start_step` on, as `columns`: [B, S+1] int32, [B, S] int32, [B, S, S] uint8.
+
+        Without end when `repeat`, else up to `steps_per_epoch`.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for ids in self._ids(start_step):
+            yield (ids, *self._positions_and_mask(ids[:, :-1]))
+
+    def mindspore_dataset(self, start_step: int, steps: int) -> Any:
+        """The same batches, `steps` of them from `start_step` on, as a `mindspore.dataset` pipeline (for data sink)."""
+        import mindspore.dataset as ds
+
+        return ds.GeneratorDataset(_Stretch(self, start_step, steps), list(self.columns), shuffle=False,
+                                   num_parallel_workers=1, python_multiprocessing=False)
+
+    def record_numbers(self, first: int, last: int) -> np.ndarray:
+        """Which records this rank's part of the batches first..last-1 holds, by their number in the files.
+
+        Returns:
+            int64 array [batches, B]; -1 is padding.
+        """
+        starts = np.arange(first, last, dtype=np.int64)[:, None] * self.batch_size
+        places = starts + np.arange(self._slice.start, self._slice.stop)
+        epochs, numbers = places // self.records, places % self.records
+        if not self.repeat:
+            return np.where(epochs > 0, -1, self._order(numbers, 0))
+        for epoch in np.unique(epochs):
+            numbers[epochs == epoch] = self._order(numbers[epochs == epoch], int(epoch))
+        return numbers
+
+    def _order(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
+        return shuffled(numbers, self.records, (self.seed << 32) + epoch) if self.shuffle else numbers
+
+    def _positions_and_mask(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.eod_reset:
+            return reset_at_document_ends(ids_BS, self.index.eot_id)
+        return plain_positions(ids_BS, self.index.pad_id)
+
+    def _check(self, name: str, packed: Any, wanted: Any) -> None:
+        if packed != wanted:
+            raise UserError(f"the records were packed with {name} {packed}", where=self.directory, value=wanted,
+                            mend=f"use that {name} or pack the corpus again")
+
+    def _open(self, split: str) -> None:
+        if split not in SPLITS:
+            raise UserError(f"no such split; known: {', '.join(SPLITS)}", where="split", value=split)
+        part = getattr(self.index, split)
+        self.records, self._files = part.records, []
+        for entry in part.files:
+            path = inside(self.directory, entry.file)
+            if not path.is_file() or not path.with_name(path.name + ".db").is_file():
+                raise UserError("a file of packed records is missing", where=path, mend=_MEND)
+            if path.stat().st_size != entry.bytes:
+                raise UserError(f"file is damaged: {entry.bytes} bytes were written", where=path,
+                                value=path.stat().st_size, mend=_MEND)
+            self._files.append(str(path))
+        if not self.records:
+            raise UserError(f"there are no {split} records", where=self.directory,
+                            mend="pack a larger corpus or change pack.validation_fraction")
+        found = self._guarded(lambda: self._reader([0]) and self._size())
+        if found != self.records:
+            raise UserError(f"files are damaged: the index speaks of {self.records} records", where=self.directory,
+                            value=found, mend=_MEND)
+
+    # ------------------------------------------------------------ reading
+
+    def _ids(self, start_step: int) -> Iterator[np.ndarray]:
+        """Ids [B, S+1] of the batches from `start_step` on, read in windows."""
+        rows = self._slice.stop - self._slice.start
+        stop = None if self.repeat else self.steps_per_epoch
+        # The reader takes no more numbers than there are records.
+        window = max(1, min(_RECORDS_PER_WINDOW, self.records) // rows)
+        step = start_step
+        while stop is None or step < stop:
+            end = step + window if stop is None else min(step + window, stop)
+            numbers = self.record_numbers(step, end)
+            full = int((numbers >= 0).all(axis=1).sum())  # only the last batch of a pass can hold padding
+            yield from self._read(numbers[:full].reshape(-1), rows)
+            for partly in numbers[full:]:
+                ids = np.full((rows, self.sequence_length + 1), self.index.pad_id, np.int32)
+                real = partly[partly >= 0]
+                if real.size:
+                    ids[: real.size] = next(self._read(real, rows))
+                yield ids
+            step = end
+
+    def _read(self, numbers: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+        """The records `numbers` in this order, `rows` at a time."""
+        if not numbers.size:
+            return
+        if numbers.size > self.records:  # one batch larger than the whole set
+            different, places = np.unique(numbers, return_inverse=True)
+            yield next(self._read(different, different.size))[places]
+            return
+        iterator = self._guarded(lambda: self._reader(numbers.tolist()).batch(rows).create_tuple_iterator(
+            num_epochs=1, output_numpy=True))
+        expected = -(-numbers.size // rows)
+        try:
+            for _ in range(expected):
+                ids = self._guarded(lambda: next(iterator))[0]
+                self._check_ids(ids)
+                yield ids
+        except StopIteration:
+            raise UserError("files are damaged: records are missing", where=self.directory, mend=_MEND) from None
+        finally:
+            iterator.release()
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.ndim != 2 or ids.shape[1] != self.sequence_length + 1:
+            raise UserError("files are damaged: a record has another length", where=self.directory,
+                            value=list(ids.shape), mend=_MEND)
+        if ids.min() < 0 or ids.max() >= self.vocabulary_size:
+            raise UserError("files are damaged: an id lies outside the vocabulary", where=self.directory,
+                            value=int(ids.max()), mend=_MEND)
+
+    def _reader(self, numbers: list[int]) -> Any:
+        import mindspore.dataset as ds
+
+        return ds.MindDataset(self._files, columns_list=[COLUMN], sampler=ds.SubsetSampler(numbers),
+                              num_parallel_workers=1)
+
+    def _size(self) -> int:
+        import mindspore.dataset as ds
+
+        return ds.MindDataset(self._files, columns_list=[COLUMN], shuffle=False).get_dataset_size()
+
+    def _guarded(self, call: Any) -> Any:
+        """`call()`, with what MindRecord throws at a damaged file told as a user's error."""
+        try:
+            return call()
+        except (RuntimeError, ValueError, TypeError) as error:
+            cause = next((line for line in str(error).splitlines() if "[ERROR]" in line), str(error).split("\n")[0])
+            raise UserError(f"cannot read the records: {cause.replace('[ERROR]', '').strip()[:160]}",
+                            where=self.directory, mend=_MEND) from None
+
+
+class _Stretch:
+    """Some batches of a data set as an iterable with a length, as `GeneratorDataset` wants its source."""
+
+    def __init__(self, dataset: PackedDataset, start_step: int, steps: int) -> None:
+        self.dataset, self.start_step, self.steps = dataset, start_step, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
+        batches = self.dataset.batches(self.start_step)
+        try:
+            for _ in range(self.steps):
+                yield next(batches)
+        finally:
+            batches.close()

@@ -1,0 +1,1 @@
+"""Few-shot tasks and questions: instances, scores, metrics, shared prefixes."""

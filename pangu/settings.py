@@ -1,0 +1,49 @@
+"""The settings of one run: every block of a file under configs/pangu/."""
+
+from __future__ import annotations
+
+from pangu.config import ModelConfig
+from pangu.data.packing import PackOptions
+from pangu.data.train_vocabulary import VocabularyOptions
+from pangu.generation.generate import GenerateSettings
+from parallel.common.settings import Settings
+from parallel.sharding.config import ParallelConfig
+from parallel.training.settings import OutputSettings, TrainSettings
+
+
+class DataConfig(Settings):
+    """What the model is trained on."""
+
+    corpus: str | None = None
+    """Text that `vocabulary` and `pack` read: txt or jsonl, plain or .xz .gz .zst, or a folder of such."""
+    tokenizer: str = "runs/tiny/vocabulary.model"
+    """SentencePiece model: written by `vocabulary`, read by everything else."""
+    directory: str = "runs/tiny/records"
+    """Packed records: written by `pack`, read by `train`."""
+    validation_directory: str | None = None
+    """Packed records to validate on, its training part; null = the held-out records of `directory`."""
+    shuffle: bool = True
+    """Whether records are read in an order drawn anew for every epoch, or as written."""
+    eod_reset: bool = True
+    """Whether attention and positions start anew after every document end inside a record."""
+
+
+class Run(Settings):
+    """All blocks. A block that a verb does not need may be left out."""
+
+    model: ModelConfig = ModelConfig()
+    """Sizes and choices of the model."""
+    data: DataConfig = DataConfig()
+    """Corpus, tokenizer and packed records."""
+    vocabulary: VocabularyOptions = VocabularyOptions()
+    """How a vocabulary is trained; its size is always model.vocabulary_size."""
+    pack: PackOptions = PackOptions()
+    """How documents become records; their length is always model.sequence_length + 1."""
+    train: TrainSettings = TrainSettings()
+    """Batch, steps, optimizer."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is cut over devices."""
+    output: OutputSettings = OutputSettings()
+    """Where results go."""
+    generate: GenerateSettings = GenerateSettings()
+    """Decoding."""

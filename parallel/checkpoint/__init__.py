@@ -1,0 +1,1 @@
+"""What outlives a run: full and sharded checkpoints, and how one layout becomes another."""

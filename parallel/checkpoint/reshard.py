@@ -1,0 +1,125 @@
+"""Verbs `reshard`, `merge` and `split`: a checkpoint cut one way becomes one cut another way, or whole.
+
+Streaming: a slice of one tensor is in memory at a time, so memory is bounded by the largest parameter. There and back
+is the identity, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from parallel.checkpoint.folder import PARAMETERS_FILE
+from parallel.checkpoint.sharded import (
+    Slices,
+    parameter_of,
+    volume,
+    write_checkpoint,
+    write_rank,
+    write_whole,
+)
+from parallel.common.errors import UserError
+from parallel.common.progress import Bar
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of all three verbs."""
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="checkpoint, whole or in slices")
+    parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="folder to make; must not exist")
+
+
+def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Cuts a checkpoint by the parallel block of `--config`; a layout of one device gives a whole checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another model, damaged or incomplete; no disk space.
+    """
+    from parallel.task import build_task
+
+    task, _, config = build_task(arguments.config, arguments.overrides)
+    slices = Slices(arguments.source)
+    if config.world == 1:
+        return _timed(arguments, slices, 1, lambda folder: write_whole(folder, slices), slices_bytes(slices))
+    from parallel.sharding.slices import cut_parameters
+
+    wholes = {whole.name: whole for whole in cut_parameters(task.network, config)}
+    _compare(slices, wholes)
+    plans = [rank_plan(slices, wholes, rank) for rank in range(config.world)]
+
+    def write(folder: Path) -> None:
+        with Bar(config.world, "ranks") as bar:
+            for rank, plan in enumerate(plans):
+                write_rank(folder, rank, config.world, plan, slices.read)
+                bar.advance()
+
+    return _timed(arguments, slices, config.world, write, config.world * max(map(plan_bytes, plans)))
+
+
+def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Puts slices together into a whole checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged or incomplete; no disk space.
+    """
+    slices = Slices(arguments.source)
+    return _timed(arguments, slices, 1, lambda folder: write_whole(folder, slices), slices_bytes(slices))
+
+
+def run_split(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`reshard` of a whole checkpoint.
+
+    Raises:
+        UserError: as `run_reshard`, and when the checkpoint is in slices already.
+    """
+    if any(len(tensor.pieces) > 1 for tensor in Slices(arguments.source).tensors.values()):
+        raise UserError("the checkpoint is in slices already", where=arguments.source, mend="use reshard")
+    return run_reshard(settings, arguments)
+
+
+def rank_plan(slices: Slices, wholes: dict[str, Any], rank: int) -> list[tuple]:
+    """What a rank holds: (name, kind of file, dtype, full shape, box); moments are cut as their parameters."""
+    plan = []
+    for name, tensor in slices.tensors.items():
+        box = wholes[parameter_of(name)].box_of_rank(rank)
+        if box is not None:
+            plan.append((name, tensor.kind, tensor.dtype, tensor.shape, box))
+    return plan
+
+
+def plan_bytes(plan: list[tuple]) -> int:
+    """Bytes of a rank's slices (four a number)."""
+    return sum(4 * volume(box) for *_, box in plan)
+
+
+def slices_bytes(slices: Slices) -> int:
+    """Bytes of all tensors, whole."""
+    return sum(tensor.nbytes for tensor in slices.tensors.values())
+
+
+def _compare(slices: Slices, wholes: dict[str, Any]) -> None:
+    saved = {name: slices.tensors[name] for name in slices.names(PARAMETERS_FILE)}
+    for name, whole in wholes.items():
+        if name not in saved:
+            raise UserError(f"the checkpoint lacks parameter {name}", where=slices.path, mend="is it of another model?")
+        if saved[name].shape != whole.shape:
+            raise UserError(f"'{name}' has shape {list(whole.shape)} in the model and {list(saved[name].shape)} in the "
+                            "checkpoint", where=slices.path, mend="use the config that it was trained with")
+    extra = [name for name in slices.tensors if parameter_of(name) not in wholes]
+    if extra:
+        raise UserError(f"the checkpoint has the unknown parameter {extra[0]}", where=slices.path,
+                        mend="is it of another model?")
+
+
+def _timed(arguments: argparse.Namespace, slices: Slices, ranks: int, write: Any, needed: int) -> dict[str, Any]:
+    started = time.monotonic()
+    target = write_checkpoint(arguments.target, needed, write, slices.state)
+    return {
+        "parameters": sum(math.prod(slices.tensors[name].shape) for name in slices.names(PARAMETERS_FILE)),
+        "tensors": len(slices.tensors), "ranks": ranks, "seconds": round(time.monotonic() - started, 3),
+        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3), "checkpoint": str(target),
+    }
+

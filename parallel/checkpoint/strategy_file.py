@@ -1,0 +1,180 @@
+"""MindSpore's strategy files: how each parameter of a cut network is sliced over the devices (`ParallelStrategyMap`).
+
+`mindspore.parallel` reads and writes them (rank_list_for_transform, transform_checkpoints, unified_safetensors).
+A file of several stages names its parameters `<stage>-<name>`, as `merge_pipeline_strategys` does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parallel.common import protobuf_wire as wire
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
+
+if TYPE_CHECKING:
+    from parallel.sharding.slices import Whole
+
+MAX_BYTES = 64 << 20
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one parameter is cut.
+
+    Args:
+        matrix: sizes of the device matrix of a stage; ranks count along its last dim first.
+        dims: for each dim of the parameter the dim of the matrix that cuts it, counted from the right; -1 = none.
+        step: distance of the ranks that share one slice by the sharded optimizer; 0 = it is not sharded.
+        parts: how many they are; -1 = all there are.
+        stages: the pipeline stages that hold it.
+        slice_shape: shape of a slice before the optimizer's cut, where it is known.
+    """
+
+    matrix: tuple[int, ...]
+    dims: tuple[int, ...]
+    step: int
+    parts: int
+    stages: tuple[int, ...] = (0,)
+    slice_shape: tuple[int, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks a stage has."""
+        return math.prod(self.matrix)
+
+    def box(self, rank: int, shape: tuple[int, ...]) -> Box:
+        """[start, stop) of each dim that `rank` of a stage holds of a parameter of `shape`.
+
+        Raises:
+            UserError: a dim does not divide.
+        """
+        places = np.unravel_index(rank, self.matrix)
+        box = []
+        for dim, axis in zip(shape, self.dims, strict=True):
+            parts, index = (1, 0) if axis < 0 else (self.matrix[-1 - axis], int(places[-1 - axis]))
+            box.append(_part((0, dim), parts, index))
+        if self.step:
+            parts = self.parts if self.parts > 0 else self.ranks // self.step
+            box[0] = _part(box[0], parts, rank // self.step % parts)
+        return tuple(box)
+
+
+def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
+    start, stop = span
+    if (stop - start) % parts:
+        raise UserError(f"a dim of {stop - start} does not divide into {parts} slices", where="strategy",
+                        mend="is the strategy file of another model?")
+    size = (stop - start) // parts
+    return start + index * size, start + (index + 1) * size
+
+
+def cuts_of(wholes: list[Whole]) -> dict[str, Cut]:
+    """Cuts of all parameters of a network, from `parallel.sharding.slices.cut_parameters`."""
+    cuts = {}
+    for whole in wholes:
+        boxes = whole.box_of_rank
+        mesh = {axis: ways for axis, ways in boxes.mesh.items() if axis != "expert" or ways > 1}
+        axes = list(mesh)
+        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in boxes.cuts)
+        slice_shape = tuple(size // (mesh[axis] if axis else 1)
+                            for size, axis in zip(boxes.shape, boxes.cuts, strict=True))
+        sharded = boxes.shard > 1
+        cuts[whole.name] = Cut(tuple(mesh.values()), dims, boxes.shard_step if sharded else 0,
+                               boxes.shard if sharded else 0, tuple(sorted(boxes.stages or {0})), slice_shape)
+    return cuts
+
+
+def read_strategy(path: str | Path) -> dict[str, Cut]:
+    """The cuts of everything that a strategy file names, of one stage or of several.
+
+    Raises:
+        UserError: missing, too large or not a strategy file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such strategy file", where=path)
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError("file is too large for a strategy", where=path, value=path.stat().st_size)
+    cuts: dict[str, Cut] = {}
+    try:
+        for number, item in wire.fields(path.read_bytes()):
+            if number == 3:
+                name, cut = _layout(item)
+                stage, dash, rest = name.partition("-")
+                if dash and stage.isdigit():
+                    before = cuts[rest].stages if rest in cuts else ()
+                    name, cut = rest, Cut(cut.matrix, cut.dims, cut.step, cut.parts, (*before, int(stage)),
+                                          cut.slice_shape)
+                cuts[name] = cut
+    except (ValueError, TypeError, AttributeError, UnicodeDecodeError):
+        raise UserError("not a strategy file", where=path) from None
+    if not cuts:
+        raise UserError("the strategy file names no parameter", where=path)
+    return cuts
+
+
+def write_strategy(path: str | Path, cuts: dict[str, Cut]) -> None:
+    """A strategy file that `read_strategy` and MindSpore read; several stages in one, if there are several.
+
+    Raises:
+        UserError: no disk space.
+    """
+    stages = sorted({stage for cut in cuts.values() for stage in cut.stages})
+    matrix = next(iter(cuts.values())).matrix
+    # MindSpore calls a file without strategies of operators empty: one a stage tells the stage's number.
+    ways = wire.field(1, b"".join(wire.field(1, size) for size in matrix))
+    items = [wire.field(1, 1)]
+    items += [wire.field(2, wire.field(1, f"stage_{stage}".encode())
+                         + wire.field(2, wire.field(1, stage) + wire.field(2, ways))) for stage in stages]
+    for stage in stages:
+        for name, cut in cuts.items():
+            if stage in cut.stages:
+                named = f"{stage}-{name}" if len(stages) > 1 else name
+                items.append(wire.field(3, wire.field(1, named.encode()) + wire.field(2, _encoded(cut))))
+    with atomic_write(path, "wb") as file:
+        file.write(b"".join(items))
+
+
+def _encoded(cut: Cut) -> bytes:
+    sizes, dims, shape = (b"".join(wire.field(1, value) for value in values)
+                          for values in (cut.matrix, cut.dims, cut.slice_shape))
+    return (wire.field(1, sizes) + wire.field(2, dims) + wire.field(3, shape) + wire.field(4, b"") + wire.field(5, 0)
+            + wire.field(6, cut.step) + wire.field(7, cut.parts))
+
+
+def _layout(item: memoryview) -> tuple[str, Cut]:
+    name, layout = "", memoryview(b"")
+    for number, value in wire.fields(item):
+        if number == 1:
+            name = bytes(value).decode("utf-8")
+        elif number == 2:
+            layout = value
+    values = dict(wire.fields(layout))
+    return name, Cut(_dims(values.get(1)), _dims(values.get(2)), wire.signed(values.get(6, 0)),
+                     wire.signed(values.get(7, 0)), slice_shape=_dims(values.get(3)))
+
+
+def _dims(message: memoryview | None) -> tuple[int, ...]:
+    """`repeated uint32/sint32 dim = 1`, one by one or packed."""
+    found: list[int] = []
+    for _, value in wire.fields(message or b""):
+        if isinstance(value, int):
+            found.append(value)
+        else:
+            at = 0
+            while at < len(value):
+                number, at = wire.next_varint(value, at)
+                found.append(number)
+    return tuple(_int32(value) for value in found)
+
+
+def _int32(value: int) -> int:
+    value = wire.signed(value)
+    return value - (1 << 32) if 1 << 31 <= value < 1 << 32 else value

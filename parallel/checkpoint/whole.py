@@ -1,0 +1,175 @@
+"""Checkpoints: a folder with safetensors files and JSON, complete or absent.
+
+    checkpoints/step_00001000/
+        parameters.safetensors    the network's parameters, by name
+        optimizer.safetensors     moments, `adam_m.<parameter>` and so on (absent when not saved)
+        layout.json               for every tensor: file, dtype, shape, crc32
+        state.json                counters of the step, position in the data, whatever the trainer adds
+
+A checkpoint is written into a hidden folder beside its place and renamed when everything is on the disk. Nothing is
+ever unpickled. Slices of many ranks: `parallel.checkpoint.sharded`; both kinds are loaded here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parallel.checkpoint.folder import (
+    FORMAT,
+    OPTIMIZER_FILE,
+    PARAMETERS_FILE,
+    VERSION,
+    checkpoint_path,
+    put_in_place,
+    remove_old,
+    write_plain_json,
+)
+from parallel.checkpoint.safetensors_file import dtype_name, write_safetensors
+from parallel.checkpoint.sharded import Slices, parameter_of
+from parallel.common.errors import UserError
+from parallel.common.files import explain_os_error
+
+if TYPE_CHECKING:
+    from mindspore import Parameter
+
+_MAX_SHOWN = 3
+
+
+def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Parameter], states: Sequence[Parameter] = (),
+                    state: dict[str, Any] | None = None, keep: int | None = None) -> Path:
+    """Writes `<directory>/step_<step>` atomically, then deletes all but the newest `keep`.
+
+    Args:
+        directory: folder of the run's checkpoints.
+        step: names the checkpoint; one that exists is replaced.
+        parameters: the network's parameters.
+        states: the optimizer's.
+        state: JSON values to keep beside them.
+        keep: how many to keep; None = all.
+
+    Raises:
+        UserError: no space or no permission; what was there before is untouched.
+    """
+    directory, target = Path(directory), checkpoint_path(directory, step)
+    hidden = directory / f".{target.name}.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _check_space(directory, [*parameters, *states])
+        hidden.mkdir()
+        entries = {}
+        for name, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
+            if tensors:
+                entries.update(_write_tensors(hidden / name, tensors))
+        write_plain_json(hidden / "layout.json", {"format": FORMAT, "version": VERSION, "tensors": entries})
+        write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **(state or {})})
+        put_in_place(hidden, target)
+    except OSError as error:
+        raise explain_os_error(error, target) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    remove_old(directory, keep)
+    return target
+
+
+def _check_space(directory: Path, tensors: Sequence[Parameter]) -> None:
+    needed = sum(int(np.prod(t.shape, dtype=np.int64)) * t.itemsize for t in tensors) + (1 << 20)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(f"a checkpoint needs {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB left; "
+                        "nothing was written", where=directory, mend="free some space or lower output.keep")
+
+
+def _write_tensors(path: Path, tensors: Sequence[Parameter]) -> dict[str, dict]:
+    import mindspore as ms
+
+    plan = [(t.name, dtype_name(ms.dtype_to_nptype(t.dtype)), tuple(t.shape), t.asnumpy) for t in tensors]
+    checksums = write_safetensors(path, plan)
+    return {name: {"file": path.name, "dtype": dtype, "shape": list(shape), "crc32": checksums[name]}
+            for name, dtype, shape, _ in plan}
+
+
+class Checkpoint:
+    """A checkpoint, whole or in slices, as whole tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
+
+    Raises:
+        UserError: not a checkpoint, or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._slices = Slices(path)
+        self.path, self.state = self._slices.path, self._slices.state
+        self.names, self.read = self._slices.names, self._slices.read
+        self.layout = {name: {"file": tensor.kind, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+                       for name, tensor in self._slices.tensors.items()}
+
+
+def load_checkpoint(path: str | Path, parameters: Sequence[Parameter], states: Sequence[Parameter] = (),
+                    boxes: dict[str, tuple] | None = None) -> dict[str, Any]:
+    """Fills parameters and moments and returns the JSON state; compares all names and shapes before it changes any.
+
+    The checkpoint may be whole or in the slices of any layout.
+
+    Args:
+        path: a checkpoint, or a folder of them (the newest is taken).
+        parameters: the network's; each must be in the checkpoint and the other way round.
+        states: the optimizer's; () leaves moments alone.
+        boxes: by parameter name the part that this process holds; parameters without one are on another stage and
+            left alone. None: everything is whole.
+
+    Raises:
+        UserError: missing, extra, of another shape or type, damaged; the parameter is named.
+    """
+    checkpoint = Slices(path)
+    if boxes is not None:
+        parameters, states = ([p for p in many if parameter_of(p.name) in boxes] for many in (parameters, states))
+    _compare(checkpoint, PARAMETERS_FILE, parameters, boxes or {})
+    if states:
+        if not checkpoint.names(OPTIMIZER_FILE):
+            raise UserError("the checkpoint has no optimizer state, so training cannot go on from it",
+                            where=checkpoint.path, mend="use one saved with output.save_optimizer")
+        _compare(checkpoint, OPTIMIZER_FILE, states, boxes or {})
+    for parameter in [*parameters, *states]:
+        _fill(parameter, checkpoint.read(parameter.name, (boxes or {}).get(parameter_of(parameter.name))))
+    return checkpoint.state
+
+
+def load_parameters(path: str | Path, parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """`load_checkpoint` without moments, for evaluation and serving."""
+    return load_checkpoint(path, parameters)
+
+
+def _compare(checkpoint: Slices, kind: str, parameters: Sequence[Parameter], boxes: dict[str, tuple]) -> None:
+    import mindspore as ms
+
+    wanted = {p.name: p for p in parameters}
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    extra = [name for name in checkpoint.names(kind) if name not in wanted]
+    for what, names in (("lacks", missing), ("has the unknown", [] if boxes else extra)):
+        if names:
+            more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+            raise UserError(f"the checkpoint {what} parameter {', '.join(names[:_MAX_SHOWN])}{more}",
+                            where=checkpoint.path, mend="is it of another model or optimizer?")
+    for name, parameter in wanted.items():
+        saved, box = checkpoint.tensors[name], boxes.get(parameter_of(name))
+        shape = saved.shape if box is None else tuple(stop - start for start, stop in box)
+        if shape != tuple(parameter.shape):
+            raise UserError(f"'{name}' has shape {list(parameter.shape)} in the model and {list(shape)} in the "
+                            "checkpoint", where=checkpoint.path,
+                            mend="use the model settings that the checkpoint was trained with")
+        dtype = dtype_name(ms.dtype_to_nptype(parameter.dtype))
+        if saved.dtype != dtype:
+            raise UserError(f"'{name}' is {dtype} in the model and {saved.dtype} in the checkpoint",
+                            where=checkpoint.path)
+
+
+def _fill(parameter: Parameter, array: np.ndarray) -> None:
+    import mindspore as ms
+
+    # In place, so that a compiled graph that holds the parameter sees the values.
+    parameter.set_data(ms.Tensor(array, parameter.dtype))

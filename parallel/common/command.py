@@ -1,0 +1,152 @@
+"""One shape of command: `python -m <package> <verb> --config file.yaml key.sub=value`.
+
+People read stderr; the last line of stdout is one JSON object with the figures. Errors that a user can cause are one
+line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from parallel.common.errors import UserError
+from parallel.common.settings import Settings, load_settings, reference, to_yaml
+
+_OVERRIDE = re.compile(r"^[A-Za-z_][\w.-]*=")
+
+_EPILOG = (
+    "Keys of the config file are overridden by key.sub=value, for example train.steps=100. "
+    "--print-config shows what results, --print-reference explains every key. "
+    "Progress and tables go to stderr; the last line of stdout is one JSON object."
+)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of a package's command line.
+
+    Args:
+        name: what the user types.
+        run: `run(settings, arguments) -> dict` or its name "module:function" (imported only when the verb runs);
+            `settings` is None for a verb without settings; the dict is printed as the JSON line.
+        help: one line for `--help`.
+        settings: the settings class or its name "module:Class"; adds `--config`, overrides, `--print-config`. A class
+            with `for_file(path, overrides) -> class` chooses a narrower one by what the file says.
+        arguments: `arguments(parser)` adds the verb's own flags.
+        run_file: for verbs that take a config file of any model: adds `--config` and lets overrides through as the list
+            `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
+        config: the config file taken when the user names none; None = the defaults of the settings class.
+    """
+
+    name: str
+    run: Callable[[Any, argparse.Namespace], dict] | str
+    help: str
+    settings: type[Settings] | str | None = None
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    run_file: bool = False
+    config: str | None = None
+
+
+def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
+    """Parses `argv`, runs the verb and prints its figures; returns the exit code: 0, 2, or figures["exit_code"]."""
+    if argv is None:
+        argv = sys.argv[1:]
+    # Before MindSpore is imported: its warnings are for its developers and would drown ours.
+    os.environ.setdefault("GLOG_v", "3")
+    try:
+        return _main(package, verbs, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}; free some space or choose another place",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
+    parser = _parser(package, verbs)
+    arguments, rest = parser.parse_known_args(argv)
+    verb = next(verb for verb in verbs if verb.name == arguments.verb)
+    overrides = [word for word in rest if _OVERRIDE.match(word)]
+    unknown = [word for word in rest if not _OVERRIDE.match(word)]
+    if unknown or (overrides and verb.settings is None and not verb.run_file):
+        raise _unknown_word(parser, verb, (unknown or overrides)[0])
+    arguments.overrides = overrides
+    settings = None
+    if verb.settings is not None:
+        cls = _resolve(verb.settings)
+        if hasattr(cls, "for_file"):
+            cls = cls.for_file(arguments.config or verb.config, overrides)
+        if arguments.print_reference:
+            print(reference(cls))
+            return 0
+        settings = load_settings(cls, arguments.config or verb.config, overrides)
+        if arguments.print_config:
+            print(to_yaml(settings), end="")
+            return 0
+    figures = _resolve(verb.run)(settings, arguments)
+    exit_code = figures.pop("exit_code", 0)
+    sys.stderr.flush()
+    print(json.dumps(_finite(figures), ensure_ascii=False), flush=True)
+    return exit_code
+
+
+def _parser(package: str, verbs: list[Verb]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", epilog=_EPILOG, allow_abbrev=False)
+    choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in verbs:
+        sub = choices.add_parser(verb.name, help=verb.help, description=verb.help, epilog=_EPILOG, allow_abbrev=False)
+        if verb.settings is not None:
+            default = verb.config or "built-in defaults"
+            sub.add_argument("--config", metavar="FILE", help=f"YAML file with the settings (default: {default})")
+            sub.add_argument("--print-config", action="store_true", help="print the resulting settings and stop")
+            sub.add_argument("--print-reference", action="store_true", help="explain every key and stop")
+        if verb.run_file:
+            sub.add_argument("--config", metavar="FILE", required=True, help="config file of any model")
+        if verb.arguments is not None:
+            verb.arguments(sub)
+    return parser
+
+
+def _unknown_word(parser: argparse.ArgumentParser, verb: Verb, word: str) -> UserError:
+    subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    sub = subparsers.choices[verb.name]
+    near = difflib.get_close_matches(word.split("=")[0], list(sub._option_string_actions), n=1, cutoff=0.5)
+    mend = f"did you mean {near[0]}?" if near else f"see python -m ... {verb.name} --help"
+    return UserError(f"unknown argument '{word}'", where=verb.name, mend=mend)
+
+
+def _resolve(target: Any) -> Any:
+    if not isinstance(target, str):
+        return target
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a figure that could not be had is null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

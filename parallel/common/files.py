@@ -1,0 +1,172 @@
+"""Files read and written with care: atomic, bounded, confined, decompressed by suffix."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import io
+import json
+import lzma
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from parallel.common.errors import UserError
+
+MAX_JSON_BYTES = 256 << 20
+COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a temporary file beside `path` that takes its place only when the block ends without an error.
+
+    Raises:
+        UserError: no space on the disk, or the folder cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        temporary = None
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def explain_os_error(error: OSError, path: str | Path) -> Exception:
+    """A `UserError` for a full disk or a place that cannot be written; any other error unchanged."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError("no space left on the disk; nothing was written", where=path, mend="free some space")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError("cannot write here", where=path, mend="choose another output folder")
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return UserError(f"cannot write here: {error.strerror}", where=path, mend="choose another output path")
+    return error
+
+
+def open_binary(path: str | Path) -> BinaryIO:
+    """Opens a file for reading bytes, decompressing `.xz`, `.gz` and `.zst` (streaming).
+
+    Raises:
+        UserError: the file is missing, or `.zst` and the package zstandard is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such file", where=path, mend="check the path")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(path), 1 << 20)
+    return path.open("rb")
+
+
+class _ZstdReader(io.RawIOBase):
+    """Frames of a `.zst` file one after the other; unlike zstandard's own reader it notices a file that was cut off."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError("reading .zst needs the package zstandard", where=path,
+                            mend="pip install zstandard") from None
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstandard.ZstdError
+        self._file, self._frame, self._ready = path.open("rb"), None, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = data or self._file.read(1 << 17)
+            if self._frame is None or self._frame.eof:
+                if not data:
+                    return 0
+                self._frame = self._new_frame()
+            elif not data:
+                raise EOFError("the file ends inside a frame")
+            try:
+                self._ready = memoryview(self._frame.decompress(data))
+            except self._error as error:
+                raise OSError(str(error)) from None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+
+def open_text(path: str | Path, errors: str = "strict") -> IO[str]:
+    """`open_binary` read as UTF-8 text lines (universal newlines off: a lone carriage return is text)."""
+    return io.TextIOWrapper(open_binary(path), encoding="utf-8", errors=errors, newline="\n")
+
+
+def cache_folder() -> Path:
+    """The project's folder under `$XDG_CACHE_HOME` or `~/.cache`, for what is compiled once and loaded as code.
+
+    Raises:
+        OSError: it cannot be made, or others could write into it.
+        RuntimeError: there is no home folder.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangu-rankers"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "belongs to or can be written by others", str(folder))
+    return folder
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=1, sort_keys=False)
+        file.write("\n")
+
+
+def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Reads a JSON file of at most `max_bytes`.
+
+    Raises:
+        UserError: missing, too large, or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such file", where=path, mend="check the path")
+    if path.stat().st_size > max_bytes:
+        raise UserError(f"file is larger than the {max_bytes} bytes allowed", where=path, value=path.stat().st_size)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        raise UserError("file is damaged: not JSON", where=path, mend="make it anew") from None
+
+
+def inside(root: str | Path, path: str | Path) -> Path:
+    """`root / path`, refused when it would lead outside `root`.
+
+    Raises:
+        UserError: the path is absolute, or climbs out by `..` or a link.
+    """
+    root = Path(root).resolve()
+    full = (root / path).resolve()
+    if full != root and root not in full.parents:
+        raise UserError("path leads outside its folder", where=root, value=str(path))
+    return full

@@ -1,0 +1,153 @@
+"""Both sides of a replay, step by step: all ranks in lock-step, and the one-device run."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from parallel.common.progress import note, table
+from parallel.proof.dryrun.accounting import coordinates
+from parallel.proof.replay.collective_order import wrong_order
+from parallel.proof.replay.collectives import Deadlock
+from parallel.proof.replay.divergence import locate
+from parallel.proof.replay.executor import Rank, run_step
+from parallel.proof.replay.ranks import World, part_of
+from parallel.proof.replay.reference import History, OneDevice
+from parallel.proof.replay.tolerances import (
+    LOSS_TOLERANCE,
+    PARAMETER_TOLERANCE,
+    STATE_FLOOR,
+    STATE_TOLERANCE,
+    Difference,
+)
+
+
+class Replay:
+    """Runs both sides and compares them.
+
+    Args:
+        world: the compiled layout.
+        reference: the one-device run.
+        steps: how many.
+        quiet: print the table of steps only where the runs differ.
+    """
+
+    def __init__(self, world: World, reference: OneDevice, steps: int, *, quiet: bool = False) -> None:
+        self.world, self.reference, self.steps, self.quiet = world, reference, steps, quiet
+        self.ranks: list[Rank] = []
+        self.largest: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """The verb's figures; exit_code 1 unless both runs are equal."""
+        world = self.world
+        rows = self.reference.batch(0)[0].shape[0]
+        single = self.reference.run(self.steps, world.order(rows))
+        ranks, cut, problem = world.start(self.reference.start), History(), wrong_order(world.programs)
+        self.ranks = ranks
+        differences: list[list[Difference]] = []
+        for number in range(0 if problem else self.steps):
+            begin = time.monotonic()
+            try:
+                results = run_step(ranks, world.inputs(self.reference.batch(number)))
+            except Deadlock as error:
+                problem = str(error)
+                break
+            cut.seconds.append(time.monotonic() - begin)
+            self._record(cut, results)
+            differences.append(self._differences(ranks, single.values[number]))
+        return self._report(single, cut, differences, problem)
+
+    def digest(self) -> str:
+        """Hash of all parameters and states of all ranks: two layouts with the same one ended equal bit for bit."""
+        found = hashlib.sha256()
+        for rank in self.ranks:
+            for name in sorted(rank.state):
+                found.update(f"{rank.number} {name}".encode() + np.ascontiguousarray(rank.state[name]).tobytes())
+        return found.hexdigest()
+
+    def _record(self, cut: History, results: list) -> None:
+        config = self.world.config
+        last = [result for rank, result in enumerate(results)
+                if coordinates(rank, config)[0] == config.pipeline.stages - 1]
+        cut.losses.append([float(result[0]) for result in last])
+        cut.norms.append([float(result[1]) for result in results])
+
+    def _differences(self, ranks: Sequence[Rank], whole: dict[str, np.ndarray]) -> list[Difference]:
+        """Of every parameter and state of every rank, largest relative difference first.
+
+        Relative to the largest element that the tensor has had so far: a moment may pass through 0, and keeps the
+        rounding errors of what it was.
+        """
+        for name, value in whole.items():
+            self.largest[name] = max(self.largest.get(name, 0.0), float(np.abs(value).max(initial=0.0)))
+        trainable = {item.name for item in self.reference.task.network.trainable_params()}
+        largest = max((self.largest[name] for name in whole if name.startswith("adam_m.")), default=0.0)
+        floors = {"adam_m": STATE_FLOOR * largest, "adam_v": (STATE_FLOOR * largest) ** 2}
+        found = []
+        for rank, boxes in zip(ranks, self.world.boxes, strict=True):
+            copies = rank.program.copies
+            for name, value in rank.state.items():
+                if name not in whole or value.ndim == 0 or name.partition(".")[2] in copies or name in copies:
+                    continue
+                floor = (self.reference.reach(name) if name in trainable
+                         else floors.get(name.partition(".")[0], 1e-12))
+                part = part_of(whole[name], boxes.get(name))
+                finite = np.isfinite(value).all() and np.isfinite(part).all()
+                far = float(np.abs(value - part).max(initial=0.0)) if finite else float("inf")
+                found.append(Difference(far / max(self.largest[name], floor, 1e-30), name, rank.number))
+        return sorted(found, key=lambda item: -item.relative)
+
+    def _report(self, single: History, cut: History, differences: list[list[Difference]],
+                problem: str | None) -> dict[str, Any]:
+        trainable = {item.name for item in self.reference.task.network.trainable_params()}
+        lines, worst = [], {"loss": 0.0, "norm": 0.0, "parameter": 0.0, "state": 0.0}
+        first_wrong, forward = None, False
+        for number, found in enumerate(differences):
+            now = {"loss": _relative(cut.losses[number], single.losses[number][0]),
+                   "norm": _relative(cut.norms[number], single.norms[number][0]),
+                   "parameter": max(item.relative for item in found if item.name in trainable),
+                   "state": max((item.relative for item in found if item.name not in trainable), default=0.0)}
+            worst = {key: _larger(worst[key], now[key]) for key in worst}
+            if first_wrong is None and not _within(now):
+                first_wrong, forward = number, now["loss"] > LOSS_TOLERANCE
+            lines.append([number, single.losses[number][0], cut.losses[number][0], now["loss"], single.norms[number][0],
+                          now["norm"], now["parameter"], now["state"]])
+        equal = problem is None and first_wrong is None
+        if not (equal and self.quiet):
+            table("replay against one device (differences are relative)",
+                  ["step", "loss, one device", "loss, replay", "difference", "norm", "norm difference",
+                   "parameter difference", "state difference"], lines)
+        figures = {
+            "world": self.world.config.world, "equal": equal, "max_loss_difference": worst["loss"],
+            "max_parameter_difference": worst["parameter"], "max_norm_difference": worst["norm"],
+            "max_state_difference": worst["state"], "steps": len(differences),
+            "compiled_ranks": len(self.world.compiled_ranks),
+            "step_seconds": round(min(cut.seconds), 4) if cut.seconds else None,
+            "one_device_step_seconds": round(min(single.seconds), 4),
+        }  # fmt: skip
+        if problem is not None:
+            note(problem)
+            figures["deadlock"] = problem
+        if first_wrong is not None:
+            found = locate(self.world, self.reference, first_wrong, differences[first_wrong], forward=forward)
+            note(found.text)
+            figures["divergence"] = found.to_dict()
+        return figures | {"exit_code": 0 if equal else 1}
+
+
+def _relative(values: Sequence[float], wanted: float) -> float:
+    far = max(abs(value - wanted) for value in values) if all(np.isfinite(values)) else float("inf")
+    return far / max(abs(wanted), 1e-30)
+
+
+def _larger(one: float, other: float) -> float:
+    return max(one, other) if np.isfinite(one) and np.isfinite(other) else float("inf")
+
+
+def _within(now: dict[str, float]) -> bool:
+    return (now["loss"] <= LOSS_TOLERANCE and now["norm"] <= PARAMETER_TOLERANCE
+            and now["parameter"] <= PARAMETER_TOLERANCE and now["state"] <= STATE_TOLERANCE)

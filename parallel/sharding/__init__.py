@@ -1,0 +1,1 @@
+"""How a network is sharded: `ParallelConfig`, named axes, layouts, shard slices, topology."""

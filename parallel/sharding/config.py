@@ -1,0 +1,163 @@
+"""`ParallelConfig`: the one block that says how a model is cut over devices."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from parallel.common.errors import UserError
+from parallel.common.settings import Settings
+
+
+class PipelineConfig(Settings):
+    """Stages along the layers, fed with micro-batches."""
+
+    stages: int = Field(1, ge=1)
+    """Number of pipeline stages; consecutive layers share a stage."""
+    micro_batches: int = Field(1, ge=1)
+    """Micro-batches a global batch is cut into; at least the number of stages, or stages stand idle. Not given: as many
+    as stages."""
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """Order of forward and backward passes. 1f1b holds the fewest activations; interleaved gives each stage several
+    chunks of layers and shrinks the bubble."""
+    interleave: int = Field(1, ge=1)
+    """Chunks of layers a stage holds under the interleaved schedule."""
+    offsets: list[int] | None = None
+    """Layers that each stage has more (or fewer) than the even share; one number a stage, together 0."""
+
+
+class OptimizerShardConfig(Settings):
+    """Optimizer parallelism: states (and, by level, gradients and weights) cut along the data axis."""
+
+    shard: int = Field(1, ge=-1)
+    """Devices that share one set of optimizer states: 1 = none, -1 = the whole data axis, else a divisor of it."""
+    level: Literal[1, 2, 3] = 1
+    """What is kept cut (MindSpore's hsdp levels): 1: weights and states; 2: the gradients of micro-batches too; 3: the
+    backward pass gathers the weights again (not with pipeline stages)."""
+    threshold_kb: int = Field(0, ge=0)
+    """Parameters smaller than this many KiB are not cut. 0 cuts every parameter that its layer allows."""
+
+
+class RecomputeConfig(Settings):
+    """Activations thrown away in the forward pass and computed again in the backward pass."""
+
+    policy: Literal["none", "full", "selective"] = "none"
+    """none; full: every block; selective: only the cells named in `cells`."""
+    cells: list[str] = Field(default_factory=lambda: ["attention.core"])
+    """Under selective: names inside a block whose activations are recomputed."""
+    slice_activations: bool = False
+    """Cut what is kept for recomputing over the op axis too."""
+    communication: bool = True
+    """Whether the op axis's AllReduce is run again in the recomputation (true), or its result kept (false)."""
+
+
+class ParallelConfig(Settings):
+    """How a model is cut: data x op x pipeline = devices; the other dimensions reuse these axes.
+
+    Paper: PanGu-alpha section 4 (the five dimensions). Exactly one of the axes may be -1: it takes the rest.
+    """
+
+    devices: int | None = Field(None, ge=1)
+    """Number of devices the block is written for. None = the number of processes that were started, and without a
+    launcher the product of the axes."""
+    data: int = Field(1, ge=-1)
+    """Data parallelism: ways the batch is cut."""
+    op: int = Field(1, ge=-1)
+    """Op-level (tensor) parallelism: ways heads, feed-forward width and vocabulary are cut."""
+    pipeline: PipelineConfig = PipelineConfig()
+    """Pipeline parallelism."""
+    optimizer: OptimizerShardConfig = OptimizerShardConfig()
+    """Optimizer parallelism along the data axis."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    """Rematerialisation."""
+    expert: int = Field(1, ge=1)
+    """Expert parallelism: ways the experts are cut; a divisor of data (experts live on the data axis)."""
+    sequence: bool = False
+    """Cut residual stream and layer norms over the op axis along the tokens (sequence parallelism)."""
+    vocabulary: bool = True
+    """Cut word embedding and head over the op axis along the vocabulary; false keeps them whole on every device."""
+    micro_batch_interleave: int = Field(1, ge=1)
+    """Parts a micro-batch is cut into so that the op communication of one overlaps the computation of another."""
+    gradient_fusion_groups: int = Field(4, ge=1)
+    """Groups of layers whose gradient communication is fused into one call each."""
+
+    @property
+    def world(self) -> int:
+        """Product of data, op and pipeline stages; defined once no axis is -1."""
+        return self.data * self.op * self.pipeline.stages
+
+    @property
+    def optimizer_shard(self) -> int:
+        """The optimizer shard size with -1 resolved to the data axis."""
+        return self.data if self.optimizer.shard == -1 else self.optimizer.shard
+
+    def resolve(self, devices: int | None = None) -> ParallelConfig:
+        """A copy with -1 filled in, checked against the number of devices.
+
+        Args:
+            devices: what was started; None takes `self.devices`, and without that the product.
+
+        Raises:
+            UserError: the product differs from the number of devices, or an axis does not divide.
+        """
+        devices = devices or self.devices
+        config = self.model_copy(deep=True)
+        if config.pipeline.stages > 1 and "micro_batches" not in config.pipeline.model_fields_set:
+            config.pipeline.micro_batches = config.pipeline.stages
+        free = [axis for axis in ("data", "op") if getattr(self, axis) == -1]
+        if len(free) > 1:
+            raise UserError("only one axis may be -1", where="parallel", value=f"data {self.data}, op {self.op}")
+        for axis in ("data", "op"):
+            if getattr(self, axis) == 0:
+                raise UserError("must be at least 1 (or -1 for the rest)", where=f"parallel.{axis}", value=0)
+        if free:
+            self._fill(config, free[0], devices)
+        if devices is not None and config.world != devices:
+            raise UserError(
+                f"data {config.data} x op {config.op} x pipeline.stages {config.pipeline.stages} = {config.world}, "
+                f"but there are {devices} devices", where="parallel", mend="set one of data and op to -1")
+        config._check()
+        return config
+
+    def _fill(self, config: ParallelConfig, axis: str, devices: int | None) -> None:
+        if devices is None:
+            raise UserError("-1 needs the number of devices", where=f"parallel.{axis}", value=-1,
+                            mend="set parallel.devices")
+        taken = -config.world
+        if devices % taken:
+            raise UserError(f"{devices} devices do not divide by the other axes ({taken})", where=f"parallel.{axis}",
+                            value=-1)
+        setattr(config, axis, devices // taken)
+
+    def _check(self) -> None:
+        stages, shard = self.pipeline.stages, self.optimizer.shard
+        if shard == 0 or (shard > 0 and self.data % shard):
+            raise UserError(f"must divide the data axis ({self.data})", where="parallel.optimizer.shard", value=shard,
+                            mend="use -1 for the whole data axis")
+        if self.data % self.expert:
+            raise UserError(f"must divide the data axis ({self.data})", where="parallel.expert", value=self.expert)
+        if self.pipeline.micro_batches < stages:
+            raise UserError(f"must be at least the number of stages ({stages})",
+                            where="parallel.pipeline.micro_batches", value=self.pipeline.micro_batches,
+                            mend=f"set it to {stages} or a multiple")
+        if stages > 1 and self.pipeline.schedule == "interleaved" and self.pipeline.interleave < 2:
+            raise UserError("the interleaved schedule needs at least 2 chunks a stage",
+                            where="parallel.pipeline.interleave", value=self.pipeline.interleave,
+                            mend="set it to 2, or pipeline.schedule: 1f1b")
+        if stages > 1 and self.optimizer_shard > 1 and self.optimizer.level == 3:
+            raise UserError("MindSpore 2.9 does not compile level 3 with pipeline stages",
+                            where="parallel.optimizer.level", value=3, mend="set it to 2, or pipeline.stages: 1")
+        if self.pipeline.interleave > 1 and self.pipeline.schedule != "interleaved":
+            raise UserError("needs the interleaved schedule", where="parallel.pipeline.interleave",
+                            value=self.pipeline.interleave, mend="set pipeline.schedule: interleaved")
+        offsets = self.pipeline.offsets
+        if offsets is not None and (len(offsets) != stages or sum(offsets) != 0):
+            raise UserError(f"needs {stages} numbers that add up to 0", where="parallel.pipeline.offsets",
+                            value=offsets)
+
+
+def divides(divisor: int, number: int, *, where: str, what: str, mend: str | None = None) -> None:
+    """Raises a `UserError` naming the key unless `divisor` divides `number`."""
+    if number % divisor:
+        raise UserError(f"{what} {number} does not divide by {divisor}", where=where, value=divisor, mend=mend)

@@ -1,0 +1,121 @@
+"""Named layouts: a layer says which named axis cuts each dimension; the config says how many ways an axis cuts.
+
+    matmul: (("tokens", None), ("width", None)) -> ("tokens", "width")
+
+reads: the first operand's dim 0 is cut along `tokens`, the second's dim 0 along `width`. Under data 4, op 2 that is
+MindSpore's strategy ((4, 1), (2, 1)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mindspore import nn, ops
+from mindspore.parallel import Layout
+
+from parallel.sharding.config import ParallelConfig
+
+Operand = tuple  # of axis names, None for a dim that is not cut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one primitive is cut.
+
+    Args:
+        primitive: the primitive to be given a strategy.
+        inputs: one tuple of axis names for each tensor operand.
+        outputs: the same for the results; only where MindSpore would choose another, which sequence parallelism alone
+            needs (a row-cut matmul whose result is to be cut by tokens becomes ReduceScatter instead of AllReduce).
+    """
+
+    primitive: ops.Primitive
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...] | None = None
+
+
+class Axes:
+    """Sizes of the named axes under one `ParallelConfig`.
+
+    Names: batch, tokens (batch x sequence flattened), residual (tokens of the residual stream: also cut over op under
+    sequence parallelism), heads, width (feed-forward and projections), vocabulary, experts, feature_tokens (a
+    ranker's tokens, each with weights of its own), rows (samples cut over data and op).
+    """
+
+    def __init__(self, config: ParallelConfig) -> None:
+        data, op = config.data, config.op
+        self.sizes = {
+            "batch": data,
+            "tokens": data,
+            "residual": data * op if config.sequence else data,
+            "heads": op,
+            "width": op,
+            "vocabulary": op if config.vocabulary else 1,
+            "experts": config.expert,
+            "data_in_expert": data // config.expert,
+            "feature_tokens": op,
+            "rows": data * op,
+        }
+        self.sequence = config.sequence and op > 1
+        self.stages = config.pipeline.stages
+        self.mesh = Layout((data // config.expert, config.expert, op), ("replica", "expert", "op"))
+        whole = ("replica", "expert")
+        self.places = {"batch": whole, "tokens": whole, "residual": (*whole, "op") if config.sequence else whole,
+                       "experts": "expert", "data_in_expert": "replica", "rows": (*whole, "op"),
+                       **dict.fromkeys(("heads", "width", "vocabulary", "feature_tokens"), "op")}
+
+    def strategy(self, operands: tuple[Operand, ...]) -> tuple:
+        """MindSpore's strategy: a tuple of ways for each operand, or a `Layout` where numbers would not do.
+
+        From numbers MindSpore lays devices out in the order of the dims: the first cut dim gets the slowest axis. A
+        ranker's tensors have the tokens (op) before the batch (data), so there the mesh must be told.
+        """
+        if any("feature_tokens" in operand or "experts" in operand for operand in operands):
+            return tuple(self.mesh(*(self._place(name) for name in operand)) for operand in operands)
+        return tuple(tuple(1 if name is None else self.sizes[name] for name in operand) for operand in operands)
+
+    def _place(self, name: str | None) -> Any:
+        return "None" if name is None or self.sizes[name] == 1 else self.places[name]
+
+
+class Layer(nn.Cell):
+    """A cell that carries its layout: `cuts()` lists how each of its primitives is cut.
+
+    `auto_prefix=False` keeps the names of the parameters below as they are (for wrappers).
+    """
+
+    def cuts(self) -> list[Cut]:
+        """The layout of this layer's own primitives (its child layers carry their own)."""
+        return []
+
+    def weights(self) -> dict[str, Operand]:
+        """How this layer's own parameters are cut, by attribute; those not named lie whole on every device. It must say
+        what `cuts` says about the same operands: checkpoints are cut by it where no graph is compiled."""
+        return {}
+
+    def exchanges(self, axes: Axes) -> bool:
+        """Whether this layer means to take or hand on tensors in another layout than its own (mixing tokens, sending
+        samples to experts). A redistribution beside any other layer is a mistake, which the dry run reports."""
+        return False
+
+    def lay_out(self, axes: Axes) -> None:
+        """Writes the strategies for `axes` on the primitives. Has no effect on one device or under data parallelism."""
+        for cut in self.cuts():
+            outputs = axes.strategy(cut.outputs) if cut.outputs is not None and axes.sequence else None
+            cut.primitive.shard(axes.strategy(cut.inputs), outputs)
+
+
+def lay_out(network: nn.Cell, config: ParallelConfig) -> Any:
+    """Writes the layout of every `Layer` in `network`; returns the network."""
+    axes = Axes(config)
+    for _, cell in network.cells_and_names():
+        if isinstance(cell, Layer):
+            cell.lay_out(axes)
+    return network
+
+
+def exchanging(network: nn.Cell, config: ParallelConfig) -> list[str]:
+    """Names of the layers of `network` beside which a redistribution is meant (`Layer.exchanges`)."""
+    axes = Axes(config)
+    return [name for name, cell in network.cells_and_names() if isinstance(cell, Layer) and cell.exchanges(axes)]

@@ -1,0 +1,194 @@
+"""Which part of every parameter lies on which rank: boxes, from the layers' layouts, without compiling.
+
+A box is `((start, stop), ...)`, one pair a dim. Ranks are numbered as MindSpore does: stage slowest, then data, then
+op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mindspore import nn
+
+from parallel.sharding.config import ParallelConfig
+from parallel.sharding.layout import Axes, Layer
+from parallel.sharding.parallelize import stage_of_layers
+
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A parameter as the model has it: full shape, and which boxes of it the ranks of a layout hold."""
+
+    name: str
+    shape: tuple[int, ...]
+    box_of_rank: Callable[[int], Box | None]
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    """Sizes of a box."""
+    return tuple(stop - start for start, stop in box)
+
+
+def cut_parameters(network: nn.Cell, config: ParallelConfig) -> list[Whole]:
+    """All parameters of `network` with their boxes under `config` (resolved).
+
+    The rules are those of MindSpore's semi-automatic parallelism: a dim is cut over the axis that its layer names;
+    under optimizer parallelism dim 0 of what is left is cut again over the ranks that hold the same slice, in
+    consecutive groups of `shard` ranks, where it divides, is not below the threshold and the layer allows it. On a
+    stage that does not use a parameter there is no box.
+    """
+    axes, stages = Axes(config), _stages_of_parameters(network, config)
+    operands = _operands(network)
+    found = []
+    for parameter in network.get_parameters():
+        operand = operands.get(id(parameter)) or (None,) * len(parameter.shape)
+        # A tuple of mesh axes would be needed only by an activation; a weight is cut over one at a time.
+        cuts = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
+        boxes = Boxes(tuple(parameter.shape), cuts, stages.get(id(parameter)), config, parameter.parallel_optimizer)
+        found.append(Whole(parameter.name, tuple(parameter.shape), boxes))
+    return found
+
+
+def _operands(network: nn.Cell) -> dict[int, tuple]:
+    """Axis names of each parameter's dims, by identity, for the parameters whose layer says them."""
+    found = {}
+    for _, cell in network.cells_and_names():
+        if isinstance(cell, Layer):
+            for attribute, operand in cell.weights().items():
+                parameter = getattr(cell, attribute, None)
+                if parameter is not None:
+                    found[id(parameter)] = operand
+    return found
+
+
+def _stages_of_parameters(network: nn.Cell, config: ParallelConfig) -> dict[int, set[int]]:
+    if config.pipeline.stages == 1:
+        return {}
+    before, *layers, after = network.pipeline_cells()
+    places = stage_of_layers(len(layers), config)
+    stages: dict[int, set[int]] = {}
+
+    def add(unit: Any, stage: int) -> None:
+        for cell in unit if isinstance(unit, list) else [unit]:
+            for parameter in cell.get_parameters():
+                stages.setdefault(id(parameter), set()).add(stage)
+
+    for unit, (stage, _) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
+        add(unit, stage)
+    for parameter, cells in getattr(network, "shared_parameters", list)():
+        for unit, (stage, _) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
+            if any(cell in (unit if isinstance(unit, list) else [unit]) for cell in cells):
+                stages.setdefault(id(parameter), set()).add(stage)
+    return stages
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """rank -> box of one parameter.
+
+    Args:
+        shape: the whole parameter's.
+        cuts: for each dim the axis of the mesh that cuts it ("expert" or "op"), or None.
+        stages: those that use it; None = there is one.
+        config: resolved.
+        shardable: whether its layer lets the optimizer's shards cut it.
+    """
+
+    shape: tuple[int, ...]
+    cuts: tuple[str | None, ...]
+    stages: set[int] | None
+    config: ParallelConfig
+    shardable: bool
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Axes of one stage, the slowest first: data = replica x expert."""
+        config = self.config
+        return {"replica": config.data // config.expert, "expert": config.expert, "op": config.op}
+
+    def __call__(self, rank: int) -> Box | None:
+        stage, place = divmod(rank, self.config.data * self.config.op)
+        if self.stages is not None and stage not in self.stages:
+            return None
+        at = self._coordinates(place)
+        box = tuple(_part(size, self.mesh[axis], at[axis]) if axis else (0, size)
+                    for size, axis in zip(self.shape, self.cuts, strict=True))
+        shard = self.shard
+        if shard == 1:
+            return box
+        (start, stop), *rest = box
+        first, last = _part(stop - start, shard, self._number_among_same(at) % shard)
+        return ((start + first, start + last), *rest)
+
+    @property
+    def shard(self) -> int:
+        """Parts into which the optimizer's shards cut dim 0 of a slice again."""
+        config = self.config
+        same = math.prod(self.mesh[axis] for axis in self._uncut)
+        shard = same if config.optimizer_shard == config.data else config.optimizer_shard
+        if config.optimizer_shard == 1 or not self.shardable or not self.shape or shard < 2:
+            return 1
+        slices = tuple(size // self.mesh[axis] if axis else size
+                       for size, axis in zip(self.shape, self.cuts, strict=True))
+        kilobytes = 4 * math.prod(slices) / 1024
+        return shard if slices[0] % shard == 0 and kilobytes >= config.optimizer.threshold_kb else 1
+
+    @property
+    def shard_step(self) -> int:
+        """Distance of the ranks that hold the parts of one slice."""
+        sizes, step = list(self.mesh.items()), 1
+        while sizes and sizes[-1][0] not in self._uncut:
+            step *= sizes.pop()[1]
+        return step
+
+    @property
+    def _uncut(self) -> list[str]:
+        return [axis for axis in self.mesh if axis not in self.cuts]
+
+    def _coordinates(self, place: int) -> dict[str, int]:
+        found = {}
+        for axis, size in reversed(self.mesh.items()):
+            place, found[axis] = divmod(place, size)
+        return found
+
+    def _number_among_same(self, at: dict[str, int]) -> int:
+        """The place of a rank among those that hold the same slice."""
+        number = 0
+        for axis in self._uncut:
+            number = number * self.mesh[axis] + at[axis]
+        return number
+
+
+def _part(size: int, ways: int, number: int) -> tuple[int, int]:
+    step = size // ways
+    return number * step, (number + 1) * step
+
+
+def box_of_mindspore(layout: Sequence[Any], rank: int, same_slice: Sequence[int] = ()) -> Box:
+    """The box of `rank` from an entry of `cell.parameter_layout_dict` of a compiled cell.
+
+    Args:
+        layout: device matrix, tensor map, slice shape before the optimizer cut, field size, uniform cut, name of the
+            optimizer-shard group, full shape.
+        rank: the rank within its stage.
+        same_slice: the ranks (within the stage) of the optimizer-shard group, in order; () if there is none.
+    """
+    matrix, tensor_map, slice_shape = list(layout[0]), list(layout[1]), list(layout[2])
+    place, coordinates = rank, []
+    for size in reversed(matrix):
+        coordinates.insert(0, place % size)
+        place //= size
+    box = []
+    for size, axis in zip(slice_shape, tensor_map, strict=True):
+        number = coordinates[len(matrix) - 1 - axis] if axis >= 0 else 0
+        box.append((number * size, (number + 1) * size))
+    if same_slice:
+        (start, stop), *rest = box
+        first, last = _part(stop - start, len(same_slice), list(same_slice).index(rank))
+        box = [(start + first, start + last), *rest]
+    return tuple(box)

@@ -1,0 +1,115 @@
+"""What a run leaves for the eye: metrics.jsonl, TensorBoard events, loss.png, and the peak for the MFU."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from parallel.common.files import atomic_write, explain_os_error
+
+
+class MetricsLog:
+    """Appends one JSON object per line to `metrics.jsonl` and the same scalars to TensorBoard.
+
+    A resumed run first drops the lines after its first step, so that the file reads like that of a straight run.
+
+    Args:
+        directory: folder of the run.
+        start_step: lines of later steps are dropped.
+        tensorboard: write event files too.
+    """
+
+    def __init__(self, directory: str | Path, start_step: int = 0, tensorboard: bool = True) -> None:
+        self.directory = Path(directory)
+        self.path = self.directory / "metrics.jsonl"
+        self.records = [r for r in read_metrics(self.path) if r.get("step", 0) <= start_step] if start_step else []
+        with atomic_write(self.path) as file:
+            file.writelines(_line(record) for record in self.records)
+        self._writer: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+
+    def write(self, step: int, **values: float | int | None) -> None:
+        """Adds a line; values that are None are left out, NaN and infinity are written as null."""
+        record = {"step": step, **{name: value for name, value in values.items() if value is not None}}
+        self.records.append(record)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line(record))
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+        if self._writer is not None:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                    self._writer.add_scalar(name, value, step)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric."""
+        points = [(r["step"], r[name]) for r in self.records if isinstance(r.get(name), (int, float))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def draw(self, path: str | Path, title: str) -> None:
+        """Draws training and validation loss over the steps as a PNG; nothing if there is no point yet."""
+        curves = {name: self.series(name) for name in ("loss", "validation_loss")}
+        if not any(steps for steps, _ in curves.values()):
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=100)
+        for (name, (steps, values)), style in zip(curves.items(), ("-", "o-"), strict=True):
+            if steps:
+                axes.plot(steps, values, style, markersize=4, linewidth=1.2,
+                          label=name.replace("validation_loss", "validation").replace("loss", "training"))
+        axes.set(xlabel="step", ylabel="loss", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.tight_layout()
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, format="png")
+        pyplot.close(figure)
+
+
+def _line(record: dict) -> str:
+    clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
+    return json.dumps(clean) + "\n"
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line cut short by a crash is dropped."""
+    records = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return [record for record in records if isinstance(record, dict)]
+
+
+def measured_matmul_tflops(size: int = 1536, repeats: int = 5) -> float:
+    """Speed of a float32 size x size matrix product on this device, TFLOP/s: the best of `repeats` after a warm-up."""
+    import mindspore as ms
+    import numpy as np
+    from mindspore import ops
+
+    rng = np.random.default_rng(0)
+    a, b = (ms.Tensor(rng.standard_normal((size, size), np.float32)) for _ in range(2))
+    best = math.inf
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        ops.matmul(a, b).asnumpy()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best / 1e12

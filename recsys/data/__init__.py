@@ -1,0 +1,1 @@
+"""Click logs to features: readers, vocabularies, encoding, batches."""

@@ -1,0 +1,419 @@
+"""Encoded rows on disk and the batches made of them.
+
+A log is read up to three times (to count rows where a split needs it, to collect the vocabulary of the training rows,
+to encode) and its rows are then numbers in flat files that are mapped, not loaded: memory stays bounded however long
+the log is, batch i is a function of (seed, i), and a run can resume at any step.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.common.errors import UserError
+from parallel.common.files import explain_os_error, read_json, write_json
+from parallel.common.progress import note
+from recsys.data.encode import Columns, Encoded, Encoder, Report, column, numbers
+from recsys.data.features import UNSEEN, Feature, FeatureSpec, expand, place
+from recsys.data.readers import Reader, reader
+from recsys.data.vocabulary import Statistics, Vocabulary
+
+PARTS = ("train", "validation", "test")
+_FORMAT = 3
+_WINDOW = 1 << 22
+
+
+@dataclass
+class Log:
+    """Encoded parts of a log, mapped from disk, with what is needed to read new rows the same way."""
+
+    parts: dict[str, Encoded]
+    spec: FeatureSpec
+    vocabulary: Vocabulary
+    labels: list[str]
+    report: dict
+    directory: Path
+
+    @property
+    def has_users(self) -> bool:
+        """Whether rows are grouped by user."""
+        return bool(self.report.get("user"))
+
+
+def columns_of(data: Any, source: Reader) -> Columns:
+    """Label and bookkeeping columns, the reader's where the file names none."""
+    return Columns(data.labels or source.labels, data.user or source.user, data.time or source.time)
+
+
+def features_of(data: Any) -> list:
+    """The features of a run with `repeat` written out."""
+    source = reader(data.reader)
+    asked = next((name for name in ("history", "passed", "like_rate") if getattr(data, name)), None)
+    if asked is not None and not source.histories:
+        raise UserError(f"reader {data.reader} makes no histories", where=f"data.{asked}", value=getattr(data, asked),
+                        mend="leave it out, and list the log's own columns in data.features")
+    features = expand(source.features(data) if data.features is None else data.features)
+    if unknown := set(data.pooling) - {feature.name for feature in features}:
+        raise UserError("no such feature", where="data.pooling", value=sorted(unknown)[0])
+    return [Feature.model_validate({**feature.model_dump(), "pooling": data.pooling[feature.name]})
+            if feature.name in data.pooling else feature for feature in features]
+
+
+def spec_without_data(data: Any, embedding_size: int) -> FeatureSpec | None:
+    """The places of the features if they can be told without reading the log, else None."""
+    features = features_of(data)
+    if any(f.rows is None and f.values == "vocabulary" and f.type != "numeric" and f.target is None for f in features):
+        return None
+    return place(features, embedding_size)
+
+
+def prepare(data: Any, embedding_size: int, vocabulary: Path | None = None) -> Log:
+    """Encodes the log, or maps what an earlier run encoded.
+
+    Args:
+        data: `recsys.settings.DataSettings`.
+        embedding_size: the model's default width.
+        vocabulary: file of a vocabulary to read the values with; None = `data.vocabulary`, or made from the training
+            rows.
+
+    Raises:
+        UserError: anything wrong with the log; nothing is left half-written.
+    """
+    source = reader(data.reader)
+    if source.needs_path and not data.path:
+        raise UserError(f"reader {data.reader} needs a path", where="data.path", mend="set data.path=...")
+    if vocabulary is None and data.vocabulary is not None:
+        vocabulary = Path(data.vocabulary)
+        if not vocabulary.is_file():
+            raise UserError("there is no such file", where="data.vocabulary", value=str(vocabulary))
+    directory = Path(data.cache) / _digest(data, None)
+    if vocabulary is not None and not _same(vocabulary, directory / "vocabulary.json"):
+        directory = Path(data.cache) / _digest(data, vocabulary)
+    if not (directory / "log.json").is_file():
+        _encode_to(directory, data, source, vocabulary)
+    return _map(directory, data, embedding_size)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _digest(data: Any, vocabulary: Path | None) -> str:
+    """Name of the encoded log: of its settings, features, and the sizes and times of its files."""
+    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary"})
+    tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
+                                                                          "unseen_rate"})
+                        for feature in features_of(data)]
+    if data.reader != "synthetic":
+        tree.pop("synthetic")
+    tree["format"] = _FORMAT
+    if vocabulary is not None:
+        tree["vocabulary"] = hashlib.sha256(vocabulary.read_bytes()).hexdigest()
+    paths = [path for path in (data.path, data.split.validation_path, data.split.test_path) if path]
+    files = [file for path in paths for file in _files_of(path)]
+    tree["files"] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)
+                     if file.is_file()]
+    return f"{data.reader}-{hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def _files_of(path: str) -> Iterator[Path]:
+    """All that a file, a folder or a glob pattern stands for."""
+    if any(mark in path for mark in "*?[") and not Path(path).exists():
+        return map(Path, glob.iglob(path))
+    return iter([Path(path)]) if Path(path).is_file() else Path(path).rglob("*")
+
+
+class _Passes:
+    """Goes over the rows of a log with their part (train, validation, test) beside them."""
+
+    def __init__(self, data: Any, source: Reader, encoder: Encoder) -> None:
+        self.data, self.source, self.encoder = data, source, encoder
+        self.by = data.split.by if data.split.by != "default" else source.split_by
+        self.cuts: tuple[float, float] | None = None
+        self.order: np.ndarray | None = None
+        self.total = 0
+        if self.by == "files":
+            return
+        if self.by != "random":
+            self._look_ahead()
+
+    def _tables(self, path: str | None) -> Iterator[tuple[Any, str, int]]:
+        first_row, last = 0, None
+        for table, where in self.source.read(self.data, Path(path) if path else None):
+            first_row = 0 if where != last else first_row
+            yield table, where, first_row
+            first_row, last = first_row + len(table), where
+
+    def _look_ahead(self) -> None:
+        """Counts the rows and, for a split by time, ranks them."""
+        times = []
+        for table, where, _ in self._tables(self.data.path):
+            self.total += len(table)
+            if self.by == "time":
+                name = self.encoder.columns.time
+                if name is None:
+                    raise UserError("split by time needs a time column", where="data.time")
+                from recsys.data.encode import RowErrors
+
+                errors = RowErrors(len(table), where, 0, "skip", Report())
+                times.append(np.nan_to_num(numbers(column(table, name, where), name, errors)))
+        if self.by == "time":
+            ranks = np.empty(self.total, np.int64)
+            ranks[np.argsort(np.concatenate(times) if times else np.zeros(0), kind="stable")] = np.arange(self.total)
+            self.order = ranks
+
+    def parts(self) -> Iterator[tuple[Any, str, int, np.ndarray]]:
+        """(table, where, its first row in the file, part index of every row)."""
+        if self.by == "files":
+            split = self.data.split
+            for part, path in enumerate((self.data.path, split.validation_path, split.test_path)):
+                if path is not None:
+                    for table, where, first in self._tables(path):
+                        yield table, where, first, np.full(len(table), part, np.int8)
+            return
+        train, validation, _ = self.data.split.fractions
+        begin = 0
+        for table, where, first in self._tables(self.data.path):
+            rows = np.arange(begin, begin + len(table))
+            begin += len(table)
+            if self.by == "random":
+                rank, total = _uniform(rows), 1.0
+            else:
+                rank, total = rows if self.order is None else self.order[rows], self.total
+            cuts = [train * total, (train + validation) * total]
+            if total > 1:
+                cuts = [round(cut) for cut in cuts]
+            # A share of 0 gives a part without rows even where a cut lies on a rounding error.
+            last = (rank >= cuts[1]) & (self.data.split.fractions[2] > 0)
+            yield table, where, first, ((rank >= cuts[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
+
+
+def _uniform(rows: np.ndarray) -> np.ndarray:
+    """A fixed number in [0, 1) for each row number (SplitMix64's finaliser)."""
+    x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
+
+
+def _encode_to(directory: Path, data: Any, source: Reader, given: Path | None) -> None:
+    features = features_of(data)
+    encoder = Encoder(features, columns_of(data, source), data.on_bad_row)
+    passes = _Passes(data, source, encoder)
+    vocabulary = Vocabulary.load(given) if given is not None else Vocabulary()
+    if given is None and Statistics.needed(features):
+        vocabulary = _statistics(features, passes, encoder).vocabulary()
+    # The widths do not matter here: ids are encoded with the rows of one table each, and moved when mapped.
+    spec = place([f.model_copy(update={"width": None}) for f in features], 1, vocabulary.sizes())
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise explain_os_error(error, directory) from error
+    try:
+        _write(temporary, passes, encoder, spec, vocabulary)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(temporary, directory)
+    except OSError as error:
+        raise explain_os_error(error, directory) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _statistics(features: list[Feature], passes: _Passes, encoder: Encoder) -> Statistics:
+    """What the training rows hold."""
+    statistics = Statistics(features)
+    for table, where, first, part in passes.parts():
+        training = table.take(np.flatnonzero(part == 0)) if part.any() else table
+        encoder.count(training, statistics, where, first)
+    return statistics
+
+
+def count_values(data: Any) -> dict[str, dict[str, float]]:
+    """How often each value of each vocabulary feature stands in the training rows of a log."""
+    features, source = features_of(data), reader(data.reader)
+    if source.needs_path and not data.path:
+        raise UserError(f"reader {data.reader} needs a path", where="data.path", mend="set data.path=...")
+    encoder = Encoder(features, columns_of(data, source), data.on_bad_row)
+    statistics = _statistics(features, _Passes(data, source, encoder), encoder)
+    return {name: dict(counter) for name, counter in statistics.counters.items()}
+
+
+_FIELDS = ("ids", "numbers", "labels", "users")
+
+
+def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
+    counts = dict.fromkeys(PARTS, 0)
+    files = {(part, field): (directory / f"{part}.{field}").open("wb") for part in PARTS for field in _FIELDS}
+    try:
+        for table, where, first, part in passes.parts():
+            encoded, good = encoder.encode(table, spec, vocabulary, where, first)
+            for index, name in enumerate(PARTS):
+                rows = encoded.take(np.flatnonzero(part[good] == index))
+                counts[name] += len(rows)
+                for field in _FIELDS:
+                    getattr(rows, field).tofile(files[name, field])
+    finally:
+        for file in files.values():
+            file.close()
+    if counts["train"] == 0:
+        raise UserError("no row is left for training", where=passes.data.path or passes.data.reader,
+                        mend="the log is empty, or every row was skipped")
+    report = encoder.report.figures()
+    vocabulary.save(directory / "vocabulary.json")
+    write_json(directory / "log.json", {"rows": counts, "report": {**report, "user": encoder.columns.user},
+                                        "id_columns": spec.id_columns, "numeric_columns": spec.numeric_columns,
+                                        "labels": encoder.columns.labels})
+
+
+def _map(directory: Path, data: Any, embedding_size: int) -> Log:
+    header = read_json(directory / "log.json")
+    if skipped := header["report"]["skipped"]:
+        # Told by every run, not only by the one that encoded the log.
+        note("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
+    vocabulary = Vocabulary.load(directory / "vocabulary.json")
+    features = features_of(data)
+    sizes = vocabulary.sizes()
+    spec = place(features, embedding_size, sizes)
+    flat = place([f.model_copy(update={"width": None}) for f in features], 1, sizes)
+    shift = _row_shift(flat, spec)
+    shapes = {"ids": (np.int32, header["id_columns"]), "numbers": (np.float32, header["numeric_columns"]),
+              "labels": (np.float32, len(header["labels"])), "users": (np.int64, None)}
+    parts = {}
+    for part in PARTS:
+        arrays = {}
+        for field, (dtype, width) in shapes.items():
+            shape = (header["rows"][part],) if width is None else (header["rows"][part], width)
+            path = directory / f"{part}.{field}"
+            if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
+                raise UserError("encoded log is damaged", where=path, mend=f"delete {directory}")
+            arrays[field] = np.memmap(path, dtype, "r", shape=shape) if math.prod(shape) else np.zeros(shape, dtype)
+        parts[part] = Encoded(**arrays)
+        parts[part].shift = shift
+    return Log(parts, spec, vocabulary, header["labels"], header["report"], directory)
+
+
+def _row_shift(flat: FeatureSpec, spec: FeatureSpec) -> np.ndarray | None:
+    """What to add to each column of ids encoded for one common table when features have tables of several widths."""
+    shift = np.zeros(spec.id_columns, np.int32)
+    for name, slot in spec.slots.items():
+        shift[slot.start:slot.start + slot.length] = slot.offset - flat.slots[name].offset
+    return shift if shift.any() else None
+
+
+class Batches:
+    """Batches of encoded rows for the trainer: (ids, numbers, labels). See `parallel.training.data_source.DataSource`.
+
+    Args:
+        rows: a part of a log.
+        batch: samples of one global batch.
+        seed: of the order; None keeps the rows' order.
+        rank, ranks: this data-parallel process's share of every batch.
+        spec: places of the features, for those with an unseen_rate.
+        together: up to so many samples of a user stand one after the other in a drawn order.
+    """
+
+    columns = ("ids", "numbers", "labels")
+
+    def __init__(self, rows: Encoded, batch: int, seed: int | None, rank: int = 0, ranks: int = 1,
+                 spec: FeatureSpec | None = None, together: int = 1) -> None:
+        if len(rows) < batch:
+            raise UserError(f"there are only {len(rows)} rows for a batch", where="train.global_batch_size",
+                            value=batch, mend="make it smaller")
+        self.rows, self.batch, self.seed, self.together = rows, batch, seed, together
+        self.hidden = [slot for slot in spec.slots.values() if slot.feature.unseen_rate] if spec is not None else []
+        self.steps_per_epoch = len(rows) // batch
+        share = batch // ranks
+        self.mine = slice(rank * share, (rank + 1) * share)
+
+    def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
+        """Batches start_step, start_step + 1, ... without end."""
+        epoch, first = divmod(start_step, self.steps_per_epoch)
+        step = start_step
+        while True:
+            for index in self._order(epoch, first):
+                ids, numbers_, labels = gather(self.rows, index[self.mine])
+                self._hide(ids, step)
+                yield ids, numbers_, labels
+                step += 1
+            epoch, first = epoch + 1, 0
+
+    def _hide(self, ids: np.ndarray, step: int) -> None:
+        """Shows some values as unseen; which ones depends on (seed, step, row in the global batch)."""
+        for number, slot in enumerate(self.hidden):
+            generator = np.random.default_rng((self.seed or 0, 1, step, number))
+            chosen = generator.random(self.batch)[self.mine] < slot.feature.unseen_rate
+            known = ids[:, slot.start] != slot.offset
+            ids[chosen & known, slot.start] = slot.offset + UNSEEN
+
+    def _order(self, epoch: int, first: int) -> Iterator[np.ndarray]:
+        """Row numbers of each batch of an epoch from batch `first` on.
+
+        The rows are permuted within windows of 4M rows, and the windows among themselves, so that the order of a long
+        log costs little memory.
+        """
+        usable = self.steps_per_epoch * self.batch
+        window = max(self.batch, _WINDOW // self.batch * self.batch)
+        starts = np.arange(0, usable, window)
+        if self.seed is not None:
+            starts = np.random.default_rng((self.seed, epoch)).permutation(starts)
+        # The remainder of rows that fill no batch moves on from epoch to epoch.
+        turn = 0 if self.seed is None else (epoch * self.batch) % max(1, len(self.rows))
+        for start in starts:
+            size = min(window, usable - start)
+            steps = size // self.batch
+            if first >= steps:
+                first -= steps
+                continue
+            order = np.arange(size)
+            if self.seed is not None:
+                generator = np.random.default_rng((self.seed, epoch, int(start)))
+                order = generator.permutation(size)
+                if self.together > 1:
+                    users = np.asarray(self.rows.users)[(order + start + turn) % len(self.rows)]
+                    order = order[_together(users, self.together, generator)]
+            for step in range(first, steps):
+                yield (order[step * self.batch:(step + 1) * self.batch] + start + turn) % len(self.rows)
+            first = 0
+
+
+def _together(users: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
+    """An order of shuffled samples in which each user's stand together in runs of up to `most`, the runs shuffled."""
+    order = np.argsort(users, kind="stable")
+    sorted_ = users[order]
+    begin = np.flatnonzero(np.r_[True, sorted_[1:] != sorted_[:-1]])
+    number = np.arange(len(users)) - np.repeat(begin, np.diff(np.r_[begin, len(users)]))
+    run = np.cumsum(number % most == 0) - 1
+    return order[np.argsort(generator.permutation(run[-1] + 1)[run], kind="stable")]
+
+
+def gather(rows: Encoded, index: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, numbers, labels) of chosen rows, as arrays of their own."""
+    ids = np.asarray(rows.ids[index])
+    shift = getattr(rows, "shift", None)
+    if shift is not None:
+        ids = ids + shift
+    return np.ascontiguousarray(ids), np.asarray(rows.numbers[index]).copy(), np.asarray(rows.labels[index]).copy()
+
+
+def in_order(rows: Encoded, batch: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, int]]:
+    """Every row once, in order: ((ids, numbers, labels) filled up to `batch` rows, users, how many are real)."""
+    for begin in range(0, len(rows), batch):
+        part = slice(begin, min(begin + batch, len(rows)))
+        real = part.stop - begin
+        arrays = gather(rows, part)
+        if real < batch:
+            arrays = tuple(np.concatenate([array, np.repeat(array[-1:], batch - real, 0)]) for array in arrays)
+        yield arrays, np.asarray(rows.users[part]), real

@@ -1,0 +1,19 @@
+"""Any CSV or TSV file with a header line; the config file lists the features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recsys.data.readers import Reader
+from recsys.data.readers._files import csv_tables, no_default_features, shards
+
+
+def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+    """Tables of all shards in order of their names; `data.delimiter` parts the cells."""
+    for file in shards(path, (".csv", ".tsv", ".txt")):
+        yield from csv_tables(file, delimiter=data.delimiter)
+
+
+READER = Reader(read, no_default_features)

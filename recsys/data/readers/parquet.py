@@ -1,0 +1,19 @@
+"""Any parquet files, with native lists for multi-value features; the config file lists the features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recsys.data.readers import Reader
+from recsys.data.readers._files import no_default_features, parquet_tables, shards
+
+
+def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+    """Tables of all shards in order of their names."""
+    for file in shards(path, (".parquet", ".pq")):
+        yield from parquet_tables(file)
+
+
+READER = Reader(read, no_default_features)

@@ -1,0 +1,1 @@
+"""Layers of rankers: embedding, tokenization, mixing, feature interactions."""

@@ -1,0 +1,405 @@
+"""From encoded rows to one vector per semantic group.
+
+Shapes: B batch, M id columns, N numeric columns, L list length, W embedding width, F features.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import SplitWithSize
+
+from parallel.layers.linear import Linear
+from parallel.layers.parameter import parameter
+from parallel.sharding.layout import Cut, Layer, Operand
+from recsys.data.features import Feature, FeatureSpec, NumericSlot, Slot
+
+
+class Table(Layer):
+    """rows_BMW = table_VW[ids_BM]: all features of one embedding width in one lookup.
+
+    Args:
+        rows: V.
+        width: W.
+        std: sigma of the start.
+
+    The op axis cuts V (every device looks up its own rows, the results are summed).
+    """
+
+    def __init__(self, rows: int, width: int, std: float) -> None:
+        super().__init__()
+        self.table = parameter((rows, width), "normal", std, shard_optimizer=False)
+        self.gather = ops.Gather()
+
+    def construct(self, ids_BM: Tensor) -> Tensor:
+        return self.gather(self.table, ids_BM, 0)
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.gather, (("vocabulary", None), ("batch", None)))]
+
+    def weights(self) -> dict[str, Operand]:
+        return {"table": ("vocabulary", None)}
+
+
+class Pieces(Layer):
+    """Cuts dim 1 into pieces of given sizes; its gradient is one concatenation (slices would add full-size zeros)."""
+
+    def __init__(self, sizes: list[int], dims: int = 3) -> None:
+        super().__init__()
+        self.sizes, self.dims = tuple(sizes), dims
+        self.split = SplitWithSize()
+
+    def construct(self, x: Tensor) -> tuple:
+        if len(self.sizes) == 1:
+            return (x,)
+        return self.split(x, self.sizes, 1)
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.split, (("batch", *([None] * (self.dims - 1))),))]
+
+
+class Piece(Layer):
+    """One piece of `Pieces`, by a slice."""
+
+    def __init__(self, start: int, size: int, dims: int = 3) -> None:
+        super().__init__()
+        self.start, self.size, self.dims, self.slice = start, size, dims, ops.StridedSlice()
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.dims == 2:
+            return self.slice(x, (0, self.start), (x.shape[0], self.start + self.size), (1, 1))
+        return self.slice(x, (0, self.start, 0), (x.shape[0], self.start + self.size, x.shape[2]), (1, 1, 1))
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.slice, (("batch", *([None] * (self.dims - 1))),))]
+
+
+def pieces_of(sizes: list[int], dims: int = 3) -> nn.CellList:
+    """A `Piece` for each size."""
+    return nn.CellList([Piece(sum(sizes[:index]), size, dims) for index, size in enumerate(sizes)])
+
+
+class Join(Layer):
+    """Concatenation of `count` tensors along dim 1."""
+
+    def __init__(self, count: int, dims: int = 2) -> None:
+        super().__init__()
+        self.count, self.dims = count, dims
+        self.concat = ops.Concat(axis=1)
+
+    def construct(self, *parts: Tensor) -> Tensor:
+        # Not a tuple: cells of a pipeline stage are graphs of their own, which a tuple does not enter whole.
+        if self.count == 1:
+            return parts[0]
+        return self.concat(parts)
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.concat, (("batch", *([None] * (self.dims - 1))),) * self.count)] if self.count > 1 else []
+
+
+class Present(Layer):
+    """mask_BL1: 1 where a list holds a value, 0 where the id is the feature's row for missing values."""
+
+    def __init__(self, missing_row: int) -> None:
+        super().__init__()
+        self.missing_row = missing_row
+        self.differs, self.cast, self.expand = ops.NotEqual(), ops.Cast(), ops.ExpandDims()
+
+    def construct(self, ids_BL: Tensor) -> Tensor:
+        return self.expand(self.cast(self.differs(ids_BL, self.missing_row), mstype.float32), -1)
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.differs, (("batch", None), ())), Cut(self.expand, (("batch", None),))]
+
+
+class Pooling(Layer):
+    """One vector for a list, its padding left out: mean, sum or max. An empty list gives zeros."""
+
+    def __init__(self, kind: str, missing_row: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.present = Present(missing_row)
+        self.weigh, self.sum, self.count = ops.Mul(), ops.ReduceSum(), ops.ReduceSum()
+        self.least, self.divide = ops.Maximum(), ops.RealDiv()
+        self.max, self.hide, self.lower, self.some, self.keep = (ops.ReduceMax(), ops.Sub(), ops.Mul(), ops.ReduceMax(),
+                                                                 ops.Mul())
+        self.invert = ops.Sub()
+
+    def construct(self, rows_BLW: Tensor, ids_BL: Tensor) -> Tensor:
+        mask_BL1 = self.present(ids_BL)
+        if self.kind == "max":
+            hidden_BLW = self.hide(rows_BLW, self.lower(self.invert(1.0, mask_BL1), 1e9))
+            return self.keep(self.max(hidden_BLW, 1), self.some(mask_BL1, 1))
+        total_BW = self.sum(self.weigh(rows_BLW, mask_BL1), 1)
+        if self.kind == "sum":
+            return total_BW
+        return self.divide(total_BW, self.least(self.count(mask_BL1, 1), 1.0))
+
+    def cuts(self) -> list[Cut]:
+        cube, row = ("batch", None, None), ("batch", None)
+        return [Cut(self.weigh, (cube, cube)), Cut(self.sum, (cube,)), Cut(self.count, (cube,)),
+                Cut(self.least, (row, ())), Cut(self.divide, (row, row)), Cut(self.max, (cube,)),
+                Cut(self.hide, (cube, cube)), Cut(self.lower, (cube, ())), Cut(self.some, (cube,)),
+                Cut(self.keep, (row, row)), Cut(self.invert, ((), cube))]
+
+
+class TargetAttention(Layer):
+    """sum_L a(q, k_l) k_l with a = MLP([q, k, q - k, q * k]), not normalised, padding left out.
+
+    Args:
+        width: W.
+        hidden: width of the unit's hidden layer (36 in the paper; Swish instead of its Dice).
+        length: L.
+
+    Source: Deep Interest Network (arXiv 1706.06978) eq. 3.
+    """
+
+    def __init__(self, width: int, hidden: int, length: int, missing_row: int) -> None:
+        super().__init__()
+        self.width, self.length = width, length
+        self.present = Present(missing_row)
+        self.first = Linear(4 * width, hidden, cut=None, std=math.sqrt(2.0 / (4 * width + hidden)))
+        self.second = Linear(hidden, 1, cut=None, std=math.sqrt(2.0 / (hidden + 1)))
+        self.first.rows = self.second.rows = length
+        self.expand, self.tile, self.minus, self.times = ops.ExpandDims(), ops.Tile(), ops.Sub(), ops.Mul()
+        self.concat, self.reshape = ops.Concat(axis=-1), ops.Reshape()
+        self.sigmoid, self.swish = ops.Sigmoid(), ops.Mul()
+        self.mask, self.weigh, self.sum = ops.Mul(), ops.Mul(), ops.ReduceSum()
+
+    def construct(self, query_BW: Tensor, rows_BLW: Tensor, ids_BL: Tensor) -> Tensor:
+        query_BLW = self.tile(self.expand(query_BW, 1), (1, self.length, 1))
+        pairs = self.concat((query_BLW, rows_BLW, self.minus(query_BLW, rows_BLW), self.times(query_BLW, rows_BLW)))
+        hidden_NH = self.first(self.reshape(pairs, (-1, 4 * self.width)))
+        weight_N1 = self.second(self.swish(hidden_NH, self.sigmoid(hidden_NH)))
+        weight_BL1 = self.mask(self.reshape(weight_N1, (-1, self.length, 1)), self.present(ids_BL))
+        return self.sum(self.weigh(rows_BLW, weight_BL1), 1)
+
+    def cuts(self) -> list[Cut]:
+        cube, flat = ("batch", None, None), ("tokens", None)
+        return [Cut(self.expand, (("batch", None),)), Cut(self.tile, (cube,)), Cut(self.minus, (cube, cube)),
+                Cut(self.times, (cube, cube)), Cut(self.concat, (cube,) * 4), Cut(self.sigmoid, (flat,)),
+                Cut(self.swish, (flat, flat)), Cut(self.mask, (cube, cube)), Cut(self.weigh, (cube, cube)),
+                Cut(self.sum, (cube,))]
+
+
+class Numbers(Layer):
+    """value_BN1 * weight_NW + bias_NW: numeric features as points on a learned line."""
+
+    def __init__(self, count: int, width: int, std: float) -> None:
+        super().__init__()
+        self.weight = parameter((count, width), "normal", std, shard_optimizer=False)
+        self.bias = parameter((count, width), "normal", std, shard_optimizer=False)
+        self.expand, self.times, self.plus = ops.ExpandDims(), ops.Mul(), ops.Add()
+
+    def construct(self, values_BN: Tensor) -> Tensor:
+        return self.plus(self.times(self.expand(values_BN, -1), self.weight), self.bias)
+
+    def cuts(self) -> list[Cut]:
+        return [Cut(self.expand, (("batch", None),)), Cut(self.times, (("batch", None, None), (None, None))),
+                Cut(self.plus, (("batch", None, None), (None, None)))]
+
+
+class FeatureEmbedding(Layer):
+    """groups: for each semantic group the concatenation [B, width of the group] of its features' vectors.
+
+    Args:
+        spec: features in their places.
+        std: sigma of the tables' start.
+        tables: those of a larger spec that this one is a part of; None makes new ones.
+
+    Inputs: ids_BM int32 (rows of the tables), numbers_BN float32. Output: (groups, sequences): one tensor a group in
+    the order of `spec.groups`; sequences: (rows_BLW, mask_BL1) for each sequence that is kept whole (pooling: none).
+    """
+
+    def __init__(self, spec: FeatureSpec, std: float, tables: dict[int, Table] | None = None) -> None:
+        super().__init__()
+        self.widths = tuple(spec.tables)
+        self.tables = nn.CellList([Table(rows, width, std) if tables is None else tables[width]
+                                   for width, rows in spec.tables.items()])
+        runs = runs_of_slots(spec)
+        lengths = [sum(slot.length for slot in run) for run in runs]
+        self.cut_ids = Pieces(lengths, 2)
+        # Where micro-batches of a pipeline share one graph, MindSpore loses the shapes of a tuple that a cell returns.
+        self.sliced = False
+        self.id_pieces = pieces_of(lengths, 2)
+        self.row_pieces, self.places = [], [(0, 0)] * len(runs)
+        self.members, self.cut_rows, self.join_ids = [], [], []
+        for width in self.widths:
+            mine = [index for index, run in enumerate(runs) if run[0].width == width]
+            self.members.append(tuple(mine))
+            self.cut_rows.append(Pieces([lengths[index] for index in mine]))
+            self.join_ids.append(Join(len(mine)))
+            self.row_pieces.append(pieces_of([lengths[index] for index in mine]))
+            for number, index in enumerate(mine):
+                self.places[index] = (len(self.row_pieces) - 1, number)
+        self.members, self.places = tuple(self.members), tuple(self.places)
+        self.row_pieces = nn.CellList(self.row_pieces)
+        self.cut_rows, self.join_ids = nn.CellList(self.cut_rows), nn.CellList(self.join_ids)
+        self._make_numbers(spec, std)
+        self._make_plans(spec, runs)
+        self.reshape = ops.Reshape()
+
+    def _make_numbers(self, spec: FeatureSpec, std: float) -> None:
+        numeric = list(spec.numeric.values())
+        self.numbers = Numbers(len(numeric), numeric[0].width, std) if numeric else None
+        lengths = [len(run) for run in runs_of_numbers(spec)]
+        self.cut_numbers = Pieces(lengths) if numeric else None
+        self.number_pieces = pieces_of(lengths)
+
+    def _make_plans(self, spec: FeatureSpec, runs: list[list[Slot]]) -> None:
+        """For each feature of each group how its vector comes about; one entry for a run of features."""
+        place = {slot.feature.name: index for index, run in enumerate(runs) for slot in run}
+        column = {slot.feature.name: index for index, run in enumerate(runs_of_numbers(spec)) for slot in run}
+        poolings, plans, joins, kept = [], [], [], []
+        for features in spec.groups.values():
+            plan = []
+            for feature in features:
+                if not feature.is_list:
+                    kind, where = ("number", column) if feature.is_value else ("row", place)
+                    first, width = (kind, where[feature.name]), spec.width(feature.name)
+                    if plan and plan[-1][:2] == first:
+                        width += plan.pop()[2]
+                    plan.append((*first, width, 0))
+                elif feature.pooling == "none":
+                    kept.append((place[feature.name], len(poolings)))
+                    poolings.append(Present(spec.slots[feature.name].offset))
+                else:
+                    kind = "attention" if feature.pooling == "attention" else "pool"
+                    query = place[feature.target] if kind == "attention" else len(poolings)
+                    plan.append((kind, place[feature.name], query, len(poolings)))
+                    poolings.append(_pooling(feature, spec.slots[feature.name]))
+            plans.append(tuple(plan))
+            joins.append(Join(max(1, len(plan))))
+        self.plans, self.kept = tuple(plan for plan in plans if plan), tuple(kept)
+        self.poolings = nn.CellList(poolings)
+        self.joins = nn.CellList([join for join, plan in zip(joins, plans, strict=True) if plan])
+
+    def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> tuple:
+        if self.sliced:
+            ids, rows = self._sliced(ids_BM)
+        else:
+            ids = self.cut_ids(ids_BM)
+            rows = self._rows(ids_BM, ids)
+        numbers = ()
+        if self.numbers is not None:
+            numbers = self._numbers(self.numbers(numbers_BN))
+        groups = ()
+        for index in range(len(self.plans)):
+            parts = ()
+            for kind, place, extra, pooling in self.plans[index]:
+                if kind == "row":
+                    parts += (self.reshape(rows[place], (-1, extra)),)
+                elif kind == "number":
+                    parts += (self.reshape(numbers[place], (-1, extra)),)
+                elif kind == "pool":
+                    parts += (self.poolings[pooling](rows[place], ids[place]),)
+                else:
+                    query_BW = self.reshape(rows[extra], (-1, rows[extra].shape[-1]))
+                    parts += (self.poolings[pooling](query_BW, rows[place], ids[place]),)
+            groups += (self.joins[index](*parts),)
+        sequences = ()
+        for place, pooling in self.kept:
+            sequences += ((rows[place], self.poolings[pooling](ids[place])),)
+        return groups, sequences
+
+    def lay_out(self, axes) -> None:
+        self.sliced = axes.stages > 1
+        super().lay_out(axes)
+
+    def _sliced(self, ids_BM: Tensor) -> tuple:
+        """Ids and rows of every run, one slice each."""
+        ids, found, rows = (), (), ()
+        for piece in self.id_pieces:
+            ids += (piece(ids_BM),)
+        for index in range(len(self.widths)):
+            if len(self.widths) == 1:
+                found += (self.tables[index](ids_BM),)
+            else:
+                mine = ()
+                for member in self.members[index]:
+                    mine += (ids[member],)
+                found += (self.tables[index](self.join_ids[index](*mine)),)
+        for table, number in self.places:
+            rows += (self.row_pieces[table][number](found[table]),)
+        return ids, rows
+
+    def _numbers(self, vectors_BNW: Tensor) -> tuple:
+        """Vectors of every run of numbers."""
+        if not self.sliced:
+            return self.cut_numbers(vectors_BNW)
+        numbers = ()
+        for piece in self.number_pieces:
+            numbers += (piece(vectors_BNW),)
+        return numbers
+
+    def _rows(self, ids_BM: Tensor, ids: tuple) -> tuple:
+        """Embedding rows of every run, [B, L, W] each, in the order of the runs."""
+        if len(self.widths) == 1:
+            return self.cut_rows[0](self.tables[0](ids_BM))
+        found = [None] * len(ids)
+        for index in range(len(self.widths)):
+            mine = ()
+            for member in self.members[index]:
+                mine += (ids[member],)
+            pieces = self.cut_rows[index](self.tables[index](self.join_ids[index](*mine)))
+            for number in range(len(mine)):
+                found[self.members[index][number]] = pieces[number]
+        return tuple(found)
+
+
+def runs_of_slots(spec: FeatureSpec) -> list[list[Slot]]:
+    """Slots whose rows are taken together, in the order of the columns: features of one value that follow each other in
+    their group and in the input and have one width; a list, and what a list looks for, is a run of its own.
+
+    So the graph grows with the number of groups and lists, not of features.
+    """
+    targets = {feature.target for feature in spec.ordered}
+    runs: list[list[Slot]] = []
+    for features in spec.groups.values():
+        last = None
+        for feature in features:
+            slot = spec.slots.get(feature.name)
+            alone = slot is None or feature.is_list or feature.name in targets
+            if slot is not None:
+                if last is not None and not alone and (last.start + 1, last.width) == (slot.start, slot.width):
+                    runs[-1].append(slot)
+                else:
+                    runs.append([slot])
+            last = None if alone else slot
+    return sorted(runs, key=lambda run: run[0].start)
+
+
+def runs_of_numbers(spec: FeatureSpec) -> list[list[NumericSlot]]:
+    """The same for features that scale a vector."""
+    runs: list[list[NumericSlot]] = []
+    for features in spec.groups.values():
+        last = None
+        for feature in features:
+            slot = spec.numeric.get(feature.name)
+            if slot is not None:
+                if last is not None and last.column + 1 == slot.column:
+                    runs[-1].append(slot)
+                else:
+                    runs.append([slot])
+            last = slot
+    return sorted(runs, key=lambda run: run[0].column)
+
+
+def _pooling(feature: Feature, slot: Slot) -> Layer:
+    if feature.pooling == "attention":
+        return TargetAttention(slot.width, feature.attention_size, slot.length, slot.offset)
+    return Pooling(feature.pooling, slot.offset)
+
+
+def group_widths(spec: FeatureSpec) -> dict[str, int]:
+    """Width of each group's vector, groups without one (whole sequences only) left out."""
+    widths = {name: sum(spec.width(f.name) for f in features if not (f.is_list and f.pooling == "none"))
+              for name, features in spec.groups.items()}
+    return {name: width for name, width in widths.items() if width}
+
+
+def is_sparse(name: str) -> bool:
+    """Whether a parameter is an embedding table (trained by `train.sparse_optimizer`)."""
+    return name.endswith(".table") and ".tables." in name

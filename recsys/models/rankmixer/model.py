@@ -1,0 +1,175 @@
+"""RankMixer: parameter-free token mixing and per-token feed-forward networks (arXiv 2507.15551).
+
+Shapes: T tokens, B batch, D width, F = k D, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+from pydantic import Field, model_validator
+
+from parallel.common.errors import UserError
+from parallel.common.settings import Settings
+from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
+from parallel.layers.norm import LayerNorm
+from parallel.layers.relu_moe import ReluMoE
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import group_widths
+from recsys.layers.mixing import TokenMixing
+from recsys.layers.tokenization import GroupTokenizer, MeanPool, SliceTokenizer, tokens_of_groups
+from recsys.ranker import Ranker
+from recsys.settings import RankerSettings
+from recsys.ug_sep.sides import UGSepSettings
+
+
+class ReluMoESettings(Settings):
+    """Experts chosen by ReLU gates, with dense training and sparse inference (eq. 10-11)."""
+
+    experts: int = Field(4, ge=2)
+    """Experts of each token; together they are as wide as the dense network."""
+    router: Literal["dtsi", "single_relu"] = "dtsi"
+    """dtsi: two routers, h_train and h_infer; training takes the mean of both gates, so both get the task's gradient
+    (how they enter the forward pass is not in the paper; the mean is ours), inference takes h_infer alone.
+    single_relu: one router for both, as ReMoE."""
+    budget: float = Field(0.5, gt=0.0, le=1.0)
+    """Share of experts that should be active; the penalty's factor moves until it is so."""
+    penalty: float = Field(1e-8, gt=0.0)
+    """First factor of the penalty on gates (ReMoE: 1e-8)."""
+    penalty_step: float = Field(1.2, gt=1.0)
+    """The factor is multiplied by this at every step above the budget and divided by it below (ReMoE: 1.2)."""
+
+
+class RankMixerSettings(RankerSettings):
+    """Sizes and choices of RankMixer."""
+
+    name: Literal["rankmixer"] = "rankmixer"
+    """Which ranker."""
+    tokens: int = Field(8, ge=1)
+    """T; with tokenization groups it must be what the groups make."""
+    width: int = Field(64, ge=1)
+    """D; T must divide it, since there are as many mixing heads as tokens."""
+    layers: int = Field(2, ge=1)
+    """L blocks."""
+    ffn_ratio: float = Field(4.0, gt=0.0)
+    """k: the inner width of the per-token networks is k D (the paper does not say; 4 is the usual)."""
+    tokenization: Literal["slices", "groups"] = "slices"
+    """slices: eq. 2, equal slices of the concatenation; groups: a token (or more) for each semantic group."""
+    group_tokens: dict[str, int] = Field(default_factory=dict)
+    """tokenization groups: tokens that a group makes; 1 where a group is not named."""
+    shared_projection: bool = False
+    """slices: one projection for all tokens."""
+    moe: ReluMoESettings | None = None
+    """Sparse mixture of experts in place of the per-token networks; null = dense."""
+    mixing: bool = True
+    """Ablation (paper Table 2): false leaves token mixing out."""
+    residual: bool = True
+    """Ablation: false leaves the skip connections out."""
+    norm: bool = True
+    """Ablation: false leaves layer norm out."""
+    op_cut: Literal["width", "tokens", "tokens_naive"] = "width"
+    """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
+    ug_sep: UGSepSettings | None = None
+    """User and group tokens separated, so that a request's user is computed once; null = entangled."""
+
+    @property
+    def inner(self) -> int:
+        """F, rounded to a whole number."""
+        return round(self.ffn_ratio * self.width)
+
+    @model_validator(mode="after")
+    def _tokens_divide_width(self) -> RankMixerSettings:
+        if self.width % self.tokens:
+            raise UserError(f"tokens must divide width {self.width}", where="model.tokens", value=self.tokens)
+        return self
+
+
+class RankMixerBlock(nn.Cell):
+    """S = LN(TokenMixing(X) + X); X' = LN(PFFN(S) + S), norm after the residual (eq. 1)."""
+
+    def __init__(self, settings: RankMixerSettings, layout: TokenLayout, compute_dtype: mstype) -> None:
+        super().__init__()
+        tokens, width = settings.tokens, settings.width
+        self.mix = TokenMixing(tokens, tokens, width, layout=layout) if settings.mixing else None
+        self.norm1 = LayerNorm(width, compute_dtype=compute_dtype, stream=layout.stream) if settings.norm else None
+        self.norm2 = LayerNorm(width, compute_dtype=compute_dtype, stream=layout.stream) if settings.norm else None
+        self.add1, self.add2 = Add(layout.stream), Add(layout.stream)
+        moe = settings.moe
+        if moe is None:
+            self.network = GroupedFeedForward(tokens, width, settings.inner, layout=layout, compute_dtype=compute_dtype)
+        else:
+            self.network = ReluMoE(tokens, width, settings.inner, experts=moe.experts, router=moe.router,
+                                   budget=moe.budget, penalty=moe.penalty, penalty_step=moe.penalty_step,
+                                   layout=layout, compute_dtype=compute_dtype)
+        self.residual, self.sparse = settings.residual, moe is not None
+
+    def construct(self, x_TBD: Tensor) -> tuple:
+        """(x_TBD, penalty): the penalty is 0 without experts."""
+        s_TBD = x_TBD
+        if self.mix is not None:
+            s_TBD = self.mix(x_TBD)
+        if self.residual:
+            s_TBD = self.add1(s_TBD, x_TBD)
+        if self.norm1 is not None:
+            s_TBD = self.norm1(s_TBD)
+        penalty = 0.0
+        if self.sparse:
+            y_TBD, penalty = self.network(s_TBD)
+        else:
+            y_TBD = self.network(s_TBD)
+        if self.residual:
+            y_TBD = self.add2(y_TBD, s_TBD)
+        if self.norm2 is not None:
+            y_TBD = self.norm2(y_TBD)
+        return y_TBD, penalty
+
+
+class RankMixer(Ranker):
+    """Tokens, L blocks, mean over the tokens, task towers."""
+
+    def __init__(self, settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
+        super().__init__(settings, spec, tasks, compute_dtype)
+        layout = TokenLayout(settings.op_cut)
+        groups = group_widths(spec)
+        if settings.tokenization == "slices":
+            self.tokenize = SliceTokenizer(list(groups.values()), settings.tokens, settings.width, layout=layout,
+                                           shared=settings.shared_projection, compute_dtype=compute_dtype)
+        else:
+            counts = tokens_of_groups(settings.group_tokens, list(groups))
+            self.tokenize = GroupTokenizer(list(groups.values()), counts, settings.width, global_token=False,
+                                           compute_dtype=compute_dtype)
+            if self.tokenize.tokens != settings.tokens:
+                raise UserError(f"the groups make {self.tokenize.tokens} tokens", where="model.tokens",
+                                value=settings.tokens, mend=f"set it to {self.tokenize.tokens}, or name group_tokens")
+        self.layers = nn.CellList([RankMixerBlock(settings, layout, compute_dtype) for _ in range(settings.layers)])
+        self.pool = MeanPool(layout)
+        self.sparse = settings.moe is not None
+        self.make_head(settings.width)
+
+    def represent(self, groups: tuple, sequences: tuple) -> tuple:
+        x_TBD = self.tokenize(*groups)
+        penalties = ()
+        for layer in self.layers:
+            x_TBD, penalty = layer(x_TBD)
+            if self.sparse:
+                penalties += (penalty,)
+        return self.pool(x_TBD), (), penalties
+
+    def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
+        return [[self.embedding, self.drop, self.tokenize], *self.layers, [self.pool, self.head]]
+
+
+def ranker(settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
+           compute_dtype: mstype = mstype.float32) -> Ranker:
+    """RankMixer, separated if the settings say so."""
+    if settings.ug_sep is None:
+        return RankMixer(settings, spec, tasks, compute_dtype)
+    from recsys.models.rankmixer.separated import SeparatedRankMixer
+
+    return SeparatedRankMixer(settings, spec, tasks, compute_dtype)
+
+
+SETTINGS, MODEL = RankMixerSettings, ranker

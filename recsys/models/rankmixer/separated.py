@@ -1,0 +1,201 @@
+"""RankMixer with user and group tokens separated (UG-Sep, arXiv 2602.10455).
+
+Shapes: R rows of U, N rows of G, T = c_u + c_g tokens = mixing heads, D width, d = D / T.
+
+A U mixed token is 0 from column c_u d on, but RankMixer adds the token itself before its network, so here the network's
+first matrix keeps all its rows; all that G needs of U are the heads of the U tokens that stand in G mixed tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+
+from parallel.common.errors import UserError
+from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
+from parallel.layers.norm import LayerNorm
+from parallel.layers.relu_moe import ReluMoE
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import group_widths
+from recsys.layers.mixing import TokenMixing
+from recsys.layers.tokenization import SliceTokenizer
+from recsys.models.tokenmixer_large.separated import SidedGroupTokenizer
+from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
+from recsys.ug_sep.ranker import (
+    Beside,
+    Blank,
+    Compensation,
+    Mask,
+    Repeat,
+    SeparatedRanker,
+    Shape,
+    SidedBlock,
+    Take,
+    Widths,
+)
+from recsys.ug_sep.sides import tokens_of_ratio
+
+
+def network(settings: Any, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
+            compute_dtype: mstype) -> nn.Cell:
+    """A per-token network from `inputs` to `outputs`: dense, or ReLU-routed experts."""
+    moe = settings.moe
+    if moe is None:
+        return GroupedFeedForward(tokens, inputs, inner, layout=layout, outputs=outputs, compute_dtype=compute_dtype)
+    return ReluMoE(tokens, inputs, inner, experts=moe.experts, router=moe.router, budget=moe.budget,
+                   penalty=moe.penalty, penalty_step=moe.penalty_step, layout=layout, outputs=outputs,
+                   compute_dtype=compute_dtype)
+
+
+class SeparatedBlock(SidedBlock):
+    """S = LN(Mix(X) M_mix + X), X' = LN(PFFN(S) + S), each side with networks of its own and the norms in common."""
+
+    def __init__(self, settings: Any, counts: Shape, layout: TokenLayout, compute_dtype: mstype) -> None:
+        super().__init__()
+        width, separation, (c_u, c_g) = settings.width, settings.ug_sep, counts
+        tokens, stream = c_u + c_g, layout.stream
+        d = width // tokens
+        self.counts, self.mixing, self.residual = counts, settings.mixing, settings.residual
+        self.sparse, inner = settings.moe is not None, settings.inner
+        self.heads_apart = Widths((c_u * d, c_g * d), stream)
+        self.mix_own, self.mix_given = (TokenMixing(c_u, count, count * d, layout=layout) for count in counts)
+        self.mix_group = TokenMixing(c_g, c_g, c_g * d, layout=layout)
+        self.blank, self.beside, self.beside_rest = Blank(stream), Beside(2, stream), Beside(2, stream)
+        self.take = Take()
+        norm = {"compute_dtype": compute_dtype, "stream": stream}
+        self.norm1 = LayerNorm(width, **norm) if settings.norm else None
+        self.norm2 = LayerNorm(width, **norm) if settings.norm else None
+        self.network_user, self.network_group = (network(settings, count, width, inner, width, layout, compute_dtype)
+                                                 for count in counts)
+        self.adds, self.wide = nn.CellList([Add(stream) for _ in range(5)]), Repeat(c_g)
+        self.compensation = None
+        self.rows = c_u * d if separation.mixing_mask else width
+        if separation.compensation != "none":
+            self.compensation = Compensation(separation.compensation, c_u, self.rows, c_g, width,
+                                             separation.compensation_rank or width, compute_dtype)
+        self.pieces = [*([(c_g, c_u * d)] if self.mixing else []),
+                       *([self.compensation.shape] if self.compensation is not None else [])]
+        # Of the form with masks.
+        self.mix, self.join_tokens = TokenMixing(tokens, tokens, width, layout=layout), Beside(0, stream)
+        self.mask_mixing = Mask((tokens, width), c_u, c_u * d, separation.mixing_mask)
+
+    def half(self, s_TBD: Tensor, network: nn.Cell, index_N: Tensor | None, side: int) -> tuple:
+        """(LN(PFFN(S) + S), penalty) with S = LN of what is given."""
+        if self.norm1 is not None:
+            s_TBD = self.norm1(s_TBD)
+        penalty = 0.0
+        if self.sparse:
+            y_TBD, penalty = network(s_TBD, index_N)
+        else:
+            y_TBD = network(s_TBD)
+        if self.residual:
+            y_TBD = self.adds[side](y_TBD, s_TBD)
+        if self.norm2 is not None:
+            y_TBD = self.norm2(y_TBD)
+        return y_TBD, penalty
+
+    def user(self, x_uRD: Tensor, index_N: Tensor | None = None) -> tuple:
+        """(x_uRD, pieces: U heads of the G mixed tokens [c_g, R, c_u d], compensation if any; penalty)."""
+        s_uRD, pieces = x_uRD, ()
+        if self.mixing:
+            first, rest = self.heads_apart(x_uRD)
+            own = self.mix_own(first)
+            pieces += (self.mix_given(rest),)
+            # The mixed token ends where the mask begins.
+            s_uRD = (self.beside_rest(self.adds[2](own, first), rest) if self.residual
+                     else self.beside_rest(own, self.blank(rest)))
+        if self.compensation is not None:
+            pieces += (self.compensation(own if self.mixing else self.heads_apart(x_uRD)[0]),)
+        x_uRD, penalty = self.half(s_uRD, self.network_user, index_N, 0)
+        return x_uRD, pieces, penalty
+
+    def group(self, x_gND: Tensor, pieces: tuple, index_N: Tensor | None) -> tuple:
+        """(x_gND, penalty)."""
+        s_gND = x_gND
+        if self.mixing:
+            _, heads = self.heads_apart(x_gND)
+            s_gND = self.beside(self.take.whole(pieces[0], index_N), self.mix_group(heads))
+            if self.residual:
+                s_gND = self.adds[3](s_gND, x_gND)
+        if self.compensation is not None:
+            s_gND = self.adds[4](s_gND, self.take.whole(self.wide(pieces[-1]), index_N))
+        return self.half(s_gND, self.network_group, None, 1)
+
+    def whole(self, x_TBD: Tensor) -> tuple:
+        """(x_TBD, penalties): the same by masks on whole tensors."""
+        c_u, s_TBD = self.counts[0], x_TBD
+        source = x_TBD[:c_u, :, :self.rows]
+        if self.mixing:
+            s_TBD = self.mask_mixing(self.mix(x_TBD))
+            source = s_TBD[:c_u, :, :self.rows]
+            if self.residual:
+                s_TBD = s_TBD + x_TBD
+        if self.compensation is not None:
+            s_TBD = self.join_tokens(s_TBD[:c_u], s_TBD[c_u:] + self.wide(self.compensation(source)))
+        own, penalty = self.half(s_TBD[:c_u], self.network_user, None, 0)
+        other, more = self.half(s_TBD[c_u:], self.network_group, None, 1)
+        return self.join_tokens(own, other), (penalty, more)
+
+
+class SidedSliceTokenizer(nn.Cell):
+    """Each side's concatenation cut into equal slices, one a token (RankMixer eq. 2)."""
+
+    pieces: tuple = ()
+
+    def __init__(self, users: dict[str, int], groups: dict[str, int], counts: Shape, width: int, *,
+                 layout: TokenLayout, shared: bool, compute_dtype: mstype) -> None:
+        super().__init__()
+        self.user_side, self.group_side = (
+            SliceTokenizer(list(own.values()), count, width, layout=layout, shared=shared, compute_dtype=compute_dtype)
+            for own, count in ((users, counts[0]), (groups, counts[1])))
+
+    def user(self, groups: tuple) -> tuple:
+        """(x_uRD, no pieces)."""
+        return self.user_side(*groups), ()
+
+    def group(self, groups: tuple, pieces: tuple, index_N: Tensor | None) -> Tensor:
+        """x_gND."""
+        return self.group_side(*groups)
+
+
+class SeparatedRankMixer(SeparatedRanker):
+    """RankMixer in two passes; settings as for the entangled model, with `ug_sep`."""
+
+    def __init__(self, settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: mstype = mstype.float32) -> None:
+        super().__init__(settings, spec, tasks, compute_dtype)
+        separation, width = settings.ug_sep, settings.width
+        if separation.user_heads is not None:
+            raise UserError("RankMixer has a mixing head for each token", where="model.ug_sep.user_heads",
+                            value=separation.user_heads, mend="leave it out")
+        users, groups = group_widths(self.sides.user.spec), group_widths(self.sides.group.spec)
+        counts = self._counts(users, groups)
+        if settings.tokenization == "slices":
+            self.tokenize = SidedSliceTokenizer(users, groups, counts, width, layout=self.layout,
+                                                shared=settings.shared_projection, compute_dtype=compute_dtype)
+        else:
+            self.tokenize = SidedGroupTokenizer(users, groups, counts, width, named=settings.group_tokens,
+                                                global_token="none", hidden=None, compute_dtype=compute_dtype)
+        path = count_pairs(counts, separation.layers, settings.layers)
+        self.layers = nn.CellList([self._block(before, after, compute_dtype)
+                                   for before, after in zip(path[:-1], path[1:], strict=True)])
+        self.sparse = settings.moe is not None
+        self.finish(path, list(self.tokenize.pieces))
+
+    def _counts(self, users: dict[str, int], groups: dict[str, int]) -> Shape:
+        settings = self.settings
+        if settings.ug_sep.ratio is not None:
+            return tokens_of_ratio(settings.ug_sep.ratio, settings.tokens)
+        made = [sum(settings.group_tokens.get(name, 1) for name in side) for side in (users, groups)]
+        if settings.tokenization == "slices" or sum(made) != settings.tokens:
+            raise UserError("without a ratio the groups must make the tokens", where="model.ug_sep.ratio",
+                            mend=f"give a ratio, or tokenization: groups and tokens: {sum(made)}")
+        return made[0], made[1]
+
+    def _block(self, before: Shape, after: Shape, compute_dtype: mstype) -> nn.Cell:
+        settings = self.settings
+        if before != after or settings.ug_sep.residual == "attention":
+            return PyramidBlock(settings, before, after, self.layout, compute_dtype, norm=LayerNorm, network=network,
+                                inner=settings.ffn_ratio, prenorm=False)
+        return SeparatedBlock(settings, before, self.layout, compute_dtype)

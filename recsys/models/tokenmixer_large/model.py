@@ -1,0 +1,220 @@
+"""TokenMixer-Large: mixing and reverting, per-token SwiGLU or Sparse-Pertoken MoE (arXiv 2602.06563).
+
+Shapes: T tokens, H mixing heads, B batch, D width, M = T D / H width of a mixed token, n SwiGLU ratio.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+from pydantic import Field, model_validator
+
+from parallel.common.errors import UserError
+from parallel.common.settings import Settings
+from parallel.layers.grouped import Add, GroupedSwiGLU, TokenLayout
+from parallel.layers.moe import SparsePertokenMoE
+from parallel.layers.norm import RMSNorm
+from recsys.data.features import FeatureSpec
+from recsys.layers.embedding import group_widths
+from recsys.layers.mixing import TokenMixing
+from recsys.layers.tokenization import GroupTokenizer, MeanPool, tokens_of_groups
+from recsys.ranker import Ranker, TaskTowers
+from recsys.settings import RankerSettings
+from recsys.ug_sep.sides import UGSepSettings
+
+
+class SparseMoESettings(Settings):
+    """Sparse-Pertoken MoE: the dense SwiGLU of every token cut into experts (eq. 19-21)."""
+
+    experts: int = Field(8, ge=2)
+    """E, the shared expert included; each has 1 / E of the dense inner width."""
+    active: int = Field(4, ge=2)
+    """k, the shared expert included. k = 2 chooses one routed expert, whose gate is then not renormalised."""
+    alpha: float | None = None
+    """Gate value scaling; null = E / k (paper Table 12)."""
+    dispatch: Literal["auto", "grouped", "capacity"] = "auto"
+    """grouped: exact, on the CPU; capacity: static shapes, for expert parallelism; auto: what the device has."""
+    capacity_factor: float = Field(1.5, gt=0.0)
+    """capacity: rows that an expert takes, over its even share; beyond it rows get no routed expert."""
+
+
+class TokenMixerLargeSettings(RankerSettings):
+    """Sizes and choices of TokenMixer-Large."""
+
+    name: Literal["tokenmixer_large"] = "tokenmixer_large"
+    """Which ranker."""
+    tokens: int | None = Field(None, ge=1)
+    """T with the global token; null = what the groups make."""
+    group_tokens: dict[str, int] = Field(default_factory=dict)
+    """Tokens that a semantic group makes; 1 where a group is not named."""
+    global_token: bool = True
+    """A token made of all groups, in front (eq. 3)."""
+    tokenizer_hidden: int | None = Field(None, ge=1)
+    """Width between the two layers of each group's network; null = one linear layer."""
+    width: int = Field(64, ge=1)
+    """D."""
+    heads: int | None = Field(None, ge=1)
+    """H mixing heads, must divide D; null = as many as tokens, or the next smaller number that divides D."""
+    layers: int = Field(2, ge=1)
+    """L blocks."""
+    ratio: float = Field(2.0, gt=0.0)
+    """n: inner width of the SwiGLUs over their token's width."""
+    block_variant: Literal["figure_prenorm", "equation_prenorm", "equation_postnorm"] = "figure_prenorm"
+    """The paper's figure, text and equations disagree. figure_prenorm: X + Revert(F1(Mix(norm X))), then
+    X + F2(norm X); equation_prenorm: H + F1(norm H) with H = Mix(X), then X + F2(norm Revert(H));
+    equation_postnorm: eq. 12 and 16 as printed, norm after each residual."""
+    inner_residual: bool = False
+    """figure_prenorm: adds the mixed tokens to the output of F1, h + F1(norm h), as eq. 12 does."""
+    inter_residual: int | None = Field(2, ge=1)
+    """Every so many layers the input of the layer that many below is added again, never on the last layer; null =
+    never. Paper: every 2 or 3 layers."""
+    auxiliary_weight: float = Field(0.1, ge=0.0)
+    """Factor of the loss of the heads on lower layers (where inter_residual begins); 0 = no such heads. The paper gives
+    no number."""
+    final_norm: bool = True
+    """RMSNorm before the tokens are averaged; needed after pre-norm blocks. The paper does not mention one."""
+    down_gain: float = Field(0.01, gt=0.0)
+    """Factor of the Xavier start of every last matrix of a SwiGLU (paper Table 14)."""
+    moe: SparseMoESettings | None = None
+    """Sparse-Pertoken MoE; null = dense."""
+    op_cut: Literal["width", "tokens", "tokens_naive"] = "width"
+    """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
+    ug_sep: UGSepSettings | None = None
+    """User and group tokens separated, so that a request's user is computed once; null = entangled."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenMixerLargeSettings:
+        if self.heads and self.width % self.heads:
+            raise UserError(f"heads must divide width {self.width}", where="model.heads", value=self.heads)
+        if self.inner_residual and self.block_variant != "figure_prenorm":
+            raise UserError("the other variants have their own inner residual", where="model.inner_residual",
+                            mend="set block_variant: figure_prenorm")
+        return self
+
+
+class TokenMixerBlock(nn.Cell):
+    """One block; see `TokenMixerLargeSettings.block_variant`."""
+
+    def __init__(self, settings: TokenMixerLargeSettings, tokens: int, heads: int, layout: TokenLayout,
+                 compute_dtype: mstype) -> None:
+        super().__init__()
+        width = settings.width
+        mixed = tokens * width // heads
+        self.variant, self.inner_residual = settings.block_variant, settings.inner_residual
+        self.mix = TokenMixing(tokens, heads, width, layout=layout)
+        self.revert = TokenMixing(tokens, heads, width, reverting=True, layout=layout)
+        self.first = network(settings, heads, mixed, layout, compute_dtype)
+        self.second = network(settings, tokens, width, layout, compute_dtype)
+        figure = self.variant == "figure_prenorm"
+        self.norm1 = RMSNorm(width if figure else mixed, compute_dtype=compute_dtype, stream=layout.stream)
+        self.norm2 = RMSNorm(width, compute_dtype=compute_dtype, stream=layout.stream)
+        self.inner_norm = None
+        if self.inner_residual:
+            self.inner_norm = RMSNorm(mixed, compute_dtype=compute_dtype, stream=layout.stream)
+        self.add1, self.add2 = Add(layout.stream), Add(layout.stream)
+
+    def construct(self, x_TBD: Tensor) -> Tensor:
+        if self.variant == "figure_prenorm":
+            h_HBM = self.mix(self.norm1(x_TBD))
+            if self.inner_norm is not None:
+                h_HBM = h_HBM + self.first(self.inner_norm(h_HBM))
+            else:
+                h_HBM = self.first(h_HBM)
+            x_TBD = self.add1(x_TBD, self.revert(h_HBM))
+            return self.add2(x_TBD, self.second(self.norm2(x_TBD)))
+        h_HBM = self.mix(x_TBD)
+        if self.variant == "equation_prenorm":
+            h_HBM = self.add1(h_HBM, self.first(self.norm1(h_HBM)))
+            return self.add2(x_TBD, self.second(self.norm2(self.revert(h_HBM))))
+        h_HBM = self.norm1(self.add1(self.first(h_HBM), h_HBM))
+        return self.norm2(self.add2(self.second(self.revert(h_HBM)), x_TBD))
+
+
+def network(settings: TokenMixerLargeSettings, tokens: int, width: int, layout: TokenLayout,
+            compute_dtype: mstype) -> nn.Cell:
+    """The per-token network of a sublayer: dense SwiGLU, or its sparse cut."""
+    inner = round(settings.ratio * width)
+    moe = settings.moe
+    if moe is None:
+        return GroupedSwiGLU(tokens, width, inner, layout=layout, down_gain=settings.down_gain,
+                             compute_dtype=compute_dtype)
+    return SparsePertokenMoE(tokens, width, inner, experts=moe.experts, active=moe.active, alpha=moe.alpha,
+                             layout=layout, dispatch=moe.dispatch, capacity_factor=moe.capacity_factor,
+                             down_gain=settings.down_gain, compute_dtype=compute_dtype)
+
+
+class TokenMixerLarge(Ranker):
+    """Tokens and global token, L blocks with inter-layer residuals, final norm, mean over the tokens, towers."""
+
+    def __init__(self, settings: TokenMixerLargeSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
+        super().__init__(settings, spec, tasks, compute_dtype)
+        self.layout = TokenLayout(settings.op_cut)
+        groups = group_widths(spec)
+        counts = tokens_of_groups(settings.group_tokens, list(groups))
+        self.tokenize = GroupTokenizer(list(groups.values()), counts, settings.width,
+                                       global_token=settings.global_token, hidden=settings.tokenizer_hidden,
+                                       compute_dtype=compute_dtype)
+        self.tokens = self.tokenize.tokens
+        if settings.tokens not in (None, self.tokens):
+            raise UserError(f"the groups make {self.tokens} tokens with the global one", where="model.tokens",
+                            value=settings.tokens, mend=f"set it to {self.tokens}, or name group_tokens")
+        self.heads = settings.heads or max(count for count in range(1, self.tokens + 1) if settings.width % count == 0)
+        self.layers = nn.CellList([TokenMixerBlock(settings, self.tokens, self.heads, self.layout, compute_dtype)
+                                   for _ in range(settings.layers)])
+        self.gap = settings.inter_residual or 0
+        # Layer i adds the output of layer i - gap, which is the input of layer i - gap + 1.
+        self.sources = tuple(range(self.gap, settings.layers - 1, self.gap)) if self.gap else ()
+        self.adds = nn.CellList([Add(self.layout.stream) for _ in self.sources])
+        self.auxiliary_layers = self._auxiliary_layers() if settings.auxiliary_weight > 0.0 else ()
+        self.auxiliary = nn.CellList([TaskTowers(settings.width, settings.tower, tasks)
+                                      for _ in self.auxiliary_layers])
+        self.auxiliary_pools = nn.CellList([MeanPool(self.layout) for _ in self.auxiliary])
+        self.norm = RMSNorm(settings.width, compute_dtype=compute_dtype,
+                            stream=self.layout.stream) if settings.final_norm else None
+        self.pool = MeanPool(self.layout)
+        self.make_head(settings.width)
+
+    def _auxiliary_layers(self) -> tuple[int, ...]:
+        """Layers (their outputs) that have a head of their own: every `gap`-th one but the last."""
+        gap, layers = self.settings.inter_residual or 2, self.settings.layers
+        return tuple(index for index in range(gap - 1, layers - 1, gap))
+
+    @property
+    def auxiliary_weight(self) -> float:
+        return self.settings.auxiliary_weight if self.auxiliary_layers else 0.0
+
+    def represent(self, groups: tuple, sequences: tuple) -> tuple:
+        x_TBD = self.tokenize(*groups)
+        inputs, auxiliary, added, headed = (), (), 0, 0
+        for index in range(len(self.layers)):
+            inputs += (x_TBD,)
+            x_TBD = self.layers[index](x_TBD)
+            if index in self.sources:
+                x_TBD = self.adds[added](x_TBD, inputs[index - self.gap + 1])
+                added += 1
+            if index in self.auxiliary_layers:
+                auxiliary += (self.auxiliary[headed](self.auxiliary_pools[headed](x_TBD)),)
+                headed += 1
+        if self.norm is not None:
+            x_TBD = self.norm(x_TBD)
+        return self.pool(x_TBD), auxiliary, ()
+
+    def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
+        last = [self.pool, self.head, *([self.norm] if self.norm is not None else [])]
+        return [[self.embedding, self.drop, self.tokenize], *self.layers, last]
+
+
+def ranker(settings: TokenMixerLargeSettings, spec: FeatureSpec, tasks: int,
+           compute_dtype: mstype = mstype.float32) -> Ranker:
+    """TokenMixer-Large, separated if the settings say so."""
+    if settings.ug_sep is None:
+        return TokenMixerLarge(settings, spec, tasks, compute_dtype)
+    from recsys.models.tokenmixer_large.separated import SeparatedTokenMixerLarge
+
+    return SeparatedTokenMixerLarge(settings, spec, tasks, compute_dtype)
+
+
+SETTINGS, MODEL = TokenMixerLargeSettings, ranker

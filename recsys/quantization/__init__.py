@@ -1,0 +1,1 @@
+"""int8 weights for serving (W8A16)."""

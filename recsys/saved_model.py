@@ -1,0 +1,113 @@
+"""A trained ranker found again by its checkpoint: settings, features, vocabulary and network, without its log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel.checkpoint.folder import resolve_checkpoint
+from parallel.checkpoint.whole import Checkpoint
+from parallel.common.errors import UserError
+from parallel.common.settings import load_settings
+from recsys.data.dataset import columns_of, features_of
+from recsys.data.encode import Columns
+from recsys.data.features import Feature, FeatureSpec, place
+from recsys.data.readers import reader
+from recsys.data.vocabulary import Vocabulary
+
+VOCABULARY = "vocabulary.json"
+
+
+@dataclass
+class Trained:
+    """What serving needs of a run.
+
+    Args:
+        path: the checkpoint.
+        settings: `recsys.settings.Run`.
+        features, columns: of the log.
+        vocabulary, spec: how values become rows of the tables.
+        model: the network with its values, in inference mode; None where only the rest was asked for.
+    """
+
+    path: Path
+    settings: Any
+    features: list[Feature]
+    columns: Columns
+    vocabulary: Vocabulary
+    spec: FeatureSpec
+    model: Any = None
+
+    def reads_as(self, other: Trained) -> bool:
+        """Whether a request becomes the same numbers by both."""
+        def reading(one: Trained) -> tuple:
+            known = one.vocabulary
+            return one.features, one.columns, one.spec, known.values, known.boundaries, known.moments
+
+        return reading(self) == reading(other)
+
+
+def settings_of(checkpoint: Path, config: str | None = None) -> Any:
+    """The run's settings: those of a file, or those that the trainer kept in the checkpoint.
+
+    Raises:
+        UserError: neither is there.
+    """
+    from recsys.models import run_class
+    from recsys.settings import Run
+
+    if config is not None:
+        return load_settings(Run.for_file(config, []), config, [])
+    kept = Checkpoint(checkpoint).state.get("run")
+    if not kept or "model" not in kept:
+        raise UserError("the checkpoint does not say which settings it was trained with", where=checkpoint,
+                        mend="name them with --config")
+    return run_class(kept["model"].get("name", "")).model_validate(kept)
+
+
+def vocabulary_of(checkpoint: Path, settings: Any) -> Vocabulary:
+    """The vocabulary that stands beside a checkpoint or above it, or in the run's folder.
+
+    Raises:
+        UserError: there is none, and the features need one.
+    """
+    places = [checkpoint, *list(checkpoint.resolve().parents)[:2], Path(settings.output.directory)]
+    found = next((folder / VOCABULARY for folder in places if (folder / VOCABULARY).is_file()), None)
+    if found is not None:
+        return Vocabulary.load(found)
+    if any(f.values == "vocabulary" and f.target is None for f in features_of(settings.data)):
+        raise UserError(f"there is no {VOCABULARY} with the checkpoint", where=checkpoint,
+                        mend="copy the one of the run's folder beside it")
+    return Vocabulary()
+
+
+def describe(checkpoint: str | Path, config: str | None = None) -> Trained:
+    """Everything of a trained ranker but its network.
+
+    Raises:
+        UserError: no checkpoint, settings or vocabulary there.
+    """
+    path = resolve_checkpoint(checkpoint)
+    settings = settings_of(path, config)
+    features = features_of(settings.data)
+    vocabulary = vocabulary_of(path, settings)
+    spec = place(features, settings.model.embedding_size, vocabulary.sizes())
+    return Trained(path, settings, features, columns_of(settings.data, reader(settings.data.reader)), vocabulary, spec)
+
+
+def load(checkpoint: str | Path, config: str | None = None) -> Trained:
+    """A trained ranker with its network; a quantized checkpoint gives a quantized one.
+
+    Raises:
+        UserError: see `describe` and `parallel.checkpoint.whole.load_parameters`.
+    """
+    from recsys.build import loss_network
+    from recsys.quantization import layers as quantization
+
+    trained = describe(checkpoint, config)
+    model = loss_network(trained.settings, trained.spec, len(trained.columns.labels)).model
+    quantization.load(trained.path, model)
+    model.set_train(False)
+    trained.model = model
+    return trained

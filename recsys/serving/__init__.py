@@ -1,0 +1,1 @@
+"""Serving of rankers: engine, cached user states, HTTP."""

@@ -1,0 +1,316 @@
+"""Scoring of ranking requests: a request is one user and its candidates; several requests share a batch.
+
+Separated models (UG-Sep) compute a request's user once, or find it in the cache, and then only the candidates' side;
+entangled ones compute a whole row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
+one thread runs them all. What a request gets does not depend on what was in its batch.
+
+Shapes: R requests, C candidates of one, N candidates of a batch, M, m id columns (all, of one side), K tasks, S state.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from parallel.checkpoint.whole import Checkpoint
+from parallel.common.errors import UserError
+from recsys.quantization.layers import Int8Product, dequantize, panels, products
+from recsys.saved_model import Trained, describe
+from recsys.serving.settings import EngineSettings
+from recsys.serving.state_cache import StateCache, user_key
+from recsys.ug_sep.ranker import GroupPass, SeparatedRanker, UserPass
+
+
+class Busy(Exception):
+    """The engine cannot take or finish the request now; the client may try again."""
+
+
+@dataclass
+class Waiting:
+    """A request in the queue: ids_CM, numbers_CN, and where its probabilities_CK go."""
+
+    ids: np.ndarray
+    numbers: np.ndarray
+    deadline: float
+    result: Future = field(default_factory=Future)
+
+
+class Scorer:
+    """Probabilities of batches in fixed shapes; for one thread.
+
+    Args:
+        model: a ranker, settled, in inference mode.
+        settings: the shapes.
+        cache: of user states.
+    """
+
+    def __init__(self, model: Any, settings: EngineSettings, cache: StateCache) -> None:
+        self.model, self.settings, self.cache, self.version = model, settings, cache, 1
+        self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.masked
+        if self.separated:
+            self.user_pass, self.group_pass = UserPass(model), GroupPass(model)
+        model.set_train(False)
+
+    def warm(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
+        """Compiles and runs every graph once."""
+        spec, users = self.model.spec, sorted({1, self.settings.requests})
+        for requests in users if self.separated else [1]:
+            for size in self.settings.candidates:
+                count = max(size, requests)
+                ids = np.zeros((count, spec.id_columns), np.int32)
+                rows = np.array_split(np.arange(count), requests)
+                self.score([(ids[part], np.full((len(part), spec.numeric_columns), number, np.float32))
+                            for number, part in enumerate(rows)])
+                on_graph(f"{requests} x {size}")
+        self.cache.clear()
+        self.cache.hits = self.cache.misses = 0
+
+    def score(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+        """probabilities_CK of each (ids_CM, numbers_CN); the user columns of a request's first row hold for all."""
+        sizes = [len(ids) for ids, _ in batch]
+        logits = self._separated(batch) if self.separated else self._chunks(
+            self.model, np.concatenate([ids for ids, _ in batch]), np.concatenate([numbers for _, numbers in batch]))
+        scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+        return np.split(scores, np.cumsum(sizes)[:-1])
+
+    def _separated(self, batch: list) -> np.ndarray:
+        sides, most = self.model.sides, self.settings.requests
+        if len(batch) > most:
+            raise ValueError(f"{len(batch)} requests where {most} are one batch")
+        states_RS = self._states([sides.user.take(ids[:1], numbers[:1]) for ids, numbers in batch])
+        rows = [sides.group.take(ids, numbers) for ids, numbers in batch]
+        if len(batch) > 1:
+            states_RS = np.concatenate([states_RS, np.repeat(states_RS[-1:], most - len(batch), 0)])
+        index_N = np.repeat(np.arange(len(batch), dtype=np.int32), [len(ids) for ids, _ in rows])
+        states = Tensor(states_RS)
+        return self._chunks(lambda index, ids, numbers: self.group_pass(states, index, ids, numbers), index_N,
+                            np.concatenate([ids for ids, _ in rows]), np.concatenate([numbers for _, numbers in rows]))
+
+    def _states(self, users: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """states_RS: of the cache, the others computed, each user once."""
+        keys = [user_key(self.version, ids, numbers) for ids, numbers in users]
+        found = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+        missing = {key: user for key, user in zip(keys, users, strict=True) if found[key] is None}
+        if missing:
+            ids = np.concatenate([ids for ids, _ in missing.values()])
+            numbers = np.concatenate([numbers for _, numbers in missing.values()])
+            count = 1 if len(missing) == 1 else self.settings.requests
+            states = self.user_pass(Tensor(_filled(ids, count)), Tensor(_filled(numbers, count))).asnumpy()
+            for key, state in zip(missing, states, strict=False):
+                found[key] = state.copy()
+                self.cache.put(key, found[key])
+        return np.stack([found[key] for key in keys])
+
+    def _chunks(self, run: Callable, *arrays: np.ndarray) -> np.ndarray:
+        """`run` on batches of the fixed sizes, the last one filled up; its results for the real rows."""
+        results, begin, total = [], 0, len(arrays[0])
+        while begin < total:
+            size = next((size for size in self.settings.candidates if size >= total - begin),
+                        self.settings.candidates[-1])
+            part = [array[begin:begin + size] for array in arrays]
+            results.append(run(*(Tensor(_filled(array, size)) for array in part)).asnumpy()[:len(part[0])])
+            begin += size
+        return np.concatenate(results)
+
+
+def _filled(array: np.ndarray, rows: int) -> np.ndarray:
+    """`rows` rows: the last one repeated."""
+    if len(array) == rows:
+        return np.ascontiguousarray(array)
+    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), 0)])
+
+
+class Engine:
+    """A queue of requests, the thread that scores them, and reloads between two batches.
+
+    Args:
+        trained: the model.
+        settings: shapes and bounds.
+        observe: called as observe(name, value) with what happens: batch_requests, batch_candidates, batch_seconds.
+    """
+
+    def __init__(self, trained: Trained, settings: EngineSettings,
+                 observe: Callable[[str, float], None] = lambda name, value: None) -> None:
+        self.trained, self.settings, self.observe = trained, settings, observe
+        self.reading = 1  # rises with every reload after which requests read as other numbers
+        self.cache = StateCache(settings.cache_users)
+        self.scorer = Scorer(trained.model, settings, self.cache)
+        self._waiting: deque[Waiting] = deque()
+        self._changes: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._wake = threading.Condition()
+        self._running = False
+        self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
+        self._reloading = threading.Lock()
+
+    @property
+    def version(self) -> int:
+        """Rises with every reload, from 1."""
+        return self.scorer.version
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    def start(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
+        """Compiles everything and begins to score."""
+        ready: Future = Future()
+        self._changes.append((lambda: self.scorer.warm(on_graph), ready))
+        self._running = True
+        self._thread.start()
+        ready.result()
+
+    def stop(self) -> None:
+        """Scores what waits and ends."""
+        with self._wake:
+            self._running = False
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, ids_CM: np.ndarray, numbers_CN: np.ndarray) -> Future:
+        """Future of (probabilities_CK, the model's version); it may hold `Busy` when its time ran out.
+
+        Raises:
+            Busy: the queue is full, or the engine ends.
+        """
+        item = Waiting(ids_CM, numbers_CN, time.monotonic() + self.settings.timeout_seconds)
+        with self._wake:
+            if not self._running:
+                raise Busy("the server is ending")
+            if len(self._waiting) >= self.settings.queue:
+                raise Busy(f"{self.settings.queue} requests wait already")
+            self._waiting.append(item)
+            self._wake.notify()
+        return item.result
+
+    def score(self, ids_CM: np.ndarray, numbers_CN: np.ndarray) -> np.ndarray:
+        """probabilities_CK: `submit` and wait."""
+        return self.submit(ids_CM, numbers_CN).result()[0]
+
+    def reload(self, checkpoint: str | Path) -> dict[str, Any]:
+        """Takes the values of another checkpoint of the same model: read beside the scoring, put in place between two
+        batches. Requests are scored by the one or the other, none is lost.
+
+        Raises:
+            UserError: it is not of the same model, features and quantization; the old one goes on.
+        """
+        with self._reloading:
+            trained, values = self._prepare(checkpoint)
+            rise = int(not trained.reads_as(self.trained))
+            done: Future = Future()
+            with self._wake:
+                if not self._running:
+                    raise Busy("the server is ending")
+                self._changes.append((lambda: self._put(trained, values, rise), done))
+                self._wake.notify()
+            done.result()
+            return {"version": self.version, "checkpoint": str(trained.path)}
+
+    # -- the scoring thread -------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while self._running and not self._waiting and not self._changes:
+                    self._wake.wait()
+                if not self._running and not self._waiting and not self._changes:
+                    return
+                changes, batch = list(self._changes), [] if self._changes else self._take()
+                self._changes.clear()
+            for change, done in changes:
+                _answer(done, change)
+            if batch:
+                self._score(batch)
+
+    def _take(self) -> list[Waiting]:
+        """The next batch: as many requests as fit, in order; those whose time ran out are told so."""
+        batch, candidates = [], 0
+        while self._waiting and len(batch) < self.settings.requests:
+            first = self._waiting[0]
+            if first.deadline < time.monotonic():
+                late = self._waiting.popleft().result
+                if late.set_running_or_notify_cancel():
+                    late.set_exception(Busy("the request waited too long"))
+                continue
+            if batch and candidates + len(first.ids) > self.settings.candidates[-1]:
+                break
+            batch.append(self._waiting.popleft())
+            candidates += len(first.ids)
+        return batch
+
+    def _score(self, batch: list[Waiting]) -> None:
+        begun = time.perf_counter()
+        try:
+            results = self.scorer.score([(item.ids, item.numbers) for item in batch])
+        except Exception as error:  # a defect of ours must not end the thread: those who wait are told
+            for item in batch:
+                if item.result.set_running_or_notify_cancel():
+                    item.result.set_exception(error)
+            return
+        for item, scores in zip(batch, results, strict=True):
+            # A client that gave up has cancelled its future, perhaps this moment.
+            if item.result.set_running_or_notify_cancel():
+                item.result.set_result((scores, self.version))
+        self.observe("batch_requests", len(batch))
+        self.observe("batch_candidates", sum(len(item.ids) for item in batch))
+        self.observe("batch_seconds", time.perf_counter() - begun)
+
+    # -- reloading ----------------------------------------------------------------------------------------------------
+
+    def _prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Tensor]]:
+        """The other checkpoint's description, and its values by parameter name in the order of this device."""
+        trained = describe(checkpoint)
+        if (trained.settings.model, trained.spec) != (self.trained.settings.model, self.trained.spec):
+            raise UserError("is of another model or other features", where=trained.path,
+                            mend="start another server for it")
+        file, old = Checkpoint(trained.path), Checkpoint(self.trained.path)
+        if file.state.get("quantization") != old.state.get("quantization"):
+            raise UserError("is not quantized in the same way", where=trained.path, mend="start another server for it")
+        model = self.trained.model
+        stored = {product.name: product for product in products(model)}
+        values = {}
+        for parameter in model.get_parameters():
+            name = parameter.name
+            if name not in file.layout:
+                raise UserError(f"lacks parameter {name}", where=trained.path)
+            value = _in_order(file, stored[name]) if name in stored else file.read(name)
+            if value.shape != tuple(parameter.shape):
+                raise UserError(f"'{name}' has another shape", where=trained.path)
+            values[name] = Tensor(value, parameter.dtype)
+        return trained, values
+
+    def _put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
+        """`rise`: of `reading`."""
+        for parameter in self.trained.model.get_parameters():
+            parameter.set_data(values[parameter.name])
+        trained.model = self.trained.model
+        # In this order: who takes version and reading first never has an older `trained` than they say.
+        self.trained = trained
+        self.reading += rise
+        self.scorer.version += 1
+        self.cache.clear()
+
+
+def _in_order(file: Checkpoint, product: Int8Product) -> np.ndarray:
+    """Int8 values of a checkpoint as `Int8Product.settle` keeps them."""
+    stored = file.read(product.name)
+    if product.mode == "kernel":
+        return panels(stored)
+    return dequantize(stored, file.read(product.scale.name)) if product.mode == "float32" else stored
+
+
+def _answer(done: Future, change: Callable[[], Any]) -> None:
+    try:
+        done.set_result(change())
+    except BaseException as error:
+        done.set_exception(error)

@@ -1,0 +1,244 @@
+"""From the JSON of a ranking request to rows of numbers, by the features and vocabulary that the model was trained on.
+
+    {"user": {"user_id": 7, "history": [3, 5]}, "candidates": [{"item_id": 11}, {"item_id": 12}], "top_k": 10}
+
+A feature stands in `user` (it holds for all candidates: anything about the user, the context, the user's lists) or in
+every candidate; null is a missing value. Needs no MindSpore.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from parallel.common.errors import UserError
+from recsys.data.encode import Encoded, Encoder, RowErrors
+from recsys.data.features import FIRST_KNOWN, UNSEEN, Feature
+from recsys.data.vocabulary import hash_rows, transformed
+from recsys.saved_model import Trained
+
+_KEYS = ("user", "candidates", "top_k")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request in numbers: ids_CM int32, numbers_CN float32, how many candidates are wanted back."""
+
+    ids: np.ndarray
+    numbers: np.ndarray
+    top_k: int
+
+
+class _RowEncoder(Encoder):
+    """An `Encoder` of rows that have no labels yet."""
+
+    def _labels(self, table: pa.Table, where: str, errors: RowErrors) -> np.ndarray:
+        return np.zeros((len(table), 1), np.float32)
+
+    def _users(self, table: pa.Table, where: str) -> np.ndarray:
+        return np.zeros(len(table), np.int64)
+
+
+def read_request(body: Any, trained: Trained, most: int) -> Ask:
+    """Checks and encodes a request.
+
+    Args:
+        body: parsed JSON.
+        trained: the model's features, vocabulary and places.
+        most: candidates at most.
+
+    Raises:
+        UserError: what is wrong with it, in one line.
+    """
+    user, candidates, top_k = _checked(body, most)
+    given = [feature for feature in trained.features if feature.source in user]
+    asked = [feature for feature in trained.features if feature.source not in user]
+    count = len(candidates)
+    ids, numbers = _encode(trained, given, [user], "user")
+    if asked:
+        own_ids, own_numbers = _encode(trained, asked, candidates, "candidates")
+        ids, numbers = ids + own_ids, numbers + own_numbers
+    return Ask(np.ascontiguousarray(np.broadcast_to(ids, (count, ids.shape[1]))),
+               np.ascontiguousarray(np.broadcast_to(numbers, (count, numbers.shape[1]))), min(top_k or count, count))
+
+
+def _checked(body: Any, most: int) -> tuple[dict, list[dict], int | None]:
+    if not isinstance(body, dict):
+        raise UserError("a request is an object with user and candidates")
+    for key in body:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            raise UserError("unknown key", value=key, mend=f"did you mean '{near[0]}'?" if near else
+                            f"known: {', '.join(_KEYS)}")
+    user, candidates, top_k = body.get("user"), body.get("candidates"), body.get("top_k")
+    if not isinstance(user, dict):
+        raise UserError("must be an object of features", where="user")
+    if not isinstance(candidates, list) or not all(isinstance(item, dict) for item in candidates):
+        raise UserError("must be a list of objects of features", where="candidates")
+    if not 1 <= len(candidates) <= most:
+        raise UserError(f"there must be 1 to {most}", where="candidates", value=len(candidates))
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise UserError("must be a whole number above 0", where="top_k", value=top_k)
+    return user, candidates, top_k
+
+
+def _encode(trained: Trained, features: list[Feature], rows: list[dict], where: str) -> tuple[np.ndarray, np.ndarray]:
+    """ids and numbers of some features; the columns of the others are 0."""
+    spec, closer = trained.spec, []
+    ids = np.zeros((len(rows) if features else 1, spec.id_columns), np.int32)
+    numbers = np.zeros((len(ids), spec.numeric_columns), np.float32)
+    for feature in features:
+        values = _values(feature, rows, where)
+        found = quick_column(feature, values, trained)
+        if found is None:
+            closer.append((feature, _column(feature, values, where)))
+        elif feature.is_value:
+            numbers[:, spec.numeric[feature.name].column] = found
+        else:
+            slot = spec.slots[feature.name]
+            ids[:, slot.start:slot.start + slot.length] = found + slot.offset
+    if closer:
+        more = _encode_closely(trained, closer, where)
+        ids, numbers = ids + more.ids, numbers + more.numbers
+    return ids, numbers
+
+
+def _encode_closely(trained: Trained, columns: list[tuple[Feature, pa.Array]], where: str) -> Encoded:
+    """By the `Encoder` of the log, which looks at every value."""
+    table = pa.table({feature.source: values for feature, values in columns})
+    try:
+        return _RowEncoder([feature for feature, _ in columns], trained.columns, "error").encode(
+            table, trained.spec, trained.vocabulary, where, 0)[0]
+    except UserError as error:  # what mends a log does not mend a request
+        raise UserError(error.what, where=error.where, value=error.value) from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=where) from None
+
+
+def _values(feature: Feature, rows: list[dict], where: str) -> list:
+    name = feature.source
+    try:
+        return [row[name] for row in rows]
+    except KeyError:
+        index = next(index for index, row in enumerate(rows) if name not in row)
+    raise UserError(f"feature '{name}' is missing", where=where if where == "user" else f"{where}[{index}]",
+                    mend="give it there or in user; null stands for a missing value")
+
+
+# ---------------------------------------------------------------- columns whose values are what is expected
+
+
+def quick_column(feature: Feature, values: list, trained: Trained) -> np.ndarray | None:
+    """What `Encoder` makes of a feature's values, [n, length] rows (without the slot's offset) or n numbers: a tenth of
+    its time, for values of the expected types; None for any other, at which it must look."""
+    if feature.type == "numeric":
+        return _quick_numbers(feature, values, trained)
+    if not feature.is_list:
+        found = _quick_rows(feature, values, trained)
+        return None if found is None or _outside(feature, found) else found[:, None]
+    if set(map(type, values)) != {list}:
+        return None
+    kept = [value[-feature.length:] if feature.type == "sequence" else value[:feature.length] for value in values]
+    lengths_n1 = np.fromiter(map(len, kept), np.int64, len(kept))[:, None]
+    place = np.arange(feature.length)
+    inside = place >= feature.length - lengths_n1 if feature.type == "sequence" else place < lengths_n1
+    result = np.zeros(inside.shape, np.int64)
+    if lengths_n1.any():
+        found = _quick_rows(feature, list(itertools.chain.from_iterable(kept)), trained)
+        if found is None:
+            return None
+        result[inside] = found
+    return result
+
+
+def _outside(feature: Feature, rows: np.ndarray) -> bool:
+    return feature.values == "integer" and bool((rows == UNSEEN).any())
+
+
+def _quick_rows(feature: Feature, values: list, trained: Trained) -> np.ndarray | None:
+    kinds = set(map(type, values))
+    numbers = np.array(values) if kinds == {int} else None
+    if numbers is not None and numbers.dtype != np.int64:
+        return None
+    if feature.values == "integer":
+        if numbers is None:
+            return None
+        return np.where((numbers < 0) | (numbers >= feature.rows), UNSEEN, numbers + FIRST_KNOWN)
+    if numbers is not None:
+        values = list(map(str, values))
+    elif kinds != {str}:
+        return None
+    if feature.values == "hash":
+        return _hashed(feature, values)
+    known = _known(trained, feature.target or feature.name)
+    rows = [known.get(value, UNSEEN) for value in values]
+    return np.array(rows, np.int64) if UNSEEN not in rows or _is_text(values) else None
+
+
+def _hashed(feature: Feature, values: list[str]) -> np.ndarray | None:
+    return hash_rows(feature, pa.array([value or None for value in values], pa.string())) if _is_text(values) else None
+
+
+def _is_text(values: list[str]) -> bool:
+    """Whether all of it can be written: JSON may hold halves of characters."""
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _known(trained: Trained, name: str) -> dict[str, int]:
+    """Row of each value of a vocabulary, made once: Arrow would hash the whole vocabulary anew for every request."""
+    kept = trained.__dict__.setdefault("_known_rows", {})
+    if name not in kept:
+        kept[name] = {value: FIRST_KNOWN + row for row, value in enumerate(trained.vocabulary.values[name])} | {"": 0}
+    return kept[name]
+
+
+def _quick_numbers(feature: Feature, values: list, trained: Trained) -> np.ndarray | None:
+    kinds, found = set(map(type, values)), None
+    if kinds <= {int, float}:
+        found = np.array(values)
+    if found is None or found.dtype not in (np.int64, np.float64) or (int in kinds and np.abs(found).max() > 2**53):
+        return None
+    found, vocabulary = found.astype(np.float64), trained.vocabulary
+    if feature.is_value:
+        mean, deviation = vocabulary.moments.get(feature.name, (0.0, 1.0))
+        found = np.where(np.isfinite(found), found, np.nan)
+        return np.nan_to_num((transformed(feature, found) - mean) / deviation)
+    edges = vocabulary.boundaries.get(feature.name, feature.boundaries or [])
+    return (np.searchsorted(np.asarray(edges, np.float64), found, side="left") + FIRST_KNOWN)[:, None]
+
+
+# ---------------------------------------------------------------- columns for Arrow
+
+
+def _column(feature: Feature, values: list, where: str) -> pa.Array:
+    name = feature.source
+    if feature.is_list and not any(isinstance(value, str) for value in values):
+        for index, value in enumerate(values):
+            if value is not None and not isinstance(value, list):
+                raise UserError(f"feature '{name}' must be a list", where=f"{where}[{index}]", value=value)
+        values = [None if value is None else [None if item is None else str(item) for item in value]
+                  for value in values]
+        return _array(values, name, where, pa.list_(pa.string()))
+    if any(isinstance(value, (list, dict)) for value in values):
+        raise UserError(f"feature '{name}' must be a single value", where=where)
+    kinds = {type(value) for value in values if value is not None}
+    if str in kinds and len(kinds) > 1:
+        values = [None if value is None else str(value) for value in values]
+    made = _array(values, name, where)
+    return made.cast(pa.string()) if pa.types.is_null(made.type) else made
+
+
+def _array(values: list, name: str, where: str, kind: pa.DataType | None = None) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeError) as error:
+        raise UserError(f"feature '{name}' cannot be read: {str(error).splitlines()[0]}", where=where) from None

@@ -1,0 +1,48 @@
+"""Keys of `python -m recsys serve`. Needs no MindSpore."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from parallel.common.errors import UserError
+from parallel.common.settings import Settings
+
+
+class EngineSettings(Settings):
+    """How requests are scored."""
+
+    requests: int = Field(8, ge=1, le=1024)
+    """Requests that are scored together at most."""
+    candidates: list[int] = Field(default_factory=lambda: [64, 256, 1024], min_length=1)
+    """Sizes, rising, that a batch of candidates is filled up to: one graph each, compiled when the server starts. A
+    request with more candidates than the last is scored in several batches."""
+    queue: int = Field(64, ge=1)
+    """Requests that may wait; beyond that the answer is 503."""
+    timeout_seconds: float = Field(2.0, gt=0.0)
+    """A request that is not done after this is answered with 503, and not computed if its turn has not come."""
+    cache_users: int = Field(10_000, ge=0)
+    """User states kept across requests, the least recently used one leaving first; 0 = none (separated models only)."""
+
+    @field_validator("candidates")
+    @classmethod
+    def _rising(cls, value: list[int]) -> list[int]:
+        if value != sorted(set(value)) or value[0] < 1:
+            raise UserError("sizes are above 0 and rise", where="engine.candidates", value=value)
+        return value
+
+
+class ServeSettings(Settings):
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 = all of the machine's."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port; 0 = any free one (said on stderr)."""
+    max_candidates: int = Field(2000, ge=1)
+    """Candidates of one request at most."""
+    max_body_bytes: int = Field(4 << 20, ge=1024)
+    """Longest request that is read."""
+    threads: int = Field(2, ge=1)
+    """Threads that turn long requests (above 64 KB) into numbers; shorter ones are read at once."""
+    engine: EngineSettings = EngineSettings()
+    """How requests are scored."""

@@ -1,0 +1,200 @@
+"""What a ranker's run is made of: the blocks of a YAML file under configs/recsys/. Needs no MindSpore."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from parallel.common.errors import UserError
+from parallel.common.settings import Settings
+from parallel.sharding.config import ParallelConfig
+from parallel.training.settings import (
+    EarlyStopSettings,
+    OptimizerSettings,
+    OutputSettings,
+    ScheduleSettings,
+    TrainSettings,
+)
+from recsys.data.features import Feature
+
+
+class SyntheticSettings(Settings):
+    """The generated click log (reader `synthetic`)."""
+
+    samples: int = Field(120_000, ge=100, le=10**10)
+    """Rows."""
+    users: int = Field(1000, ge=10)
+    """Users."""
+    items: int = Field(500, ge=10)
+    """Items."""
+    seed: int = Field(1, ge=0)
+    """Seed of users, items and clicks."""
+    strength: float = Field(1.0, ge=0.0)
+    """How far the features decide: multiplies the log-odds."""
+
+
+class SplitSettings(Settings):
+    """Which rows are for training, validation and test."""
+
+    by: Literal["default", "order", "time", "random", "files"] = "default"
+    """default: what suits the reader; order: as they come; time: by the time column; random: by a hash of the row's
+    number; files: validation_path and test_path are files of their own."""
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of training, validation and test (not for files)."""
+    validation_path: str | None = None
+    """files: the validation rows."""
+    test_path: str | None = None
+    """files: the test rows; null = the validation rows."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitSettings:
+        if abs(sum(self.fractions) - 1.0) > 1e-6 or min(self.fractions) < 0 or self.fractions[0] == 0:
+            raise UserError("shares are positive and add up to 1", where="data.split.fractions",
+                            value=list(self.fractions))
+        if self.by == "files" and self.validation_path is None:
+            raise UserError("split by files needs validation_path", where="data.split")
+        return self
+
+
+class DataSettings(Settings):
+    """The click log and what its columns mean."""
+
+    reader: str = "synthetic"
+    """Which file under recsys/readers/ reads the log."""
+    path: str | None = None
+    """File, folder of shards or glob pattern; not for synthetic."""
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    """Between the cells of reader csv."""
+    features: list[Feature] | None = None
+    """Columns that the model reads; null = those the reader knows."""
+    history: int = Field(0, ge=0, le=100_000)
+    """movielens, kuairand: adds the feature `history`, the items that the user liked before, at most so many, weighed
+    by the candidate unless `pooling` says otherwise (`none` for longer); 0 = no such feature."""
+    passed: int = Field(0, ge=0, le=100_000)
+    """The same for the feature `passed`: items that the user met before and did not like (rated lower, not clicked)."""
+    like_rate: bool = False
+    """movielens, kuairand: adds the feature `like_rate`, the share of liked items among all that the user met before,
+    in 16 buckets. It says most about users whom training has not seen."""
+    pooling: dict[str, Literal["mean", "sum", "max", "attention", "none"]] = Field(default_factory=dict)
+    """Pooling of single features by name, over what their list says."""
+    vocabulary: str | None = None
+    """vocabulary.json to read the values with (of another run, or of `refresh`); null = made from the training rows."""
+    labels: list[str] | None = None
+    """Label columns (0 or 1), one task each; null = the reader's."""
+    user: str | None = None
+    """Column whose values group samples for GAUC and UAUC; null = the reader's."""
+    time: str | None = None
+    """Column of times for split by time; null = the reader's."""
+    split: SplitSettings = SplitSettings()
+    """Training, validation and test rows."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """error: stop at the first row with a wrong label, number or id; skip: leave such rows out and report how many."""
+    shuffle: bool = True
+    """Whether training rows come in an order drawn anew for every epoch."""
+    together: int = Field(1, ge=1)
+    """Shuffled training rows keep up to so many of a user's samples one after the other, so that batches hold fewer
+    users (see train.share_users)."""
+    cache: str = "runs/data"
+    """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
+    synthetic: SyntheticSettings = SyntheticSettings()
+    """Sizes of the generated log."""
+
+
+class TaskSettings(Settings):
+    """One task of a multi-task ranker."""
+
+    name: str
+    """Name; tasks stand in the order of data.labels."""
+    weight: float = Field(1.0, ge=0.0)
+    """Factor of its loss."""
+
+
+class RankerSettings(Settings):
+    """What every ranker has."""
+
+    embedding_size: int = Field(16, ge=1)
+    """Width of the embeddings of features that name none."""
+    embedding_std: float = Field(0.01, gt=0)
+    """Sigma of the embeddings' start."""
+    tower: list[int] = Field(default_factory=list)
+    """Hidden widths of each task's tower; empty = one linear layer."""
+    tasks: list[TaskSettings] = Field(default_factory=list)
+    """Names and loss weights of the tasks; empty = as many as there are labels, all with weight 1."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Rate on the features' concatenation (embedding dropout)."""
+
+
+class FlatSchedule(ScheduleSettings):
+    """A constant learning rate unless said otherwise, as rankers are trained."""
+
+    name: Literal["cosine", "linear", "constant"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+
+
+class RankerOptimizer(OptimizerSettings):
+    """Adam without decay unless said otherwise."""
+
+    name: Literal["adamw", "adam", "lamb", "adagrad", "rmsprop"] = "adam"
+    """The papers use rmsprop (RankMixer, dense), adagrad (sparse; TokenMixer-Large both)."""
+    learning_rate: float = Field(1e-3, ge=0.0)
+    """The largest learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment (adam, adamw, lamb)."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Decoupled decay (adamw, lamb)."""
+    schedule: FlatSchedule = FlatSchedule()
+    """Learning rate over the steps."""
+
+
+class RankerTrain(TrainSettings):
+    """How a ranker is trained."""
+
+    global_batch_size: int = Field(512, ge=1)
+    """Samples of one step, over all ranks."""
+    steps: int = Field(500, ge=1)
+    """Batches to train on."""
+    optimizer: RankerOptimizer = RankerOptimizer()
+    """Optimizer of the dense part."""
+    sparse_optimizer: RankerOptimizer | None = None
+    """Optimizer of the embedding tables; null = the same as the dense part's."""
+    clip_norm: float | None = Field(None, gt=0.0)
+    """Largest global norm of the gradient; null = no clipping."""
+    log_every: int = Field(20, ge=1)
+    """Steps between lines of the metrics log."""
+    early_stop: EarlyStopSettings | None = None
+    """Stop before `steps` when validation no longer improves; metrics: auc, gauc, uauc, logloss, validation_loss."""
+    share_users: bool = False
+    """With model.ug_sep: samples of a batch with equal user columns share one computation of the user side; the loss is
+    the same. Pays with data.together."""
+    keep_best: Literal["auc", "gauc", "uauc", "logloss"] | None = None
+    """Evaluate the parameters of the validation that was best in this metric; null = the last ones."""
+
+
+class Run(Settings):
+    """All blocks of a ranker's file."""
+
+    model: RankerSettings = RankerSettings()
+    """Which ranker, its sizes and choices."""
+    data: DataSettings = DataSettings()
+    """Click log and features."""
+    train: RankerTrain = RankerTrain()
+    """Batch, steps, optimizers: `optimizer` for the dense part, `sparse_optimizer` for the tables."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is cut over devices."""
+    output: OutputSettings = OutputSettings()
+    """Where results go."""
+
+    @classmethod
+    def for_file(cls, path: str | None, overrides: list[str]) -> type[Run]:
+        """This class with the `model` block of the model that the file (or an override) names."""
+        from parallel.common.settings import apply_override, read_yaml_tree
+        from recsys.models import run_class
+
+        tree = read_yaml_tree(path) if path is not None else {}
+        for override in overrides:
+            apply_override(tree, override)
+        model = tree.get("model")
+        return run_class(model.get("name", "rankmixer") if isinstance(model, dict) else "rankmixer")

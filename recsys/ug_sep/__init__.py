@@ -1,0 +1,1 @@
+"""Separation of the user side from the candidate side (UG-Sep)."""

@@ -1,0 +1,250 @@
+"""Batches of packed records: masks against a loop, resume at any step, ranks against one process, damage told."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pangu.data.dataset import PackedDataset, plain_positions, reset_at_document_ends, shuffled
+from pangu.data.packing import INDEX_FILE, PackOptions, pack
+from parallel.common.errors import UserError
+
+LENGTH, VOCABULARY = 15, 5000
+
+
+class CharacterTokenizer:
+    """One id a character."""
+
+    eot_id, pad_id, vocabulary_size, fingerprint = 9, 6, VOCABULARY, "characters"
+
+    def encode(self, text: str) -> list[int]:
+        return [10 + ord(char) % 4990 for char in text]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """101 training records and some of validation in three files."""
+    import pangu.data.packing as packing
+
+    path = tmp_path_factory.mktemp("packed") / "out"
+    texts = [f"{number}号" + chr(0x4E00 + number) * (number % 9) for number in range(220)]
+    block, packing._BLOCK_CHARACTERS = packing._BLOCK_CHARACTERS, 100
+    try:
+        pack(texts, CharacterTokenizer, PackOptions(shards=3, workers=1, validation_fraction=0.1), output=path,
+             sequence_length=LENGTH)
+    finally:
+        packing._BLOCK_CHARACTERS = block
+    return path
+
+
+def open_set(folder, **options) -> PackedDataset:
+    default = {"batch_size": 4, "seed": 5, "sequence_length": LENGTH, "vocabulary_size": VOCABULARY}
+    return PackedDataset(folder, **{**default, **options})
+
+
+def take(dataset: PackedDataset, start: int, count: int) -> list[tuple[np.ndarray, ...]]:
+    return list(itertools.islice(dataset.batches(start), count))
+
+
+def assert_same(first, second) -> None:
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        for array, twin in zip(one, other, strict=True):
+            assert array.dtype == twin.dtype and np.array_equal(array, twin)
+
+
+@pytest.fixture(scope="module")
+def all_records(folder) -> np.ndarray:
+    """The training records in file order, read without PackedDataset."""
+    import mindspore.dataset as ds
+
+    rows = ds.MindDataset([str(path) for path in sorted(folder.glob("train-*.mindrecord"))], columns_list=["input_ids"],
+                          shuffle=False)
+    return np.stack([row[0] for row in rows.create_tuple_iterator(num_epochs=1, output_numpy=True)])
+
+
+# ---------------------------------------------------------------- positions and masks
+
+def reset_by_loop(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """The words of the release's reset, followed one end at a time."""
+    batch, length = ids_BS.shape
+    positions = np.tile(np.arange(length), (batch, 1))
+    masks = np.tile(np.tril(np.ones((length, length))), (batch, 1, 1))
+    for row in range(batch):
+        for end in range(length):
+            if ids_BS[row, end] == eod_id:
+                masks[row, end + 1 :, : end + 1] = 0
+                for place in range(end + 1, length):
+                    positions[row, place] = place - (end + 1)
+    return positions, masks
+
+
+@settings(max_examples=150, deadline=None)
+@given(hnp.arrays(np.int32, st.tuples(st.integers(1, 4), st.integers(1, 24)), elements=st.integers(6, 12)))
+def test_reset_equals_the_loop(ids_BS):
+    positions, masks = reset_at_document_ends(ids_BS, 9)
+    loop_positions, loop_masks = reset_by_loop(ids_BS, 9)
+    assert np.array_equal(positions, loop_positions) and np.array_equal(masks, loop_masks)
+    assert positions.dtype == np.int32 and masks.dtype == np.uint8
+
+
+def test_reset_by_hand():
+    positions, masks = reset_at_document_ends(np.array([[20, 9, 30, 31, 9]]), 9)
+    assert positions.tolist() == [[0, 1, 0, 1, 2]]
+    assert masks[0].tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+
+
+def test_plain_positions_by_hand():
+    positions, masks = plain_positions(np.array([[20, 9, 6]]), 6)
+    assert positions.tolist() == [[0, 1, 2]]
+    assert masks[0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+
+
+# ---------------------------------------------------------------- order
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 700), st.integers(0, 2**63))
+def test_shuffled_is_a_permutation_and_pointwise(count, key):
+    whole = shuffled(np.arange(count), count, key)
+    assert np.array_equal(np.sort(whole), np.arange(count))
+    some = np.arange(0, count, 3)
+    assert np.array_equal(shuffled(some, count, key), whole[some])
+
+
+def test_shuffled_looks_shuffled():
+    first, second = (shuffled(np.arange(5000), 5000, key) for key in (1, 2))
+    for order in (first, second):
+        assert abs(np.corrcoef(np.arange(5000), order)[0, 1]) < 0.05
+        assert (np.abs(np.diff(order)) == 1).mean() < 0.01
+    assert (first == second).mean() < 0.01
+    assert shuffled(np.array([10**12 - 1]), 10**12, 3) < 10**12
+
+
+def test_every_record_once_an_epoch_and_another_order_each(folder, all_records):
+    dataset = open_set(folder, batch_size=1)
+    count = dataset.records
+    assert count == len(all_records) == dataset.steps_per_epoch
+    epochs = [np.concatenate([batch[0] for batch in take(dataset, epoch * count, count)]) for epoch in (0, 1)]
+    wanted = sorted(map(bytes, all_records))
+    assert [sorted(map(bytes, epoch)) for epoch in epochs] == [wanted, wanted]
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], np.concatenate([each[0] for each in take(open_set(
+        folder, batch_size=1, seed=6), 0, count)]))
+
+
+def test_without_shuffle_records_come_as_they_lie(folder, all_records):
+    batches = take(open_set(folder, shuffle=False), 0, 40)
+    wrapped = np.concatenate([all_records, all_records])[:160]
+    assert np.array_equal(np.concatenate([batch[0] for batch in batches]), wrapped)
+
+
+# ---------------------------------------------------------------- resume, ranks, pipelines
+
+def test_start_anywhere_equals_the_tail(folder, monkeypatch):
+    monkeypatch.setattr("pangu.data.dataset._RECORDS_PER_WINDOW", 28)
+    whole = take(open_set(folder), 0, 70)  # more than two epochs, ten windows
+    for start in (0, 1, 6, 7, 25, 26, 52, 69):
+        assert_same(take(open_set(folder), start, 70 - start), whole[start:])
+
+
+@pytest.mark.parametrize("options", [{}, {"repeat": False, "shuffle": False}, {"eod_reset": False}])
+def test_ranks_together_are_one_process(folder, options):
+    whole = take(open_set(folder, batch_size=8, **options), 0, 15)
+    ranks = [take(open_set(folder, batch_size=8, shard=(rank, 4), **options), 0, 15) for rank in range(4)]
+    joined = [tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
+              for batches in zip(*ranks, strict=True)]
+    assert_same(joined, whole)
+
+
+def test_mindspore_pipeline_gives_the_same_batches(folder):
+    dataset = open_set(folder)
+    pipeline = dataset.mindspore_dataset(20, 12)
+    assert pipeline.get_dataset_size() == 12 and tuple(pipeline.get_col_names()) == dataset.columns
+    assert_same([tuple(row) for row in pipeline.create_tuple_iterator(num_epochs=1, output_numpy=True)],
+                take(dataset, 20, 12))
+
+
+def test_shapes_and_masks_of_a_batch(folder):
+    ids, positions, masks = take(open_set(folder), 3, 1)[0]
+    assert ids.shape == (4, LENGTH + 1) and positions.shape == (4, LENGTH) and masks.shape == (4, LENGTH, LENGTH)
+    for array, wanted in zip((positions, masks), reset_by_loop(ids[:, :-1], 9), strict=True):
+        assert np.array_equal(array, wanted)
+
+
+def test_one_pass_ends_with_padding(folder):
+    dataset = open_set(folder, split="validation", repeat=False, shuffle=False, batch_size=4)
+    batches = list(dataset.batches())
+    ids = np.concatenate([batch[0] for batch in batches])
+    assert len(batches) == dataset.steps_per_epoch and dataset.records % 4 != 0
+    assert (ids[dataset.records :] == 6).all() and (ids[: dataset.records] != 6).any(axis=1).all()
+
+
+def test_batch_larger_than_the_set(folder, all_records):
+    ids = take(open_set(folder, batch_size=250, shuffle=False), 0, 1)[0][0]
+    assert np.array_equal(ids, np.concatenate([all_records] * 3)[:250])
+    (only,) = open_set(folder, batch_size=250, shuffle=False, repeat=False).batches()
+    assert np.array_equal(only[0][: len(all_records)], all_records) and (only[0][len(all_records) :] == 6).all()
+
+
+def test_an_abandoned_iterator_does_no_harm(folder):
+    dataset = open_set(folder)
+    for _ in range(20):
+        next(dataset.batches(2))
+    assert_same(take(dataset, 0, 2), take(open_set(folder), 0, 2))
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"sequence_length": 16}, "packed with sequence_length 15"),
+    ({"vocabulary_size": 40000}, "packed with vocabulary_size 5000"),
+    ({"tokenizer_fingerprint": "other"}, "packed with tokenizer"),
+    ({"batch_size": 5, "shard": (0, 2)}, "cannot be shared equally"),
+    ({"split": "test"}, "no such split"),
+])
+def test_what_does_not_fit_is_refused(folder, options, message):
+    with pytest.raises(UserError, match=message):
+        open_set(folder, **options)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _scramble(path):
+    content = bytearray(path.read_bytes())
+    content[: 1 << 16] = b"\xa5" * (1 << 16)
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(("damage", "target"), [
+    (_cut, "train-00001-of-00003.mindrecord"), (_scramble, "train-00001-of-00003.mindrecord"),
+    (lambda path: path.unlink(), "train-00001-of-00003.mindrecord"),
+    (lambda path: path.unlink(), "train-00001-of-00003.mindrecord.db"),
+    (lambda path: path.write_bytes(b"not a database"), "train-00001-of-00003.mindrecord.db"),
+    (lambda path: path.write_text("{"), INDEX_FILE), (lambda path: path.unlink(), INDEX_FILE),
+])
+def test_damaged_records_are_told_in_one_line(folder, tmp_path, damage, target):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damage(copy / target)
+    with pytest.raises(UserError) as error:
+        take(open_set(copy), 0, 40)
+    assert "\n" not in str(error.value)
+
+
+def test_ids_beyond_the_vocabulary_are_noticed(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for path in copy.glob("train-*.mindrecord"):
+        content = bytearray(path.read_bytes())
+        content[1 << 20 :] = bytes(byte | 0x40 for byte in content[1 << 20 :])
+        path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="damaged|cannot read"):
+        take(open_set(copy), 0, 40)
