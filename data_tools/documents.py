@@ -2,7 +2,7 @@
 
 A document is a JSON object with `id`, `text`, `source`; other keys pass through untouched. An input is cut into
 `Split`s: a file, or a byte range of it (plain jsonl), or row groups (parquet). What a reader cannot use is not an
-exception but a line in the `ReadLog`: a document that is dropped, a document that was mended, or a damaged file.
+exception but a line in the `ReadLog`: a document that is dropped, a document that was repaired, or a damaged file.
 """
 
 from __future__ import annotations
@@ -79,18 +79,18 @@ class Document:
 
 @dataclass
 class ReadLog:
-    """What went wrong while reading: dropped documents, mended documents by kind, damaged files."""
+    """What went wrong while reading: dropped documents, repaired documents by kind, damaged files."""
 
     dropped: list[dict[str, Any]] = field(default_factory=list)
-    mended: Counter = field(default_factory=Counter)
+    repaired: Counter = field(default_factory=Counter)
     damaged_files: list[dict[str, str]] = field(default_factory=list)
 
     def drop(self, kind: str, document_id: str, source: str, evidence: str) -> None:
         self.dropped.append({"id": document_id, "source": source, "step": "read", "rule": f"read_{kind}",
                              "evidence": evidence[:200]})
 
-    def mend(self, kind: str) -> None:
-        self.mended[kind] += 1
+    def repair(self, kind: str) -> None:
+        self.repaired[kind] += 1
 
     def damaged(self, kind: str, path: str, evidence: str) -> None:
         self.damaged_files.append({"path": path, "kind": kind, "evidence": evidence[:200]})
@@ -130,7 +130,7 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
                 found[path] = inner.as_posix() if base is not None else path.name
     if not found:
         raise UserError("no documents found", where="--input", value=inputs,
-                        mend=f"give a file, folder or pattern of {', '.join(readers.suffixes())}")
+                        hint=f"give a file, folder or pattern of {', '.join(readers.suffixes())}")
     return sorted(found.items(), key=lambda entry: (entry[1], str(entry[0])))
 
 
@@ -145,7 +145,7 @@ def read_split(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[D
 
 def build_document(record: dict[str, Any], fallback_id: str, split: Split, settings: ReadSettings,
                    log: ReadLog) -> Document | None:
-    """A document out of a record with a text, mended where the characters ask for it; None if it was dropped."""
+    """A document out of a record with a text, repaired where the characters ask for it; None if it was dropped."""
     other = dict(record)
     text = other.pop(settings.text_key, None)
     identity = other.pop(settings.id_key, None)
@@ -176,13 +176,13 @@ def clean_characters(text: str, log: ReadLog | None) -> str:
     if "\x00" in text:
         text = text.replace("\x00", "")
         if log is not None:
-            log.mend("null_bytes")
+            log.repair("null_bytes")
     try:
         text.encode()
     except UnicodeEncodeError:
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         if log is not None:
-            log.mend("lone_surrogates")
+            log.repair("lone_surrogates")
     return text
 
 

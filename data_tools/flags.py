@@ -15,7 +15,7 @@ def need(arguments: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         if not getattr(arguments, name):
-            raise UserError("this flag is needed", where=f"--{name.replace('_', '-')}", mend="see --help")
+            raise UserError("this flag is needed", where=f"--{name.replace('_', '-')}", hint="see --help")
 
 
 def add_input_output(parser: argparse.ArgumentParser) -> None:

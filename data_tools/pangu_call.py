@@ -30,7 +30,7 @@ def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", cwd=_ROOT, check=False)
     if done.returncode != 0:
         raise UserError(f"python -m pangu {verb} failed", value=f"exit code {done.returncode}",
-                        mend="its message stands above")
+                        hint="its message stands above")
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -49,7 +49,7 @@ def link_documents(inputs: list[str], folder: Path) -> Path:
     for number, (path, _) in enumerate(find_files(inputs)):
         if not any(suffix in (".jsonl", ".txt") for suffix in path.suffixes):
             raise UserError("the language model reads jsonl and text", where=path,
-                            mend="write the documents with --format jsonl")
+                            hint="write the documents with --format jsonl")
         (folder / f"{number:06d}{''.join(path.suffixes[-2:])}").symlink_to(path.resolve())
     return folder
 

@@ -69,7 +69,7 @@ class PartFigures:
     by_rule: Counter = field(default_factory=Counter)
     bytes_by_rule: Counter = field(default_factory=Counter)
     changed_by_rule: Counter = field(default_factory=Counter)
-    mended: Counter = field(default_factory=Counter)
+    repaired: Counter = field(default_factory=Counter)
     damaged_files: list = field(default_factory=list)
     characters_in: Counter = field(default_factory=Counter)
     characters_out: Counter = field(default_factory=Counter)
@@ -100,7 +100,7 @@ class PartFigures:
         return {"documents_in": self.documents_in, "documents_out": self.documents_out, "bytes_in": self.bytes_in,
                 "bytes_out": self.bytes_out, "by_rule": dict(sorted(self.by_rule.items())),
                 "changed_by_rule": dict(sorted(self.changed_by_rule.items())),
-                "mended": dict(sorted(self.mended.items())), "damaged_files": dict(sorted(damaged.items()))}
+                "repaired": dict(sorted(self.repaired.items())), "damaged_files": dict(sorted(damaged.items()))}
 
 
 def histogram_bin(characters: int) -> str:
@@ -146,7 +146,7 @@ class PartTask:
                 self._write_dropped(log, figures, removed)
                 self._one(document, row, figures, kept, removed)
             self._write_dropped(log, figures, removed)
-        figures.mended.update(log.mended)
+        figures.repaired.update(log.repaired)
         figures.damaged_files += log.damaged_files
         figures.worker_seconds = time.perf_counter() - started
         write_json(self.marker, {"digest": digest, "step": self.step.name, "figures": figures.to_json()})
@@ -253,11 +253,11 @@ def clear_stale(places: Places, expected: set[str]) -> None:
     """
     documents = Path(places.documents)
     if documents.exists() and not documents.is_dir():
-        raise UserError("the output is a file", where=documents, mend="give a folder")
+        raise UserError("the output is a file", where=documents, hint="give a folder")
     foreign = next((path for path in documents.iterdir() if path.is_file()), None) if documents.is_dir() else None
     if foreign is not None and not Path(places.state).parent.is_dir():
         raise UserError("the output folder holds other files", where=documents, value=foreign.name,
-                        mend="give a new folder")
+                        hint="give a new folder")
     stems = {name.split(".")[0] for name in expected}
     for folder in (documents, Path(places.removed)):
         for path in folder.iterdir() if folder.is_dir() else []:
@@ -267,4 +267,4 @@ def clear_stale(places: Places, expected: set[str]) -> None:
     try:
         Path(places.state).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write here: {error.strerror}", where=documents, mend="choose another folder") from None
+        raise UserError(f"cannot write here: {error.strerror}", where=documents, hint="choose another folder") from None

@@ -113,7 +113,7 @@ def draw_sample(inputs: list[str], read: ReadSettings, quality: QualitySettings,
         total += length
     if total < quality.characters:
         raise UserError("the version has too few characters", where=inputs[0], value=total,
-                        mend=f"lower quality.characters (now {quality.characters})")
+                        hint=f"lower quality.characters (now {quality.characters})")
     with RecordWriter(path) as writer:
         for split in splits:
             for row, document in enumerate(read_split(split, read, ReadLog())):

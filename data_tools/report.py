@@ -49,7 +49,7 @@ def load_results(folder: Path) -> list[StepResult]:
     trees = [read_json(path) for path in sorted(state.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)]
     results = [StepResult.from_json(tree) for tree in trees if {"name", "figures", "more"} <= set(tree)]
     if not results:
-        raise UserError("no figures of a run here", where=folder, mend="give the output folder of a verb of data_tools")
+        raise UserError("no figures of a run here", where=folder, hint="give the output folder of a verb of data_tools")
     return results
 
 
@@ -112,12 +112,12 @@ def _mixture(more: dict[str, Any]) -> str:
 
 
 def _damage(results: list[StepResult]) -> str:
-    mended = [[result.name, kind, count] for result in results for kind, count in result.figures.mended.items()]
+    repaired = [[result.name, kind, count] for result in results for kind, count in result.figures.repaired.items()]
     files = [[entry["path"], entry["kind"], entry["evidence"]]
              for result in results for entry in result.figures.damaged_files]
     return ("<h3>Files</h3>" + _table(["path", "kind", "evidence"], files[:200])
             + (f"<p>and {len(files) - 200} more</p>" if len(files) > 200 else "")
-            + "<h3>Documents mended</h3>" + _table(["step", "kind", "documents"], mended))
+            + "<h3>Documents repaired</h3>" + _table(["step", "kind", "documents"], repaired))
 
 
 def _examples(folder: Path) -> Iterator[str]:

@@ -43,20 +43,20 @@ def check_output(inputs: list[str], output: str) -> None:
         folder = Path(text).resolve()
         if folder.is_dir() and (place == folder or folder in place.parents):
             raise UserError("the output lies inside the input", where="--output", value=output,
-                            mend="give another folder")
+                            hint="give another folder")
 
 
 def claim_output(output: str, verb: str) -> None:
     """Refuses a folder that holds the output of another verb, whose documents would be replaced."""
     if Path(output).is_file():
-        raise UserError("the output is a file", where="--output", value=output, mend="give a folder")
+        raise UserError("the output is a file", where="--output", value=output, hint="give a folder")
     marker = Path(output) / ".state" / "verb"
     if marker.is_file() and (owner := marker.read_text("utf-8").strip()) != verb:
         raise UserError(f"the folder holds the output of '{owner}'", where="--output", value=output,
-                        mend="give another folder")
+                        hint="give another folder")
     if Path(output).is_dir() and any(path.is_file() for path in Path(output).iterdir()) and not marker.is_file():
         raise UserError("the output folder holds other files", where="--output", value=output,
-                        mend="give a new folder")
+                        hint="give a new folder")
     with atomic_write(marker) as file:
         file.write(f"{verb}\n")
 
@@ -71,7 +71,7 @@ def run_filter(settings: DataSettings, arguments: argparse.Namespace) -> dict[st
     settings = apply_flags(settings, arguments)
     if not settings.filter.active():
         raise UserError("no filter has its file", where="filter",
-                        mend="set filter.sensitive.words_file, filter.spam.model or filter.quality.model")
+                        hint="set filter.sensitive.words_file, filter.spam.model or filter.quality.model")
     return run_step_verb("filter", settings, arguments)
 
 
@@ -96,7 +96,7 @@ def run_decontaminate(settings: DataSettings, arguments: argparse.Namespace) -> 
     if arguments.evaluation:
         settings.decontaminate.evaluation = arguments.evaluation
     if not settings.decontaminate.evaluation:
-        raise UserError("no evaluation sets given", where="--evaluation", mend="name their files or folders")
+        raise UserError("no evaluation sets given", where="--evaluation", hint="name their files or folders")
     return run_step_verb("decontaminate", settings, arguments)
 
 
@@ -133,7 +133,7 @@ def run_all(settings: DataSettings, arguments: argparse.Namespace) -> dict[str, 
     return {
         "documents_in": results[0].figures.documents_in, "documents_out": results[-1].figures.documents_out,
         "bytes_in": size, "bytes_out": results[-1].figures.bytes_out, "by_rule": total_by_rule(results),
-        "damaged_files": lines[0]["damaged_files"], "mended": lines[0]["mended"],
+        "damaged_files": lines[0]["damaged_files"], "repaired": lines[0]["repaired"],
         "steps": {result.name: result.figures.documents_out for result in results}, "report": str(page),
         "seconds": round(seconds, 3), "mb_per_second": round(size / 1e6 / seconds, 3), "engine": settings.engine.name,
     }

@@ -70,11 +70,11 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     divides(op, model.ffn, where="parallel.op", what="feed-forward width")
     if parallel.vocabulary:
         divides(op, model.vocabulary_size, where="parallel.op", what="model.vocabulary_size",
-                mend="or set parallel.vocabulary: false")
+                hint="or set parallel.vocabulary: false")
     if stages > model.layers:
         raise UserError(f"more stages than the {model.layers} layers", where="parallel.pipeline.stages", value=stages)
     if parallel.expert > 1:
         raise UserError("PanGu-alpha has no experts to cut", where="parallel.expert", value=parallel.expert,
-                        mend="set it to 1")
+                        hint="set it to 1")
     if parallel.sequence:
         divides(op, model.sequence_length, where="parallel.op", what="model.sequence_length")

@@ -63,7 +63,7 @@ class Job:
         self.settings, self.arguments = settings, arguments
         self.own_text = arguments.corpus is not None
         if self.own_text and not Path(arguments.corpus).exists():
-            raise UserError("no such corpus", where="--corpus", value=arguments.corpus, mend="check the path")
+            raise UserError("no such corpus", where="--corpus", value=arguments.corpus, hint="check the path")
         self.output = Path(arguments.output or self._default_output())
         if arguments.fresh and self.output.exists():
             self._delete()
@@ -78,7 +78,7 @@ class Job:
     def _delete(self) -> None:
         if not (self.output / "job.json").is_file():
             raise UserError("not a folder that quickstart made, so it is not deleted", where="--output",
-                            value=str(self.output), mend="name another folder")
+                            value=str(self.output), hint="name another folder")
         shutil.rmtree(self.output)
 
     def _same_job_as_before(self) -> None:
@@ -87,7 +87,7 @@ class Job:
         file = self.output / "job.json"
         if file.is_file() and read_json(file) != job:
             raise UserError("this folder holds a quickstart on another corpus", where="--output",
-                            value=str(self.output), mend="name another folder, or add --fresh")
+                            value=str(self.output), hint="name another folder, or add --fresh")
         write_json(file, job)
 
     def write_config(self) -> dict:

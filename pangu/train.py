@@ -110,7 +110,7 @@ def _check_device(settings: Any, processes: Processes) -> None:
         return
     if train.precision != "fp32":
         raise UserError("half precision is for Ascend; on the CPU it is slower and untested", where="train.precision",
-                        value=train.precision, mend="train.precision=fp32")
+                        value=train.precision, hint="train.precision=fp32")
     if train.global_batch_size % (processes.ranks * train.accumulation):
         raise UserError(f"{processes.ranks} processes x accumulation {train.accumulation} do not divide it",
                         where="train.global_batch_size", value=train.global_batch_size)

@@ -106,7 +106,7 @@ def package_of(name: str) -> Any:
         known += sorted(module.MODELS)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
     raise UserError("no such model", where="model.name", value=name,
-                    mend=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}")
+                    hint=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}")
 
 
 def load_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Any, Settings]:
@@ -116,7 +116,7 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Any,
         apply_override(tree, override)
     model = tree.get("model")
     if not isinstance(model, dict) or "name" not in model:
-        raise UserError("the config file does not say model.name", where=path, mend="add model: {name: ...}")
+        raise UserError("the config file does not say model.name", where=path, hint="add model: {name: ...}")
     module = package_of(model["name"])
     return module, validate(module.settings_class(model["name"]), tree, where=str(path))
 

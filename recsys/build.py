@@ -82,13 +82,13 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
             where="parallel.data", what="train.global_batch_size")
     if parallel.sequence:
         raise UserError("rankers have no residual stream of tokens in a row to cut", where="parallel.sequence",
-                        value=True, mend="set it to false; model.op_cut: tokens cuts feature tokens")
+                        value=True, hint="set it to false; model.op_cut: tokens cuts feature tokens")
     if parallel.pipeline.stages > 1 and parallel.pipeline.schedule != "1f1b":
         raise UserError("stages of rankers run 1f1b only", where="parallel.pipeline.schedule",
-                        value=parallel.pipeline.schedule, mend="set it to 1f1b")
+                        value=parallel.pipeline.schedule, hint="set it to 1f1b")
     if parallel.optimizer_shard > 1 and parallel.optimizer.level > 1 and micro > 1:
         raise UserError("gradients of a ranker's micro-batches are not kept cut", where="parallel.optimizer.level",
-                        value=parallel.optimizer.level, mend="set it to 1, or train without micro-batches")
+                        value=parallel.optimizer.level, hint="set it to 1, or train without micro-batches")
     if parallel.op > 1:
         check_op(settings, model, parallel)
     moe = getattr(sizes, "moe", None)
@@ -112,15 +112,15 @@ def check_op(settings: Any, model: Any, parallel: ParallelConfig) -> None:
     if sizes.op_cut == "width":
         if getattr(sizes, "moe", None) is not None:
             raise UserError("experts are not cut along their width", where="parallel.op", value=op,
-                            mend="choose model.op_cut: tokens, or cut the experts with parallel.expert")
+                            hint="choose model.op_cut: tokens, or cut the experts with parallel.expert")
         inner = round(getattr(sizes, "ratio", getattr(sizes, "ffn_ratio", 1)) * sizes.width)
         divides(op, inner, where="parallel.op", what="inner width")
         return
     if getattr(sizes, "ug_sep", None) is not None:
         raise UserError("tokens of a separated ranker are not cut", where="model.op_cut", value=sizes.op_cut,
-                        mend="choose model.op_cut: width")
+                        hint="choose model.op_cut: width")
     for count in {getattr(model, "tokens", sizes.tokens), getattr(model, "heads", sizes.tokens)}:
-        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", mend="choose model.op_cut: width")
+        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", hint="choose model.op_cut: width")
     divides(op * parallel.data, batch, where="parallel.op", what="train.global_batch_size")
 
 

@@ -183,7 +183,7 @@ class Accumulator:
         """
         if self._rejected:
             raise UserError("predictions that are not finite: the model has diverged", where="evaluation",
-                            value=self._rejected, mend="lower the learning rate")
+                            value=self._rejected, hint="lower the learning rate")
         rows = self.predictions()
         labels, scores = rows["label"], rows["score"]
         groups = group_auc(labels, scores, rows["user"])

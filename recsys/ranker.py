@@ -99,7 +99,7 @@ class Ranker(nn.Cell):
         super().__init__()
         if settings.tasks and len(settings.tasks) != tasks:
             raise UserError(f"there are {tasks} labels", where="model.tasks", value=[t.name for t in settings.tasks],
-                            mend="name as many tasks")
+                            hint="name as many tasks")
         self.settings, self.spec, self.tasks, self.compute_dtype = settings, spec, tasks, compute_dtype
         self.embedding = FeatureEmbedding(spec, settings.embedding_std)
         self.drop, self.drop_keys = Dropout(settings.dropout, ("batch", None)), DropoutKeys()

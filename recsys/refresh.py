@@ -31,7 +31,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     start_device()
     out = Path(arguments.out)
     if (out / "checkpoints").exists():
-        raise UserError("there are checkpoints already", where="--out", value=str(out), mend="choose another folder")
+        raise UserError("there are checkpoints already", where="--out", value=str(out), hint="choose another folder")
     vocabulary = Vocabulary.load(Path(arguments.run) / VOCABULARY)
     features = [feature for feature in features_of(settings.data) if feature.name in vocabulary.values]
     spec = place(features_of(settings.data), settings.model.embedding_size, vocabulary.sizes())

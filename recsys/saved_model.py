@@ -62,7 +62,7 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     kept = Checkpoint(checkpoint).state.get("run")
     if not kept or "model" not in kept:
         raise UserError("the checkpoint does not say which settings it was trained with", where=checkpoint,
-                        mend="name them with --config")
+                        hint="name them with --config")
     return run_class(kept["model"].get("name", "")).model_validate(kept)
 
 
@@ -78,7 +78,7 @@ def vocabulary_of(checkpoint: Path, settings: Any) -> Vocabulary:
         return Vocabulary.load(found)
     if any(f.values == "vocabulary" and f.target is None for f in features_of(settings.data)):
         raise UserError(f"there is no {VOCABULARY} with the checkpoint", where=checkpoint,
-                        mend="copy the one of the run's folder beside it")
+                        hint="copy the one of the run's folder beside it")
     return Vocabulary()
 
 

@@ -59,7 +59,7 @@ def _done_before(path: Path, about: dict) -> list[dict]:
     found = read_json(path)
     if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
         raise UserError("the runs there are of another config file or other overrides", where="--out",
-                        value=str(path.parent), mend="choose another folder")
+                        value=str(path.parent), hint="choose another folder")
     return found["points"]
 
 

@@ -58,7 +58,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
         return parallel
     if settings.train.precision != "fp32":
         raise UserError("half precision is for Ascend", where="train.precision", value=settings.train.precision,
-                        mend="train.precision=fp32")
+                        hint="train.precision=fp32")
     share = processes.ranks * settings.train.accumulation
     if settings.train.global_batch_size % share:
         raise UserError(f"{processes.ranks} processes x accumulation {settings.train.accumulation} do not divide it",
@@ -76,9 +76,9 @@ def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Proc
     options = settings.train
     if options.keep_best is not None:
         raise UserError("a cut run has no AUC while it trains", where="train.keep_best", value=options.keep_best,
-                        mend="set it to null, merge a checkpoint (python -m parallel merge) and evaluate it")
+                        hint="set it to null, merge a checkpoint (python -m parallel merge) and evaluate it")
     if options.share_users:
-        raise UserError("a cut run does not share users", where="train.share_users", mend="set it to false")
+        raise UserError("a cut run does not share users", where="train.share_users", hint="set it to false")
     task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
     counted = count(task.network)
     validated = len(log.parts["validation"]) >= options.global_batch_size

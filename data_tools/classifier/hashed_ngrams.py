@@ -74,7 +74,7 @@ class LinearClassifier:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError("no such classifier", where=path, mend="train one: python -m data_tools train-classifier")
+            raise UserError("no such classifier", where=path, hint="train one: python -m data_tools train-classifier")
         if path.stat().st_size > _MAX_MODEL_BYTES:
             raise UserError("classifier file is too large", where=path, value=path.stat().st_size)
         try:

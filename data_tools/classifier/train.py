@@ -76,7 +76,7 @@ def read_examples(positives: list[str], negatives: list[str], read: ReadSettings
         for label, inputs in ((1.0, positives), (0.0, negatives)):
             if not any(row[0] == label for row in side):
                 raise UserError(f"no {name} document among the {'positives' if label else 'negatives'}", where=inputs,
-                                mend="give more documents")
+                                hint="give more documents")
     return _pack(sides[0]), _pack(sides[1])
 
 

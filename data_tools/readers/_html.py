@@ -41,7 +41,7 @@ def extract_html(data: bytes, content_type: str = "", link_share: float = 0.7, l
     try:
         from selectolax.lexbor import LexborHTMLParser
     except ImportError:
-        raise UserError("the package selectolax is not installed", mend="pip install the extra 'data'") from None
+        raise UserError("the package selectolax is not installed", hint="pip install the extra 'data'") from None
     source, recoded = decode_html(data, content_type)
     tree = LexborHTMLParser(source)
     title = tree.css_first("title")
@@ -73,7 +73,7 @@ def _drop_link_lists(body: object, link_share: float, links: int) -> None:
 
 
 def decode_html(data: bytes, content_type: str = "") -> tuple[str, str]:
-    """(text, what was mended): by BOM or valid UTF-8, else the declared charset, else GB18030, else with U+FFFD."""
+    """(text, what was repaired): by BOM or valid UTF-8, else the declared charset, else GB18030, else with U+FFFD."""
     try:
         return data.decode("utf-8-sig"), ""
     except UnicodeDecodeError:

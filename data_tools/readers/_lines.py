@@ -61,15 +61,15 @@ def decode(data: bytes, log: ReadLog) -> str:
         return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError:
         pass
-    mended = data.decode("utf-8", "replace")
+    repaired = data.decode("utf-8", "replace")
     # A few broken bytes in UTF-8 leave most characters whole; GB text read as UTF-8 leaves hardly any.
-    if mended.count("\ufffd") > len(mended) // 8:
+    if repaired.count("\ufffd") > len(repaired) // 8:
         try:
             text = data.decode("gb18030")
         except UnicodeDecodeError:
             pass
         else:
-            log.mend("gb18030")
+            log.repair("gb18030")
             return text
-    log.mend("broken_utf8")
-    return mended
+    log.repair("broken_utf8")
+    return repaired

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from data_tools.documents import Document, ReadLog, ReadSettings, Split
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
-_DECODER = json.JSONDecoder(strict=False)  # control characters in a text are mended later
+_DECODER = json.JSONDecoder(strict=False)  # control characters in a text are repaired later
 _ESCAPE_ROOM = 2  # a text may be longer as JSON than as UTF-8
 
 
@@ -41,7 +41,7 @@ def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Documen
             continue
         if b"\x00" in line:
             line = line.replace(b"\x00", b"")
-            log.mend("null_bytes")
+            log.repair("null_bytes")
         try:
             record = _DECODER.decode(decode(line, log))
         except (ValueError, RecursionError) as error:

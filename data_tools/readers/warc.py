@@ -45,7 +45,7 @@ def _records(split: Split, log: ReadLog) -> Iterator[Any]:
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
     except ImportError:
-        raise UserError("the package warcio is not installed", mend="pip install the extra 'data'") from None
+        raise UserError("the package warcio is not installed", hint="pip install the extra 'data'") from None
     path = Path(split.path)
     # warcio takes off gzip itself, member by member; the others are taken off here.
     opened = path.open("rb") if path.suffix in (".gz", ".warc", ".wet") else open_binary(path)
@@ -81,7 +81,7 @@ def _document_record(record: Any, number: int, split: Split, settings: ReadSetti
         page = extract_html(data, content_type)
         made["title"], made[settings.text_key] = page.title, page.text
         if page.recoded:
-            log.mend(page.recoded)
+            log.repair(page.recoded)
     else:
         made[settings.text_key] = decode(data, log)
     return made

@@ -26,7 +26,7 @@ class Rule(Settings):
     """One cleaning rule. `apply` returns the text, changed or not, or raises `Removal`."""
 
     order: ClassVar[int]
-    """Rules run in rising order: those that mend a text before those that measure it."""
+    """Rules run in rising order: those that repair a text before those that measure it."""
 
     enabled: bool = True
     """Whether the rule runs."""

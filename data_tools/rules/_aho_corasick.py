@@ -22,7 +22,7 @@ class KeywordFinder:
         try:
             import ahocorasick
         except ImportError:
-            raise UserError("the package pyahocorasick is not installed", mend="pip install the extra 'data'") from None
+            raise UserError("the package pyahocorasick is not installed", hint="pip install the extra 'data'") from None
         self.words = sorted({word.strip().lower() for word in words if word.strip()})
         if not self.words:
             raise UserError("the list of keywords is empty", where="keywords")
@@ -65,11 +65,11 @@ def read_word_list(path: str) -> list[str]:
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError("no such word list", where=path, mend="check the path")
+        raise UserError("no such word list", where=path, hint="check the path")
     if file.stat().st_size > _MAX_LIST_BYTES:
         raise UserError("word list is too large", where=path, value=file.stat().st_size)
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise UserError("word list is not UTF-8", where=path, mend="save it as UTF-8") from None
+        raise UserError("word list is not UTF-8", where=path, hint="save it as UTF-8") from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]

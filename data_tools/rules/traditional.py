@@ -26,5 +26,5 @@ def _converter(conversion: str) -> Any:
     try:
         import opencc
     except ImportError:
-        raise UserError("the package opencc is not installed", mend="pip install the extra 'data'") from None
+        raise UserError("the package opencc is not installed", hint="pip install the extra 'data'") from None
     return opencc.OpenCC(conversion)

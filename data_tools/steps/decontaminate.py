@@ -54,7 +54,7 @@ def build_index(settings: DecontaminateSettings, path: Path) -> int:
         found = [np.unique(np.concatenate(found))]
     if len(found[0]) == 0:
         raise UserError("no text as long as the n-gram in the evaluation sets", where="decontaminate.evaluation",
-                        value=settings.ngram, mend="lower decontaminate.ngram")
+                        value=settings.ngram, hint="lower decontaminate.ngram")
     with atomic_write(path, "wb") as out:
         np.save(out, found[0])
     note(f"decontaminate: {len(found[0]):,} n-grams of {settings.ngram} characters")

@@ -114,7 +114,7 @@ def plan_epochs(settings: MixSettings, characters: dict[str, int]) -> dict[str, 
     missing = [name for name, weight in weights.items() if weight > 0 and not characters.get(name)]
     if missing and not settings.allow_missing:
         raise UserError(f"no documents in the categories {', '.join(missing)}", where="mix.weights",
-                        mend="name their sources under mix.categories, or set mix.allow_missing=true")
+                        hint="name their sources under mix.categories, or set mix.allow_missing=true")
     weights = {name: weight for name, weight in weights.items() if name not in missing and weight > 0}
     if not weights:
         raise UserError("no category has both a weight and documents", where="mix.weights")
@@ -125,7 +125,7 @@ def plan_epochs(settings: MixSettings, characters: dict[str, int]) -> dict[str, 
     worst = max(epochs, key=lambda name: epochs[name])
     if epochs[worst] > settings.maximum_epochs * (1 + 1e-9):
         raise UserError(f"category {worst} would be repeated {epochs[worst]:.2f} times", where="mix.characters",
-                        value=settings.characters, mend="ask for fewer characters or raise mix.maximum_epochs")
+                        value=settings.characters, hint="ask for fewer characters or raise mix.maximum_epochs")
     return epochs
 
 
@@ -206,7 +206,7 @@ def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], plac
         UserError: no weights; a source without a category; see `plan_epochs`.
     """
     if not settings.active_weights():
-        raise UserError("no weights to mix by", where="mix", mend="set mix.preset or mix.weights")
+        raise UserError("no weights to mix by", where="mix", hint="set mix.preset or mix.weights")
     counts = _count(settings, read, splits, engine)
     epochs = plan_epochs(settings, counts["characters"])
     total = sum(epochs[name] * counts["characters"][name] for name in epochs)
@@ -229,7 +229,7 @@ def _count(settings: MixSettings, read: ReadSettings, splits: list[Split], engin
     if totals["unknown"]:
         names = ", ".join(name for name, _ in totals["unknown"].most_common(5))
         raise UserError(f"{sum(totals['unknown'].values())} documents are of no category, of the sources {names}",
-                        where="mix.categories", mend="give their sources a category, or remove them before")
+                        where="mix.categories", hint="give their sources a category, or remove them before")
     return totals
 
 

@@ -104,7 +104,7 @@ def generate_questions(skill: str, count: int = DEFAULT_QUESTIONS, seed: int = 1
         tries += 1
         if tries > 1000 + 50 * count:
             raise UserError(f"the skill {skill} has only about {len(seen)} different questions", where="--count",
-                            value=count, mend="ask for fewer")
+                            value=count, hint="ask for fewer")
         if item["prompt"] in seen:
             continue
         yield {"id": f"{skill}-{seed}-{len(seen):05d}", "skill": skill, **item}
@@ -150,7 +150,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", text.lower())
     if match is None:
-        raise UserError("not a size", where="--bytes", value=text, mend="write for example 2MB")
+        raise UserError("not a size", where="--bytes", value=text, hint="write for example 2MB")
     return int(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}[match[2]])
 
 

@@ -76,12 +76,12 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     began, config = time.perf_counter(), settings.model
     output = Path(arguments.output)
     if output.exists():
-        raise UserError("it exists already", where="--output", value=str(output), mend="name a new one")
+        raise UserError("it exists already", where="--output", value=str(output), hint="name a new one")
     mapping = Mapping(open_source(arguments, config), config, _naming(arguments.source))
     if mapping.unmapped and not arguments.allow_unmapped:
         raise UserError(f"{len(mapping.unmapped)} keys of the source belong to no parameter: "
                         f"{', '.join(mapping.unmapped[:_MAX_SHOWN])}", where=arguments.input or arguments.slices,
-                        mend="is the config of another size? --allow-unmapped goes on without them")
+                        hint="is the config of another size? --allow-unmapped goes on without them")
     plan = mapping.plan(keys(config, _naming(arguments.target)), arguments.dtype, arguments.target)
     with Bar(len(plan), "convert") as bar:
         write(arguments, config, output, [_counted(item, bar) for item in plan])
@@ -151,7 +151,7 @@ def open_file(path: Path) -> Any:
         return MindSporeFile(path)
     if path.suffix in (".pt", ".bin", ".pth"):
         return TorchFile(path)
-    raise UserError("unknown kind of file", where=path, value=path.suffix, mend="known: .safetensors .ckpt .pt .bin")
+    raise UserError("unknown kind of file", where=path, value=path.suffix, hint="known: .safetensors .ckpt .pt .bin")
 
 
 class OwnCheckpoint:
@@ -171,13 +171,13 @@ class ManyFiles:
         ranks = sorted(folder.glob("**/mp_rank_*/model_optim_rng.pt"))
         if len(ranks) > 1:
             raise UserError(f"the checkpoint is cut over {len(ranks)} ranks", where=folder,
-                            mend="merge it with Megatron's own tool; one rank is read")
+                            hint="merge it with Megatron's own tool; one rank is read")
         # Beside Hugging Face's shards of weights other .bin files may lie (training_args.bin).
         patterns = ("*.safetensors", "pytorch_model*.bin", "*.bin", "*.ckpt", "*.pt")
         paths = ranks or next((found for pattern in patterns
                                if (found := sorted(folder.glob(pattern)))), [])
         if not paths:
-            raise UserError("no checkpoint file here", where=folder, mend="known: .safetensors .bin .ckpt .pt")
+            raise UserError("no checkpoint file here", where=folder, hint="known: .safetensors .bin .ckpt .pt")
         self._owner: dict[str, Any] = {}
         for file in map(open_file, paths):
             for name in file.entries:
@@ -210,7 +210,7 @@ class Mapping:
         if missing:
             raise UserError(f"the source lacks {len(missing)} of {len(self.keys)} parameters: "
                             f"{', '.join(missing[:_MAX_SHOWN])}", where=naming,
-                            mend="check --from and the model settings of --config")
+                            hint="check --from and the model settings of --config")
         for key in self.keys:
             self._check(key)
         used = set(self._names.values())
@@ -233,7 +233,7 @@ class Mapping:
             self.notes.append(f"{found[0] - wanted[0]} padding rows of {name} were left out")
         elif found != wanted:
             raise UserError(f"'{name}' has shape {list(found)} and the model wants {list(wanted)}", where="source",
-                            mend="check the model settings of --config")
+                            hint="check the model settings of --config")
 
     def _is_tied_head(self, name: str) -> bool:
         """Whether it is the output table and equals the word embedding, as it must here."""

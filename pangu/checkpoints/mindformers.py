@@ -51,7 +51,7 @@ def register() -> tuple[type, type, type]:
         from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
     except ImportError:
         raise UserError("this needs the package mindformers",
-                        mend="pip install 'pangu-rankers[mindformers]'") from None
+                        hint="pip install 'pangu-rankers[mindformers]'") from None
     config, model, tokenizer = _config_class(), _model_class(), _tokenizer_class()
     for kind, cls in ((MindFormerModuleType.CONFIG, config), (MindFormerModuleType.MODELS, model),
                       (MindFormerModuleType.TOKENIZER, tokenizer), (MindFormerModuleType.WRAPPER, _wrapper_class())):
@@ -117,7 +117,7 @@ def _model_class() -> type:
             super().__init__(config, auto_prefix=False)
             if getattr(config, "use_past", False):
                 raise UserError("use_past is not supported in MindFormers", where="use_past", value=True,
-                                mend="use `python -m pangu generate`, whose cache it is")
+                                hint="use `python -m pangu generate`, whose cache it is")
             sizes = to_model_config(config)
             dtype = getattr(ms, str(config.compute_dtype).lower())
             with no_init_parameters():

@@ -43,7 +43,7 @@ class MindSporeFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError("no such file", where=path, mend="check the path of the checkpoint")
+            raise UserError("no such file", where=path, hint="check the path of the checkpoint")
         self.entries: dict[str, Entry] = {}
         size = self.path.stat().st_size
         try:

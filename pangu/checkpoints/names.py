@@ -39,7 +39,7 @@ def keys(config: ModelConfig, naming: str) -> list[Key]:
         UserError: an unknown naming.
     """
     if naming not in NAMINGS:
-        raise UserError("no such naming", value=naming, mend=f"known: {', '.join(NAMINGS)}")
+        raise UserError("no such naming", value=naming, hint=f"known: {', '.join(NAMINGS)}")
     named = []
     for ours, shape in shapes(config).items():
         theirs, transposed = _TRANSLATORS[naming](ours, config)

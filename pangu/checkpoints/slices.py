@@ -76,7 +76,7 @@ class SlicedCheckpoint:
         missing = [name for name in shapes if name not in self.cuts and name not in TABLES]
         if missing:
             raise UserError(f"the strategy lacks {missing[0]} and {len(missing) - 1} more", where="strategy",
-                            mend="is it of a model with as many layers?")
+                            hint="is it of a model with as many layers?")
 
     def _files(self, ranks: int) -> list[Path]:
         if not self.folder.is_dir():
@@ -89,7 +89,7 @@ class SlicedCheckpoint:
         lacking = [rank for rank in range(ranks) if rank not in found]
         if lacking:
             raise UserError(f"{len(lacking)} of {ranks} slices are missing, the first is of rank {lacking[0]}",
-                            where=self.folder, mend="unpack all parts of the release into one folder")
+                            where=self.folder, hint="unpack all parts of the release into one folder")
         return [found[rank] for rank in range(ranks)]
 
     @cached_property
@@ -108,14 +108,14 @@ class SlicedCheckpoint:
 
     def _table(self, name: str, path: Path) -> np.ndarray:
         if not path.is_file():
-            raise UserError("the table is missing", where=path, mend="give its folder as --embeddings")
+            raise UserError("the table is missing", where=path, hint="give its folder as --embeddings")
         try:
             table = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError:
             raise UserError("not a plain .npy array", where=path) from None
         if table.shape != tuple(self.shapes[name]) or table.dtype not in (np.float32, np.float16):
             raise UserError(f"the table is {table.dtype} {list(table.shape)}, the model's {list(self.shapes[name])}",
-                            where=path, mend="give the config of this model's size")
+                            where=path, hint="give the config of this model's size")
         return table
 
     def read(self, name: str) -> np.ndarray:
@@ -136,7 +136,7 @@ class SlicedCheckpoint:
             if part.shape != tuple(stop - start for start, stop in box):
                 raise UserError(f"'{name}' has shape {list(part.shape)}, the strategy says "
                                 f"{[stop - start for start, stop in box]}", where=file.path,
-                                mend="give the config of this model's size")
+                                hint="give the config of this model's size")
             if whole is None:
                 whole = np.empty(shape, part.dtype)
             whole[tuple(slice(*span) for span in box)] = part
@@ -160,7 +160,7 @@ def write_slices(folder: str | Path, cuts: dict[str, Cut],
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise UserError("the folder is not empty", where=folder, mend="name a new one")
+        raise UserError("the folder is not empty", where=folder, hint="name a new one")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = list(tensors)
     write_strategy(folder / STRATEGY_NAME, cuts)

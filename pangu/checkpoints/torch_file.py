@@ -20,7 +20,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError:
-        raise UserError("PyTorch's files need the package torch", mend="pip install torch") from None
+        raise UserError("PyTorch's files need the package torch", hint="pip install torch") from None
     return torch
 
 
@@ -36,12 +36,12 @@ class TorchFile:
     def __init__(self, path: str | Path) -> None:
         self.path, torch = Path(path), _torch()
         if not self.path.is_file():
-            raise UserError("no such file", where=path, mend="check the path of the checkpoint")
+            raise UserError("no such file", where=path, hint="check the path of the checkpoint")
         try:
             tree = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # noqa: BLE001 - PyTorch raises many kinds for a damaged file
             raise UserError(f"PyTorch cannot read it safely: {str(error).splitlines()[0]}", where=path,
-                            mend="save its tensors alone") from None
+                            hint="save its tensors alone") from None
         self._tensors: dict[str, Any] = {}
         self._collect("", tree.get("model", tree) if isinstance(tree, dict) else {}, torch)
         if not self._tensors:

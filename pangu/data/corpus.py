@@ -75,17 +75,17 @@ def corpus_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_file():
         if _kind(path) is None:
-            raise UserError("unknown kind of corpus file", where=path, value=path.suffix, mend=f"known are {_KINDS}")
+            raise UserError("unknown kind of corpus file", where=path, value=path.suffix, hint=f"known are {_KINDS}")
         return [path]
     if not path.is_dir():
-        raise UserError("no such corpus", where=path, mend="check the path")
+        raise UserError("no such corpus", where=path, hint="check the path")
     files = []
     for folder, folders, names in os.walk(path):
         # `removed` is where the data tools keep the documents that they took out.
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "removed")
         files += [Path(folder, name) for name in names if not name.startswith(".") and _kind(Path(name)) is not None]
     if not files:
-        raise UserError("no corpus file in this folder", where=path, mend=f"known are {_KINDS}")
+        raise UserError("no corpus file in this folder", where=path, hint=f"known are {_KINDS}")
     return sorted(files, key=lambda file: file.relative_to(path).as_posix())
 
 
@@ -104,7 +104,7 @@ def in_validation(text: str, fraction: float) -> bool:
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"damaged compressed file: {error}", where=file, mend="fetch or compress it again")
+    return UserError(f"damaged compressed file: {error}", where=file, hint="fetch or compress it again")
 
 
 def _kind(path: Path) -> str | None:
@@ -124,7 +124,7 @@ class _Lines:
         while line := self.stream.readline(self.limit + 1):
             self.number += 1
             if len(line) > self.limit:
-                raise self.error(f"line is longer than the {self.limit} bytes allowed", mend="break it into documents")
+                raise self.error(f"line is longer than the {self.limit} bytes allowed", hint="break it into documents")
             if self.number == 1:
                 self._refuse_foreign(line)
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -133,15 +133,15 @@ class _Lines:
     def _refuse_foreign(self, line: bytes) -> None:
         for start, name in _FOREIGN.items():
             if line.startswith(start):
-                raise self.error(f"this is {name}, not UTF-8 text", mend="convert it to UTF-8 text")
+                raise self.error(f"this is {name}, not UTF-8 text", hint="convert it to UTF-8 text")
 
     def _decode(self, line: bytes) -> str:
         if b"\0" in line:
-            raise self.error("binary data, not text", mend="give UTF-8 text")
+            raise self.error("binary data, not text", hint="give UTF-8 text")
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.error(f"not UTF-8 (byte {error.start + 1} of the line)", mend="convert the file to UTF-8",
+            raise self.error(f"not UTF-8 (byte {error.start + 1} of the line)", hint="convert the file to UTF-8",
                              value=line[error.start : error.start + 4]) from None
 
     def error(self, what: str, **details: object) -> UserError:
@@ -155,16 +155,16 @@ def _json_documents(lines: _Lines, text_key: str) -> Iterator[str]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            raise lines.error("not a JSON object", value=line[:40], mend="one object a line is expected") from None
+            raise lines.error("not a JSON object", value=line[:40], hint="one object a line is expected") from None
         if not isinstance(value, dict):
-            raise lines.error("not a JSON object", value=line[:40], mend="one object a line is expected")
+            raise lines.error("not a JSON object", value=line[:40], hint="one object a line is expected")
         if text_key not in value:
-            raise lines.error(f"no key '{text_key}'", value=list(value)[:8], mend="name the key that holds the text")
+            raise lines.error(f"no key '{text_key}'", value=list(value)[:8], hint="name the key that holds the text")
         text = value[text_key]
         if not isinstance(text, str):
             raise lines.error(f"'{text_key}' is not a string", value=text)
         if "\\u" in line and any("\ud800" <= char <= "\udfff" for char in text):
-            raise lines.error(f"half a surrogate pair in '{text_key}'", mend="mend the escapes of this line")
+            raise lines.error(f"half a surrogate pair in '{text_key}'", hint="repair the escapes of this line")
         if text.strip():
             yield text
 
@@ -191,7 +191,7 @@ def _whole_text(lines: _Lines, max_bytes: int) -> Iterator[str]:
         size += len(line.encode()) + 1
         if size > max_bytes:
             raise lines.error(f"file is longer than the {max_bytes} bytes allowed for one document",
-                              mend="part it by blank lines and turn whole_file off")
+                              hint="part it by blank lines and turn whole_file off")
     text = "\n".join(kept).strip("\n")
     if text.strip():
         yield text

@@ -133,7 +133,7 @@ class PackedDataset:
         rank, ranks = shard
         if not 0 <= rank < ranks or batch_size < 1 or batch_size % ranks:
             raise UserError("the batch cannot be shared equally", where="global_batch_size", value=batch_size,
-                            mend=f"choose a multiple of the {ranks} data-parallel ranks")
+                            hint=f"choose a multiple of the {ranks} data-parallel ranks")
         self.batch_size, self.seed, self.shuffle, self.repeat = batch_size, seed, shuffle, repeat
         self.eod_reset = eod_reset
         self.sequence_length, self.vocabulary_size = sequence_length, vocabulary_size
@@ -189,7 +189,7 @@ class PackedDataset:
     def _check(self, name: str, packed: Any, wanted: Any) -> None:
         if packed != wanted:
             raise UserError(f"the records were packed with {name} {packed}", where=self.directory, value=wanted,
-                            mend=f"use that {name} or pack the corpus again")
+                            hint=f"use that {name} or pack the corpus again")
 
     def _open(self, split: str) -> None:
         if split not in SPLITS:
@@ -199,18 +199,18 @@ class PackedDataset:
         for entry in part.files:
             path = inside(self.directory, entry.file)
             if not path.is_file() or not path.with_name(path.name + ".db").is_file():
-                raise UserError("a file of packed records is missing", where=path, mend=_MEND)
+                raise UserError("a file of packed records is missing", where=path, hint=_MEND)
             if path.stat().st_size != entry.bytes:
                 raise UserError(f"file is damaged: {entry.bytes} bytes were written", where=path,
-                                value=path.stat().st_size, mend=_MEND)
+                                value=path.stat().st_size, hint=_MEND)
             self._files.append(str(path))
         if not self.records:
             raise UserError(f"there are no {split} records", where=self.directory,
-                            mend="pack a larger corpus or change pack.validation_fraction")
+                            hint="pack a larger corpus or change pack.validation_fraction")
         found = self._guarded(lambda: self._reader([0]) and self._size())
         if found != self.records:
             raise UserError(f"files are damaged: the index speaks of {self.records} records", where=self.directory,
-                            value=found, mend=_MEND)
+                            value=found, hint=_MEND)
 
     # ------------------------------------------------------------ reading
 
@@ -251,17 +251,17 @@ class PackedDataset:
                 self._check_ids(ids)
                 yield ids
         except StopIteration:
-            raise UserError("files are damaged: records are missing", where=self.directory, mend=_MEND) from None
+            raise UserError("files are damaged: records are missing", where=self.directory, hint=_MEND) from None
         finally:
             iterator.release()
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.ndim != 2 or ids.shape[1] != self.sequence_length + 1:
             raise UserError("files are damaged: a record has another length", where=self.directory,
-                            value=list(ids.shape), mend=_MEND)
+                            value=list(ids.shape), hint=_MEND)
         if ids.min() < 0 or ids.max() >= self.vocabulary_size:
             raise UserError("files are damaged: an id lies outside the vocabulary", where=self.directory,
-                            value=int(ids.max()), mend=_MEND)
+                            value=int(ids.max()), hint=_MEND)
 
     def _reader(self, numbers: list[int]) -> Any:
         import mindspore.dataset as ds
@@ -281,7 +281,7 @@ class PackedDataset:
         except (RuntimeError, ValueError, TypeError) as error:
             cause = next((line for line in str(error).splitlines() if "[ERROR]" in line), str(error).split("\n")[0])
             raise UserError(f"cannot read the records: {cause.replace('[ERROR]', '').strip()[:160]}",
-                            where=self.directory, mend=_MEND) from None
+                            where=self.directory, hint=_MEND) from None
 
 
 class _Stretch:

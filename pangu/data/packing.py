@@ -144,10 +144,10 @@ def read_index(directory: str | Path) -> PackIndex:
     """
     path = Path(directory) / INDEX_FILE
     if not path.is_file():
-        raise UserError("no packed records here", where=directory, mend="make them with `python -m pangu pack`")
+        raise UserError("no packed records here", where=directory, hint="make them with `python -m pangu pack`")
     tree = read_json(path)
     if not isinstance(tree, dict):
-        raise UserError("index is damaged", where=path, mend="pack the corpus again")
+        raise UserError("index is damaged", where=path, hint="pack the corpus again")
     return validate(PackIndex, tree, where=str(path))
 
 
@@ -281,7 +281,7 @@ def _index(parts: list[dict], settings: PackOptions, sequence_length: int, token
     if not splits["train"].records:
         raise UserError("the corpus does not fill a single training record", where="pack",
                         value=f"{splits['train'].tokens} tokens",
-                        mend="give more text, a smaller sequence_length, or last_chunk=pad")
+                        hint="give more text, a smaller sequence_length, or last_chunk=pad")
     return PackIndex(
         sequence_length=sequence_length, vocabulary_size=tokenizer.vocabulary_size, eot_id=tokenizer.eot_id,
         pad_id=tokenizer.pad_id, tokenizer_sha256=tokenizer.fingerprint, last_chunk=settings.last_chunk,
@@ -293,10 +293,10 @@ def _refuse_occupied(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / INDEX_FILE).is_file():
-        raise UserError("something else is there already", where=output, mend="choose another output folder")
+        raise UserError("something else is there already", where=output, hint="choose another output folder")
     if not overwrite:
         raise UserError("packed records are there already", where=output,
-                        mend="set overwrite=true or choose another folder")
+                        hint="set overwrite=true or choose another folder")
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
@@ -353,7 +353,7 @@ class _Shard:
         del self._rest[: count * self.record_length]
         if ids.min() < 0 or ids.max() >= self.vocabulary_size:
             raise UserError("the tokenizer gave an id outside its vocabulary", where="tokenizer", value=int(ids.max()),
-                            mend=f"ids lie below {self.vocabulary_size}")
+                            hint=f"ids lie below {self.vocabulary_size}")
         if self._writer is None:
             self._writer = self._open()
         for start in range(0, count, _RECORDS_PER_WRITE):
@@ -380,7 +380,7 @@ class _Shard:
             if "free disk" not in str(error) and free > _PAGE_BYTES:
                 raise
             raise UserError("no space left on the disk; nothing was written", where=os.path.dirname(self.path),
-                            value=f"{free} bytes free", mend="free some space") from None
+                            value=f"{free} bytes free", hint="free some space") from None
 
 
 # ---------------------------------------------------------------- processes

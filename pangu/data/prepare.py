@@ -38,10 +38,10 @@ def check_tokenizer(tokenizer: Any, settings: Any) -> None:
     if tokenizer.vocabulary_size != settings.model.vocabulary_size:
         raise UserError(f"the tokenizer has {tokenizer.vocabulary_size} pieces, but model.vocabulary_size differs",
                         where=settings.data.tokenizer, value=settings.model.vocabulary_size,
-                        mend=f"set model.vocabulary_size={tokenizer.vocabulary_size}")
+                        hint=f"set model.vocabulary_size={tokenizer.vocabulary_size}")
 
 
 def _corpus(settings: Any) -> str:
     if settings.data.corpus is None:
-        raise UserError("no corpus given", where="data.corpus", mend="data.corpus=FILE or a folder")
+        raise UserError("no corpus given", where="data.corpus", hint="data.corpus=FILE or a folder")
     return settings.data.corpus

@@ -67,7 +67,7 @@ class Segmenter:
 
     def __init__(self, engine: str = "auto") -> None:
         if engine not in ("auto", "compiled", "jieba"):
-            raise UserError("no such segmentation engine", value=engine, mend="choose auto, compiled or jieba")
+            raise UserError("no such segmentation engine", value=engine, hint="choose auto, compiled or jieba")
         self.engine = engine
         self._cut: Cut
         if engine != "jieba":
@@ -77,7 +77,7 @@ class Segmenter:
             except _CannotCompile as error:
                 if engine == "compiled":
                     raise UserError(f"fast segmentation cannot be used: {error}",
-                                    mend="install a C++ compiler, or choose the engine jieba") from None
+                                    hint="install a C++ compiler, or choose the engine jieba") from None
                 _say_once(f"segmentation: {error}; using jieba, which gives the same words more slowly")
         self.engine = "jieba"
         self._cut, self._join = plain_cut(), self._join_words
@@ -231,7 +231,7 @@ def _jieba() -> Any:
             warnings.simplefilter("ignore")
             import jieba
     except ImportError:
-        raise UserError("the package jieba is not installed", mend="pip install jieba==0.42.1") from None
+        raise UserError("the package jieba is not installed", hint="pip install jieba==0.42.1") from None
     jieba.setLogLevel(logging.WARNING)
     return jieba
 

@@ -91,7 +91,7 @@ def train_vocabulary(documents: Iterable[str], output: str | Path, *, size: int 
     with atomic_write(output, "wb") as file:
         lines, counts = _draw(documents, settings.max_sentences, settings.seed)
         if not lines:
-            raise UserError("there is no text to train a vocabulary on", mend="name a corpus with text in it")
+            raise UserError("there is no text to train a vocabulary on", hint="name a corpus with text in it")
         settings, content = _train_or_shrink(lambda: _sentences(lines, segmenter, settings.seed), settings)
         file.write(content)
     return {"model": str(output), "vocabulary_size": settings.size, "kind": settings.kind, **counts,
@@ -186,13 +186,13 @@ def _explain(message: str, settings: VocabularySettings) -> UserError:
     if found := re.search(r"set it to a value <= (\d+)", message):
         error = TooLittleText(f"too little text for this vocabulary size; the largest possible here is {found[1]}",
                               where="vocabulary size", value=settings.size,
-                              mend=f"set model.vocabulary_size={found[1]} or less, or give more text")
+                              hint=f"set model.vocabulary_size={found[1]} or less, or give more text")
         error.largest = int(found[1])
         return error
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(f"the text's characters alone need a vocabulary of {found[1]}", where="vocabulary size",
                          value=settings.size,
-                         mend=f"set model.vocabulary_size={found[1]} or more, or a lower vocabulary.character_coverage")
+                         hint=f"set model.vocabulary_size={found[1]} or more, or a lower vocabulary.character_coverage")
     if "sentences_.empty()" in message:
-        return UserError("there is no text to train a vocabulary on", mend="name a corpus with text in it")
+        return UserError("there is no text to train a vocabulary on", hint="name a corpus with text in it")
     return UserError(f"SentencePiece could not train: {message.splitlines()[0]}", where="vocabulary")

@@ -54,7 +54,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
         UserError: nothing to evaluate, an unknown task, data that are not there, flags out of range.
     """
     if not arguments.tasks and not arguments.questions:
-        raise UserError("nothing to evaluate", where="evaluate", mend="give --tasks NAMES or --questions FILE")
+        raise UserError("nothing to evaluate", where="evaluate", hint="give --tasks NAMES or --questions FILE")
     _check(arguments)
     if arguments.nproc > 1 and int(os.environ.get("MS_WORKER_NUM", "1")) == 1:
         return _launch(settings, arguments)
@@ -78,7 +78,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UserError(f"must be at least {least}", where=f"--{name}", value=value)
     if arguments.log_samples and not arguments.tasks:
-        raise UserError("only tasks have a log of samples", where="--log-samples", mend="give --tasks")
+        raise UserError("only tasks have a log of samples", where="--log-samples", hint="give --tasks")
 
 
 def _launch(settings: Any, arguments: argparse.Namespace) -> dict:

@@ -112,7 +112,7 @@ class InstanceBuilder:
         right = str(record[self.task.label])
         if right not in self.words:
             raise UserError("the label is unknown", where=f"{self.source.paths[0]}, record {record['id']}", value=right,
-                            mend=f"known: {', '.join(self.words)}")
+                            hint=f"known: {', '.join(self.words)}")
         labels = list(self.words)
         if self.task.negatives is not None:
             wrong = [label for label in labels if label != right]
@@ -185,7 +185,7 @@ class InstanceBuilder:
             fields[name], cut = kept(low), cut + len(whole) - low
         if (tokens := length(fields)) > self.room:
             raise UserError(f"{tokens} tokens do not fit into {self.room}, even shortened",
-                            where=f"{self.task.name}, record {record['id']}", mend="use a model with a longer context")
+                            where=f"{self.task.name}, record {record['id']}", hint="use a model with a longer context")
         return fields, cut
 
     # ------------------------------------------------------------ solved examples

@@ -88,7 +88,7 @@ def register() -> type:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError:
-        raise UserError("this needs the package lm-eval", mend="pip install lm-eval") from None
+        raise UserError("this needs the package lm-eval", hint="pip install lm-eval") from None
 
     @register_model("pangu")
     class PanGuHarness(HarnessModel, LM):

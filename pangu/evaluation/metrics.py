@@ -118,7 +118,7 @@ def _rouge() -> Any:
     try:
         from rouge_chinese import Rouge
     except ImportError:
-        raise UserError("Rouge needs the package rouge-chinese", mend="pip install 'pangu-rankers[evaluate]'") from None
+        raise UserError("Rouge needs the package rouge-chinese", hint="pip install 'pangu-rankers[evaluate]'") from None
     return Rouge(metrics=["rouge-1", "rouge-l"])
 
 
@@ -132,7 +132,7 @@ def assign(costs: np.ndarray) -> np.ndarray:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
         raise UserError("filling several blanks needs the package scipy",
-                        mend="pip install 'pangu-rankers[evaluate]'") from None
+                        hint="pip install 'pangu-rankers[evaluate]'") from None
     if costs.shape[0] > costs.shape[1]:
         raise UserError("a passage has more blanks than choices", value=list(costs.shape))
     _, columns = linear_sum_assignment(costs)

@@ -131,8 +131,8 @@ def load_task(name: str) -> TaskSettings:
     """
     if name not in task_names():
         near = difflib.get_close_matches(name, task_names(), n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]}?" if near else f"known: {', '.join(task_names())}"
-        raise UserError("no such task", where="--tasks", value=name, mend=mend)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(task_names())}"
+        raise UserError("no such task", where="--tasks", value=name, hint=hint)
     return load_settings(TaskSettings, FOLDER / f"{name}.yaml")
 
 
@@ -145,7 +145,7 @@ def render(template: str, fields: dict[str, Any]) -> str:
     def value(match: re.Match) -> str:
         if match[1] not in fields:
             raise UserError(f"a record has no field '{match[1]}'", where=f"record {fields.get('id')}",
-                            mend="is it of another data set or version?")
+                            hint="is it of another data set or version?")
         return str(fields[match[1]])
 
     return _FIELD.sub(value, template)
@@ -167,7 +167,7 @@ class Source:
         found = [path for name in task.files if (path := self._find([name])) is not None]
         if not found:
             raise UserError(f"no data for the task {task.name}: expected {_one_of(task.folders)}/"
-                            f"{_one_of(task.files)}", where=self.root, mend=f"get them from {task.published}")
+                            f"{_one_of(task.files)}", where=self.root, hint=f"get them from {task.published}")
         self.paths = found if task.every_file else found[:1]
         self.examples_path = self._find(task.examples)
 
@@ -211,7 +211,7 @@ class Source:
                     yield record
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise UserError(f"not the published format of {self.task.name}: {type(error).__name__} {error}",
-                            where=path, mend=f"the data are published by {self.task.published}") from None
+                            where=path, hint=f"the data are published by {self.task.published}") from None
 
 
 def _one_of(names: list[str]) -> str:

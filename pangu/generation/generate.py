@@ -201,7 +201,7 @@ def check_vocabulary(tokenizer: Any, vocabulary_size: int) -> None:
     if tokenizer.vocabulary_size != vocabulary_size:
         raise UserError(f"the tokenizer has {tokenizer.vocabulary_size} pieces and the model "
                         f"{vocabulary_size} rows", where="model.vocabulary_size", value=vocabulary_size,
-                        mend="use the tokenizer that the model was trained with")
+                        hint="use the tokenizer that the model was trained with")
 
 
 def fit_prompt(ids: list[int], context: int, vocabulary_size: int, settings: GenerateSettings, index: int) -> list[int]:
@@ -212,14 +212,14 @@ def fit_prompt(ids: list[int], context: int, vocabulary_size: int, settings: Gen
     """
     where = f"prompt {index + 1}"
     if not ids:
-        raise UserError("the prompt is empty", where=where, mend="give at least one character")
+        raise UserError("the prompt is empty", where=where, hint="give at least one character")
     if min(ids) < 0 or max(ids) >= vocabulary_size:
         raise UserError(f"id outside the vocabulary of {vocabulary_size}", where=where, value=max(ids))
     if settings.truncate:
         return ids[-max(1, context + 1 - settings.max_new_tokens):]
     if len(ids) > context:
         raise UserError(f"the prompt is longer than the model's context of {context} tokens", where=where,
-                        value=f"{len(ids)} tokens", mend="shorten it, or set generate.truncate=true")
+                        value=f"{len(ids)} tokens", hint="shorten it, or set generate.truncate=true")
     return ids
 
 

@@ -48,7 +48,7 @@ class Recipe(Settings):
         """
         if set(inputs) != set(self.names):
             raise UserError("the recipe's inputs are others", where="--prompt", value=", ".join(inputs) or "nothing",
-                            mend=f"give {', '.join(self.names)}")
+                            hint=f"give {', '.join(self.names)}")
         return self.template.format(**inputs)
 
     def prompt(self, text: str) -> str:
@@ -62,7 +62,7 @@ class Recipe(Settings):
         if not isinstance(inputs, dict) or not all(isinstance(value, str) for value in inputs.values()):
             example = json.dumps(dict.fromkeys(self.names, "..."), ensure_ascii=False)
             raise UserError("this recipe has several inputs", where="--prompt", value=text[:40],
-                            mend=f"give them as JSON: {example}")
+                            hint=f"give them as JSON: {example}")
         return self.fill(inputs)
 
 
@@ -88,7 +88,7 @@ def read_prompts(file: str | None, typed: list[str] | None, settings: GenerateSe
     else:
         texts = list(typed or []) + (_read_file(Path(file)) if file else [])
     if not texts:
-        raise UserError("nothing to generate from", where="command line", mend="give --prompt TEXT or --prompts FILE")
+        raise UserError("nothing to generate from", where="command line", hint="give --prompt TEXT or --prompts FILE")
     return texts, settings
 
 
@@ -105,7 +105,7 @@ def find_recipe(name: str | None) -> Path | None:
 def _read_file(path: Path) -> list[str]:
     if not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-        raise UserError("no such file of prompts", where=path, mend=f"name a file or a recipe ({known})")
+        raise UserError("no such file of prompts", where=path, hint=f"name a file or a recipe ({known})")
     if path.stat().st_size > _MAX_BYTES:
         raise UserError("the file of prompts is too large", where=path, value=path.stat().st_size)
     try:

@@ -29,7 +29,7 @@ def read(path: Path) -> Iterator[dict]:
 def _answers(path: Path) -> dict[str, int]:
     file = path.with_name(f"{path.stem}_answer.json")
     if not file.is_file():
-        raise UserError("the answers are missing", where=file, mend="CLUE publishes them beside the passages")
+        raise UserError("the answers are missing", where=file, hint="CLUE publishes them beside the passages")
     return read_json(file)
 
 

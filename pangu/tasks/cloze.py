@@ -45,7 +45,7 @@ def _answers(path: Path) -> dict[str, str]:
 def _record(name: str, lines: list[str], parts: list[str], answers: dict[str, str], path: Path) -> dict:
     answer = _joined(parts[1]) if len(parts) > 1 and parts[1] else answers.get(name)
     if answer is None:
-        raise UserError(f"no answer for {name}", where=path, mend="put the file of answers beside it")
+        raise UserError(f"no answer for {name}", where=path, hint="put the file of answers beside it")
     question = _joined(parts[0])
     place = next((index for index, line in enumerate(lines) if BLANK in line), len(lines))
     rest = [line for index, line in enumerate(lines) if index != place]

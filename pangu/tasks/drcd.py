@@ -28,5 +28,5 @@ def _converter():
         from opencc import OpenCC
     except ImportError:
         raise UserError("DRCD is in traditional Chinese; its conversion needs the package OpenCC",
-                        mend="pip install 'pangu-rankers[evaluate]'") from None
+                        hint="pip install 'pangu-rankers[evaluate]'") from None
     return OpenCC("t2s")

@@ -43,7 +43,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return path
     found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if not found:
-        raise UserError("no checkpoint here", where=path, mend="give the folder of a run or of a checkpoint")
+        raise UserError("no checkpoint here", where=path, hint="give the folder of a run or of a checkpoint")
     return found[-1]
 
 

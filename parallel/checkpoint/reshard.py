@@ -76,7 +76,7 @@ def run_split(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: as `run_reshard`, and when the checkpoint is in slices already.
     """
     if any(len(tensor.pieces) > 1 for tensor in Slices(arguments.source).tensors.values()):
-        raise UserError("the checkpoint is in slices already", where=arguments.source, mend="use reshard")
+        raise UserError("the checkpoint is in slices already", where=arguments.source, hint="use reshard")
     return run_reshard(settings, arguments)
 
 
@@ -104,14 +104,14 @@ def _compare(slices: Slices, wholes: dict[str, Any]) -> None:
     saved = {name: slices.tensors[name] for name in slices.names(PARAMETERS_FILE)}
     for name, whole in wholes.items():
         if name not in saved:
-            raise UserError(f"the checkpoint lacks parameter {name}", where=slices.path, mend="is it of another model?")
+            raise UserError(f"the checkpoint lacks parameter {name}", where=slices.path, hint="is it of another model?")
         if saved[name].shape != whole.shape:
             raise UserError(f"'{name}' has shape {list(whole.shape)} in the model and {list(saved[name].shape)} in the "
-                            "checkpoint", where=slices.path, mend="use the config that it was trained with")
+                            "checkpoint", where=slices.path, hint="use the config that it was trained with")
     extra = [name for name in slices.tensors if parameter_of(name) not in wholes]
     if extra:
         raise UserError(f"the checkpoint has the unknown parameter {extra[0]}", where=slices.path,
-                        mend="is it of another model?")
+                        hint="is it of another model?")
 
 
 def _timed(arguments: argparse.Namespace, slices: Slices, ranks: int, write: Any, needed: int) -> dict[str, Any]:

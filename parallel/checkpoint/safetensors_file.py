@@ -51,7 +51,7 @@ def dtype_name(dtype: np.dtype | type) -> str:
     """
     name = _NAMES.get(np.dtype(dtype).newbyteorder("<"))
     if name is None:
-        raise UserError("a checkpoint cannot hold this type", value=str(dtype), mend=f"known: {', '.join(DTYPES)}")
+        raise UserError("a checkpoint cannot hold this type", value=str(dtype), hint=f"known: {', '.join(DTYPES)}")
     return name
 
 
@@ -110,12 +110,12 @@ class SafetensorsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError("no such file", where=path, mend="check the path of the checkpoint")
+            raise UserError("no such file", where=path, hint="check the path of the checkpoint")
         self.size = self.path.stat().st_size
         self.entries, self._data_start, self.metadata = self._read_header()
 
     def _damaged(self, what: str) -> UserError:
-        return UserError(f"checkpoint file is damaged: {what}", where=self.path, mend="use another checkpoint")
+        return UserError(f"checkpoint file is damaged: {what}", where=self.path, hint="use another checkpoint")
 
     def _read_header(self) -> tuple[dict[str, TensorEntry], int, dict]:
         with open(self.path, "rb") as file:

@@ -109,7 +109,7 @@ class Slices:
         missing = sorted(set(range(ranks)) - present)
         if missing:
             raise UserError(f"the slices of rank {missing[0]} of {ranks} are missing", where=self.path,
-                            mend="copy the files of all ranks into one folder")
+                            hint="copy the files of all ranks into one folder")
         return [self._read_layout(entry) for entry in found]
 
     @staticmethod
@@ -267,14 +267,14 @@ def write_checkpoint(target: str | Path, needed: int, write: Callable[[Path], No
     """
     target = Path(target)
     if target.exists():
-        raise UserError("the folder exists already", where=target, mend="choose another or delete it")
+        raise UserError("the folder exists already", where=target, hint="choose another or delete it")
     hidden = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         hidden.mkdir(parents=True)
         free = shutil.disk_usage(hidden).free
         if needed + (1 << 20) > free:
             raise UserError(f"this needs {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB left; nothing was "
-                            "written", where=target, mend="free some space")
+                            "written", where=target, hint="free some space")
         write(hidden)
         write_plain_json(hidden / "state.json", state)
         hidden.rename(target)

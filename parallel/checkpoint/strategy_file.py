@@ -70,7 +70,7 @@ def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
     start, stop = span
     if (stop - start) % parts:
         raise UserError(f"a dim of {stop - start} does not divide into {parts} slices", where="strategy",
-                        mend="is the strategy file of another model?")
+                        hint="is the strategy file of another model?")
     size = (stop - start) // parts
     return start + index * size, start + (index + 1) * size
 

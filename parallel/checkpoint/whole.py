@@ -82,7 +82,7 @@ def _check_space(directory: Path, tensors: Sequence[Parameter]) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(f"a checkpoint needs {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB left; "
-                        "nothing was written", where=directory, mend="free some space or lower output.keep")
+                        "nothing was written", where=directory, hint="free some space or lower output.keep")
 
 
 def _write_tensors(path: Path, tensors: Sequence[Parameter]) -> dict[str, dict]:
@@ -132,7 +132,7 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Parameter], states: S
     if states:
         if not checkpoint.names(OPTIMIZER_FILE):
             raise UserError("the checkpoint has no optimizer state, so training cannot go on from it",
-                            where=checkpoint.path, mend="use one saved with output.save_optimizer")
+                            where=checkpoint.path, hint="use one saved with output.save_optimizer")
         _compare(checkpoint, OPTIMIZER_FILE, states, boxes or {})
     for parameter in [*parameters, *states]:
         _fill(parameter, checkpoint.read(parameter.name, (boxes or {}).get(parameter_of(parameter.name))))
@@ -154,14 +154,14 @@ def _compare(checkpoint: Slices, kind: str, parameters: Sequence[Parameter], box
         if names:
             more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
             raise UserError(f"the checkpoint {what} parameter {', '.join(names[:_MAX_SHOWN])}{more}",
-                            where=checkpoint.path, mend="is it of another model or optimizer?")
+                            where=checkpoint.path, hint="is it of another model or optimizer?")
     for name, parameter in wanted.items():
         saved, box = checkpoint.tensors[name], boxes.get(parameter_of(name))
         shape = saved.shape if box is None else tuple(stop - start for start, stop in box)
         if shape != tuple(parameter.shape):
             raise UserError(f"'{name}' has shape {list(parameter.shape)} in the model and {list(shape)} in the "
                             "checkpoint", where=checkpoint.path,
-                            mend="use the model settings that the checkpoint was trained with")
+                            hint="use the model settings that the checkpoint was trained with")
         dtype = dtype_name(ms.dtype_to_nptype(parameter.dtype))
         if saved.dtype != dtype:
             raise UserError(f"'{name}' is {dtype} in the model and {saved.dtype} in the checkpoint",

@@ -128,8 +128,8 @@ def _unknown_word(parser: argparse.ArgumentParser, verb: Verb, word: str) -> Use
     subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     sub = subparsers.choices[verb.name]
     near = difflib.get_close_matches(word.split("=")[0], list(sub._option_string_actions), n=1, cutoff=0.5)
-    mend = f"did you mean {near[0]}?" if near else f"see python -m ... {verb.name} --help"
-    return UserError(f"unknown argument '{word}'", where=verb.name, mend=mend)
+    hint = f"did you mean {near[0]}?" if near else f"see python -m ... {verb.name} --help"
+    return UserError(f"unknown argument '{word}'", where=verb.name, hint=hint)
 
 
 def _resolve(target: Any) -> Any:

@@ -14,13 +14,13 @@ class UserError(Exception):
         what: what is wrong, as a short statement.
         where: the key, file or flag at fault.
         value: the offending value; shown shortened.
-        mend: what to do about it.
+        hint: what to do about it.
 
     The command line prints `str(error)` and exits with code 2; libraries raise it like any exception.
     """
 
-    def __init__(self, what: str, *, where: Any = None, value: Any = None, mend: str | None = None) -> None:
-        self.what, self.where, self.value, self.mend = what, where, value, mend
+    def __init__(self, what: str, *, where: Any = None, value: Any = None, hint: str | None = None) -> None:
+        self.what, self.where, self.value, self.hint = what, where, value, hint
         super().__init__(self._line())
 
     def _line(self) -> str:
@@ -30,6 +30,6 @@ class UserError(Exception):
             if len(shown) > _LONGEST_VALUE:
                 shown = shown[: _LONGEST_VALUE - 3] + "..."
             parts.append(f" (got {shown})")
-        if self.mend:
-            parts.append(f"; {self.mend}")
+        if self.hint:
+            parts.append(f"; {self.hint}")
         return " ".join("".join(parts).split())

@@ -50,11 +50,11 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 def explain_os_error(error: OSError, path: str | Path) -> Exception:
     """A `UserError` for a full disk or a place that cannot be written; any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError("no space left on the disk; nothing was written", where=path, mend="free some space")
+        return UserError("no space left on the disk; nothing was written", where=path, hint="free some space")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError("cannot write here", where=path, mend="choose another output folder")
+        return UserError("cannot write here", where=path, hint="choose another output folder")
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-        return UserError(f"cannot write here: {error.strerror}", where=path, mend="choose another output path")
+        return UserError(f"cannot write here: {error.strerror}", where=path, hint="choose another output path")
     return error
 
 
@@ -66,7 +66,7 @@ def open_binary(path: str | Path) -> BinaryIO:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("no such file", where=path, mend="check the path")
+        raise UserError("no such file", where=path, hint="check the path")
     if path.suffix == ".xz":
         return lzma.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".gz":
@@ -84,7 +84,7 @@ class _ZstdReader(io.RawIOBase):
             import zstandard
         except ImportError:
             raise UserError("reading .zst needs the package zstandard", where=path,
-                            mend="pip install zstandard") from None
+                            hint="pip install zstandard") from None
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._error = zstandard.ZstdError
         self._file, self._frame, self._ready = path.open("rb"), None, memoryview(b"")
@@ -150,13 +150,13 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("no such file", where=path, mend="check the path")
+        raise UserError("no such file", where=path, hint="check the path")
     if path.stat().st_size > max_bytes:
         raise UserError(f"file is larger than the {max_bytes} bytes allowed", where=path, value=path.stat().st_size)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError):
-        raise UserError("file is damaged: not JSON", where=path, mend="make it anew") from None
+        raise UserError("file is damaged: not JSON", where=path, hint="make it anew") from None
 
 
 def inside(root: str | Path, path: str | Path) -> Path:

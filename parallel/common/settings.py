@@ -44,7 +44,7 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode, d
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             line = key_node.start_mark.line + 1
-            raise UserError(f"key '{key}' is written twice", where=f"line {line}", mend="keep one of them")
+            raise UserError(f"key '{key}' is written twice", where=f"line {line}", hint="keep one of them")
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
@@ -100,17 +100,17 @@ def read_yaml_tree(path: str | Path) -> dict:
 def _read_one_yaml(path: Path) -> dict:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
-        mend = f"did you mean {near[0]}?" if near else "check the path"
-        raise UserError("no such config file", where=path, mend=mend)
+        hint = f"did you mean {near[0]}?" if near else "check the path"
+        raise UserError("no such config file", where=path, hint=hint)
     if path.stat().st_size > MAX_YAML_BYTES:
         raise UserError("config file is too large", where=path, value=path.stat().st_size)
     try:
         # _StrictLoader is a SafeLoader: no Python objects can be built from the file.
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid YAML: {error}", where=path, mend="check indentation and colons") from None
+        raise UserError(f"not valid YAML: {error}", where=path, hint="check indentation and colons") from None
     except UserError as error:
-        raise UserError(error.what, where=f"{path}, {error.where}", mend=error.mend) from None
+        raise UserError(error.what, where=f"{path}, {error.where}", hint=error.hint) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -138,7 +138,7 @@ def apply_override(tree: dict, override: str) -> None:
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
-        raise UserError("the value is not valid YAML", where=key, value=text, mend="quote it") from None
+        raise UserError("the value is not valid YAML", where=key, value=text, hint="quote it") from None
     *parents, last = key.split(".")
     for part in parents:
         if tree.get(part) is None:
@@ -157,8 +157,8 @@ def _first_error(cls: type[Settings], error: pydantic.ValidationError, where: st
     if details["type"] == "extra_forbidden":
         known = _known_keys(cls, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        mend = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return UserError(f"unknown key '{key}'", where=where, value=details["input"], mend=mend)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return UserError(f"unknown key '{key}'", where=where, value=details["input"], hint=hint)
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return cause

@@ -252,7 +252,7 @@ class Walk:
         name = primitive.name
         if name not in RULES:
             raise UserError("the planner has no shape rule for this primitive", where=self.stack[-1][0], value=name,
-                            mend="add one line to parallel/planning/shapes.py")
+                            hint="add one line to parallel/planning/shapes.py")
         flat = list(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else None
         items = [self.item(value) for value in (flat if flat is not None else arguments)]
         tensors = [item for item in items if item is not None]

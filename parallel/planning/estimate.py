@@ -8,7 +8,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import note, table
-from parallel.planning.mends import mends
+from parallel.planning.hints import hints
 from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.planning.report import write_report
 
@@ -39,8 +39,8 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     figures |= {"tokens": tokens, "days": hours / 24, "device_hours": hours * estimate.devices}
     note(f"{tokens:.3g} tokens: {hours / 24:.1f} days, {hours * estimate.devices:,.0f} device-hours")
     if estimate.missing > 0:
-        figures["mend"] = mends(planner, config)
-        note(f"does not fit: {estimate.missing / 1e9:.1f} GB too much on the fullest stage; {figures['mend']}")
+        figures["hint"] = hints(planner, config)
+        note(f"does not fit: {estimate.missing / 1e9:.1f} GB too much on the fullest stage; {figures['hint']}")
     if arguments.html:
         write_report(Path(arguments.html), planner, estimate, title=Path(arguments.config).name)
     return figures

@@ -18,7 +18,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.progress import Bar, note, table
 from parallel.planning.estimate import figures_of, show
-from parallel.planning.mends import mends, size_text
+from parallel.planning.hints import hints, size_text
 from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.planning.report import recompute_name, write_report
 from parallel.sharding.config import ParallelConfig, RecomputeConfig
@@ -164,7 +164,7 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
             fitting.append((quick.step_seconds, len(fitting), quick))
     if not fitting and nearest is None:
         raise UserError("no layout of so many devices divides the model and the batch", where="--devices",
-                        value=devices, mend="choose a number with more small factors, or another global batch")
+                        value=devices, hint="choose a number with more small factors, or another global batch")
     fitting.sort(key=lambda entry: entry[:2])
     exact = [planner.evaluate(entry[2].config) for entry in fitting[:_FINALISTS]]
     exact = sorted((item for item in exact if item.missing <= 0), key=lambda item: item.step_seconds)
@@ -282,7 +282,7 @@ def nothing_fits(planner: Planner, found: Search, devices: int) -> UserError:
     near = found.nearest
     layout = yaml.safe_dump(block(near.config), default_flow_style=True, width=1000).strip()
     return UserError(f"nothing fits: the nearest layout needs {size_text(near.missing)} more than a device has",
-                     where=f"{devices} devices", value=layout, mend=mends(planner, near.config))
+                     where=f"{devices} devices", value=layout, hint=hints(planner, near.config))
 
 
 def _own_layout(own: ParallelConfig, devices: int | None) -> ParallelConfig:

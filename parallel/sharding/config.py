@@ -116,14 +116,14 @@ class ParallelConfig(Settings):
         if devices is not None and config.world != devices:
             raise UserError(
                 f"data {config.data} x op {config.op} x pipeline.stages {config.pipeline.stages} = {config.world}, "
-                f"but there are {devices} devices", where="parallel", mend="set one of data and op to -1")
+                f"but there are {devices} devices", where="parallel", hint="set one of data and op to -1")
         config._check()
         return config
 
     def _fill(self, config: ParallelConfig, axis: str, devices: int | None) -> None:
         if devices is None:
             raise UserError("-1 needs the number of devices", where=f"parallel.{axis}", value=-1,
-                            mend="set parallel.devices")
+                            hint="set parallel.devices")
         taken = -config.world
         if devices % taken:
             raise UserError(f"{devices} devices do not divide by the other axes ({taken})", where=f"parallel.{axis}",
@@ -134,30 +134,30 @@ class ParallelConfig(Settings):
         stages, shard = self.pipeline.stages, self.optimizer.shard
         if shard == 0 or (shard > 0 and self.data % shard):
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.optimizer.shard", value=shard,
-                            mend="use -1 for the whole data axis")
+                            hint="use -1 for the whole data axis")
         if self.data % self.expert:
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.expert", value=self.expert)
         if self.pipeline.micro_batches < stages:
             raise UserError(f"must be at least the number of stages ({stages})",
                             where="parallel.pipeline.micro_batches", value=self.pipeline.micro_batches,
-                            mend=f"set it to {stages} or a multiple")
+                            hint=f"set it to {stages} or a multiple")
         if stages > 1 and self.pipeline.schedule == "interleaved" and self.pipeline.interleave < 2:
             raise UserError("the interleaved schedule needs at least 2 chunks a stage",
                             where="parallel.pipeline.interleave", value=self.pipeline.interleave,
-                            mend="set it to 2, or pipeline.schedule: 1f1b")
+                            hint="set it to 2, or pipeline.schedule: 1f1b")
         if stages > 1 and self.optimizer_shard > 1 and self.optimizer.level == 3:
             raise UserError("MindSpore 2.9 does not compile level 3 with pipeline stages",
-                            where="parallel.optimizer.level", value=3, mend="set it to 2, or pipeline.stages: 1")
+                            where="parallel.optimizer.level", value=3, hint="set it to 2, or pipeline.stages: 1")
         if self.pipeline.interleave > 1 and self.pipeline.schedule != "interleaved":
             raise UserError("needs the interleaved schedule", where="parallel.pipeline.interleave",
-                            value=self.pipeline.interleave, mend="set pipeline.schedule: interleaved")
+                            value=self.pipeline.interleave, hint="set pipeline.schedule: interleaved")
         offsets = self.pipeline.offsets
         if offsets is not None and (len(offsets) != stages or sum(offsets) != 0):
             raise UserError(f"needs {stages} numbers that add up to 0", where="parallel.pipeline.offsets",
                             value=offsets)
 
 
-def divides(divisor: int, number: int, *, where: str, what: str, mend: str | None = None) -> None:
+def divides(divisor: int, number: int, *, where: str, what: str, hint: str | None = None) -> None:
     """Raises a `UserError` naming the key unless `divisor` divides `number`."""
     if number % divisor:
-        raise UserError(f"{what} {number} does not divide by {divisor}", where=where, value=divisor, mend=mend)
+        raise UserError(f"{what} {number} does not divide by {divisor}", where=where, value=divisor, hint=hint)

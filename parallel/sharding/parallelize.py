@@ -49,7 +49,7 @@ def stage_of_layers(layers: int, config: ParallelConfig) -> list[tuple[int, int]
         shares[stage] += offset
     if min(shares) < 1:
         raise UserError(f"{layers} layers leave a stage without a layer", where="parallel.pipeline",
-                        value=shares, mend="use fewer stages, less interleave or other offsets")
+                        value=shares, hint="use fewer stages, less interleave or other offsets")
     return [(i % stages, i // stages) for i, share in enumerate(shares) for _ in range(share)]
 
 
@@ -112,7 +112,7 @@ def recompute(network: nn.Cell, config: ParallelConfig) -> None:
         return
     if not has_stack(network):
         raise UserError("this model has no stack of layers to compute again", where="parallel.recompute.policy",
-                        value=settings.policy, mend="set it to none")
+                        value=settings.policy, hint="set it to none")
     _, *units, _ = _units(network)
     layers = [unit[0] if isinstance(unit, list) else unit for unit in units]
     how = {"mp_comm_recompute": settings.communication, "recompute_slice_activation": settings.slice_activations}
@@ -124,7 +124,7 @@ def recompute(network: nn.Cell, config: ParallelConfig) -> None:
         for name in settings.cells:
             if name not in cells:
                 raise UserError("no such cell in a layer", where="parallel.recompute.cells", value=name,
-                                mend=f"known: {', '.join(key for key in cells if key)}")
+                                hint=f"known: {', '.join(key for key in cells if key)}")
             cells[name].recompute(**how)
 
 
@@ -132,5 +132,5 @@ def _units(network: nn.Cell) -> list[Any]:
     if not hasattr(network, "pipeline_cells"):
         raise UserError("this model does not say how its cells follow each other, so it has no stages and no layers to "
                         "recompute", where="parallel", value=type(network).__name__,
-                        mend="give it pipeline_cells(), or set pipeline.stages: 1 and recompute.policy: none")
+                        hint="give it pipeline_cells(), or set pipeline.stages: 1 and recompute.policy: none")
     return network.pipeline_cells()

@@ -41,7 +41,7 @@ def start_device(target: str | None = None) -> Processes:
         try:
             mindspore.set_device(target)
         except (RuntimeError, ValueError):
-            raise UserError("this device is not available", where="device", value=target, mend="use CPU") from None
+            raise UserError("this device is not available", where="device", value=target, hint="use CPU") from None
     target = mindspore.get_context("device_target")
     if int(os.environ.get("MS_WORKER_NUM", "1")) <= 1:
         return Processes(0, 1, None, target)

@@ -116,7 +116,7 @@ class Plan:
     def _default_local(devices: int | None, parallel: Any, nodes: int) -> int:
         if devices is None and -1 in (parallel.data, parallel.op):
             raise UserError("the parallel block leaves the number of devices open", where="--nproc",
-                            mend="give --nproc or parallel.devices")
+                            hint="give --nproc or parallel.devices")
         devices = devices or parallel.world
         if devices % nodes:
             raise UserError(f"{devices} devices do not divide over them", where="--nodes", value=nodes)
@@ -293,7 +293,7 @@ def _check_port(host: str, port: int) -> None:
         raise UserError("this host is not known", where="--master", value=host) from None
     except OSError as error:
         raise UserError(f"cannot listen here: {error.strerror}", where="--master", value=f"{host}:{port}",
-                        mend="choose a free port of this machine (machine 0 listens)") from None
+                        hint="choose a free port of this machine (machine 0 listens)") from None
 
 
 def _figures(log: Path) -> dict[str, Any]:

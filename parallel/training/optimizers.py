@@ -89,7 +89,7 @@ class Adam(nn.Cell):
         super().__init__(auto_prefix=False)
         if settings.name == "adam" and settings.weight_decay:
             raise UserError("adam has no decoupled weight decay", where="optimizer.weight_decay",
-                            value=settings.weight_decay, mend="set it to 0 or use adamw")
+                            value=settings.weight_decay, hint="set it to 0 or use adamw")
         self.parameters = ParameterTuple(parameters)
         self.adam_m = make_states("adam_m", parameters)
         self.adam_v = make_states("adam_v", parameters)

@@ -70,7 +70,7 @@ class OptimizerSettings(Settings):
             raise UserError("betas lie in [0, 1)", where="optimizer.betas", value=list(self.betas))
         if self.schedule.end_learning_rate > self.learning_rate:
             raise UserError("the schedule ends above its start", where="optimizer.schedule.end_learning_rate",
-                            value=self.schedule.end_learning_rate, mend=f"at most {self.learning_rate}")
+                            value=self.schedule.end_learning_rate, hint=f"at most {self.learning_rate}")
         return self
 
 
@@ -159,7 +159,7 @@ class TrainSettings(Settings):
     def _check(self) -> TrainSettings:
         if self.global_batch_size % self.accumulation:
             raise UserError("accumulation does not divide global_batch_size", where="train.accumulation",
-                            value=self.accumulation, mend=f"choose a divisor of {self.global_batch_size}")
+                            value=self.accumulation, hint=f"choose a divisor of {self.global_batch_size}")
         return self
 
 

@@ -41,7 +41,7 @@ def needs_cut(config: ParallelConfig, processes: Processes) -> bool:
         if refused:
             raise UserError("on the CPU only data parallelism runs", where="parallel",
                             value=", ".join(f"{name} {ways}" for name, ways in refused.items()),
-                            mend="prove other layouts with python -m parallel dryrun and replay")
+                            hint="prove other layouts with python -m parallel dryrun and replay")
         return False
     return bool(cut)
 

@@ -196,7 +196,7 @@ def micro_batches(settings: TrainSettings, config: ParallelConfig) -> int:
     """
     if config.pipeline.stages > 1 and settings.accumulation not in (1, config.pipeline.micro_batches):
         raise UserError("under pipeline stages the micro-batches accumulate", where="train.accumulation",
-                        value=settings.accumulation, mend="set it to 1 and use parallel.pipeline.micro_batches")
+                        value=settings.accumulation, hint="set it to 1 and use parallel.pipeline.micro_batches")
     return max(config.pipeline.micro_batches, settings.accumulation)
 
 
@@ -285,5 +285,5 @@ def input_shapes(task: Task, settings: TrainSettings, config: ParallelConfig) ->
     parts = micro_batches(settings, config) * config.data * config.micro_batch_interleave
     for item in task.inputs:
         divides(parts, item.shape[0], where="train.global_batch_size", what="the global batch",
-                mend="it must divide by data x micro-batches x micro_batch_interleave")
+                hint="it must divide by data x micro-batches x micro_batch_interleave")
     return [(item.shape[0] // config.data, *item.shape[1:]) for item in task.inputs]

@@ -172,7 +172,7 @@ class Trainer:
                 if self.stopped_by is not None or self.iteration >= self.settings.steps:
                     break
             else:
-                raise UserError("the training data ended", value=self.iteration, mend="sources repeat their epochs")
+                raise UserError("the training data ended", value=self.iteration, hint="sources repeat their epochs")
 
     def _outputs(self) -> Iterator[tuple[int, dict[str, float]]]:
         """(steps done, scalars of the last of them) until the run's last step."""
@@ -192,7 +192,7 @@ class Trainer:
     def _sunk_outputs(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Stretches of log_every steps run by the device alone (Ascend only, never run by us)."""
         if ms.get_context("device_target") == "CPU":
-            raise UserError("data sink needs an Ascend device", where="train.data_sink", mend="set it to false")
+            raise UserError("data sink needs an Ascend device", where="train.data_sink", hint="set it to false")
         steps = self.settings.steps - self.iteration
         size = math.gcd(steps, self.settings.log_every)
         sink = ms.data_sink(self.cell, self.source.mindspore_dataset(self.iteration, steps), sink_size=size)
@@ -227,7 +227,7 @@ class Trainer:
         self.skipped = 0 if outputs["finite"] else self.skipped + 1
         if self.skipped > self.settings.max_skipped:
             raise UserError(f"{self.skipped} steps in a row gave gradients that are not finite", where="train",
-                            value=self.iteration, mend="lower the learning rate or look at the data")
+                            value=self.iteration, hint="lower the learning rate or look at the data")
 
     def _write_log(self, outputs: dict[str, float]) -> None:
         loss = float(np.mean(self.window)) if self.window else math.nan
@@ -273,7 +273,7 @@ class Trainer:
             return
         if watch.metric not in metrics:
             raise UserError("no such validation metric", where="train.early_stop.metric", value=watch.metric,
-                            mend=f"known: {', '.join(metrics) or 'none'}")
+                            hint=f"known: {', '.join(metrics) or 'none'}")
         value = metrics[watch.metric] if watch.mode == "min" else -metrics[watch.metric]
         best = self.early_stop["best"]
         if best is None or value < best - watch.minimum_change:
@@ -316,7 +316,7 @@ class Trainer:
         if self.output.resume == "never":
             if found:
                 raise UserError("the run already has checkpoints", where=self.checkpoints, value=found[-1].name,
-                                mend="choose another output.directory or output.resume=auto")
+                                hint="choose another output.directory or output.resume=auto")
             return
         if self.output.resume == "auto":
             if not found:
@@ -344,7 +344,7 @@ class Trainer:
             self.metrics = {k: math.nan if v is None else v for k, v in state["metrics"].items()}
         except (KeyError, TypeError, ValueError):
             raise UserError("the checkpoint's state.json is damaged", where=path,
-                            mend="use another checkpoint") from None
+                            hint="use another checkpoint") from None
         self.checkpoint = path
         was = state.get("train", {})
         for key in ("seed", "global_batch_size"):

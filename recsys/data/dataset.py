@@ -62,7 +62,7 @@ def features_of(data: Any) -> list:
     asked = next((name for name in ("history", "passed", "like_rate") if getattr(data, name)), None)
     if asked is not None and not source.histories:
         raise UserError(f"reader {data.reader} makes no histories", where=f"data.{asked}", value=getattr(data, asked),
-                        mend="leave it out, and list the log's own columns in data.features")
+                        hint="leave it out, and list the log's own columns in data.features")
     features = expand(source.features(data) if data.features is None else data.features)
     if unknown := set(data.pooling) - {feature.name for feature in features}:
         raise UserError("no such feature", where="data.pooling", value=sorted(unknown)[0])
@@ -92,7 +92,7 @@ def prepare(data: Any, embedding_size: int, vocabulary: Path | None = None) -> L
     """
     source = reader(data.reader)
     if source.needs_path and not data.path:
-        raise UserError(f"reader {data.reader} needs a path", where="data.path", mend="set data.path=...")
+        raise UserError(f"reader {data.reader} needs a path", where="data.path", hint="set data.path=...")
     if vocabulary is None and data.vocabulary is not None:
         vocabulary = Path(data.vocabulary)
         if not vocabulary.is_file():
@@ -245,7 +245,7 @@ def count_values(data: Any) -> dict[str, dict[str, float]]:
     """How often each value of each vocabulary feature stands in the training rows of a log."""
     features, source = features_of(data), reader(data.reader)
     if source.needs_path and not data.path:
-        raise UserError(f"reader {data.reader} needs a path", where="data.path", mend="set data.path=...")
+        raise UserError(f"reader {data.reader} needs a path", where="data.path", hint="set data.path=...")
     encoder = Encoder(features, columns_of(data, source), data.on_bad_row)
     statistics = _statistics(features, _Passes(data, source, encoder), encoder)
     return {name: dict(counter) for name, counter in statistics.counters.items()}
@@ -270,7 +270,7 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
             file.close()
     if counts["train"] == 0:
         raise UserError("no row is left for training", where=passes.data.path or passes.data.reader,
-                        mend="the log is empty, or every row was skipped")
+                        hint="the log is empty, or every row was skipped")
     report = encoder.report.figures()
     vocabulary.save(directory / "vocabulary.json")
     write_json(directory / "log.json", {"rows": counts, "report": {**report, "user": encoder.columns.user},
@@ -298,7 +298,7 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
             shape = (header["rows"][part],) if width is None else (header["rows"][part], width)
             path = directory / f"{part}.{field}"
             if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise UserError("encoded log is damaged", where=path, mend=f"delete {directory}")
+                raise UserError("encoded log is damaged", where=path, hint=f"delete {directory}")
             arrays[field] = np.memmap(path, dtype, "r", shape=shape) if math.prod(shape) else np.zeros(shape, dtype)
         parts[part] = Encoded(**arrays)
         parts[part].shift = shift
@@ -331,7 +331,7 @@ class Batches:
                  spec: FeatureSpec | None = None, together: int = 1) -> None:
         if len(rows) < batch:
             raise UserError(f"there are only {len(rows)} rows for a batch", where="train.global_batch_size",
-                            value=batch, mend="make it smaller")
+                            value=batch, hint="make it smaller")
         self.rows, self.batch, self.seed, self.together = rows, batch, seed, together
         self.hidden = [slot for slot in spec.slots.values() if slot.feature.unseen_rate] if spec is not None else []
         self.steps_per_epoch = len(rows) // batch

@@ -75,7 +75,7 @@ class RowErrors:
             index = int(np.flatnonzero(bad)[0])
             value = values[index].as_py() if isinstance(values, (pa.Array, pa.ChunkedArray)) else values[index]
             raise UserError(f"{what} in column '{column}'", where=f"{self.where}, row {self.first_row + index + 1}",
-                            value=value, mend="mend the row, or set data.on_bad_row: skip")
+                            value=value, hint="repair the row, or set data.on_bad_row: skip")
         self.report.skipped[f"{column}: {what}"] += int((bad & ~self.bad).sum())
         self.bad |= bad
 
@@ -90,10 +90,10 @@ def column(table: pa.Table, name: str, where: str) -> pa.Array:
         import difflib
 
         near = difflib.get_close_matches(name, table.column_names, n=1)
-        raise UserError(f"column '{name}' is missing", where=where, mend=f"did you mean '{near[0]}'?" if near else
+        raise UserError(f"column '{name}' is missing", where=where, hint=f"did you mean '{near[0]}'?" if near else
                         f"columns: {', '.join(table.column_names[:20])}")
     if table.column_names.count(name) > 1:
-        raise UserError(f"there are several columns '{name}'", where=where, mend="give each a name of its own")
+        raise UserError(f"there are several columns '{name}'", where=where, hint="give each a name of its own")
     values = table.column(name)
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
 

@@ -106,7 +106,7 @@ class Feature(Settings):
             raise UserError("boundaries must rise", where=where, value=self.boundaries)
         if self.side == "user" and self.pooling == "attention":
             raise UserError("attention to a candidate is not a user feature any more", where=where,
-                            mend="set side: cross")
+                            hint="set side: cross")
         return self
 
 
@@ -125,7 +125,7 @@ def expand(features: list[Feature]) -> list[Feature]:
             result += [feature.model_copy(update={"name": f"{feature.name}_{index}", "repeat": 1, "column": None})
                        for index in range(feature.repeat)]
     if not result:
-        raise UserError("there is no feature", where="data.features", mend="list at least one")
+        raise UserError("there is no feature", where="data.features", hint="list at least one")
     by_name: dict[str, Feature] = {}
     for feature in result:
         if feature.name in by_name:
@@ -144,7 +144,7 @@ def _check_target(feature: Feature, by_name: dict[str, Feature]) -> None:
     if target is None:
         near = difflib.get_close_matches(feature.target, by_name, n=1)
         raise UserError("target is not a feature", where=f"features.{feature.name}.target", value=feature.target,
-                        mend=f"did you mean '{near[0]}'?" if near else None)
+                        hint=f"did you mean '{near[0]}'?" if near else None)
     if target.type != "id" or target.side == "user":
         raise UserError("target must be an id feature of an item", where=f"features.{feature.name}.target",
                         value=feature.target)
@@ -259,7 +259,7 @@ def place(features: list[Feature], embedding_size: int, known: dict[str, int] | 
         start += length
     if len(widths := {slot.width for slot in numeric.values()}) > 1:
         raise UserError("numeric features that scale a vector share one width", where="data.features",
-                        value=sorted(widths), mend="use transform: bucket, or one width")
+                        value=sorted(widths), hint="use transform: bucket, or one width")
     tables = {width: -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE for width, rows in tables.items()}
     return FeatureSpec(slots, numeric, tables, ordered)
 
@@ -272,5 +272,5 @@ def _rows_of(feature: Feature, known: dict[str, int] | None) -> int:
         return FIRST_KNOWN + known[feature.name]
     if feature.rows is None:
         raise UserError("the size of the vocabulary is not known yet", where=f"features.{feature.name}.rows",
-                        mend="give rows, or run the statistics pass (train does)")
+                        hint="give rows, or run the statistics pass (train does)")
     return FIRST_KNOWN + feature.rows

@@ -60,7 +60,7 @@ class Vocabulary:
         """
         tree = read_json(path, MAX_VOCABULARY_BYTES)
         if not isinstance(tree, dict) or set(tree) != {"values", "counts", "boundaries", "moments"}:
-            raise UserError("file is damaged: not a vocabulary", where=path, mend="run train again")
+            raise UserError("file is damaged: not a vocabulary", where=path, hint="run train again")
         return cls(tree["values"], tree["counts"], tree["boundaries"],
                    {name: (float(pair[0]), float(pair[1])) for name, pair in tree["moments"].items()})
 

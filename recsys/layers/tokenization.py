@@ -82,7 +82,7 @@ def tokens_of_groups(named: dict[str, int], groups: list[str]) -> list[int]:
     for name, count in named.items():
         if name not in groups:
             raise UserError("no such group", where="model.group_tokens", value=name,
-                            mend=f"groups: {', '.join(groups)}")
+                            hint=f"groups: {', '.join(groups)}")
         if count < 1:
             raise UserError("a group makes at least one token", where=f"model.group_tokens.{name}", value=count)
     return [named.get(name, 1) for name in groups]

@@ -26,7 +26,7 @@ def module_of(name: str) -> Any:
     if name not in NAMES:
         near = difflib.get_close_matches(str(name), sorted(NAMES), n=1)
         raise UserError("no such model", where="model.name", value=name,
-                        mend=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(NAMES))}")
+                        hint=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(NAMES))}")
     return importlib.import_module(f"{__name__}.{name}")
 
 

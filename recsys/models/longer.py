@@ -139,7 +139,7 @@ class Longer(Ranker):
         if len(kept) != 1 or kept[0].length % settings.merge:
             raise UserError("LONGER needs one sequence with pooling: none and a length that model.merge divides",
                             where="data.features", value=[slot.feature.name for slot in kept],
-                            mend="for features of the reader set data.pooling: {name: none}")
+                            hint="for features of the reader set data.pooling: {name: none}")
         widths = list(group_widths(spec).values())
         self.merge = Merge(kept[0].length, kept[0].width, settings, compute_dtype)
         self.globals = nn.CellList([dense(width, settings.width, compute_dtype) for width in widths])

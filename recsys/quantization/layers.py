@@ -47,7 +47,7 @@ def quantize(weight: np.ndarray, group: int | None = None) -> tuple[np.ndarray, 
         UserError: a weight is not finite.
     """
     if not np.isfinite(weight).all():
-        raise UserError("a weight is infinite or not a number", mend="use an earlier checkpoint")
+        raise UserError("a weight is infinite or not a number", hint="use an earlier checkpoint")
     *lead, inputs, outputs = weight.shape
     size = group or inputs
     quantized, scales = np.empty(weight.shape, np.int8), []
@@ -139,7 +139,7 @@ class Int8Product(nn.Cell):
     def _settle_on_ascend(self) -> None:
         if self.experts:
             raise UserError("int8 experts run on the CPU only so far", where="quantized checkpoint",
-                            mend="serve the float checkpoint on this device")
+                            hint="serve the float checkpoint on this device")
         from mindspore.ops.auto_generate import WeightQuantBatchMatmul
 
         self.mode = "ascend"
@@ -399,7 +399,7 @@ def quantize_model(model: nn.Cell, group: int | None = None) -> dict[str, float]
         try:
             product.fill(weight)
         except UserError as error:
-            raise UserError(error.what, where=product.name, mend=error.mend) from None
+            raise UserError(error.what, where=product.name, hint=error.hint) from None
         errors[product.name] = relative_error(weight, product)
     return errors
 

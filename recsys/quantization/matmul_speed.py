@@ -55,7 +55,7 @@ def measure(rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...] = SHAPES,
             product.settle()
             eights.append(product)
         if eights[0].mode != "kernel":
-            raise UserError("there is no kernel for int8 weights here", where="bench", mend="install g++")
+            raise UserError("there is no kernel for int8 weights here", where="bench", hint="install g++")
         # The int8 copies of few large matrices would stay in the cache: more of the same bytes.
         panels = [product.weight.asnumpy() for product in eights]
         copies = [Tensor(panels[i % count].copy()) for i in range(max(count, -(-_COLD_BYTES // (inputs * outputs))))]

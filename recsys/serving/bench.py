@@ -51,7 +51,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     start_device()
     if not hasattr(settings.model, "ug_sep"):
         raise UserError("this model has no separation to measure", where="model.name", value=settings.model.name,
-                        mend="take rankmixer or tokenmixer_large")
+                        hint="take rankmixer or tokenmixer_large")
     if arguments.candidates < 1 or arguments.rounds < 1:
         raise UserError("must be above 0", where="--candidates, --rounds")
     ratio = "{}:{}".format(*pair(arguments.ug_ratio, "--ug-ratio"))

@@ -272,10 +272,10 @@ class Engine:
         trained = describe(checkpoint)
         if (trained.settings.model, trained.spec) != (self.trained.settings.model, self.trained.spec):
             raise UserError("is of another model or other features", where=trained.path,
-                            mend="start another server for it")
+                            hint="start another server for it")
         file, old = Checkpoint(trained.path), Checkpoint(self.trained.path)
         if file.state.get("quantization") != old.state.get("quantization"):
-            raise UserError("is not quantized in the same way", where=trained.path, mend="start another server for it")
+            raise UserError("is not quantized in the same way", where=trained.path, hint="start another server for it")
         model = self.trained.model
         stored = {product.name: product for product in products(model)}
         values = {}

@@ -73,7 +73,7 @@ def _checked(body: Any, most: int) -> tuple[dict, list[dict], int | None]:
     for key in body:
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            raise UserError("unknown key", value=key, mend=f"did you mean '{near[0]}'?" if near else
+            raise UserError("unknown key", value=key, hint=f"did you mean '{near[0]}'?" if near else
                             f"known: {', '.join(_KEYS)}")
     user, candidates, top_k = body.get("user"), body.get("candidates"), body.get("top_k")
     if not isinstance(user, dict):
@@ -114,7 +114,7 @@ def _encode_closely(trained: Trained, columns: list[tuple[Feature, pa.Array]], w
     try:
         return _RowEncoder([feature for feature, _ in columns], trained.columns, "error").encode(
             table, trained.spec, trained.vocabulary, where, 0)[0]
-    except UserError as error:  # what mends a log does not mend a request
+    except UserError as error:  # what helps with a log does not help with a request
         raise UserError(error.what, where=error.where, value=error.value) from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=where) from None
@@ -127,7 +127,7 @@ def _values(feature: Feature, rows: list[dict], where: str) -> list:
     except KeyError:
         index = next(index for index, row in enumerate(rows) if name not in row)
     raise UserError(f"feature '{name}' is missing", where=where if where == "user" else f"{where}[{index}]",
-                    mend="give it there or in user; null stands for a missing value")
+                    hint="give it there or in user; null stands for a missing value")
 
 
 # ---------------------------------------------------------------- columns whose values are what is expected

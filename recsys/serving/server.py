@@ -40,7 +40,7 @@ def require() -> None:
 
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"serving needs the package {package}", where="serve", mend='pip install -e ".[serve]"')
+            raise UserError(f"serving needs the package {package}", where="serve", hint='pip install -e ".[serve]"')
 
 
 class Metrics:
@@ -271,5 +271,5 @@ def _listen(settings: ServeSettings) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UserError(f"cannot listen here: {error.strerror}", where=f"{settings.host}:{settings.port}",
-                        mend="choose another port") from None
+                        hint="choose another port") from None
     return listener

@@ -35,7 +35,7 @@ def count_pairs(first: Shape, named: list[str], layers: int) -> list[Shape]:
     """
     if named and len(named) != layers:
         raise UserError(f"there are {layers} layers", where="model.ug_sep.layers", value=named,
-                        mend="give tokens for each")
+                        hint="give tokens for each")
     return [first, *(pair(item, "model.ug_sep.layers") for item in named)] if named else [first] * (layers + 1)
 
 

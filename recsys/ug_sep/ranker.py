@@ -324,7 +324,7 @@ class SeparatedRanker(Ranker):
         """Raises a `UserError` unless every mask is on; not within graphs, which raise none."""
         if not self.ug_sep.masked:
             raise UserError("without every mask what U tokens hold depends on the candidate", where="model.ug_sep",
-                            mend="set mixing_mask, reverting_mask and residual_mask: true")
+                            hint="set mixing_mask, reverting_mask and residual_mask: true")
 
     # -- the two passes -----------------------------------------------------------------------------------------------
 

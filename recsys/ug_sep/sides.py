@@ -83,7 +83,7 @@ def pair(text: str | int, where: str) -> tuple[int, int]:
     found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
     if not found or "0" in found.groups():
         raise UserError("is not two whole numbers above 0 with a colon between", where=where, value=text,
-                        mend='write "1:1", in quotes')
+                        hint='write "1:1", in quotes')
     return int(found[1]), int(found[2])
 
 
@@ -97,7 +97,7 @@ def tokens_of_ratio(ratio: str, tokens: int) -> tuple[int, int]:
     whole = user + group
     if tokens % whole:
         raise UserError(f"{tokens} tokens do not divide {ratio}", where="model.tokens", value=tokens,
-                        mend=f"take a multiple of {whole}, {-(-tokens // whole) * whole} say")
+                        hint=f"take a multiple of {whole}, {-(-tokens // whole) * whole} say")
     return tokens * user // whole, tokens * group // whole
 
 
@@ -117,7 +117,7 @@ def allot(groups: list[str], tokens: int, named: dict[str, int]) -> list[tuple[t
     """
     if tokens < 1 or not groups:
         raise UserError("a side has no tokens or no features", where="model.ug_sep.ratio", value=tokens,
-                        mend="each side needs at least one (and G another for the global token)")
+                        hint="each side needs at least one (and G another for the global token)")
     if sum(named.get(name, 1) for name in groups) == tokens:
         return [((name,), named.get(name, 1)) for name in groups]
     if tokens >= len(groups):
@@ -158,7 +158,7 @@ class Sides:
         if len({side == "user" for side in sides.values()}) < 2:
             raise UserError("separation needs features of the user and others", where="data.features",
                             value=sorted(set(sides.values())),
-                            mend="give user features side: user, and groups of their own")
+                            hint="give user features side: user, and groups of their own")
         return cls(*(_side(spec, {name for name, side in sides.items() if (side == "user") is mine})
                      for mine in (True, False)))
 
@@ -184,7 +184,7 @@ def _side(spec: FeatureSpec, groups: set[str]) -> Side:
             numbers.append(slot.column)
     if not slots:
         raise UserError("a side has no feature with a table", where="data.features", value=sorted(groups),
-                        mend="separation needs an id on each side")
+                        hint="separation needs an id on each side")
     widths = {slot.width for slot in slots.values()}
     tables = {width: rows for width, rows in spec.tables.items() if width in widths}
     # An input cannot be empty: a side without numbers takes the first column and does not read it.

@@ -79,11 +79,11 @@ def sharing_loss(network: TrainingLoss, settings: Any) -> SharedUsersLoss:
     """
     if not isinstance(network.model, SeparatedRanker) or not network.model.in_slices:
         raise UserError("only a separated ranker can share its users", where="train.share_users",
-                        mend="give model.ug_sep, with its masks on and form: slices")
+                        hint="give model.ug_sep, with its masks on and form: slices")
     if settings.train.accumulation > 1:
         raise UserError("shared users are not cut into micro-batches", where="train.accumulation",
                         value=settings.train.accumulation)
     if settings.model.dropout > 0.0:
         raise UserError("dropout differs between a user's samples", where="model.dropout",
-                        value=settings.model.dropout, mend="set it to 0, or train.share_users: false")
+                        value=settings.model.dropout, hint="set it to 0, or train.share_users: false")
     return SharedUsersLoss(network.model)

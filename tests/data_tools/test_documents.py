@@ -81,7 +81,7 @@ def test_gb18030_text_is_recognised(tmp_path):
     text = "这是一个旧网站的页面，用国标编码写成。" * 5
     (tmp_path / "old.txt").write_bytes(text.encode("gb18030"))
     documents, log = read_all([tmp_path])
-    assert documents[0].text == text and log.mended["gb18030"] == 1
+    assert documents[0].text == text and log.repaired["gb18030"] == 1
 
 
 def warc(compressed: bool) -> bytes:
@@ -172,7 +172,7 @@ def test_archives_as_common_crawl_publishes_them(tmp_path):
     assert [d.other["url"] for d in documents] == [
         "http://news.example.cn/1.html", "http://site.example.cn/0", "http://site.example.cn/1"]
     assert documents[1].other["date"] == "2021-01-15T13:41:01Z" and documents[0].source == CRAWL
-    assert not log.damaged_files and not log.dropped and not log.mended
+    assert not log.damaged_files and not log.dropped and not log.repaired
     # The second conversion record is cut off: what stands before it is read.
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "x.warc.wet.gz").write_bytes(wet[:-60])
@@ -188,7 +188,7 @@ def test_damaged_input_is_counted_and_the_rest_goes_through(tmp_path, engine, re
     good = json.dumps({"id": "good", "text": "好文章"}, ensure_ascii=False).encode()
     with (folder / "a.jsonl").open("wb") as file:
         file.write(b'{"id": "broken", "text": "' + "坏".encode() * 10 + b"\xff\xfe" + b'"}\n')
-        file.write(b'{"id": "mended", "text": "' + "字".encode() * 300 + b"\xff" + b'"}\n')
+        file.write(b'{"id": "repaired", "text": "' + "字".encode() * 300 + b"\xff" + b'"}\n')
         file.write(b'{"id": "nulls", "text": "\x00a\x00b\\u0000c"}\n')
         file.write(b'{"id": "surrogate", "text": "' + b"x" * 200 + b'\\ud800"}\n')
         file.write(b"\x00" * 1000 + b"\nnot json\n[1]\n{\"id\": \"none\"}\n" + b"[" * 100_000 + b"\n\n")
@@ -210,7 +210,7 @@ def test_damaged_input_is_counted_and_the_rest_goes_through(tmp_path, engine, re
     figures = run_step(Pass(), splits, Places.under(tmp_path / "out", "pass"), request.getfixturevalue(engine), "jsonl",
                        read)
     kept = {d["id"]: d["text"] for d in read_jsonl(tmp_path / "out")}
-    assert {"good", "mended", "nulls", "surrogate"} <= set(kept) and kept["nulls"] == "abc"
+    assert {"good", "repaired", "nulls", "surrogate"} <= set(kept) and kept["nulls"] == "abc"
     assert sum(id.startswith("z") for id in kept) > 0 and any("第一段" in text for text in kept.values())
     assert figures.by_rule == {"read_broken_text": 1, "read_invalid_json": 4, "read_no_text": 1, "read_too_long": 1}
     assert figures.documents_in == figures.documents_out + sum(figures.by_rule.values())

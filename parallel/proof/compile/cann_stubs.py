@@ -67,7 +67,7 @@ def mindspore_folder() -> Path:
     """Folder of the installed MindSpore, found without importing it."""
     found = importlib.util.find_spec("mindspore")
     if found is None or not found.origin:
-        raise UserError("MindSpore is not installed", where="dry run", mend="run scripts/quickstart.sh")
+        raise UserError("MindSpore is not installed", where="dry run", hint="run scripts/quickstart.sh")
     return Path(found.origin).parent
 
 
@@ -101,7 +101,7 @@ def link_stubs(cache: Path | None = None) -> Path:
     main_plugin = plugin / _PLUGINS[0]
     if not main_plugin.is_file():
         raise UserError(
-            "this MindSpore carries no Ascend plugin", where=main_plugin, mend="install mindspore 2.9.0 from PyPI"
+            "this MindSpore carries no Ascend plugin", where=main_plugin, hint="install mindspore 2.9.0 from PyPI"
         )
     folder = (cache or _default_cache()) / f"cann-stubs-{_cache_key(main_plugin)}"
     if not (folder / _MAIN_LIBRARY).is_file():
@@ -124,12 +124,12 @@ def _check_machine() -> None:
             "the dry run's link stubs exist for Linux on x86-64 only",
             where="dry run",
             value=f"{platform.system()} {platform.machine()}",
-            mend="use an x86-64 Linux machine, or one with CANN installed",
+            hint="use an x86-64 Linux machine, or one with CANN installed",
         )
     for tool, package in (("g++", "g++"), ("nm", "binutils")):
         if shutil.which(tool) is None:
             raise UserError(f"{tool} is needed once, to build the link stubs", where="dry run",
-                            mend=f"install it, for example with: apt-get install {package}")  # fmt: skip
+                            hint=f"install it, for example with: apt-get install {package}")  # fmt: skip
 
 
 def _default_cache() -> Path:
@@ -137,7 +137,7 @@ def _default_cache() -> Path:
         return cache_folder()
     except (OSError, RuntimeError) as error:
         raise UserError(f"no place to keep the link stubs: {error}", where="dry run",
-                        mend="set XDG_CACHE_HOME to a folder of your own") from None
+                        hint="set XDG_CACHE_HOME to a folder of your own") from None
 
 
 def _cache_key(main_plugin: Path) -> str:

@@ -230,7 +230,7 @@ def _failure(request: Request, place: Path, code: int) -> Exception:
     if error.is_file():
         told = json.loads(error.read_text(encoding="utf-8"))
         if told["kind"] == "UserError":
-            return UserError(told["what"], where=told["where"], value=told["value"], mend=told["mend"])
+            return UserError(told["what"], where=told["where"], value=told["value"], hint=told["hint"])
         if told["kind"] in _DEFECTS:
             return RuntimeError(f"{where}: {told['kind']}: {told['what']}")
         return UserError(f"MindSpore did not compile this layout: {told['what']}", where=where)
@@ -311,7 +311,7 @@ def _answer(place: Path) -> int:
         _compile(request, place)
     except UserError as error:
         told = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
-                "mend": error.mend}
+                "hint": error.hint}
         (place / "error.json").write_text(json.dumps(told, default=str), encoding="utf-8")
         return 2
     except Exception as error:

@@ -84,7 +84,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     everything = arguments.ranks is not None
     if everything and arguments.ranks != "all-distinct":
         raise UserError("ranks can only be all-distinct", where="--ranks", value=arguments.ranks,
-                        mend="use --rank N for one rank")
+                        hint="use --rank N for one rank")
     first = arguments.rank or 0
     if not 0 <= first < config.world:
         raise UserError(f"the layout has ranks 0 to {config.world - 1}", where="--rank", value=first)
@@ -175,7 +175,7 @@ def check(reports: list[RankReport]) -> None:
             raise UserError(
                 f"{sum(entry.times for entry in wrong)} unexpected redistributions on rank {report.rank}: two layers "
                 f"disagree on a layout, the first is {item.kind} of {list(item.shape)} {item.dtype}",
-                where=item.scope, mend="give both sides the same cut")
+                where=item.scope, hint="give both sides the same cut")
 
 
 def check_transfers(reports: list[RankReport]) -> None:
@@ -193,7 +193,7 @@ def check_transfers(reports: list[RankReport]) -> None:
                 raise UserError(
                     f"stage {sender.stage} sends {sum(sent.values())} tensors to stage {receiver.stage}, which "
                     f"receives {sum(received.values())}; the first without a partner is {list(shape)} {dtype}",
-                    where="pipeline", mend="make on each stage what it needs, or stop the gradient there")
+                    where="pipeline", hint="make on each stage what it needs, or stop the gradient there")
 
 
 def _transfers(report: RankReport, kind: str, peer_stage: int) -> Counter[tuple]:

@@ -83,7 +83,7 @@ def combine(calls: Sequence[Call]) -> list[np.ndarray]:
     if node.op in ("AlltoAll", "AllToAll"):
         return _exchange(node, values)
     raise UserError(f"replay has no rule for the collective {node.op}", where=node.scope,
-                    mend="add one to combine() in parallel/proof/replay/collectives.py")
+                    hint="add one to combine() in parallel/proof/replay/collectives.py")
 
 
 def _reduced(node: Node, values: list[np.ndarray]) -> np.ndarray:

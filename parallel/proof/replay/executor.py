@@ -90,7 +90,7 @@ def prepare(graph: Graph) -> Program:
             raise UserError("the graph calls functions, replay takes flat graphs", where=node.scope, value=node.callee)
         if node.op not in RULES and node.op not in UPDATES and node.op not in COLLECTIVES:
             raise UserError(f"replay has no rule for the primitive {node.op}", where=node.scope,
-                            mend="add one to parallel/proof/replay/numpy_ops.py: a "
+                            hint="add one to parallel/proof/replay/numpy_ops.py: a "
                                  "line of RULES where NumPy has the function")
         program.nodes.append(node)
         # Depend on a parameter is the parameter itself: what is read is what it holds when it is read.

@@ -177,9 +177,9 @@ def chosen(names: str) -> list[Layout]:
     wanted = list(known) if names == "all" else [name for name in names.split(",") if name]
     for name in wanted:
         if name not in known:
-            raise UserError("no such layout", where="--grid", value=name, mend=f"known: all, {', '.join(known)}")
+            raise UserError("no such layout", where="--grid", value=name, hint=f"known: all, {', '.join(known)}")
     if not wanted:
-        raise UserError("names no layout", where="--grid", value=names, mend="all, or names with commas between")
+        raise UserError("names no layout", where="--grid", value=names, hint="all, or names with commas between")
     return [known[name] for name in wanted]
 
 

@@ -49,7 +49,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, flag) < 1:
             raise UserError("must be at least 1", where=f"--{flag}", value=getattr(arguments, flag))
     if arguments.grid is not None and arguments.keep:
-        raise UserError("keeps the ranks of one layout", where="--keep", value=arguments.keep, mend="leave --grid out")
+        raise UserError("keeps the ranks of one layout", where="--keep", value=arguments.keep, hint="leave --grid out")
     started = time.monotonic()
     if arguments.grid is not None:
         outcome = run_grid(arguments)

@@ -57,12 +57,12 @@ def check_world(config: str, overrides: Sequence[str]) -> None:
     if layout.world == 1 and micro_batches(settings.train, layout) > 1:
         raise UserError("MindSpore's partitioner gathers no gradients of micro-batches in a world of one rank",
                         where="train.accumulation", value=micro_batches(settings.train, layout),
-                        mend="nothing is cut there (training uses the plain step); give data, op or stages 2")
+                        hint="nothing is cut there (training uses the plain step); give data, op or stages 2")
     if layout.world > LARGEST_WORLD:
         raise UserError(
             f"replay holds all ranks in one process, at most {LARGEST_WORLD}; data {layout.data} x op {layout.op} x "
             f"pipeline.stages {layout.pipeline.stages} are", where="parallel", value=layout.world,
-            mend="replay a layout with the same kinds of cuts and fewer ways, 2 or 4 along each axis")
+            hint="replay a layout with the same kinds of cuts and fewer ways, 2 or 4 along each axis")
 
 
 def check_layout(config: str, overrides: Sequence[str]) -> None:

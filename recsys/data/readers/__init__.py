@@ -58,5 +58,5 @@ def reader(name: str) -> Reader:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise UserError("no such reader", where="data.reader", value=name,
-                        mend=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}")
+                        hint=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}")
     return importlib.import_module(f"{__name__}.{name}").READER

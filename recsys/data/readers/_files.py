@@ -33,7 +33,7 @@ def shards(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
         found = [path] if path.is_file() else []
     if not found:
         raise UserError(f"no {' or '.join(suffixes)} file here", where="data.path", value=str(path),
-                        mend="check the path")
+                        hint="check the path")
     return found
 
 
@@ -65,11 +65,11 @@ def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = No
         for batch in reader:
             yield pa.Table.from_batches([batch]), str(file)
     except pa.ArrowInvalid as error:
-        raise UserError(f"not a well-formed table: {error}", where=file, mend="check delimiter and quotes") from None
+        raise UserError(f"not a well-formed table: {error}", where=file, hint="check delimiter and quotes") from None
     except (EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise UserError(f"cannot be read to its end: {error}", where=file, mend="fetch it again") from None
+        raise UserError(f"cannot be read to its end: {error}", where=file, hint="fetch it again") from None
 
 
 def _header(file: Path, delimiter: str) -> list[str]:
@@ -95,7 +95,7 @@ def parquet_tables(file: Path) -> Iterator[tuple[pa.Table, str]]:
         for batch in source.iter_batches(ROWS_AT_ONCE):
             yield pa.Table.from_batches([batch]), str(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"not a whole parquet file: {error}", where=file, mend="fetch it again") from None
+        raise UserError(f"not a whole parquet file: {error}", where=file, hint="fetch it again") from None
 
 
 def ids(names: list[str], side: str, group: str, **more: object) -> list[Feature]:
@@ -109,4 +109,4 @@ def no_default_features(data: object) -> list[Feature]:
     Raises:
         UserError: always.
     """
-    raise UserError("this reader does not know the columns", where="data.features", mend="list the features")
+    raise UserError("this reader does not know the columns", where="data.features", hint="list the features")

@@ -65,7 +65,7 @@ class Histories:
         if waiting is not None and waiting[0] != time:
             if time < waiting[0]:
                 raise UserError("a user's rows do not come in order of time", where=where, value=user,
-                                mend="sort the log by time, or do without data.history and data.passed")
+                                hint="sort the log by time, or do without data.history and data.passed")
             count = self.counts.setdefault(user, [0, 0])
             for kind, item in self.waiting.pop(user)[1]:
                 count[kind == HISTORY] += 1

@@ -43,7 +43,7 @@ def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
         except UnicodeDecodeError:
             raise UserError("not UTF-8 text", where=file) from None
         except (EOFError, OSError) as error:
-            raise UserError(f"cannot be read to its end: {error}", where=file, mend="fetch it again") from None
+            raise UserError(f"cannot be read to its end: {error}", where=file, hint="fetch it again") from None
 
 
 def _tables(file: Path) -> Iterator[tuple[Any, str]]:

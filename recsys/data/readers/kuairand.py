@@ -64,7 +64,7 @@ def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
 def _with_histories(table: pa.Table, histories: Histories, where: str) -> pa.Table:
     missing = {"user_id", "video_id", "time_ms", "is_click"} - set(table.column_names)
     if missing:
-        raise UserError(f"column '{sorted(missing)[0]}' is missing", where=where, mend="histories need it")
+        raise UserError(f"column '{sorted(missing)[0]}' is missing", where=where, hint="histories need it")
     try:
         times, clicks = (table.column(name).cast(pa.int64()).to_numpy() for name in ("time_ms", "is_click"))
     except pa.ArrowInvalid as error:

@@ -66,10 +66,10 @@ def _table(path: Path, suffix: str) -> pa.Table:
     files = sorted(path.glob(f"*{suffix}")) if path.is_dir() else []
     if not files:
         raise UserError(f"no *{suffix} file here", where="data.path", value=str(path),
-                        mend="give the folder of ml-100k.inter, .user and .item")
+                        hint="give the folder of ml-100k.inter, .user and .item")
     tables = [table for table, _ in csv_tables(files[0], delimiter="\t", quoted=False)]
     if not tables:
-        raise UserError("the file is empty", where=files[0], mend="fetch it again")
+        raise UserError("the file is empty", where=files[0], hint="fetch it again")
     table = pa.concat_tables(tables)
     return table.rename_columns([name.partition(":")[0] for name in table.column_names]).combine_chunks()
 

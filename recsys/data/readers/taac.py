@@ -33,7 +33,7 @@ def features(data: Any) -> list[Feature]:
         UserError: no path, or no readable file there.
     """
     if data.path is None:
-        raise UserError("reader taac needs a path", where="data.path", mend="set data.path=...")
+        raise UserError("reader taac needs a path", where="data.path", hint="set data.path=...")
     schema = _schema(shards(Path(data.path), (".parquet",)))
     found, left_out = [], []
     for field in schema:
@@ -57,7 +57,7 @@ def _schema(files: list[Path]) -> pa.Schema:
     try:
         return parquet.read_schema(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"not a whole parquet file: {error}", where=file, mend="fetch it again") from None
+        raise UserError(f"not a whole parquet file: {error}", where=file, hint="fetch it again") from None
 
 
 def _feature(field: pa.Field, side: str) -> Feature:

@@ -143,7 +143,7 @@ class RankMixer(Ranker):
                                            compute_dtype=compute_dtype)
             if self.tokenize.tokens != settings.tokens:
                 raise UserError(f"the groups make {self.tokenize.tokens} tokens", where="model.tokens",
-                                value=settings.tokens, mend=f"set it to {self.tokenize.tokens}, or name group_tokens")
+                                value=settings.tokens, hint=f"set it to {self.tokenize.tokens}, or name group_tokens")
         self.layers = nn.CellList([RankMixerBlock(settings, layout, compute_dtype) for _ in range(settings.layers)])
         self.pool = MeanPool(layout)
         self.sparse = settings.moe is not None

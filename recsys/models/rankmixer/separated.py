@@ -168,7 +168,7 @@ class SeparatedRankMixer(SeparatedRanker):
         separation, width = settings.ug_sep, settings.width
         if separation.user_heads is not None:
             raise UserError("RankMixer has a mixing head for each token", where="model.ug_sep.user_heads",
-                            value=separation.user_heads, mend="leave it out")
+                            value=separation.user_heads, hint="leave it out")
         users, groups = group_widths(self.sides.user.spec), group_widths(self.sides.group.spec)
         counts = self._counts(users, groups)
         if settings.tokenization == "slices":
@@ -190,7 +190,7 @@ class SeparatedRankMixer(SeparatedRanker):
         made = [sum(settings.group_tokens.get(name, 1) for name in side) for side in (users, groups)]
         if settings.tokenization == "slices" or sum(made) != settings.tokens:
             raise UserError("without a ratio the groups must make the tokens", where="model.ug_sep.ratio",
-                            mend=f"give a ratio, or tokenization: groups and tokens: {sum(made)}")
+                            hint=f"give a ratio, or tokenization: groups and tokens: {sum(made)}")
         return made[0], made[1]
 
     def _block(self, before: Shape, after: Shape, compute_dtype: mstype) -> nn.Cell:

@@ -90,7 +90,7 @@ class TokenMixerLargeSettings(RankerSettings):
             raise UserError(f"heads must divide width {self.width}", where="model.heads", value=self.heads)
         if self.inner_residual and self.block_variant != "figure_prenorm":
             raise UserError("the other variants have their own inner residual", where="model.inner_residual",
-                            mend="set block_variant: figure_prenorm")
+                            hint="set block_variant: figure_prenorm")
         return self
 
 
@@ -160,7 +160,7 @@ class TokenMixerLarge(Ranker):
         self.tokens = self.tokenize.tokens
         if settings.tokens not in (None, self.tokens):
             raise UserError(f"the groups make {self.tokens} tokens with the global one", where="model.tokens",
-                            value=settings.tokens, mend=f"set it to {self.tokens}, or name group_tokens")
+                            value=settings.tokens, hint=f"set it to {self.tokens}, or name group_tokens")
         self.heads = settings.heads or max(count for count in range(1, self.tokens + 1) if settings.width % count == 0)
         self.layers = nn.CellList([TokenMixerBlock(settings, self.tokens, self.heads, self.layout, compute_dtype)
                                    for _ in range(settings.layers)])

@@ -408,7 +408,7 @@ class SeparatedTokenMixerLarge(SeparatedRanker):
             return tokens_of_ratio(settings.ug_sep.ratio, settings.tokens or sum(natural))
         if settings.tokens not in (None, sum(natural)):
             raise UserError(f"the groups make {sum(natural)} tokens with global ones", where="model.tokens",
-                            value=settings.tokens, mend="give model.ug_sep.ratio")
+                            value=settings.tokens, hint="give model.ug_sep.ratio")
         return natural
 
     def _block(self, before: Shape, after: Shape, compute_dtype: mstype) -> nn.Cell:

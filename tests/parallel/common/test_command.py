@@ -23,7 +23,7 @@ def work(settings, arguments):
 
 
 def fail(settings, arguments):
-    raise UserError("is wrong", where="a.b", value=1, mend="mend it")
+    raise UserError("is wrong", where="a.b", value=1, hint="mend it")
 
 
 VERBS = [

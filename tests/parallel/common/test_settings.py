@@ -1,4 +1,4 @@
-"""Strict YAML: every mistake is one line that names the key, the value and the mend."""
+"""Strict YAML: every mistake is one line that names the key, the value and a hint."""
 
 from __future__ import annotations
 

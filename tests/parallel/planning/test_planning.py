@@ -15,8 +15,8 @@ from parallel.common.settings import load_settings
 from parallel.planning.cluster import ClusterSettings
 from parallel.planning.cost import network_cost
 from parallel.planning.describe import as_on_ascend, describe
+from parallel.planning.hints import hints
 from parallel.planning.memory import Holdings, parameter_slices, stage_figures
-from parallel.planning.mends import mends
 from parallel.planning.mesh import Mesh, redistribution
 from parallel.planning.plan import block, divisors, nothing_fits, search
 from parallel.planning.planner import planner_for
@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_told_with_a_mend(planner):
         cluster.memory_gb = held.fullest.total / 1e9 / cluster.usable_memory * 0.8
         short = planner.evaluate(config)
         assert short.missing == pytest.approx(0.2 * held.fullest.total, rel=0.01)
-        assert "makes it fit" in mends(planner, config)
+        assert "makes it fit" in hints(planner, config)
     finally:
         cluster.memory_gb = keep
 
@@ -296,7 +296,7 @@ def test_a_mend_is_the_single_change_that_fits(planner):
     try:
         sizes = [planner.evaluate(item).fullest.total / 1e9 / cluster.usable_memory for item in (config, recomputed)]
         cluster.memory_gb = sum(sizes) / 2
-        told = mends(planner, config)
+        told = hints(planner, config)
         assert told.endswith("makes it fit")
         words = [word for word in told.split() if word.startswith("parallel.")]
         assert len(words) == 1
@@ -310,7 +310,7 @@ def test_a_mend_is_the_single_change_that_fits(planner):
         tree["devices"] = None
         assert planner.evaluate(ParallelConfig.model_validate(tree).resolve()).missing <= 0
         cluster.memory_gb = 1e-4
-        assert "no single change makes it fit" in mends(planner, config)
+        assert "no single change makes it fit" in hints(planner, config)
         with pytest.raises(UserError, match="nothing fits: the nearest layout needs"):
             raise nothing_fits(planner, search(planner, 8, ParallelConfig(), progress=False), 8)
     finally:

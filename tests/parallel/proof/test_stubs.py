@@ -63,7 +63,7 @@ def test_a_missing_tool_is_named(monkeypatch, tool, package):
     with pytest.raises(UserError) as error:
         stubs.link_stubs()
     assert tool in str(error.value)
-    assert package in error.value.mend
+    assert package in error.value.hint
 
 
 def test_another_processor_is_refused(monkeypatch):

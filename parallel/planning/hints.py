@@ -9,7 +9,7 @@ from parallel.planning.planner import Planner
 from parallel.sharding.config import ParallelConfig
 
 
-def mends(planner: Planner, config: ParallelConfig) -> str:
+def hints(planner: Planner, config: ParallelConfig) -> str:
     """The single change that makes a layout fit at the least cost of time, or by how much the best one falls short."""
     trials: list[tuple[str, dict[str, Any]]] = [
         ("parallel.optimizer.shard=-1", {"optimizer": {"shard": -1}}),
