@@ -32,7 +32,7 @@ class Oracle:
                 else:
                     self.waiting[key] = [before + count, now]
             if key in self.rows:
-                self.rows[key][0] += count
+                self.rows[key][0] = float(np.float32(self.rows[key][0]) + np.float32(count))
                 self.rows[key][1] = now
             known.append(key in self.rows)
         return known
