@@ -1,5 +1,5 @@
-"""What goes along with a training run: sees every batch before its step, hears of every step after it, and keeps a state
-of its own in the checkpoints (a stream's offsets, windows of metrics, rows touched since an export)."""
+"""What goes along with a training run: sees every batch before its step, hears of every step after it, and keeps a
+state of its own in the checkpoints (a stream's offsets, windows of metrics, rows touched since an export)."""
 
 from __future__ import annotations
 

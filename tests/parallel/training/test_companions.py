@@ -1,4 +1,4 @@
-"""What goes along with a run: it sees every batch before its step, its state returns with a checkpoint, a stream ends."""
+"""What goes along with a run sees batches before their steps, its state returns with a checkpoint; a stream ends."""
 
 import itertools
 
