@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ _MAX_SHOWN = 3
 
 
 def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Parameter], states: Sequence[Parameter] = (),
-                    state: dict[str, Any] | None = None, keep: int | None = None) -> Path:
+                    state: dict[str, Any] | None = None, keep: int | None = None,
+                    add_files: Callable[[Path], None] | None = None) -> Path:
     """Writes `<directory>/step_<step>` atomically, then deletes all but the newest `keep`.
 
     Args:
@@ -52,6 +53,7 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Param
         states: the optimizer's.
         state: JSON values to keep beside them.
         keep: how many to keep; None = all.
+        add_files: called with the folder before it is complete, to put more files into it.
 
     Raises:
         UserError: no space or no permission; what was there before is untouched.
@@ -66,6 +68,8 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Param
         for name, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
             if tensors:
                 entries.update(_write_tensors(hidden / name, tensors))
+        if add_files is not None:
+            add_files(hidden)
         write_plain_json(hidden / "layout.json", {"format": FORMAT, "version": VERSION, "tensors": entries})
         write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **(state or {})})
         put_in_place(hidden, target)

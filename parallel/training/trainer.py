@@ -310,6 +310,8 @@ class Trainer:
 
     def save(self) -> Path | None:
         """Writes a checkpoint of this iteration: rank 0 alone, or every rank its slices."""
+        for companion in self.companions:
+            companion.before_checkpoint(self.checkpoints, self.iteration)
         if self.step.rank != 0 and self.holder is None:
             return None
         counters = {p.name: p.asnumpy().item() for p in self.step.counters()}
@@ -319,10 +321,15 @@ class Trainer:
                  "companions": states_of(self.companions, self.iteration), "run": self.describe}
         what = (self.checkpoints, self.iteration, self.parameters, self.states if self.output.save_optimizer else (),
                 state, self.output.keep)
-        self.checkpoint = save_checkpoint(*what) if self.holder is None else save_slices(*what, self.holder)
+        self.checkpoint = (save_checkpoint(*what, self._add_files) if self.holder is None
+                           else save_slices(*what, self.holder, self._add_files))
         for companion in self.companions:
             companion.after_checkpoint(self.iteration)
         return self.checkpoint
+
+    def _add_files(self, folder: Path) -> None:
+        for companion in self.companions:
+            companion.add_files(folder)
 
     def restore(self) -> None:
         """Goes on from the checkpoint that `output.resume` names, if any.

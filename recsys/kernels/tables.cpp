@@ -6,7 +6,8 @@
 // so far and no row. Rows lie in arrays that grow with mremap, in anonymous memory or in files; a row that was freed is
 // the next to be given out, the lowest first, so that what a table does depends only on what it holds.
 //
-// A *direct* table has no slots: its keys are 0, 1, ..., and are the rows.
+// A *direct* table has no slots: its keys are 0, 1, ..., and lie in the rows from 2 on; rows 0 and 1 belong to the keys
+// of a missing and an unseen value.
 //
 // Shapes: N keys of a call, W width of a row, S floats of state of a row.
 
@@ -29,6 +30,7 @@
 namespace {
 
 constexpr int64_t kFree = INT64_MIN + 2;  // marks an empty slot; callers never use this key
+constexpr int64_t kSpecial = 2;           // keys INT64_MIN and INT64_MIN + 1: the missing and the unseen value
 constexpr int32_t kUnknown = -1;
 constexpr int64_t kAhead = 12;            // keys (or rows) whose memory is asked for ahead of their turn
 constexpr uint64_t kLeastSlots = 64;
@@ -199,8 +201,19 @@ struct Table {
     return row;
   }
 
+  // Row of a key of a direct table, and the other way round.
+  int64_t direct_row(int64_t key) const {
+    if (key >= 0) return key < rows - kSpecial ? key + kSpecial : kUnknown;
+    return key < INT64_MIN + kSpecial ? key - INT64_MIN : kUnknown;
+  }
+
+  static int64_t direct_key(int64_t row) { return row < kSpecial ? INT64_MIN + row : row - kSpecial; }
+
   int64_t find(int64_t key) const {
-    if (direct) return key >= 0 && key < rows && seen.as<uint32_t>()[key] != 0 ? key : kUnknown;
+    if (direct) {
+      const int64_t row = direct_row(key);
+      return row >= 0 && seen.as<uint32_t>()[row] != 0 ? row : kUnknown;
+    }
     if (slots == 0) return kUnknown;
     const Slot &found = slot[place(key)];
     return found.key == key && found.row >= 0 ? found.row : kUnknown;
@@ -212,8 +225,8 @@ inline void ask_ahead(const Table &table, const int64_t *keys, int64_t i, int64_
   const int64_t key = keys[i + kAhead];
   if (!table.direct) {
     if (table.slots) __builtin_prefetch(table.slot + table.home(key));
-  } else if (key >= 0 && key < table.rows) {
-    __builtin_prefetch(table.seen.as<uint32_t>() + key);
+  } else if (const int64_t row = table.direct_row(key); row >= 0) {
+    __builtin_prefetch(table.seen.as<uint32_t>() + row);
   }
 }
 
@@ -343,8 +356,8 @@ int64_t table_meet(void *handle, const int64_t *keys, const float *times, int64_
     const int64_t key = keys[i];
     int64_t row = kUnknown;
     if (table.direct) {
-      if (key >= 0 && key < table.rows) {
-        row = key;
+      row = table.direct_row(key);
+      if (row >= 0) {
         if (table.seen.as<uint32_t>()[row] == 0) {
           table.start(row, key);
           ++table.admitted;
@@ -425,7 +438,7 @@ int64_t table_sweep(void *handle, uint32_t oldest, double least, double decay, i
   uint32_t *seen = table.seen.as<uint32_t>();
   int64_t removed = 0;
   if (table.direct) {
-    for (int64_t row = 0; row < table.rows; ++row) {
+    for (int64_t row = kSpecial; row < table.rows; ++row) {
       if (seen[row] == 0) continue;
       if (seen[row] < oldest || counts[row] < least) {
         seen[row] = 0;
@@ -471,7 +484,8 @@ int64_t table_entries(void *handle, uint32_t since, int64_t *keys, int32_t *rows
     for (int64_t row = 0; row < table.rows; ++row) {
       if (own_seen[row] == 0 || own_seen[row] < since) continue;
       if (keys != nullptr) {
-        keys[n] = rows[n] = static_cast<int32_t>(row);
+        keys[n] = Table::direct_key(row);
+        rows[n] = static_cast<int32_t>(row);
         counts[n] = own_counts[row];
         seen[n] = own_seen[row];
       }
@@ -532,8 +546,8 @@ int64_t table_put(void *handle, const int64_t *keys, const int32_t *rows, const 
   for (int64_t i = 0; i < n; ++i) {
     int64_t row = rows[i];
     if (table.direct) {
-      row = keys[i];
-      if (row < 0 || row >= table.rows) return -3;
+      row = table.direct_row(keys[i]);
+      if (row < 0) return -3;
       if (table.seen.as<uint32_t>()[row] == 0) ++table.admitted;
       table.start(row, keys[i]);
     } else {

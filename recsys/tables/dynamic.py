@@ -76,7 +76,8 @@ class DynamicTable:
         seed: of start values and draws of admission.
         std: sigma of the start; values depend on (seed, key) alone.
         state_start: what states start from.
-        direct_rows: keys are 0 .. direct_rows - 1 and are the rows; 0: any keys, found by hashing.
+        direct_rows: keys are 0 .. direct_rows - 3 and their rows follow two for the missing and the unseen value; 0: any
+            keys, found by hashing.
         most: rows at most, 0 = no bound; when it is reached newcomers stay unknown until others expire.
         least: times that a key must have been seen before it gets a row.
         share: probability that a step which meets an unknown key admits it.

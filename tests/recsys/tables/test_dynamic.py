@@ -195,13 +195,17 @@ def test_update_is_the_written_formula(rule):
 
 
 def test_a_direct_table_has_rows_for_its_numbers_only():
-    table = DynamicTable(2, direct_rows=10)
-    rows = table.meet(np.array([3, 9, 10, -1]), np.ones(4, np.float32), 1)
-    assert rows.tolist() == [3, 9, UNKNOWN, UNKNOWN] and len(table) == 2
-    assert table.find(np.array([3, 4])).tolist() == [3, UNKNOWN]
-    again = DynamicTable(2, direct_rows=20)
-    again.put(table.entries())
-    np.testing.assert_array_equal(again.gather(again.find(np.array([3, 9]))), table.gather(rows[:2]))
+    table, hashed = DynamicTable(2, direct_rows=12), DynamicTable(2)
+    keys = np.array([3, 9, 10, -1, MISSING_KEY, UNSEEN_KEY])
+    rows = table.meet(keys, np.ones(6, np.float32), 1)
+    assert rows.tolist() == [5, 11, UNKNOWN, UNKNOWN, 0, 1] and len(table) == 4
+    assert table.find(np.array([3, 4])).tolist() == [5, UNKNOWN]
+    known = keys[rows >= 0]
+    same = hashed.gather(hashed.meet(known, np.ones(4, np.float32), 1))
+    np.testing.assert_array_equal(table.gather(rows[rows >= 0]), same)
+    for again in (DynamicTable(2, direct_rows=20), DynamicTable(2)):
+        again.put(table.entries())
+        np.testing.assert_array_equal(again.gather(again.find(known)), same)
 
 
 def test_hostile_ids_have_one_key_each():
