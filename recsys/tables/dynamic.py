@@ -76,8 +76,8 @@ class DynamicTable:
         seed: of start values and draws of admission.
         std: sigma of the start; values depend on (seed, key) alone.
         state_start: what states start from.
-        direct_rows: keys are 0 .. direct_rows - 3 and their rows follow two for the missing and the unseen value; 0: any
-            keys, found by hashing.
+        direct_rows: keys are 0 .. direct_rows - 3 and their rows follow two for the missing and the unseen value; 0:
+            any keys, found by hashing.
         most: rows at most, 0 = no bound; when it is reached newcomers stay unknown until others expire.
         least: times that a key must have been seen before it gets a row.
         share: probability that a step which meets an unknown key admits it.
@@ -106,8 +106,8 @@ class DynamicTable:
             self.folder.mkdir(parents=True, exist_ok=True)
             files = [str(self.folder / f"{name}.bin").encode() for name in ("values", "states", "counts", "seen")]
         self._kernel = library()
-        self._table = self._kernel.table_new(self.width, self.states, self.direct_rows, self.most, self.seed & (2**64 - 1),
-                                             self.std, self.state_start, *files)
+        self._table = self._kernel.table_new(self.width, self.states, self.direct_rows, self.most,
+                                             self.seed & (2**64 - 1), self.std, self.state_start, *files)
         if not self._table:
             raise UserError("the table cannot be made: no memory or no space", where=self.folder or "data.tables",
                             value=f"{self.direct_rows} rows of {self.width}")
@@ -153,8 +153,8 @@ class DynamicTable:
         """
         keys_N, times_N = np.ascontiguousarray(keys_N, np.int64), np.ascontiguousarray(times_N, np.float32)
         rows = np.empty(len(keys_N), np.int32)
-        self._check(self._kernel.table_meet(self._table, address(keys_N), address(times_N), len(keys_N), now, self.least,
-                                            self.share, ALWAYS_BELOW, address(rows)))
+        self._check(self._kernel.table_meet(self._table, address(keys_N), address(times_N), len(keys_N), now,
+                                            self.least, self.share, ALWAYS_BELOW, address(rows)))
         return rows
 
     def gather(self, rows_N: np.ndarray, out: np.ndarray | None = None, places_N: np.ndarray | None = None,
