@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor
 
-from parallel.checkpoint.whole import Checkpoint
+from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from recsys.quantization.layers import Int8Product, dequantize, panels, products
 from recsys.saved_model import Trained, describe
@@ -55,7 +55,7 @@ class Scorer:
 
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
-        self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.masked
+        self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
         if self.separated:
             self.user_pass, self.group_pass = UserPass(model), GroupPass(model)
         model.set_train(False)
