@@ -103,7 +103,7 @@ class ShardedRun:
 
     def for_trainer(self) -> dict[str, Any]:
         """Arguments of a `Trainer` beside the step."""
-        return {"cell": self.cell, "holder": self.holder, "exchange": self.all_reduce}
+        return {"cell": self.cell, "holder": self.holder, "all_reduce": self.all_reduce}
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""

@@ -451,7 +451,7 @@ def _signals(trainer: Trainer) -> Iterator[None]:
             raise KeyboardInterrupt
         trainer.stopped_by = name
         note(f"{name}: stopping after this step; a checkpoint will be saved")
-        if trainer.exchange is None and hasattr(trainer.source, "interrupt"):
+        if trainer.all_reduce is None and hasattr(trainer.source, "interrupt"):
             trainer.source.interrupt()  # a stream may be waiting for events that do not come
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
