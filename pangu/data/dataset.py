@@ -17,7 +17,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import inside
 
 _RECORDS_PER_WINDOW = 8192  # records asked for at once: bounds memory and spreads the cost of opening the files
-_MEND = "make the records anew with `python -m pangu pack`"
+_HINT = "make the records anew with `python -m pangu pack`"
 
 
 # ---------------------------------------------------------------- positions and masks
@@ -199,10 +199,10 @@ class PackedDataset:
         for entry in part.files:
             path = inside(self.directory, entry.file)
             if not path.is_file() or not path.with_name(path.name + ".db").is_file():
-                raise UserError("a file of packed records is missing", where=path, hint=_MEND)
+                raise UserError("a file of packed records is missing", where=path, hint=_HINT)
             if path.stat().st_size != entry.bytes:
                 raise UserError(f"file is damaged: {entry.bytes} bytes were written", where=path,
-                                value=path.stat().st_size, hint=_MEND)
+                                value=path.stat().st_size, hint=_HINT)
             self._files.append(str(path))
         if not self.records:
             raise UserError(f"there are no {split} records", where=self.directory,
@@ -210,7 +210,7 @@ class PackedDataset:
         found = self._guarded(lambda: self._reader([0]) and self._size())
         if found != self.records:
             raise UserError(f"files are damaged: the index speaks of {self.records} records", where=self.directory,
-                            value=found, hint=_MEND)
+                            value=found, hint=_HINT)
 
     # ------------------------------------------------------------ reading
 
@@ -251,17 +251,17 @@ class PackedDataset:
                 self._check_ids(ids)
                 yield ids
         except StopIteration:
-            raise UserError("files are damaged: records are missing", where=self.directory, hint=_MEND) from None
+            raise UserError("files are damaged: records are missing", where=self.directory, hint=_HINT) from None
         finally:
             iterator.release()
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.ndim != 2 or ids.shape[1] != self.sequence_length + 1:
             raise UserError("files are damaged: a record has another length", where=self.directory,
-                            value=list(ids.shape), hint=_MEND)
+                            value=list(ids.shape), hint=_HINT)
         if ids.min() < 0 or ids.max() >= self.vocabulary_size:
             raise UserError("files are damaged: an id lies outside the vocabulary", where=self.directory,
-                            value=int(ids.max()), hint=_MEND)
+                            value=int(ids.max()), hint=_HINT)
 
     def _reader(self, numbers: list[int]) -> Any:
         import mindspore.dataset as ds
@@ -281,7 +281,7 @@ class PackedDataset:
         except (RuntimeError, ValueError, TypeError) as error:
             cause = next((line for line in str(error).splitlines() if "[ERROR]" in line), str(error).split("\n")[0])
             raise UserError(f"cannot read the records: {cause.replace('[ERROR]', '').strip()[:160]}",
-                            where=self.directory, hint=_MEND) from None
+                            where=self.directory, hint=_HINT) from None
 
 
 class _Stretch:
