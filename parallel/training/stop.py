@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,8 +36,8 @@ class StopRequest:
         return next((reason for reason, count in zip(_REASONS, counts, strict=True) if count), None)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop; a second SIGINT ends the process at once."""
+    def listening(self, interrupt: Callable[[], None] | None = None) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop and call `interrupt`; a second SIGINT ends the process at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -47,6 +47,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.ask(signal.Signals(number).name)
             note(f"{self.asked}: stopping after this step; a checkpoint will be saved")
+            if interrupt is not None:
+                interrupt()
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

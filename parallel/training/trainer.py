@@ -21,6 +21,7 @@ from parallel.checkpoint.whole import load_checkpoint, save
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar, note
 from parallel.training.backend import Backend, SinkingBackend
+from parallel.training.companions import Companion, restore_all, states_of
 from parallel.training.data_source import DataSource, NumberedSource, prefetch
 from parallel.training.metrics_log import Clock, MetricsLog
 from parallel.training.settings import OutputSettings, TrainSettings
@@ -46,6 +47,7 @@ class Run:
         layout: how the network is sharded, for the figures.
         on_step: called as `on_step(step, outputs)` after every step.
         stop: what has asked for a stop before the trainer listens.
+        companions: what goes along with the run (see `parallel.training.companions`).
     """
 
     source: DataSource
@@ -61,6 +63,7 @@ class Run:
     layout: str = "one device"
     on_step: Callable[[int, dict], None] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+    companions: Sequence[Companion] = ()
 
 
 class Trainer:
@@ -70,7 +73,7 @@ class Trainer:
         self.backend, self.plan = backend, run
         self.settings, self.output = run.settings, run.output
         self.source = NumberedSource(run.source, *backend.share) if backend.numbered else run.source
-        self.evaluators = list(run.evaluate)
+        self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
         if run.validation is not None:
             self.evaluators.insert(0, Validation(backend, run.validation, run.settings.validation_batches))
         self.on_step = run.on_step
@@ -93,7 +96,9 @@ class Trainer:
         Raises:
             UserError: nothing to read, a checkpoint that does not fit, gradients that stay non-finite, no disk space.
         """
-        with self.stop.listening():
+        # A stream may be waiting for events that do not come; with other ranks it is they who end the wait together.
+        interrupt = getattr(self.source, "interrupt", None) if self.backend.ranks == 1 else None
+        with self.stop.listening(interrupt):
             self.restore()
             chief = self.backend.rank == 0
             self.log = MetricsLog(self.directory, self.iteration, self.output.tensorboard) if chief else None
@@ -118,7 +123,16 @@ class Trainer:
                 if self.stopped_by is not None or self.iteration >= self.settings.steps:
                     break
             else:
-                raise UserError("the training data ended", value=self.iteration, hint="sources repeat their epochs")
+                self._data_ended()
+
+    def _data_ended(self) -> None:
+        """A source with `ends` (a stream) may end a run; others repeat their epochs."""
+        if not getattr(self.source, "ends", False):
+            raise UserError("the training data ended", value=self.iteration, hint="sources repeat their epochs")
+        self.stopped_by = self.stopped_by or self.stop.asked or "end of data"
+        if self.iteration and not self.metrics:
+            self.validate()
+        self.save()
 
     def _outputs(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(steps done, what the last of them told) until the run's last step."""
@@ -128,6 +142,8 @@ class Trainer:
         batches = prefetch(itertools.islice(self.source.batches(self.iteration), self.settings.steps - self.iteration))
         try:
             for batch in batches:
+                for companion in self.companions:
+                    companion.before_step(self.iteration, batch)
                 with self.clock.stepping():
                     outputs = self.backend.step(batch)
                 yield 1, outputs
@@ -155,6 +171,8 @@ class Trainer:
             self.window.append(outputs["loss"])
         if self.on_step is not None:
             self.on_step(self.iteration, outputs)
+        for companion in self.companions:
+            companion.after_step(self.iteration, outputs)
         if bar is not None:
             bar.advance(count, loss=f"{outputs['loss']:.4f}", **self.clock.shown(self.plan.units))
         if self._due(self.settings.log_every):
@@ -238,10 +256,13 @@ class Trainer:
         state = {"iteration": self.iteration, "counters": counters, "window": self.window, "skipped": self.skipped,
                  "early_stop": self.early_stop, "metrics": _json_floats(self.metrics),
                  "train": {"seed": self.settings.seed, "global_batch_size": self.settings.global_batch_size},
-                 "run": self.plan.describe}
+                 "companions": states_of(self.companions, self.iteration), "run": self.plan.describe}
         states = self.backend.states() if self.output.save_optimizer else ()
         self.checkpoint = save(self.checkpoints, self.iteration, self.backend.parameters(), states, state,
                                self.output.keep, rank=self.backend.rank, holder=self.backend.holder)
+        if self.checkpoint is not None:
+            for companion in self.companions:
+                companion.after_checkpoint(self.iteration)
         return self.checkpoint
 
     def restore(self) -> None:
@@ -263,6 +284,7 @@ class Trainer:
             boxes = self.backend.holder.boxes if self.backend.holder is not None else None
             state = load_checkpoint(path, self.backend.parameters(), self.backend.states(), boxes)
             self._take_state(state, path)
+            restore_all(self.companions, state.get("companions", {}), path)
         self._same_on_all_ranks()
         if path is not None and self.backend.rank == 0:
             note(f"going on from {path} (step {self.iteration})")
