@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mindspore import Tensor
 
-from parallel.checkpoint.whole import Checkpoint
+from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from parallel.serving.queue import Waiting, WorkQueue, answer
 from recsys.quantization.layers import Int8Product, dequantize, panels, products
@@ -47,7 +47,7 @@ class Scorer:
 
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
-        self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.masked
+        self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
         if self.separated:
             self.user_pass, self.group_pass = UserPass(model), GroupPass(model)
         model.set_train(False)
