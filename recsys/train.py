@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.folder import list_checkpoints
-from parallel.checkpoint.whole import load_parameters, save_checkpoint
+from parallel.checkpoint.full import load_parameters, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json
 from parallel.common.progress import note, table
@@ -19,7 +19,7 @@ from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import CutRun, needs_cut
+from parallel.training.sharded_run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Run, Trainer
 from recsys.build import build, check_layout, loss_network
@@ -40,8 +40,8 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     set_seed(settings.train.seed)
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
     parallel = check_device(settings, network.model, processes)
-    if needs_cut(parallel, processes):
-        figures = train_cut(settings, log, parallel, processes)
+    if needs_sharding(parallel, processes):
+        figures = train_sharded(settings, log, parallel, processes)
     else:
         initialize(network.model, settings.train.seed)
         figures = train(settings, network, log, processes)
@@ -54,7 +54,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     """The resolved layout; refuses layouts and types that this device does not run."""
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings, model, parallel)
-    needs_cut(parallel, processes)
+    needs_sharding(parallel, processes)
     if processes.target != "CPU":
         return parallel
     if settings.train.precision != "fp32":
@@ -67,7 +67,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     return parallel
 
 
-def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
+def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
     """Trains a ranker of which every process holds slices (Ascend); validated by its loss. AUC and the like need whole
     scores: `python -m recsys evaluate` on the merged checkpoint.
 
@@ -83,7 +83,7 @@ def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Proc
     task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
     counted = count(task.network)
     validated = len(log.parts["validation"]) >= options.global_batch_size
-    run = CutRun(task, options, parallel, processes, validated=validated)
+    run = ShardedRun(task, options, parallel, processes, validated=validated)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       *run.rows, log.spec, settings.data.together)
     validation = None

@@ -16,7 +16,7 @@ from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
 from parallel.training.backend import Batch, Outputs
 from parallel.training.device import DeviceSum
-from parallel.training.sharded_run import CutRun
+from parallel.training.sharded_run import ShardedRun
 from parallel.training.step import TrainStep
 
 
@@ -43,16 +43,16 @@ class MindSporeBackend:
     Args:
         step: the training step.
         scorer: for a ranker, the cell from a batch without labels to probabilities [rows, tasks].
-        exchange: adds lists of floats over all processes; None = AllReduce on the device, if there are several.
+        all_reduce: adds lists of floats over all processes; None = AllReduce on the device, if there are several.
     """
 
     name, holder = "mindspore", None
 
     def __init__(self, step: TrainStep, *, scorer: nn.Cell | None = None,
-                 exchange: Callable[[list[float]], list[float]] | None = None) -> None:
+                 all_reduce: Callable[[list[float]], list[float]] | None = None) -> None:
         self.train_step, self.scorer = step, scorer
         self.rank, self.ranks, self.share, self.numbered = step.rank, step.ranks, step.share, step.numbered
-        self.add = exchange or (DeviceSum(step.group) if step.ranks > 1 else None)
+        self.add = all_reduce or (DeviceSum(step.group) if step.ranks > 1 else None)
         self.mean_loss = MeanLoss(step.network, step.weighted)
         self.training = False
 
@@ -137,8 +137,8 @@ class ShardedBackend(MindSporeBackend):
         run: the compiled run.
     """
 
-    def __init__(self, run: CutRun) -> None:
-        super().__init__(run.step, exchange=run.exchange)
+    def __init__(self, run: ShardedRun) -> None:
+        super().__init__(run.step, all_reduce=run.all_reduce)
         self.run, self.holder, self.mean_loss = run, run.holder, run.loss
 
     @property

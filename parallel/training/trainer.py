@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from parallel.checkpoint.folder import list_checkpoints, resolve_checkpoint
-from parallel.checkpoint.whole import load_checkpoint, save
+from parallel.checkpoint.full import load_checkpoint, save
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar, note
 from parallel.training.backend import Backend, SinkingBackend
