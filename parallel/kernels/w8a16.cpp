@@ -2,7 +2,7 @@
 //
 // Few rows only stream the weights from memory, and int8 is a quarter of the bytes; many are as fast as float32. Weights are symmetric int8 with one
 // scale for each output channel, or for each 128 inputs of it; they lie in panels (see w8a16_product.h), packed by
-// recsys/quantization/layers.py. All tokens' matrices, or all experts', are one call, spread over the cores by panels.
+// parallel/layers/int8.py. All tokens' matrices, or all experts', are one call, spread over the cores by panels.
 //
 // Signature of an entry: int name(int count, void **params, int *dims, int64_t **shapes, const char **types,
 // void *stream, void *extra); 0 = done.
