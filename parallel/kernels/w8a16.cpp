@@ -80,6 +80,8 @@ typedef int32_t Integers __attribute__((vector_size(16), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return Vector{static_cast<float>(w[0]), static_cast<float>(w[1]), static_cast<float>(w[2]), static_cast<float>(w[3])};
 }
+INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+#include "panel_tile.h"
 #include "w8a16_product.h"
 }  // namespace portable
 
@@ -93,6 +95,8 @@ typedef int32_t Integers __attribute__((vector_size(32), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(w))));
 }
+INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+#include "panel_tile.h"
 #include "w8a16_product.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -106,6 +110,8 @@ typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w))));
 }
+INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+#include "panel_tile.h"
 #include "w8a16_product.h"
 }  // namespace avx512
 #pragma GCC pop_options

@@ -146,10 +146,10 @@ def test_a_row_gives_the_same_in_any_number_of_rows(kernels):
     generator = np.random.default_rng(2)
     x = generator.standard_normal((1, 200, 200)).astype(np.float32)  # many: another way through the kernel
     q, scale = quantize(generator.standard_normal((1, 200, 64)).astype(np.float32))
-    whole = product(kernels, "dense_auto", x, q, scale)
+    full = product(kernels, "dense_auto", x, q, scale)
     for begin, end in ((0, 1), (3, 5), (10, 23), (50, 150)):
         part = product(kernels, "dense_auto", np.ascontiguousarray(x[:, begin:end]), q, scale)
-        np.testing.assert_allclose(part, whole[:, begin:end], rtol=0, atol=2e-6 * np.abs(whole).max())
+        np.testing.assert_allclose(part, full[:, begin:end], rtol=0, atol=2e-6 * np.abs(full).max())
 
 
 def test_wrong_shapes_are_refused(kernels):

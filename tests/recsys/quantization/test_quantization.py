@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from parallel.checkpoint.whole import Checkpoint
+from parallel.checkpoint.full import Checkpoint
 from parallel.common.command import main
 from parallel.layers import int8
 from recsys.__main__ import VERBS
@@ -32,7 +32,7 @@ def test_quantized_models_give_nearly_the_same(config, tmp_path):
     results = {}
     for mode in ("kernel", "float32"):
         model = loss_network(settings, log.spec, len(log.labels)).model
-        from parallel.checkpoint.whole import load_parameters
+        from parallel.checkpoint.full import load_parameters
 
         load_parameters(tmp_path / "run", list(model.get_parameters()))
         model.set_train(False)
