@@ -21,8 +21,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from parallel.checkpoint.folder import list_checkpoints, resolve_checkpoint
+from parallel.checkpoint.full import load_checkpoint, save_checkpoint
 from parallel.checkpoint.sharded import Holder, save_slices
-from parallel.checkpoint.whole import load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar, note
 from parallel.training.companions import Companion, restore_all, states_of
@@ -107,7 +107,7 @@ class Trainer:
         on_step: called as `on_step(step, {"loss", "global_norm", ...})` after every step.
         cell: called in place of `step`: the cell that MindSpore's automatic parallelism wraps around it.
         holder: for a cut network, which slices this process holds; None saves whole parameters from rank 0.
-        exchange: adds lists of floats over all processes; None = AllReduce on the device.
+        all_reduce: adds lists of floats over all processes; None = AllReduce on the device.
         companions: what goes along with the run (see `parallel.training.companions`).
     """
 
@@ -118,7 +118,7 @@ class Trainer:
                  describe: dict | None = None, title: str = "train",
                  on_step: Callable[[int, dict], None] | None = None, cell: nn.Cell | None = None,
                  holder: Holder | None = None,
-                 exchange: Callable[[list[float]], list[float]] | None = None,
+                 all_reduce: Callable[[list[float]], list[float]] | None = None,
                  companions: Sequence[Companion] = ()) -> None:
         self.step, self.settings, self.output = step, settings, output
         self.source = NumberedSource(source, *step.share) if step.numbered else source
@@ -129,7 +129,7 @@ class Trainer:
         self.units, self.units_per_step, self.flops_per_step = units, units_per_step, flops_per_step
         self.describe, self.title, self.on_step = describe or {}, title, on_step
         self.cell, self.holder = cell if cell is not None else step, holder
-        self.exchange = exchange or (DeviceSum(step.group) if step.ranks > 1 else None)
+        self.all_reduce = all_reduce or (DeviceSum(step.group) if step.ranks > 1 else None)
         self.directory = Path(output.directory)
         self.checkpoints = self.directory / "checkpoints"
         counter_names = {p.name for p in step.counters()}
@@ -301,8 +301,8 @@ class Trainer:
 
     def _agree_on_stop(self) -> None:
         """A signal may reach the ranks between different steps; they stop together at the next."""
-        if self.exchange is not None:
-            wanted, = self.exchange([1.0 if self.stopped_by else 0.0])
+        if self.all_reduce is not None:
+            wanted, = self.all_reduce([1.0 if self.stopped_by else 0.0])
             if wanted and self.stopped_by is None:
                 self.stopped_by = "another rank"
 
