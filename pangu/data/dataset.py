@@ -1,4 +1,4 @@
-"""Packed records as batches: which record stands where in which batch, positions and masks at document ends.
+"""Packed records as batches: which record stands where in which batch, positions and documents.
 
 Shapes: B batch (of one rank), S sequence. Batch number i depends only on (seed, i): a run resumes at any step without
 reading what came before, and the contiguous slices of N ranks make up the batch of a single process.
@@ -20,46 +20,42 @@ _RECORDS_PER_WINDOW = 8192  # records asked for at once: bounds memory and sprea
 _MEND = "make the records anew with `python -m pangu pack`"
 
 
-# ---------------------------------------------------------------- positions and masks
+# ---------------------------------------------------------------- positions and documents
 
-def reset_at_document_ends(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and attention masks that start anew after every end-of-document id.
+def document_positions(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions that start anew after every end-of-document id, and which document each position belongs to.
 
-    The mask starts as a lower triangle; rows after an end at position e lose the columns up to and including e, and the
-    positions after e count from 0 at e + 1. The end itself belongs to its own document. Source: the release's
-    `dataset.py` (`eod_reset`); there a loop over the ends, here one comparison of document numbers.
+    A position sees those of its own document up to itself (`parallel.layers.attention.AttentionBias`); the end belongs
+    to its own document. Source: the release's `dataset.py` (`eod_reset`), which makes masks of the same meaning.
 
     Args:
         ids_BS: input ids, without the last column of the record.
         eod_id: end of document, 9 in the published vocabulary.
 
     Returns:
-        position_ids_BS (int32) and attention_mask_BSS (uint8, 1 = row may see column).
+        position_ids_BS and documents_BS, both int32.
     """
     batch, length = ids_BS.shape
     ends_BS = ids_BS == eod_id
     # Number of ends strictly before each position: equal numbers, same document.
-    document_BS = np.cumsum(ends_BS, axis=1, dtype=np.int32) - ends_BS
+    documents_BS = np.cumsum(ends_BS, axis=1, dtype=np.int32) - ends_BS
     places_S = np.arange(length, dtype=np.int32)
     starts_BS = np.zeros((batch, length), np.int32)
     starts_BS[:, 1:] = np.where(ends_BS[:, :-1], places_S[1:], 0)
-    position_ids_BS = places_S - np.maximum.accumulate(starts_BS, axis=1)
-    mask_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-    mask_BSS &= np.tri(length, dtype=bool)
-    return position_ids_BS, mask_BSS.view(np.uint8)
+    return places_S - np.maximum.accumulate(starts_BS, axis=1), documents_BS.astype(np.int32)
 
 
 def plain_positions(ids_BS: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions 0..S-1 and the lower triangle without the rows and columns of padding: `eod_reset` off.
+    """Positions 0..S-1 and a single document: `eod_reset` off.
+
+    Padding is numbered apart. It stands at the end of a record, so no token sees it, and it carries no loss; what it
+    sees itself does not matter.
 
     Returns:
-        position_ids_BS (int32) and attention_mask_BSS (uint8), tril * (m m^T) with m = ids != pad_id.
+        position_ids_BS and documents_BS (0, padding 1), both int32.
     """
     batch, length = ids_BS.shape
-    real_BS = ids_BS != pad_id
-    mask_BSS = real_BS[:, :, None] & real_BS[:, None, :]
-    mask_BSS &= np.tri(length, dtype=bool)
-    return np.tile(np.arange(length, dtype=np.int32), (batch, 1)), mask_BSS.view(np.uint8)
+    return np.tile(np.arange(length, dtype=np.int32), (batch, 1)), (ids_BS == pad_id).astype(np.int32)
 
 
 # ---------------------------------------------------------------- order
@@ -120,7 +116,7 @@ class PackedDataset:
             equally, files missing, cut off or damaged.
     """
 
-    columns = ("input_ids", "position_ids", "attention_mask")
+    columns = ("input_ids", "position_ids", "documents")
 
     def __init__(self, directory: str | Path, *, batch_size: int, seed: int, sequence_length: int, vocabulary_size: int,
                  shard: tuple[int, int] = (0, 1), shuffle: bool = True, eod_reset: bool = True, split: str = "train",
@@ -146,7 +142,7 @@ class PackedDataset:
         return -(-self.records // self.batch_size)
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields the batches from number `start_step` on, as `columns`: [B, S+1] int32, [B, S] int32, [B, S, S] uint8.
+        """Yields the batches from number `start_step` on, as `columns`: int32 [B, S+1], [B, S], [B, S].
 
         Without end when `repeat`, else up to `steps_per_epoch`.
 
@@ -154,7 +150,7 @@ class PackedDataset:
             UserError: a file is damaged.
         """
         for ids in self._ids(start_step):
-            yield (ids, *self._positions_and_mask(ids[:, :-1]))
+            yield (ids, *self._positions_and_documents(ids[:, :-1]))
 
     def mindspore_dataset(self, start_step: int, steps: int) -> Any:
         """The same batches, `steps` of them from `start_step` on, as a `mindspore.dataset` pipeline (for data sink)."""
@@ -181,9 +177,9 @@ class PackedDataset:
     def _order(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
         return shuffled(numbers, self.records, (self.seed << 32) + epoch) if self.shuffle else numbers
 
-    def _positions_and_mask(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _positions_and_documents(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.eod_reset:
-            return reset_at_document_ends(ids_BS, self.index.eot_id)
+            return document_positions(ids_BS, self.index.eot_id)
         return plain_positions(ids_BS, self.index.pad_id)
 
     def _check(self, name: str, packed: Any, wanted: Any) -> None:

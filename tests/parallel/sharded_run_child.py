@@ -34,7 +34,7 @@ class SharedSum:
 class Rows:
     """Batches of which each process has its rows: row i of batch b holds the number 1000 b + i everywhere."""
 
-    columns = ("records", "position_ids", "attention_mask")
+    columns = ("records", "position_ids", "documents")
     steps_per_epoch = 8
 
     def __init__(self, shapes: list[tuple], share: tuple[int, int]) -> None:

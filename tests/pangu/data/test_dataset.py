@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pangu.data.dataset import PackedDataset, plain_positions, reset_at_document_ends, shuffled
+from pangu.data.dataset import PackedDataset, document_positions, plain_positions, shuffled
 from pangu.data.packing import INDEX_FILE, PackOptions, pack
 from parallel.common.errors import UserError
 
@@ -69,7 +69,7 @@ def all_records(folder) -> np.ndarray:
     return np.stack([row[0] for row in rows.create_tuple_iterator(num_epochs=1, output_numpy=True)])
 
 
-# ---------------------------------------------------------------- positions and masks
+# ---------------------------------------------------------------- positions and documents
 
 def reset_by_loop(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
     """The words of the release's reset, followed one end at a time."""
@@ -85,25 +85,35 @@ def reset_by_loop(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarr
     return positions, masks
 
 
+def mask_of(documents_BS: np.ndarray) -> np.ndarray:
+    """The mask that the model makes of the documents."""
+    from mindspore import Tensor
+
+    from parallel.layers.attention import AttentionBias
+
+    return AttentionBias().mask(Tensor(documents_BS)).asnumpy()
+
+
 @settings(max_examples=150, deadline=None)
 @given(hnp.arrays(np.int32, st.tuples(st.integers(1, 4), st.integers(1, 24)), elements=st.integers(6, 12)))
 def test_reset_equals_the_loop(ids_BS):
-    positions, masks = reset_at_document_ends(ids_BS, 9)
+    positions, documents = document_positions(ids_BS, 9)
     loop_positions, loop_masks = reset_by_loop(ids_BS, 9)
-    assert np.array_equal(positions, loop_positions) and np.array_equal(masks, loop_masks)
-    assert positions.dtype == np.int32 and masks.dtype == np.uint8
+    assert np.array_equal(positions, loop_positions) and np.array_equal(mask_of(documents), loop_masks)
+    assert positions.dtype == np.int32 and documents.dtype == np.int32
 
 
 def test_reset_by_hand():
-    positions, masks = reset_at_document_ends(np.array([[20, 9, 30, 31, 9]]), 9)
+    positions, documents = document_positions(np.array([[20, 9, 30, 31, 9]]), 9)
     assert positions.tolist() == [[0, 1, 0, 1, 2]]
-    assert masks[0].tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert mask_of(documents)[0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
 def test_plain_positions_by_hand():
-    positions, masks = plain_positions(np.array([[20, 9, 6]]), 6)
+    positions, documents = plain_positions(np.array([[20, 9, 6]]), 6)
     assert positions.tolist() == [[0, 1, 2]]
-    assert masks[0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert mask_of(documents)[0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
 # ---------------------------------------------------------------- order
@@ -171,9 +181,9 @@ def test_mindspore_pipeline_gives_the_same_batches(folder):
 
 
 def test_shapes_and_masks_of_a_batch(folder):
-    ids, positions, masks = take(open_set(folder), 3, 1)[0]
-    assert ids.shape == (4, LENGTH + 1) and positions.shape == (4, LENGTH) and masks.shape == (4, LENGTH, LENGTH)
-    for array, wanted in zip((positions, masks), reset_by_loop(ids[:, :-1], 9), strict=True):
+    ids, positions, documents = take(open_set(folder), 3, 1)[0]
+    assert ids.shape == (4, LENGTH + 1) and positions.shape == (4, LENGTH) and documents.shape == (4, LENGTH)
+    for array, wanted in zip((positions, mask_of(documents)), reset_by_loop(ids[:, :-1], 9), strict=True):
         assert np.array_equal(array, wanted)
 
 
