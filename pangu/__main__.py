@@ -25,6 +25,7 @@ VERBS = [
     Verb("params", "pangu.params:run", "count parameters exactly, without allocating them", settings=RUN),
     Verb("vocabulary", "pangu.data.prepare:run_vocabulary", "train a vocabulary on data.corpus", settings=RUN),
     Verb("pack", "pangu.data.prepare:run_pack", "turn data.corpus into MindRecord files of token ids", settings=RUN),
+    Verb("flatten", "pangu.data.flat:run", "add flat files, which need no MindSpore, to packed records", settings=RUN),
     Verb("train", "pangu.train:run", "train a model on packed records", settings=RUN),
     Verb("generate", "pangu.generation.generate:run_generate", "continue prompts", settings=RUN,
          arguments=_generate_arguments),

@@ -86,9 +86,8 @@ class ShardedRun:
 
     @property
     def tells(self) -> bool:
-        """Whether this process is the one that tells the loss of its rows: of the last stage, the first along op."""
-        last = self.stage == self.config.pipeline.stages - 1
-        return last and self.processes.rank % self.config.op == 0
+        """Whether this process tells the loss, which every process of the last stage knows of the global batch."""
+        return self.processes.rank == (self.config.pipeline.stages - 1) * self.config.data * self.config.op
 
     def give_start_values(self) -> None:
         """Gives every parameter of this stage its slice of what one device starts from. While compiling MindSpore gave
