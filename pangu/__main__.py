@@ -14,6 +14,7 @@ VERBS = [
     Verb("train-vocabulary", "pangu.data.prepare:run_train_vocabulary", "train a vocabulary on data.corpus",
          settings=RUN),
     Verb("pack", "pangu.data.prepare:run_pack", "turn data.corpus into MindRecord files of token ids", settings=RUN),
+    Verb("flatten", "pangu.data.flat:run", "add flat files, which need no MindSpore, to packed records", settings=RUN),
     Verb("train", "pangu.train:run", "train a model on packed records", settings=RUN),
     Verb("generate", "pangu.generation.generate:run_generate", "continue prompts", settings=RUN,
          arguments="pangu.generation.generate:add_arguments"),

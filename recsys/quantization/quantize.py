@@ -33,8 +33,9 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
     Raises:
         UserError: nothing to quantize, the checkpoint is quantized already or damaged, or the log cannot be read.
     """
+    from parallel.layers.int8 import products, settle
     from recsys.evaluate import load_model, open_log
-    from recsys.quantization import layers as quantization
+    from recsys.quantization.layers import quantize_model
 
     start_device()
     source = resolve_checkpoint(arguments.checkpoint)
@@ -47,14 +48,14 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
     log = open_log(run_settings, str(source))
     model, _ = load_model(run_settings, log, str(source))
     before = _auc(model, log, run_settings, arguments)
-    errors = quantization.quantize_model(model, arguments.group)
-    shapes = {product.name: product.shape for product in quantization.products(model)}
+    errors = quantize_model(model, arguments.group)
+    shapes = {product.name: product.shape for product in products(model)}
     kept = {key: value for key, value in state.items() if key not in ("format", "version", "step")}
     target = save_checkpoint(Path(arguments.output) / "checkpoints", int(state.get("step", 0)),
                              list(model.get_parameters()), (),
                              {**kept, "quantization": {"bits": 8, "group": arguments.group}})
     log.vocabulary.save(Path(arguments.output) / VOCABULARY)
-    mode = quantization.settle(model)
+    mode = settle(model)
     after = _auc(model, log, run_settings, arguments)
     table("Relative error of each weight, ||W - qs|| / ||W||", ["weight", "shape", "error"],
           [[name, " x ".join(map(str, shapes[name])), f"{error:.5f}"] for name, error in errors.items()])

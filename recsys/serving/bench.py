@@ -139,10 +139,11 @@ def separated(settings: Any, ratio: str) -> Any:
 
 def _model(settings: Any, spec: Any, int8: bool, group: int | None) -> tuple[Any, int]:
     """(the model with start values in inference mode, its dense parameters)."""
+    from parallel.layers.int8 import settle
     from parallel.layers.parameter import initialize
     from recsys.build import loss_network
     from recsys.params import count
-    from recsys.quantization.layers import quantize_model, settle
+    from recsys.quantization.layers import quantize_model
 
     network = loss_network(settings, spec, 1)
     dense = count(network)["dense_parameters"]

@@ -439,7 +439,8 @@ def published():
 
 @pytest.mark.shared_data
 @pytest.mark.parametrize("shots", [0, 2])
-@pytest.mark.parametrize("name", ["ocnli", "tnews", "chid", "cluewsc2020", "csl", "iflytek", "c3"])
+@pytest.mark.parametrize("name", ["ocnli", "tnews", "chid", "cluewsc2020", "csl", "iflytek", "c3", "afqmc",
+                                  "cmrc2019"])
 def test_published_tasks_equal_the_slow_scorer(published, name, shots):
     language, weights = published
     source = Source(load_task(name), SHARED / "evaluation")
@@ -453,9 +454,21 @@ def test_published_tasks_equal_the_slow_scorer(published, name, shots):
 
 
 @pytest.mark.shared_data
-def test_published_cmrc2018_equals_slow_greedy_decoding(published):
+@pytest.mark.parametrize("name, count", [
+    ("afqmc", 4316), ("cmrc2017", 2000), ("cmrc2019", 1504), ("drcd", 3524), ("pd_cft", 1953)])
+def test_published_files_are_read_to_their_end(name, count):
+    """As many instances as the publishers say (CMRC2019: the blanks of its trial file), none without an answer."""
+    records = list(Source(load_task(name), SHARED / "evaluation").records())
+    assert len(records) == count and len({record["id"] for record in records}) == count
+    assert all("XXXXX" not in record.get("context", "") + record.get("question", "") for record in records)
+    assert all(record.get("answer", record.get("label")) not in (None, "") for record in records)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", ["cmrc2018", "cmrc2017", "drcd", "pd_cft"])
+def test_published_generation_equals_slow_greedy_decoding(published, name):
     language, weights = published
-    source = Source(load_task("cmrc2018"), SHARED / "evaluation")
+    source = Source(load_task(name), SHARED / "evaluation")
     instance, = InstanceBuilder(source.task, source, language.tokenizer, 192, 2).instances(1)
     rule = GenerateSettings(max_new_tokens=3, temperature=0.0, stop_ids=[])
     text, = language.generate_until([instance.prompt], rule)

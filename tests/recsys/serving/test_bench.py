@@ -62,10 +62,10 @@ def test_figures_and_picture(tmp_path, capsys, monkeypatch):
 
 
 def test_the_product_alone(monkeypatch):
-    from recsys.quantization import layers as quantization
+    from parallel.layers import int8
     from recsys.quantization import matmul_speed
 
-    if quantization.library() is None:
+    if int8.library() is None:
         pytest.skip("no C++ compiler here")
     monkeypatch.setattr(matmul_speed, "_COLD_BYTES", 1 << 16)
     found = matmul_speed.measure((1, 3), ((96, 64),), rounds=3)
