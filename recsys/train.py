@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.folder import list_checkpoints
-from parallel.checkpoint.whole import load_parameters, save_checkpoint
+from parallel.checkpoint.full import load_parameters, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json
 from parallel.common.progress import note, table
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
-from parallel.training.device import Processes, start_device
+from parallel.training.device import Processes, set_seed, start_device
+from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import CutRun, CutValidation, needs_cut
+from parallel.training.sharded_run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
-from parallel.training.trainer import Trainer, set_seed
+from parallel.training.trainer import Run, Trainer
 from recsys.build import build, check_layout, loss_network
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.evaluate import VOCABULARY, Evaluation
 from recsys.layers.embedding import is_sparse
-from recsys.params import count
+from recsys.count import count
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
@@ -46,8 +47,8 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
         return figures
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
     parallel = check_device(settings, network.model, processes)
-    if needs_cut(parallel, processes):
-        figures = train_cut(settings, log, parallel, processes)
+    if needs_sharding(parallel, processes):
+        figures = train_sharded(settings, log, parallel, processes)
     else:
         initialize(network.model, settings.train.seed)
         figures = train(settings, network, log, processes)
@@ -60,7 +61,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     """The resolved layout; refuses layouts and types that this device does not run."""
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings, model, parallel)
-    needs_cut(parallel, processes)
+    needs_sharding(parallel, processes)
     if processes.target != "CPU":
         return parallel
     if settings.train.precision != "fp32":
@@ -73,7 +74,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     return parallel
 
 
-def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
+def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
     """Trains a ranker of which every process holds slices (Ascend); validated by its loss. AUC and the like need whole
     scores: `python -m recsys evaluate` on the merged checkpoint.
 
@@ -89,17 +90,13 @@ def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Proc
     task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
     counted = count(task.network)
     validated = len(log.parts["validation"]) >= options.global_batch_size
-    run = CutRun(task, options, parallel, processes, validated=validated)
+    run = ShardedRun(task, options, parallel, processes, validated=validated)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       *run.rows, log.spec, settings.data.together)
     validation = None
     if validated:
-        rows = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
-        validation = CutValidation(run, rows, options.validation_batches)
-    trainer = Trainer(run.step, batches, options, settings.output, validation=validation, units="samples",
-                      units_per_step=options.global_batch_size,
-                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
-                      describe=settings.model_dump(mode="json"), **run.for_trainer())
+        validation = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
+    trainer = Trainer(ShardedBackend(run), run_of(settings, counted, batches, validation=validation))
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     return trainer.run() | {key: counted[key] for key in ("parameters", "dense_parameters")}
@@ -120,10 +117,7 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     best = Best(settings, network, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
                                               limit=options.validation_batches), processes.rank)
     counted = count(network)
-    trainer = Trainer(step, batches, options, settings.output, evaluate=[best], units="samples",
-                      units_per_step=options.global_batch_size,
-                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
-                      describe=settings.model_dump(mode="json"))
+    trainer = Trainer(MindSporeBackend(step), run_of(settings, counted, batches, evaluate=[best]))
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     return finish(settings, log, trainer, best, counted)
@@ -142,6 +136,14 @@ def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict)
     metrics = last(trainer.iteration)
     return {**figures, **metrics, **validation, "best_step": best.step,
             **{key: counted[key] for key in ("parameters", "dense_parameters")}, **_limit(settings, log)}
+
+
+def run_of(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) -> Run:
+    """The run of a ranker for the trainer; `counted` tells its FLOPs."""
+    samples = settings.train.global_batch_size
+    return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
+               flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),
+               **more)
 
 
 def evaluation_batch(settings: Any, rows: Any) -> int:

@@ -1,17 +1,16 @@
-"""The functions of recsys/kernels/tables.cpp, found by ctypes. Needs no MindSpore."""
+"""The functions of parallel/kernels/tables.cpp, found by ctypes. Needs no MindSpore."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from parallel.common.errors import UserError
-from parallel.common.native import build_library
+from parallel.common.native import HEADERS, build_library
 
-SOURCE = Path(__file__).resolve().parents[1] / "kernels" / "tables.cpp"
+SOURCE = HEADERS / "tables.cpp"
 
 _LONG, _INT, _UNSIGNED, _DOUBLE, _FLOAT, _TEXT, _POINTER = (
     ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_double, ctypes.c_float, ctypes.c_char_p, ctypes.c_void_p)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.whole import load_parameters
+from parallel.checkpoint.full import load_parameters
 from parallel.common.errors import UserError
 from parallel.layers.parameter import initialize
 from parallel.training.device import Processes
@@ -18,10 +18,10 @@ from recsys.data.dataset import Batches, Log
 from recsys.data.features import FeatureSpec
 from recsys.evaluate import Evaluation, Scores
 from recsys.layers.embedding import is_sparse
-from recsys.params import count
+from recsys.count import count
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
-from recsys.tables.step import Hosted, HostedStep, TableStep, dense_parameters
+from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
 
 
 def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
@@ -30,7 +30,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.train import Best, check_device, evaluation_batch, finish, keep_vocabulary
+    from recsys.train import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
 
     options = settings.train
     if options.share_users:
@@ -51,11 +51,8 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
                             limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables))
     best = Best(settings, network, evaluation, processes.rank, tables)
     counted = count(network)
-    trainer = Trainer(step, batches, options, settings.output, evaluate=[best], units="samples",
-                      units_per_step=options.global_batch_size,
-                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
-                      describe=settings.model_dump(mode="json"), cell=HostedStep(step, tables), companions=[tables])
-    trainer.parameters = dense_parameters(network)  # the windows hold nothing that lasts
+    trainer = Trainer(HostedBackend(step, tables), run_of(settings, counted, batches, evaluate=[best],
+                                                         companions=[tables]))
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     figures = finish(settings, log, trainer, best, counted)

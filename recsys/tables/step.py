@@ -5,12 +5,15 @@ Shapes: B samples, M id columns, W width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from parallel.checkpoint.tensors import NamedTensor
+from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.optimizers import Optimizer, pick
 from parallel.training.step import GlobalNorm, MeanGradient, TrainStep, times
 from recsys.layers.embedding import is_sparse
@@ -129,6 +132,28 @@ class HostedStep:
             self.tables.update([gradient.asnumpy() for gradient in gradients])
         self.tables.end_step()
         return tuple(scalars)
+
+
+class HostedBackend(MindSporeBackend):
+    """A `TableStep` and its tables as a `parallel.training.backend.Backend`; the windows are no parameters that last.
+
+    Args:
+        step: of the network.
+        tables: on the host.
+    """
+
+    def __init__(self, step: TableStep, tables: HostTables) -> None:
+        super().__init__(step)
+        self.hosted = HostedStep(step, tables)
+
+    @property
+    def cell(self) -> HostedStep:
+        """See `MindSporeBackend`."""
+        return self.hosted
+
+    def parameters(self) -> Sequence[NamedTensor]:
+        """See `Backend`."""
+        return [tensor for tensor in super().parameters() if not is_sparse(tensor.name)]
 
 
 def put_windows(parameters: list[Parameter], windows: list[np.ndarray]) -> None:

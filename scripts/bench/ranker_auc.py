@@ -119,7 +119,7 @@ class Trained:
         from recsys.data.dataset import prepare
         from recsys.evaluate import Evaluation
         from recsys.layers.embedding import is_sparse
-        from recsys.params import count
+        from recsys.count import count
         from recsys.train import _limit
 
         ms.set_context(mode=ms.GRAPH_MODE)
