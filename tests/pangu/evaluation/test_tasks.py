@@ -187,7 +187,7 @@ def test_the_scored_part_begins_where_ids_part(place):
 def test_one_prefix_means_one_place(place):
     rows = [{"prompt": "问：甲\n答", "choices": list("春夏秋冬乙丙"), "answer": 0, "skill": "context", "id": str(n)}
             for n in range(2)]
-    for instance in build(place("world_context", {"questions.jsonl": lines(*rows)})):
+    for instance in build(place("synthetic_context", {"questions.jsonl": lines(*rows)})):
         assert len({tuple(prefix) for prefix, _ in instance.requests}) == 1
 
 
