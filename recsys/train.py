@@ -23,10 +23,10 @@ from parallel.training.sharded_run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Run, Trainer
 from recsys.build import build, check_layout, loss_network
+from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.evaluate import VOCABULARY, Evaluation
 from recsys.layers.embedding import is_sparse
-from recsys.count import count
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
