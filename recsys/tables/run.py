@@ -14,11 +14,11 @@ from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.trainer import Trainer
 from recsys.build import loss_network
+from recsys.count import count
 from recsys.data.dataset import Batches, Log
 from recsys.data.features import FeatureSpec
 from recsys.evaluate import Evaluation, Scores
 from recsys.layers.embedding import is_sparse
-from recsys.count import count
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
