@@ -71,7 +71,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     note(choice.text())
     if choice.backend == "mindspore":
         return MsrunLauncher(plan, command, logs).run()
-    program, settings = exported(run_settings, plan.ranks)
+    program, settings = exported(run_settings, plan.ranks, plan.node_rank)
     return TorchLauncher(plan, rank_command(program, settings, choice.device), logs).run()
 
 

@@ -36,9 +36,9 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
         # Sharded states and experts give the same numbers whole, so the CPU takes these for plain data parallelism.
         refused = {name: degree for name, degree in sharded.items() if name in ("op", "pipeline.stages")}
         if refused:
-            raise UserError("on the CPU only data parallelism runs", where="parallel",
+            raise UserError("on the CPU MindSpore runs data parallelism only", where="parallel",
                             value=", ".join(f"{name} {degree}" for name, degree in refused.items()),
-                            hint="prove other layouts with python -m parallel dryrun and replay")
+                            hint="parallel.backend=torch (or auto) runs the others")
         return False
     return bool(sharded)
 
