@@ -16,10 +16,9 @@ from parallel.training.device import start_device
 from recsys.build import loss_network
 from recsys.data.dataset import Log, in_order, prepare
 from recsys.data.encode import Encoded
-from recsys.metrics import Accumulator
 from recsys.ranker import Ranker, Scores
-
-VOCABULARY = "vocabulary.json"
+from recsys.train_on import VOCABULARY
+from recsys.validation import metrics_of
 
 
 class Evaluation:
@@ -44,19 +43,7 @@ class Evaluation:
 
     def __call__(self, step: int) -> dict[str, float]:
         """auc, gauc, uauc, logloss, calibration, ece for each task."""
-        if len(self.rows) == 0:
-            return {}
-        collected = [Accumulator() for _ in self.labels]
-        for labels, scores, users in self.predictions():
-            for task, own in enumerate(collected):
-                own.update(labels[:, task], scores[:, task], users)
-        metrics: dict[str, float] = {}
-        for task, own in enumerate(collected):
-            found = own.result()
-            found.pop("samples"), found.pop("users")
-            ending = f"_{self.labels[task]}" if task else ""
-            metrics.update({f"{name}{ending}": value for name, value in found.items()})
-        return metrics
+        return metrics_of(self.predictions(), self.labels) if len(self.rows) else {}
 
     def predictions(self):
         """(labels_nK, probabilities_nK, users_n) batch by batch, in the order of the rows."""

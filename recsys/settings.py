@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
@@ -209,3 +209,19 @@ class Run(Settings):
             apply_override(tree, override)
         model = tree.get("model")
         return run_class(model.get("name", "rankmixer") if isinstance(model, dict) else "rankmixer")
+
+
+class StoredModel(RankerSettings):
+    """A model block with the keys of any model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Which ranker."""
+
+
+class StoredRun(Run):
+    """A run whose settings were checked before they were stored."""
+
+    model: StoredModel
+    """Sizes and choices of the ranker, unchecked."""

@@ -12,7 +12,8 @@ from typing import Any
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
 
-PROGRAM, SETTINGS = "program", "settings.json"
+PROGRAM = "program"
+_EXPORTED, _RESOLVED = "exported.json", "settings.json"
 
 
 def exported(settings: Any, ranks: int, node_rank: int = 0) -> tuple[Path, Path]:
@@ -30,18 +31,19 @@ def exported(settings: Any, ranks: int, node_rank: int = 0) -> tuple[Path, Path]
     """
     folder = Path(settings.output.directory) / (PROGRAM if node_rank == 0 else f"{PROGRAM}-{node_rank}")
     folder.mkdir(parents=True, exist_ok=True)
+    # What the user did not say stays unsaid for the export: some defaults depend on other keys.
     tree = settings.model_dump(mode="json", exclude_unset=True)
-    # What the user did not say stays unsaid: some defaults depend on other keys.
     tree.setdefault("model", {})["name"] = settings.model.name
     tree.setdefault("parallel", {})["devices"] = ranks
-    tree.setdefault("output", {})["directory"] = settings.output.directory
-    write_json(folder / SETTINGS, tree)
+    write_json(folder / _EXPORTED, tree)
     _export(folder)
-    return folder, folder / SETTINGS
+    resolved = settings.parallel.resolve(ranks).model_copy(update={"devices": ranks})
+    write_json(folder / _RESOLVED, settings.model_copy(update={"parallel": resolved}).model_dump(mode="json"))
+    return folder, folder / _RESOLVED
 
 
 def _export(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "parallel", "export", "--config", str(folder / SETTINGS), "--output", str(folder)]
+    command = [sys.executable, "-m", "parallel", "export", "--config", str(folder / _EXPORTED), "--output", str(folder)]
     error = None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:

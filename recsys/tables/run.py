@@ -22,6 +22,8 @@ from recsys.layers.embedding import is_sparse
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
+from recsys.train_on import keep_vocabulary, run_of
+from recsys.validation import Best
 
 
 def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
@@ -30,7 +32,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.train import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
+    from recsys.train import check_device, evaluation_batch, finish
 
     options = settings.train
     if options.share_users:
@@ -49,10 +51,10 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
                             limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables))
-    best = Best(settings, network, evaluation, processes.rank, tables)
+    best = Best(settings, evaluation, lambda: dense_parameters(network), processes.rank, tables=tables)
     counted = count(network)
-    trainer = Trainer(HostedBackend(step, tables), run_of(settings, counted, batches, evaluate=[best],
-                                                         companions=[tables]))
+    trainer = Trainer(HostedBackend(step, tables), run_of(settings, counted, batches, ranks=processes.ranks,
+                                                         evaluate=[best], companions=[tables]))
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     figures = finish(settings, log, trainer, best, counted)
