@@ -6,7 +6,6 @@ import contextlib
 import errno
 import gzip
 import io
-import json
 import lzma
 import os
 import tempfile
@@ -15,8 +14,12 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from parallel.common.errors import UserError
+from parallel.common.json_text import dump_json
+from parallel.common.structured import MAX_JSON_BYTES, read_json
 
-MAX_JSON_BYTES = 256 << 20
+__all__ = ["MAX_JSON_BYTES", "atomic_write", "cache_folder", "explain_os_error", "inside", "open_binary", "open_text",
+           "read_json", "write_json"]
+
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 
 
@@ -136,27 +139,9 @@ def cache_folder() -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON (see `json_text`), atomically."""
     with atomic_write(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=1, sort_keys=False)
-        file.write("\n")
-
-
-def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Reads a JSON file of at most `max_bytes`.
-
-    Raises:
-        UserError: missing, too large, or damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError("no such file", where=path, hint="check the path")
-    if path.stat().st_size > max_bytes:
-        raise UserError(f"file is larger than the {max_bytes} bytes allowed", where=path, value=path.stat().st_size)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
-        raise UserError("file is damaged: not JSON", where=path, hint="make it anew") from None
+        file.write(dump_json(value, indent=1) + "\n")
 
 
 def inside(root: str | Path, path: str | Path) -> Path:
