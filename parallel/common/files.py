@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import gzip
@@ -9,16 +10,17 @@ import io
 import lzma
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from parallel.common.errors import UserError
 from parallel.common.json_text import dump_json
 from parallel.common.structured import MAX_JSON_BYTES, read_json
 
-__all__ = ["MAX_JSON_BYTES", "atomic_write", "cache_folder", "explain_os_error", "inside", "open_binary", "open_text",
-           "read_json", "write_json"]
+__all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside",
+           "open_binary", "open_text", "read_json", "write_json"]
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 
@@ -61,25 +63,60 @@ def explain_os_error(error: OSError, path: str | Path) -> Exception:
     return error
 
 
-def open_binary(path: str | Path) -> BinaryIO:
+class DamagedFile(UserError):
+    """A compressed file that cannot be decompressed to its end."""
+
+
+def open_binary(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading bytes, decompressing `.xz`, `.gz` and `.zst` (streaming).
 
+    What is read before a damaged place is given; then `DamagedFile` is raised, whatever the compression.
+
     Raises:
-        UserError: the file is missing, or `.zst` and the package zstandard is not installed.
+        UserError: the file is missing or cannot be read, or `.zst` and the package zstandard is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError("no such file", where=path, hint="check the path")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(path), 1 << 20)
-    return path.open("rb")
+    opened: Any = {".xz": lzma.open, ".gz": gzip.open, ".zst": _ZstdReader}.get(path.suffix.lower())
+    try:
+        if opened is None:
+            return path.open("rb")
+        return io.BufferedReader(_Decompressed(opened(path), path), 1 << 20)
+    except PermissionError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=path) from None
 
 
-class _ZstdReader(io.RawIOBase):
+class _Decompressed(io.RawIOBase):
+    """A decompressing stream whose damage is a `DamagedFile`."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream, self._path = stream, path
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            # At most one read below: what comes before a damaged place is not lost with it.
+            data = self._stream.read1(len(buffer))
+        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, _Damage) as error:
+            raise DamagedFile(f"file is damaged or cut short: {error}", where=self._path,
+                              hint="get it anew") from None
+        buffer[:len(data)] = data
+        return len(data)
+
+
+class _Damage(Exception):
+    """A frame of a `.zst` file that is no frame."""
+
+
+class _ZstdReader:
     """Frames of a `.zst` file one after the other; unlike zstandard's own reader it notices a file that was cut off."""
 
     def __init__(self, path: Path) -> None:
@@ -92,35 +129,35 @@ class _ZstdReader(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._file, self._frame, self._ready = path.open("rb"), None, memoryview(b"")
 
-    def readable(self) -> bool:
-        return True
-
     def close(self) -> None:
         self._file.close()
-        super().close()
 
-    def readinto(self, buffer: Any) -> int:
+    def read1(self, size: int) -> memoryview:
         while not self._ready:
             data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             data = data or self._file.read(1 << 17)
             if self._frame is None or self._frame.eof:
                 if not data:
-                    return 0
+                    return self._ready
                 self._frame = self._new_frame()
             elif not data:
                 raise EOFError("the file ends inside a frame")
             try:
                 self._ready = memoryview(self._frame.decompress(data))
             except self._error as error:
-                raise OSError(str(error)) from None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
+                raise _Damage(str(error)) from None
+        piece, self._ready = self._ready[:size], self._ready[size:]
+        return piece
 
 
 def open_text(path: str | Path, errors: str = "strict") -> IO[str]:
-    """`open_binary` read as UTF-8 text lines (universal newlines off: a lone carriage return is text)."""
-    return io.TextIOWrapper(open_binary(path), encoding="utf-8", errors=errors, newline="\n")
+    """`open_binary` read as UTF-8 text lines (universal newlines off: a lone carriage return is text).
+
+    A byte order mark is no text, and that of UTF-16 is believed.
+    """
+    stream = open_binary(path)
+    wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return io.TextIOWrapper(stream, encoding="utf-16" if wide else "utf-8-sig", errors=errors, newline="\n")
 
 
 def cache_folder() -> Path:

@@ -26,8 +26,8 @@ MAX_DEPTH = 64
 MAX_DIGITS = 400
 """Longest number in characters; a float64 written out in full has at most 309 before its point."""
 
-Surrogates = Literal["refuse", "replace"]
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
+Surrogates = Literal["refuse", "replace", "keep"]
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class BadText(ValueError):
@@ -35,13 +35,14 @@ class BadText(ValueError):
 
 
 def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict: bool = True,
-               max_bytes: int = MAX_JSON_BYTES) -> Any:
+               foreign_numbers: Literal["refuse", "null"] = "refuse", max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text.
 
     Args:
         text: UTF-8, with or without a byte order mark.
-        surrogates: an escape that is half of a pair: refuse it, or read it as U+FFFD.
+        surrogates: an escape that is half of a pair: refuse it, read it as U+FFFD, or keep it as it is.
         strict: refuse control characters inside strings, as the standard does.
+        foreign_numbers: NaN, Infinity and numbers that no float64 holds: refuse them, or read them as null.
         max_bytes: longest text.
 
     Raises:
@@ -51,7 +52,7 @@ def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict:
         raise BadText(f"longer than the {max_bytes} bytes allowed")
     text = _decoded(text)
     try:
-        value = _decoder(strict).decode(text)
+        value = _decoder(strict, foreign_numbers == "null").decode(text)
     except RecursionError:
         raise BadText(f"nested deeper than {MAX_DEPTH}") from None
     except BadText:
@@ -62,11 +63,9 @@ def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict:
         raise BadText(f"not JSON: a number of more than {MAX_DIGITS} digits") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value)
-    if _SURROGATE_ESCAPE.search(text) and has_surrogates(value):
+    if surrogates != "keep" and (_SURROGATE_ESCAPE.search(text) or has_surrogates(text)) and has_surrogates(value):
         if surrogates == "refuse":
             raise BadText("holds half of a surrogate pair")
-        value = _mended(value)
-    elif not isinstance(text, bytes) and not text.isascii() and has_surrogates(text):
         value = _mended(value)
     return value
 
@@ -82,8 +81,11 @@ def _decoded(text: str | bytes) -> str:
         raise BadText(f"not UTF-8 (byte {error.start})") from None
 
 
-@functools.lru_cache(maxsize=2)
-def _decoder(strict: bool) -> json.JSONDecoder:
+@functools.lru_cache(maxsize=4)
+def _decoder(strict: bool, lenient: bool) -> json.JSONDecoder:
+    if lenient:
+        return json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite_or_none,
+                                parse_int=lambda text: int(text) if len(text) <= MAX_DIGITS else None, strict=strict)
     return json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, strict=strict)
 
 
@@ -96,6 +98,11 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise BadText(f"a number that is too large or too long: {text[:20]}...")
     return number
+
+
+def _finite_or_none(text: str) -> float | None:
+    number = float(text) if len(text) <= MAX_DIGITS else math.inf
+    return None if math.isinf(number) else number
 
 
 def _whole(text: str) -> int:
