@@ -94,7 +94,7 @@ def evaluation_texts(path: Path) -> Iterator[str]:
     try:
         yield from _strings(parse_json(text, strict=False, foreign_numbers="null"))
     except BadText:
-        for line in split_lines(text):
+        for line in filter(str.strip, split_lines(text)):
             try:
                 yield from _strings(parse_json(line, strict=False, foreign_numbers="null"))
             except BadText:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 from parallel.common.errors import UserError
+from parallel.common.folders import remove_folder
 
 FORMAT = "parallel.checkpoint"
 VERSION = 1
@@ -51,7 +51,7 @@ def remove_old(directory: str | Path, keep: int | None) -> None:
     """Deletes all checkpoints of a folder but the newest `keep`; None keeps all."""
     if keep is not None:
         for old in list_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
 
 
 def write_plain_json(path: Path, value: dict) -> None:
@@ -60,17 +60,3 @@ def write_plain_json(path: Path, value: dict) -> None:
         json.dump(value, file, ensure_ascii=False, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def put_in_place(hidden: Path, target: Path) -> None:
-    """Renames; an older checkpoint of the same step steps aside first and is deleted after."""
-    aside = hidden.with_name(hidden.name + ".old")
-    if target.exists():
-        target.rename(aside)
-    hidden.rename(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -9,13 +9,13 @@ import gzip
 import io
 import lzma
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from parallel.common.errors import UserError
+from parallel.common.folders import sweep_once, temporary_name
 from parallel.common.json_text import dump_json
 from parallel.common.structured import MAX_JSON_BYTES, read_json
 
@@ -36,8 +36,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
+        sweep_once(path.parent)
+        temporary = temporary_name(path)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
             file.flush()
