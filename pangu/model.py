@@ -19,7 +19,7 @@ from parallel.layers.embedding import Embedding, Residual, TiedHead
 from parallel.layers.feed_forward import FeedForward
 from parallel.layers.loss import CrossEntropy, MaskedMean, TiedCrossEntropy
 from parallel.layers.norm import LayerNorm
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 
 
 class DecoderLayer(nn.Cell):
@@ -57,10 +57,10 @@ class DecoderLayer(nn.Cell):
 class TokenEmbedding(nn.Cell):
     """hidden_ND = dropout(word[ids] + position[positions])."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: mstype, cut: str | None) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: mstype, axis: str | None) -> None:
         super().__init__()
         width, std = config.hidden_size, config.embedding_std
-        self.word = Embedding(config.vocabulary_size, width, std=std, cut=cut)
+        self.word = Embedding(config.vocabulary_size, width, std=std, axis=axis)
         self.position = Embedding(config.sequence_length, width, std=std, start="truncated_normal")
         self.add = Residual()
         self.dropout, self.dropout_keys = Dropout(config.dropout, ("residual", None)), DropoutKeys()
@@ -97,7 +97,7 @@ class PanGuAlpha(nn.Cell):
                                          start="truncated_normal")
         self.query_layer = DecoderLayer(config, compute_dtype)
         self.norm = LayerNorm(width, compute_dtype=compute_dtype)
-        self.head = TiedHead(cut="vocabulary")
+        self.head = TiedHead(axis="vocabulary")
         self.norm_first = config.final_norm == "before_query"
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
@@ -141,7 +141,7 @@ class TrainingLoss(Layer):
         config = model.config
         self.model, self.pad_id, self.length = model, config.pad_id, config.sequence_length
         self.weighted = weighted
-        self.cross_entropy = CrossEntropy(config.vocabulary_size, cut="vocabulary")
+        self.cross_entropy = CrossEntropy(config.vocabulary_size, axis="vocabulary")
         on_cpu = mindspore.get_context("device_target") == "CPU" and model.compute_dtype == mstype.float32
         self.together = TiedCrossEntropy() if on_cpu else None
         self.mean = MaskedMean()
@@ -173,6 +173,7 @@ class TrainingLoss(Layer):
         """Parameters that cells on several stages use: the word embedding's table, looked up first and last."""
         return [(self.model.embedding.word.table, [self.model.embedding, self.model.head])]
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         rows = ("batch", None)
-        return [Cut(self.inputs, (rows,)), Cut(self.labels, (rows,)), Cut(self.differs, (rows, ()))]
+        return [OpSharding(self.inputs, (rows,)), OpSharding(self.labels, (rows,)),
+                OpSharding(self.differs, (rows, ()))]

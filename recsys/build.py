@@ -82,7 +82,7 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
             where="parallel.data", what="train.global_batch_size")
     if parallel.sequence:
         raise UserError("rankers have no residual stream of tokens in a row to cut", where="parallel.sequence",
-                        value=True, hint="set it to false; model.op_cut: tokens cuts feature tokens")
+                        value=True, hint="set it to false; model.op_sharding: tokens cuts feature tokens")
     if parallel.pipeline.stages > 1 and parallel.pipeline.schedule != "1f1b":
         raise UserError("stages of rankers run 1f1b only", where="parallel.pipeline.schedule",
                         value=parallel.pipeline.schedule, hint="set it to 1f1b")
@@ -103,24 +103,24 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
 
 
 def check_op(settings: Any, model: Any, parallel: ParallelConfig) -> None:
-    """Raises a `UserError` unless the op axis divides the tables and what `model.op_cut` cuts."""
+    """Raises a `UserError` unless the op axis divides the tables and what `model.op_sharding` cuts."""
     batch, sizes, op = settings.train.global_batch_size, settings.model, parallel.op
     for width, rows in model.spec.tables.items():
         divides(op if parallel.vocabulary else 1, rows, where="parallel.op", what=f"table of width {width}, rows")
-    if not hasattr(sizes, "op_cut"):
+    if not hasattr(sizes, "op_sharding"):
         return
-    if sizes.op_cut == "width":
+    if sizes.op_sharding == "width":
         if getattr(sizes, "moe", None) is not None:
             raise UserError("experts are not cut along their width", where="parallel.op", value=op,
-                            hint="choose model.op_cut: tokens, or cut the experts with parallel.expert")
+                            hint="choose model.op_sharding: tokens, or cut the experts with parallel.expert")
         inner = round(getattr(sizes, "ratio", getattr(sizes, "ffn_ratio", 1)) * sizes.width)
         divides(op, inner, where="parallel.op", what="inner width")
         return
     if getattr(sizes, "ug_sep", None) is not None:
-        raise UserError("tokens of a separated ranker are not cut", where="model.op_cut", value=sizes.op_cut,
-                        hint="choose model.op_cut: width")
+        raise UserError("tokens of a separated ranker are not cut", where="model.op_sharding", value=sizes.op_sharding,
+                        hint="choose model.op_sharding: width")
     for count in {getattr(model, "tokens", sizes.tokens), getattr(model, "heads", sizes.tokens)}:
-        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", hint="choose model.op_cut: width")
+        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", hint="choose model.op_sharding: width")
     divides(op * parallel.data, batch, where="parallel.op", what="train.global_batch_size")
 
 

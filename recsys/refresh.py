@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from parallel.checkpoint.folder import resolve_checkpoint
-from parallel.checkpoint.whole import load_checkpoint, save_checkpoint
+from parallel.checkpoint.full import load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import note, table
 from parallel.layers.parameter import start_value

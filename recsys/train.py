@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.folder import list_checkpoints
-from parallel.checkpoint.whole import load_parameters, save_checkpoint
+from parallel.checkpoint.full import load_parameters, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json
 from parallel.common.progress import note, table
@@ -18,7 +18,7 @@ from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, start_device
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import CutRun, CutValidation, needs_cut
+from parallel.training.sharded_run import ShardedRun, ShardedValidation, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer, set_seed
 from recsys.build import build, check_layout, loss_network
@@ -39,8 +39,8 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     set_seed(settings.train.seed)
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
     parallel = check_device(settings, network.model, processes)
-    if needs_cut(parallel, processes):
-        figures = train_cut(settings, log, parallel, processes)
+    if needs_sharding(parallel, processes):
+        figures = train_sharded(settings, log, parallel, processes)
     else:
         initialize(network.model, settings.train.seed)
         figures = train(settings, network, log, processes)
@@ -53,7 +53,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     """The resolved layout; refuses layouts and types that this device does not run."""
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings, model, parallel)
-    needs_cut(parallel, processes)
+    needs_sharding(parallel, processes)
     if processes.target != "CPU":
         return parallel
     if settings.train.precision != "fp32":
@@ -66,7 +66,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     return parallel
 
 
-def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
+def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
     """Trains a ranker of which every process holds slices (Ascend); validated by its loss. AUC and the like need whole
     scores: `python -m recsys evaluate` on the merged checkpoint.
 
@@ -82,13 +82,13 @@ def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Proc
     task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
     counted = count(task.network)
     validated = len(log.parts["validation"]) >= options.global_batch_size
-    run = CutRun(task, options, parallel, processes, validated=validated)
+    run = ShardedRun(task, options, parallel, processes, validated=validated)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       *run.rows, log.spec, settings.data.together)
     validation = None
     if validated:
         rows = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
-        validation = CutValidation(run, rows, options.validation_batches)
+        validation = ShardedValidation(run, rows, options.validation_batches)
     trainer = Trainer(run.step, batches, options, settings.output, validation=validation, units="samples",
                       units_per_step=options.global_batch_size,
                       flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,

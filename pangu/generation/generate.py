@@ -275,7 +275,7 @@ def load_model(settings: Any, checkpoint: str) -> Any:
 
     from pangu.model import PanGuAlpha
     from parallel.checkpoint.folder import resolve_checkpoint
-    from parallel.checkpoint.whole import load_parameters
+    from parallel.checkpoint.full import load_parameters
 
     path = resolve_checkpoint(checkpoint)
     ms.set_context(mode=ms.GRAPH_MODE)

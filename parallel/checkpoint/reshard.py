@@ -19,8 +19,8 @@ from parallel.checkpoint.sharded import (
     parameter_of,
     volume,
     write_checkpoint,
+    write_full,
     write_rank,
-    write_whole,
 )
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar
@@ -43,12 +43,12 @@ def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]
     task, _, config = build_task(arguments.config, arguments.overrides)
     slices = Slices(arguments.source)
     if config.world == 1:
-        return _timed(arguments, slices, 1, lambda folder: write_whole(folder, slices), slices_bytes(slices))
-    from parallel.sharding.slices import cut_parameters
+        return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))
+    from parallel.sharding.slices import sharded_parameters
 
-    wholes = {whole.name: whole for whole in cut_parameters(task.network, config)}
-    _compare(slices, wholes)
-    plans = [rank_plan(slices, wholes, rank) for rank in range(config.world)]
+    full_parameters = {full.name: full for full in sharded_parameters(task.network, config)}
+    _compare(slices, full_parameters)
+    plans = [rank_plan(slices, full_parameters, rank) for rank in range(config.world)]
 
     def write(folder: Path) -> None:
         with Bar(config.world, "ranks") as bar:
@@ -66,7 +66,7 @@ def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: the checkpoint is damaged or incomplete; no disk space.
     """
     slices = Slices(arguments.source)
-    return _timed(arguments, slices, 1, lambda folder: write_whole(folder, slices), slices_bytes(slices))
+    return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))
 
 
 def run_split(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -80,11 +80,11 @@ def run_split(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     return run_reshard(settings, arguments)
 
 
-def rank_plan(slices: Slices, wholes: dict[str, Any], rank: int) -> list[tuple]:
+def rank_plan(slices: Slices, full_parameters: dict[str, Any], rank: int) -> list[tuple]:
     """What a rank holds: (name, kind of file, dtype, full shape, box); moments are cut as their parameters."""
     plan = []
     for name, tensor in slices.tensors.items():
-        box = wholes[parameter_of(name)].box_of_rank(rank)
+        box = full_parameters[parameter_of(name)].box_of_rank(rank)
         if box is not None:
             plan.append((name, tensor.kind, tensor.dtype, tensor.shape, box))
     return plan
@@ -100,15 +100,15 @@ def slices_bytes(slices: Slices) -> int:
     return sum(tensor.nbytes for tensor in slices.tensors.values())
 
 
-def _compare(slices: Slices, wholes: dict[str, Any]) -> None:
+def _compare(slices: Slices, full_parameters: dict[str, Any]) -> None:
     saved = {name: slices.tensors[name] for name in slices.names(PARAMETERS_FILE)}
-    for name, whole in wholes.items():
+    for name, full in full_parameters.items():
         if name not in saved:
             raise UserError(f"the checkpoint lacks parameter {name}", where=slices.path, hint="is it of another model?")
-        if saved[name].shape != whole.shape:
-            raise UserError(f"'{name}' has shape {list(whole.shape)} in the model and {list(saved[name].shape)} in the "
+        if saved[name].shape != full.shape:
+            raise UserError(f"'{name}' has shape {list(full.shape)} in the model and {list(saved[name].shape)} in the "
                             "checkpoint", where=slices.path, hint="use the config that it was trained with")
-    extra = [name for name in slices.tensors if parameter_of(name) not in wholes]
+    extra = [name for name in slices.tensors if parameter_of(name) not in full_parameters]
     if extra:
         raise UserError(f"the checkpoint has the unknown parameter {extra[0]}", where=slices.path,
                         hint="is it of another model?")

@@ -5,7 +5,7 @@
         layout-00003-of-00008.json     for every tensor: file, dtype, shape and crc32 of the slice, `full_shape`, `box`
         state.json
 
-A whole checkpoint (`parallel.checkpoint.whole`) is the special case without boxes; both are read by `Slices`.
+A whole checkpoint (`parallel.checkpoint.full`) is the special case without boxes; both are read by `Slices`.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def write_rank(folder: Path, rank: int, ranks: int,
                      {"format": FORMAT, "version": VERSION, "rank": rank, "ranks": ranks, "tensors": layout})
 
 
-def write_whole(folder: Path, slices: Slices) -> None:
+def write_full(folder: Path, slices: Slices) -> None:
     """Writes a whole checkpoint of the tensors of `slices` into `folder`."""
     layout = {}
     for kind in (PARAMETERS_FILE, OPTIMIZER_FILE):

@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.common.errors import UserError
+<<<<<<< HEAD
 from parallel.common.json_text import dump_json
+=======
+from parallel.common.renamed import FLAGS, VERBS
+>>>>>>> main
 from parallel.common.settings import Settings, load_settings, reference, to_yaml
 
 _OVERRIDE = re.compile(r"^[A-Za-z_][\w.-]*=")
@@ -80,6 +84,7 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
 
 def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     parser = _parser(package, verbs)
+    _refuse_old_names(package, argv)
     arguments, rest = parser.parse_known_args(argv)
     verb = next(verb for verb in verbs if verb.name == arguments.verb)
     overrides = [word for word in rest if _OVERRIDE.match(word)]
@@ -131,6 +136,17 @@ def _parser(package: str, verbs: list[Verb]) -> argparse.ArgumentParser:
         if verb.arguments is not None:
             verb.arguments(sub)
     return parser
+
+
+def _refuse_old_names(package: str, argv: list[str]) -> None:
+    if argv and (package, argv[0]) in VERBS:
+        new = VERBS[package, argv[0]]
+        raise UserError(f"the verb '{argv[0]}' is called '{new}'", where=f"python -m {package}", hint=f"type {new}")
+    for word in argv[1:]:
+        flag = word.partition("=")[0]
+        if (argv[0], flag) in FLAGS:
+            new = FLAGS[argv[0], flag]
+            raise UserError(f"the flag '{flag}' is called '{new}'", where=argv[0], hint=f"type {new}")
 
 
 def _unknown_word(parser: argparse.ArgumentParser, verb: Verb, word: str) -> UserError:

@@ -14,7 +14,7 @@ from mindspore import dtype as mstype
 from parallel.common.errors import UserError
 from parallel.layers.dropout import Dropout
 from parallel.layers.linear import Linear
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 
 MASKED = -10000.0
 
@@ -31,9 +31,10 @@ class AttentionBias(Layer):
         visible_B1SS = self.expand(self.cast(mask_BSS, mstype.float32), 1)
         return self.weigh(self.invert(1.0, visible_B1SS), MASKED)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         plane = ("batch", None, None, None)
-        return [Cut(self.expand, (("batch", None, None),)), Cut(self.invert, ((), plane)), Cut(self.weigh, (plane, ()))]
+        return [OpSharding(self.expand, (("batch", None, None),)), OpSharding(self.invert, ((), plane)),
+                OpSharding(self.weigh, (plane, ()))]
 
 
 class AttentionCore(Layer):
@@ -66,10 +67,11 @@ class AttentionCore(Layer):
         weight_BHSS = self.dropout(self.cast(weight_BHSS, value_BHSK.dtype), keys)
         return self.mix(weight_BHSS, value_BHSK)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         heads = ("batch", "heads", None, None)
-        return [Cut(self.scale, (heads, ())), Cut(self.scores, (heads, heads)), Cut(self.softmax, (heads,)),
-                Cut(self.mask, (heads, ("batch", None, None, None))), Cut(self.mix, (heads, heads))]
+        return [OpSharding(self.scale, (heads, ())), OpSharding(self.scores, (heads, heads)),
+                OpSharding(self.softmax, (heads,)), OpSharding(self.mask, (heads, ("batch", None, None, None))),
+                OpSharding(self.mix, (heads, heads))]
 
 
 class RowSoftmax(nn.Cell):
@@ -117,11 +119,11 @@ class Attention(Layer):
         if width % heads:
             raise UserError(f"heads must divide hidden_size {width}", where="model.heads", value=heads)
         self.width, self.heads, self.head_width = width, heads, width // heads
-        column = {"cut": "column", "std": qkv_std, "compute_dtype": compute_dtype}
+        column = {"style": "column", "std": qkv_std, "compute_dtype": compute_dtype}
         self.query = Linear(width, width, **column)
         self.key = Linear(width, width, **column)
         self.value = Linear(width, width, **column)
-        self.output = Linear(width, width, cut="row", std=output_std, compute_dtype=compute_dtype)
+        self.output = Linear(width, width, style="row", std=output_std, compute_dtype=compute_dtype)
         self.core = AttentionCore(self.head_width, dropout=dropout, softmax_dtype=softmax_dtype)
         self.reshape, self.split_heads, self.merge_heads = ops.Reshape(), ops.Transpose(), ops.Transpose()
 
@@ -141,6 +143,6 @@ class Attention(Layer):
         """[B, H, S, K] -> [N, D]."""
         return self.reshape(self.merge_heads(x_BHSK, (0, 2, 1, 3)), (-1, self.width))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.split_heads, (("batch", None, "heads", None),)),
-                Cut(self.merge_heads, (("batch", "heads", None, None),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.split_heads, (("batch", None, "heads", None),)),
+                OpSharding(self.merge_heads, (("batch", "heads", None, None),))]

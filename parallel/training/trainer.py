@@ -21,10 +21,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from parallel.checkpoint.folder import list_checkpoints, resolve_checkpoint
+from parallel.checkpoint.full import load_checkpoint, save_checkpoint
 from parallel.checkpoint.sharded import Holder, save_slices
-from parallel.checkpoint.whole import load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar, note
+from parallel.training.companions import Companion, restore_all, states_of
 from parallel.training.data_source import DataSource, NumberedSource, prefetch
 from parallel.training.device import DeviceSum
 from parallel.training.metrics_log import MetricsLog, measured_matmul_tflops
@@ -106,7 +107,8 @@ class Trainer:
         on_step: called as `on_step(step, {"loss", "global_norm", ...})` after every step.
         cell: called in place of `step`: the cell that MindSpore's automatic parallelism wraps around it.
         holder: for a cut network, which slices this process holds; None saves whole parameters from rank 0.
-        exchange: adds lists of floats over all processes; None = AllReduce on the device.
+        all_reduce: adds lists of floats over all processes; None = AllReduce on the device.
+        companions: what goes along with the run (see `parallel.training.companions`).
     """
 
     def __init__(self, step: TrainStep, source: DataSource, settings: TrainSettings, output: OutputSettings, *,
@@ -116,17 +118,18 @@ class Trainer:
                  describe: dict | None = None, title: str = "train",
                  on_step: Callable[[int, dict], None] | None = None, cell: nn.Cell | None = None,
                  holder: Holder | None = None,
-                 exchange: Callable[[list[float]], list[float]] | None = None) -> None:
+                 all_reduce: Callable[[list[float]], list[float]] | None = None,
+                 companions: Sequence[Companion] = ()) -> None:
         self.step, self.settings, self.output = step, settings, output
         self.source = NumberedSource(source, *step.share) if step.numbered else source
-        self.evaluators = list(evaluate)
+        self.evaluators, self.companions = list(evaluate), tuple(companions)
         if validation is not None:
             self.evaluators.insert(0, validation if callable(validation)
                                    else Validation(step, validation, settings.validation_batches))
         self.units, self.units_per_step, self.flops_per_step = units, units_per_step, flops_per_step
         self.describe, self.title, self.on_step = describe or {}, title, on_step
         self.cell, self.holder = cell if cell is not None else step, holder
-        self.exchange = exchange or (DeviceSum(step.group) if step.ranks > 1 else None)
+        self.all_reduce = all_reduce or (DeviceSum(step.group) if step.ranks > 1 else None)
         self.directory = Path(output.directory)
         self.checkpoints = self.directory / "checkpoints"
         counter_names = {p.name for p in step.counters()}
@@ -172,7 +175,16 @@ class Trainer:
                 if self.stopped_by is not None or self.iteration >= self.settings.steps:
                     break
             else:
-                raise UserError("the training data ended", value=self.iteration, hint="sources repeat their epochs")
+                self._data_ended()
+
+    def _data_ended(self) -> None:
+        """A source with `ends` (a stream) may end a run; others repeat their epochs."""
+        if not getattr(self.source, "ends", False):
+            raise UserError("the training data ended", value=self.iteration, hint="sources repeat their epochs")
+        self.stopped_by = self.stopped_by or "end of data"
+        if self.iteration and not self.metrics:
+            self.validate()
+        self.save()
 
     def _outputs(self) -> Iterator[tuple[int, dict[str, float]]]:
         """(steps done, scalars of the last of them) until the run's last step."""
@@ -182,6 +194,8 @@ class Trainer:
         batches = prefetch(itertools.islice(self.source.batches(self.iteration), self.settings.steps - self.iteration))
         try:
             for batch in batches:
+                for companion in self.companions:
+                    companion.before_step(self.iteration, batch)
                 with self.clock.stepping():
                     results = self.cell(*map(Tensor, batch))
                     outputs = _scalars(results)
@@ -209,6 +223,8 @@ class Trainer:
             self.window.append(outputs["loss"])
         if self.on_step is not None:
             self.on_step(self.iteration, outputs)
+        for companion in self.companions:
+            companion.after_step(self.iteration, outputs)
         if bar is not None:
             bar.advance(count, loss=f"{outputs['loss']:.4f}", **self.clock.shown(self.units))
         if self._due(self.settings.log_every):
@@ -285,8 +301,8 @@ class Trainer:
 
     def _agree_on_stop(self) -> None:
         """A signal may reach the ranks between different steps; they stop together at the next."""
-        if self.exchange is not None:
-            wanted, = self.exchange([1.0 if self.stopped_by else 0.0])
+        if self.all_reduce is not None:
+            wanted, = self.all_reduce([1.0 if self.stopped_by else 0.0])
             if wanted and self.stopped_by is None:
                 self.stopped_by = "another rank"
 
@@ -300,10 +316,12 @@ class Trainer:
         state = {"iteration": self.iteration, "counters": counters, "window": self.window, "skipped": self.skipped,
                  "early_stop": self.early_stop, "metrics": _json_floats(self.metrics),
                  "train": {"seed": self.settings.seed, "global_batch_size": self.settings.global_batch_size},
-                 "run": self.describe}
+                 "companions": states_of(self.companions, self.iteration), "run": self.describe}
         what = (self.checkpoints, self.iteration, self.parameters, self.states if self.output.save_optimizer else (),
                 state, self.output.keep)
         self.checkpoint = save_checkpoint(*what) if self.holder is None else save_slices(*what, self.holder)
+        for companion in self.companions:
+            companion.after_checkpoint(self.iteration)
         return self.checkpoint
 
     def restore(self) -> None:
@@ -327,6 +345,7 @@ class Trainer:
         boxes = self.holder.boxes if self.holder is not None else None
         state = load_checkpoint(path, self.parameters, self.states, boxes)
         self._take_state(state, path)
+        restore_all(self.companions, state.get("companions", {}), path)
         if self.step.rank == 0:
             note(f"going on from {path} (step {self.iteration})")
 
@@ -432,6 +451,8 @@ def _signals(trainer: Trainer) -> Iterator[None]:
             raise KeyboardInterrupt
         trainer.stopped_by = name
         note(f"{name}: stopping after this step; a checkpoint will be saved")
+        if trainer.exchange is None and hasattr(trainer.source, "interrupt"):
+            trainer.source.interrupt()  # a stream may be waiting for events that do not come
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

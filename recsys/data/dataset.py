@@ -140,7 +140,7 @@ class _Passes:
     def __init__(self, data: Any, source: Reader, encoder: Encoder) -> None:
         self.data, self.source, self.encoder = data, source, encoder
         self.by = data.split.by if data.split.by != "default" else source.split_by
-        self.cuts: tuple[float, float] | None = None
+        self.bounds: tuple[float, float] | None = None
         self.order: np.ndarray | None = None
         self.total = 0
         if self.by == "files":
@@ -191,12 +191,12 @@ class _Passes:
                 rank, total = _uniform(rows), 1.0
             else:
                 rank, total = rows if self.order is None else self.order[rows], self.total
-            cuts = [train * total, (train + validation) * total]
+            bounds = [train * total, (train + validation) * total]
             if total > 1:
-                cuts = [round(cut) for cut in cuts]
+                bounds = [round(bound) for bound in bounds]
             # A share of 0 gives a part without rows even where a cut lies on a rounding error.
-            last = (rank >= cuts[1]) & (self.data.split.fractions[2] > 0)
-            yield table, where, first, ((rank >= cuts[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
+            last = (rank >= bounds[1]) & (self.data.split.fractions[2] > 0)
+            yield table, where, first, ((rank >= bounds[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
 
 
 def _uniform(rows: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from parallel.checkpoint.whole import Checkpoint, load_parameters
+from parallel.checkpoint.full import Checkpoint, load_parameters
 from parallel.common.errors import UserError
 from parallel.common.native import build_library
 from parallel.common.progress import note

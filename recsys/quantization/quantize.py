@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.folder import PARAMETERS_FILE, resolve_checkpoint
-from parallel.checkpoint.whole import Checkpoint, save_checkpoint
+from parallel.checkpoint.full import Checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device

@@ -67,7 +67,7 @@ import sys
 from pathlib import Path
 from parallel.layers.parameter import initialize
 from parallel.task import load_run
-from parallel.checkpoint.whole import save_checkpoint
+from parallel.checkpoint.full import save_checkpoint
 from recsys.build import loss_network
 from recsys.data.dataset import prepare
 folder = Path(sys.argv[2])

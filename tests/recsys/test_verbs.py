@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from parallel.checkpoint.folder import resolve_checkpoint
-from parallel.checkpoint.whole import Checkpoint
+from parallel.checkpoint.full import Checkpoint
 from parallel.common.command import main
 from recsys.__main__ import VERBS
 from recsys.data.vocabulary import Vocabulary

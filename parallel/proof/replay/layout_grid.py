@@ -124,18 +124,18 @@ LAYOUTS = (
     Layout("sparse_optimizer", _keys(data=2, shard=-1, more=_SPARSE)),
     Layout("sparse_optimizer_op", _keys(2, 2, shard=-1, more=f"{_SPARSE} train.accumulation=2")),
     Layout("sparse_optimizer_stages", _keys(2, 1, 2, more=_SPARSE)),
-    Layout("tokens", _keys(op=2, more="model.op_cut=tokens")),
-    Layout("data_tokens", _keys(2, 2, shard=-1, more="model.op_cut=tokens")),
-    Layout("tokens_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="model.op_cut=tokens")),
-    Layout("tokens_naive", _keys(2, 2, more="model.op_cut=tokens_naive")),
+    Layout("tokens", _keys(op=2, more="model.op_sharding=tokens")),
+    Layout("data_tokens", _keys(2, 2, shard=-1, more="model.op_sharding=tokens")),
+    Layout("tokens_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="model.op_sharding=tokens")),
+    Layout("tokens_naive", _keys(2, 2, more="model.op_sharding=tokens_naive")),
     Layout("expert", _keys(data=2, more="parallel.expert=2")),
     Layout("expert_4", _keys(data=4, more="parallel.expert=4")),
     Layout("expert_half", _keys(data=4, shard=2, more="parallel.expert=2")),
     Layout("expert_optimizer", _keys(data=2, shard=-1, more="parallel.expert=2")),
-    Layout("expert_tokens", _keys(2, 2, more="parallel.expert=2 model.op_cut=tokens")),
+    Layout("expert_tokens", _keys(2, 2, more="parallel.expert=2 model.op_sharding=tokens")),
     Layout("expert_stages", _keys(data=2, stages=2, more="parallel.expert=2")),
     Layout("expert_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.expert=2 "
-                                                                             "model.op_cut=tokens")),
+                                                                             "model.op_sharding=tokens")),
 )
 
 

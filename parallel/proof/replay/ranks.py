@@ -162,6 +162,6 @@ def parameter_boxes(rank: int, layouts: dict[str, list], program: Program, confi
     return boxes
 
 
-def part_of(whole: np.ndarray, box: Box | None) -> np.ndarray:
-    """The elements of `whole` in `box`; all of them where there is none (nothing is cut)."""
-    return whole if box is None else whole[tuple(slice(*pair) for pair in box)]
+def part_of(full: np.ndarray, box: Box | None) -> np.ndarray:
+    """The elements of `full` in `box`; all of them where there is none (nothing is cut)."""
+    return full if box is None else full[tuple(slice(*pair) for pair in box)]

@@ -111,10 +111,10 @@ def test_plain_positions_by_hand():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 700), st.integers(0, 2**63))
 def test_shuffled_is_a_permutation_and_pointwise(count, key):
-    whole = shuffled(np.arange(count), count, key)
-    assert np.array_equal(np.sort(whole), np.arange(count))
+    full = shuffled(np.arange(count), count, key)
+    assert np.array_equal(np.sort(full), np.arange(count))
     some = np.arange(0, count, 3)
-    assert np.array_equal(shuffled(some, count, key), whole[some])
+    assert np.array_equal(shuffled(some, count, key), full[some])
 
 
 def test_shuffled_looks_shuffled():
@@ -148,18 +148,18 @@ def test_without_shuffle_records_come_as_they_lie(folder, all_records):
 
 def test_start_anywhere_equals_the_tail(folder, monkeypatch):
     monkeypatch.setattr("pangu.data.dataset._RECORDS_PER_WINDOW", 28)
-    whole = take(open_set(folder), 0, 70)  # more than two epochs, ten windows
+    full = take(open_set(folder), 0, 70)  # more than two epochs, ten windows
     for start in (0, 1, 6, 7, 25, 26, 52, 69):
-        assert_same(take(open_set(folder), start, 70 - start), whole[start:])
+        assert_same(take(open_set(folder), start, 70 - start), full[start:])
 
 
 @pytest.mark.parametrize("options", [{}, {"repeat": False, "shuffle": False}, {"eod_reset": False}])
 def test_ranks_together_are_one_process(folder, options):
-    whole = take(open_set(folder, batch_size=8, **options), 0, 15)
+    full = take(open_set(folder, batch_size=8, **options), 0, 15)
     ranks = [take(open_set(folder, batch_size=8, shard=(rank, 4), **options), 0, 15) for rank in range(4)]
     joined = [tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
               for batches in zip(*ranks, strict=True)]
-    assert_same(joined, whole)
+    assert_same(joined, full)
 
 
 def test_mindspore_pipeline_gives_the_same_batches(folder):

@@ -161,16 +161,16 @@ def test_bad_requests_are_refused(model):
 def test_rolling_scores_every_token_once(model, reference):
     text = draw(np.random.default_rng(3), 200, 201)
     got, = LanguageModel(model).loglikelihood_rolling([text])
-    whole, expected = [model.config.eot_id, *text], 0.0
+    full, expected = [model.config.eot_id, *text], 0.0
     for begin in range(0, 200, 96):
-        window = whole[begin:begin + 97]
+        window = full[begin:begin + 97]
         expected += reference(window[:1], window[1:]).sum()
     assert got == pytest.approx(expected, abs=5e-3)
 
 
 def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
     together, _ = requests_of_all_shapes(5)
-    whole = LanguageModel(model).loglikelihood(together)
+    full = LanguageModel(model).loglikelihood(together)
     first = LanguageModel(model, cache=RequestCache(tmp_path, "f"))
     first.loglikelihood(together[:9])
     file, = tmp_path.glob("f-0.jsonl")
@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
     answer = second.scorer.loglikelihood_and_greedy
     monkeypatch.setattr(second.scorer, "loglikelihood_and_greedy",
                         lambda some, keep: asked.extend(some) or answer(some, keep))
-    for (score, greedy), (wanted, likeliest) in zip(second.loglikelihood(together), whole, strict=True):
+    for (score, greedy), (wanted, likeliest) in zip(second.loglikelihood(together), full, strict=True):
         assert score == pytest.approx(wanted, abs=1e-4)
         assert greedy == likeliest
     assert len(asked) == len({str(r) for r in together}) - len({str(r) for r in together[:9]})
@@ -308,7 +308,7 @@ def test_harness_missing_is_one_clear_line(monkeypatch):
 def home(tmp_path_factory, model):
     """Vocabulary, checkpoint of an untrained tiny model, world questions and two small data sets."""
     from pangu.data.train_vocabulary import train_vocabulary
-    from parallel.checkpoint.whole import save_checkpoint
+    from parallel.checkpoint.full import save_checkpoint
 
     home = tmp_path_factory.mktemp("evaluation")
     train_vocabulary([d["text"] for d in generate_world(150_000)], home / "v.model", size=950)
@@ -349,7 +349,7 @@ def test_verb_on_tasks(home, capsys, tmp_path):
         if name == "cmrc2018":
             assert rows[0]["scores"] == []
             assert rows[0]["target"] == ["北京"]
-            assert rows[0]["cut"] > 0
+            assert rows[0]["truncated"] > 0
             continue
         right = [row["prediction"] == row["target"] == int(np.argmin(row["scores"])) for row in rows]
         assert result["metric"] == result["accuracy"] == pytest.approx(np.mean(right))

@@ -281,11 +281,11 @@ def test_dynamic_examples_are_sentences_with_the_answer(place):
 
 def test_examples_are_left_out_before_anything_is_cut(place):
     source = place("ocnli", {"dev.json": lines(*ocnli_rows(1)), "train.json": lines(*ocnli_rows(30, 100))})
-    whole = build(source, shots=0)[0]
+    full = build(source, shots=0)[0]
     for context in range(12, 80):
         instance = build(source, shots=6, context=context)[0]
-        assert instance.cut == 0
-        assert [scored for _, scored in instance.requests] == [scored for _, scored in whole.requests]
+        assert instance.truncated == 0
+        assert [scored for _, scored in instance.requests] == [scored for _, scored in full.requests]
         assert max(len(text_of(instance, i)) for i in range(3)) <= context + 1
     assert build(source, shots=6, context=16)[0].shots < 6
 
@@ -294,8 +294,8 @@ def test_a_cut_is_counted_alike_for_all_candidates_and_never_silent(place):
     long = "".join(chr(0x4E00 + n) for n in range(300))
     source = place("tnews", {"dev.json": lines({"label_desc": "news_car", "sentence": long, "id": 1})})
     instance = build(source, context=60)[0]
-    assert instance.cut > 0
-    kept = long[:len(long) - instance.cut]
+    assert instance.truncated > 0
+    kept = long[:len(long) - instance.truncated]
     for index, word in enumerate(instance.candidates):
         assert text_of(instance, index) == TOKENIZER.encode(f"这是关于{word}的文章：{kept}")
         assert len(text_of(instance, index)) <= 61
@@ -303,7 +303,7 @@ def test_a_cut_is_counted_alike_for_all_candidates_and_never_silent(place):
     more = long[:len(kept) + 1]
     assert max(len(TOKENIZER.encode(f"这是关于{word}的文章：{more}")) for word in instance.candidates) > 61
     rows = answers_of([instance], source.task)
-    assert summarize(source.task, rows)["cut"] == 1
+    assert summarize(source.task, rows)["truncated"] == 1
 
 
 LONG = "".join(chr(0x4E00 + n) for n in range(90))
@@ -330,14 +330,14 @@ LONG_FILES = {
 def test_no_context_cuts_the_scored_span_in_silence(place, name):
     """At every length of context all ids fit, and a scored span is whole or its instance says that it was cut."""
     source = place(name, LONG_FILES[name])
-    whole = build(source, context=2000)[0]
-    assert whole.cut == 0
+    full = build(source, context=2000)[0]
+    assert full.truncated == 0
     seen = set()
     for context in range(24, 260, 3):
         instance = build(source, context=context)[0]
         assert max(len(prefix) + len(scored) for prefix, scored in instance.requests) <= context + 1
-        assert instance.requests == whole.requests or instance.cut > 0
-        seen.add(instance.cut > 0)
+        assert instance.requests == full.requests or instance.truncated > 0
+        seen.add(instance.truncated > 0)
     assert seen == {True, False}
 
 

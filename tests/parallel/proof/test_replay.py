@@ -330,9 +330,9 @@ class TestComparison:
         replay = Replay(SimpleNamespace(boxes=[{}]), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
         rank = Rank(0, prepare(graph_of(node("Neg", "out", ("x",), (1,)))), {})
         found = []
-        for ours, whole in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):
+        for ours, full in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):
             rank.state = {"adam_m.bias": np.array([ours])}
-            found.append(replay._differences([rank], {"adam_m.bias": np.array([whole])})[0].relative)
+            found.append(replay._differences([rank], {"adam_m.bias": np.array([full])})[0].relative)
         np.testing.assert_allclose(found, [0.0, 1e-7, 0.5, np.inf])
 
     def test_both_optimizers_take_the_larger_epsilon(self, root):

@@ -28,11 +28,11 @@ def finished(tmp_path_factory):
     """One run of 12 steps with everything on, shared by the tests that look at it."""
     folder = tmp_path_factory.mktemp("run")
     seen = []
-    whole = trainer(folder, settings(validate_every=5), output={"tensorboard": True, "keep": 2},
+    full = trainer(folder, settings(validate_every=5), output={"tensorboard": True, "keep": 2},
                     validation=Batches(seed=9),
                     evaluate=[lambda step: {"twice": 2 * step}], units="samples", units_per_step=8, flops_per_step=1e6,
                     describe={"model": "toy"}, on_step=lambda step, scalars: seen.append((step, scalars["loss"])))
-    return folder, whole.run(), seen, whole
+    return folder, full.run(), seen, full
 
 
 def test_figures(finished):
@@ -58,9 +58,9 @@ def test_log_and_pictures(finished):
 
 
 def test_validation_is_the_weighted_mean_without_dropout(finished):
-    _, figures, _, whole = finished
+    _, figures, _, full = finished
     total = weight = 0.0
-    parameters = {p.name: p.asnumpy() for p in whole.parameters}
+    parameters = {p.name: p.asnumpy() for p in full.parameters}
     for index in range(5):
         x, y, mask = Batches(seed=9).batch(index)
         hidden = np.tanh(x @ parameters["weight1"] + parameters["bias1"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from parallel.checkpoint.whole import Checkpoint
+from parallel.checkpoint.full import Checkpoint
 from parallel.common.command import main
 from parallel.common.errors import UserError
 from recsys.__main__ import VERBS
@@ -155,10 +155,10 @@ def test_a_row_gives_the_same_in_any_number_of_rows(kernels):
     generator = np.random.default_rng(2)
     x = generator.standard_normal((1, 200, 200)).astype(np.float32)  # many: another way through the kernel
     q, scale = quantize(generator.standard_normal((1, 200, 64)).astype(np.float32))
-    whole = product(kernels, "dense_auto", x, q, scale)
+    full = product(kernels, "dense_auto", x, q, scale)
     for begin, end in ((0, 1), (3, 5), (10, 23), (50, 150)):
         part = product(kernels, "dense_auto", np.ascontiguousarray(x[:, begin:end]), q, scale)
-        np.testing.assert_allclose(part, whole[:, begin:end], rtol=0, atol=2e-6 * np.abs(whole).max())
+        np.testing.assert_allclose(part, full[:, begin:end], rtol=0, atol=2e-6 * np.abs(full).max())
 
 
 def test_wrong_shapes_are_refused(kernels):
@@ -182,7 +182,7 @@ def test_quantized_models_give_nearly_the_same(config, tmp_path):
     results = {}
     for mode in ("kernel", "float32"):
         model = loss_network(settings, log.spec, len(log.labels)).model
-        from parallel.checkpoint.whole import load_parameters
+        from parallel.checkpoint.full import load_parameters
 
         load_parameters(tmp_path / "run", list(model.get_parameters()))
         model.set_train(False)

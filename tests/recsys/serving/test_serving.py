@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from parallel.common.errors import UserError
+from parallel.serving.queue import Busy
 from recsys.saved_model import describe, load
-from recsys.serving.engine import Busy, Engine
+from recsys.serving.engine import Engine
 from recsys.serving.requests import read_request
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key

@@ -66,13 +66,13 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     init()
     from parallel.task import build_task
     from parallel.training.device import Processes
-    from parallel.training.sharded_run import CutRun, needs_cut
+    from parallel.training.sharded_run import ShardedRun, needs_sharding
     from parallel.training.trainer import Trainer
 
     processes = Processes(rank, world, "hccl_world_group", "Ascend")
     task, settings, config = build_task(order["config"], order["overrides"], world)
-    assert needs_cut(config, processes)
-    cut = CutRun(task, settings.train, config, processes, validated=order["validated"], exchange=add)
+    assert needs_sharding(config, processes)
+    cut = ShardedRun(task, settings.train, config, processes, validated=order["validated"], all_reduce=add)
     seen = []
 
     def stand_in(*batch: Tensor) -> tuple:

@@ -1,0 +1,1 @@
+"""Serving PanGu-alpha: the engine that runs many requests in one batch, and its HTTP server."""

@@ -1,0 +1,62 @@
+"""What goes along with a training run: sees every batch before its step, hears of every step after it, and keeps a
+state of its own in the checkpoints (a stream's offsets, windows of metrics, rows touched since an export)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from parallel.common.errors import UserError
+
+
+class Companion:
+    """Base of all companions; each method may be left as it is.
+
+    Attributes:
+        name: of its state in the checkpoint; unique in a run.
+    """
+
+    name = "companion"
+
+    def before_step(self, step: int, batch: Sequence[np.ndarray]) -> None:
+        """Called with the number of steps done and this process's rows of the next batch."""
+
+    def after_step(self, step: int, outputs: dict[str, float]) -> None:
+        """Called with the number of steps done and what the last one told."""
+
+    def after_checkpoint(self, step: int) -> None:
+        """Called when a checkpoint of `step` is complete on the disk."""
+
+    def state(self, step: int) -> Any:
+        """What a checkpoint of `step` keeps, JSON values; None = nothing."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Takes what `state` gave; called before the first batch of a resumed run.
+
+        Raises:
+            UserError: the state is damaged or does not fit.
+        """
+
+
+def states_of(companions: Iterable[Companion], step: int) -> dict[str, Any]:
+    """States by name, those that are None left out."""
+    found = {companion.name: companion.state(step) for companion in companions}
+    return {name: state for name, state in found.items() if state is not None}
+
+
+def restore_all(companions: Iterable[Companion], states: dict[str, Any], where: Any) -> None:
+    """Gives each companion its state.
+
+    Raises:
+        UserError: a state is damaged.
+    """
+    for companion in companions:
+        if companion.name in states:
+            try:
+                companion.restore(states[companion.name])
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise UserError(f"the state of '{companion.name}' in the checkpoint is damaged", where=where,
+                                hint="use another checkpoint") from None
