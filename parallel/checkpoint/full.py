@@ -12,7 +12,6 @@ ever unpickled. Slices of many ranks: `parallel.checkpoint.sharded`; both kinds 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from parallel.checkpoint.folder import (
     PARAMETERS_FILE,
     VERSION,
     checkpoint_path,
-    put_in_place,
     remove_old,
     write_plain_json,
 )
@@ -34,6 +32,7 @@ from parallel.checkpoint.safetensors_file import dtype_name, write_safetensors
 from parallel.checkpoint.sharded import Slices, parameter_of
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error
+from parallel.common.folders import put_in_place, sweep, temporary_name
 
 if TYPE_CHECKING:
     from mindspore import Parameter
@@ -57,9 +56,10 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Param
         UserError: no space or no permission; what was there before is untouched.
     """
     directory, target = Path(directory), checkpoint_path(directory, step)
-    hidden = directory / f".{target.name}.{os.getpid()}"
+    hidden = temporary_name(target)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        sweep(directory)
         _check_space(directory, [*parameters, *states])
         hidden.mkdir()
         entries = {}

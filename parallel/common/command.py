@@ -18,11 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.common.errors import UserError
-<<<<<<< HEAD
 from parallel.common.json_text import dump_json
-=======
 from parallel.common.renamed import FLAGS, VERBS
->>>>>>> main
 from parallel.common.settings import Settings, load_settings, reference, to_yaml
 
 _OVERRIDE = re.compile(r"^[A-Za-z_][\w.-]*=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import errno
 import gzip
@@ -17,7 +16,7 @@ from typing import IO, Any
 from parallel.common.errors import UserError
 from parallel.common.folders import sweep_once, temporary_name
 from parallel.common.json_text import dump_json
-from parallel.common.structured import MAX_JSON_BYTES, read_json
+from parallel.common.structured import MAX_JSON_BYTES, read_json, seal
 
 __all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside",
            "open_binary", "open_text", "read_json", "write_json"]
@@ -83,7 +82,7 @@ def open_binary(path: str | Path) -> io.BufferedReader:
     try:
         if opened is None:
             return path.open("rb")
-        return io.BufferedReader(_Decompressed(opened(path), path), 1 << 20)
+        return io.BufferedReader(_Decompressed(opened(path), path), 1 << 17)
     except PermissionError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=path) from None
 
@@ -107,7 +106,7 @@ class _Decompressed(io.RawIOBase):
             # At most one read below: what comes before a damaged place is not lost with it.
             data = self._stream.read1(len(buffer))
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, _Damage) as error:
-            raise DamagedFile(f"file is damaged or cut short: {error}", where=self._path,
+            raise DamagedFile(f"file is damaged: it cannot be read to its end ({error})", where=self._path,
                               hint="get it anew") from None
         buffer[:len(data)] = data
         return len(data)
@@ -154,11 +153,9 @@ class _ZstdReader:
 def open_text(path: str | Path, errors: str = "strict") -> IO[str]:
     """`open_binary` read as UTF-8 text lines (universal newlines off: a lone carriage return is text).
 
-    A byte order mark is no text, and that of UTF-16 is believed.
+    A byte order mark is no text.
     """
-    stream = open_binary(path)
-    wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return io.TextIOWrapper(stream, encoding="utf-16" if wide else "utf-8-sig", errors=errors, newline="\n")
+    return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", errors=errors, newline="\n")
 
 
 def cache_folder() -> Path:
@@ -176,10 +173,21 @@ def cache_folder() -> Path:
     return folder
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON (see `json_text`), atomically."""
+def write_json(path: str | Path, value: Any, *, sealed: bool = True) -> None:
+    """Writes `value` as indented JSON (see `json_text`), atomically.
+
+    Args:
+        path: the file.
+        value: anything; an object gets its digest as one more key, which `read_json` compares and takes off.
+        sealed: off for files in formats of others, which have no such key.
+    """
     with atomic_write(path) as file:
-        file.write(dump_json(value, indent=1) + "\n")
+        file.write(json_with_digest(value) if sealed else dump_json(value, indent=1) + "\n")
+
+
+def json_with_digest(value: Any) -> str:
+    """The text that `write_json` writes."""
+    return dump_json(seal(value) if isinstance(value, dict) else value, indent=1) + "\n"
 
 
 def inside(root: str | Path, path: str | Path) -> Path:

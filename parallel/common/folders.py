@@ -24,7 +24,8 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _FOREIGN_SECONDS = 7 * 24 * 3600.0
 # .<target>.<host>.<pid>.<start>.<random>.<kind>
-_NAME = re.compile(r"^\.(?P<target>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<start>\d+)\.[0-9a-f]{12}\.(?P<kind>tmp|old)$")
+_NAME = re.compile(
+    r"^\.(?P<target>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.(?P<start>\d+)\.[0-9a-f]{12}\.(?P<kind>tmp|old)$")
 _swept: set[str] = set()
 
 

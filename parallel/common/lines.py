@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from parallel.common.errors import UserError
-from parallel.common.files import open_binary, open_text
+from parallel.common.files import open_binary
 from parallel.common.structured import BadText, parse_object
 
 MAX_LINE_BYTES = 64 << 20
@@ -32,16 +32,15 @@ def text_lines(path: str | Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tu
         UserError: missing, damaged, not UTF-8, or a line of more than `max_bytes`; names the line.
     """
     with open_binary(path) as stream:
-        if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            yield from _decoded_lines(path)
-            return
         for number, data in _byte_lines(stream, path, max_bytes):
             if number == 1:
                 data = data.removeprefix(codecs.BOM_UTF8)
             try:
                 yield number, data.decode()
             except UnicodeDecodeError as error:
-                raise UserError(f"not UTF-8 (byte {error.start + 1} of the line)", where=f"{path}, line {number}",
+                wide = number == 1 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                what = "this is UTF-16, not UTF-8" if wide else f"not UTF-8 (byte {error.start + 1} of the line)"
+                raise UserError(what, where=f"{path}, line {number}",
                                 value=data[error.start:error.start + 4], hint="convert the file to UTF-8") from None
 
 
@@ -52,17 +51,6 @@ def _byte_lines(stream: BinaryIO, path: str | Path, max_bytes: int) -> Iterator[
         if len(data) > max_bytes:
             raise UserError(f"line is longer than the {max_bytes} bytes allowed", where=f"{path}, line {number}")
         yield number, data.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _decoded_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    with open_text(path) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                yield number, line.removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError:
-            raise UserError("not UTF-16, as its first bytes say", where=f"{path}, line {number + 1}",
-                            hint="convert the file to UTF-8") from None
 
 
 def json_lines(path: str | Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, dict]]:

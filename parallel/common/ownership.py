@@ -1,8 +1,8 @@
-"""Who owns a folder, and who ends with whom: processes by host, pid and start time, so that a pid used again is another.
+"""Who owns a folder, and who ends with whom. A process is a host, a pid and a start time: a pid used again is another.
 
 - `owned(directory)`: one owner of a run's folder at a time; a second is refused with a line that says who has it. A
-  launcher owns the folder for its ranks: what it starts with `owner_environment()` joins it, and a next owner waits until
-  the last of them is gone.
+  launcher owns the folder for its ranks: what it starts with `owner_environment()` joins it, and a next owner waits
+  until the last of them is gone.
 - `end_with_parent()`: in a worker: it ends when the process that started it does, whatever killed that.
 - `alive(identity)`: whether the process that made a temporary file still runs.
 """
@@ -166,8 +166,8 @@ def _who(path: Path) -> str:
 def end_with_parent(number: int = signal.SIGKILL) -> None:
     """From here on this process ends when its parent does. Call it first thing in a worker.
 
-    The kernel sends `number` at once (prctl); a thread watches too, for a parent that had ended before the call or was a
-    thread that is gone.
+    The kernel sends `number` at once (prctl); a thread watches too, for a parent that had ended before the call or was
+    a thread that is gone.
     """
     parent = Identity.of(os.getppid())
     with contextlib.suppress(OSError, AttributeError):

@@ -8,6 +8,7 @@ holds are refused, a byte order mark is not. YAML is read by `yaml_core`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -17,11 +18,12 @@ from typing import Any, Literal
 import pydantic
 
 from parallel.common.errors import UserError
-from parallel.common.json_text import has_surrogates, without_surrogates
+from parallel.common.json_text import has_surrogates, plain, without_surrogates
 from parallel.common.yaml_core import BadYaml, load_yaml
 
 MAX_JSON_BYTES = 256 << 20
 MAX_YAML_BYTES = 1 << 20
+DIGEST_KEY = "digest_of_file"
 MAX_DEPTH = 64
 MAX_DIGITS = 400
 """Longest number in characters; a float64 written out in full has at most 309 before its point."""
@@ -147,18 +149,51 @@ def kind_of(value: Any) -> str:
     return words.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
-def read_json(path: str | Path, shape: Any = None, *, max_bytes: int = MAX_JSON_BYTES,
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` as JSON has it, with the digest of all else under `DIGEST_KEY`."""
+    value = plain({key: item for key, item in value.items() if key != DIGEST_KEY})
+    return {**value, DIGEST_KEY: _digest(value)}
+
+
+def unseal(value: Any, where: Any, *, required: bool = True, hint: str = "make it anew") -> Any:
+    """`value` without its digest, which is compared.
+
+    Args:
+        value: what was read.
+        where: the file.
+        required: whether an object without a digest is damaged; False for files that a user or an older version wrote.
+
+    Raises:
+        UserError: the digest is missing or another.
+    """
+    if not isinstance(value, dict) or DIGEST_KEY not in value:
+        if required:
+            raise UserError("file is damaged: it has no digest", where=where, hint=hint)
+        return value
+    rest = {key: item for key, item in value.items() if key != DIGEST_KEY}
+    if value[DIGEST_KEY] != _digest(rest):
+        raise UserError("file is damaged: what is in it has changed since it was written", where=where, hint=hint)
+    return rest
+
+
+def _digest(value: dict) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def read_json(path: str | Path, shape: Any = None, *, sealed: bool = False, max_bytes: int = MAX_JSON_BYTES,
               hint: str = "make it anew") -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file; where it carries its digest (`files.write_json`), that is compared and taken off.
 
     Args:
         path: the file.
         shape: what it must hold: any type that pydantic knows (`dict`, `list[str]`, a settings class); None = anything.
+        sealed: whether it must carry its digest.
         max_bytes: largest file.
         hint: what to do when it is damaged.
 
     Raises:
-        UserError: missing, too large, damaged, or of another shape.
+        UserError: missing, too large, damaged, changed since it was written, or of another shape.
     """
     path = Path(path)
     if not path.is_file():
@@ -168,6 +203,7 @@ def read_json(path: str | Path, shape: Any = None, *, max_bytes: int = MAX_JSON_
         value = parse_json(data, max_bytes=max_bytes)
     except BadText as error:
         raise UserError(f"file is damaged: {error}", where=path, hint=hint) from None
+    value = unseal(value, path, required=sealed, hint=hint)
     return value if shape is None else typed(value, shape, where=path)
 
 
@@ -191,14 +227,18 @@ def read_yaml(path: str | Path, *, max_bytes: int = MAX_YAML_BYTES, what: str = 
 
 def _read_bytes(path: Path, max_bytes: int, what: str = "file") -> bytes:
     try:
+        pieces, size = [], 0
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)  # a file may grow between a look at its size and the reading
+            # In pieces: a file may grow after a look at its size, and one read would reserve all that is allowed.
+            while size <= max_bytes and (piece := file.read(1 << 20)):
+                pieces.append(piece)
+                size += len(piece)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=path) from None
-    if len(data) > max_bytes:
+    if size > max_bytes:
         raise UserError(f"{what} is too large: larger than the {max_bytes} bytes allowed", where=path,
                         value=path.stat().st_size)
-    return data
+    return b"".join(pieces)
 
 
 def typed(value: Any, shape: Any, *, where: Any, hint: str | None = None) -> Any:
