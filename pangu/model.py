@@ -80,7 +80,8 @@ class PanGuAlpha(nn.Cell):
         config: sizes and choices.
         compute_dtype: type of the matmuls (float16 on Ascend, float32 on the CPU).
 
-    Inputs: ids_BS int32, positions_BS int32, mask_BSS (1 = visible, 0 = hidden). Output: logits [N, V].
+    Inputs: ids_BS int32, positions_BS int32, documents_BS int32 (or a mask [B, S, S], see `AttentionBias`).
+    Output: logits [N, V].
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: mstype = mstype.float32) -> None:
@@ -102,19 +103,20 @@ class PanGuAlpha(nn.Cell):
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
 
-    def construct(self, ids_BS: Tensor, positions_BS: Tensor, mask_BSS: Tensor) -> Tensor:
-        return self.head(self.hidden(ids_BS, positions_BS, mask_BSS), self.embedding.word.table)
+    def construct(self, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor) -> Tensor:
+        return self.head(self.hidden(ids_BS, positions_BS, documents_BS), self.embedding.word.table)
 
-    def hidden(self, ids_BS: Tensor, positions_BS: Tensor, mask_BSS: Tensor, rows_B: Tensor | None = None) -> Tensor:
+    def hidden(self, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor,
+               rows_B: Tensor | None = None) -> Tensor:
         """[N, D]: what the head is applied to; rows_B numbers the samples for dropout."""
         hidden_ND = self.embedding(ids_BS, positions_BS, rows_B)
         for i in range(len(self.layers)):
-            hidden_ND = self.layers[i](hidden_ND, self.biases[i](mask_BSS), None, rows_B)
+            hidden_ND = self.layers[i](hidden_ND, self.biases[i](documents_BS), None, rows_B)
         if self.norm_first:
             hidden_ND = self.norm(hidden_ND)
         # The released code indexes the query table with the input's own position: row i asks for token i + 1.
         query_ND = self.cast(self.query_embedding(positions_BS), self.compute_dtype)
-        hidden_ND = self.query_layer(hidden_ND, self.bias(mask_BSS), query_ND, rows_B)
+        hidden_ND = self.query_layer(hidden_ND, self.bias(documents_BS), query_ND, rows_B)
         if not self.norm_first:
             hidden_ND = self.norm(hidden_ND)
         return hidden_ND
@@ -129,8 +131,8 @@ class PanGuAlpha(nn.Cell):
 class TrainingLoss(Layer):
     """Mean negative log-likelihood of the next token over a batch of records.
 
-    Inputs: records_BR int32 with R = S + 1 ids, positions_BS, mask_BSS and, in training with dropout, rows_B (numbers
-    of the samples, int32). Output: scalar loss in nats per token.
+    Inputs: records_BR int32 with R = S + 1 ids, positions_BS, documents_BS and, in training with dropout, rows_B
+    (numbers of the samples, int32). Output: scalar loss in nats per token.
     Tokens are records[:, :-1], labels records[:, 1:]. The loss mask looks at the *input* token (it is 0 where that is
     padding), as in the released code, so the border from one document to the next is predicted too.
     """
@@ -148,12 +150,12 @@ class TrainingLoss(Layer):
         self.inputs, self.labels, self.differs = ops.StridedSlice(), ops.StridedSlice(), ops.NotEqual()
         self.reshape, self.cast = ops.Reshape(), ops.Cast()
 
-    def construct(self, records_BR: Tensor, positions_BS: Tensor, mask_BSS: Tensor,
+    def construct(self, records_BR: Tensor, positions_BS: Tensor, documents_BS: Tensor,
                   rows_B: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         batch = records_BR.shape[0]
         ids_BS = self.inputs(records_BR, (0, 0), (batch, self.length), (1, 1))
         labels_BS = self.labels(records_BR, (0, 1), (batch, self.length + 1), (1, 1))
-        hidden_ND = self.model.hidden(ids_BS, positions_BS, mask_BSS, rows_B)
+        hidden_ND = self.model.hidden(ids_BS, positions_BS, documents_BS, rows_B)
         table_VD = self.model.embedding.word.table
         logits_NV, labels_N = self.model.head(hidden_ND, table_VD), self.reshape(labels_BS, (-1,))
         if self.together is not None:

@@ -102,6 +102,12 @@ def open_log(settings: Any, checkpoint: str | None = None) -> Log:
     return prepare(settings.data, settings.model.embedding_size, vocabulary)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `evaluate`."""
+    parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
+    parser.add_argument("--part", choices=["train", "validation", "test"], default="test", help="rows to evaluate on")
+
+
 def run(settings: Any, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: exact metrics of a checkpoint on one part of the log."""
     start_device()

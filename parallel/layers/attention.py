@@ -5,9 +5,11 @@ Shapes: B batch, S sequence, D width, H heads, K = D / H head width, N = B S tok
 
 from __future__ import annotations
 
+import functools
 import math
 
 import mindspore
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -20,21 +22,49 @@ MASKED = -10000.0
 
 
 class AttentionBias(Layer):
-    """bias_B1SS = (1 - mask_BSS) * -10000: what is added to the scores, made once for all layers."""
+    """bias_B1SS = (1 - visible) * -10000: what is added to the scores, made once for all layers.
+
+    It takes documents_BS int32, the number of each position's document: a position sees those before it, and itself,
+    in its own document. So the host sends S numbers a sample and not S x S. It also takes the mask itself, mask_BSS
+    (1 = visible, 0 = hidden), for masks of another kind.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.expand, self.invert, self.weigh = ops.ExpandDims(), ops.Sub(), ops.Mul()
+        self.own, self.other = ops.ExpandDims(), ops.ExpandDims()
+        self.same, self.both = ops.Equal(), ops.LogicalAnd()
         self.cast = ops.Cast()
 
-    def construct(self, mask_BSS: Tensor) -> Tensor:
-        visible_B1SS = self.expand(self.cast(mask_BSS, mstype.float32), 1)
+    def construct(self, visible: Tensor) -> Tensor:
+        if visible.ndim == 2:
+            visible = self.mask(visible)
+        visible_B1SS = self.expand(self.cast(visible, mstype.float32), 1)
         return self.weigh(self.invert(1.0, visible_B1SS), MASKED)
+
+    def mask(self, documents_BS: Tensor) -> Tensor:
+        """bool [B, S, S]: same document, and not after."""
+        same_BSS = self.same(self.own(documents_BS, 2), self.other(documents_BS, 1))
+        return self.both(same_BSS, lower_triangle(documents_BS.shape[1]))
 
     def sharding(self) -> list[OpSharding]:
         plane = ("batch", None, None, None)
-        return [OpSharding(self.expand, (("batch", None, None),)), OpSharding(self.invert, ((), plane)),
-                OpSharding(self.weigh, (plane, ()))]
+        square, row, column = ("batch", None, None), ("batch", None), (None, None, None)
+        return [OpSharding(self.own, (row,)), OpSharding(self.other, (row,)), OpSharding(self.same, (square, square)),
+                OpSharding(self.both, (square, column)), OpSharding(self.expand, (square,)),
+                OpSharding(self.invert, ((), plane)), OpSharding(self.weigh, (plane, ()))]
+
+
+@ops.constexpr
+def lower_triangle(length: int) -> Tensor:
+    """bool [1, S, S], a constant of the graph: True where the column is not after the row."""
+    return _lower_triangle(length)
+
+
+@functools.cache
+def _lower_triangle(length: int) -> Tensor:
+    # One tensor for all layers, so that the compiler and the planner see the same mask everywhere.
+    return Tensor(np.tri(length, dtype=bool)[None])
 
 
 class AttentionCore(Layer):

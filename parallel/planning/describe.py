@@ -221,6 +221,8 @@ class Walk:
         self.stack: list[tuple[str, int, bool]] = [("", _NO_UNIT, False)]
         self.parameters: dict[int, Item] = {}
         self.values: dict[tuple, Item] = {}
+        # The tensor beside its item: it must not die, or another one could get its id.
+        self.constants: dict[int, tuple[Tensor, Item]] = {}
         self.first_use: dict[str, tuple] = {}
 
     def enter(self, cell: nn.Cell) -> None:
@@ -244,7 +246,10 @@ class Walk:
                 self.parameters[id(value)] = Item(dims, _dtype(value.dtype), name, value.requires_grad, walk=self)
             return self.parameters[id(value)]
         if isinstance(value, Tensor):
-            return Item(tuple(Dim(size) for size in value.shape), _dtype(value.dtype), walk=self)
+            if id(value) not in self.constants:
+                item = Item(tuple(Dim(size) for size in value.shape), _dtype(value.dtype), walk=self)
+                self.constants[id(value)] = (value, item)
+            return self.constants[id(value)][1]
         return None
 
     def call(self, primitive: Any, arguments: tuple) -> Any:

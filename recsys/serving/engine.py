@@ -21,8 +21,8 @@ from mindspore import Tensor
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
+from parallel.layers.int8 import Int8Product, dequantize, panels, products
 from parallel.serving.queue import Waiting, WorkQueue, answer
-from recsys.quantization.layers import Int8Product, dequantize, panels, products
 from recsys.saved_model import Trained, describe
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key

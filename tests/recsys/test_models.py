@@ -92,7 +92,7 @@ def test_half_of_the_experts_are_half_of_the_network():
 
 
 def test_params_command_prints_the_figures(capsys):
-    assert main("recsys", VERBS, ["params", "--config", str(CONFIGS / "rankmixer.yaml")]) == 0
+    assert main("recsys", VERBS, ["count", "--config", str(CONFIGS / "rankmixer.yaml")]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     import json
 
