@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,20 @@ _MAX_SHOWN = 3
 
 
 def save(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any], state: dict[str, Any],
-         keep: int | None, *, rank: int = 0, holder: Holder | None = None) -> Path | None:
+         keep: int | None, *, rank: int = 0, holder: Holder | None = None,
+         add_files: Callable[[Path], None] | None = None) -> Path | None:
     """A checkpoint of a run of any number of processes: rank 0 writes whole tensors, or every rank its slices.
 
     All ranks call it; see `save_checkpoint` and `save_slices`. None on a rank that writes nothing.
     """
     if holder is not None:
-        return save_slices(directory, step, parameters, states, state, keep, holder)
-    return save_checkpoint(directory, step, parameters, states, state, keep) if rank == 0 else None
+        return save_slices(directory, step, parameters, states, state, keep, holder, add_files)
+    return save_checkpoint(directory, step, parameters, states, state, keep, add_files) if rank == 0 else None
 
 
 def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any] = (),
-                    state: dict[str, Any] | None = None, keep: int | None = None) -> Path:
+                    state: dict[str, Any] | None = None, keep: int | None = None,
+                    add_files: Callable[[Path], None] | None = None) -> Path:
     """Writes `<directory>/step_<step>` atomically, then deletes all but the newest `keep`.
 
     Args:
@@ -61,6 +63,7 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any],
         states: the optimizer's.
         state: JSON values to keep beside them.
         keep: how many to keep; None = all.
+        add_files: called with the folder before it is complete, to put more files into it.
 
     Raises:
         UserError: no space or no permission; what was there before is untouched.
@@ -77,6 +80,8 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any],
         for name, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
             if tensors:
                 entries.update(_write_tensors(hidden / name, tensors))
+        if add_files is not None:
+            add_files(hidden)
         write_plain_json(hidden / "layout.json", {"format": FORMAT, "version": VERSION, "tensors": entries})
         write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **(state or {})})
         put_in_place(hidden, target)

@@ -258,7 +258,8 @@ class Holder:
 
 
 def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any],
-                state: dict[str, Any], keep: int | None, holder: Holder) -> Path:
+                state: dict[str, Any], keep: int | None, holder: Holder,
+                add_files: Callable[[Path], None] | None = None) -> Path:
     """`checkpoint.save_checkpoint` for slices: every rank calls it, each writes its own files into one hidden folder on
     a disk that all share, and rank 0 renames it when all have finished.
 
@@ -284,6 +285,8 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
         write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, box: arrays[name].read())
         holder.barrier()
         if holder.rank == 0:
+            if add_files is not None:
+                add_files(hidden)
             write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **state})
             put_in_place(hidden, target)
             remove_old(directory, keep)
