@@ -32,6 +32,12 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    from parallel.proof.export import add_arguments
+
+    add_arguments(parser)
+
+
 def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
     from parallel.planning.estimate import add_arguments
 
@@ -60,6 +66,8 @@ VERBS: list[Verb] = [
          arguments=_reshard_arguments),
     Verb("replay", "parallel.proof.replay.replay:run", "execute all ranks of a layout here and compare with one device",
          arguments=_replay_arguments, run_file=True),
+    Verb("export", "parallel.proof.export:run", "write all ranks' graphs as a program that runs without MindSpore",
+         arguments=_export_arguments, run_file=True),
     Verb("estimate", "parallel.planning.estimate:run", "memory, communication and time of a step on a cluster",
          arguments=_estimate_arguments, run_file=True),
     Verb("plan", "parallel.planning.plan:run", "search the fastest layout of N devices that fits",

@@ -340,9 +340,10 @@ def _broadcast_dims(node: Node, one: Sequence[int], other: Sequence[int]) -> tup
 @rule("AdamWeightDecay", table=UPDATES)
 def _adam(node: Node, p: np.ndarray, m: np.ndarray, v: np.ndarray, rate: Any, beta1: Any, beta2: Any, epsilon: Any,
           decay: Any, gradient: np.ndarray, *_: Any) -> tuple:
-    m = np.float32(beta1) * m + (np.float32(1.0) - np.float32(beta1)) * gradient
-    v = np.float32(beta2) * v + (np.float32(1.0) - np.float32(beta2)) * gradient * gradient
-    return p - np.float32(rate) * (m / (np.sqrt(v) + np.float32(epsilon)) + np.float32(decay) * p), m, v
+    rate, beta1, beta2, epsilon, decay, one = (p.dtype.type(item) for item in (rate, beta1, beta2, epsilon, decay, 1.0))
+    m = beta1 * m + (one - beta1) * gradient
+    v = beta2 * v + (one - beta2) * gradient * gradient
+    return p - rate * (m / (np.sqrt(v) + epsilon) + decay * p), m, v
 
 
 UPDATES |= {
