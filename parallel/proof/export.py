@@ -1,7 +1,8 @@
 """Verb `export`: the partitioned graphs of all ranks as a portable program (`parallel.torch_runtime.program`).
 
-Only ranks whose graphs differ in more than their groups are compiled, as replay does. Programs are kept in a cache under
-the digest of everything that shapes a graph: settings, the code that builds and cuts networks, MindSpore's version.
+Only ranks whose graphs differ in more than their groups are compiled, as replay does. Programs are kept in a cache
+under the digest of everything that shapes a graph: settings, the code that builds and shards networks, MindSpore's
+version.
 """
 
 from __future__ import annotations
@@ -170,11 +171,14 @@ def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], Worl
     writer = portable.Writer(folder)
     tensors = [portable.Tensor(name, kind, tuple(shape), dtype, tuple(start))
                for name, kind, shape, dtype, start in step["tensors"]]
-    ranks = [_rank(number, read, writer) for number in range(len(read["step"].programs))]
+    ranks, groups = [], {"groups": set(), "messages": set()}
+    for number in range(len(read["step"].programs)):
+        ranks.append(_rank(number, read, writer, groups))
     writer.finish(
         tensors=tensors, inputs=step["whole_inputs"], ranks=ranks, parallel=step["parallel"],
         settings=settings.model_dump(mode="json"), micro_batches=step["micro_batches"], tokens=step["tokens"],
-        figures=step["figures"], mindspore=importlib.metadata.version("mindspore"),
+        figures=step["figures"], **{key: sorted(listed) for key, listed in groups.items()},
+        mindspore=importlib.metadata.version("mindspore"),
         ordered_messages={kind: ordered_messages(world.programs) for kind, world in read.items()}, **more,
     )
 
@@ -183,10 +187,15 @@ def _first(compiled: dict[int, Compiled]) -> dict[str, Any]:
     return next(iter(compiled.values())).result
 
 
-def _rank(number: int, worlds: dict[str, World], writer: portable.Writer) -> portable.Rank:
+def _rank(number: int, worlds: dict[str, World], writer: portable.Writer, known: dict[str, set]) -> portable.Rank:
+    """Writes a rank's graphs and adds their groups to the `known` ones of the world."""
     graphs, groups, boxes = {}, {}, {}
     for kind, world in worlds.items():
         made = converted(world.programs[number], number)
+        for node in made.nodes:
+            if "group" in node.attributes:
+                key = "messages" if node.op in ("Send", "Receive") else "groups"
+                known[key].add(made.groups[node.attributes["group"]])
         graphs[kind], groups[kind] = writer.add(made), made.groups
         boxes = {**world.boxes[number], **boxes}
     stage, data, op = coordinates(number, worlds["step"].config)

@@ -22,6 +22,10 @@ from parallel.torch_runtime.program import Node
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,
                "prod": dist.ReduceOp.PRODUCT}
 
+# Newer releases call them so, and warn of the old names.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class Pending:
     """A collective under way: its result once `wait` has returned. Keeps what is sent alive until then."""
@@ -45,21 +49,20 @@ class Communicator:
     Args:
         rank, world: its number and how many there are.
         device: where tensors lie.
-        groups: the groups that this rank is in, all kinds of graphs together; of messages (sender, receiver).
-        messages: which of `groups` are directions of messages.
+        groups: all groups of the world, the same on every rank.
+        messages: all directions of messages, (sender, receiver).
     """
 
     def __init__(self, rank: int, world: int, device: torch.device, groups: Sequence[tuple[int, ...]] = (),
                  messages: Sequence[tuple[int, int]] = ()) -> None:
         self.rank, self.world, self.device = rank, world, device
         self.groups: dict[tuple, Any] = {}
-        # All members make a group at the same place of the same order, hence the sorting.
-        wanted = {("group", *members): members for members in groups if len(members) > 1}
-        wanted |= {("message", *pair): pair for pair in messages}
-        for key in sorted(wanted):
-            if rank in wanted[key]:
-                self.groups[key] = dist.new_group(list(wanted[key]), use_local_synchronization=True,
-                                                  group_desc="-".join(map(str, key)))
+        # Every rank makes every group, its own and the others', in the same order: torch asks for it.
+        for kind, listed in (("group", groups), ("message", messages)):
+            for members in sorted(set(map(tuple, listed))):
+                if len(members) > 1:
+                    made = dist.new_group(list(members), group_desc="-".join(map(str, (kind, *members))))
+                    self.groups[kind, *members] = made
         self.sent: list[Pending] = []
 
     def start(self, node: Node, value: Any, members: tuple[int, ...]) -> Pending:
@@ -86,11 +89,11 @@ class Communicator:
         if node.op == "AllGather":
             result = value.new_empty((value.shape[0] * len(members), *value.shape[1:]) if value.dim() else
                                      (len(members),))
-            return Pending(dist.all_gather_into_tensor(result, value, group, async_op=True), result, value)
+            return Pending(_all_gather(result, value, group=group, async_op=True), result, value)
         if node.op == "ReduceScatter":
             result = value.new_empty((value.shape[0] // len(members), *value.shape[1:]))
             operation = _REDUCTIONS[str(node.attributes.get("op") or "sum")]
-            return Pending(dist.reduce_scatter_tensor(result, value, operation, group, async_op=True), result, value)
+            return Pending(_reduce_scatter(result, value, op=operation, group=group, async_op=True), result, value)
         if node.op == "Broadcast":
             root = int(node.attributes.get("root_rank") or 0)
             result = value.clone()

@@ -241,6 +241,11 @@ class Program:
         """Tensors by name."""
         return {tensor.name: tensor for tensor in self.tensors}
 
+    @property
+    def groups(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """All groups of collectives in the world, and all directions of messages (sender, receiver)."""
+        return [tuple(item) for item in self.tree["groups"]], [tuple(item) for item in self.tree["messages"]]
+
     def has(self, kind: str) -> bool:
         """Whether there are graphs of this kind ("step", "loss", "scores")."""
         return kind in self.ranks[0].graphs

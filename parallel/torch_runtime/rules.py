@@ -1,9 +1,9 @@
 """One rule per primitive: what it computes on one rank, in PyTorch. The twin of `parallel/proof/replay/numpy_ops.py`,
 with which the tests compare it; a new primitive is one line (or one function) in both.
 
-A rule takes the node and its inputs (tensors; Python numbers, booleans and tuples for constants, zero-dim ones included)
-and returns a tensor or a tuple of tensors. `execute` casts the result to the type that the graph declares. Primitives
-that write parameters are in UPDATES: they change their first inputs in place. Collectives are in `groups`.
+A rule takes the node and its inputs (tensors; Python numbers, booleans and tuples for constants, zero-dim ones
+included) and returns a tensor or a tuple of tensors. `execute` casts the result to the type that the graph declares.
+Primitives that write parameters are in UPDATES: they change their first inputs in place. Collectives are in `groups`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ def _truth(x: Any) -> Any:
     return x if not isinstance(x, Tensor) or x.dtype == torch.bool else x != 0
 
 
+def _where(condition: Tensor, one: Any, other: Any) -> Tensor:
+    if isinstance(one, float) and isinstance(other, float):  # torch would round both to float32
+        one = torch.full((), one, dtype=torch.float64, device=condition.device)
+    return torch.where(condition, one, other)
+
+
 def _expand_dims(x: Tensor, dim: Any) -> Tensor:
     size = x.dim() + len(ints(dim))
     for place in sorted(item % size for item in ints(dim)):
@@ -127,8 +133,8 @@ RULES |= {
     }.items()
 }  # fmt: skip
 RULES |= {
-    "Select": plain(torch.where, 3),
-    "SelectV2": plain(torch.where, 3),
+    "Select": plain(_where, 3),
+    "SelectV2": plain(_where, 3),
     "MaskedFill": lambda node, x, mask, value: torch.where(mask, value, x),
     "AddN": lambda node, items: sum(items[1:], start=items[0]),
     "AddExt": lambda node, x, y, alpha: x + alpha * y,
@@ -308,7 +314,7 @@ def _segment_sum(node: Node, x: Tensor, ids: Tensor, count: int) -> Tensor:
 def _one_hot(node: Node, ids: Tensor, depth: int, on: Any, off: Any, dim: int = -1) -> Tensor:
     # Ids outside [0, depth) have no 1: so a slice of the classes sees only its own.
     hit = ids.unsqueeze(-1) == torch.arange(int(depth), device=ids.device, dtype=ids.dtype)
-    return torch.where(hit, on, off).movedim(-1, int(dim))
+    return _where(hit, on, off).movedim(-1, int(dim))
 
 
 @rule("Split", "SplitWithSize")

@@ -16,7 +16,7 @@ from parallel.checkpoint.sharded import Holder
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
 from parallel.torch_runtime.groups import Communicator, join, leave
-from parallel.torch_runtime.program import COLLECTIVES, Graph, Program, start_of
+from parallel.torch_runtime.program import Graph, Program, start_of
 from parallel.torch_runtime.program import Tensor as Held
 
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
@@ -81,7 +81,9 @@ class TorchStep:
         self.numbered = any(name == SAMPLE_NUMBERS for name, *_ in program.inputs)
         join(rank, self.ranks, self.device, address=address)
         self.graphs = {kind: program.graph(rank, kind) for kind in self.own.graphs}
-        self.communicator = self._communicator() if self.ranks > 1 else None
+        self.communicator = None
+        if self.ranks > 1:
+            self.communicator = Communicator(rank, self.ranks, self.device, *program.groups)
         self.state = self._start()
         self.bound: dict[str, Bound] = {}
 
@@ -209,17 +211,6 @@ class TorchStep:
             return torch.full(shape, held.start[1], dtype=wanted, device=self.device)
         value = start_of(held, self.own.boxes.get(name), self.program.seed)
         return torch.from_numpy(value.reshape(shape)).to(self.device, wanted)
-
-    def _communicator(self) -> Communicator:
-        """Groups of all ranks' graphs: every rank makes those that it is in, in the same order."""
-        groups: set[tuple[int, ...]] = set()
-        messages: set[tuple[int, int]] = set()
-        for graph in self.graphs.values():
-            for node in graph.nodes:
-                if node.op in COLLECTIVES:
-                    members = tuple(graph.groups[node.attributes["group"]])
-                    (messages if node.op in ("Send", "Receive") else groups).add(members)
-        return Communicator(self.rank, self.ranks, self.device, sorted(groups), sorted(messages))
 
     def _bound(self, kind: str) -> Bound:
         if kind not in self.bound:

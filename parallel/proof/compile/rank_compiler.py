@@ -340,8 +340,8 @@ def _compile(request: Request, place: Path) -> None:
     from parallel.proof.dryrun.accounting import coordinates
     from parallel.sharding.layout import exchanging
     from parallel.sharding.parallelize import layers_of_stages
-    from parallel.training.sharded_step import input_shapes, micro_batches, sharded_step
     from parallel.training.sharded_run import evaluation_graph
+    from parallel.training.sharded_step import input_shapes, micro_batches, sharded_step
 
     task, settings, config = _build(request)
     trainable = [parameter.name for parameter in task.network.trainable_params()]
@@ -375,13 +375,14 @@ def _compile(request: Request, place: Path) -> None:
 
 def _tensors(step: Any) -> list[list]:
     """Name, kind, whole shape, type and start of everything that the run of a step keeps (`torch_runtime.program`)."""
+    def told(item: Any, kind: str, start: list) -> list:
+        return [item.name, kind, list(item.shape), str(item.dtype).lower(), start]
+
     counters = {parameter.name for parameter in step.counters()}
-    found = [[item.name, "parameter", list(item.shape), str(item.dtype).lower(), list(item.start)]
-             for item in step.network.get_parameters() if item.name not in counters]
-    found += [[item.name, "state", list(item.shape), str(item.dtype).lower(), ["fill", float(item.init_mode.init.value)]]
-              for item in step.optimizer.states()]
-    return found + [[item.name, "counter", [], str(item.dtype).lower(), ["fill", item.asnumpy().item()]]
-                    for item in step.counters()]
+    return [*(told(item, "parameter", list(item.start)) for item in step.network.get_parameters()
+              if item.name not in counters),
+            *(told(item, "state", ["fill", float(item.init_mode.init.value)]) for item in step.optimizer.states()),
+            *(told(item, "counter", ["fill", item.asnumpy().item()]) for item in step.counters())]
 
 
 def _build(request: Request) -> tuple[Any, Any, Any]:

@@ -78,7 +78,7 @@ RULES |= {
         "Tile": lambda x, times: np.tile(x, tuple(times)), "ReluGrad": lambda g, x: g * (x > 0),
         "BroadcastTo": lambda x, shape: np.broadcast_to(x, tuple(b if a == -1 else a for a, b in zip(
             shape, (0,) * (len(shape) - np.ndim(x)) + np.shape(x), strict=True))),
-        "ExpandDims": lambda x, dim: np.expand_dims(x, axes_of(dim, 0)), "TransposeExt": np.swapaxes,
+        "ExpandDims": lambda x, dim: np.expand_dims(x, axes_of(dim, 0)),
         "Transpose": lambda x, order: np.transpose(x, tuple(order)), "SigmoidGrad": lambda y, g: g * y * (1 - y),
         "TanhGrad": lambda y, g: g * (1 - y * y), "SqrtGrad": lambda y, g: g / (2 * y),
         "RsqrtGrad": lambda y, g: -0.5 * g * y**3, "ReciprocalGrad": lambda y, g: -g * y * y,
@@ -93,6 +93,7 @@ RULES |= {
     "Select": plain(np.where, 3),
     "SelectV2": plain(np.where, 3),
     "MaskedFill": lambda node, x, mask, value: np.where(mask, value, x),
+    "TransposeExt": plain(np.swapaxes, 3),
     "AddN": lambda node, items: sum(items[1:], start=items[0]),
     "AddExt": lambda node, x, y, alpha: x + alpha * y,
     "SubExt": lambda node, x, y, alpha: x - alpha * y,
