@@ -22,7 +22,7 @@ import numpy as np
 
 from pangu.checkpoints.mindspore_file import Entry, MindSporeFile, write_mindspore
 from pangu.checkpoints.names import Key, keys
-from pangu.checkpoints.slices import Cut, SlicedCheckpoint, read_strategy, release_cuts, write_slices
+from pangu.checkpoints.slices import SlicedCheckpoint, SliceLayout, read_strategy, release_layouts, write_slices
 from pangu.checkpoints.torch_file import TorchFile, write_megatron
 from pangu.config import ModelConfig
 from parallel.checkpoint.folder import FORMAT, PARAMETERS_FILE, VERSION
@@ -128,7 +128,7 @@ def open_source(arguments: argparse.Namespace, config: ModelConfig) -> Any:
         if not arguments.slices:
             raise UserError(f"--from {SLICED} needs --slices DIR", where="convert")
         shapes = {key.theirs: key.their_shape for key in keys(config, "mindspore")}
-        return SlicedCheckpoint(arguments.slices, _cuts(arguments, config), arguments.embeddings, shapes)
+        return SlicedCheckpoint(arguments.slices, _layouts(arguments, config), arguments.embeddings, shapes)
     if not arguments.input:
         raise UserError(f"--from {arguments.source} needs --input PATH", where="convert")
     path = Path(arguments.input)
@@ -139,8 +139,8 @@ def open_source(arguments: argparse.Namespace, config: ModelConfig) -> Any:
     return open_file(path)
 
 
-def _cuts(arguments: argparse.Namespace, config: ModelConfig) -> dict[str, Cut]:
-    return read_strategy(arguments.strategy) if arguments.strategy else release_cuts(config)
+def _layouts(arguments: argparse.Namespace, config: ModelConfig) -> dict[str, SliceLayout]:
+    return read_strategy(arguments.strategy) if arguments.strategy else release_layouts(config)
 
 
 def open_file(path: Path) -> Any:
@@ -307,7 +307,7 @@ def write(arguments: argparse.Namespace, config: ModelConfig, output: Path, plan
 def _write_folder(arguments: argparse.Namespace, config: ModelConfig, folder: Path, plan: Plan) -> None:
     if arguments.target == SLICED:
         with mapped(plan, folder.parent) as there:
-            write_slices(folder, _cuts(arguments, config), there)
+            write_slices(folder, _layouts(arguments, config), there)
     elif arguments.target == "huggingface":
         write_safetensors(folder / "model.safetensors", plan, {"format": "pt"})
         write_json(folder / "config.json", huggingface_config(config))

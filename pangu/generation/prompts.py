@@ -21,6 +21,8 @@ class Recipe(Settings):
 
     about: str
     """What the recipe makes, in one line."""
+    title: str = ""
+    """Its name where people choose."""
     template: str
     """The prompt, with {names} where the inputs go; {{ and }} are braces."""
     inputs: list[dict[str, str]] = []

@@ -5,7 +5,7 @@
         layout-00003-of-00008.json     for every tensor: file, dtype, shape and crc32 of the slice, `full_shape`, `box`
         state.json
 
-A whole checkpoint (`parallel.checkpoint.whole`) is the special case without boxes; both are read by `Slices`.
+A whole checkpoint (`parallel.checkpoint.full`) is the special case without boxes; both are read by `Slices`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from parallel.checkpoint.folder import (
     resolve_checkpoint,
     write_plain_json,
 )
-from parallel.checkpoint.safetensors_file import DTYPES, SafetensorsFile, dtype_name, write_safetensors
+from parallel.checkpoint.safetensors_file import DTYPES, SafetensorsFile, write_safetensors
+from parallel.checkpoint.tensors import named
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, inside, read_json
 
@@ -194,7 +195,7 @@ def write_rank(folder: Path, rank: int, ranks: int,
                      {"format": FORMAT, "version": VERSION, "rank": rank, "ranks": ranks, "tensors": layout})
 
 
-def write_whole(folder: Path, slices: Slices) -> None:
+def write_full(folder: Path, slices: Slices) -> None:
     """Writes a whole checkpoint of the tensors of `slices` into `folder`."""
     layout = {}
     for kind in (PARAMETERS_FILE, OPTIMIZER_FILE):
@@ -222,15 +223,14 @@ class Holder:
 
 
 def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any],
-                state: dict[str, Any], keep: int | None, holder: Holder) -> Path:
+                state: dict[str, Any], keep: int | None, holder: Holder,
+                add_files: Callable[[Path], None] | None = None) -> Path:
     """`checkpoint.save_checkpoint` for slices: every rank calls it, each writes its own files into one hidden folder on
     a disk that all share, and rank 0 renames it when all have finished.
 
     Raises:
         UserError: no space or no permission.
     """
-    import mindspore as ms
-
     target = checkpoint_path(directory, step)
     # One name for all ranks: the ranks share no process id.
     hidden = target.with_name(f".{target.name}.ranks")
@@ -241,15 +241,16 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
         holder.barrier()
         entries, arrays = [], {}
         for kind, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
-            for tensor in tensors:
+            for tensor in named(tensors):
                 owner = parameter_of(tensor.name)
                 if owner in holder.boxes:
-                    dtype = dtype_name(ms.dtype_to_nptype(tensor.dtype))
-                    entries.append((tensor.name, kind, dtype, holder.shapes[owner], holder.boxes[owner]))
+                    entries.append((tensor.name, kind, tensor.dtype, holder.shapes[owner], holder.boxes[owner]))
                     arrays[tensor.name] = tensor
-        write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, box: arrays[name].asnumpy())
+        write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, box: arrays[name].read())
         holder.barrier()
         if holder.rank == 0:
+            if add_files is not None:
+                add_files(hidden)
             write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **state})
             put_in_place(hidden, target)
             remove_old(directory, keep)

@@ -17,6 +17,7 @@ import pydantic
 import yaml
 
 from parallel.common.errors import UserError
+from parallel.common.renamed import KEYS
 
 MAX_YAML_BYTES = 1 << 20
 _MAX_BASES = 8
@@ -157,6 +158,10 @@ def _first_error(cls: type[Settings], error: pydantic.ValidationError, where: st
     if details["type"] == "extra_forbidden":
         known = _known_keys(cls, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        new = KEYS.get(str(location[-1]))
+        if new in known:
+            path = ".".join(str(part) for part in [*location[:-1], new])
+            return UserError(f"the key '{key}' is called '{path}'", where=where, hint=f"write {path}")
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return UserError(f"unknown key '{key}'", where=where, value=details["input"], hint=hint)
     cause = details.get("ctx", {}).get("error")

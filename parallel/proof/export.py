@@ -30,7 +30,7 @@ from parallel.proof.dryrun.accounting import COLLECTIVES, coordinates
 from parallel.proof.replay.collective_order import wrong_order
 from parallel.proof.replay.collectives import Call, address, group_ranks
 from parallel.proof.replay.executor import BFLOAT16, Program, constant, data_inputs
-from parallel.proof.replay.ranks import World, compile_graphs, read_world
+from parallel.proof.replay.ranks import AllRanks, compile_graphs, read_ranks
 from parallel.torch_runtime import program as portable
 
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -144,11 +144,11 @@ def write_program(config: str, overrides: Sequence[str], folder: Path, compilers
 
     settings = load_run(config, list(overrides))[1]
     compiled = {kind: compile_graphs(config, overrides, compilers, graph=kind) for kind in kinds}
-    write_worlds(folder, {kind: (own[0], read_world(*own)) for kind, own in compiled.items()}, settings, digest=digest,
+    write_worlds(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings, digest=digest,
                  config=Path(config).name, overrides=list(overrides))
 
 
-def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], World]], settings: Any,
+def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Any,
                  **more: Any) -> None:
     """Writes compiled worlds as a program.
 
@@ -187,7 +187,7 @@ def _first(compiled: dict[int, Compiled]) -> dict[str, Any]:
     return next(iter(compiled.values())).result
 
 
-def _rank(number: int, worlds: dict[str, World], writer: portable.Writer, known: dict[str, set]) -> portable.Rank:
+def _rank(number: int, worlds: dict[str, AllRanks], writer: portable.Writer, known: dict[str, set]) -> portable.Rank:
     """Writes a rank's graphs and adds their groups to the `known` ones of the world."""
     graphs, groups, boxes = {}, {}, {}
     for kind, world in worlds.items():

@@ -16,7 +16,11 @@ _PREFETCHED = 2
 
 
 class DataSource(Protocol):
-    """What the trainer reads from. Batch i depends only on the source's seed and i."""
+    """What the trainer reads from. Batch i depends only on the source's seed and i.
+
+    A stream has two more members: `ends` (True: its batches may end, and the run with them) and `interrupt()` (ends a
+    wait for events; called by the handler of a signal).
+    """
 
     columns: Sequence[str]
     steps_per_epoch: int
@@ -41,6 +45,12 @@ class NumberedSource:
     def __init__(self, source: DataSource, part: int, parts: int) -> None:
         self.source, self.part, self.parts = source, part, parts
         self.columns, self.steps_per_epoch = (*source.columns, SAMPLE_NUMBERS), source.steps_per_epoch
+        self.ends = getattr(source, "ends", False)
+
+    def interrupt(self) -> None:
+        """See `DataSource`."""
+        if hasattr(self.source, "interrupt"):
+            self.source.interrupt()
 
     def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
         """See `DataSource`."""

@@ -1,0 +1,78 @@
+"""What goes along with a training run: sees every batch before its step, hears of every step after it, and keeps a
+state of its own in the checkpoints (a stream's offsets, windows of metrics, rows touched since an export)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.common.errors import UserError
+
+
+class Companion:
+    """Base of all companions; each method may be left as it is.
+
+    Attributes:
+        name: of its state in the checkpoint; unique in a run.
+    """
+
+    name = "companion"
+
+    def before_step(self, step: int, batch: Sequence[np.ndarray]) -> None:
+        """Called with the number of steps done and this process's rows of the next batch."""
+
+    def after_step(self, step: int, outputs: dict[str, float]) -> None:
+        """Called with the number of steps done and what the last one told."""
+
+    def before_checkpoint(self, directory: Path, step: int) -> None:
+        """Called on every rank before a checkpoint of `step` is written below `directory`."""
+
+    def add_files(self, folder: Path) -> None:
+        """Called by the process that writes a checkpoint, to put files of its own into its folder before it is
+        complete."""
+
+    def restore_files(self, folder: Path) -> None:
+        """Called on every rank with the checkpoint that a run goes on from, before `restore`.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+
+    def after_checkpoint(self, step: int) -> None:
+        """Called when a checkpoint of `step` is complete on the disk."""
+
+    def state(self, step: int) -> Any:
+        """What a checkpoint of `step` keeps, JSON values; None = nothing."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Takes what `state` gave; called before the first batch of a resumed run.
+
+        Raises:
+            UserError: the state is damaged or does not fit.
+        """
+
+
+def states_of(companions: Iterable[Companion], step: int) -> dict[str, Any]:
+    """States by name, those that are None left out."""
+    found = {companion.name: companion.state(step) for companion in companions}
+    return {name: state for name, state in found.items() if state is not None}
+
+
+def restore_all(companions: Iterable[Companion], states: dict[str, Any], where: Any) -> None:
+    """Gives each companion its state.
+
+    Raises:
+        UserError: a state is damaged.
+    """
+    for companion in companions:
+        companion.restore_files(Path(where))
+        if companion.name in states:
+            try:
+                companion.restore(states[companion.name])
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise UserError(f"the state of '{companion.name}' in the checkpoint is damaged", where=where,
+                                hint="use another checkpoint") from None
