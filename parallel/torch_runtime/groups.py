@@ -62,7 +62,7 @@ class Communicator:
             for members in sorted(set(map(tuple, listed))):
                 if len(members) > 1:
                     made = dist.new_group(list(members), group_desc="-".join(map(str, (kind, *members))))
-                    self.groups[kind, *members] = made
+                    self.groups[(kind, *members)] = made
         self.sent: list[Pending] = []
 
     def start(self, node: Node, value: Any, members: tuple[int, ...]) -> Pending:
@@ -80,7 +80,7 @@ class Communicator:
             return self._message(node, value, members)
         if len(members) == 1:
             return Pending(None, value)
-        group = self.groups["group", *members]
+        group = self.groups[("group", *members)]
         value = value.contiguous()
         if node.op == "AllReduce":
             result = value.clone()
@@ -113,7 +113,7 @@ class Communicator:
         return Pending(work, result, parts, lambda found: torch.cat(found.unbind(0), concat))
 
     def _message(self, node: Node, value: Any, pair: tuple[int, ...]) -> Pending:
-        group, tag = self.groups["message", *pair], int(node.attributes["tag"])
+        group, tag = self.groups[("message", *pair)], int(node.attributes["tag"])
         if node.op == "Send":
             value = value.contiguous()
             self.sent.append(Pending(dist.isend(value, pair[1], group, tag), None, value))
