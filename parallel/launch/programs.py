@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.files import write_json
+from parallel.common.files import atomic_write
 
 PROGRAM = "program"
 _EXPORTED, _RESOLVED = "exported.json", "settings.json"
@@ -35,11 +35,17 @@ def exported(settings: Any, ranks: int, node_rank: int = 0) -> tuple[Path, Path]
     tree = settings.model_dump(mode="json", exclude_unset=True)
     tree.setdefault("model", {})["name"] = settings.model.name
     tree.setdefault("parallel", {})["devices"] = ranks
-    write_json(folder / _EXPORTED, tree)
+    _write(folder / _EXPORTED, tree)
     _export(folder)
     resolved = settings.parallel.resolve(ranks).model_copy(update={"devices": ranks})
-    write_json(folder / _RESOLVED, settings.model_copy(update={"parallel": resolved}).model_dump(mode="json"))
+    _write(folder / _RESOLVED, settings.model_copy(update={"parallel": resolved}).model_dump(mode="json"))
     return folder, folder / _RESOLVED
+
+
+def _write(path: Path, tree: dict[str, Any]) -> None:
+    """As a config file: JSON is YAML."""
+    with atomic_write(path) as file:
+        json.dump(tree, file, ensure_ascii=False, indent=1)
 
 
 def _export(folder: Path) -> dict[str, Any]:
