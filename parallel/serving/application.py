@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.serving.bodies import Bodies
 from parallel.serving.connections import Shape
 from parallel.serving.errors import ClientGone, Refusal
@@ -187,10 +187,10 @@ class Reloader:
             figures = await asyncio.get_running_loop().run_in_executor(self._thread, self._reload)
         except (UserError, Busy) as error:
             self._metrics.reloads.labels("refused").inc()
-            note(f"not reloaded: {error}")
+            info(f"not reloaded: {error}")
             raise Refusal(409, str(error), code="not_reloaded") from None
         self._metrics.reloads.labels("done").inc()
-        note("reloaded: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+        info("reloaded: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
         return figures
 
     def on_hangup(self) -> None:

@@ -228,12 +228,12 @@ def _failure(request: Request, place: Path, code: int) -> Exception:
     error, log = place / "error.json", place / "log.txt"
     where = f"rank {request.rank} of {request.world}"
     if error.is_file():
-        told = json.loads(error.read_text(encoding="utf-8"))
-        if told["kind"] == "UserError":
-            return UserError(told["what"], where=told["where"], value=told["value"], hint=told["hint"])
-        if told["kind"] in _DEFECTS:
-            return RuntimeError(f"{where}: {told['kind']}: {told['what']}")
-        return UserError(f"MindSpore did not compile this layout: {told['what']}", where=where)
+        message = json.loads(error.read_text(encoding="utf-8"))
+        if message["kind"] == "UserError":
+            return UserError(message["what"], where=message["where"], value=message["value"], hint=message["hint"])
+        if message["kind"] in _DEFECTS:
+            return RuntimeError(f"{where}: {message['kind']}: {message['what']}")
+        return UserError(f"MindSpore did not compile this layout: {message['what']}", where=where)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:] if log.is_file() else []
     return UserError(f"the compiling process ended with code {code}: {' | '.join(lines)[-600:]}", where=where)
 
@@ -310,9 +310,9 @@ def _answer(place: Path) -> int:
     try:
         _compile(request, place)
     except UserError as error:
-        told = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
+        message = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
                 "hint": error.hint}
-        (place / "error.json").write_text(json.dumps(told, default=str), encoding="utf-8")
+        (place / "error.json").write_text(json.dumps(message, default=str), encoding="utf-8")
         return 2
     except Exception as error:
         reason = str(error).split("\n----")[0].strip()
