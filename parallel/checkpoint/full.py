@@ -13,7 +13,6 @@ ever unpickled. Slices of many ranks: `parallel.checkpoint.sharded`; both kinds 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ from parallel.checkpoint.folder import (
     PARAMETERS_FILE,
     VERSION,
     checkpoint_path,
-    put_in_place,
     remove_old,
     write_plain_json,
 )
@@ -36,6 +34,7 @@ from parallel.checkpoint.sharded import Holder, Slices, parameter_of, save_slice
 from parallel.checkpoint.tensors import NamedTensor, named
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error
+from parallel.common.folders import put_in_place, sweep, temporary_name
 
 _MAX_SHOWN = 3
 
@@ -71,9 +70,10 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any],
     """
     directory, target = Path(directory), checkpoint_path(directory, step)
     parameters, states = named(parameters), named(states)
-    hidden = directory / f".{target.name}.{os.getpid()}"
+    hidden = temporary_name(target)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        sweep(directory)
         _check_space(directory, [*parameters, *states])
         hidden.mkdir()
         entries = {}
