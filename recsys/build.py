@@ -12,6 +12,7 @@ from parallel.sharding.config import ParallelConfig, divides
 from parallel.task import Input, Task, with_sample_numbers
 from recsys.data.features import FeatureSpec
 from recsys.models import NAMES, module_of, run_class
+from recsys.tables.columns import window_spec
 
 MODELS = NAMES
 
@@ -35,6 +36,8 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     from recsys.layers.embedding import is_sparse
 
     spec = spec_of(settings)
+    if settings.data.tables.place == "host":
+        spec = window_spec(spec, settings.train.global_batch_size, settings.data.tables.window)
     tasks = len(labels_of(settings))
     network = loss_network(settings, spec, tasks, compute_dtype)
     check_layout(settings, network.model, parallel)
@@ -43,8 +46,15 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, tasks), "float32")]
     task = Task(network, inputs, lambda seed: sample_batch(spec, batch, tasks, seed), batch,
-                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse)
+                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse, scores)
     return with_sample_numbers(task, settings.model.dropout)
+
+
+def scores(network: Any) -> Any:
+    """The cell from features to probabilities in a `TrainingLoss`, with the same parameters."""
+    from recsys.ranker import Scores
+
+    return Scores(network.model)
 
 
 def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: str = "float32") -> Any:
@@ -54,6 +64,10 @@ def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: st
 
     from recsys.ranker import TrainingLoss
 
+    if spec.is_dynamic and settings.data.tables.place != "host":
+        name = next(name for name, slot in spec.slots.items() if slot.feature.is_dynamic)
+        raise UserError("values: dynamic needs tables on the host", where=f"features.{name}.values",
+                        hint="set data.tables.place: host")
     with no_init_parameters():
         model = module_of(settings.model.name).MODEL(settings.model, spec, tasks, getattr(mstype, compute_dtype))
         return TrainingLoss(model)

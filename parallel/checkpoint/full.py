@@ -13,9 +13,8 @@ ever unpickled. Slices of many ranks: `parallel.checkpoint.sharded`; both kinds 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from parallel.checkpoint.folder import (
     PARAMETERS_FILE,
     VERSION,
     checkpoint_path,
-    put_in_place,
     remove_old,
     write_plain_json,
 )
@@ -36,23 +34,26 @@ from parallel.checkpoint.sharded import Holder, Slices, parameter_of, save_slice
 from parallel.checkpoint.tensors import NamedTensor, named
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error
+from parallel.common.folders import put_in_place, sweep, temporary_name
 
 _MAX_SHOWN = 3
 
 
 def save(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any], state: dict[str, Any],
-         keep: int | None, *, rank: int = 0, holder: Holder | None = None) -> Path | None:
+         keep: int | None, *, rank: int = 0, holder: Holder | None = None,
+         add_files: Callable[[Path], None] | None = None) -> Path | None:
     """A checkpoint of a run of any number of processes: rank 0 writes whole tensors, or every rank its slices.
 
     All ranks call it; see `save_checkpoint` and `save_slices`. None on a rank that writes nothing.
     """
     if holder is not None:
-        return save_slices(directory, step, parameters, states, state, keep, holder)
-    return save_checkpoint(directory, step, parameters, states, state, keep) if rank == 0 else None
+        return save_slices(directory, step, parameters, states, state, keep, holder, add_files)
+    return save_checkpoint(directory, step, parameters, states, state, keep, add_files) if rank == 0 else None
 
 
 def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any] = (),
-                    state: dict[str, Any] | None = None, keep: int | None = None) -> Path:
+                    state: dict[str, Any] | None = None, keep: int | None = None,
+                    add_files: Callable[[Path], None] | None = None) -> Path:
     """Writes `<directory>/step_<step>` atomically, then deletes all but the newest `keep`.
 
     Args:
@@ -62,21 +63,25 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any],
         states: the optimizer's.
         state: JSON values to keep beside them.
         keep: how many to keep; None = all.
+        add_files: called with the folder before it is complete, to put more files into it.
 
     Raises:
         UserError: no space or no permission; what was there before is untouched.
     """
     directory, target = Path(directory), checkpoint_path(directory, step)
     parameters, states = named(parameters), named(states)
-    hidden = directory / f".{target.name}.{os.getpid()}"
+    hidden = temporary_name(target)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        sweep(directory)
         _check_space(directory, [*parameters, *states])
         hidden.mkdir()
         entries = {}
         for name, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
             if tensors:
                 entries.update(_write_tensors(hidden / name, tensors))
+        if add_files is not None:
+            add_files(hidden)
         write_plain_json(hidden / "layout.json", {"format": FORMAT, "version": VERSION, "tensors": entries})
         write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **(state or {})})
         put_in_place(hidden, target)

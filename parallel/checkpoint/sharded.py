@@ -11,7 +11,6 @@ A full checkpoint (`parallel.checkpoint.full`) is the special case without slice
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 
 from parallel.checkpoint.folder import (
     FORMAT,
@@ -27,7 +27,7 @@ from parallel.checkpoint.folder import (
     PARAMETERS_FILE,
     VERSION,
     checkpoint_path,
-    put_in_place,
+    read_sealed_json,
     remove_old,
     resolve_checkpoint,
     write_plain_json,
@@ -35,7 +35,9 @@ from parallel.checkpoint.folder import (
 from parallel.checkpoint.safetensors_file import DTYPES, SafetensorsFile, write_safetensors
 from parallel.checkpoint.tensors import named
 from parallel.common.errors import UserError
-from parallel.common.files import explain_os_error, inside, read_json
+from parallel.common.files import explain_os_error, inside
+from parallel.common.folders import put_in_place, sweep, temporary_name
+from parallel.common.structured import typed
 
 Extent = tuple[tuple[int, int], ...]
 _RANK_LAYOUT = re.compile(r"^layout-(\d{5,})-of-(\d{5,})\.json$")
@@ -51,6 +53,17 @@ def rank_file(name: str, rank: int, ranks: int) -> str:
 def parameter_of(name: str) -> str:
     """The parameter that a moment belongs to (`adam_m.x` -> `x`); a parameter's own name."""
     return _MOMENT.sub("", name)
+
+
+class _Entry(pydantic.BaseModel):
+    """A line of a layout."""
+
+    file: str
+    dtype: str
+    shape: list[pydantic.NonNegativeInt]
+    crc32: int | None = None
+    full_shape: list[pydantic.NonNegativeInt] | None = None
+    extent: list[tuple[pydantic.NonNegativeInt, pydantic.NonNegativeInt]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class Slices:
         self._checked: set[tuple[Path, str]] = set()
         for layout in self._layouts():
             self._add(layout)
-        self.state = read_json(self.path / "state.json") if (self.path / "state.json").is_file() else {}
+        self.state = read_sealed_json(self.path / "state.json") if (self.path / "state.json").is_file() else {}
         for name, tensor in self.tensors.items():
             self._check_cover(name, tensor)
 
@@ -101,7 +114,7 @@ class Slices:
             return path
         return resolve_checkpoint(path)
 
-    def _layouts(self) -> list[dict]:
+    def _layouts(self) -> list[dict[str, _Entry]]:
         found = sorted(entry for entry in self.path.iterdir() if _RANK_LAYOUT.match(entry.name))
         if not found:
             return [self._read_layout(self.path / "layout.json")]
@@ -114,22 +127,25 @@ class Slices:
         return [self._read_layout(entry) for entry in found]
 
     @staticmethod
-    def _read_layout(path: Path) -> dict:
-        layout = read_json(path)
-        if not isinstance(layout, dict) or layout.get("format") != FORMAT or layout.get("version") != VERSION:
+    def _read_layout(path: Path) -> dict[str, _Entry]:
+        layout = read_sealed_json(path)
+        if layout.get("format") != FORMAT or layout.get("version") not in (1, VERSION):
             raise UserError("not a checkpoint layout of this version", where=path)
-        return layout["tensors"]
+        return typed(layout.get("tensors"), dict[str, _Entry], where=path, hint="use another checkpoint")
 
-    def _add(self, layout: dict[str, dict]) -> None:
+    def _add(self, layout: dict[str, _Entry]) -> None:
         for name, entry in layout.items():
-            shape = tuple(entry.get("full_shape", entry["shape"]))
-            extent = tuple((int(a), int(b)) for a, b in entry.get("box", [(0, size) for size in shape]))
-            kind = OPTIMIZER_FILE if entry["file"].startswith("optimizer") else PARAMETERS_FILE
-            tensor = self.tensors.setdefault(name, Tensor(kind, entry["dtype"], shape, []))
-            if (tensor.shape, tensor.dtype) != (shape, entry["dtype"]):
+            shape = tuple(entry.shape if entry.full_shape is None else entry.full_shape)
+            extent = tuple(entry.extent) if entry.extent is not None else tuple((0, size) for size in shape)
+            if entry.dtype not in DTYPES or len(extent) != len(shape) or any(
+                    not start <= stop <= size for (start, stop), size in zip(extent, shape, strict=True)):
+                raise UserError(f"the layout of '{name}' is damaged", where=self.path, hint="use another checkpoint")
+            kind = OPTIMIZER_FILE if entry.file.startswith("optimizer") else PARAMETERS_FILE
+            tensor = self.tensors.setdefault(name, Tensor(kind, entry.dtype, shape, []))
+            if (tensor.shape, tensor.dtype) != (shape, entry.dtype):
                 raise UserError(f"the ranks disagree on the shape of '{name}'", where=self.path)
             if all(piece.extent != extent for piece in tensor.pieces):
-                tensor.pieces.append(Piece(extent, inside(self.path, entry["file"]), entry.get("crc32")))
+                tensor.pieces.append(Piece(extent, inside(self.path, entry.file), entry.crc32))
 
     def _check_cover(self, name: str, tensor: Tensor) -> None:
         # SliceOfRank of one layout either are the same or do not touch, so their sizes must add up.
@@ -158,10 +174,29 @@ class Slices:
     def _copy(self, name: str, piece: Piece, shared: Extent, extent: Extent, part: np.ndarray) -> None:
         file = self._files.setdefault(piece.file, SafetensorsFile(piece.file))
         if (piece.file, name) not in self._checked:
-            file.check(name, piece.crc32)
-            self._checked.add((piece.file, name))
+            self._check_piece(name, piece, file)
         place = tuple(slice(*pair) for pair in _relative(shared, extent))
         file.copy_extent(name, _relative(shared, piece.extent), part, place)
+
+    def _check_piece(self, name: str, piece: Piece, file: SafetensorsFile) -> None:
+        shape, tensor = tuple(stop - start for start, stop in piece.extent), self.tensors[name]
+        entry = file.entries.get(name)
+        if entry is not None and (entry.shape, entry.dtype) != (shape, tensor.dtype):
+            raise UserError(f"checkpoint file is damaged: '{name}' is {entry.dtype} {list(entry.shape)} there and "
+                            f"{tensor.dtype} {list(shape)} in the layout", where=piece.file,
+                            hint="use another checkpoint")
+        file.check(name, piece.crc32)
+        self._checked.add((piece.file, name))
+
+    def check(self) -> None:
+        """Compares all data with their checksums.
+
+        Raises:
+            UserError: a file is missing, or its data have changed.
+        """
+        for name, tensor in self.tensors.items():
+            for piece in tensor.pieces:
+                self._check_piece(name, piece, self._files.setdefault(piece.file, SafetensorsFile(piece.file)))
 
     def names(self, kind: str) -> list[str]:
         """Names of the parameters or of the moments."""
@@ -225,7 +260,8 @@ class Holder:
 
 
 def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any],
-                state: dict[str, Any], keep: int | None, holder: Holder) -> Path:
+                state: dict[str, Any], keep: int | None, holder: Holder,
+                add_files: Callable[[Path], None] | None = None) -> Path:
     """`checkpoint.save_checkpoint` for slices: every rank calls it, each writes its own files into one hidden folder on
     a disk that all share, and rank 0 renames it when all have finished.
 
@@ -239,6 +275,7 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
         if holder.rank == 0:
             shutil.rmtree(hidden, ignore_errors=True)
             hidden.mkdir(parents=True)
+            sweep(hidden.parent)
         holder.barrier()
         entries, arrays = [], {}
         for kind, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
@@ -250,6 +287,8 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
         write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, extent: arrays[name].read())
         holder.barrier()
         if holder.rank == 0:
+            if add_files is not None:
+                add_files(hidden)
             write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **state})
             put_in_place(hidden, target)
             remove_old(directory, keep)
@@ -268,7 +307,7 @@ def write_checkpoint(target: str | Path, needed: int, write: Callable[[Path], No
     target = Path(target)
     if target.exists():
         raise UserError("the folder exists already", where=target, hint="choose another or delete it")
-    hidden = target.with_name(f".{target.name}.{os.getpid()}")
+    hidden = temporary_name(target)
     try:
         hidden.mkdir(parents=True)
         free = shutil.disk_usage(hidden).free

@@ -7,6 +7,8 @@ import contextlib
 import hmac
 import os
 import time
+import traceback
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -97,6 +99,10 @@ class Front:
                 from starlette.responses import Response
 
                 response = Response(status_code=_CLIENT_GONE)
+            except Exception:  # noqa: BLE001 - a defect of ours: told in the log, and to the client in its own shape
+                info(f"a defect of the server:\n{traceback.format_exc()}")
+                response = self.refused(Refusal(500, "the server failed", kind="server_error", code="internal_error"))
+            response.headers["x-request-id"] = uuid.uuid4().hex
             if counted:
                 self.metrics.requests.labels(str(response.status_code)).inc()
                 self.metrics.seconds.observe(time.perf_counter() - begun)

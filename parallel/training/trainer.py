@@ -252,6 +252,8 @@ class Trainer:
 
     def save(self) -> Path | None:
         """Writes a checkpoint of this iteration: rank 0 alone, or every rank its slices."""
+        for companion in self.companions:
+            companion.before_checkpoint(self.checkpoints, self.iteration)
         counters = {counter.name: counter.read().item() for counter in self.backend.counters()}
         state = {"iteration": self.iteration, "counters": counters, "window": self.window, "skipped": self.skipped,
                  "early_stop": self.early_stop, "metrics": _json_floats(self.metrics),
@@ -259,11 +261,16 @@ class Trainer:
                  "companions": states_of(self.companions, self.iteration), "run": self.plan.describe}
         states = self.backend.states() if self.output.save_optimizer else ()
         self.checkpoint = save(self.checkpoints, self.iteration, self.backend.parameters(), states, state,
-                               self.output.keep, rank=self.backend.rank, holder=self.backend.holder)
+                               self.output.keep, rank=self.backend.rank, holder=self.backend.holder,
+                               add_files=self._add_files)
         if self.checkpoint is not None:
             for companion in self.companions:
                 companion.after_checkpoint(self.iteration)
         return self.checkpoint
+
+    def _add_files(self, folder: Path) -> None:
+        for companion in self.companions:
+            companion.add_files(folder)
 
     def restore(self) -> None:
         """Goes on from the checkpoint that `output.resume` names, if any.

@@ -15,8 +15,8 @@ from parallel.sharding.config import ParallelConfig
 from parallel.task import load_run
 from recsys.__main__ import VERBS
 from recsys.build import build, loss_network, spec_of
+from recsys.count import count
 from recsys.models import NAMES
-from recsys.params import count
 
 CONFIGS = Path("configs/recsys")
 TINY = sorted(NAMES) + ["tokenmixer_large_moe"]
