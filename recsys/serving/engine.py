@@ -23,6 +23,7 @@ from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from parallel.layers.int8 import Int8Product, dequantize, panels, products
 from parallel.serving.queue import Waiting, WorkQueue, answer
+from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
@@ -43,14 +44,28 @@ class Scorer:
         model: a ranker, settled, in inference mode.
         settings: the shapes.
         cache: of user states.
+        tables: `recsys.tables.host.HostTables`, where the model's lie on the host.
     """
 
-    def __init__(self, model: Any, settings: EngineSettings, cache: StateCache) -> None:
+    def __init__(self, model: Any, settings: EngineSettings, cache: StateCache, tables: Any = None) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
         self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
+        self.whole_pass = model
         if self.separated:
             self.user_pass, self.group_pass = UserPass(model), GroupPass(model)
+        if tables is not None:
+            self._read_from(tables)
         model.set_train(False)
+
+    def _read_from(self, tables: Any) -> None:
+        """Lets every pass read its rows from tables on the host."""
+        from recsys.tables.step import Hosted
+
+        self.whole_pass = Hosted(self.model, self.model, tables)
+        if self.separated:
+            sides = self.model.sides
+            self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
+            self.group_pass = Hosted(self.group_pass, self.model, tables, np.array(sides.group.ids, np.int64), place=2)
 
     def warm(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
         """Compiles and runs every graph once."""
@@ -70,7 +85,8 @@ class Scorer:
         """probabilities_CK of each (ids_CM, numbers_CN); the user columns of a request's first row hold for all."""
         sizes = [len(ids) for ids, _ in batch]
         logits = self._separated(batch) if self.separated else self._chunks(
-            self.model, np.concatenate([ids for ids, _ in batch]), np.concatenate([numbers for _, numbers in batch]))
+            self.whole_pass, np.concatenate([ids for ids, _ in batch]),
+            np.concatenate([numbers for _, numbers in batch]))
         scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
         return np.split(scores, np.cumsum(sizes)[:-1])
 
@@ -135,7 +151,7 @@ class Engine:
         self.trained, self.settings, self.observe = trained, settings, observe
         self.reading = 1  # rises with every reload after which requests read as other numbers
         self.cache = StateCache(settings.cache_users)
-        self.scorer = Scorer(trained.model, settings, self.cache)
+        self.scorer = Scorer(trained.model, settings, self.cache, trained.tables)
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._reloading = threading.Lock()
@@ -227,7 +243,9 @@ class Engine:
         model = self.trained.model
         stored = {product.name: product for product in products(model)}
         values = {}
-        for parameter in model.get_parameters():
+        if self.trained.tables is not None:
+            trained.tables = self.trained.tables.reread(trained.path)
+        for parameter in self._lasting(model):
             name = parameter.name
             if name not in file.layout:
                 raise UserError(f"lacks parameter {name}", where=trained.path)
@@ -237,11 +255,19 @@ class Engine:
             values[name] = Tensor(value, parameter.dtype)
         return trained, values
 
+    def _lasting(self, model: Any) -> list:
+        """The model's parameters, without windows of tables on the host."""
+        return [parameter for parameter in model.get_parameters()
+                if self.trained.tables is None or not is_sparse(parameter.name)]
+
     def _put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
         """`rise`: of `reading`."""
-        for parameter in self.trained.model.get_parameters():
+        for parameter in self._lasting(self.trained.model):
             parameter.set_data(values[parameter.name])
         trained.model = self.trained.model
+        if trained.tables is not None:
+            self.trained.tables.tables = trained.tables.tables
+            trained.tables = self.trained.tables  # the passes know this one
         # In this order: who takes version and reading first never has an older `trained` than they say.
         self.trained = trained
         self.reading += rise

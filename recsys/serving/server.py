@@ -202,7 +202,8 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
 
     listener = bind(settings)
     start_device()
-    trained = load(arguments.checkpoint, arguments.run_config)
+    trained = load(arguments.checkpoint, arguments.run_config,
+                   max(settings.engine.candidates[-1], settings.engine.requests))
     engine = Engine(trained, settings.engine)
     engine.start(lambda graph: note(f"compiled {graph}"))
     service = Service(engine, settings, arguments.checkpoint)

@@ -265,7 +265,7 @@ def _dynamic(settings) -> list[str]:
 
     tree = [feature.model_dump(mode="json") for feature in features_of(settings.data)]
     for feature in tree:
-        if feature["type"] == "id" and feature["rows"] and feature["rows"] >= 500:
+        if feature["name"] in ("user_id", "item_id"):
             feature.update(values="dynamic", rows=None, minimum_count=3, expire_after=4)
     assert any(feature["values"] == "dynamic" for feature in tree)
     return [f"data.features={json.dumps(tree)}"]
