@@ -63,7 +63,7 @@ class _Entry(pydantic.BaseModel):
     shape: list[pydantic.NonNegativeInt]
     crc32: int | None = None
     full_shape: list[pydantic.NonNegativeInt] | None = None
-    extent: list[tuple[pydantic.NonNegativeInt, pydantic.NonNegativeInt]] | None = None
+    box: list[tuple[pydantic.NonNegativeInt, pydantic.NonNegativeInt]] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Slices:
     def _add(self, layout: dict[str, _Entry]) -> None:
         for name, entry in layout.items():
             shape = tuple(entry.shape if entry.full_shape is None else entry.full_shape)
-            extent = tuple(entry.extent) if entry.extent is not None else tuple((0, size) for size in shape)
+            extent = tuple(entry.box) if entry.box is not None else tuple((0, size) for size in shape)
             if entry.dtype not in DTYPES or len(extent) != len(shape) or any(
                     not start <= stop <= size for (start, stop), size in zip(extent, shape, strict=True)):
                 raise UserError(f"the layout of '{name}' is damaged", where=self.path, hint="use another checkpoint")

@@ -16,8 +16,9 @@ from parallel.checkpoint.sharded import Holder
 from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
 from parallel.sharding.config import ParallelConfig
+from parallel.sharding.parallelize import parallelize
 from parallel.sharding.slices import Extent, sharded_parameters
-from parallel.task import SAMPLE_NUMBERS, Task
+from parallel.task import SAMPLE_NUMBERS, Input, Task
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
 from parallel.training.sharded_step import ShardedStep, input_shapes, sharded_step, switch_on
@@ -111,6 +112,26 @@ class ShardedRun:
         cell.set_train(False)
         cell.compile(*(tensor for _, tensor in given))
         return cell
+
+
+def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
+    """The cut network without gradients, dropout off, ready to compile, and the inputs that it takes.
+
+    Args:
+        task: as a package's `build` made it; its network is cut in place.
+        config: resolved.
+        graph: "loss" (`ForwardLoss`) or "scores" (the cell that `task.scores` makes).
+    """
+    network = parallelize(task.network, config)
+    fed = [item for item in task.inputs if item.name != SAMPLE_NUMBERS]
+    cell = ForwardLoss(network)
+    if graph == "scores":
+        cell = task.scores(network)
+        fed = fed[:cell.inputs]
+    ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
+    cut = switch_on(cell, config, ways, False)
+    cut.set_train(False)
+    return cut, fed
 
 
 class ForwardLoss(nn.Cell):

@@ -39,8 +39,12 @@ class AllRanks:
     count: int
     compiled_ranks: list[int]
 
-    def start(self, values: dict[str, np.ndarray]) -> list[Rank]:
+    def start(self, values: dict[str, np.ndarray], exact: bool = False) -> list[Rank]:
         """Ranks that hold their parts of `values`; gradients that gather over micro-batches start at 0.
+
+        Args:
+            values: whole parameters, states and counters by name.
+            exact: compute in float64.
 
         Raises:
             UserError: a parameter of a graph has no start value.
@@ -49,14 +53,15 @@ class AllRanks:
         for number, (program, extents) in enumerate(zip(self.programs, self.extents, strict=True)):
             state = {}
             for name, kind in program.graph.parameters.items():
+                dtype = np.dtype("float64" if exact and np.dtype(kind.dtype).kind == "f" else kind.dtype)
                 if name.startswith("accu_grads."):
-                    state[name] = np.zeros(kind.shape, kind.dtype)
+                    state[name] = np.zeros(kind.shape, dtype)
                 elif name in values:
-                    state[name] = np.array(part_of(values[name], extents.get(name)), kind.dtype).reshape(kind.shape)
+                    state[name] = np.array(part_of(values[name], extents.get(name)), dtype).reshape(kind.shape)
                 else:
                     raise UserError("a parameter of the compiled graph is not one of the one-device step",
                                     where=f"rank {number}", value=name)
-            ranks.append(Rank(number, program, state))
+            ranks.append(Rank(number, program, state, exact))
         return ranks
 
     def inputs(self, batch: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
@@ -76,7 +81,15 @@ class AllRanks:
 
 def compile_ranks(config: str, overrides: Sequence[str], compilers: Compilers, *, keep: str | None = None,
                   every_rank: bool = False, trust: bool = False) -> AllRanks:
-    """Compiles the ranks of the layout in the file, and reads what came out.
+    """Compiles the ranks of the layout in the file in float32, and reads what came out; see `compile_graphs`."""
+    return read_ranks(*compile_graphs(config, overrides, compilers, keep=keep, every_rank=every_rank, trust=trust,
+                                      compute_dtype="float32"))
+
+
+def compile_graphs(config: str, overrides: Sequence[str], compilers: Compilers, *, keep: str | None = None,
+                   every_rank: bool = False, trust: bool = False, compute_dtype: str | None = None,
+                   graph: str = "step") -> tuple[dict[int, Compiled], dict[int, Graph]]:
+    """The compiled ranks of the layout in the file and their graphs, flat.
 
     Args:
         config: YAML file of a run.
@@ -85,6 +98,7 @@ def compile_ranks(config: str, overrides: Sequence[str], compilers: Compilers, *
         keep: folder for graphs, layouts and logs.
         every_rank: compile also the ranks whose graphs could be had from others (see `distinct`).
         trust: do not check that where there are but two data coordinates.
+        compute_dtype, graph: see `Request`.
 
     Raises:
         UserError: see `compile_rank` and `prepare`.
@@ -93,11 +107,11 @@ def compile_ranks(config: str, overrides: Sequence[str], compilers: Compilers, *
 
     settings = load_run(config, list(overrides))[1]
     layout = settings.parallel.resolve()
-    shared = needs_sharing(settings.train, layout)
+    shared = graph == "step" and needs_sharing(settings.train, layout)
 
     def compile_(ranks: Sequence[int]) -> dict[int, Compiled]:
-        requests = [Request(layout.world, rank, str(Path(config).resolve()), list(overrides), compute_dtype="float32",
-                            reuse=shared) for rank in ranks]
+        requests = [Request(layout.world, rank, str(Path(config).resolve()), list(overrides),
+                            compute_dtype=compute_dtype, reuse=shared, graph=graph) for rank in ranks]
         folders = [Path(keep) / f"rank_{rank}" for rank in ranks] if keep else None
         return dict(zip(ranks, compilers.compile(requests, folders), strict=True))
 
@@ -109,7 +123,7 @@ def compile_ranks(config: str, overrides: Sequence[str], compilers: Compilers, *
         others = compile_(missing)
         compiled |= others
         graphs |= {rank: flat(read_graph(item.graph)) for rank, item in others.items()}
-    return read_ranks(compiled, graphs)
+    return compiled, graphs
 
 
 def needs_sharing(train: TrainSettings, layout: ParallelConfig) -> bool:
