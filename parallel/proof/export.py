@@ -189,7 +189,7 @@ def _first(compiled: dict[int, Compiled]) -> dict[str, Any]:
 
 def _rank(number: int, worlds: dict[str, AllRanks], writer: portable.Writer, known: dict[str, set]) -> portable.Rank:
     """Writes a rank's graphs and adds their groups to the `known` ones of the world."""
-    graphs, groups, boxes = {}, {}, {}
+    graphs, groups, extents = {}, {}, {}
     for kind, world in worlds.items():
         made = converted(world.programs[number], number)
         for node in made.nodes:
@@ -197,9 +197,9 @@ def _rank(number: int, worlds: dict[str, AllRanks], writer: portable.Writer, kno
                 key = "messages" if node.op in ("Send", "Receive") else "groups"
                 known[key].add(made.groups[node.attributes["group"]])
         graphs[kind], groups[kind] = writer.add(made), made.groups
-        boxes = {**world.boxes[number], **boxes}
+        extents = {**world.extents[number], **extents}
     stage, data, op = coordinates(number, worlds["step"].config)
-    return portable.Rank(number, stage, data, op, graphs, groups, boxes,
+    return portable.Rank(number, stage, data, op, graphs, groups, extents,
                          tuple(sorted(worlds["step"].programs[number].copies)))
 
 

@@ -17,7 +17,7 @@ from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.parallelize import parallelize
-from parallel.sharding.slices import Box, sharded_parameters
+from parallel.sharding.slices import Extent, sharded_parameters
 from parallel.task import SAMPLE_NUMBERS, Input, Task
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
@@ -72,9 +72,9 @@ class ShardedRun:
         self.step: ShardedStep = self.cell.network
         self.step.rank, self.step.ranks, self.step.group = processes.rank, processes.ranks, processes.group
         self.step.share = self.rows
-        boxes = {name: full.box_of_rank(processes.rank) for name, full in full_parameters.items()}
+        extents = {name: full.slice_of_rank(processes.rank) for name, full in full_parameters.items()}
         self.holder = Holder(processes.rank, processes.ranks,
-                             {name: box for name, box in boxes.items() if box is not None},
+                             {name: extent for name, extent in extents.items() if extent is not None},
                              {name: full.shape for name, full in full_parameters.items()}, self.barrier)
         self.inputs = [Tensor(np.zeros(shape, item.dtype))
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
@@ -94,10 +94,10 @@ class ShardedRun:
         """Gives every parameter of this stage its slice of what one device starts from. While compiling MindSpore gave
         the moments their start, and slices random values that depend on the layout."""
         for parameter in self.task.network.get_parameters():
-            if parameter.name in self.holder.boxes:
+            if parameter.name in self.holder.extents:
                 full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
                                     self.settings.seed)
-                put_slice(parameter, full[_places(self.holder.boxes[parameter.name])])
+                put_slice(parameter, full[_places(self.holder.extents[parameter.name])])
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""
@@ -157,5 +157,5 @@ def put_slice(parameter: Parameter, value: np.ndarray) -> None:
     parameter.set_data(Tensor(np.ascontiguousarray(value), parameter.dtype), slice_shape=True)
 
 
-def _places(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(*pair) for pair in box)
+def _places(extent: Extent) -> tuple[slice, ...]:
+    return tuple(slice(*pair) for pair in extent)
