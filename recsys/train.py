@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-<<<<<<< HEAD
 from parallel.common.progress import table
 from parallel.launch.session import runs_on_torch, train_on_torch
-=======
-from parallel.common.files import atomic_write, read_json
-from parallel.common.progress import info, table
->>>>>>> main
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
@@ -125,75 +120,3 @@ def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict)
 def evaluation_batch(settings: Any, rows: Any) -> int:
     """Samples of one forward pass over `rows`."""
     return max(1, min(4 * settings.train.global_batch_size, len(rows)))
-<<<<<<< HEAD
-=======
-
-
-def keep_vocabulary(log: Log, directory: Path) -> None:
-    """Puts the vocabulary beside the checkpoints: with it they read any later log the same way."""
-    with atomic_write(directory / VOCABULARY, "wb") as file, (log.directory / VOCABULARY).open("rb") as source:
-        shutil.copyfileobj(source, file)
-
-
-def _limit(settings: Any, log: Log) -> dict[str, float]:
-    """The best AUC that any model can expect on the test rows, where the truth is known."""
-    data = settings.data
-    if data.reader != "synthetic" or data.split.by not in ("default", "order"):
-        return {}
-    from recsys.data.readers.synthetic import probabilities
-    from recsys.metrics import bayes_auc
-
-    return {"bayes_auc": bayes_auc(probabilities(data)[-max(1, len(log.parts["test"])):])}
-
-
-class Best:
-    """Evaluates at every validation and, where the run keeps the best parameters, saves them when they improve.
-
-    Args:
-        settings: the run; `train.keep_best` names the metric.
-        network: whose parameters are saved.
-        evaluation: what gives the metrics.
-        rank: only rank 0 writes.
-        tables: `recsys.tables.host.HostTables` whose rows are kept beside the parameters.
-    """
-
-    def __init__(self, settings: Any, network: TrainingLoss, evaluation: Evaluation, rank: int,
-                 tables: Any = None) -> None:
-        self.metric, self.network, self.evaluation = settings.train.keep_best, network, evaluation
-        self.directory, self.rank, self.tables = Path(settings.output.directory) / "best", rank, tables
-        self.value, self.step = None, None
-        found = list_checkpoints(self.directory) if self.metric and settings.output.resume != "never" else []
-        if found:
-            state = read_json(found[-1] / "state.json")
-            self.value, self.step = state.get("value"), state.get("step")
-
-    def __call__(self, step: int) -> dict[str, float]:
-        metrics = self.evaluation(step)
-        if self.metric is None or self.metric not in metrics or not math.isfinite(metrics[self.metric]):
-            return metrics
-        sign = -1.0 if self.metric in _SMALLER_IS_BETTER else 1.0
-        value = sign * metrics[self.metric]
-        if self.value is None or value > self.value:
-            self.value, self.step = value, step
-            if self.tables is not None:
-                self.tables.before_checkpoint(self.directory, step)
-            if self.rank == 0:
-                save_checkpoint(self.directory, step, self.parameters(), (),
-                                {"value": value, "step": step, "metric": self.metric}, keep=1,
-                                add_files=self.tables.add_files if self.tables is not None else None)
-        return metrics
-
-    def parameters(self) -> list:
-        """The model's parameters."""
-        return [parameter for parameter in self.network.get_parameters()
-                if self.tables is None or not is_sparse(parameter.name)]
-
-    def restore(self) -> None:
-        """Brings the best parameters back for the last evaluation."""
-        found = list_checkpoints(self.directory) if self.metric else []
-        if found:
-            load_parameters(found[-1], self.parameters())
-            if self.tables is not None:
-                self.tables.restore_files(found[-1])
-            info(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")
->>>>>>> main

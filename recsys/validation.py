@@ -14,7 +14,7 @@ from parallel.checkpoint.folder import list_checkpoints
 from parallel.checkpoint.full import load_checkpoint, save
 from parallel.checkpoint.sharded import Holder
 from parallel.common.files import read_json
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.training.backend import Backend
 from recsys.data.dataset import in_order
 from recsys.data.encode import Encoded
@@ -117,8 +117,8 @@ class Best:
         """Brings the best parameters back for the last evaluation. All processes call it."""
         found = list_checkpoints(self.directory) if self.metric else []
         if found:
-            load_checkpoint(found[-1], self.parameters(), (), self.holder.boxes if self.holder is not None else None)
+            load_checkpoint(found[-1], self.parameters(), (), self.holder.extents if self.holder is not None else None)
             if self.tables is not None:
                 self.tables.restore_files(found[-1])
             if self.rank == 0:
-                note(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")
+                info(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.launch.choose import choose
 from parallel.launch.launcher import MsrunLauncher, TorchLauncher
 from parallel.launch.plan import DEFAULT_PORT, Plan
@@ -68,7 +68,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.what != "train":
         return MsrunLauncher(plan, command, logs).run()
     choice = choose(run_settings.parallel.resolve(plan.ranks), run_settings.train.precision)
-    note(choice.text())
+    info(choice.text())
     if choice.backend == "mindspore":
         return MsrunLauncher(plan, command, logs).run()
     program, settings = exported(run_settings, plan.ranks, plan.node_rank)

@@ -16,14 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD:parallel/launch/launcher.py
-from parallel.common.progress import note
-from parallel.launch.plan import Plan, check_port
-=======
-from parallel.common.errors import UserError
 from parallel.common.progress import info
-from parallel.task import load_run
->>>>>>> main:parallel/training/launch.py
+from parallel.launch.plan import Plan, check_port
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
@@ -127,7 +121,7 @@ class Launcher:
         rank, code = failed if failed is not None else (None, 0)
         told = self._told_error(rank) if code == _USER_ERROR else None
         if told is not None:
-            note(f"{told} (rank {rank} of {self.plan.ranks}; the other ranks were ended)")
+            info(f"{told} (rank {rank} of {self.plan.ranks}; the other ranks were ended)")
         elif failed is not None:
             name = "the scheduler" if rank == -1 else f"rank {rank}"
             log = self.logs / "scheduler.log" if rank == -1 else self.log(rank)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.launch.choose import choose
 from parallel.launch.programs import exported
 from parallel.training.backend import Backend
@@ -26,7 +26,7 @@ def runs_on_torch(settings: Any) -> bool:
     if ranks_here() > 1:
         return False
     choice = choose(settings.parallel.resolve(1), settings.train.precision)
-    note(choice.text())
+    info(choice.text())
     return choice.backend == "torch"
 
 
