@@ -18,7 +18,7 @@ def ranks_here() -> int:
 
 
 def runs_on_torch(settings: Any) -> bool:
-    """Whether a run that no launcher started goes to torch; says which backend it takes.
+    """Whether a run that no launcher started goes to torch, and says so.
 
     Raises:
         UserError: the backend that is needed is not installed.
@@ -26,7 +26,8 @@ def runs_on_torch(settings: Any) -> bool:
     if ranks_here() > 1:
         return False
     choice = choose(settings.parallel.resolve(1), settings.train.precision)
-    info(choice.text())
+    if choice.backend == "torch":
+        info(choice.text())
     return choice.backend == "torch"
 
 
