@@ -9,7 +9,7 @@ import pydantic
 from pangu.config import ModelConfig
 from pangu.data.packing import PackOptions
 from pangu.data.train_vocabulary import VocabularyOptions
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from pangu.serving.settings import ServeSettings
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
