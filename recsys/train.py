@@ -23,6 +23,7 @@ from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer, set_seed
 from recsys.build import build, check_layout, loss_network
 from recsys.data.dataset import Batches, Log, prepare
+from recsys.data.readers import reader
 from recsys.evaluate import VOCABULARY, Evaluation
 from recsys.layers.embedding import is_sparse
 from recsys.params import count
@@ -35,6 +36,8 @@ _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     processes = start_device()
+    if reader(settings.data.reader).stream is not None:
+        return run_stream(settings, processes)
     log = prepare(settings.data, settings.model.embedding_size)
     set_seed(settings.train.seed)
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
@@ -44,6 +47,22 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     else:
         initialize(network.model, settings.train.seed)
         figures = train(settings, network, log, processes)
+    if processes.rank == 0:
+        table("Trained", ["figure", "value"], figures.items())
+    return figures
+
+
+def run_stream(settings: Any, processes: Processes) -> dict:
+    """Trains on a stream (readers redis_stream, kafka, tail)."""
+    from recsys.stream_training import check, reading_of, train_stream
+
+    check(settings)
+    reading = reading_of(settings)
+    set_seed(settings.train.seed)
+    network = loss_network(settings, reading[2], len(reading[1].labels), COMPUTE_DTYPES[settings.train.precision])
+    if needs_cut(check_device(settings, network.model, processes), processes):
+        raise UserError("a stream is trained on with data parallelism only", where="parallel", hint="set parallel.data")
+    figures = train_stream(settings, network, reading, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures

@@ -20,7 +20,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.checkpoint.folder import list_checkpoints, resolve_checkpoint
+from parallel.checkpoint.folder import checkpoint_path, list_checkpoints, resolve_checkpoint
 from parallel.checkpoint.sharded import Holder, save_slices
 from parallel.checkpoint.whole import load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
@@ -123,6 +123,8 @@ class Trainer:
         self.step, self.settings, self.output = step, settings, output
         self.source = NumberedSource(source, *step.share) if step.numbered else source
         self.evaluators, self.companions = list(evaluate), tuple(companions)
+        for companion in self.companions:
+            companion.save, companion.go_back = self.save, self.go_back
         if validation is not None:
             self.evaluators.insert(0, validation if callable(validation)
                                    else Validation(step, validation, settings.validation_batches))
@@ -191,7 +193,9 @@ class Trainer:
         if self.settings.data_sink:
             yield from self._sunk_outputs()
             return
-        batches = prefetch(itertools.islice(self.source.batches(self.iteration), self.settings.steps - self.iteration))
+        batches = self.source.batches(self.iteration)
+        if getattr(self.source, "read_ahead", True):
+            batches = prefetch(itertools.islice(batches, self.settings.steps - self.iteration))
         try:
             for batch in batches:
                 for companion in self.companions:
@@ -348,6 +352,16 @@ class Trainer:
         restore_all(self.companions, state.get("companions", {}), path)
         if self.step.rank == 0:
             note(f"going on from {path} (step {self.iteration})")
+
+    def go_back(self, step: int) -> None:
+        """Returns to the checkpoint of an earlier step of this run."""
+        path = checkpoint_path(self.checkpoints, step)
+        state = load_checkpoint(path, self.parameters, self.states, self.holder.boxes if self.holder else None)
+        self._take_state(state, path)
+        restore_all(self.companions, state.get("companions", {}), path)
+        if self.log is not None:
+            self.log.close()
+            self.log = MetricsLog(self.directory, self.iteration, self.output.tensorboard)
 
     def _take_state(self, state: dict, path: Path) -> None:
         try:
