@@ -22,7 +22,7 @@ from typing import Any
 from data_tools.documents import Document, OutputFormat, ReadLog, ReadSettings, RecordWriter, Split, read_split
 from data_tools.engines.base import Engine
 from parallel.common.errors import UserError
-from parallel.common.files import write_json
+from parallel.common.files import read_json, write_json
 from parallel.common.progress import note
 
 _FORMAT_VERSION = 1  # part of every digest: raised when the output of a step changes with the same settings
@@ -203,8 +203,8 @@ class PartTask:
 
     def _already_done(self, digest: str) -> PartFigures | None:
         try:
-            marker = json.loads(self.marker.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            marker = read_json(self.marker, dict)
+        except UserError:  # none, or damaged: the part is made anew
             return None
         if marker.get("digest") != digest or not self.path.is_file() or not self.removed_path.is_file():
             return None

@@ -44,15 +44,15 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     vocabulary = settings.model.vocabulary_size
     inputs = [Input("records", (batch, length + 1), "int32", vocabulary),
               Input("position_ids", (batch, length), "int32", length),
-              Input("attention_mask", (batch, length, length), "float16")]
+              Input("documents", (batch, length), "int32", 2)]
     task = Task(network, inputs, lambda seed: sample_batch(settings, seed), batch * length,
                 {"model": settings.model.name, "layers": settings.model.layers})
     return with_sample_numbers(task, settings.model.dropout)
 
 
 def sample_batch(settings: Any, seed: int) -> tuple[np.ndarray, ...]:
-    """A random batch with document ends and uneven padding: records [B, S+1], positions [B, S], mask [B, S, S]."""
-    from pangu.data.dataset import reset_at_document_ends
+    """A random batch with document ends and uneven padding: records [B, S+1], positions and documents [B, S]."""
+    from pangu.data.dataset import document_positions
 
     model, batch = settings.model, settings.train.global_batch_size
     generator = np.random.default_rng(seed)
@@ -62,5 +62,4 @@ def sample_batch(settings: Any, seed: int) -> tuple[np.ndarray, ...]:
     records_BR[ends_BR] = model.eot_id
     lengths_B = generator.integers(3 * model.sequence_length // 4, records_BR.shape[1] + 1, batch)
     records_BR[np.arange(records_BR.shape[1]) >= lengths_B[:, None]] = model.pad_id
-    positions_BS, mask_BSS = reset_at_document_ends(records_BR[:, :-1], model.eot_id)
-    return records_BR, positions_BS.astype(np.int32), mask_BSS.astype(np.float16)
+    return records_BR, *document_positions(records_BR[:, :-1], model.eot_id)

@@ -19,7 +19,7 @@ from parallel.layers.embedding import Embedding, Residual, TiedHead
 from parallel.layers.feed_forward import FeedForward
 from parallel.layers.loss import CrossEntropy, MaskedMean, TiedCrossEntropy
 from parallel.layers.norm import LayerNorm
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 
 
 class DecoderLayer(nn.Cell):
@@ -57,10 +57,10 @@ class DecoderLayer(nn.Cell):
 class TokenEmbedding(nn.Cell):
     """hidden_ND = dropout(word[ids] + position[positions])."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: mstype, cut: str | None) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: mstype, axis: str | None) -> None:
         super().__init__()
         width, std = config.hidden_size, config.embedding_std
-        self.word = Embedding(config.vocabulary_size, width, std=std, cut=cut)
+        self.word = Embedding(config.vocabulary_size, width, std=std, axis=axis)
         self.position = Embedding(config.sequence_length, width, std=std, start="truncated_normal")
         self.add = Residual()
         self.dropout, self.dropout_keys = Dropout(config.dropout, ("residual", None)), DropoutKeys()
@@ -80,7 +80,8 @@ class PanGuAlpha(nn.Cell):
         config: sizes and choices.
         compute_dtype: type of the matmuls (float16 on Ascend, float32 on the CPU).
 
-    Inputs: ids_BS int32, positions_BS int32, mask_BSS (1 = visible, 0 = hidden). Output: logits [N, V].
+    Inputs: ids_BS int32, positions_BS int32, documents_BS int32 (or a mask [B, S, S], see `AttentionBias`).
+    Output: logits [N, V].
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: mstype = mstype.float32) -> None:
@@ -97,24 +98,25 @@ class PanGuAlpha(nn.Cell):
                                          start="truncated_normal")
         self.query_layer = DecoderLayer(config, compute_dtype)
         self.norm = LayerNorm(width, compute_dtype=compute_dtype)
-        self.head = TiedHead(cut="vocabulary")
+        self.head = TiedHead(axis="vocabulary")
         self.norm_first = config.final_norm == "before_query"
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
 
-    def construct(self, ids_BS: Tensor, positions_BS: Tensor, mask_BSS: Tensor) -> Tensor:
-        return self.head(self.hidden(ids_BS, positions_BS, mask_BSS), self.embedding.word.table)
+    def construct(self, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor) -> Tensor:
+        return self.head(self.hidden(ids_BS, positions_BS, documents_BS), self.embedding.word.table)
 
-    def hidden(self, ids_BS: Tensor, positions_BS: Tensor, mask_BSS: Tensor, rows_B: Tensor | None = None) -> Tensor:
+    def hidden(self, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor,
+               rows_B: Tensor | None = None) -> Tensor:
         """[N, D]: what the head is applied to; rows_B numbers the samples for dropout."""
         hidden_ND = self.embedding(ids_BS, positions_BS, rows_B)
         for i in range(len(self.layers)):
-            hidden_ND = self.layers[i](hidden_ND, self.biases[i](mask_BSS), None, rows_B)
+            hidden_ND = self.layers[i](hidden_ND, self.biases[i](documents_BS), None, rows_B)
         if self.norm_first:
             hidden_ND = self.norm(hidden_ND)
         # The released code indexes the query table with the input's own position: row i asks for token i + 1.
         query_ND = self.cast(self.query_embedding(positions_BS), self.compute_dtype)
-        hidden_ND = self.query_layer(hidden_ND, self.bias(mask_BSS), query_ND, rows_B)
+        hidden_ND = self.query_layer(hidden_ND, self.bias(documents_BS), query_ND, rows_B)
         if not self.norm_first:
             hidden_ND = self.norm(hidden_ND)
         return hidden_ND
@@ -129,8 +131,8 @@ class PanGuAlpha(nn.Cell):
 class TrainingLoss(Layer):
     """Mean negative log-likelihood of the next token over a batch of records.
 
-    Inputs: records_BR int32 with R = S + 1 ids, positions_BS, mask_BSS and, in training with dropout, rows_B (numbers
-    of the samples, int32). Output: scalar loss in nats per token.
+    Inputs: records_BR int32 with R = S + 1 ids, positions_BS, documents_BS and, in training with dropout, rows_B
+    (numbers of the samples, int32). Output: scalar loss in nats per token.
     Tokens are records[:, :-1], labels records[:, 1:]. The loss mask looks at the *input* token (it is 0 where that is
     padding), as in the released code, so the border from one document to the next is predicted too.
     """
@@ -141,19 +143,19 @@ class TrainingLoss(Layer):
         config = model.config
         self.model, self.pad_id, self.length = model, config.pad_id, config.sequence_length
         self.weighted = weighted
-        self.cross_entropy = CrossEntropy(config.vocabulary_size, cut="vocabulary")
+        self.cross_entropy = CrossEntropy(config.vocabulary_size, axis="vocabulary")
         on_cpu = mindspore.get_context("device_target") == "CPU" and model.compute_dtype == mstype.float32
         self.together = TiedCrossEntropy() if on_cpu else None
         self.mean = MaskedMean()
         self.inputs, self.labels, self.differs = ops.StridedSlice(), ops.StridedSlice(), ops.NotEqual()
         self.reshape, self.cast = ops.Reshape(), ops.Cast()
 
-    def construct(self, records_BR: Tensor, positions_BS: Tensor, mask_BSS: Tensor,
+    def construct(self, records_BR: Tensor, positions_BS: Tensor, documents_BS: Tensor,
                   rows_B: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         batch = records_BR.shape[0]
         ids_BS = self.inputs(records_BR, (0, 0), (batch, self.length), (1, 1))
         labels_BS = self.labels(records_BR, (0, 1), (batch, self.length + 1), (1, 1))
-        hidden_ND = self.model.hidden(ids_BS, positions_BS, mask_BSS, rows_B)
+        hidden_ND = self.model.hidden(ids_BS, positions_BS, documents_BS, rows_B)
         table_VD = self.model.embedding.word.table
         logits_NV, labels_N = self.model.head(hidden_ND, table_VD), self.reshape(labels_BS, (-1,))
         if self.together is not None:
@@ -173,6 +175,7 @@ class TrainingLoss(Layer):
         """Parameters that cells on several stages use: the word embedding's table, looked up first and last."""
         return [(self.model.embedding.word.table, [self.model.embedding, self.model.head])]
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         rows = ("batch", None)
-        return [Cut(self.inputs, (rows,)), Cut(self.labels, (rows,)), Cut(self.differs, (rows, ()))]
+        return [OpSharding(self.inputs, (rows,)), OpSharding(self.labels, (rows,)),
+                OpSharding(self.differs, (rows, ()))]

@@ -7,7 +7,6 @@ results, so that a second run goes on where the first one stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -19,8 +18,10 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
+from parallel.common.lines import split_lines
 from parallel.common.progress import note, table
 from parallel.common.settings import to_yaml
+from parallel.common.structured import parse_object
 
 OWN_TEXT_VOCABULARY = 8000
 PROMPTS = "pangu/prompts/quickstart.yaml"
@@ -121,9 +122,9 @@ class Job:
     def steps(self) -> dict[str, list[str]]:
         """Names and commands, in order."""
         questions, config = str(self.output / "questions.jsonl"), ["--config", str(self.config)]
-        world = ["data_tools", "world", "--output", self.corpus, "--bytes", self.arguments.bytes,
+        corpus = ["data_tools", "generate-corpus", "--output", self.corpus, "--bytes", self.arguments.bytes,
                  "--questions", questions]
-        steps = {"corpus": world, "vocabulary": ["pangu", "vocabulary", *config],
+        steps = {"corpus": corpus, "vocabulary": ["pangu", "train-vocabulary", *config],
                  "pack": ["pangu", "pack", *config, "pack.overwrite=true"], "train": ["pangu", "train", *config],
                  "evaluate": ["pangu", "evaluate", *config, "--questions", questions],
                  "generate": ["pangu", "generate", *config, "--prompts", PROMPTS]}
@@ -190,4 +191,4 @@ def run_command(command: list[str], runner: Callable[..., subprocess.CompletedPr
         raise KeyboardInterrupt
     if done.returncode:
         raise UserError("the step failed; its message stands above", where=" ".join(command[:2]))
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return parse_object(split_lines(done.stdout.strip())[-1])

@@ -12,6 +12,7 @@ from parallel.sharding.config import ParallelConfig, divides
 from parallel.task import Input, Task, with_sample_numbers
 from recsys.data.features import FeatureSpec
 from recsys.models import NAMES, module_of, run_class
+from recsys.tables.columns import window_spec
 
 MODELS = NAMES
 
@@ -35,6 +36,8 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     from recsys.layers.embedding import is_sparse
 
     spec = spec_of(settings)
+    if settings.data.tables.place == "host":
+        spec = window_spec(spec, settings.train.global_batch_size, settings.data.tables.window)
     tasks = len(labels_of(settings))
     network = loss_network(settings, spec, tasks, compute_dtype)
     check_layout(settings, network.model, parallel)
@@ -43,8 +46,15 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, tasks), "float32")]
     task = Task(network, inputs, lambda seed: sample_batch(spec, batch, tasks, seed), batch,
-                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse)
+                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse, scores)
     return with_sample_numbers(task, settings.model.dropout)
+
+
+def scores(network: Any) -> Any:
+    """The cell from features to probabilities in a `TrainingLoss`, with the same parameters."""
+    from recsys.ranker import Scores
+
+    return Scores(network.model)
 
 
 def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: str = "float32") -> Any:
@@ -54,6 +64,10 @@ def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: st
 
     from recsys.ranker import TrainingLoss
 
+    if spec.is_dynamic and settings.data.tables.place != "host":
+        name = next(name for name, slot in spec.slots.items() if slot.feature.is_dynamic)
+        raise UserError("values: dynamic needs tables on the host", where=f"features.{name}.values",
+                        hint="set data.tables.place: host")
     with no_init_parameters():
         model = module_of(settings.model.name).MODEL(settings.model, spec, tasks, getattr(mstype, compute_dtype))
         return TrainingLoss(model)
@@ -82,7 +96,7 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
             where="parallel.data", what="train.global_batch_size")
     if parallel.sequence:
         raise UserError("rankers have no residual stream of tokens in a row to cut", where="parallel.sequence",
-                        value=True, hint="set it to false; model.op_cut: tokens cuts feature tokens")
+                        value=True, hint="set it to false; model.op_sharding: tokens cuts feature tokens")
     if parallel.pipeline.stages > 1 and parallel.pipeline.schedule != "1f1b":
         raise UserError("stages of rankers run 1f1b only", where="parallel.pipeline.schedule",
                         value=parallel.pipeline.schedule, hint="set it to 1f1b")
@@ -103,24 +117,24 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
 
 
 def check_op(settings: Any, model: Any, parallel: ParallelConfig) -> None:
-    """Raises a `UserError` unless the op axis divides the tables and what `model.op_cut` cuts."""
+    """Raises a `UserError` unless the op axis divides the tables and what `model.op_sharding` cuts."""
     batch, sizes, op = settings.train.global_batch_size, settings.model, parallel.op
     for width, rows in model.spec.tables.items():
         divides(op if parallel.vocabulary else 1, rows, where="parallel.op", what=f"table of width {width}, rows")
-    if not hasattr(sizes, "op_cut"):
+    if not hasattr(sizes, "op_sharding"):
         return
-    if sizes.op_cut == "width":
+    if sizes.op_sharding == "width":
         if getattr(sizes, "moe", None) is not None:
             raise UserError("experts are not cut along their width", where="parallel.op", value=op,
-                            hint="choose model.op_cut: tokens, or cut the experts with parallel.expert")
+                            hint="choose model.op_sharding: tokens, or cut the experts with parallel.expert")
         inner = round(getattr(sizes, "ratio", getattr(sizes, "ffn_ratio", 1)) * sizes.width)
         divides(op, inner, where="parallel.op", what="inner width")
         return
     if getattr(sizes, "ug_sep", None) is not None:
-        raise UserError("tokens of a separated ranker are not cut", where="model.op_cut", value=sizes.op_cut,
-                        hint="choose model.op_cut: width")
+        raise UserError("tokens of a separated ranker are not cut", where="model.op_sharding", value=sizes.op_sharding,
+                        hint="choose model.op_sharding: width")
     for count in {getattr(model, "tokens", sizes.tokens), getattr(model, "heads", sizes.tokens)}:
-        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", hint="choose model.op_cut: width")
+        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", hint="choose model.op_sharding: width")
     divides(op * parallel.data, batch, where="parallel.op", what="train.global_batch_size")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor
 
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
@@ -17,20 +17,9 @@ from recsys.build import loss_network
 from recsys.data.dataset import Log, in_order, prepare
 from recsys.data.encode import Encoded
 from recsys.metrics import Accumulator
-from recsys.ranker import Ranker
+from recsys.ranker import Ranker, Scores
 
 VOCABULARY = "vocabulary.json"
-
-
-class Scores(nn.Cell):
-    """probabilities_BK of a ranker."""
-
-    def __init__(self, model: Ranker) -> None:
-        super().__init__(auto_prefix=False)
-        self.model, self.sigmoid = model, ops.Sigmoid()
-
-    def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> Tensor:
-        return self.sigmoid(self.model(ids_BM, numbers_BN))
 
 
 class Evaluation:
@@ -45,11 +34,12 @@ class Evaluation:
         batch: samples of one forward pass.
         prefix: put before every name.
         limit: batches at most; None = all.
+        scores: what gives the probabilities; None = `Scores` of the model.
     """
 
     def __init__(self, model: Ranker, rows: Encoded, labels: list[str], batch: int, *, limit: int | None = None,
-                 show: bool = False) -> None:
-        self.scores, self.rows, self.labels, self.batch = Scores(model), rows, labels, batch
+                 show: bool = False, scores: Any = None) -> None:
+        self.scores, self.rows, self.labels, self.batch = scores or Scores(model), rows, labels, batch
         self.limit, self.show = limit, show
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -102,6 +92,12 @@ def open_log(settings: Any, checkpoint: str | None = None) -> Log:
     return prepare(settings.data, settings.model.embedding_size, vocabulary)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `evaluate`."""
+    parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
+    parser.add_argument("--part", choices=["train", "validation", "test"], default="test", help="rows to evaluate on")
+
+
 def run(settings: Any, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: exact metrics of a checkpoint on one part of the log."""
     start_device()
@@ -109,9 +105,15 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     rows = log.parts[arguments.part]
     if len(rows) == 0:
         raise UserError("this part has no rows", where="--part", value=arguments.part)
-    model, path = load_model(settings, log, arguments.checkpoint)
-    batch = min(settings.train.global_batch_size * 4, len(rows))
-    evaluation = Evaluation(model, rows, log.labels, batch, show=True)
+    batch, scores = min(settings.train.global_batch_size * 4, len(rows)), None
+    if settings.data.tables.place == "host":
+        from recsys.tables.run import load_hosted
+
+        path = resolve_checkpoint(arguments.checkpoint or settings.output.directory)
+        model, scores = load_hosted(settings, log.spec, len(log.labels), path, batch, Scores)
+    else:
+        model, path = load_model(settings, log, arguments.checkpoint)
+    evaluation = Evaluation(model, rows, log.labels, batch, show=True, scores=scores)
     metrics = evaluation(0)
     table(f"{settings.model.name} on {arguments.part} ({len(rows)} rows)", ["metric", "value"], metrics.items())
     return {**metrics, "samples": len(rows), "part": arguments.part, "checkpoint": str(path)}

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from parallel.training.backend import Backend
 from parallel.training.companions import Companion
 from recsys.metrics import auc, calibration, logloss
-
-Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+from recsys.score_merging import RankScores
 
 
 class Window:
@@ -57,26 +57,22 @@ class Progressive(Companion):
     """Scores batches before their steps; callable as `evaluate(step) -> dict` by the trainer.
 
     Args:
-        score: (ids, numbers) of this process's rows -> probabilities of the rows that this process tells, [n, K].
+        backend: scores with the parameters as they are.
         labels: names of the tasks; the first one's metrics have plain names, those of others end in `_<label>`.
         windows: sizes, in samples.
-        gather: the same rows of all processes, (scores, labels) -> both of the whole batch; None = one process.
     """
 
     name = "progressive"
 
-    def __init__(self, score: Score, labels: Sequence[str], windows: Sequence[int],
-                 gather: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None) -> None:
-        self.score, self.labels, self.sizes, self.gather = score, list(labels), sorted(set(windows)), gather
+    def __init__(self, backend: Backend, labels: Sequence[str], windows: Sequence[int]) -> None:
+        self.scores, self.labels, self.sizes = RankScores(backend), list(labels), sorted(set(windows))
         self.kept = [Window(self.sizes[-1]) for _ in self.labels]
         self.samples = 0
 
     def before_step(self, step: int, batch: Sequence[np.ndarray]) -> None:
         """Scores the batch with the parameters of `step`."""
         ids, numbers, labels = batch[:3]
-        scores = self.score(ids, numbers)
-        if self.gather is not None:
-            scores, labels = self.gather(scores, labels)
+        scores, labels = self.scores.of_batch((ids, numbers), labels)
         self.samples += len(labels)
         for task, window in enumerate(self.kept):
             window.add(scores[:, task], labels[:, task])

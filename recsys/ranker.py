@@ -13,16 +13,16 @@ from mindspore import dtype as mstype
 from parallel.common.errors import UserError
 from parallel.layers.dropout import Dropout, DropoutKeys
 from parallel.layers.linear import Linear
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Join
 from recsys.settings import RankerSettings
 
 
 def dense(inputs: int, outputs: int, compute_dtype: mstype = mstype.float32, *, bias: bool = True,
-          cut: str | None = None) -> Linear:
+          style: str | None = None) -> Linear:
     """A linear layer with Xavier-normal start."""
-    return Linear(inputs, outputs, cut=cut, std=math.sqrt(2.0 / (inputs + outputs)), bias=bias,
+    return Linear(inputs, outputs, style=style, std=math.sqrt(2.0 / (inputs + outputs)), bias=bias,
                   compute_dtype=compute_dtype)
 
 
@@ -40,8 +40,8 @@ class Rectifier(Layer):
     def construct(self, x: Tensor) -> Tensor:
         return self.relu(x)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.relu, (self.stream,))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.relu, (self.stream,))]
 
 
 class MLP(nn.Cell):
@@ -138,6 +138,23 @@ class Ranker(nn.Cell):
         return 0.0
 
 
+class Scores(Layer):
+    """probabilities_BK of a ranker, float32."""
+
+    inputs = 2
+    """It takes so many of the inputs of a `Task`: ids_BM and numbers_BN."""
+
+    def __init__(self, model: Ranker) -> None:
+        super().__init__(auto_prefix=False)
+        self.model, self.sigmoid = model, ops.Sigmoid()
+
+    def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> Tensor:
+        return self.sigmoid(self.model(ids_BM, numbers_BN))
+
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.sigmoid, (("batch", None),))]
+
+
 class BinaryCrossEntropy(Layer):
     """-y log p - (1 - y) log(1 - p) of each sample from its logit, without overflow: max(z, 0) - z y + log(1 +
     e^-|z|)."""
@@ -152,11 +169,11 @@ class BinaryCrossEntropy(Layer):
         tail_BK = self.log1p(self.one_more(self.exp(self.negate(self.abs(logits_BK))), 1.0))
         return self.plus(self.minus(self.relu(logits_BK), self.times(logits_BK, labels_BK)), tail_BK)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         wide = ("batch", None)
         one = [self.relu, self.abs, self.negate, self.exp, self.log1p]
-        return ([Cut(primitive, (wide,)) for primitive in one] + [Cut(self.one_more, (wide, ()))]
-                + [Cut(primitive, (wide, wide)) for primitive in (self.times, self.minus, self.plus)])
+        return ([OpSharding(primitive, (wide,)) for primitive in one] + [OpSharding(self.one_more, (wide, ()))]
+                + [OpSharding(primitive, (wide, wide)) for primitive in (self.times, self.minus, self.plus)])
 
 
 class TaskMean(Layer):
@@ -170,9 +187,10 @@ class TaskMean(Layer):
     def construct(self, loss_BK: Tensor) -> Tensor:
         return self.mean(self.sum(self.weigh(loss_BK, self.weight_of_tasks), 1))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         wide = ("batch", None)
-        return [Cut(self.weigh, (wide, (None, None))), Cut(self.sum, (wide,)), Cut(self.mean, (("batch",),))]
+        return [OpSharding(self.weigh, (wide, (None, None))), OpSharding(self.sum, (wide,)),
+                OpSharding(self.mean, (("batch",),))]
 
 
 class TrainingLoss(nn.Cell):

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.folder import resolve_checkpoint
-from parallel.checkpoint.whole import Checkpoint
+from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
+from parallel.common.renamed import current_keys
 from parallel.common.settings import load_settings
 from recsys.data.dataset import columns_of, features_of
 from recsys.data.encode import Columns
@@ -63,7 +64,7 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     if not kept or "model" not in kept:
         raise UserError("the checkpoint does not say which settings it was trained with", where=checkpoint,
                         hint="name them with --config")
-    return run_class(kept["model"].get("name", "")).model_validate(kept)
+    return run_class(kept["model"].get("name", "")).model_validate(current_keys(kept))
 
 
 def vocabulary_of(checkpoint: Path, settings: Any) -> Vocabulary:
@@ -100,7 +101,7 @@ def load(checkpoint: str | Path, config: str | None = None) -> Trained:
     """A trained ranker with its network; a quantized checkpoint gives a quantized one.
 
     Raises:
-        UserError: see `describe` and `parallel.checkpoint.whole.load_parameters`.
+        UserError: see `describe` and `parallel.checkpoint.full.load_parameters`.
     """
     from recsys.build import loss_network
     from recsys.quantization import layers as quantization

@@ -6,13 +6,10 @@ rank puts its rows into their places among zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from parallel.training.device import DeviceSum, Processes
+from parallel.training.backend import Backend
 
-Exchange = Callable[[list[float]], list[float]]
 _VALUES_AT_ONCE = 1 << 22
 
 
@@ -20,36 +17,37 @@ class RankScores:
     """Brings together what the ranks of a data-parallel run know of their rows.
 
     Args:
-        exchange: see `parallel.training.backend.Backend.exchange`.
-        part, parts: which consecutive share of every batch this process holds.
+        backend: of this process.
     """
 
-    def __init__(self, exchange: Exchange, part: int, parts: int) -> None:
-        self.exchange, self.part, self.parts = exchange, part, parts
+    def __init__(self, backend: Backend) -> None:
+        self.backend, (self.part, self.parts) = backend, backend.share
 
-    @classmethod
-    def of(cls, processes: Processes) -> RankScores | None:
-        """For the processes of a launch; None for a single one."""
-        return cls(DeviceSum(processes.group), processes.rank, processes.ranks) if processes.ranks > 1 else None
-
-    def whole(self, own: np.ndarray | None, rows: int, start: int) -> np.ndarray:
-        """float32 [rows, K] of which this rank knows `own` from row `start` on (None where another rank tells them).
-
-        Every rank calls it with the same `rows`.
-        """
-        width = 1 if own is None else int(np.prod(own.shape[1:], dtype=np.int64))
-        width = int(max(self.exchange([float(width) if self.part == part else 0.0 for part in range(self.parts)])))
-        result = np.zeros((rows, width), np.float32)
+    def whole(self, own: np.ndarray | None, shape: tuple[int, int], start: int) -> np.ndarray:
+        """float32 [rows, K] of which this rank tells `own` from row `start` on; None: another rank tells its rows.
+        Every rank calls it with the same shape."""
+        result = np.zeros(shape, np.float32)
         if own is not None:
-            result[start:start + len(own)] = np.asarray(own, np.float32).reshape(len(own), width)
+            result[start:start + len(own)] = own
+        if self.backend.ranks == 1:
+            return result
         flat = result.reshape(-1)
         for begin in range(0, flat.size, _VALUES_AT_ONCE):
             piece = slice(begin, begin + _VALUES_AT_ONCE)
-            flat[piece] = self.exchange(flat[piece].tolist())
+            flat[piece] = self.backend.exchange(flat[piece].tolist())
         return result
 
-    def whole_batch(self, scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, labels) [B, K] of a global batch of which this rank holds its share."""
-        rows, tasks = len(labels) * self.parts, scores.shape[1]
-        found = self.whole(np.concatenate([scores, labels], 1), rows, self.part * len(labels))
+    def of_batch(self, batch: tuple[np.ndarray, ...], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(probabilities, labels) [B, K] of a global batch, on every rank.
+
+        Args:
+            batch: this rank's rows, without labels.
+            labels: of the same rows [n, K].
+        """
+        scores = self.backend.scores(batch)
+        if self.backend.ranks == 1:
+            return scores, labels
+        rows, tasks = len(labels) * self.parts, labels.shape[1]
+        told = None if scores is None else np.concatenate([scores, labels], 1)
+        found = self.whole(told, (rows, 2 * tasks), self.part * len(labels))
         return found[:, :tasks], found[:, tasks:]

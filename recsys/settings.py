@@ -18,6 +18,7 @@ from parallel.training.settings import (
 )
 from recsys.data.features import Feature
 from recsys.data.streams.settings import StreamSettings
+from recsys.tables.settings import TableSettings
 
 
 class SyntheticSettings(Settings):
@@ -102,6 +103,8 @@ class DataSettings(Settings):
     """Sizes of the generated log."""
     stream: StreamSettings = StreamSettings()
     """redis_stream, kafka, tail: how events are read."""
+    tables: TableSettings = TableSettings()
+    """Where the embedding tables lie."""
 
 
 class TaskSettings(Settings):
@@ -152,6 +155,14 @@ class RankerOptimizer(OptimizerSettings):
     """Learning rate over the steps."""
 
 
+class SparseOptimizer(RankerOptimizer):
+    """Optimizer of the embedding tables."""
+
+    name: Literal["adamw", "adam", "lamb", "adagrad", "rmsprop", "rowwise_adagrad", "lazy_adam", "sgd"] = "adam"
+    """With data.tables.place: host only the rows of a step are touched: rowwise_adagrad (one number of state a row),
+    adagrad, lazy_adam (adam means it too), sgd. In the graph: the others."""
+
+
 class RankerTrain(TrainSettings):
     """How a ranker is trained."""
 
@@ -161,7 +172,7 @@ class RankerTrain(TrainSettings):
     """Batches to train on."""
     optimizer: RankerOptimizer = RankerOptimizer()
     """Optimizer of the dense part."""
-    sparse_optimizer: RankerOptimizer | None = None
+    sparse_optimizer: SparseOptimizer | None = None
     """Optimizer of the embedding tables; null = the same as the dense part's."""
     clip_norm: float | None = Field(None, gt=0.0)
     """Largest global norm of the gradient; null = no clipping."""

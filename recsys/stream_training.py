@@ -5,26 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from mindspore import Tensor
-
 from parallel.common.errors import UserError
 from parallel.layers.parameter import initialize
 from parallel.training.device import Processes
+from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
+from recsys.count import count
 from recsys.data.dataset import columns_of, features_of
 from recsys.data.features import FeatureSpec, place
 from recsys.data.readers import reader
 from recsys.data.streams.source import StreamSource
 from recsys.data.vocabulary import Vocabulary
-from recsys.evaluate import VOCABULARY, Scores
+from recsys.evaluate import VOCABULARY
 from recsys.layers.embedding import is_sparse
-from recsys.params import count
 from recsys.progressive import Progressive
-from recsys.ranker import TrainingLoss
-from recsys.score_merging import RankScores
+from recsys.ranker import Scores, TrainingLoss
+from recsys.train import run_of
 
 
 def reading_of(settings: Any) -> tuple:
@@ -67,19 +65,6 @@ def stream_source(settings: Any, reading: tuple, processes: Processes) -> Stream
                         settings.train.global_batch_size, settings.output.directory, processes.rank, processes.ranks)
 
 
-def scorer(model: Any, cell: Any) -> Any:
-    """(ids, numbers) -> probabilities by the model as it is; leaves the training cell in training mode."""
-    scores = Scores(model)
-
-    def score(ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        scores.set_train(False)
-        found = scores(Tensor(ids), Tensor(numbers)).asnumpy()
-        cell.set_train(True)
-        return found
-
-    return score
-
-
 def train_stream(settings: Any, network: TrainingLoss, reading: tuple, processes: Processes) -> dict:
     """Trains as long as the stream goes on, or `train.steps`; the run's figures."""
     options, model = settings.train, network.model
@@ -88,19 +73,15 @@ def train_stream(settings: Any, network: TrainingLoss, reading: tuple, processes
     initialize(model, options.seed)
     optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
     step = TrainStep(network, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
+    backend = MindSporeBackend(step, scorer=Scores(model))
     source = stream_source(settings, reading, processes)
     companions, evaluate = [source], []
     if settings.data.stream.progressive:
-        merge = RankScores.of(processes)
-        progressive = Progressive(scorer(model, step), columns.labels, settings.data.stream.windows,
-                                  merge.whole_batch if merge is not None else None)
+        progressive = Progressive(backend, columns.labels, settings.data.stream.windows)
         companions.append(progressive)
         evaluate.append(progressive)
     counted = count(network)
-    trainer = Trainer(step, source, options, settings.output, evaluate=evaluate, units="samples",
-                      units_per_step=options.global_batch_size,
-                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
-                      describe=settings.model_dump(mode="json"), companions=companions)
+    trainer = Trainer(backend, run_of(settings, counted, source, evaluate=evaluate, companions=companions))
     if processes.rank == 0:
         vocabulary.save(Path(settings.output.directory) / VOCABULARY)
     return {**trainer.run(), **source.figures(),

@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.folder import list_checkpoints
-from parallel.checkpoint.whole import load_parameters, save_checkpoint
+from parallel.checkpoint.full import load_parameters, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json
 from parallel.common.progress import note, table
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
-from parallel.training.device import Processes, start_device
+from parallel.training.device import Processes, set_seed, start_device
+from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import CutRun, CutValidation, needs_cut
+from parallel.training.sharded_run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
-from parallel.training.trainer import Trainer, set_seed
+from parallel.training.trainer import Run, Trainer
 from recsys.build import build, check_layout, loss_network
+from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluate import VOCABULARY, Evaluation
 from recsys.layers.embedding import is_sparse
-from recsys.params import count
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
@@ -40,10 +41,17 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
         return run_stream(settings, processes)
     log = prepare(settings.data, settings.model.embedding_size)
     set_seed(settings.train.seed)
+    if settings.data.tables.place == "host":
+        from recsys.tables.run import train_hosted
+
+        figures = train_hosted(settings, log, processes)
+        if processes.rank == 0:
+            table("Trained", ["figure", "value"], figures.items())
+        return figures
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
     parallel = check_device(settings, network.model, processes)
-    if needs_cut(parallel, processes):
-        figures = train_cut(settings, log, parallel, processes)
+    if needs_sharding(parallel, processes):
+        figures = train_sharded(settings, log, parallel, processes)
     else:
         initialize(network.model, settings.train.seed)
         figures = train(settings, network, log, processes)
@@ -60,7 +68,7 @@ def run_stream(settings: Any, processes: Processes) -> dict:
     reading = reading_of(settings)
     set_seed(settings.train.seed)
     network = loss_network(settings, reading[2], len(reading[1].labels), COMPUTE_DTYPES[settings.train.precision])
-    if needs_cut(check_device(settings, network.model, processes), processes):
+    if needs_sharding(check_device(settings, network.model, processes), processes):
         raise UserError("a stream is trained on with data parallelism only", where="parallel", hint="set parallel.data")
     figures = train_stream(settings, network, reading, processes)
     if processes.rank == 0:
@@ -72,7 +80,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     """The resolved layout; refuses layouts and types that this device does not run."""
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings, model, parallel)
-    needs_cut(parallel, processes)
+    needs_sharding(parallel, processes)
     if processes.target != "CPU":
         return parallel
     if settings.train.precision != "fp32":
@@ -85,7 +93,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     return parallel
 
 
-def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
+def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
     """Trains a ranker of which every process holds slices (Ascend); validated by its loss. AUC and the like need whole
     scores: `python -m recsys evaluate` on the merged checkpoint.
 
@@ -101,19 +109,15 @@ def train_cut(settings: Any, log: Log, parallel: ParallelConfig, processes: Proc
     task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
     counted = count(task.network)
     validated = len(log.parts["validation"]) >= options.global_batch_size
-    run = CutRun(task, options, parallel, processes, validated=validated)
+    run = ShardedRun(task, options, parallel, processes, validated=validated)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       *run.rows, log.spec, settings.data.together)
     validation = None
     if validated:
-        rows = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
-        validation = CutValidation(run, rows, options.validation_batches)
-    trainer = Trainer(run.step, batches, options, settings.output, validation=validation, units="samples",
-                      units_per_step=options.global_batch_size,
-                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
-                      describe=settings.model_dump(mode="json"), **run.for_trainer())
+        validation = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
+    trainer = Trainer(ShardedBackend(run), run_of(settings, counted, batches, validation=validation))
     if processes.rank == 0:
-        _keep_vocabulary(log, Path(settings.output.directory))
+        keep_vocabulary(log, Path(settings.output.directory))
     return trainer.run() | {key: counted[key] for key in ("parameters", "dense_parameters")}
 
 
@@ -129,32 +133,44 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
-    best = Best(settings, network, Evaluation(model, rows, log.labels, _evaluation_batch(settings, rows),
+    best = Best(settings, network, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
                                               limit=options.validation_batches), processes.rank)
     counted = count(network)
-    trainer = Trainer(step, batches, options, settings.output, evaluate=[best], units="samples",
-                      units_per_step=options.global_batch_size,
-                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
-                      describe=settings.model_dump(mode="json"))
+    trainer = Trainer(MindSporeBackend(step), run_of(settings, counted, batches, evaluate=[best]))
     if processes.rank == 0:
-        _keep_vocabulary(log, Path(settings.output.directory))
+        keep_vocabulary(log, Path(settings.output.directory))
+    return finish(settings, log, trainer, best, counted)
+
+
+def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
+    """Runs the trainer and evaluates the best (or last) parameters on the test rows; the run's figures."""
+    rows = log.parts["validation"]
     figures = trainer.run()
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else rows
     validation = {f"validation_{name}": figures.pop(name) for name in ("auc", "gauc", "uauc", "logloss")
                   if name in figures}
-    last = Evaluation(model, test, log.labels, _evaluation_batch(settings, test))
-    last.scores = best.evaluation.scores
+    batch = min(best.evaluation.batch, len(test)) if best.tables else evaluation_batch(settings, test)
+    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores)
     metrics = last(trainer.iteration)
     return {**figures, **metrics, **validation, "best_step": best.step,
             **{key: counted[key] for key in ("parameters", "dense_parameters")}, **_limit(settings, log)}
 
 
-def _evaluation_batch(settings: Any, rows: Any) -> int:
+def run_of(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) -> Run:
+    """The run of a ranker for the trainer; `counted` tells its FLOPs."""
+    samples = settings.train.global_batch_size
+    return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
+               flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),
+               **more)
+
+
+def evaluation_batch(settings: Any, rows: Any) -> int:
+    """Samples of one forward pass over `rows`."""
     return max(1, min(4 * settings.train.global_batch_size, len(rows)))
 
 
-def _keep_vocabulary(log: Log, directory: Path) -> None:
+def keep_vocabulary(log: Log, directory: Path) -> None:
     """Puts the vocabulary beside the checkpoints: with it they read any later log the same way."""
     with atomic_write(directory / VOCABULARY, "wb") as file, (log.directory / VOCABULARY).open("rb") as source:
         shutil.copyfileobj(source, file)
@@ -179,11 +195,13 @@ class Best:
         network: whose parameters are saved.
         evaluation: what gives the metrics.
         rank: only rank 0 writes.
+        tables: `recsys.tables.host.HostTables` whose rows are kept beside the parameters.
     """
 
-    def __init__(self, settings: Any, network: TrainingLoss, evaluation: Evaluation, rank: int) -> None:
+    def __init__(self, settings: Any, network: TrainingLoss, evaluation: Evaluation, rank: int,
+                 tables: Any = None) -> None:
         self.metric, self.network, self.evaluation = settings.train.keep_best, network, evaluation
-        self.directory, self.rank = Path(settings.output.directory) / "best", rank
+        self.directory, self.rank, self.tables = Path(settings.output.directory) / "best", rank, tables
         self.value, self.step = None, None
         found = list_checkpoints(self.directory) if self.metric and settings.output.resume != "never" else []
         if found:
@@ -198,18 +216,24 @@ class Best:
         value = sign * metrics[self.metric]
         if self.value is None or value > self.value:
             self.value, self.step = value, step
+            if self.tables is not None:
+                self.tables.before_checkpoint(self.directory, step)
             if self.rank == 0:
                 save_checkpoint(self.directory, step, self.parameters(), (),
-                                {"value": value, "step": step, "metric": self.metric}, keep=1)
+                                {"value": value, "step": step, "metric": self.metric}, keep=1,
+                                add_files=self.tables.add_files if self.tables is not None else None)
         return metrics
 
     def parameters(self) -> list:
         """The model's parameters."""
-        return list(self.network.get_parameters())
+        return [parameter for parameter in self.network.get_parameters()
+                if self.tables is None or not is_sparse(parameter.name)]
 
     def restore(self) -> None:
         """Brings the best parameters back for the last evaluation."""
         found = list_checkpoints(self.directory) if self.metric else []
         if found:
             load_parameters(found[-1], self.parameters())
+            if self.tables is not None:
+                self.tables.restore_files(found[-1])
             note(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from parallel.common.settings import read_yaml_tree
-from parallel.sharding.slices import cut_parameters
+from parallel.sharding.slices import sharded_parameters
 from parallel.task import build_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +18,7 @@ MODELS = sorted([*(ROOT / "configs" / "pangu").glob("*.yaml"), *(ROOT / "configs
 def test_model_config_builds(path):
     task, settings, config = build_task(path)
     assert config.world == (config.devices or config.world)
-    held = cut_parameters(task.network, config)
+    held = sharded_parameters(task.network, config)
     assert held and all(any(whole.box_of_rank(stage * config.data * config.op) is not None
                             for stage in range(config.pipeline.stages)) for whole in held)
     assert all(size > 0 for item in task.inputs for size in item.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from data_tools.documents import Document, OutputFormat, ReadSettings, Split
 from data_tools.engines.base import Engine
 from data_tools.parts import Drop, PartFigures, Places, Step, digest_of, run_step, split_identity
 from parallel.common.files import read_json, write_json
+from parallel.common.lines import json_lines
 from parallel.common.progress import note
 
 
@@ -30,8 +30,7 @@ class RemoveDuplicates(Step):
         return digest_of(self.plan.decision_path(split.index).read_text("utf-8"))
 
     def begin_part(self, split: Split) -> None:
-        with self.plan.decision_path(split.index).open(encoding="utf-8") as file:
-            decisions = [json.loads(line) for line in file]
+        decisions = [decision for _, decision in json_lines(self.plan.decision_path(split.index))]
         self._decisions = {decision["row"]: decision for decision in decisions}
 
     def process(self, document: Document, row: int, figures: PartFigures) -> Iterator[Document]:

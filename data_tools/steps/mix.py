@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from data_tools.parts import PartFigures, Places, clear_stale, digest_of, histog
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
+from parallel.common.json_text import dump_json
 from parallel.common.progress import note, table
 from parallel.common.settings import Settings
+from parallel.common.structured import parse_object
 
 # Table 4, column "weight", in percent.
 PRESETS = {
@@ -153,7 +154,7 @@ class _DrawTask:
                     record = document.record()
                     record["id"] = document.id if copy == 0 else f"{document.id}#{copy + 1}"
                     record["category"], record["_place"] = category, place
-                    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+                    line = dump_json(record).encode() + b"\n"
                     index.append((int(place[:12], 16) % self.plan.shards, offset, len(line)))
                     offset += file.write(line)
         with atomic_write(path.with_suffix(".npy"), "wb") as file:
@@ -184,7 +185,7 @@ class _SortTask:
             with path.open("rb") as file:
                 for _, offset, length in index[index[:, 0] == self.shard].tolist():
                     file.seek(offset)
-                    records.append(json.loads(file.read(length)))
+                    records.append(parse_object(file.read(length)))
         records.sort(key=lambda record: (record["_place"], record["id"]))
         with RecordWriter(Path(self.places.documents) / f"part-{self.shard:05d}.{self.format}") as out:
             for record in records:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import resource
 import shutil
@@ -22,7 +21,7 @@ import numpy as np
 
 from pangu.checkpoints.mindspore_file import Entry, MindSporeFile, write_mindspore
 from pangu.checkpoints.names import Key, keys
-from pangu.checkpoints.slices import Cut, SlicedCheckpoint, read_strategy, release_cuts, write_slices
+from pangu.checkpoints.slices import SlicedCheckpoint, SliceLayout, read_strategy, release_layouts, write_slices
 from pangu.checkpoints.torch_file import TorchFile, write_megatron
 from pangu.config import ModelConfig
 from parallel.checkpoint.folder import FORMAT, PARAMETERS_FILE, VERSION
@@ -30,6 +29,7 @@ from parallel.checkpoint.safetensors_file import SafetensorsFile, write_safetens
 from parallel.checkpoint.sharded import Slices
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, write_json
+from parallel.common.folders import sweep, temporary_name
 from parallel.common.progress import Bar, note, table
 
 SLICED = "mindspore-512"
@@ -128,7 +128,7 @@ def open_source(arguments: argparse.Namespace, config: ModelConfig) -> Any:
         if not arguments.slices:
             raise UserError(f"--from {SLICED} needs --slices DIR", where="convert")
         shapes = {key.theirs: key.their_shape for key in keys(config, "mindspore")}
-        return SlicedCheckpoint(arguments.slices, _cuts(arguments, config), arguments.embeddings, shapes)
+        return SlicedCheckpoint(arguments.slices, _layouts(arguments, config), arguments.embeddings, shapes)
     if not arguments.input:
         raise UserError(f"--from {arguments.source} needs --input PATH", where="convert")
     path = Path(arguments.input)
@@ -139,8 +139,8 @@ def open_source(arguments: argparse.Namespace, config: ModelConfig) -> Any:
     return open_file(path)
 
 
-def _cuts(arguments: argparse.Namespace, config: ModelConfig) -> dict[str, Cut]:
-    return read_strategy(arguments.strategy) if arguments.strategy else release_cuts(config)
+def _layouts(arguments: argparse.Namespace, config: ModelConfig) -> dict[str, SliceLayout]:
+    return read_strategy(arguments.strategy) if arguments.strategy else release_layouts(config)
 
 
 def open_file(path: Path) -> Any:
@@ -307,10 +307,10 @@ def write(arguments: argparse.Namespace, config: ModelConfig, output: Path, plan
 def _write_folder(arguments: argparse.Namespace, config: ModelConfig, folder: Path, plan: Plan) -> None:
     if arguments.target == SLICED:
         with mapped(plan, folder.parent) as there:
-            write_slices(folder, _cuts(arguments, config), there)
+            write_slices(folder, _layouts(arguments, config), there)
     elif arguments.target == "huggingface":
         write_safetensors(folder / "model.safetensors", plan, {"format": "pt"})
-        write_json(folder / "config.json", huggingface_config(config))
+        write_json(folder / "config.json", huggingface_config(config), sealed=False)
     else:
         checksums = write_safetensors(folder / PARAMETERS_FILE, plan)
         entries = {name: {"file": PARAMETERS_FILE, "dtype": dtype, "shape": list(shape), "crc32": checksums[name]}
@@ -321,7 +321,7 @@ def _write_folder(arguments: argparse.Namespace, config: ModelConfig, folder: Pa
 
 
 def _write_one_safetensors(output: Path, plan: Plan) -> None:
-    hidden = output.with_name(f".{output.name}.{os.getpid()}")
+    hidden = temporary_name(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(hidden, plan)
@@ -336,9 +336,10 @@ def _new_folder(output: Path) -> Iterator[Path]:
     hidden = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        sweep(output.parent)
+        hidden = temporary_name(output)
+        hidden.mkdir()
         yield hidden
-        hidden.chmod(0o755)
         hidden.rename(output)
     except OSError as error:
         raise explain_os_error(error, output) from error

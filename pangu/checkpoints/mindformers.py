@@ -129,7 +129,7 @@ def _model_class() -> type:
             self.pad_id = sizes.pad_id
             # MindFormers' own (mint.argmax) has no CPU kernel.
             self.argmax = lambda logits, axis: ops.Argmax(axis=axis)(logits)
-            self.cross_entropy, self.mean = CrossEntropy(sizes.vocabulary_size, cut="vocabulary"), MaskedMean()
+            self.cross_entropy, self.mean = CrossEntropy(sizes.vocabulary_size, axis="vocabulary"), MaskedMean()
             if config.checkpoint_name_or_path:
                 self.load_checkpoint(config)
 
@@ -139,7 +139,7 @@ def _model_class() -> type:
             if not path.is_dir():
                 super().load_checkpoint(config)
                 return
-            from parallel.checkpoint.whole import load_parameters
+            from parallel.checkpoint.full import load_parameters
 
             load_parameters(path, list(self.network.get_parameters()))
 

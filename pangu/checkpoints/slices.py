@@ -17,8 +17,8 @@ import numpy as np
 from pangu.checkpoints.mindspore_file import Entry, MindSporeFile, write_mindspore
 from pangu.checkpoints.names import keys
 from pangu.config import ModelConfig
-from parallel.checkpoint.strategy_file import Cut, write_strategy
-from parallel.checkpoint.strategy_file import read_strategy as read_cuts
+from parallel.checkpoint.strategy_file import SliceLayout, write_strategy
+from parallel.checkpoint.strategy_file import read_strategy as read_layouts
 from parallel.common.errors import UserError
 from parallel.common.progress import progress
 
@@ -30,28 +30,28 @@ STRATEGY_NAME = "strategy.ckpt"
 _RANK = re.compile(r"(\d+)$")
 
 
-def read_strategy(path: str | Path) -> dict[str, Cut]:
+def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
     """The cuts of PanGu-alpha's parameters of a strategy file, optimizer states left out.
 
     Raises:
         UserError: missing, too large, not a strategy file, or of another model.
     """
-    cuts = {name: cut for name, cut in read_cuts(path).items() if name.startswith("backbone.")}
-    if not cuts:
+    layouts = {name: layout for name, layout in read_layouts(path).items() if name.startswith("backbone.")}
+    if not layouts:
         raise UserError("the strategy file names no parameter of PanGu-alpha", where=path)
-    return cuts
+    return layouts
 
 
-def release_cuts(config: ModelConfig, data: int = 64, op: int = 8) -> dict[str, Cut]:
+def release_layouts(config: ModelConfig, data: int = 64, op: int = 8) -> dict[str, SliceLayout]:
     """The release's cuts for a model of any size: what the strategy files published with 2.6B and 13B say."""
-    cuts = {}
+    layouts = {}
     for key in keys(config, "mindspore"):
         name, dims = key.theirs, [-1] * len(key.their_shape)
-        whole = "layernorm" in name or "embedding" in name or name.endswith("projection.bias")
-        if not whole:
+        full = "layernorm" in name or "embedding" in name or name.endswith("projection.bias")
+        if not full:
             dims[1 if name.endswith("mapping.weight") else 0] = 0
-        cuts[name] = Cut((data, op), tuple(dims), 0 if whole else op, 0 if whole else -1)
-    return cuts
+        layouts[name] = SliceLayout((data, op), tuple(dims), 0 if full else op, 0 if full else -1)
+    return layouts
 
 
 class SlicedCheckpoint:
@@ -59,7 +59,7 @@ class SlicedCheckpoint:
 
     Args:
         folder: where the slices lie, `<anything>_<rank>.ckpt` or `rank_<rank>/<anything>.ckpt`.
-        cuts: of the strategy file, or `release_cuts`.
+        layouts: of the strategy file, or `release_layouts`.
         tables: folder of the three .npy files; None = the slices' own folder.
         shapes: whole shapes by name, as the model has them.
 
@@ -67,13 +67,13 @@ class SlicedCheckpoint:
         UserError: a rank's file or a table is missing; the strategy lacks a parameter.
     """
 
-    def __init__(self, folder: str | Path, cuts: dict[str, Cut], tables: str | Path | None,
+    def __init__(self, folder: str | Path, layouts: dict[str, SliceLayout], tables: str | Path | None,
                  shapes: dict[str, tuple[int, ...]]) -> None:
         self.folder, self.shapes = Path(folder), shapes
-        self.cuts = cuts
+        self.layouts = layouts
         self.tables = {name: Path(tables or folder) / file for name, file in TABLES.items()}
-        self.paths = self._files(next(iter(self.cuts.values())).ranks)
-        missing = [name for name in shapes if name not in self.cuts and name not in TABLES]
+        self.paths = self._files(next(iter(self.layouts.values())).ranks)
+        missing = [name for name in shapes if name not in self.layouts and name not in TABLES]
         if missing:
             raise UserError(f"the strategy lacks {missing[0]} and {len(missing) - 1} more", where="strategy",
                             hint="is it of a model with as many layers?")
@@ -126,10 +126,10 @@ class SlicedCheckpoint:
         """
         if name in self.tables:
             return np.array(self._table(name, self.tables[name]))
-        cut, shape = self.cuts[name], self.shapes[name]
-        whole, covered, seen = None, 0, set()
+        layout, shape = self.layouts[name], self.shapes[name]
+        full, covered, seen = None, 0, set()
         for rank, file in enumerate(self.files):
-            box = cut.box(rank, shape)
+            box = layout.box(rank, shape)
             if box in seen:
                 continue
             part = file.read(name)
@@ -137,24 +137,24 @@ class SlicedCheckpoint:
                 raise UserError(f"'{name}' has shape {list(part.shape)}, the strategy says "
                                 f"{[stop - start for start, stop in box]}", where=file.path,
                                 hint="give the config of this model's size")
-            if whole is None:
-                whole = np.empty(shape, part.dtype)
-            whole[tuple(slice(*span) for span in box)] = part
+            if full is None:
+                full = np.empty(shape, part.dtype)
+            full[tuple(slice(*span) for span in box)] = part
             seen.add(box)
             covered += part.size
-        if whole is None or covered != whole.size:
+        if full is None or covered != full.size:
             raise UserError(f"the slices do not cover '{name}'", where=self.folder)
-        return whole
+        return full
 
 
-def write_slices(folder: str | Path, cuts: dict[str, Cut],
+def write_slices(folder: str | Path, layouts: dict[str, SliceLayout],
                  tensors: Iterable[tuple[str, str, tuple[int, ...], Callable[[], np.ndarray]]],
                  ranks: Iterable[int] | None = None) -> None:
     """The opposite of `SlicedCheckpoint`: all ranks' files and the three tables.
 
     Args:
         folder: made anew.
-        cuts: how; they are written as a strategy file, too.
+        layouts: how; they are written as a strategy file, too.
         tensors: (name, dtype, whole shape, read() -> array); `read` is called once a rank, so it should map, not load.
         ranks: which ranks; None = all.
     """
@@ -163,20 +163,20 @@ def write_slices(folder: str | Path, cuts: dict[str, Cut],
         raise UserError("the folder is not empty", where=folder, hint="name a new one")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = list(tensors)
-    write_strategy(folder / STRATEGY_NAME, cuts)
+    write_strategy(folder / STRATEGY_NAME, layouts)
     for name, _, _, read in tensors:
         if name in TABLES:
             np.save(folder / TABLES[name], read(), allow_pickle=False)
     sliced = [tensor for tensor in tensors if tensor[0] not in TABLES]
-    every = range(next(iter(cuts.values())).ranks)
+    every = range(next(iter(layouts.values())).ranks)
     for rank in progress(list(ranks if ranks is not None else every), "write slices"):
-        write_mindspore(folder / SLICE_NAME.format(rank=rank), [_slice(cuts, rank, *tensor) for tensor in sliced])
+        write_mindspore(folder / SLICE_NAME.format(rank=rank), [_slice(layouts, rank, *tensor) for tensor in sliced])
 
 
-def _slice(cuts: dict[str, Cut], rank: int, name: str, dtype: str, shape: tuple[int, ...],
+def _slice(layouts: dict[str, SliceLayout], rank: int, name: str, dtype: str, shape: tuple[int, ...],
            read: Callable[[], np.ndarray]) -> tuple[str, str, tuple[int, ...], Callable[[], np.ndarray]]:
-    if name not in cuts:
+    if name not in layouts:
         raise UserError(f"the strategy lacks {name}", where="--strategy")
-    box = cuts[name].box(rank, shape)
+    box = layouts[name].box(rank, shape)
     where = tuple(slice(*span) for span in box)
     return name, dtype, tuple(stop - start for start, stop in box), lambda: read()[where]

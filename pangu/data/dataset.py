@@ -1,4 +1,4 @@
-"""Packed records as batches: which record stands where in which batch, positions and masks at document ends.
+"""Packed records as batches: which record stands where in which batch, positions and documents.
 
 Shapes: B batch (of one rank), S sequence. Batch number i depends only on (seed, i): a run resumes at any step without
 reading what came before, and the contiguous slices of N ranks make up the batch of a single process.
@@ -8,58 +8,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from pangu.data.packing import COLUMN, SPLITS, read_index
+from pangu.data.flat import FlatRecords
+from pangu.data.mind_records import REPAIR, MindRecords
+from pangu.data.packing import SPLITS, read_index
 from parallel.common.errors import UserError
-from parallel.common.files import inside
 
 _RECORDS_PER_WINDOW = 8192  # records asked for at once: bounds memory and spreads the cost of opening the files
-_MEND = "make the records anew with `python -m pangu pack`"
 
 
-# ---------------------------------------------------------------- positions and masks
+# ---------------------------------------------------------------- positions and documents
 
-def reset_at_document_ends(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and attention masks that start anew after every end-of-document id.
+def document_positions(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions that start anew after every end-of-document id, and which document each position belongs to.
 
-    The mask starts as a lower triangle; rows after an end at position e lose the columns up to and including e, and the
-    positions after e count from 0 at e + 1. The end itself belongs to its own document. Source: the release's
-    `dataset.py` (`eod_reset`); there a loop over the ends, here one comparison of document numbers.
+    A position sees those of its own document up to itself (`parallel.layers.attention.AttentionBias`); the end belongs
+    to its own document. Source: the release's `dataset.py` (`eod_reset`), which makes masks of the same meaning.
 
     Args:
         ids_BS: input ids, without the last column of the record.
         eod_id: end of document, 9 in the published vocabulary.
 
     Returns:
-        position_ids_BS (int32) and attention_mask_BSS (uint8, 1 = row may see column).
+        position_ids_BS and documents_BS, both int32.
     """
     batch, length = ids_BS.shape
     ends_BS = ids_BS == eod_id
     # Number of ends strictly before each position: equal numbers, same document.
-    document_BS = np.cumsum(ends_BS, axis=1, dtype=np.int32) - ends_BS
+    documents_BS = np.cumsum(ends_BS, axis=1, dtype=np.int32) - ends_BS
     places_S = np.arange(length, dtype=np.int32)
     starts_BS = np.zeros((batch, length), np.int32)
     starts_BS[:, 1:] = np.where(ends_BS[:, :-1], places_S[1:], 0)
-    position_ids_BS = places_S - np.maximum.accumulate(starts_BS, axis=1)
-    mask_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-    mask_BSS &= np.tri(length, dtype=bool)
-    return position_ids_BS, mask_BSS.view(np.uint8)
+    return places_S - np.maximum.accumulate(starts_BS, axis=1), documents_BS.astype(np.int32)
 
 
 def plain_positions(ids_BS: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions 0..S-1 and the lower triangle without the rows and columns of padding: `eod_reset` off.
+    """Positions 0..S-1 and a single document: `eod_reset` off.
+
+    Padding is numbered apart. It stands at the end of a record, so no token sees it, and it carries no loss; what it
+    sees itself does not matter.
 
     Returns:
-        position_ids_BS (int32) and attention_mask_BSS (uint8), tril * (m m^T) with m = ids != pad_id.
+        position_ids_BS and documents_BS (0, padding 1), both int32.
     """
     batch, length = ids_BS.shape
-    real_BS = ids_BS != pad_id
-    mask_BSS = real_BS[:, :, None] & real_BS[:, None, :]
-    mask_BSS &= np.tri(length, dtype=bool)
-    return np.tile(np.arange(length, dtype=np.int32), (batch, 1)), mask_BSS.view(np.uint8)
+    return np.tile(np.arange(length, dtype=np.int32), (batch, 1)), (ids_BS == pad_id).astype(np.int32)
 
 
 # ---------------------------------------------------------------- order
@@ -114,17 +110,20 @@ class PackedDataset:
         repeat: on, epochs follow each other without end, and a batch may reach over the border of two. Off, one pass;
             the last batch is filled with records of padding, which carry no loss.
         tokenizer_fingerprint: SHA-256 of the tokenizer in use; checked against the index when given.
+        reader: which files are read, with the same batches; auto = the flat ones where there are any, so that no
+            MindSpore is needed.
 
     Raises:
         UserError: no records, another sequence length, vocabulary or tokenizer, a batch that the ranks cannot share
             equally, files missing, cut off or damaged.
     """
 
-    columns = ("input_ids", "position_ids", "attention_mask")
+    columns = ("input_ids", "position_ids", "documents")
 
     def __init__(self, directory: str | Path, *, batch_size: int, seed: int, sequence_length: int, vocabulary_size: int,
                  shard: tuple[int, int] = (0, 1), shuffle: bool = True, eod_reset: bool = True, split: str = "train",
-                 repeat: bool = True, tokenizer_fingerprint: str | None = None) -> None:
+                 repeat: bool = True, tokenizer_fingerprint: str | None = None,
+                 reader: Literal["auto", "flat", "mindrecord"] = "auto") -> None:
         self.directory, self.index = Path(directory), read_index(directory)
         self._check("sequence_length", self.index.sequence_length, sequence_length)
         self._check("vocabulary_size", self.index.vocabulary_size, vocabulary_size)
@@ -138,7 +137,8 @@ class PackedDataset:
         self.eod_reset = eod_reset
         self.sequence_length, self.vocabulary_size = sequence_length, vocabulary_size
         self._slice = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
-        self._open(split)
+        self._records = self._open(split, reader)
+        self.records = len(self._records)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -146,7 +146,7 @@ class PackedDataset:
         return -(-self.records // self.batch_size)
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields the batches from number `start_step` on, as `columns`: [B, S+1] int32, [B, S] int32, [B, S, S] uint8.
+        """Yields the batches from number `start_step` on, as `columns`: int32 [B, S+1], [B, S], [B, S].
 
         Without end when `repeat`, else up to `steps_per_epoch`.
 
@@ -154,7 +154,7 @@ class PackedDataset:
             UserError: a file is damaged.
         """
         for ids in self._ids(start_step):
-            yield (ids, *self._positions_and_mask(ids[:, :-1]))
+            yield (ids, *self._positions_and_documents(ids[:, :-1]))
 
     def mindspore_dataset(self, start_step: int, steps: int) -> Any:
         """The same batches, `steps` of them from `start_step` on, as a `mindspore.dataset` pipeline (for data sink)."""
@@ -181,9 +181,9 @@ class PackedDataset:
     def _order(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
         return shuffled(numbers, self.records, (self.seed << 32) + epoch) if self.shuffle else numbers
 
-    def _positions_and_mask(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _positions_and_documents(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.eod_reset:
-            return reset_at_document_ends(ids_BS, self.index.eot_id)
+            return document_positions(ids_BS, self.index.eot_id)
         return plain_positions(ids_BS, self.index.pad_id)
 
     def _check(self, name: str, packed: Any, wanted: Any) -> None:
@@ -191,26 +191,18 @@ class PackedDataset:
             raise UserError(f"the records were packed with {name} {packed}", where=self.directory, value=wanted,
                             hint=f"use that {name} or pack the corpus again")
 
-    def _open(self, split: str) -> None:
+    def _open(self, split: str, reader: str) -> FlatRecords | MindRecords:
         if split not in SPLITS:
             raise UserError(f"no such split; known: {', '.join(SPLITS)}", where="split", value=split)
         part = getattr(self.index, split)
-        self.records, self._files = part.records, []
-        for entry in part.files:
-            path = inside(self.directory, entry.file)
-            if not path.is_file() or not path.with_name(path.name + ".db").is_file():
-                raise UserError("a file of packed records is missing", where=path, hint=_MEND)
-            if path.stat().st_size != entry.bytes:
-                raise UserError(f"file is damaged: {entry.bytes} bytes were written", where=path,
-                                value=path.stat().st_size, hint=_MEND)
-            self._files.append(str(path))
-        if not self.records:
+        if not part.records:
             raise UserError(f"there are no {split} records", where=self.directory,
                             hint="pack a larger corpus or change pack.validation_fraction")
-        found = self._guarded(lambda: self._reader([0]) and self._size())
-        if found != self.records:
-            raise UserError(f"files are damaged: the index speaks of {self.records} records", where=self.directory,
-                            value=found, hint=_MEND)
+        flat = all(entry.flat is not None for entry in part.files)
+        if reader == "flat" and not flat:
+            raise UserError("the records have no flat files", where=self.directory, hint="`python -m pangu flatten`")
+        kind = FlatRecords if reader == "flat" or (reader == "auto" and flat) else MindRecords
+        return kind(self.directory, part.files, self.sequence_length + 1)
 
     # ------------------------------------------------------------ reading
 
@@ -236,52 +228,17 @@ class PackedDataset:
 
     def _read(self, numbers: np.ndarray, rows: int) -> Iterator[np.ndarray]:
         """The records `numbers` in this order, `rows` at a time."""
-        if not numbers.size:
-            return
-        if numbers.size > self.records:  # one batch larger than the whole set
-            different, places = np.unique(numbers, return_inverse=True)
-            yield next(self._read(different, different.size))[places]
-            return
-        iterator = self._guarded(lambda: self._reader(numbers.tolist()).batch(rows).create_tuple_iterator(
-            num_epochs=1, output_numpy=True))
-        expected = -(-numbers.size // rows)
-        try:
-            for _ in range(expected):
-                ids = self._guarded(lambda: next(iterator))[0]
-                self._check_ids(ids)
-                yield ids
-        except StopIteration:
-            raise UserError("files are damaged: records are missing", where=self.directory, hint=_MEND) from None
-        finally:
-            iterator.release()
+        for ids in self._records.read(numbers, rows):
+            self._check_ids(ids)
+            yield ids
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.ndim != 2 or ids.shape[1] != self.sequence_length + 1:
             raise UserError("files are damaged: a record has another length", where=self.directory,
-                            value=list(ids.shape), hint=_MEND)
+                            value=list(ids.shape), hint=REPAIR)
         if ids.min() < 0 or ids.max() >= self.vocabulary_size:
             raise UserError("files are damaged: an id lies outside the vocabulary", where=self.directory,
-                            value=int(ids.max()), hint=_MEND)
-
-    def _reader(self, numbers: list[int]) -> Any:
-        import mindspore.dataset as ds
-
-        return ds.MindDataset(self._files, columns_list=[COLUMN], sampler=ds.SubsetSampler(numbers),
-                              num_parallel_workers=1)
-
-    def _size(self) -> int:
-        import mindspore.dataset as ds
-
-        return ds.MindDataset(self._files, columns_list=[COLUMN], shuffle=False).get_dataset_size()
-
-    def _guarded(self, call: Any) -> Any:
-        """`call()`, with what MindRecord throws at a damaged file told as a user's error."""
-        try:
-            return call()
-        except (RuntimeError, ValueError, TypeError) as error:
-            cause = next((line for line in str(error).splitlines() if "[ERROR]" in line), str(error).split("\n")[0])
-            raise UserError(f"cannot read the records: {cause.replace('[ERROR]', '').strip()[:160]}",
-                            where=self.directory, hint=_MEND) from None
+                            value=int(ids.max()), hint=REPAIR)
 
 
 class _Stretch:

@@ -49,7 +49,7 @@ class Tokenizer:
         for piece in ("<eot>", "<pad>"):
             if self.piece_id(piece) is None:
                 raise UserError(f"this SentencePiece model has no piece {piece}: not a PanGu-alpha vocabulary",
-                                where=self.model_file, hint="train one with `python -m pangu vocabulary`")
+                                where=self.model_file, hint="train one with `python -m pangu train-vocabulary`")
 
     def __reduce__(self) -> tuple:
         # Sent to another process as the path alone: the SentencePiece object is loaded anew there.
@@ -102,6 +102,12 @@ class Tokenizer:
     def prepare(self, text: str) -> bytes:
         """What SentencePiece is given for `text`: marked spaces and newlines, words joined by one space, as UTF-8."""
         return self._segmenter.join(text)
+
+    def normal_form(self, text: str) -> str:
+        """`text` as decoding writes it: full-width forms become half-width, for example. Characters outside the
+        vocabulary stay. What is looked for in a generated text must be in this form."""
+        normal = self._model.normalize(self.prepare(text).decode("utf-8", "replace"))
+        return _unmark(normal.replace(WORD_MARK, ""))
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special id before or after.
@@ -193,7 +199,7 @@ def _unmark(text: str) -> str:
 def _read_model(path: Path) -> bytes:
     if not path.is_file():
         raise UserError("no such vocabulary file", where=path,
-                        hint="name a SentencePiece .model file, or train one with `python -m pangu vocabulary`")
+                        hint="name a SentencePiece .model file, or train one with `python -m pangu train-vocabulary`")
     try:
         size = path.stat().st_size
         if not 0 < size <= _MAX_MODEL_BYTES:
@@ -217,5 +223,5 @@ def _load_model(content: bytes, path: Path):
         processor.encode("word")
     except Exception:  # noqa: BLE001 - SentencePiece raises half a dozen kinds for a damaged file
         raise UserError("vocabulary file is damaged or not a SentencePiece model", where=path,
-                        hint="fetch it anew, or train one with `python -m pangu vocabulary`") from None
+                        hint="fetch it anew, or train one with `python -m pangu train-vocabulary`") from None
     return processor

@@ -177,10 +177,10 @@ class Evaluation:
         builder = InstanceBuilder(task, source, self.model.tokenizer, self.settings.model.sequence_length,
                                   arguments.shots, arguments.seed)
         instances = builder.instances(arguments.limit)
-        cut = sum(instance.cut > 0 for instance in instances)
-        if cut and self.first:
-            note(f"{task.name}: {cut} of {len(instances)} instances did not fit into {builder.room} tokens; fields "
-                 f"{', '.join(task.shorten)} lost characters (see `cut` in --log-samples)")
+        truncated = sum(instance.truncated > 0 for instance in instances)
+        if truncated and self.first:
+            note(f"{task.name}: {truncated} of {len(instances)} instances did not fit into {builder.room} tokens; "
+                 f"fields {', '.join(task.shorten)} lost characters (see `truncated` in --log-samples)")
         mine = list(range(self.processes.rank, len(instances), self.processes.ranks))
         answers = self._answers(task, [instances[index] for index in mine])
         gathered = gather(list(zip(mine, answers, strict=True)), self.processes)
@@ -260,7 +260,7 @@ def judge(task: TaskSettings, instances: list[Instance], answers: list[Any]) -> 
     rows = []
     for instance, answer in zip(instances, answers, strict=True):
         row = {"id": instance.id, "group": instance.group, "part": instance.part, "shots": instance.shots,
-               "cut": instance.cut, "target": instance.target}
+               "truncated": instance.truncated, "target": instance.target}
         if task.kind == "generation":
             row |= {"scores": [], "prediction": answer, **_compare(task.metric, answer, instance.target)}
         elif task.kind == "continuation":
@@ -322,7 +322,8 @@ def summarize(task: TaskSettings, rows: list[dict]) -> dict[str, Any]:
         for row in rows:
             whole.setdefault(row["group"], []).append(row["accuracy"])
         result["passage_accuracy"] = float(np.mean([min(parts) for parts in whole.values()]))
-    result |= {"metric": result[main], "stderr": result[f"{main}_stderr"], "cut": sum(row["cut"] > 0 for row in rows),
+    result |= {"metric": result[main], "stderr": result[f"{main}_stderr"],
+               "truncated": sum(row["truncated"] > 0 for row in rows),
                "shots": float(np.mean([row["shots"] for row in rows]))}
     return result
 

@@ -45,7 +45,7 @@ class Instance:
     """Generation: ids to go on from."""
     shots: int = 0
     """Solved examples that fitted."""
-    cut: int = 0
+    truncated: int = 0
     """Characters that did not fit."""
 
 
@@ -129,7 +129,8 @@ class InstanceBuilder:
         instance = Instance(record["id"], str(record.get("group", record["id"])), record.get("part", ""), None)
         if task.kind == "generation":
             instance.target = list(record["answers"])
-            fields, instance.cut = self._fit(record, lambda fields: len(self._encode(render(task.prefix, fields))))
+            fields, instance.truncated = self._fit(record,
+                                                   lambda fields: len(self._encode(render(task.prefix, fields))))
             ids = self._encode(render(task.prefix, fields))
             front, instance.shots = self._examples(record, len(ids))
             instance.prompt = front + ids
@@ -139,7 +140,7 @@ class InstanceBuilder:
         else:
             instance.candidates, instance.target = self._candidates(record)
         words = instance.candidates
-        fields, instance.cut = self._fit(
+        fields, instance.truncated = self._fit(
             record, lambda fields: max(len(ids) for ids, _ in self._encoded(fields, words)))
         encoded = self._encoded(fields, words)
         front, instance.shots = self._examples(record, max(len(ids) for ids, _ in encoded))
@@ -166,10 +167,10 @@ class InstanceBuilder:
 
     def _fit(self, record: dict, length: Callable[[dict], int]) -> tuple[dict, int]:
         """The fields, shortened until `length` tokens fit, and how many characters that took."""
-        fields, cut = dict(record), 0
+        fields, truncated = dict(record), 0
         for name, side in self.task.shorten.items():
             if length(fields) <= self.room:
-                return fields, cut
+                return fields, truncated
             whole = str(fields[name])
 
             def kept(count: int, whole: str = whole, side: str = side) -> str:
@@ -182,11 +183,11 @@ class InstanceBuilder:
                     low = middle
                 else:
                     high = middle - 1
-            fields[name], cut = kept(low), cut + len(whole) - low
+            fields[name], truncated = kept(low), truncated + len(whole) - low
         if (tokens := length(fields)) > self.room:
             raise UserError(f"{tokens} tokens do not fit into {self.room}, even shortened",
                             where=f"{self.task.name}, record {record['id']}", hint="use a model with a longer context")
-        return fields, cut
+        return fields, truncated
 
     # ------------------------------------------------------------ solved examples
 

@@ -144,7 +144,7 @@ class HeadScores(nn.Cell):
     def __init__(self, model: PanGuAlpha) -> None:
         super().__init__(auto_prefix=False)
         self.model = model
-        self.cross_entropy = CrossEntropy(model.config.vocabulary_size, cut="vocabulary")
+        self.cross_entropy = CrossEntropy(model.config.vocabulary_size, axis="vocabulary")
         self.argmax = ops.Argmax(axis=-1, output_type=mstype.int32)
         self.set_train(False)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
-from parallel.common.files import inside, open_text
+from parallel.common.files import inside
+from parallel.common.lines import json_lines
+from parallel.common.renamed import TASKS
 from parallel.common.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parents[1] / "tasks"
@@ -129,6 +130,8 @@ def load_task(name: str) -> TaskSettings:
     Raises:
         UserError: no such task; the nearest one is named.
     """
+    if name in TASKS:
+        raise UserError(f"the task '{name}' is called '{TASKS[name]}'", where="--tasks", hint=f"type {TASKS[name]}")
     if name not in task_names():
         near = difflib.get_close_matches(name, task_names(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(task_names())}"
@@ -224,18 +227,6 @@ def read_json_lines(path: Path) -> Iterator[dict]:
     Raises:
         UserError: a line that is no JSON object or is absurdly long.
     """
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            if len(line) > MAX_LINE:
-                raise UserError("line too long", where=where, value=len(line))
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise UserError("not a JSON object", where=where, value=line.strip()) from None
-            if not isinstance(row, dict):
-                raise UserError("not a JSON object", where=where, value=line.strip())
-            row["id"] = str(row.get("id", row.get("idx", number)))
-            yield row
+    for number, row in json_lines(path, MAX_LINE):
+        row["id"] = str(row.get("id", row.get("idx", number)))
+        yield row

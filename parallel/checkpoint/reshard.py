@@ -1,4 +1,4 @@
-"""Verbs `reshard`, `merge` and `split`: a checkpoint cut one way becomes one cut another way, or whole.
+"""Verbs `reshard` and `merge`: a checkpoint sharded by one layout becomes one sharded by another, or a full one.
 
 Streaming: a slice of one tensor is in memory at a time, so memory is bounded by the largest parameter. There and back
 is the identity, bit for bit.
@@ -19,15 +19,15 @@ from parallel.checkpoint.sharded import (
     parameter_of,
     volume,
     write_checkpoint,
+    write_full,
     write_rank,
-    write_whole,
 )
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of all three verbs."""
+    """Flags of both verbs."""
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="checkpoint, whole or in slices")
     parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="folder to make; must not exist")
 
@@ -43,12 +43,12 @@ def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]
     task, _, config = build_task(arguments.config, arguments.overrides)
     slices = Slices(arguments.source)
     if config.world == 1:
-        return _timed(arguments, slices, 1, lambda folder: write_whole(folder, slices), slices_bytes(slices))
-    from parallel.sharding.slices import cut_parameters
+        return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))
+    from parallel.sharding.slices import sharded_parameters
 
-    wholes = {whole.name: whole for whole in cut_parameters(task.network, config)}
-    _compare(slices, wholes)
-    plans = [rank_plan(slices, wholes, rank) for rank in range(config.world)]
+    full_parameters = {full.name: full for full in sharded_parameters(task.network, config)}
+    _compare(slices, full_parameters)
+    plans = [rank_plan(slices, full_parameters, rank) for rank in range(config.world)]
 
     def write(folder: Path) -> None:
         with Bar(config.world, "ranks") as bar:
@@ -66,25 +66,14 @@ def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: the checkpoint is damaged or incomplete; no disk space.
     """
     slices = Slices(arguments.source)
-    return _timed(arguments, slices, 1, lambda folder: write_whole(folder, slices), slices_bytes(slices))
+    return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))
 
 
-def run_split(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`reshard` of a whole checkpoint.
-
-    Raises:
-        UserError: as `run_reshard`, and when the checkpoint is in slices already.
-    """
-    if any(len(tensor.pieces) > 1 for tensor in Slices(arguments.source).tensors.values()):
-        raise UserError("the checkpoint is in slices already", where=arguments.source, hint="use reshard")
-    return run_reshard(settings, arguments)
-
-
-def rank_plan(slices: Slices, wholes: dict[str, Any], rank: int) -> list[tuple]:
+def rank_plan(slices: Slices, full_parameters: dict[str, Any], rank: int) -> list[tuple]:
     """What a rank holds: (name, kind of file, dtype, full shape, box); moments are cut as their parameters."""
     plan = []
     for name, tensor in slices.tensors.items():
-        box = wholes[parameter_of(name)].box_of_rank(rank)
+        box = full_parameters[parameter_of(name)].box_of_rank(rank)
         if box is not None:
             plan.append((name, tensor.kind, tensor.dtype, tensor.shape, box))
     return plan
@@ -100,15 +89,15 @@ def slices_bytes(slices: Slices) -> int:
     return sum(tensor.nbytes for tensor in slices.tensors.values())
 
 
-def _compare(slices: Slices, wholes: dict[str, Any]) -> None:
+def _compare(slices: Slices, full_parameters: dict[str, Any]) -> None:
     saved = {name: slices.tensors[name] for name in slices.names(PARAMETERS_FILE)}
-    for name, whole in wholes.items():
+    for name, full in full_parameters.items():
         if name not in saved:
             raise UserError(f"the checkpoint lacks parameter {name}", where=slices.path, hint="is it of another model?")
-        if saved[name].shape != whole.shape:
-            raise UserError(f"'{name}' has shape {list(whole.shape)} in the model and {list(saved[name].shape)} in the "
+        if saved[name].shape != full.shape:
+            raise UserError(f"'{name}' has shape {list(full.shape)} in the model and {list(saved[name].shape)} in the "
                             "checkpoint", where=slices.path, hint="use the config that it was trained with")
-    extra = [name for name in slices.tensors if parameter_of(name) not in wholes]
+    extra = [name for name in slices.tensors if parameter_of(name) not in full_parameters]
     if extra:
         raise UserError(f"the checkpoint has the unknown parameter {extra[0]}", where=slices.path,
                         hint="is it of another model?")

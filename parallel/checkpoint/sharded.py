@@ -5,13 +5,12 @@
         layout-00003-of-00008.json     for every tensor: file, dtype, shape and crc32 of the slice, `full_shape`, `box`
         state.json
 
-A whole checkpoint (`parallel.checkpoint.whole`) is the special case without boxes; both are read by `Slices`.
+A whole checkpoint (`parallel.checkpoint.full`) is the special case without boxes; both are read by `Slices`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 
 from parallel.checkpoint.folder import (
     FORMAT,
@@ -27,14 +27,17 @@ from parallel.checkpoint.folder import (
     PARAMETERS_FILE,
     VERSION,
     checkpoint_path,
-    put_in_place,
+    read_sealed_json,
     remove_old,
     resolve_checkpoint,
     write_plain_json,
 )
-from parallel.checkpoint.safetensors_file import DTYPES, SafetensorsFile, dtype_name, write_safetensors
+from parallel.checkpoint.safetensors_file import DTYPES, SafetensorsFile, write_safetensors
+from parallel.checkpoint.tensors import named
 from parallel.common.errors import UserError
-from parallel.common.files import explain_os_error, inside, read_json
+from parallel.common.files import explain_os_error, inside
+from parallel.common.folders import put_in_place, sweep, temporary_name
+from parallel.common.structured import typed
 
 Box = tuple[tuple[int, int], ...]
 _RANK_LAYOUT = re.compile(r"^layout-(\d{5,})-of-(\d{5,})\.json$")
@@ -50,6 +53,17 @@ def rank_file(name: str, rank: int, ranks: int) -> str:
 def parameter_of(name: str) -> str:
     """The parameter that a moment belongs to (`adam_m.x` -> `x`); a parameter's own name."""
     return _MOMENT.sub("", name)
+
+
+class _Entry(pydantic.BaseModel):
+    """A line of a layout."""
+
+    file: str
+    dtype: str
+    shape: list[pydantic.NonNegativeInt]
+    crc32: int | None = None
+    full_shape: list[pydantic.NonNegativeInt] | None = None
+    box: list[tuple[pydantic.NonNegativeInt, pydantic.NonNegativeInt]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ class Slices:
         self._checked: set[tuple[Path, str]] = set()
         for layout in self._layouts():
             self._add(layout)
-        self.state = read_json(self.path / "state.json") if (self.path / "state.json").is_file() else {}
+        self.state = read_sealed_json(self.path / "state.json") if (self.path / "state.json").is_file() else {}
         for name, tensor in self.tensors.items():
             self._check_cover(name, tensor)
 
@@ -100,7 +114,7 @@ class Slices:
             return path
         return resolve_checkpoint(path)
 
-    def _layouts(self) -> list[dict]:
+    def _layouts(self) -> list[dict[str, _Entry]]:
         found = sorted(entry for entry in self.path.iterdir() if _RANK_LAYOUT.match(entry.name))
         if not found:
             return [self._read_layout(self.path / "layout.json")]
@@ -113,22 +127,25 @@ class Slices:
         return [self._read_layout(entry) for entry in found]
 
     @staticmethod
-    def _read_layout(path: Path) -> dict:
-        layout = read_json(path)
-        if not isinstance(layout, dict) or layout.get("format") != FORMAT or layout.get("version") != VERSION:
+    def _read_layout(path: Path) -> dict[str, _Entry]:
+        layout = read_sealed_json(path)
+        if layout.get("format") != FORMAT or layout.get("version") not in (1, VERSION):
             raise UserError("not a checkpoint layout of this version", where=path)
-        return layout["tensors"]
+        return typed(layout.get("tensors"), dict[str, _Entry], where=path, hint="use another checkpoint")
 
-    def _add(self, layout: dict[str, dict]) -> None:
+    def _add(self, layout: dict[str, _Entry]) -> None:
         for name, entry in layout.items():
-            shape = tuple(entry.get("full_shape", entry["shape"]))
-            box = tuple((int(a), int(b)) for a, b in entry.get("box", [(0, size) for size in shape]))
-            kind = OPTIMIZER_FILE if entry["file"].startswith("optimizer") else PARAMETERS_FILE
-            tensor = self.tensors.setdefault(name, Tensor(kind, entry["dtype"], shape, []))
-            if (tensor.shape, tensor.dtype) != (shape, entry["dtype"]):
+            shape = tuple(entry.shape if entry.full_shape is None else entry.full_shape)
+            box = tuple(entry.box) if entry.box is not None else tuple((0, size) for size in shape)
+            if entry.dtype not in DTYPES or len(box) != len(shape) or any(
+                    not start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)):
+                raise UserError(f"the layout of '{name}' is damaged", where=self.path, hint="use another checkpoint")
+            kind = OPTIMIZER_FILE if entry.file.startswith("optimizer") else PARAMETERS_FILE
+            tensor = self.tensors.setdefault(name, Tensor(kind, entry.dtype, shape, []))
+            if (tensor.shape, tensor.dtype) != (shape, entry.dtype):
                 raise UserError(f"the ranks disagree on the shape of '{name}'", where=self.path)
             if all(piece.box != box for piece in tensor.pieces):
-                tensor.pieces.append(Piece(box, inside(self.path, entry["file"]), entry.get("crc32")))
+                tensor.pieces.append(Piece(box, inside(self.path, entry.file), entry.crc32))
 
     def _check_cover(self, name: str, tensor: Tensor) -> None:
         # Boxes of one layout either are the same or do not touch, so their sizes must add up.
@@ -156,10 +173,29 @@ class Slices:
     def _copy(self, name: str, piece: Piece, shared: Box, box: Box, part: np.ndarray) -> None:
         file = self._files.setdefault(piece.file, SafetensorsFile(piece.file))
         if (piece.file, name) not in self._checked:
-            file.check(name, piece.crc32)
-            self._checked.add((piece.file, name))
+            self._check_piece(name, piece, file)
         place = tuple(slice(*pair) for pair in _relative(shared, box))
         file.copy_box(name, _relative(shared, piece.box), part, place)
+
+    def _check_piece(self, name: str, piece: Piece, file: SafetensorsFile) -> None:
+        shape, tensor = tuple(stop - start for start, stop in piece.box), self.tensors[name]
+        entry = file.entries.get(name)
+        if entry is not None and (entry.shape, entry.dtype) != (shape, tensor.dtype):
+            raise UserError(f"checkpoint file is damaged: '{name}' is {entry.dtype} {list(entry.shape)} there and "
+                            f"{tensor.dtype} {list(shape)} in the layout", where=piece.file,
+                            hint="use another checkpoint")
+        file.check(name, piece.crc32)
+        self._checked.add((piece.file, name))
+
+    def check(self) -> None:
+        """Compares all data with their checksums.
+
+        Raises:
+            UserError: a file is missing, or its data have changed.
+        """
+        for name, tensor in self.tensors.items():
+            for piece in tensor.pieces:
+                self._check_piece(name, piece, self._files.setdefault(piece.file, SafetensorsFile(piece.file)))
 
     def names(self, kind: str) -> list[str]:
         """Names of the parameters or of the moments."""
@@ -194,7 +230,7 @@ def write_rank(folder: Path, rank: int, ranks: int,
                      {"format": FORMAT, "version": VERSION, "rank": rank, "ranks": ranks, "tensors": layout})
 
 
-def write_whole(folder: Path, slices: Slices) -> None:
+def write_full(folder: Path, slices: Slices) -> None:
     """Writes a whole checkpoint of the tensors of `slices` into `folder`."""
     layout = {}
     for kind in (PARAMETERS_FILE, OPTIMIZER_FILE):
@@ -222,15 +258,14 @@ class Holder:
 
 
 def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any],
-                state: dict[str, Any], keep: int | None, holder: Holder) -> Path:
+                state: dict[str, Any], keep: int | None, holder: Holder,
+                add_files: Callable[[Path], None] | None = None) -> Path:
     """`checkpoint.save_checkpoint` for slices: every rank calls it, each writes its own files into one hidden folder on
     a disk that all share, and rank 0 renames it when all have finished.
 
     Raises:
         UserError: no space or no permission.
     """
-    import mindspore as ms
-
     target = checkpoint_path(directory, step)
     # One name for all ranks: the ranks share no process id.
     hidden = target.with_name(f".{target.name}.ranks")
@@ -238,18 +273,20 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
         if holder.rank == 0:
             shutil.rmtree(hidden, ignore_errors=True)
             hidden.mkdir(parents=True)
+            sweep(hidden.parent)
         holder.barrier()
         entries, arrays = [], {}
         for kind, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
-            for tensor in tensors:
+            for tensor in named(tensors):
                 owner = parameter_of(tensor.name)
                 if owner in holder.boxes:
-                    dtype = dtype_name(ms.dtype_to_nptype(tensor.dtype))
-                    entries.append((tensor.name, kind, dtype, holder.shapes[owner], holder.boxes[owner]))
+                    entries.append((tensor.name, kind, tensor.dtype, holder.shapes[owner], holder.boxes[owner]))
                     arrays[tensor.name] = tensor
-        write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, box: arrays[name].asnumpy())
+        write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, box: arrays[name].read())
         holder.barrier()
         if holder.rank == 0:
+            if add_files is not None:
+                add_files(hidden)
             write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **state})
             put_in_place(hidden, target)
             remove_old(directory, keep)
@@ -268,7 +305,7 @@ def write_checkpoint(target: str | Path, needed: int, write: Callable[[Path], No
     target = Path(target)
     if target.exists():
         raise UserError("the folder exists already", where=target, hint="choose another or delete it")
-    hidden = target.with_name(f".{target.name}.{os.getpid()}")
+    hidden = temporary_name(target)
     try:
         hidden.mkdir(parents=True)
         free = shutil.disk_usage(hidden).free

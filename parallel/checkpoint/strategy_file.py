@@ -18,14 +18,14 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 
 if TYPE_CHECKING:
-    from parallel.sharding.slices import Whole
+    from parallel.sharding.slices import FullParameter
 
 MAX_BYTES = 64 << 20
 Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Cut:
+class SliceLayout:
     """How one parameter is cut.
 
     Args:
@@ -75,23 +75,23 @@ def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
     return start + index * size, start + (index + 1) * size
 
 
-def cuts_of(wholes: list[Whole]) -> dict[str, Cut]:
-    """Cuts of all parameters of a network, from `parallel.sharding.slices.cut_parameters`."""
-    cuts = {}
-    for whole in wholes:
-        boxes = whole.box_of_rank
-        mesh = {axis: ways for axis, ways in boxes.mesh.items() if axis != "expert" or ways > 1}
+def layouts_of(full_parameters: list[FullParameter]) -> dict[str, SliceLayout]:
+    """Cuts of all parameters of a network, from `parallel.sharding.slices.sharded_parameters`."""
+    layouts = {}
+    for full in full_parameters:
+        boxes = full.box_of_rank
+        mesh = {axis: degree for axis, degree in boxes.mesh.items() if axis != "expert" or degree > 1}
         axes = list(mesh)
-        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in boxes.cuts)
+        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in boxes.mesh_axes)
         slice_shape = tuple(size // (mesh[axis] if axis else 1)
-                            for size, axis in zip(boxes.shape, boxes.cuts, strict=True))
+                            for size, axis in zip(boxes.shape, boxes.mesh_axes, strict=True))
         sharded = boxes.shard > 1
-        cuts[whole.name] = Cut(tuple(mesh.values()), dims, boxes.shard_step if sharded else 0,
+        layouts[full.name] = SliceLayout(tuple(mesh.values()), dims, boxes.shard_step if sharded else 0,
                                boxes.shard if sharded else 0, tuple(sorted(boxes.stages or {0})), slice_shape)
-    return cuts
+    return layouts
 
 
-def read_strategy(path: str | Path) -> dict[str, Cut]:
+def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
     """The cuts of everything that a strategy file names, of one stage or of several.
 
     Raises:
@@ -102,54 +102,55 @@ def read_strategy(path: str | Path) -> dict[str, Cut]:
         raise UserError("no such strategy file", where=path)
     if path.stat().st_size > MAX_BYTES:
         raise UserError("file is too large for a strategy", where=path, value=path.stat().st_size)
-    cuts: dict[str, Cut] = {}
+    layouts: dict[str, SliceLayout] = {}
     try:
         for number, item in wire.fields(path.read_bytes()):
             if number == 3:
-                name, cut = _layout(item)
+                name, layout = _layout(item)
                 stage, dash, rest = name.partition("-")
                 if dash and stage.isdigit():
-                    before = cuts[rest].stages if rest in cuts else ()
-                    name, cut = rest, Cut(cut.matrix, cut.dims, cut.step, cut.parts, (*before, int(stage)),
-                                          cut.slice_shape)
-                cuts[name] = cut
+                    before = layouts[rest].stages if rest in layouts else ()
+                    name, layout = rest, SliceLayout(layout.matrix, layout.dims, layout.step, layout.parts,
+                                                     (*before, int(stage)),
+                                          layout.slice_shape)
+                layouts[name] = layout
     except (ValueError, TypeError, AttributeError, UnicodeDecodeError):
         raise UserError("not a strategy file", where=path) from None
-    if not cuts:
+    if not layouts:
         raise UserError("the strategy file names no parameter", where=path)
-    return cuts
+    return layouts
 
 
-def write_strategy(path: str | Path, cuts: dict[str, Cut]) -> None:
+def write_strategy(path: str | Path, layouts: dict[str, SliceLayout]) -> None:
     """A strategy file that `read_strategy` and MindSpore read; several stages in one, if there are several.
 
     Raises:
         UserError: no disk space.
     """
-    stages = sorted({stage for cut in cuts.values() for stage in cut.stages})
-    matrix = next(iter(cuts.values())).matrix
+    stages = sorted({stage for layout in layouts.values() for stage in layout.stages})
+    matrix = next(iter(layouts.values())).matrix
     # MindSpore calls a file without strategies of operators empty: one a stage tells the stage's number.
-    ways = wire.field(1, b"".join(wire.field(1, size) for size in matrix))
+    degree = wire.field(1, b"".join(wire.field(1, size) for size in matrix))
     items = [wire.field(1, 1)]
     items += [wire.field(2, wire.field(1, f"stage_{stage}".encode())
-                         + wire.field(2, wire.field(1, stage) + wire.field(2, ways))) for stage in stages]
+                         + wire.field(2, wire.field(1, stage) + wire.field(2, degree))) for stage in stages]
     for stage in stages:
-        for name, cut in cuts.items():
-            if stage in cut.stages:
+        for name, layout in layouts.items():
+            if stage in layout.stages:
                 named = f"{stage}-{name}" if len(stages) > 1 else name
-                items.append(wire.field(3, wire.field(1, named.encode()) + wire.field(2, _encoded(cut))))
+                items.append(wire.field(3, wire.field(1, named.encode()) + wire.field(2, _encoded(layout))))
     with atomic_write(path, "wb") as file:
         file.write(b"".join(items))
 
 
-def _encoded(cut: Cut) -> bytes:
+def _encoded(layout: SliceLayout) -> bytes:
     sizes, dims, shape = (b"".join(wire.field(1, value) for value in values)
-                          for values in (cut.matrix, cut.dims, cut.slice_shape))
+                          for values in (layout.matrix, layout.dims, layout.slice_shape))
     return (wire.field(1, sizes) + wire.field(2, dims) + wire.field(3, shape) + wire.field(4, b"") + wire.field(5, 0)
-            + wire.field(6, cut.step) + wire.field(7, cut.parts))
+            + wire.field(6, layout.step) + wire.field(7, layout.parts))
 
 
-def _layout(item: memoryview) -> tuple[str, Cut]:
+def _layout(item: memoryview) -> tuple[str, SliceLayout]:
     name, layout = "", memoryview(b"")
     for number, value in wire.fields(item):
         if number == 1:
@@ -157,7 +158,7 @@ def _layout(item: memoryview) -> tuple[str, Cut]:
         elif number == 2:
             layout = value
     values = dict(wire.fields(layout))
-    return name, Cut(_dims(values.get(1)), _dims(values.get(2)), wire.signed(values.get(6, 0)),
+    return name, SliceLayout(_dims(values.get(1)), _dims(values.get(2)), wire.signed(values.get(6, 0)),
                      wire.signed(values.get(7, 0)), slice_shape=_dims(values.get(3)))
 
 

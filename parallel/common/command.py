@@ -10,8 +10,6 @@ import argparse
 import difflib
 import errno
 import importlib
-import json
-import math
 import os
 import re
 import sys
@@ -20,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.common.errors import UserError
+from parallel.common.json_text import dump_json
+from parallel.common.renamed import FLAGS, VERBS
 from parallel.common.settings import Settings, load_settings, reference, to_yaml
 
 _OVERRIDE = re.compile(r"^[A-Za-z_][\w.-]*=")
@@ -42,7 +42,8 @@ class Verb:
         help: one line for `--help`.
         settings: the settings class or its name "module:Class"; adds `--config`, overrides, `--print-config`. A class
             with `for_file(path, overrides) -> class` chooses a narrower one by what the file says.
-        arguments: `arguments(parser)` adds the verb's own flags.
+        arguments: `arguments(parser)` adds the verb's own flags; or its name "module:function" (imported only when the
+            user types this verb).
         run_file: for verbs that take a config file of any model: adds `--config` and lets overrides through as the list
             `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
         config: the config file taken when the user names none; None = the defaults of the settings class.
@@ -52,7 +53,7 @@ class Verb:
     run: Callable[[Any, argparse.Namespace], dict] | str
     help: str
     settings: type[Settings] | str | None = None
-    arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    arguments: Callable[[argparse.ArgumentParser], None] | str | None = None
     run_file: bool = False
     config: str | None = None
 
@@ -80,7 +81,8 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
 
 
 def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
-    parser = _parser(package, verbs)
+    _refuse_old_names(package, argv)
+    parser = _parser(package, verbs, argv[0] if argv else None)
     arguments, rest = parser.parse_known_args(argv)
     verb = next(verb for verb in verbs if verb.name == arguments.verb)
     overrides = [word for word in rest if _OVERRIDE.match(word)]
@@ -103,11 +105,21 @@ def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     figures = _resolve(verb.run)(settings, arguments)
     exit_code = figures.pop("exit_code", 0)
     sys.stderr.flush()
-    print(json.dumps(_finite(figures), ensure_ascii=False), flush=True)
+    _print_line(figures)
     return exit_code
 
 
-def _parser(package: str, verbs: list[Verb]) -> argparse.ArgumentParser:
+def _print_line(figures: dict) -> None:
+    """The figures as one JSON object, in ASCII where stdout has no UTF-8."""
+    line = dump_json(figures)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        line = dump_json(figures, ascii_only=True)
+    print(line, flush=True)
+
+
+def _parser(package: str, verbs: list[Verb], typed: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {package}", epilog=_EPILOG, allow_abbrev=False)
     choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in verbs:
@@ -119,9 +131,20 @@ def _parser(package: str, verbs: list[Verb]) -> argparse.ArgumentParser:
             sub.add_argument("--print-reference", action="store_true", help="explain every key and stop")
         if verb.run_file:
             sub.add_argument("--config", metavar="FILE", required=True, help="config file of any model")
-        if verb.arguments is not None:
-            verb.arguments(sub)
+        if verb.arguments is not None and verb.name == typed:
+            _resolve(verb.arguments)(sub)
     return parser
+
+
+def _refuse_old_names(package: str, argv: list[str]) -> None:
+    if argv and (package, argv[0]) in VERBS:
+        new = VERBS[package, argv[0]]
+        raise UserError(f"the verb '{argv[0]}' is called '{new}'", where=f"python -m {package}", hint=f"type {new}")
+    for word in argv[1:]:
+        flag = word.partition("=")[0]
+        if (argv[0], flag) in FLAGS:
+            new = FLAGS[argv[0], flag]
+            raise UserError(f"the flag '{flag}' is called '{new}'", where=argv[0], hint=f"type {new}")
 
 
 def _unknown_word(parser: argparse.ArgumentParser, verb: Verb, word: str) -> UserError:
@@ -137,16 +160,3 @@ def _resolve(target: Any) -> Any:
         return target
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a figure that could not be had is null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

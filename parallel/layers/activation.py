@@ -8,7 +8,7 @@ from typing import Literal
 import mindspore
 from mindspore import Tensor, ops
 
-from parallel.sharding.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Layer, Operand, OpSharding
 
 Gelu = Literal["tanh", "fast", "erf"]
 
@@ -47,11 +47,11 @@ class GELU(Layer):
         slope_NF = self.shift(self.scale(self.square(x_NF, x_NF), self.cubic), self.linear)
         return self.gate(x_NF, self.sigmoid(self.argument(x_NF, slope_NF)))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         wide = self.wide
         both = [self.square, self.argument, self.gate]
         one = [self.scale, self.shift, self.divide, self.one_more, self.half]
         single = [self.fused, self.sigmoid, self.erf]
-        return ([Cut(primitive, (wide, wide)) for primitive in both]
-                + [Cut(primitive, (wide, ())) for primitive in one]
-                + [Cut(primitive, (wide,)) for primitive in single])
+        return ([OpSharding(primitive, (wide, wide)) for primitive in both]
+                + [OpSharding(primitive, (wide, ())) for primitive in one]
+                + [OpSharding(primitive, (wide,)) for primitive in single])

@@ -5,35 +5,66 @@ Shapes: B batch, S sequence, D width, H heads, K = D / H head width, N = B S tok
 
 from __future__ import annotations
 
+import functools
 import math
 
 import mindspore
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.dropout import Dropout
 from parallel.layers.linear import Linear
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 
 MASKED = -10000.0
 
 
 class AttentionBias(Layer):
-    """bias_B1SS = (1 - mask_BSS) * -10000: what is added to the scores, made once for all layers."""
+    """bias_B1SS = (1 - visible) * -10000: what is added to the scores, made once for all layers.
+
+    It takes documents_BS int32, the number of each position's document: a position sees those before it, and itself,
+    in its own document. So the host sends S numbers a sample and not S x S. It also takes the mask itself, mask_BSS
+    (1 = visible, 0 = hidden), for masks of another kind.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.expand, self.invert, self.weigh = ops.ExpandDims(), ops.Sub(), ops.Mul()
+        self.own, self.other = ops.ExpandDims(), ops.ExpandDims()
+        self.same, self.both = ops.Equal(), ops.LogicalAnd()
         self.cast = ops.Cast()
 
-    def construct(self, mask_BSS: Tensor) -> Tensor:
-        visible_B1SS = self.expand(self.cast(mask_BSS, mstype.float32), 1)
+    def construct(self, visible: Tensor) -> Tensor:
+        if visible.ndim == 2:
+            visible = self.mask(visible)
+        visible_B1SS = self.expand(self.cast(visible, mstype.float32), 1)
         return self.weigh(self.invert(1.0, visible_B1SS), MASKED)
 
-    def cuts(self) -> list[Cut]:
+    def mask(self, documents_BS: Tensor) -> Tensor:
+        """bool [B, S, S]: same document, and not after."""
+        same_BSS = self.same(self.own(documents_BS, 2), self.other(documents_BS, 1))
+        return self.both(same_BSS, lower_triangle(documents_BS.shape[1]))
+
+    def sharding(self) -> list[OpSharding]:
         plane = ("batch", None, None, None)
-        return [Cut(self.expand, (("batch", None, None),)), Cut(self.invert, ((), plane)), Cut(self.weigh, (plane, ()))]
+        square, row, column = ("batch", None, None), ("batch", None), (None, None, None)
+        return [OpSharding(self.own, (row,)), OpSharding(self.other, (row,)), OpSharding(self.same, (square, square)),
+                OpSharding(self.both, (square, column)), OpSharding(self.expand, (square,)),
+                OpSharding(self.invert, ((), plane)), OpSharding(self.weigh, (plane, ()))]
+
+
+@ops.constexpr
+def lower_triangle(length: int) -> Tensor:
+    """bool [1, S, S], a constant of the graph: True where the column is not after the row."""
+    return _lower_triangle(length)
+
+
+@functools.cache
+def _lower_triangle(length: int) -> Tensor:
+    # One tensor for all layers, so that the compiler and the planner see the same mask everywhere.
+    return Tensor(np.tri(length, dtype=bool)[None])
 
 
 class AttentionCore(Layer):
@@ -66,10 +97,11 @@ class AttentionCore(Layer):
         weight_BHSS = self.dropout(self.cast(weight_BHSS, value_BHSK.dtype), keys)
         return self.mix(weight_BHSS, value_BHSK)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         heads = ("batch", "heads", None, None)
-        return [Cut(self.scale, (heads, ())), Cut(self.scores, (heads, heads)), Cut(self.softmax, (heads,)),
-                Cut(self.mask, (heads, ("batch", None, None, None))), Cut(self.mix, (heads, heads))]
+        return [OpSharding(self.scale, (heads, ())), OpSharding(self.scores, (heads, heads)),
+                OpSharding(self.softmax, (heads,)), OpSharding(self.mask, (heads, ("batch", None, None, None))),
+                OpSharding(self.mix, (heads, heads))]
 
 
 class RowSoftmax(nn.Cell):
@@ -117,11 +149,11 @@ class Attention(Layer):
         if width % heads:
             raise UserError(f"heads must divide hidden_size {width}", where="model.heads", value=heads)
         self.width, self.heads, self.head_width = width, heads, width // heads
-        column = {"cut": "column", "std": qkv_std, "compute_dtype": compute_dtype}
+        column = {"style": "column", "std": qkv_std, "compute_dtype": compute_dtype}
         self.query = Linear(width, width, **column)
         self.key = Linear(width, width, **column)
         self.value = Linear(width, width, **column)
-        self.output = Linear(width, width, cut="row", std=output_std, compute_dtype=compute_dtype)
+        self.output = Linear(width, width, style="row", std=output_std, compute_dtype=compute_dtype)
         self.core = AttentionCore(self.head_width, dropout=dropout, softmax_dtype=softmax_dtype)
         self.reshape, self.split_heads, self.merge_heads = ops.Reshape(), ops.Transpose(), ops.Transpose()
 
@@ -141,6 +173,6 @@ class Attention(Layer):
         """[B, H, S, K] -> [N, D]."""
         return self.reshape(self.merge_heads(x_BHSK, (0, 2, 1, 3)), (-1, self.width))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.split_heads, (("batch", None, "heads", None),)),
-                Cut(self.merge_heads, (("batch", "heads", None, None),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.split_heads, (("batch", None, "heads", None),)),
+                OpSharding(self.merge_heads, (("batch", "heads", None, None),))]

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from parallel.sharding.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Layer, Operand, OpSharding
 
 # Odd constants of the 32-bit finaliser of MurmurHash3 (public domain, A. Appleby) as signed integers.
 _MIX_1 = int(np.uint32(0x85EBCA6B).astype(np.int32))
@@ -67,10 +67,11 @@ class Mix(Layer):
         h = self.times2(half, _i32(_MIX_2))
         return self.xor3(h, self.clear3(self.shift3(h, _i32(16)), _i32(0xFFFF))), half
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         one = [self.shift1, self.shift2, self.shift3, self.clear1, self.clear2, self.clear3, self.times1, self.times2]
-        return [*(Cut(primitive, (self.operand, ())) for primitive in one),
-                *(Cut(primitive, (self.operand, self.operand)) for primitive in (self.xor1, self.xor2, self.xor3))]
+        return [*(OpSharding(primitive, (self.operand, ())) for primitive in one),
+                *(OpSharding(primitive, (self.operand, self.operand)) for primitive in (self.xor1, self.xor2,
+                                                                                        self.xor3))]
 
 
 class DropoutKeys(Layer):
@@ -91,8 +92,8 @@ class DropoutKeys(Layer):
         first_BS, second_BS = self.mix(self.place(number_B1, place_numbers(places, self.salt)))
         return self.reshape(first_BS, (-1, 1)), self.reshape(second_BS, (-1, 1))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.number, (("batch",), ())), Cut(self.place, (("batch", None), (None, None)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.number, (("batch",), ())), OpSharding(self.place, (("batch", None), (None, None)))]
 
 
 class Dropout(Layer):
@@ -135,15 +136,16 @@ class Dropout(Layer):
         kept = ops.cast(self.keep(hashed, self.threshold), x.dtype)
         return self.product(x, self.grow(kept, ops.cast(self.inverse_keep, x.dtype)))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         if self.operand is None:
             return []
         whole = self.operand
         thin, columns = (whole[0], None), whole[1:]
         if len(whole) == 4:
             thin, columns = (whole[0], None, whole[2], None), (None, whole[1], None, whole[3])
-        return [Cut(self.hash_product, (thin, columns)), Cut(self.hash_sum, (whole, thin)),
-                Cut(self.keep, (whole, ())), Cut(self.grow, (whole, ())), Cut(self.product, (whole, whole))]
+        return [OpSharding(self.hash_product, (thin, columns)), OpSharding(self.hash_sum, (whole, thin)),
+                OpSharding(self.keep, (whole, ())), OpSharding(self.grow, (whole, ())),
+                OpSharding(self.product, (whole, whole))]
 
 
 def connect_dropout(network: nn.Cell, seed: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, ops
 
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Axes, Cut, Layer, Operand
+from parallel.sharding.layout import Axes, Layer, Operand, OpSharding
 
 
 class Embedding(Layer):
@@ -16,15 +16,15 @@ class Embedding(Layer):
         width: D.
         std: sigma of the start.
         start: "normal" or "truncated_normal".
-        cut: "vocabulary" cuts V over the op axis (every device looks up its own rows, the results are summed);
+        axis: "vocabulary" cuts V over the op axis (every device looks up its own rows, the results are summed);
             None keeps the table whole.
 
     Source: PanGu-alpha code, Gather strategies ((1,1),(dp,1)) and ((mp,1),(dp,1)).
     """
 
-    def __init__(self, rows: int, width: int, *, std: float, start: str = "normal", cut: str | None = None) -> None:
+    def __init__(self, rows: int, width: int, *, std: float, start: str = "normal", axis: str | None = None) -> None:
         super().__init__()
-        self.rows, self.width, self.cut = rows, width, cut
+        self.rows, self.width, self.axis = rows, width, axis
         self.table = parameter((rows, width), start, std, shard_optimizer=False)
         self.gather = ops.Gather()
         self.reshape = ops.Reshape()
@@ -32,34 +32,34 @@ class Embedding(Layer):
     def construct(self, ids_BS: Tensor) -> Tensor:
         return self.reshape(self.gather(self.table, ids_BS, 0), (-1, self.width))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.gather, ((self.cut, None), ("batch", None)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.gather, ((self.axis, None), ("batch", None)))]
 
     def weights(self) -> dict[str, Operand]:
-        return {"table": (self.cut, None)}
+        return {"table": (self.axis, None)}
 
 
 class TiedHead(Layer):
     """logits_NV = hidden_ND table_VD^T: the head that shares the word embedding's table, without a bias.
 
     Args:
-        cut: "vocabulary" cuts V over the op axis, None keeps it whole.
+        axis: "vocabulary" cuts V over the op axis, None keeps it whole.
     """
 
-    def __init__(self, *, cut: str | None = None) -> None:
+    def __init__(self, *, axis: str | None = None) -> None:
         super().__init__()
-        self.cut = cut
+        self.axis = axis
         self.matmul = ops.MatMul(transpose_b=True)
         self.cast = ops.Cast()
 
     def construct(self, hidden_ND: Tensor, table_VD: Tensor) -> Tensor:
         return self.matmul(hidden_ND, self.cast(table_VD, hidden_ND.dtype))
 
-    def exchanges(self, axes: Axes) -> bool:
+    def redistributes(self, axes: Axes) -> bool:
         return axes.sequence  # from the cut residual stream
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.matmul, (("tokens", None), (self.cut, None)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.matmul, (("tokens", None), (self.axis, None)))]
 
 
 class Residual(Layer):
@@ -72,5 +72,5 @@ class Residual(Layer):
     def construct(self, x_ND: Tensor, y_ND: Tensor) -> Tensor:
         return self.add(x_ND, y_ND)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.add, (("residual", None), ("residual", None)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.add, (("residual", None), ("residual", None)))]

@@ -27,9 +27,9 @@ class FeedForward(Layer):
     def __init__(self, width: int, inner: int, *, mapping_std: float, projection_std: float, gelu: Gelu = "tanh",
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
-        self.mapping = Linear(width, inner, cut="column", std=mapping_std, compute_dtype=compute_dtype)
+        self.mapping = Linear(width, inner, style="column", std=mapping_std, compute_dtype=compute_dtype)
         self.gelu = GELU(gelu)
-        self.projection = Linear(inner, width, cut="row", std=projection_std, compute_dtype=compute_dtype)
+        self.projection = Linear(inner, width, style="row", std=projection_std, compute_dtype=compute_dtype)
 
     def construct(self, x_ND: Tensor) -> Tensor:
         return self.projection(self.gelu(self.mapping(x_ND)))

@@ -1,8 +1,8 @@
 """Whole per-token networks and norms as one C++ primitive each on the CPU, with their gradients.
 
 The layers of `grouped`, `moe`, `relu_moe` and `norm` take these in float32 on the CPU, where the machine has a C++
-compiler; everywhere else, and in every compiled layout, they are the plain operations that their `cuts` speak of. The
-environment variable PANGU_KERNELS=0 switches them off. Arithmetic: parallel/kernels/grouped.cpp.
+compiler; everywhere else, and in every compiled layout, they are the plain operations that their `sharding` speak of.
+The environment variable PANGU_KERNELS=0 switches them off. Arithmetic: parallel/kernels/grouped.cpp.
 
 Shapes: T tokens, B batch, D width, F inner width, E experts, R routed experts, A chosen ones, f width of one expert.
 """
@@ -267,7 +267,7 @@ class FusedLinearWithoutBias(nn.Cell):
         return self.backward(x, w, change)
 
 
-class FusedExchange(nn.Cell):
+class FusedTokenMix(nn.Cell):
     """y [R, B, S, K] of x [S, B, R, K]: token mixing between its two reshapes."""
 
     def __init__(self, path: Path) -> None:

@@ -28,16 +28,16 @@ from parallel.layers.fused import (
     library,
 )
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Axes, Cut, Layer, Operand
+from parallel.sharding.layout import Axes, Layer, Operand, OpSharding
 
-OpCut = Literal["width", "tokens", "tokens_naive"]
+TokenAxis = Literal["width", "tokens", "tokens_naive"]
 
 
 @dataclass(frozen=True)
 class TokenLayout:
     """Named axes of a ranker's tensors under one way to use the op axis."""
 
-    kind: OpCut = "width"
+    kind: TokenAxis = "width"
 
     @property
     def stream(self) -> Operand:
@@ -66,7 +66,7 @@ class TokenLayout:
         return (self.tokens, "batch", self.width)
 
 
-WIDTH_CUT = TokenLayout("width")
+WIDTH_LAYOUT = TokenLayout("width")
 
 
 class GroupedLinear(Layer):
@@ -77,7 +77,7 @@ class GroupedLinear(Layer):
         inputs: I.
         outputs: O.
         layout: what the op axis cuts.
-        cut: "column" cuts O and "row" cuts I, where the layout cuts the width; None neither.
+        style: "column" cuts O and "row" cuts I, where the layout cuts the width; None neither.
         gain: the start is Xavier-uniform within each token, half-width gain x sqrt(6 / (I + O)).
         bias: whether there is a bias (starts at 0).
         compute_dtype: type of the matmul; the weight is stored in float32 and cast.
@@ -85,12 +85,12 @@ class GroupedLinear(Layer):
     Source: RankMixer eq. 6-9 (arXiv 2507.15551).
     """
 
-    def __init__(self, tokens: int, inputs: int, outputs: int, *, layout: TokenLayout = WIDTH_CUT,
-                 cut: Literal["column", "row"] | None = None, gain: float = 1.0, bias: bool = True,
+    def __init__(self, tokens: int, inputs: int, outputs: int, *, layout: TokenLayout = WIDTH_LAYOUT,
+                 style: Literal["column", "row"] | None = None, gain: float = 1.0, bias: bool = True,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         self.tokens, self.inputs, self.outputs = tokens, inputs, outputs
-        self.layout, self.cut, self.has_bias, self.compute_dtype = layout, cut, bias, compute_dtype
+        self.layout, self.style, self.has_bias, self.compute_dtype = layout, style, bias, compute_dtype
         self.weight = parameter((tokens, inputs, outputs), "uniform", gain * math.sqrt(6.0 / (inputs + outputs)))
         self.bias = parameter((tokens, 1, outputs), "zeros", shard_optimizer=False) if bias else None
         self.matmul, self.add, self.cast = ops.BatchMatMul(), ops.Add(), ops.Cast()
@@ -110,18 +110,18 @@ class GroupedLinear(Layer):
         """Two for each multiplication and addition of the product."""
         return 2 * self.tokens * self.inputs * self.outputs
 
-    def exchanges(self, axes: Axes) -> bool:
+    def redistributes(self, axes: Axes) -> bool:
         return self.layout.kind == "tokens_naive" and axes.sizes["feature_tokens"] > 1
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         tokens, width = self.layout.tokens, self.layout.width
-        column, row = (width if self.cut == "column" else None), (width if self.cut == "row" else None)
-        return [Cut(self.matmul, ((tokens, "batch", row), (tokens, row, column))),
-                Cut(self.add, ((tokens, "batch", column), (tokens, None, column)))]
+        column, row = (width if self.style == "column" else None), (width if self.style == "row" else None)
+        return [OpSharding(self.matmul, ((tokens, "batch", row), (tokens, row, column))),
+                OpSharding(self.add, ((tokens, "batch", column), (tokens, None, column)))]
 
     def weights(self) -> dict[str, Operand]:
         tokens, width = self.layout.tokens, self.layout.width
-        column, row = (width if self.cut == "column" else None), (width if self.cut == "row" else None)
+        column, row = (width if self.style == "column" else None), (width if self.style == "row" else None)
         return {"weight": (tokens, row, column), "bias": (tokens, None, column)}
 
 
@@ -136,12 +136,12 @@ class GroupedFeedForward(Layer):
         outputs: width of the result; None = D.
     """
 
-    def __init__(self, tokens: int, width: int, inner: int, *, layout: TokenLayout = WIDTH_CUT,
+    def __init__(self, tokens: int, width: int, inner: int, *, layout: TokenLayout = WIDTH_LAYOUT,
                  outputs: int | None = None, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
-        self.mapping = GroupedLinear(tokens, width, inner, layout=layout, cut="column", compute_dtype=compute_dtype)
+        self.mapping = GroupedLinear(tokens, width, inner, layout=layout, style="column", compute_dtype=compute_dtype)
         self.gelu = GELU("tanh", layout.inner)
-        self.projection = GroupedLinear(tokens, inner, outputs or width, layout=layout, cut="row",
+        self.projection = GroupedLinear(tokens, inner, outputs or width, layout=layout, style="row",
                                         compute_dtype=compute_dtype)
         kernels = library(compute_dtype)
         self.fused = FusedFeedForward(kernels) if kernels is not None else None
@@ -168,9 +168,9 @@ class Swish(Layer):
     def construct(self, x_TBF: Tensor, y_TBF: Tensor) -> Tensor:
         return self.product(self.gate(x_TBF, self.sigmoid(x_TBF)), y_TBF)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.sigmoid, (self.wide,)), Cut(self.gate, (self.wide, self.wide)),
-                Cut(self.product, (self.wide, self.wide))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.sigmoid, (self.wide,)), OpSharding(self.gate, (self.wide, self.wide)),
+                OpSharding(self.product, (self.wide, self.wide))]
 
 
 class GroupedSwiGLU(Layer):
@@ -188,14 +188,14 @@ class GroupedSwiGLU(Layer):
     Source: TokenMixer-Large eq. 17-18 (arXiv 2602.06563).
     """
 
-    def __init__(self, tokens: int, width: int, inner: int, *, layout: TokenLayout = WIDTH_CUT,
+    def __init__(self, tokens: int, width: int, inner: int, *, layout: TokenLayout = WIDTH_LAYOUT,
                  down_gain: float = 0.01, bias: bool = False, outputs: int | None = None,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         shared = {"layout": layout, "bias": bias, "compute_dtype": compute_dtype}
-        self.gate = GroupedLinear(tokens, width, inner, cut="column", **shared)
-        self.up = GroupedLinear(tokens, width, inner, cut="column", **shared)
-        self.down = GroupedLinear(tokens, inner, outputs or width, cut="row", gain=down_gain, **shared)
+        self.gate = GroupedLinear(tokens, width, inner, style="column", **shared)
+        self.up = GroupedLinear(tokens, width, inner, style="column", **shared)
+        self.down = GroupedLinear(tokens, inner, outputs or width, style="row", gain=down_gain, **shared)
         self.swish = Swish(layout.inner)
         kernels = library(compute_dtype) if not bias else None
         self.fused = FusedSwiGLU(kernels) if kernels is not None else None
@@ -224,5 +224,5 @@ class Add(Layer):
             return self.fused(x, y)
         return self.add(x, y)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.add, (self.stream, self.stream))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.add, (self.stream, self.stream))]

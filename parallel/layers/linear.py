@@ -11,7 +11,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Axes, Cut, Layer, Operand
+from parallel.sharding.layout import Axes, Layer, Operand, OpSharding
 
 
 class Linear(Layer):
@@ -20,7 +20,7 @@ class Linear(Layer):
     Args:
         inputs: I.
         outputs: O.
-        cut: "column" cuts O over `axis` (the input is whole, the output cut, no communication forward);
+        style: "column" cuts O over `axis` (the input is whole, the output cut, no communication forward);
             "row" cuts I (the input is cut, the output summed by AllReduce, or ReduceScatter under sequence
             parallelism); None keeps the weight whole.
         axis: the named axis that cuts.
@@ -31,14 +31,14 @@ class Linear(Layer):
     Source: PanGu-alpha section 4 and Fig. 7 (strategies ((dp,1),(mp,1)) and ((dp,mp),(1,mp))).
     """
 
-    def __init__(self, inputs: int, outputs: int, *, cut: Literal["column", "row"] | None, std: float,
+    def __init__(self, inputs: int, outputs: int, *, style: Literal["column", "row"] | None, std: float,
                  axis: str = "width", bias: bool = True, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
-        self.inputs, self.outputs, self.cut, self.axis = inputs, outputs, cut, axis
+        self.inputs, self.outputs, self.style, self.axis = inputs, outputs, style, axis
         self.compute_dtype = compute_dtype
         self.weight = parameter((outputs, inputs), "normal", std)
         # After a row cut every device of the op axis adds the same whole bias, so it is not worth cutting further.
-        self.bias = parameter((outputs,), "zeros", shard_optimizer=cut != "row") if bias else None
+        self.bias = parameter((outputs,), "zeros", shard_optimizer=style != "row") if bias else None
         self.has_bias = bias
         self.matmul = ops.MatMul(transpose_b=True)
         self.add = ops.Add()
@@ -50,16 +50,16 @@ class Linear(Layer):
             y_NO = self.add(y_NO, self.cast(self.bias, self.compute_dtype))
         return y_NO
 
-    def exchanges(self, axes: Axes) -> bool:
-        return axes.sequence and self.cut == "column"  # from the cut residual stream
+    def redistributes(self, axes: Axes) -> bool:
+        return axes.sequence and self.style == "column"  # from the cut residual stream
 
-    def cuts(self) -> list[Cut]:
-        column, row = (self.axis if self.cut == "column" else None), (self.axis if self.cut == "row" else None)
-        after = "residual" if self.cut == "row" else "tokens"
-        summed = (("residual", None),) if self.cut == "row" else None
-        return [Cut(self.matmul, (("tokens", row), (column, row)), summed),
-                Cut(self.add, ((after, column), (column,)))]
+    def sharding(self) -> list[OpSharding]:
+        column, row = (self.axis if self.style == "column" else None), (self.axis if self.style == "row" else None)
+        after = "residual" if self.style == "row" else "tokens"
+        summed = (("residual", None),) if self.style == "row" else None
+        return [OpSharding(self.matmul, (("tokens", row), (column, row)), summed),
+                OpSharding(self.add, ((after, column), (column,)))]
 
     def weights(self) -> dict[str, Operand]:
-        column, row = (self.axis if self.cut == "column" else None), (self.axis if self.cut == "row" else None)
+        column, row = (self.axis if self.style == "column" else None), (self.axis if self.style == "row" else None)
         return {"weight": (column, row), "bias": (column,)}

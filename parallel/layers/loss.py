@@ -6,14 +6,14 @@ import mindspore
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 
 
 class CrossEntropy(Layer):
     """nll_N = log sum exp(logits_NV) - logits_N[labels_N], in float32.
 
     Args:
-        cut: "vocabulary" where the logits are cut over V by the op axis, else None.
+        axis: "vocabulary" where the logits are cut over V by the op axis, else None.
 
     Source: PanGu-alpha eq. 6; the code's log(softmax + 1e-24) is the same but for underflow, which this form has not.
 
@@ -21,30 +21,31 @@ class CrossEntropy(Layer):
     some fifteen times (measured at N 1024, V 40000, forward and backward: 681 ms against 75 ms).
     """
 
-    def __init__(self, vocabulary: int, *, cut: str | None = None) -> None:
+    def __init__(self, vocabulary: int, *, axis: str | None = None) -> None:
         super().__init__()
-        self.vocabulary, self.cut = vocabulary, cut
+        self.vocabulary, self.axis = vocabulary, axis
         self.max, self.sum, self.pick = ops.ReduceMax(keep_dims=True), ops.ReduceSum(), ops.ReduceSum()
         self.shift, self.exp, self.log = ops.Sub(), ops.Exp(), ops.Log()
         self.one_hot, self.select, self.subtract = ops.OneHot(), ops.Mul(), ops.Sub()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.cast = ops.Cast()
-        self.whole = SoftmaxCrossEntropy() if mindspore.get_context("device_target") == "CPU" else None
+        self.full = SoftmaxCrossEntropy() if mindspore.get_context("device_target") == "CPU" else None
 
     def construct(self, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
         logits_NV = self.cast(logits_NV, mstype.float32)
-        if self.whole is not None:
-            return self.whole(logits_NV, labels_N)
+        if self.full is not None:
+            return self.full(logits_NV, labels_N)
         shifted_NV = self.shift(logits_NV, ops.stop_gradient(self.max(logits_NV, -1)))
         log_total_N = self.log(self.sum(self.exp(shifted_NV), -1))
         chosen_NV = self.one_hot(labels_N, self.vocabulary, self.on, self.off)
         return self.subtract(log_total_N, self.pick(self.select(shifted_NV, chosen_NV), -1))
 
-    def cuts(self) -> list[Cut]:
-        wide, narrow, rows = ("tokens", self.cut), ("tokens", None), ("tokens",)
-        return [Cut(self.max, (wide,)), Cut(self.sum, (wide,)), Cut(self.pick, (wide,)), Cut(self.exp, (wide,)),
-                Cut(self.shift, (wide, narrow)), Cut(self.log, (rows,)), Cut(self.one_hot, (wide, (), ())),
-                Cut(self.select, (wide, wide)), Cut(self.subtract, (rows, rows))]
+    def sharding(self) -> list[OpSharding]:
+        wide, narrow, rows = ("tokens", self.axis), ("tokens", None), ("tokens",)
+        return [OpSharding(self.max, (wide,)), OpSharding(self.sum, (wide,)), OpSharding(self.pick, (wide,)),
+                OpSharding(self.exp, (wide,)), OpSharding(self.shift, (wide, narrow)), OpSharding(self.log, (rows,)),
+                OpSharding(self.one_hot, (wide, (), ())), OpSharding(self.select, (wide, wide)),
+                OpSharding(self.subtract, (rows, rows))]
 
 
 class SoftmaxCrossEntropy(nn.Cell):
@@ -119,7 +120,7 @@ class MaskedMean(Layer):
         weight = self.count(mask_N)
         return self.divide(self.total(self.weigh(value_N, mask_N)), self.add(weight, self.EPSILON)), weight
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         rows = ("tokens",)
-        return [Cut(self.weigh, (rows, rows)), Cut(self.total, (rows,)), Cut(self.count, (rows,)),
-                Cut(self.add, ((), ())), Cut(self.divide, ((), ()))]
+        return [OpSharding(self.weigh, (rows, rows)), OpSharding(self.total, (rows,)), OpSharding(self.count, (rows,)),
+                OpSharding(self.add, ((), ())), OpSharding(self.divide, ((), ()))]

@@ -16,9 +16,9 @@ from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.fused import FusedSparseExperts, library
-from parallel.layers.grouped import WIDTH_CUT, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
+from parallel.layers.grouped import WIDTH_LAYOUT, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Axes, Cut, Layer, Operand
+from parallel.sharding.layout import Axes, Layer, Operand, OpSharding
 
 Dispatch = Literal["auto", "grouped", "capacity"]
 
@@ -145,7 +145,7 @@ class CapacityExperts(Layer):
     are those that bring the rows to the devices that hold their experts and back (expert parallelism).
     """
 
-    def __init__(self, tokens: int, experts: int, factor: float, *, layout: TokenLayout = WIDTH_CUT) -> None:
+    def __init__(self, tokens: int, experts: int, factor: float, *, layout: TokenLayout = WIDTH_LAYOUT) -> None:
         super().__init__()
         self.tokens, self.experts, self.factor, self.layout, self.parts = tokens, experts, factor, layout, 1
         self.reshape, self.order, self.cast = ops.Reshape(), ops.TopK(), ops.Cast()
@@ -203,23 +203,24 @@ class CapacityExperts(Layer):
         self.parts = axes.sizes["batch"]
         super().lay_out(axes)
 
-    def exchanges(self, axes: Axes) -> bool:
+    def redistributes(self, axes: Axes) -> bool:
         return axes.sizes["experts"] > 1  # rows go to the devices of their experts and back
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         token, after = self.layout.tokens, self.layout.tokens_after_batch
         row, plane, cube = (("batch", after) + (None,) * dims for dims in (1, 2, 3))
         expert, weight = (token, "experts", "data_in_expert", None), (token, "experts", None, None)
-        return [Cut(self.turn_chosen, ((token, "batch", None),)), Cut(self.turn_rows, ((token, "batch", None, None),)),
-                Cut(self.turn_back, (plane,)), Cut(self.there, (cube,)),
-                Cut(self.back, ((token, None, "batch", None, None),)), Cut(self.order, (row,)),
-                Cut(self.expand, (row,)), Cut(self.same, (plane, (None,))), Cut(self.count, (plane,)),
-                Cut(self.seen, (plane,)), Cut(self.fit, (row, row)), Cut(self.total, (cube,)),
-                Cut(self.turn_gates, ((token, "batch", None),)),
-                Cut(self.starts, (row,)), Cut(self.pick, (plane, row)), Cut(self.pick_order, (row, row)),
-                Cut(self.pick_back, (plane, row)), Cut(self.own, (plane, plane)), Cut(self.own_sum, (plane,)),
-                Cut(self.keep, (plane, plane)),
-                *(Cut(product, (expert, weight)) for product in (self.product1, self.product2, self.product3))]
+        return [OpSharding(self.turn_chosen, ((token, "batch", None),)),
+                OpSharding(self.turn_rows, ((token, "batch", None, None),)), OpSharding(self.turn_back, (plane,)),
+                OpSharding(self.there, (cube,)), OpSharding(self.back, ((token, None, "batch", None, None),)),
+                OpSharding(self.order, (row,)), OpSharding(self.expand, (row,)),
+                OpSharding(self.same, (plane, (None,))), OpSharding(self.count, (plane,)),
+                OpSharding(self.seen, (plane,)), OpSharding(self.fit, (row, row)), OpSharding(self.total, (cube,)),
+                OpSharding(self.turn_gates, ((token, "batch", None),)), OpSharding(self.starts, (row,)),
+                OpSharding(self.pick, (plane, row)), OpSharding(self.pick_order, (row, row)),
+                OpSharding(self.pick_back, (plane, row)), OpSharding(self.own, (plane, plane)),
+                OpSharding(self.own_sum, (plane,)), OpSharding(self.keep, (plane, plane)),
+                *(OpSharding(product, (expert, weight)) for product in (self.product1, self.product2, self.product3))]
 
 
 class SparsePertokenMoE(Layer):
@@ -245,7 +246,7 @@ class SparsePertokenMoE(Layer):
     """
 
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, active: int, alpha: float | None = None,
-                 layout: TokenLayout = WIDTH_CUT, dispatch: Dispatch = "auto", capacity_factor: float = 1.5,
+                 layout: TokenLayout = WIDTH_LAYOUT, dispatch: Dispatch = "auto", capacity_factor: float = 1.5,
                  down_gain: float = 0.01, outputs: int | None = None, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         outputs = outputs or width
@@ -310,15 +311,16 @@ class SparsePertokenMoE(Layer):
         """Parameters of the experts that a sample does not use."""
         return (self.experts - self.active) * self.tokens * (2 * self.width + self.outputs) * self.inner
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         row = (self.layout.tokens, "batch", None)
         first = ("batch", self.layout.tokens_after_batch, None)
-        return [Cut(self.softmax, (row,)), Cut(self.turn, (row,)), Cut(self.top, (first,)), Cut(self.sum, (first,)),
-                Cut(self.share, (first, first)), Cut(self.turn_gates, (first,)), Cut(self.turn_chosen, (first,)),
-                Cut(self.scale, (row, ())), Cut(self.add, (row, row))]
+        return [OpSharding(self.softmax, (row,)), OpSharding(self.turn, (row,)), OpSharding(self.top, (first,)),
+                OpSharding(self.sum, (first,)), OpSharding(self.share, (first, first)),
+                OpSharding(self.turn_gates, (first,)), OpSharding(self.turn_chosen, (first,)),
+                OpSharding(self.scale, (row, ())), OpSharding(self.add, (row, row))]
 
 
-def cut_dense(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> dict[str, np.ndarray]:
+def split_dense(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> dict[str, np.ndarray]:
     """A dense SwiGLU's matrices ([T, D, F], [T, D, F], [T, F, D]) cut into E sub-experts: first enlarge, then sparse.
 
     Returns the values of a `SparsePertokenMoE`'s parameters by name; its router is 0, so all chosen gates are equal,

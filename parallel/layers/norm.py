@@ -9,7 +9,7 @@ from mindspore.ops.auto_generate import RmsNorm
 
 from parallel.layers.fused import FusedLayerNorm, FusedRMSNorm, library
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Layer, Operand, OpSharding
 
 
 class LayerNorm(Layer):
@@ -46,8 +46,8 @@ class LayerNorm(Layer):
         y_ND, _, _ = self.normalise(self.cast(x_ND, mstype.float32), self.gamma, self.beta)
         return self.cast(y_ND, self.compute_dtype)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.normalise, (self.stream, (None,), (None,)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.normalise, (self.stream, (None,), (None,)))]
 
 
 class RMSNorm(Layer):
@@ -87,13 +87,13 @@ class RMSNorm(Layer):
             y_ND, _ = self.normalise(x_ND, self.gamma)
         return self.cast(y_ND, self.compute_dtype)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         if not self.written_out:
-            return [Cut(self.normalise, (self.stream, (None,)))]
+            return [OpSharding(self.normalise, (self.stream, (None,)))]
         narrow = (*self.stream[:-1], None)
-        return [Cut(self.square, (self.stream,)), Cut(self.mean, (self.stream,)), Cut(self.shift, (narrow, ())),
-                Cut(self.rsqrt, (narrow,)), Cut(self.divide, (self.stream, narrow)),
-                Cut(self.scale, (self.stream, (None,)))]
+        return [OpSharding(self.square, (self.stream,)), OpSharding(self.mean, (self.stream,)),
+                OpSharding(self.shift, (narrow, ())), OpSharding(self.rsqrt, (narrow,)),
+                OpSharding(self.divide, (self.stream, narrow)), OpSharding(self.scale, (self.stream, (None,)))]
 
 
 class WrittenOutNorm(nn.Cell):

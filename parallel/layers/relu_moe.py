@@ -14,9 +14,9 @@ from mindspore import dtype as mstype
 from parallel.common.errors import UserError
 from parallel.layers.activation import GELU
 from parallel.layers.fused import FusedGatedExperts, library
-from parallel.layers.grouped import WIDTH_CUT, GroupedLinear, TokenLayout
+from parallel.layers.grouped import WIDTH_LAYOUT, GroupedLinear, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Layer, Operand, OpSharding
 
 
 class ReluMoE(Layer):
@@ -43,7 +43,7 @@ class ReluMoE(Layer):
     """
 
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, router: Literal["dtsi", "single_relu"],
-                 budget: float, penalty: float, penalty_step: float, layout: TokenLayout = WIDTH_CUT,
+                 budget: float, penalty: float, penalty_step: float, layout: TokenLayout = WIDTH_LAYOUT,
                  outputs: int | None = None, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         if inner % experts:
@@ -123,10 +123,11 @@ class ReluMoE(Layer):
         experts = self.mapping.weight.size + self.projection.weight.size
         return round((1.0 - self.budget) * experts) + (self.train_router.weight.size if self.two_routers else 0)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         tokens, batch, _ = self.layout.inner
         row, plane = (tokens, batch, None), (tokens, batch, None, None)
-        return [Cut(self.relu1, (row,)), Cut(self.relu2, (row,)), Cut(self.blend, (row, row)), Cut(self.expand, (row,)),
-                Cut(self.halve, (row, ())), Cut(self.weigh, (plane, plane)), Cut(self.add, (row, row)),
-                Cut(self.bias, (row, (tokens, None, None))), Cut(self.sum, (row,)), Cut(self.active, (row, ())),
-                Cut(self.mean, (row,))]
+        return [OpSharding(self.relu1, (row,)), OpSharding(self.relu2, (row,)), OpSharding(self.blend, (row, row)),
+                OpSharding(self.expand, (row,)), OpSharding(self.halve, (row, ())),
+                OpSharding(self.weigh, (plane, plane)), OpSharding(self.add, (row, row)),
+                OpSharding(self.bias, (row, (tokens, None, None))), OpSharding(self.sum, (row,)),
+                OpSharding(self.active, (row, ())), OpSharding(self.mean, (row,))]

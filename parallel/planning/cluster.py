@@ -110,7 +110,7 @@ class Network:
             if inside and stride == config.op and factor in mesh.data_factors:
                 stride *= stages
             strides[factor] = stride
-            stride *= mesh.ways_of[factor]
+            stride *= mesh.degree_of[factor]
         self.strides = strides
         node, rack = cluster.devices_per_node, cluster.devices_per_node * cluster.nodes_per_rack
         levels = [(node, cluster.node), (rack, cluster.rack), (None, cluster.across)]
@@ -126,8 +126,8 @@ class Network:
 
     def members(self, factors: tuple[int, ...]) -> list[int]:
         """Ranks of a group that can reach each other at each level (the last: all of them)."""
-        return [math.prod(min(self.mesh.ways_of[factor], max(1, devices // self.strides[factor])) if devices else
-                          self.mesh.ways_of[factor] for factor in factors) for devices, _ in self.levels]
+        return [math.prod(min(self.mesh.degree_of[factor], max(1, devices // self.strides[factor])) if devices else
+                          self.mesh.degree_of[factor] for factor in factors) for devices, _ in self.levels]
 
     def seconds_of(self, said: Collective) -> float:
         """Time of one collective: rings inside the closest level, then across the next with a part for each device."""

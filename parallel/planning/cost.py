@@ -168,25 +168,25 @@ class NetworkCost:
     layouts: dict[int, Dims]
 
 
-def network_cost(description: Description, config: ParallelConfig, cut: list[Segment] | None = None,
+def network_cost(description: Description, config: ParallelConfig, parts: list[Segment] | None = None,
                  fused: tuple[str, ...] = ()) -> NetworkCost:
     """Cost of every segment of `description` under `config` (resolved): data, op, sequence, vocabulary and expert.
 
     Args:
         description: for one micro-batch.
         config: resolved.
-        cut: `segments(description)`, where it is at hand.
+        parts: `segments(description)`, where it is at hand.
         fused: ends of the paths of cells that run as one kernel.
     """
     mesh = Mesh(config)
-    cut = cut or segments(description)
+    parts = parts or segments(description)
     layouts: dict[int, Dims] = {}
     batch = mesh.place(["batch"])["batch"]
     for item in description.inputs:
         layouts[id(item)] = (Dim(item.dims[0].size, batch), *item.dims[1:])
     known: dict[tuple, SegmentCost] = {}
     costs = []
-    for segment in cut:
+    for segment in parts:
         arriving = tuple(layouts.get(id(segment.items[place]), segment.items[place].dims) for place in segment.outside)
         key = (segment.alike, arriving)
         if key not in known:
@@ -195,7 +195,7 @@ def network_cost(description: Description, config: ParallelConfig, cut: list[Seg
         for place, dims in cost.outputs.items():
             layouts[id(segment.items[place])] = dims
         costs.append(cost)
-    return NetworkCost(mesh, cut, costs, layouts)
+    return NetworkCost(mesh, parts, costs, layouts)
 
 
 class _Evaluation:
@@ -236,7 +236,7 @@ class _Evaluation:
         for item, dims in zip(operation.outputs, outputs, strict=True):
             self.layout[number[id(item)]] = dims
             self.maker[number[id(item)]] = place
-        if result.summed and self.mesh.ways(result.summed) > 1:
+        if result.summed and self.mesh.degree(result.summed) > 1:
             self._sum(place, operation, outputs[0], result.summed)
         self._work(operation, operands, outputs)
         if operation.needed:
@@ -244,7 +244,7 @@ class _Evaluation:
             if operation.primitive == "Gather" and result.summed:
                 # A table cut by rows: which ids are its own is kept beside the ids.
                 self.masks.append((number[id(operation.inputs[1])], operands[1]))
-        self.divides &= all(dim.size % self.mesh.ways(dim.axis) == 0 for dims in operands for dim in dims if dim.axis)
+        self.divides &= all(dim.size % self.mesh.degree(dim.axis) == 0 for dims in operands for dim in dims if dim.axis)
 
     def _one_hot_axis(self, operation: Operation, placed: dict) -> tuple[int, ...]:
         name = operation.one_hot_axis
@@ -281,8 +281,8 @@ class _Evaluation:
             self.layout[self.segment.number[id(item)]] = tuple(
                 Dim(dim.size, placed.get(axis, ()) if axis else ())
                 for dim, axis in zip(dims, operation.out_wanted, strict=True))
-        whole = not any(dim.axis for dim in dims)
-        if operation.primitive == "Gather" and whole and dims[0].size % self.mesh.ways(summed) == 0:
+        full = not any(dim.axis for dim in dims)
+        if operation.primitive == "Gather" and full and dims[0].size % self.mesh.degree(summed) == 0:
             # With the ids whole on every rank a lookup in a cut table is scattered; who needs it whole gathers it.
             kind = "ReduceScatter"
             self.layout[self.segment.number[id(item)]] = (Dim(dims[0].size, summed), *dims[1:])

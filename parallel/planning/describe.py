@@ -2,8 +2,8 @@
 
 The forward pass is walked once with shapes instead of numbers: cells and primitives are called as always, but a
 primitive only notes what it was given (`parallel.planning.shapes` says what comes out). The layouts are those that the
-layers declare (`Layer.cuts()`), so there is no second list of formulas: a model that can be built can be planned. Axes
-stay names here; `parallel.planning.cost` puts numbers on them for one `ParallelConfig`.
+layers declare (`Layer.sharding()`), so there is no second list of formulas: a model that can be built can be planned.
+Axes stay names here; `parallel.planning.cost` puts numbers on them for one `ParallelConfig`.
 """
 
 from __future__ import annotations
@@ -210,17 +210,19 @@ class Walk:
 
     def __init__(self, network: nn.Cell) -> None:
         self.operations: list[Operation] = []
-        self.cuts, self.names = {}, {}
+        self.sharding, self.names = {}, {}
         for name, cell in network.cells_and_names():
             self.names.setdefault(id(cell), name)
             if isinstance(cell, Layer):
-                self.cuts |= {id(cut.primitive): cut for cut in cell.cuts()}
+                self.sharding |= {id(layout.primitive): layout for layout in cell.sharding()}
         self.units = unit_cells(network)
         self.unit_of = {id(cell): number for number, cells in enumerate(self.units) for cell in cells}
         self.first_cells = {id(cells[0]) for cells in self.units}
         self.stack: list[tuple[str, int, bool]] = [("", _NO_UNIT, False)]
         self.parameters: dict[int, Item] = {}
         self.values: dict[tuple, Item] = {}
+        # The tensor beside its item: it must not die, or another one could get its id.
+        self.constants: dict[int, tuple[Tensor, Item]] = {}
         self.first_use: dict[str, tuple] = {}
 
     def enter(self, cell: nn.Cell) -> None:
@@ -244,7 +246,10 @@ class Walk:
                 self.parameters[id(value)] = Item(dims, _dtype(value.dtype), name, value.requires_grad, walk=self)
             return self.parameters[id(value)]
         if isinstance(value, Tensor):
-            return Item(tuple(Dim(size) for size in value.shape), _dtype(value.dtype), walk=self)
+            if id(value) not in self.constants:
+                item = Item(tuple(Dim(size) for size in value.shape), _dtype(value.dtype), walk=self)
+                self.constants[id(value)] = (value, item)
+            return self.constants[id(value)][1]
         return None
 
     def call(self, primitive: Any, arguments: tuple) -> Any:
@@ -256,17 +261,18 @@ class Walk:
         flat = list(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else None
         items = [self.item(value) for value in (flat if flat is not None else arguments)]
         tensors = [item for item in items if item is not None]
-        cut = self.cuts.get(id(primitive))
+        layout = self.sharding.get(id(primitive))
         rest = [None if item is not None else value for item, value in zip(items, arguments, strict=False)]
 
         def rule(operands: list[Dims]) -> Result:
             return RULES[name](operands, primitive, rest)
 
         dtype = _dtype(arguments[1]) if name == "Cast" else None
-        outputs = self.note(name, tensors, rule, _wanted(cut, items, name), cut is not None,
-                            cut.outputs[0] if cut is not None and cut.outputs is not None else None, dtype, repr(rest))
-        if name == "OneHot" and cut is not None:
-            self.operations[-1].one_hot_axis = cut.inputs[0][-1]
+        outputs = self.note(name, tensors, rule, _wanted(layout, items, name), layout is not None,
+                            layout.outputs[0] if layout is not None and layout.outputs is not None else None, dtype,
+                            repr(rest))
+        if name == "OneHot" and layout is not None:
+            self.operations[-1].one_hot_axis = layout.inputs[0][-1]
         return outputs[0] if len(outputs) == 1 and name != "SplitWithSize" else tuple(outputs)
 
     def functional(self, name: str, *arguments: Any) -> Item:
@@ -308,13 +314,14 @@ class Walk:
         return made
 
 
-def _wanted(cut: Any, items: list[Item | None], name: str) -> tuple | None:
+def _wanted(layout: Any, items: list[Item | None], name: str) -> tuple | None:
     """The declared axes of each tensor among the arguments (a strategy has one entry for each, plain numbers ())."""
-    if cut is None:
+    if layout is None:
         return tuple(None for item in items if item is not None)
     if name == "OneHot":
-        return tuple(cut.inputs[0][:-1] if place == 0 else None for place, item in enumerate(items) if item is not None)
-    entries = list(cut.inputs)
+        return tuple(layout.inputs[0][:-1] if place == 0 else None for place,
+                     item in enumerate(items) if item is not None)
+    entries = list(layout.inputs)
     wanted = []
     for place, item in enumerate(items):
         if item is not None:

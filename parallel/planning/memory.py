@@ -54,14 +54,14 @@ class Slice:
     """One parameter on one rank.
 
     Args:
-        whole: bytes of what is left after the layers' cuts.
+        full: bytes of what is left after the layers' cuts.
         bytes: bytes of what is stored, after the optimizer shard.
         replicas: factors of the mesh whose ranks hold the same slice before the optimizer shard.
         shard: factors that the optimizer shard cuts, () for none.
     """
 
     count: ParameterCount
-    whole: int
+    full: int
     bytes: int
     replicas: tuple[int, ...]
     shard: tuple[int, ...]
@@ -72,10 +72,10 @@ def parameter_slices(description: Description, mesh: Mesh) -> list[Slice]:
     config, slices = mesh.config, []
     for item in description.parameters:
         dims = parameter_layout(item, mesh)
-        whole = mesh.local(dims) * WIDTH[item.dtype]
+        full = mesh.local(dims) * WIDTH[item.dtype]
         replicas = mesh.rest(dims)
-        shard = _shard(item, dims, whole, replicas, mesh, config)
-        slices.append(Slice(item, whole, whole // mesh.ways(shard), replicas, shard))
+        shard = _shard(item, dims, full, replicas, mesh, config)
+        slices.append(Slice(item, full, full // mesh.degree(shard), replicas, shard))
     return slices
 
 
@@ -86,20 +86,20 @@ def parameter_layout(item: ParameterCount, mesh: Mesh) -> Dims:
                                                                                        strict=True))
 
 
-def _shard(item: ParameterCount, dims: Dims, whole: int, replicas: tuple[int, ...], mesh: Mesh,
+def _shard(item: ParameterCount, dims: Dims, full: int, replicas: tuple[int, ...], mesh: Mesh,
            config: ParallelConfig) -> tuple[int, ...]:
     """Factors of the optimizer shard: dim 0 of the slice must divide; -1 takes every rank that holds the same slice."""
     wanted = config.optimizer_shard
-    if wanted <= 1 or not item.shard_optimizer or not dims or whole < config.optimizer.threshold_kb * 1024:
+    if wanted <= 1 or not item.shard_optimizer or not dims or full < config.optimizer.threshold_kb * 1024:
         return ()
     shard = replicas
     if wanted != config.data:
-        while shard and mesh.ways(shard) > wanted:
+        while shard and mesh.degree(shard) > wanted:
             shard = shard[1:]
-        if mesh.ways(shard) != wanted:
+        if mesh.degree(shard) != wanted:
             return ()
-    first = -(-dims[0].size // mesh.ways(dims[0].axis))
-    return shard if shard and mesh.ways(shard) > 1 and first % mesh.ways(shard) == 0 else ()
+    first = -(-dims[0].size // mesh.degree(dims[0].axis))
+    return shard if shard and mesh.degree(shard) > 1 and first % mesh.degree(shard) == 0 else ()
 
 
 def stages_of_units(units: int, config: ParallelConfig) -> list[int]:
@@ -159,10 +159,10 @@ class Holdings:
         for item in members:
             total.memory.parameters += item.bytes
             total.memory.optimizer += self.states * 4 * (item.bytes // WIDTH[item.count.dtype])
-            total.memory.gradients += item.whole
-            total.parameters += item.whole // WIDTH[item.count.dtype]
+            total.memory.gradients += item.full
+            total.parameters += item.full // WIDTH[item.count.dtype]
             if item.count.cast not in (None, item.count.dtype):
-                total.memory.weight_copies += item.whole // WIDTH[item.count.dtype] * WIDTH[item.count.cast]
+                total.memory.weight_copies += item.full // WIDTH[item.count.dtype] * WIDTH[item.count.cast]
             _gradient(total, item, mesh)
         return total
 
@@ -194,8 +194,8 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
         else:
             memory.weight_copies += total.memory.weight_copies
         # Micro-batches gather whole gradients; a single one's are cut as they come.
-        whole = micro_batches > 1 and config.optimizer.level == 1
-        memory.gradients += total.memory.gradients if whole else total.memory.parameters
+        full = micro_batches > 1 and config.optimizer.level == 1
+        memory.gradients += total.memory.gradients if full else total.memory.parameters
         figures.parameters += total.parameters
         if stage == min(shared) or config.optimizer_shard > 1:
             # Else a borrower sends its part as it is: the owner sums over the ranks once they are added.
@@ -204,8 +204,8 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
         if len(shared) > 1:
             there, back = ("Send", "Receive") if stage == min(shared) else ("Receive", "Send")
             for item in members:
-                figures.collectives[Collective(there, (), item.whole, "pipeline", "forward", "parameter")] += 1
-                figures.collectives[Collective(back, (), item.whole, "pipeline", "backward", "parameter")] += 1
+                figures.collectives[Collective(there, (), item.full, "pipeline", "forward", "parameter")] += 1
+                figures.collectives[Collective(back, (), item.full, "pipeline", "backward", "parameter")] += 1
 
 
 def _times_a_step(said: Collective, config: ParallelConfig, micro_batches: int) -> int:
@@ -218,20 +218,20 @@ def _times_a_step(said: Collective, config: ParallelConfig, micro_batches: int) 
 
 def _gradient(figures: Stage, item: Slice, mesh: Mesh) -> None:
     """The gradient's sum over the ranks that hold the same slice, and the gathering of what the shard cut."""
-    if mesh.ways(item.replicas) == 1:
+    if mesh.degree(item.replicas) == 1:
         return
     if not item.shard:
         dimension = "data" if set(item.replicas) & mesh.data_factors else "op"
-        figures.collectives[Collective("AllReduce", item.replicas, item.whole, dimension, "backward", "gradient")] += 1
+        figures.collectives[Collective("AllReduce", item.replicas, item.full, dimension, "backward", "gradient")] += 1
         return
     cast = WIDTH[item.count.cast or item.count.dtype]
-    gathered = item.whole // WIDTH[item.count.dtype] * cast
-    figures.collectives[Collective("ReduceScatter", item.shard, item.whole, "optimizer", "backward", "gradient")] += 1
+    gathered = item.full // WIDTH[item.count.dtype] * cast
+    figures.collectives[Collective("ReduceScatter", item.shard, item.full, "optimizer", "backward", "gradient")] += 1
     figures.collectives[Collective("AllGather", item.shard, gathered, "optimizer", "forward", "parameter")] += 1
     if mesh.config.optimizer.level == 3 and item.count.user != "Add":  # a bias is not read backward
         figures.collectives[Collective("AllGather", item.shard, gathered, "optimizer", "backward", "parameter")] += 1
     rest = tuple(factor for factor in item.replicas if factor not in item.shard)
-    if mesh.ways(rest) > 1:
+    if mesh.degree(rest) > 1:
         figures.collectives[Collective("AllReduce", rest, item.bytes, "data", "backward", "gradient")] += 1
 
 
@@ -288,7 +288,8 @@ def _is_made_again(producer: int, description: Description, config: ParallelConf
 def _can_be_sliced(mesh: Mesh, dims: Dims) -> bool:
     """Whether the op axis, which does not cut a tensor yet, can cut its first dim on top of what does."""
     rest = mesh.rest(dims)
-    return mesh.ways(rest) == mesh.config.op > 1 and -(-dims[0].size // mesh.ways(dims[0].axis)) % mesh.config.op == 0
+    first = -(-dims[0].size // mesh.degree(dims[0].axis))
+    return mesh.degree(rest) == mesh.config.op > 1 and first % mesh.config.op == 0
 
 
 def kept_of(part: SegmentCost, again: bool, config: ParallelConfig) -> dict[tuple, int]:
@@ -328,7 +329,7 @@ def _crossing(figures: Stage, description: Description, cost: NetworkCost, micro
 
 
 def _norm(figures: Stage, mesh: Mesh, config: ParallelConfig) -> None:
-    if mesh.ways(mesh.everything) > 1 or config.pipeline.stages > 1:
+    if mesh.degree(mesh.everything) > 1 or config.pipeline.stages > 1:
         figures.collectives[Collective("AllReduce", mesh.everything, _SCALAR, "norm", "forward", "norm")] += 1
     if config.pipeline.stages > 1:
         figures.collectives[Collective("AllReduce", (), _SCALAR, "norm", "forward", "norm")] += 1

@@ -33,20 +33,20 @@ class Mesh:
         for bound in kept:
             if bound % chain[-1] == 0:
                 chain.append(bound)
-        self.ways_of = [right // left for left, right in zip(chain[:-1], chain[1:], strict=True)]
-        self.everything = tuple(range(len(self.ways_of)))
+        self.degree_of = [right // left for left, right in zip(chain[:-1], chain[1:], strict=True)]
+        self.everything = tuple(range(len(self.degree_of)))
         done = 1
         self.data_factors: set[int] = set()
         self.named: dict[str, list[int]] = {"replica": [], "expert": [], "op": []}
-        for factor, ways in enumerate(self.ways_of):
+        for factor, degree in enumerate(self.degree_of):
             if done < data:
                 self.data_factors.add(factor)
             self.named["replica" if done < data // expert else "expert" if done < data else "op"].append(factor)
-            done *= ways
+            done *= degree
 
-    def ways(self, factors: tuple[int, ...]) -> int:
+    def degree(self, factors: tuple[int, ...]) -> int:
         """Pieces that cutting by these factors makes; the size of a group that differs in them."""
-        return math.prod(self.ways_of[factor] for factor in factors)
+        return math.prod(self.degree_of[factor] for factor in factors)
 
     def place(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Factors of each named axis of one primitive, given in the order of its device matrix."""
@@ -59,9 +59,9 @@ class Mesh:
             if name in placed or size == 1:
                 placed.setdefault(name, ())
                 continue
-            while size > 1 and taken < len(self.ways_of):
+            while size > 1 and taken < len(self.degree_of):
                 factors.append(taken)
-                size //= self.ways_of[taken]
+                size //= self.degree_of[taken]
                 taken += 1
             placed[name] = tuple(factors)
         return placed
@@ -77,7 +77,7 @@ class Mesh:
         """Elements of one rank's slice."""
         total = 1
         for dim in dims:
-            total *= -(-dim.size // self.ways(dim.axis)) if dim.axis else dim.size
+            total *= -(-dim.size // self.degree(dim.axis)) if dim.axis else dim.size
         return total
 
     def kind(self, factors: tuple[int, ...]) -> str:
@@ -99,9 +99,9 @@ def redistribution(mesh: Mesh, source: Dims, target: Dims) -> list[tuple[str, tu
     """
     slots, steps = _slots(source, target), []
     while any(slot.now != slot.goal for slot in slots):
-        cutting = {slot.now for slot in slots}
+        used = {slot.now for slot in slots}
         open_slots = [slot for slot in slots if slot.now is None and slot.goal is not None]
-        free = [slot for slot in open_slots if slot.goal not in cutting]
+        free = [slot for slot in open_slots if slot.goal not in used]
         if free:
             free[0].now = free[0].goal
             continue

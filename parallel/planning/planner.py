@@ -105,10 +105,10 @@ class Planner:
         self._descriptions: dict[tuple, tuple[Description, list[Segment]]] = {}
         self._costs: dict[tuple, NetworkCost] = {}
         self._known_holdings: dict[tuple, Holdings] = {}
-        whole, cut = self.description(1, 1)
-        plain = network_cost(whole, ParallelConfig(), cut)
+        full, parts = self.description(1, 1)
+        plain = network_cost(full, ParallelConfig(), parts)
         self.model_flops = 3.0 * sum(cost.forward.flops for cost in plain.costs)
-        self.units, self.parameters = whole.units, whole.parameter_count
+        self.units, self.parameters = full.units, full.parameter_count
 
     def description(self, micro_batches: int, data: int) -> tuple[Description, list[Segment]]:
         """The network for one micro-batch, walked once for each size."""
@@ -125,8 +125,8 @@ class Planner:
         key = (config.data, config.op, config.expert, config.sequence, config.vocabulary, micro_batches,
                tuple(config.recompute.cells), config.optimizer_shard if config.optimizer_shard < config.data else 0)
         if key not in self._costs:
-            found, cut = self.description(micro_batches, config.data)
-            self._costs[key] = network_cost(found, config, cut, tuple(self.cluster.fused))
+            found, parts = self.description(micro_batches, config.data)
+            self._costs[key] = network_cost(found, config, parts, tuple(self.cluster.fused))
         known = self._costs[key]
         known.mesh.config = config
         return known

@@ -20,7 +20,7 @@ Operand = tuple  # of axis names, None for a dim that is not cut
 
 
 @dataclass(frozen=True)
-class Cut:
+class OpSharding:
     """How one primitive is cut.
 
     Args:
@@ -60,9 +60,10 @@ class Axes:
         self.sequence = config.sequence and op > 1
         self.stages = config.pipeline.stages
         self.mesh = Layout((data // config.expert, config.expert, op), ("replica", "expert", "op"))
-        whole = ("replica", "expert")
-        self.places = {"batch": whole, "tokens": whole, "residual": (*whole, "op") if config.sequence else whole,
-                       "experts": "expert", "data_in_expert": "replica", "rows": (*whole, "op"),
+        data_axes = ("replica", "expert")
+        self.places = {"batch": data_axes, "tokens": data_axes,
+                       "residual": (*data_axes, "op") if config.sequence else data_axes,
+                       "experts": "expert", "data_in_expert": "replica", "rows": (*data_axes, "op"),
                        **dict.fromkeys(("heads", "width", "vocabulary", "feature_tokens"), "op")}
 
     def strategy(self, operands: tuple[Operand, ...]) -> tuple:
@@ -80,30 +81,30 @@ class Axes:
 
 
 class Layer(nn.Cell):
-    """A cell that carries its layout: `cuts()` lists how each of its primitives is cut.
+    """A cell that carries its layout: `sharding()` lists how each of its primitives is cut.
 
     `auto_prefix=False` keeps the names of the parameters below as they are (for wrappers).
     """
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         """The layout of this layer's own primitives (its child layers carry their own)."""
         return []
 
     def weights(self) -> dict[str, Operand]:
         """How this layer's own parameters are cut, by attribute; those not named lie whole on every device. It must say
-        what `cuts` says about the same operands: checkpoints are cut by it where no graph is compiled."""
+        what `sharding` says about the same operands: checkpoints are cut by it where no graph is compiled."""
         return {}
 
-    def exchanges(self, axes: Axes) -> bool:
+    def redistributes(self, axes: Axes) -> bool:
         """Whether this layer means to take or hand on tensors in another layout than its own (mixing tokens, sending
         samples to experts). A redistribution beside any other layer is a mistake, which the dry run reports."""
         return False
 
     def lay_out(self, axes: Axes) -> None:
         """Writes the strategies for `axes` on the primitives. Has no effect on one device or under data parallelism."""
-        for cut in self.cuts():
-            outputs = axes.strategy(cut.outputs) if cut.outputs is not None and axes.sequence else None
-            cut.primitive.shard(axes.strategy(cut.inputs), outputs)
+        for layout in self.sharding():
+            outputs = axes.strategy(layout.outputs) if layout.outputs is not None and axes.sequence else None
+            layout.primitive.shard(axes.strategy(layout.inputs), outputs)
 
 
 def lay_out(network: nn.Cell, config: ParallelConfig) -> Any:
@@ -115,7 +116,7 @@ def lay_out(network: nn.Cell, config: ParallelConfig) -> Any:
     return network
 
 
-def exchanging(network: nn.Cell, config: ParallelConfig) -> list[str]:
-    """Names of the layers of `network` beside which a redistribution is meant (`Layer.exchanges`)."""
+def redistributing(network: nn.Cell, config: ParallelConfig) -> list[str]:
+    """Names of the layers of `network` beside which a redistribution is meant (`Layer.redistributes`)."""
     axes = Axes(config)
-    return [name for name, cell in network.cells_and_names() if isinstance(cell, Layer) and cell.exchanges(axes)]
+    return [name for name, cell in network.cells_and_names() if isinstance(cell, Layer) and cell.redistributes(axes)]

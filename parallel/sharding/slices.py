@@ -21,7 +21,7 @@ Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullParameter:
     """A parameter as the model has it: full shape, and which boxes of it the ranks of a layout hold."""
 
     name: str
@@ -34,7 +34,7 @@ def box_shape(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
-def cut_parameters(network: nn.Cell, config: ParallelConfig) -> list[Whole]:
+def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullParameter]:
     """All parameters of `network` with their boxes under `config` (resolved).
 
     The rules are those of MindSpore's semi-automatic parallelism: a dim is cut over the axis that its layer names;
@@ -48,9 +48,10 @@ def cut_parameters(network: nn.Cell, config: ParallelConfig) -> list[Whole]:
     for parameter in network.get_parameters():
         operand = operands.get(id(parameter)) or (None,) * len(parameter.shape)
         # A tuple of mesh axes would be needed only by an activation; a weight is cut over one at a time.
-        cuts = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
-        boxes = Boxes(tuple(parameter.shape), cuts, stages.get(id(parameter)), config, parameter.parallel_optimizer)
-        found.append(Whole(parameter.name, tuple(parameter.shape), boxes))
+        mesh_axes = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
+        boxes = Boxes(tuple(parameter.shape), mesh_axes, stages.get(id(parameter)), config,
+                      parameter.parallel_optimizer)
+        found.append(FullParameter(parameter.name, tuple(parameter.shape), boxes))
     return found
 
 
@@ -93,14 +94,14 @@ class Boxes:
 
     Args:
         shape: the whole parameter's.
-        cuts: for each dim the axis of the mesh that cuts it ("expert" or "op"), or None.
+        mesh_axes: for each dim the axis of the mesh that cuts it ("expert" or "op"), or None.
         stages: those that use it; None = there is one.
         config: resolved.
         shardable: whether its layer lets the optimizer's shards cut it.
     """
 
     shape: tuple[int, ...]
-    cuts: tuple[str | None, ...]
+    mesh_axes: tuple[str | None, ...]
     stages: set[int] | None
     config: ParallelConfig
     shardable: bool
@@ -117,7 +118,7 @@ class Boxes:
             return None
         at = self._coordinates(place)
         box = tuple(_part(size, self.mesh[axis], at[axis]) if axis else (0, size)
-                    for size, axis in zip(self.shape, self.cuts, strict=True))
+                    for size, axis in zip(self.shape, self.mesh_axes, strict=True))
         shard = self.shard
         if shard == 1:
             return box
@@ -129,12 +130,12 @@ class Boxes:
     def shard(self) -> int:
         """Parts into which the optimizer's shards cut dim 0 of a slice again."""
         config = self.config
-        same = math.prod(self.mesh[axis] for axis in self._uncut)
+        same = math.prod(self.mesh[axis] for axis in self._free_axes)
         shard = same if config.optimizer_shard == config.data else config.optimizer_shard
         if config.optimizer_shard == 1 or not self.shardable or not self.shape or shard < 2:
             return 1
         slices = tuple(size // self.mesh[axis] if axis else size
-                       for size, axis in zip(self.shape, self.cuts, strict=True))
+                       for size, axis in zip(self.shape, self.mesh_axes, strict=True))
         kilobytes = 4 * math.prod(slices) / 1024
         return shard if slices[0] % shard == 0 and kilobytes >= config.optimizer.threshold_kb else 1
 
@@ -142,13 +143,13 @@ class Boxes:
     def shard_step(self) -> int:
         """Distance of the ranks that hold the parts of one slice."""
         sizes, step = list(self.mesh.items()), 1
-        while sizes and sizes[-1][0] not in self._uncut:
+        while sizes and sizes[-1][0] not in self._free_axes:
             step *= sizes.pop()[1]
         return step
 
     @property
-    def _uncut(self) -> list[str]:
-        return [axis for axis in self.mesh if axis not in self.cuts]
+    def _free_axes(self) -> list[str]:
+        return [axis for axis in self.mesh if axis not in self.mesh_axes]
 
     def _coordinates(self, place: int) -> dict[str, int]:
         found = {}
@@ -159,13 +160,13 @@ class Boxes:
     def _number_among_same(self, at: dict[str, int]) -> int:
         """The place of a rank among those that hold the same slice."""
         number = 0
-        for axis in self._uncut:
+        for axis in self._free_axes:
             number = number * self.mesh[axis] + at[axis]
         return number
 
 
-def _part(size: int, ways: int, number: int) -> tuple[int, int]:
-    step = size // ways
+def _part(size: int, degree: int, number: int) -> tuple[int, int]:
+    step = size // degree
     return number * step, (number + 1) * step
 
 

@@ -4,6 +4,7 @@ state of its own in the checkpoints (a stream's offsets, windows of metrics, row
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,20 @@ class Companion:
 
     def after_step(self, step: int, outputs: dict[str, float]) -> None:
         """Called with the number of steps done and what the last one told."""
+
+    def before_checkpoint(self, directory: Path, step: int) -> None:
+        """Called on every rank before a checkpoint of `step` is written below `directory`."""
+
+    def add_files(self, folder: Path) -> None:
+        """Called by the process that writes a checkpoint, to put files of its own into its folder before it is
+        complete."""
+
+    def restore_files(self, folder: Path) -> None:
+        """Called on every rank with the checkpoint that a run goes on from, before `restore`.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
 
     def after_checkpoint(self, step: int) -> None:
         """Called when a checkpoint of `step` is complete on the disk."""
@@ -58,6 +73,7 @@ def restore_all(companions: Iterable[Companion], states: dict[str, Any], where: 
         UserError: a state is damaged.
     """
     for companion in companions:
+        companion.restore_files(Path(where))
         if companion.name in states:
             try:
                 companion.restore(states[companion.name])

@@ -6,10 +6,7 @@ compiling, start values, checkpoints, resuming. Executing the step is not: compi
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
-from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -19,14 +16,14 @@ from parallel.checkpoint.sharded import Holder
 from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.slices import Box, cut_parameters
+from parallel.sharding.slices import Box, sharded_parameters
 from parallel.task import SAMPLE_NUMBERS, Task
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
 from parallel.training.sharded_step import ShardedStep, input_shapes, sharded_step, switch_on
 
 
-def needs_cut(config: ParallelConfig, processes: Processes) -> bool:
+def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
     """Whether a run needs slices: everything but plain data parallelism.
 
     Raises:
@@ -34,19 +31,19 @@ def needs_cut(config: ParallelConfig, processes: Processes) -> bool:
     """
     wanted = {"op": config.op, "pipeline.stages": config.pipeline.stages, "optimizer.shard": config.optimizer_shard,
               "expert": config.expert}
-    cut = {name: ways for name, ways in wanted.items() if ways > 1}
+    sharded = {name: degree for name, degree in wanted.items() if degree > 1}
     if processes.target == "CPU":
         # Sharded states and experts give the same numbers whole, so the CPU takes these for plain data parallelism.
-        refused = {name: ways for name, ways in cut.items() if name in ("op", "pipeline.stages")}
+        refused = {name: degree for name, degree in sharded.items() if name in ("op", "pipeline.stages")}
         if refused:
             raise UserError("on the CPU only data parallelism runs", where="parallel",
-                            value=", ".join(f"{name} {ways}" for name, ways in refused.items()),
+                            value=", ".join(f"{name} {degree}" for name, degree in refused.items()),
                             hint="prove other layouts with python -m parallel dryrun and replay")
         return False
-    return bool(cut)
+    return bool(sharded)
 
 
-class CutRun:
+class ShardedRun:
     """The training step of a cut network on this process's device.
 
     After construction the step is compiled and every parameter of this process's stage holds its slice of the start
@@ -58,26 +55,26 @@ class CutRun:
         config: resolved.
         processes: this process among all.
         validated: whether the loss without gradients is wanted too.
-        exchange: adds lists of floats over all processes; None = AllReduce on the device.
+        all_reduce: adds lists of floats over all processes; None = AllReduce on the device.
 
     Attributes: `cell`, what is called with this process's rows; `step`, the step in it; `holder`, for checkpoints.
     """
 
     def __init__(self, task: Task, settings: TrainSettings, config: ParallelConfig, processes: Processes, *,
-                 validated: bool = False, exchange: Callable[[list[float]], list[float]] | None = None) -> None:
+                 validated: bool = False, all_reduce: Callable[[list[float]], list[float]] | None = None) -> None:
         self.task, self.settings, self.config, self.processes = task, settings, config, processes
         self.stage, place = divmod(processes.rank, config.data * config.op)
         self.rows = (place // config.op, config.data)
-        self.exchange = exchange or DeviceSum(processes.group)
-        wholes = {whole.name: whole for whole in cut_parameters(task.network, config)}
+        self.all_reduce = all_reduce or DeviceSum(processes.group)
+        full_parameters = {full.name: full for full in sharded_parameters(task.network, config)}
         self.cell = sharded_step(task, settings, config, start_values=True)
         self.step: ShardedStep = self.cell.network
         self.step.rank, self.step.ranks, self.step.group = processes.rank, processes.ranks, processes.group
         self.step.share = self.rows
-        boxes = {name: whole.box_of_rank(processes.rank) for name, whole in wholes.items()}
+        boxes = {name: full.box_of_rank(processes.rank) for name, full in full_parameters.items()}
         self.holder = Holder(processes.rank, processes.ranks,
                              {name: box for name, box in boxes.items() if box is not None},
-                             {name: whole.shape for name, whole in wholes.items()}, self.barrier)
+                             {name: full.shape for name, full in full_parameters.items()}, self.barrier)
         self.inputs = [Tensor(np.zeros(shape, item.dtype))
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
         # From here on parameters have the shape of their slices, which MindSpore would cut again in another graph: so
@@ -88,33 +85,29 @@ class CutRun:
         self.give_start_values()
 
     @property
-    def is_last(self) -> bool:
-        """Whether this process's stage computes the loss."""
-        return self.stage == self.config.pipeline.stages - 1
+    def tells(self) -> bool:
+        """Whether this process tells the loss, which every process of the last stage knows of the global batch."""
+        return self.processes.rank == (self.config.pipeline.stages - 1) * self.config.data * self.config.op
 
     def give_start_values(self) -> None:
         """Gives every parameter of this stage its slice of what one device starts from. While compiling MindSpore gave
         the moments their start, and slices random values that depend on the layout."""
         for parameter in self.task.network.get_parameters():
             if parameter.name in self.holder.boxes:
-                whole = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
+                full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
                                     self.settings.seed)
-                put_slice(parameter, whole[_places(self.holder.boxes[parameter.name])])
-
-    def for_trainer(self) -> dict[str, Any]:
-        """Arguments of a `Trainer` beside the step."""
-        return {"cell": self.cell, "holder": self.holder, "exchange": self.exchange}
+                put_slice(parameter, full[_places(self.holder.boxes[parameter.name])])
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""
-        self.exchange([0.0])
+        self.all_reduce([0.0])
 
     def _compiled_loss(self) -> nn.Cell:
         """The loss without its gradient, on this process's rows of a batch: `ForwardLoss` on the last stage."""
         given = [(item, tensor) for item, tensor in zip(self.task.inputs, self.inputs, strict=True)
                  if item.name != SAMPLE_NUMBERS]
-        ways = [(self.config.data, *[1] * (len(item.shape) - 1)) for item, _ in given]
-        cell = switch_on(ForwardLoss(self.task.network), self.config, ways, False)
+        degree = [(self.config.data, *[1] * (len(item.shape) - 1)) for item, _ in given]
+        cell = switch_on(ForwardLoss(self.task.network), self.config, degree, False)
         cell.set_train(False)
         cell.compile(*(tensor for _, tensor in given))
         return cell
@@ -136,37 +129,6 @@ class ForwardLoss(nn.Cell):
             weight = ops.ones_like(loss)
         parts = self.reshape(self.cast(loss, ms.float32), (1,)), self.reshape(self.cast(weight, ms.float32), (1,))
         return self.join(parts)
-
-
-class CutValidation:
-    """`trainer.Validation` of a cut network: mean loss and perplexity, known on every process.
-
-    Args:
-        run: the cut run, made with `validated`.
-        source: this process's rows of the validation batches.
-        batches: how many to use; None = steps_per_epoch.
-    """
-
-    def __init__(self, run: CutRun, source: Any, batches: int | None = None) -> None:
-        self.run, self.source = run, source
-        self.count = min(batches or source.steps_per_epoch, source.steps_per_epoch)
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """{"validation_loss", "validation_perplexity"}."""
-        total = weight = 0.0
-        self.run.loss.set_train(False)
-        for batch in itertools.islice(self.source.batches(0), self.count):
-            loss, own = self.run.loss(*map(Tensor, batch)).asnumpy().tolist()
-            total, weight = total + loss * own, weight + own
-        self.run.cell.set_train(True)
-        total, weight = self.run.exchange([total, weight] if self.run.is_last else [0.0, 0.0])
-        return perplexity(total, weight)
-
-
-def perplexity(total: float, weight: float) -> dict[str, float]:
-    """Mean of a loss that was summed by weight, and its exponential; too large for a float, it is infinite."""
-    loss = total / weight if weight else math.nan
-    return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:

@@ -49,7 +49,7 @@ def _(gathered: Tensor) -> Tensor:
     return _ZERO(gathered)
 
 
-class WholeGradient(nn.Cell):
+class FullGradient(nn.Cell):
     """Gradients of the mean loss of one global batch in one piece; replaces `step.MeanGradient`.
 
     Args:
@@ -83,11 +83,11 @@ class WholeGradient(nn.Cell):
         """Nothing gathers here."""
 
 
-class PipelineGradient(WholeGradient):
+class PipelineGradient(FullGradient):
     """Gradients of the mean loss over micro-batches that run through one graph, weighed as in `step.MeanGradient`.
 
     Args:
-        network: see `WholeGradient`; of one micro-batch.
+        network: see `FullGradient`; of one micro-batch.
         parameters: what to differentiate by.
         config: resolved.
         micro_batches: micro-batches in one step.
@@ -224,12 +224,12 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
         gradient = gradient_of(network, parameters, config, count, task.inputs, reuse)
         step = ShardedStep(network, run_optimizer(parameters, settings, task.is_sparse), settings,
                            gradient=gradient, norm=ShardedNorm(borrowed(network, parameters, config)))
-    ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in task.inputs]
-    return switch_on(step, config, ways, start_values)
+    degree = [(config.data, *[1] * (len(item.shape) - 1)) for item in task.inputs]
+    return switch_on(step, config, degree, start_values)
 
 
 def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelConfig, count: int, inputs: list[Input],
-                reuse: bool) -> WholeGradient:
+                reuse: bool) -> FullGradient:
     """Forward and backward pass of a global batch in `count` micro-batches, each perhaps in interleaved parts."""
     dims, parts, size = [len(item.shape) for item in inputs], config.micro_batch_interleave, 1.0
     if weighs(network):
@@ -238,7 +238,7 @@ def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelCo
     if parts > 1:
         wrapped = Interleaved.of(len(inputs), wrapped, parts, dims, config.data)
     if count == 1:
-        return WholeGradient(wrapped, parameters)
+        return FullGradient(wrapped, parameters)
     if reuse and getattr(network, "shares_graph", True):
         wrapped.cell_init_args = f"lazy_inline_{type(wrapped).__name__}"
     return PipelineGradient(wrapped, parameters, config, count, dims)
@@ -254,21 +254,21 @@ def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...
         start_values: see `sharded_step`.
     """
     os.environ["PIPELINE_SLICE_SKIP_REDISTRIBUTION"] = "1"
-    cut = AutoParallel(step, "semi_auto")
-    cut.dataset_strategy(tuple(inputs))
+    sharded = AutoParallel(step, "semi_auto")
+    sharded.dataset_strategy(tuple(inputs))
     if config.optimizer_shard > 1:
-        cut.hsdp(shard_size=-1 if config.optimizer_shard == config.data else config.optimizer_shard,
+        sharded.hsdp(shard_size=-1 if config.optimizer_shard == config.data else config.optimizer_shard,
                  threshold=config.optimizer.threshold_kb, optimizer_level=f"level{config.optimizer.level}")
     if config.pipeline.stages > 1:
         schedule = config.pipeline.schedule
-        cut.pipeline(config.pipeline.stages, output_broadcast=True, interleave=schedule != "1f1b",
+        sharded.pipeline(config.pipeline.stages, output_broadcast=True, interleave=schedule != "1f1b",
                      scheduler="1f1b" if schedule == "interleaved" else schedule)
     if not start_values:
-        cut.no_init_parameters_in_compile()
+        sharded.no_init_parameters_in_compile()
         # On one device MindSpore would fill them all the same, after compiling.
-        cut.init_parameters_data = _no_values
-    cut.set_train(True)
-    return cut
+        sharded.init_parameters_data = _no_values
+    sharded.set_train(True)
+    return sharded
 
 
 def _no_values(auto_parallel_mode: bool = False) -> dict:

@@ -17,7 +17,7 @@ from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import has_stack
 
 
-class StandIn(nn.Cell):
+class PlaceholderLayer(nn.Cell):
     """-x in place of a layer that another stage holds. One use of x and no more: MindSpore numbers what crosses a
     border by its uses.
 
@@ -29,7 +29,7 @@ class StandIn(nn.Cell):
 
     def __init__(self, layer: nn.Cell, axes: Axes) -> None:
         super().__init__(auto_prefix=False)
-        stream = _residual(layer).cuts()[0].inputs[0]
+        stream = _residual(layer).sharding()[0].inputs[0]
         self.layer, self.negative, self.wait = layer, ops.Neg().shard(axes.strategy((stream,))), ops.Depend()
         self.pipeline_stage = layer.pipeline_stage
 
@@ -56,12 +56,12 @@ def leave_out_other_stages(network: nn.Cell, config: ParallelConfig, stage: int)
     for _, parent in list(network.cells_and_names()):
         for name, cell in list(parent._cells.items()):
             if id(cell) in left_out:
-                parent._cells[name] = StandIn(cell, axes)
+                parent._cells[name] = PlaceholderLayer(cell, axes)
 
 
 def held_parameters(network: nn.Cell) -> list[Parameter]:
     """Trainable parameters but those of layers that were left out."""
-    left_out = {id(parameter) for _, cell in network.cells_and_names() if isinstance(cell, StandIn)
+    left_out = {id(parameter) for _, cell in network.cells_and_names() if isinstance(cell, PlaceholderLayer)
                 for parameter in cell.layer.get_parameters()}
     return [parameter for parameter in network.trainable_params() if id(parameter) not in left_out]
 

@@ -58,7 +58,7 @@ class Vocabulary:
         Raises:
             UserError: missing, too large, damaged or not a vocabulary.
         """
-        tree = read_json(path, MAX_VOCABULARY_BYTES)
+        tree = read_json(path, max_bytes=MAX_VOCABULARY_BYTES)
         if not isinstance(tree, dict) or set(tree) != {"values", "counts", "boundaries", "moments"}:
             raise UserError("file is damaged: not a vocabulary", where=path, hint="run train again")
         return cls(tree["values"], tree["counts"], tree["boundaries"],

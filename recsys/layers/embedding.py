@@ -13,7 +13,7 @@ from mindspore.ops.auto_generate import SplitWithSize
 
 from parallel.layers.linear import Linear
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Layer, Operand, OpSharding
 from recsys.data.features import Feature, FeatureSpec, NumericSlot, Slot
 
 
@@ -36,8 +36,8 @@ class Table(Layer):
     def construct(self, ids_BM: Tensor) -> Tensor:
         return self.gather(self.table, ids_BM, 0)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.gather, (("vocabulary", None), ("batch", None)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.gather, (("vocabulary", None), ("batch", None)))]
 
     def weights(self) -> dict[str, Operand]:
         return {"table": ("vocabulary", None)}
@@ -56,8 +56,8 @@ class Pieces(Layer):
             return (x,)
         return self.split(x, self.sizes, 1)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.split, (("batch", *([None] * (self.dims - 1))),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.split, (("batch", *([None] * (self.dims - 1))),))]
 
 
 class Piece(Layer):
@@ -72,8 +72,8 @@ class Piece(Layer):
             return self.slice(x, (0, self.start), (x.shape[0], self.start + self.size), (1, 1))
         return self.slice(x, (0, self.start, 0), (x.shape[0], self.start + self.size, x.shape[2]), (1, 1, 1))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.slice, (("batch", *([None] * (self.dims - 1))),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.slice, (("batch", *([None] * (self.dims - 1))),))]
 
 
 def pieces_of(sizes: list[int], dims: int = 3) -> nn.CellList:
@@ -95,8 +95,9 @@ class Join(Layer):
             return parts[0]
         return self.concat(parts)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.concat, (("batch", *([None] * (self.dims - 1))),) * self.count)] if self.count > 1 else []
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.concat,
+                           (("batch", *([None] * (self.dims - 1))),) * self.count)] if self.count > 1 else []
 
 
 class Present(Layer):
@@ -110,8 +111,8 @@ class Present(Layer):
     def construct(self, ids_BL: Tensor) -> Tensor:
         return self.expand(self.cast(self.differs(ids_BL, self.missing_row), mstype.float32), -1)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.differs, (("batch", None), ())), Cut(self.expand, (("batch", None),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.differs, (("batch", None), ())), OpSharding(self.expand, (("batch", None),))]
 
 
 class Pooling(Layer):
@@ -137,12 +138,12 @@ class Pooling(Layer):
             return total_BW
         return self.divide(total_BW, self.least(self.count(mask_BL1, 1), 1.0))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         cube, row = ("batch", None, None), ("batch", None)
-        return [Cut(self.weigh, (cube, cube)), Cut(self.sum, (cube,)), Cut(self.count, (cube,)),
-                Cut(self.least, (row, ())), Cut(self.divide, (row, row)), Cut(self.max, (cube,)),
-                Cut(self.hide, (cube, cube)), Cut(self.lower, (cube, ())), Cut(self.some, (cube,)),
-                Cut(self.keep, (row, row)), Cut(self.invert, ((), cube))]
+        return [OpSharding(self.weigh, (cube, cube)), OpSharding(self.sum, (cube,)), OpSharding(self.count, (cube,)),
+                OpSharding(self.least, (row, ())), OpSharding(self.divide, (row, row)), OpSharding(self.max, (cube,)),
+                OpSharding(self.hide, (cube, cube)), OpSharding(self.lower, (cube, ())), OpSharding(self.some, (cube,)),
+                OpSharding(self.keep, (row, row)), OpSharding(self.invert, ((), cube))]
 
 
 class TargetAttention(Layer):
@@ -160,8 +161,8 @@ class TargetAttention(Layer):
         super().__init__()
         self.width, self.length = width, length
         self.present = Present(missing_row)
-        self.first = Linear(4 * width, hidden, cut=None, std=math.sqrt(2.0 / (4 * width + hidden)))
-        self.second = Linear(hidden, 1, cut=None, std=math.sqrt(2.0 / (hidden + 1)))
+        self.first = Linear(4 * width, hidden, style=None, std=math.sqrt(2.0 / (4 * width + hidden)))
+        self.second = Linear(hidden, 1, style=None, std=math.sqrt(2.0 / (hidden + 1)))
         self.first.rows = self.second.rows = length
         self.expand, self.tile, self.minus, self.times = ops.ExpandDims(), ops.Tile(), ops.Sub(), ops.Mul()
         self.concat, self.reshape = ops.Concat(axis=-1), ops.Reshape()
@@ -176,12 +177,13 @@ class TargetAttention(Layer):
         weight_BL1 = self.mask(self.reshape(weight_N1, (-1, self.length, 1)), self.present(ids_BL))
         return self.sum(self.weigh(rows_BLW, weight_BL1), 1)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         cube, flat = ("batch", None, None), ("tokens", None)
-        return [Cut(self.expand, (("batch", None),)), Cut(self.tile, (cube,)), Cut(self.minus, (cube, cube)),
-                Cut(self.times, (cube, cube)), Cut(self.concat, (cube,) * 4), Cut(self.sigmoid, (flat,)),
-                Cut(self.swish, (flat, flat)), Cut(self.mask, (cube, cube)), Cut(self.weigh, (cube, cube)),
-                Cut(self.sum, (cube,))]
+        return [OpSharding(self.expand, (("batch", None),)), OpSharding(self.tile, (cube,)),
+                OpSharding(self.minus, (cube, cube)), OpSharding(self.times, (cube, cube)),
+                OpSharding(self.concat, (cube,) * 4), OpSharding(self.sigmoid, (flat,)),
+                OpSharding(self.swish, (flat, flat)), OpSharding(self.mask, (cube, cube)),
+                OpSharding(self.weigh, (cube, cube)), OpSharding(self.sum, (cube,))]
 
 
 class Numbers(Layer):
@@ -196,9 +198,10 @@ class Numbers(Layer):
     def construct(self, values_BN: Tensor) -> Tensor:
         return self.plus(self.times(self.expand(values_BN, -1), self.weight), self.bias)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.expand, (("batch", None),)), Cut(self.times, (("batch", None, None), (None, None))),
-                Cut(self.plus, (("batch", None, None), (None, None)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.expand, (("batch", None),)),
+                OpSharding(self.times, (("batch", None, None), (None, None))),
+                OpSharding(self.plus, (("batch", None, None), (None, None)))]
 
 
 class FeatureEmbedding(Layer):

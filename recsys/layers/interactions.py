@@ -13,7 +13,7 @@ from mindspore import dtype as mstype
 from parallel.common.errors import UserError
 from parallel.layers.norm import LayerNorm
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import Join, group_widths
 from recsys.ranker import MLP, Ranker, dense
@@ -68,9 +68,9 @@ class Cross(Layer):
         inner = self.down(x_BE) if self.low else x_BE
         return self.plus(self.times(x0_BE, self.up(inner)), x_BE)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         flat = ("batch", None)
-        return [Cut(self.times, (flat, flat)), Cut(self.plus, (flat, flat))]
+        return [OpSharding(self.times, (flat, flat)), OpSharding(self.plus, (flat, flat))]
 
 
 class FieldLinear(Layer):
@@ -94,9 +94,9 @@ class FieldLinear(Layer):
     def flops_per_sample(self) -> int:
         return self.size
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.transpose, (CUBE,)), Cut(self.back, (CUBE,)),
-                Cut(self.matmul, (("tokens", None), (None, None)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.transpose, (CUBE,)), OpSharding(self.back, (CUBE,)),
+                OpSharding(self.matmul, (("tokens", None), (None, None)))]
 
 
 class Attend(Layer):
@@ -114,10 +114,11 @@ class Attend(Layer):
         # A float32 bias has made the scores float32.
         return self.mix(ops.cast(self.softmax(scores), v_BHFK.dtype), v_BHFK)
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         plane = ("batch", None, None, None)
-        return [Cut(self.scores, (plane, plane)), Cut(self.mix, (plane, plane)), Cut(self.softmax, (plane,)),
-                Cut(self.times, (plane, ())), Cut(self.plus, (plane, plane))]
+        return [OpSharding(self.scores, (plane, plane)), OpSharding(self.mix, (plane, plane)),
+                OpSharding(self.softmax, (plane,)), OpSharding(self.times, (plane, ())),
+                OpSharding(self.plus, (plane, plane))]
 
 
 class Heads(Layer):
@@ -134,9 +135,9 @@ class Heads(Layer):
         batch, fields, width = x.shape
         return self.apart(self.reshape(x, (batch, fields, self.heads, width // self.heads)), (0, 2, 1, 3))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         plane = ("batch", None, None, None)
-        return [Cut(self.apart, (plane,)), Cut(self.together, (plane,))]
+        return [OpSharding(self.apart, (plane,)), OpSharding(self.together, (plane,))]
 
 
 class PositionLinear(nn.Cell):
@@ -178,8 +179,8 @@ class AddRelu(Layer):
         total = self.add(x, y)
         return self.relu(total) if self.with_relu else total
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.add, (self.stream, self.stream)), Cut(self.relu, (self.stream,))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.add, (self.stream, self.stream)), OpSharding(self.relu, (self.stream,))]
 
 
 class FieldStack(Ranker):

@@ -6,9 +6,9 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
-from parallel.layers.fused import FusedExchange, library
-from parallel.layers.grouped import WIDTH_CUT, TokenLayout
-from parallel.sharding.layout import Axes, Cut, Layer
+from parallel.layers.fused import FusedTokenMix, library
+from parallel.layers.grouped import WIDTH_LAYOUT, TokenLayout
+from parallel.sharding.layout import Axes, Layer, OpSharding
 
 
 class TokenMixing(Layer):
@@ -29,7 +29,7 @@ class TokenMixing(Layer):
     """
 
     def __init__(self, tokens: int, heads: int, width: int, *, reverting: bool = False,
-                 layout: TokenLayout = WIDTH_CUT) -> None:
+                 layout: TokenLayout = WIDTH_LAYOUT) -> None:
         super().__init__()
         if width % heads:
             raise UserError(f"the mixing heads must divide the width {width}", where="model.heads", value=heads,
@@ -39,7 +39,7 @@ class TokenMixing(Layer):
         self.layout = layout
         self.reshape, self.transpose = ops.Reshape(), ops.Transpose()
         kernels = library(mstype.float32)
-        self.fused = FusedExchange(kernels) if kernels is not None else None
+        self.fused = FusedTokenMix(kernels) if kernels is not None else None
 
     def construct(self, x_SBE: Tensor) -> Tensor:
         batch = x_SBE.shape[1]
@@ -50,9 +50,9 @@ class TokenMixing(Layer):
             pieces_RBSK = self.transpose(pieces_SBRK, (2, 1, 0, 3))
         return self.reshape(pieces_RBSK, (self.targets, batch, self.sources * self.piece))
 
-    def exchanges(self, axes: Axes) -> bool:
+    def redistributes(self, axes: Axes) -> bool:
         return self.layout.tokens is not None and axes.sizes["feature_tokens"] > 1
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         tokens, batch, _ = self.layout.stream
-        return [Cut(self.transpose, ((tokens, batch, None, None),))]
+        return [OpSharding(self.transpose, ((tokens, batch, None, None),))]

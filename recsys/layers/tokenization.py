@@ -11,7 +11,7 @@ from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.grouped import GroupedLinear, TokenLayout
-from parallel.sharding.layout import Axes, Cut, Layer
+from parallel.sharding.layout import Axes, Layer, OpSharding
 from recsys.layers.embedding import Join
 from recsys.ranker import MLP, dense
 
@@ -27,8 +27,8 @@ class Stack(Layer):
     def construct(self, *parts: Tensor) -> Tensor:
         return self.stack(parts)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.stack, (("batch", None),) * self.count)]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.stack, (("batch", None),) * self.count)]
 
 
 class SliceTokenizer(Layer):
@@ -69,8 +69,8 @@ class SliceTokenizer(Layer):
             return self.transpose(self.reshape(x_ND, (-1, self.tokens, self.width)), (1, 0, 2))
         return self.projection(self.transpose(slices_BTd, (1, 0, 2)))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.pad, (("batch", None),)), Cut(self.transpose, (("batch", None, None),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.pad, (("batch", None),)), OpSharding(self.transpose, (("batch", None, None),))]
 
 
 def tokens_of_groups(named: dict[str, int], groups: list[str]) -> list[int]:
@@ -141,8 +141,8 @@ class TakeParts(Layer):
     def construct(self, x: Tensor, count: int, width: int) -> tuple:
         return self.split(x, (width,) * count, 1)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.split, (("batch", None),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.split, (("batch", None),))]
 
 
 class MeanPool(Layer):
@@ -155,10 +155,10 @@ class MeanPool(Layer):
     def construct(self, x_TBD: Tensor) -> Tensor:
         return self.mean(x_TBD, 0)
 
-    def exchanges(self, axes: Axes) -> bool:
+    def redistributes(self, axes: Axes) -> bool:
         return self.layout.tokens is not None and axes.sizes["feature_tokens"] > 1
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         # Under Token Parallel the last exchange brings whole samples back: the batch is cut by all devices.
         batch = "batch" if self.layout.kind == "width" else "rows"
-        return [Cut(self.mean, ((None, batch, None),))]
+        return [OpSharding(self.mean, ((None, batch, None),))]

@@ -12,9 +12,9 @@ from mindspore import dtype as mstype
 from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
-from parallel.layers.grouped import WIDTH_CUT, Add, GroupedFeedForward
+from parallel.layers.grouped import WIDTH_LAYOUT, Add, GroupedFeedForward
 from parallel.layers.norm import LayerNorm
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
 from recsys.layers.interactions import Attend, Heads
@@ -72,8 +72,8 @@ class Turn(Layer):
     def construct(self, x: Tensor) -> Tensor:
         return self.transpose(x, (1, 0, 2))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.transpose, (("batch", None, None) if self.batch_first else (None, "batch", None),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.transpose, (("batch", None, None) if self.batch_first else (None, "batch", None),))]
 
 
 class HiFormerLayer(nn.Cell):
@@ -87,8 +87,8 @@ class HiFormerLayer(nn.Cell):
         self.heads, self.attend = Heads(settings.heads), Attend((width // settings.heads) ** -0.5)
         self.pairs = Pairs(4 * tokens * tokens * width)
         self.turn, self.back, self.reshape = Turn(False), Turn(True), ops.Reshape()
-        self.norm1, self.norm2 = (LayerNorm(width, stream=WIDTH_CUT.stream) for _ in range(2))
-        self.add1, self.add2 = Add(WIDTH_CUT.stream), Add(WIDTH_CUT.stream)
+        self.norm1, self.norm2 = (LayerNorm(width, stream=WIDTH_LAYOUT.stream) for _ in range(2))
+        self.add1, self.add2 = Add(WIDTH_LAYOUT.stream), Add(WIDTH_LAYOUT.stream)
         self.network = GroupedFeedForward(tokens, width, round(settings.ffn_ratio * width),
                                           compute_dtype=compute_dtype)
 
@@ -118,7 +118,7 @@ class HiFormer(Ranker):
                                        compute_dtype=compute_dtype)
         self.layers = nn.CellList([HiFormerLayer(len(widths), settings, compute_dtype)
                                    for _ in range(settings.layers)])
-        self.pool = MeanPool(WIDTH_CUT)
+        self.pool = MeanPool(WIDTH_LAYOUT)
         self.make_head(settings.width)
 
     def represent(self, groups: tuple, sequences: tuple) -> tuple:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import Join, group_widths
 from recsys.layers.interactions import CUBE, AddRelu, Attend, CubeNorm, Flat, Heads, PositionLinear
@@ -70,10 +70,10 @@ class Merge(Layer):
         bias_BM = self.hide(self.invert(some_BM, 1.0), 1e4)
         return self.add(self.project(masked), self.position), self.reshape(bias_BM, (-1, 1, 1, self.count))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         flat = ("batch", None)
-        return [Cut(self.weigh, (CUBE, CUBE)), Cut(self.add, (CUBE, (None, None, None))), Cut(self.max, (CUBE,)),
-                Cut(self.invert, (flat, ())), Cut(self.hide, (flat, ()))]
+        return [OpSharding(self.weigh, (CUBE, CUBE)), OpSharding(self.add, (CUBE, (None, None, None))),
+                OpSharding(self.max, (CUBE,)), OpSharding(self.invert, (flat, ())), OpSharding(self.hide, (flat, ()))]
 
 
 class LongerLayer(nn.Cell):
@@ -119,8 +119,8 @@ class LongerLayer(nn.Cell):
         """The global tokens after the layer, given what `sequence` leaves for them."""
         keys, values, bias = state
         own_keys, own_values = self.keys_values(x_BGD)
-        whole = self.join_bias(self.zero(bias[:, :, :, :1]).tile((1, 1, 1, self.count)), bias)
-        return self.update(x_BGD, self.join_keys(own_keys, keys), self.join_keys(own_values, values), whole)
+        full = self.join_bias(self.zero(bias[:, :, :, :1]).tile((1, 1, 1, self.count)), bias)
+        return self.update(x_BGD, self.join_keys(own_keys, keys), self.join_keys(own_values, values), full)
 
     def construct(self, x_BGD: Tensor, x_BMD: Tensor, bias: Tensor) -> tuple:
         """(global tokens, recent tokens, their bias)."""
@@ -200,8 +200,8 @@ class JoinHeads(Layer):
     def construct(self, one: Tensor, other: Tensor) -> Tensor:
         return self.concat((one, other))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.concat, (("batch", None, None, None),) * 2)]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.concat, (("batch", None, None, None),) * 2)]
 
 
 SETTINGS, MODEL = LongerSettings, Longer

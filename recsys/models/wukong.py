@@ -10,7 +10,7 @@ from pydantic import Field
 
 from parallel.layers.norm import LayerNorm
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import Join
 from recsys.layers.interactions import CUBE, AddRelu, CubeNorm, FieldLinear, FieldStack, Flat
@@ -51,8 +51,8 @@ class Products(Layer):
         y_BFk = self.tile(self.y, (x_BFW.shape[0], 1, 1))
         return self.outer(x_BFW, self.inner(x_BFW, y_BFk))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.inner, (CUBE, CUBE)), Cut(self.outer, (CUBE, CUBE))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.inner, (CUBE, CUBE)), OpSharding(self.outer, (CUBE, CUBE))]
 
 
 class WukongLayer(nn.Cell):

@@ -1,255 +1,36 @@
-"""W8A16: int8 weights, float16 or float32 activations, for every per-token network, expert and projection of a ranker.
+"""Which layers of a ranker get int8 weights (see parallel/layers/int8.py): per-token networks, experts, projections.
 
-Symmetric, one scale s for each output channel (or for each 128 inputs of it): q = round(w / s) in -127 .. 127 with
-s = max |w| / 127, so |q s - w| <= s / 2 and an output moves by at most s / 2 * ||x||_1. The scale is applied after the
-sum, which is exact. Neither symmetry nor granularity of the paper (UG-Sep, arXiv 2602.10455) could be read: both are
-ours. Routers, heads and what works on embeddings stay in float32: they are small, and a router's choice is not smooth.
-
-Shapes: T tokens, R routed experts, M rows, K inputs, O outputs, G groups of inputs (1 without groups), P panels.
+Routers, heads and what works on embeddings stay in float32: they are small, and a router's choice is not smooth.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from pathlib import Path
 from typing import Any
 
-import mindspore
-import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore import dtype as mstype
+from mindspore import Parameter, Tensor, nn
 
-from parallel.checkpoint.whole import Checkpoint, load_parameters
-from parallel.common.errors import UserError
-from parallel.common.native import build_library
-from parallel.common.progress import note
-from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU, Swish
-from parallel.layers.linear import Linear
-from parallel.layers.moe import Permutation, SparsePertokenMoE
+from parallel.layers import int8
+from parallel.layers.int8 import QuantizedGroupedLinear, QuantizedNetwork, count_groups, fused_swiglu
 from recsys.models.tokenmixer_large.separated import SplitSwiGLU
 
-GROUP = 128
-PANEL = 32  # columns of a panel in recsys/kernels/w8a16.cpp
-SOURCE = Path(__file__).parents[1] / "kernels" / "w8a16.cpp"
-SCALE = "_scale"
 _LEFT = ("embedding", "head", "auxiliary", "router", "infer_router", "train_router")
-_EXPERT_WEIGHTS = ("gate_weight", "up_weight", "down_weight")
 
 
-# ---------------------------------------------------------------- numbers
-
-
-def quantize(weight: np.ndarray, group: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(q int8 [.., K, O], scale float32 [.., G, O]) of weights [.., K, O].
-
-    Raises:
-        UserError: a weight is not finite.
-    """
-    if not np.isfinite(weight).all():
-        raise UserError("a weight is infinite or not a number", hint="use an earlier checkpoint")
-    *lead, inputs, outputs = weight.shape
-    size = group or inputs
-    quantized, scales = np.empty(weight.shape, np.int8), []
-    for begin in range(0, inputs, size):
-        part = weight[..., begin:begin + size, :]
-        scale = (np.abs(part).max(-2, keepdims=True) / np.float32(127.0)).astype(np.float32)
-        scale[scale == 0.0] = 1.0
-        quantized[..., begin:begin + size, :] = np.clip(np.rint(part / scale), -127, 127)
-        scales.append(scale)
-    return quantized, np.ascontiguousarray(np.concatenate(scales, -2)).reshape(*lead, len(scales), outputs)
-
-
-def dequantize(quantized: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """float32 [.., K, O]."""
-    if scale.shape[-2] > 1:
-        scale = np.repeat(scale, GROUP, -2)[..., :quantized.shape[-2], :]
-    return quantized * scale
-
-
-def panels(quantized: np.ndarray) -> np.ndarray:
-    """[.., P, K, PANEL]: PANEL columns side by side, in the order in which the kernel reads; the last filled with 0."""
-    *lead, inputs, outputs = quantized.shape
-    count = -(-outputs // PANEL)
-    filled = np.zeros((*lead, inputs, count * PANEL), np.int8)
-    filled[..., :outputs] = quantized
-    return np.ascontiguousarray(np.moveaxis(filled.reshape(*lead, inputs, count, PANEL), -2, -3))
-
-
-@functools.lru_cache(maxsize=1)
-def _library() -> Path | None:
-    return build_library(SOURCE, does="int8 weights are widened to float32 when they are loaded and go through "
-                         "MindSpore's own kernels, neither faster nor smaller", flags=("-fno-math-errno",))
-
-
-def library() -> Path | None:
-    """The shared object with the kernel; None (said once) where it cannot be built or PANGU_KERNELS=0 forbids it."""
-    return None if os.environ.get("PANGU_KERNELS", "1") == "0" else _library()
-
-
-# ---------------------------------------------------------------- cells
-
-
-class Int8Product(nn.Cell):
-    """y_TMO = x_TMK times int8 weights; with experts, rows of each expert (see `GroupedMatMul`) times that expert's.
-
-    Made with the weights in the order of a checkpoint; `settle` brings them into the order of the device: panels for
-    the kernel on the CPU, float32 where there is no compiler, as they are on Ascend.
-
-    Args:
-        shape: [T, (R,) K, O].
-        groups: G.
-        name: of the weight; the scale's is `<name>_scale`.
-    """
-
-    def __init__(self, shape: tuple[int, ...], groups: int, name: str) -> None:
-        super().__init__(auto_prefix=False)
-        self.shape, self.groups, self.experts, self.mode = tuple(shape), groups, len(shape) == 4, "stored"
-        self.weight = Parameter(Tensor(np.zeros(shape, np.int8)), name=name, requires_grad=False)
-        self.scale = Parameter(Tensor(np.ones((*shape[:-2], groups, shape[-1]), np.float32)), name=name + SCALE,
-                               requires_grad=False)
-        self.name = name
-        self.matmul, self.stack, self.cast, self.product = ops.BatchMatMul(), ops.Stack(axis=0), ops.Cast(), None
-
-    def fill(self, weight: np.ndarray) -> None:
-        """Quantizes float weights [T, (R,) K, O] into this product."""
-        quantized, scale = quantize(weight, None if self.groups == 1 else GROUP)
-        self.weight.set_data(Tensor(quantized))
-        self.scale.set_data(Tensor(scale))
-
-    def settle(self) -> None:
-        """Brings the weights into the order of the device; called once, after they are loaded."""
-        if self.mode != "stored":
-            return
-        if mindspore.get_context("device_target") != "CPU":
-            self._settle_on_ascend()
-            return
-        quantized, kernels = self.weight.asnumpy(), library()
-        if kernels is not None:
-            self.mode, kind, made = "kernel", "experts" if self.experts else "dense", panels(quantized)
-            self.product = ops.Custom(f"{kernels}:{kind}_auto", lambda x, w, scale, *_: [x[0], x[1], scale[-1]],
-                                      lambda x, *_: x, "aot")
-        else:
-            self.mode, made = "float32", dequantize(quantized, self.scale.asnumpy())
-            self.product = _float_experts() if self.experts else None
-        name = self.weight.name
-        del self.weight
-        self.weight = Parameter(Tensor(made), name=name, requires_grad=False)
-
-    def _settle_on_ascend(self) -> None:
-        if self.experts:
-            raise UserError("int8 experts run on the CPU only so far", where="quantized checkpoint",
-                            hint="serve the float checkpoint on this device")
-        from mindspore.ops.auto_generate import WeightQuantBatchMatmul
-
-        self.mode = "ascend"
-        self.product = WeightQuantBatchMatmul(False, False, 0 if self.groups == 1 else GROUP)
-
-    def construct(self, x_TMK: Tensor, counts_TR: Tensor | None = None) -> Tensor:
-        if self.mode == "kernel":
-            if self.experts:
-                return self.product(x_TMK, self.weight, self.scale, counts_TR)
-            return self.product(x_TMK, self.weight, self.scale)
-        if self.mode == "ascend":
-            return self.per_token(x_TMK)
-        weight = self.cast(self.weight, x_TMK.dtype)
-        if self.experts:
-            return self.product(x_TMK, weight, counts_TR)
-        return self.matmul(x_TMK, weight)
-
-    def per_token(self, x_TMK: Tensor) -> Tensor:
-        """Ascend: its operator takes one matrix, so a call for each token; float16 in and out."""
-        x_TMK, scale = self.cast(x_TMK, mstype.float16), self.cast(self.scale, mstype.float16)
-        y = ()
-        for token in range(self.shape[0]):
-            own = scale[token, 0] if self.groups == 1 else scale[token]
-            y += (self.product(x_TMK[token], self.weight[token], own, None, None, None, None),)
-        return self.stack(y)
-
-
-def _float_experts() -> nn.Cell:
-    from parallel.layers.moe import GroupedMatMul
-
-    return GroupedMatMul()
-
-
-class QuantizedGroupedLinear(nn.Cell):
-    """`GroupedLinear` with int8 weights; the bias stays."""
-
-    def __init__(self, linear: GroupedLinear, groups: int) -> None:
-        super().__init__()
-        self.inputs, self.outputs, self.has_bias = linear.inputs, linear.outputs, linear.has_bias
-        self.flops_per_sample, self.compute_dtype = linear.flops_per_sample, linear.compute_dtype
-        self.product = Int8Product(linear.weight.shape, groups, linear.weight.name)
-        self.bias = linear.bias
-        self.add, self.cast = ops.Add(), ops.Cast()
-
-    def construct(self, x_TBI: Tensor) -> Tensor:
-        y_TBO = self.product(self.cast(x_TBI, self.compute_dtype))
-        if self.has_bias:
-            y_TBO = self.add(y_TBO, self.cast(self.bias, y_TBO.dtype))
-        return y_TBO
-
-
-class QuantizedLinear(nn.Cell):
-    """`Linear` with int8 weights, stored [1, I, O]; the bias stays."""
-
-    def __init__(self, linear: Linear, groups: int) -> None:
-        super().__init__()
-        self.inputs, self.outputs, self.has_bias = linear.inputs, linear.outputs, linear.has_bias
-        self.compute_dtype = linear.compute_dtype
-        self.product = Int8Product((1, linear.inputs, linear.outputs), groups, linear.weight.name)
-        self.bias = linear.bias
-        self.add, self.cast, self.reshape = ops.Add(), ops.Cast(), ops.Reshape()
-
-    @property
-    def flops_per_sample(self) -> int:
-        """As `counting` has it for a `Linear`."""
-        return 2 * self.inputs * self.outputs * getattr(self, "rows", 1)
-
-    def construct(self, x_NI: Tensor) -> Tensor:
-        x_1NI = self.reshape(self.cast(x_NI, self.compute_dtype), (1, -1, self.inputs))
-        y_NO = self.reshape(self.product(x_1NI), (-1, self.outputs))
-        if self.has_bias:
-            y_NO = self.add(y_NO, self.cast(self.bias, y_NO.dtype))
-        return y_NO
-
-
-class QuantizedSwiGLU(nn.Cell):
-    """`GroupedSwiGLU` with int8 weights: one call of the kernel on the CPU in float32, its parts elsewhere."""
-
-    def __init__(self, network: GroupedSwiGLU, group: int | None) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = (QuantizedGroupedLinear(linear, _groups(linear.inputs, group))
-                                         for linear in (network.gate, network.up, network.down))
-        self.swish, self.fused = network.swish, None
-
-    def fuse(self) -> None:
-        """Takes the kernel of the whole network where there is one; once its weights are in order."""
-        self.fused = _fused_swiglu("swiglu", self.gate, self.down)
-
-    def construct(self, x_TBD: Tensor) -> Tensor:
-        if self.fused is not None:
-            gate, up, down = self.gate.product, self.up.product, self.down.product
-            return self.fused(x_TBD, gate.weight, gate.scale, up.weight, up.scale, down.weight, down.scale)
-        return self.down(self.swish(self.gate(x_TBD), self.up(x_TBD)))
-
-
-class QuantizedSplitSwiGLU(nn.Cell):
+class QuantizedSplitSwiGLU(QuantizedNetwork):
     """`recsys.models.tokenmixer_large.separated.SplitSwiGLU` with int8 weights; what U gives is added in
     the kernel."""
 
     def __init__(self, network: SplitSwiGLU, group: int | None) -> None:
         super().__init__()
         self.gate_user, self.up_user, self.gate_group, self.up_group, self.down = (
-            QuantizedGroupedLinear(linear, _groups(linear.inputs, group)) for linear in (
+            QuantizedGroupedLinear(linear, count_groups(linear.inputs, group)) for linear in (
                 network.gate_user, network.up_user, network.gate_group, network.up_group, network.down))
         self.add1, self.add2, self.swish, self.take = network.add1, network.add2, network.swish, network.take
         self.fused = None
 
     def fuse(self) -> None:
-        """See `QuantizedSwiGLU`."""
-        self.fused = _fused_swiglu("added_swiglu", self.gate_group, self.down)
+        self.fused = fused_swiglu("added_swiglu", self.gate_group, self.down)
 
     def user(self, u_TRI: Tensor) -> tuple:
         """U's part of both first products, [T, R, F] each."""
@@ -266,121 +47,13 @@ class QuantizedSplitSwiGLU(nn.Cell):
         return self.down(self.swish(gate_TNF, self.add2(self.up_group(g_TNI), up_TNF)))
 
 
-def _fused_swiglu(name: str, first: QuantizedGroupedLinear, last: QuantizedGroupedLinear) -> ops.Custom | None:
-    fits = first.product.mode == "kernel" and first.compute_dtype == mstype.float32
-    if not fits or first.has_bias or last.has_bias:
-        return None
-    outputs = last.outputs
-    return ops.Custom(f"{library()}:{name}_auto", lambda x, *_: [x[0], x[1], outputs], lambda x, *_: x, "aot")
-
-
-class QuantizedMoE(nn.Cell):
-    """`SparsePertokenMoE` with int8 experts, exact dispatch; its router is kept, its shared expert is a cell like any
-    other."""
-
-    def __init__(self, moe: SparsePertokenMoE, groups: tuple[int, int]) -> None:
-        super().__init__()
-        self.router, self.shared = moe.router, moe.shared
-        self.alpha, self.chosen, self.routed = moe.alpha, moe.chosen, moe.routed
-        self.flops_per_sample, self.idle_parameters = moe.flops_per_sample, moe.idle_parameters
-        self.compute_dtype = moe.compute_dtype
-        for name, count in zip(_EXPERT_WEIGHTS, (groups[0], groups[0], groups[1]), strict=True):
-            weight = getattr(moe, name)
-            setattr(self, name.replace("_weight", "_product"), Int8Product(weight.shape, count, weight.name))
-        self.plan, self.swish = Permutation(moe.routed), Swish((None, None, None))
-        self.softmax, self.top, self.sum = ops.Softmax(-1), ops.TopK(), ops.ReduceSum(True)
-        self.gather, self.reshape, self.total, self.cast = ops.Gather(), ops.Reshape(), ops.ReduceSum(), ops.Cast()
-
-    def construct(self, x_TBD: Tensor) -> Tensor:
-        tokens, batch, width = x_TBD.shape
-        x_TBD = self.cast(x_TBD, self.compute_dtype)
-        gates_TBA, chosen_TBA = self.top(self.softmax(self.cast(self.router(x_TBD), mstype.float32)), self.chosen)
-        if self.chosen >= 2:
-            gates_TBA = gates_TBA / self.sum(gates_TBA, -1)
-        source_TN, place_TBA, counts_TR = self.plan(chosen_TBA)
-        rows_TND = self.reshape(self.gather(self.reshape(x_TBD, (tokens * batch, width)), source_TN, 0),
-                                (tokens, batch * self.chosen, width))
-        inner = self.swish(self.gate_product(rows_TND, counts_TR), self.up_product(rows_TND, counts_TR))
-        y_TND = self.down_product(inner, counts_TR)
-        y_TBAD = self.gather(self.reshape(y_TND, (tokens * batch * self.chosen, y_TND.shape[-1])), place_TBA, 0)
-        gates_TBA1 = self.reshape(self.cast(gates_TBA * self.alpha, y_TBAD.dtype), (tokens, batch, self.chosen, 1))
-        return self.total(y_TBAD * gates_TBA1, 2) + self.shared(x_TBD)
-
-
-# ---------------------------------------------------------------- networks
-
-
-def _groups(inputs: int, group: int | None) -> int:
-    return 1 if group is None or inputs <= group else -(-inputs // group)
-
-
 def _replacement(cell: nn.Cell, group: int | None) -> nn.Cell | None:
-    if isinstance(cell, GroupedSwiGLU):
-        return QuantizedSwiGLU(cell, group)
-    if isinstance(cell, SplitSwiGLU):
-        return QuantizedSplitSwiGLU(cell, group)
-    if isinstance(cell, GroupedLinear):
-        return QuantizedGroupedLinear(cell, _groups(cell.inputs, group))
-    if isinstance(cell, Linear):
-        made = QuantizedLinear(cell, _groups(cell.inputs, group))
-        if hasattr(cell, "rows"):
-            made.rows = cell.rows
-        return made
-    if isinstance(cell, SparsePertokenMoE):
-        return QuantizedMoE(cell, (_groups(cell.width, group), _groups(cell.inner, group)))
-    return None
+    return QuantizedSplitSwiGLU(cell, group) if isinstance(cell, SplitSwiGLU) else int8.replacement(cell, group)
 
 
-def products(model: nn.Cell) -> list[Int8Product]:
-    """The int8 products of a network."""
-    return [cell for _, cell in model.cells_and_names() if isinstance(cell, Int8Product)]
-
-
-def swap(model: nn.Cell, group: int | None = None) -> dict[str, np.ndarray]:
-    """Puts cells with int8 weights (not filled yet) in the place of all that is quantized.
-
-    Returns: by name of a parameter that went, how its values are had: the parameter. Biases, norms, tables, routers and
-    heads stay the parameters they were.
-    """
-    gone: dict[str, Any] = {}
-    _swap_below(model, group, gone)
-    if not gone:
-        raise UserError("the model has no layer that is quantized", where="model")
-    return gone
-
-
-def _swap_below(cell: nn.Cell, group: int | None, gone: dict[str, Any]) -> None:
-    for name, child in list(cell.name_cells().items()):
-        if name in _LEFT:
-            continue
-        before = {item.name: item for item in child.get_parameters()}
-        made = _replacement(child, group)
-        if made is not None:
-            names = {id(item): key for key, item in before.items()}
-            _put(cell, name, made)
-            # A cell that gets a place renames its parameters after the place.
-            for item in made.get_parameters():
-                item.name = names.get(id(item), item.name)
-            for product in products(made):
-                product.weight.name, product.scale.name = product.name, product.name + SCALE
-                gone[product.name] = before[product.name]
-            if getattr(cell, "fused", None) is not None:
-                cell.fused = None
-            child = made
-        _swap_below(child, group, gone)
-
-
-def _put(parent: nn.Cell, name: str, cell: nn.Cell) -> None:
-    if isinstance(parent, nn.CellList):
-        parent[int(name)] = cell
-    else:
-        setattr(parent, name, cell)
-
-
-def as_stored(parameter: Parameter, product: Int8Product) -> np.ndarray:
-    """Values of a float weight in the order of `product`: a `Linear`'s is turned."""
-    values = parameter.asnumpy()
-    return values.T[None] if values.ndim == 2 else values
+def swap(model: nn.Cell, group: int | None = None) -> dict[str, Parameter]:
+    """`int8.swap` for a ranker."""
+    return int8.swap(model, group, _replacement, _LEFT)
 
 
 def quantize_model(model: nn.Cell, group: int | None = None) -> dict[str, float]:
@@ -393,49 +66,9 @@ def quantize_model(model: nn.Cell, group: int | None = None) -> dict[str, float]
     Raises:
         UserError: nothing to quantize, or a weight that is not finite.
     """
-    gone, errors = swap(model, group), {}
-    for product in products(model):
-        weight = as_stored(gone[product.name], product)
-        try:
-            product.fill(weight)
-        except UserError as error:
-            raise UserError(error.what, where=product.name, hint=error.hint) from None
-        errors[product.name] = relative_error(weight, product)
-    return errors
-
-
-def relative_error(weight: np.ndarray, product: Int8Product) -> float:
-    """||W - q s|| / ||W||, Frobenius norms; product not settled yet."""
-    change = dequantize(product.weight.asnumpy(), product.scale.asnumpy()) - weight
-    return float(np.linalg.norm(change) / max(np.linalg.norm(weight), np.finfo(np.float32).tiny))
-
-
-def settle(model: nn.Cell) -> str | None:
-    """Brings all int8 weights into the order of the device; "kernel", "float32", "ascend", or None without any."""
-    modes = set()
-    for product in products(model):
-        product.settle()
-        modes.add(product.mode)
-    for _, cell in model.cells_and_names():
-        if isinstance(cell, (QuantizedSwiGLU, QuantizedSplitSwiGLU)):
-            cell.fuse()
-    if "float32" in modes and library() is None and os.environ.get("PANGU_KERNELS", "1") == "0":
-        note("PANGU_KERNELS=0: int8 weights are widened to float32 when they are loaded")
-    return next(iter(modes), None)
+    return int8.quantize_model(model, swap(model, group))
 
 
 def load(path: str | Path, model: nn.Cell) -> dict[str, Any]:
-    """Fills a model from a checkpoint of either kind: a quantized one turns it into a quantized model.
-
-    Raises:
-        UserError: see `load_parameters`.
-    """
-    kind = Checkpoint(path).state.get("quantization")
-    if kind is None:
-        return load_parameters(path, list(model.get_parameters()))
-    if kind.get("bits") != 8 or kind.get("group") not in (None, GROUP):
-        raise UserError("unknown kind of quantization", where=path, value=kind)
-    swap(model, kind["group"])
-    state = load_parameters(path, list(model.get_parameters()))
-    settle(model)
-    return state
+    """`int8.load` for a ranker."""
+    return int8.load(path, model, swap)

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from parallel.common.errors import UserError
-from recsys.quantization.layers import Int8Product
+from parallel.layers.int8 import Int8Product
 
 SHAPES = ((4096, 4096), (4096, 16384))
 _COLD_BYTES = 256 << 20  # int8 weights that are gone through before one is used again: more than a last-level cache

@@ -11,37 +11,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import Tensor
 
-from parallel.checkpoint.whole import Checkpoint
+from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
-from recsys.quantization.layers import Int8Product, dequantize, panels, products
+from parallel.layers.int8 import Int8Product, dequantize, panels, products
+from parallel.serving.queue import Waiting, WorkQueue, answer
 from recsys.saved_model import Trained, describe
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
 from recsys.ug_sep.ranker import GroupPass, SeparatedRanker, UserPass
 
 
-class Busy(Exception):
-    """The engine cannot take or finish the request now; the client may try again."""
-
-
-@dataclass
-class Waiting:
-    """A request in the queue: ids_CM, numbers_CN, and where its probabilities_CK go."""
+class Rows(NamedTuple):
+    """A request in numbers: ids_CM, numbers_CN."""
 
     ids: np.ndarray
     numbers: np.ndarray
-    deadline: float
-    result: Future = field(default_factory=Future)
 
 
 class Scorer:
@@ -55,7 +47,7 @@ class Scorer:
 
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
-        self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.masked
+        self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
         if self.separated:
             self.user_pass, self.group_pass = UserPass(model), GroupPass(model)
         model.set_train(False)
@@ -144,10 +136,7 @@ class Engine:
         self.reading = 1  # rises with every reload after which requests read as other numbers
         self.cache = StateCache(settings.cache_users)
         self.scorer = Scorer(trained.model, settings, self.cache)
-        self._waiting: deque[Waiting] = deque()
-        self._changes: deque[tuple[Callable[[], Any], Future]] = deque()
-        self._wake = threading.Condition()
-        self._running = False
+        self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._reloading = threading.Lock()
 
@@ -159,21 +148,18 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._waiting)
+        return len(self._queue)
 
     def start(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
         """Compiles everything and begins to score."""
-        ready: Future = Future()
-        self._changes.append((lambda: self.scorer.warm(on_graph), ready))
-        self._running = True
+        ready = self._queue.change(lambda: self.scorer.warm(on_graph), always=True)
+        self._queue.open()
         self._thread.start()
         ready.result()
 
     def stop(self) -> None:
         """Scores what waits and ends."""
-        with self._wake:
-            self._running = False
-            self._wake.notify()
+        self._queue.close()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -183,15 +169,7 @@ class Engine:
         Raises:
             Busy: the queue is full, or the engine ends.
         """
-        item = Waiting(ids_CM, numbers_CN, time.monotonic() + self.settings.timeout_seconds)
-        with self._wake:
-            if not self._running:
-                raise Busy("the server is ending")
-            if len(self._waiting) >= self.settings.queue:
-                raise Busy(f"{self.settings.queue} requests wait already")
-            self._waiting.append(item)
-            self._wake.notify()
-        return item.result
+        return self._queue.put(Rows(ids_CM, numbers_CN))
 
     def score(self, ids_CM: np.ndarray, numbers_CN: np.ndarray) -> np.ndarray:
         """probabilities_CK: `submit` and wait."""
@@ -207,62 +185,32 @@ class Engine:
         with self._reloading:
             trained, values = self._prepare(checkpoint)
             rise = int(not trained.reads_as(self.trained))
-            done: Future = Future()
-            with self._wake:
-                if not self._running:
-                    raise Busy("the server is ending")
-                self._changes.append((lambda: self._put(trained, values, rise), done))
-                self._wake.notify()
-            done.result()
+            self._queue.change(lambda: self._put(trained, values, rise)).result()
             return {"version": self.version, "checkpoint": str(trained.path)}
 
     # -- the scoring thread -------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
-            with self._wake:
-                while self._running and not self._waiting and not self._changes:
-                    self._wake.wait()
-                if not self._running and not self._waiting and not self._changes:
-                    return
-                changes, batch = list(self._changes), [] if self._changes else self._take()
-                self._changes.clear()
-            for change, done in changes:
-                _answer(done, change)
+        while (batch := self._queue.take(self._fits)) is not None:
             if batch:
                 self._score(batch)
 
-    def _take(self) -> list[Waiting]:
-        """The next batch: as many requests as fit, in order; those whose time ran out are told so."""
-        batch, candidates = [], 0
-        while self._waiting and len(batch) < self.settings.requests:
-            first = self._waiting[0]
-            if first.deadline < time.monotonic():
-                late = self._waiting.popleft().result
-                if late.set_running_or_notify_cancel():
-                    late.set_exception(Busy("the request waited too long"))
-                continue
-            if batch and candidates + len(first.ids) > self.settings.candidates[-1]:
-                break
-            batch.append(self._waiting.popleft())
-            candidates += len(first.ids)
-        return batch
+    def _fits(self, batch: list[Waiting[Rows]], ask: Rows) -> bool:
+        candidates = sum(len(one.item.ids) for one in batch) + len(ask.ids)
+        return len(batch) < self.settings.requests and candidates <= self.settings.candidates[-1]
 
-    def _score(self, batch: list[Waiting]) -> None:
+    def _score(self, batch: list[Waiting[Rows]]) -> None:
         begun = time.perf_counter()
         try:
-            results = self.scorer.score([(item.ids, item.numbers) for item in batch])
+            results = self.scorer.score([one.item for one in batch])
         except Exception as error:  # a defect of ours must not end the thread: those who wait are told
-            for item in batch:
-                if item.result.set_running_or_notify_cancel():
-                    item.result.set_exception(error)
+            for one in batch:
+                answer(one, error=error)
             return
-        for item, scores in zip(batch, results, strict=True):
-            # A client that gave up has cancelled its future, perhaps this moment.
-            if item.result.set_running_or_notify_cancel():
-                item.result.set_result((scores, self.version))
+        for one, scores in zip(batch, results, strict=True):
+            answer(one, (scores, self.version))
         self.observe("batch_requests", len(batch))
-        self.observe("batch_candidates", sum(len(item.ids) for item in batch))
+        self.observe("batch_candidates", sum(len(one.item.ids) for one in batch))
         self.observe("batch_seconds", time.perf_counter() - begun)
 
     # -- reloading ----------------------------------------------------------------------------------------------------
@@ -307,10 +255,3 @@ def _in_order(file: Checkpoint, product: Int8Product) -> np.ndarray:
     if product.mode == "kernel":
         return panels(stored)
     return dequantize(stored, file.read(product.scale.name)) if product.mode == "float32" else stored
-
-
-def _answer(done: Future, change: Callable[[], Any]) -> None:
-    try:
-        done.set_result(change())
-    except BaseException as error:
-        done.set_exception(error)

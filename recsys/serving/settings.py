@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
+from parallel.serving.settings import HttpSettings
 
 
 class EngineSettings(Settings):
@@ -31,17 +32,11 @@ class EngineSettings(Settings):
         return value
 
 
-class ServeSettings(Settings):
+class ServeSettings(HttpSettings):
     """The HTTP server."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 = all of the machine's."""
-    port: int = Field(8000, ge=0, le=65535)
-    """Port; 0 = any free one (said on stderr)."""
     max_candidates: int = Field(2000, ge=1)
     """Candidates of one request at most."""
-    max_body_bytes: int = Field(4 << 20, ge=1024)
-    """Longest request that is read."""
     threads: int = Field(2, ge=1)
     """Threads that turn long requests (above 64 KB) into numbers; shorter ones are read at once."""
     engine: EngineSettings = EngineSettings()

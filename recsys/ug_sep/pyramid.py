@@ -21,7 +21,7 @@ from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 from recsys.layers.mixing import TokenMixing
 from recsys.ug_sep.ranker import Beside, Compensation, Mask, Repeat, Shape, SidedBlock, Take, Widths
 from recsys.ug_sep.sides import pair
@@ -57,11 +57,12 @@ class Attend(Layer):
         y_NPE = self.mix(self.softmax(scores_NPT), self.turn_value(v_TNE, (1, 0, 2)))
         return self.turn_back(y_NPE, (1, 0, 2))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         turned, cube = ((None, "batch", None),), ("batch", None, None)
-        return [Cut(self.turn_query, turned), Cut(self.turn_key, turned), Cut(self.turn_value, turned),
-                Cut(self.scores, (cube, cube)), Cut(self.times, (cube, ())), Cut(self.softmax, (cube,)),
-                Cut(self.mix, (cube, cube)), Cut(self.turn_back, (cube,))]
+        return [OpSharding(self.turn_query, turned), OpSharding(self.turn_key, turned),
+                OpSharding(self.turn_value, turned), OpSharding(self.scores, (cube, cube)),
+                OpSharding(self.times, (cube, ())), OpSharding(self.softmax, (cube,)),
+                OpSharding(self.mix, (cube, cube)), OpSharding(self.turn_back, (cube,))]
 
 
 class PyramidBlock(SidedBlock):
@@ -153,18 +154,18 @@ class PyramidBlock(SidedBlock):
         """(x_pND, penalty)."""
         n_gND = self.norm1(x_gND) if self.prenorm else x_gND
         _, heads = self.heads_apart(n_gND)
-        h_pNM = self.beside(self.take.whole(pieces[0], index_N), self.mix_group(heads))
+        h_pNM = self.beside(self.take.full(pieces[0], index_N), self.mix_group(heads))
         o_pND, penalty = self.applied(self.first_group, h_pNM)
-        keys = self.join_keys(self.take.whole(pieces[1], index_N), self.key_group(n_gND))
-        values = self.join_values(self.take.whole(pieces[2], index_N), n_gND)
+        keys = self.join_keys(self.take.full(pieces[1], index_N), self.key_group(n_gND))
+        values = self.join_values(self.take.full(pieces[2], index_N), n_gND)
         o_pND = self.adds[2](o_pND, self.attend_group(self.query_group(o_pND), keys, values))
         if self.compensation is not None:
-            o_pND = self.adds[3](o_pND, self.take.whole(self.wide(pieces[3]), index_N))
+            o_pND = self.adds[3](o_pND, self.take.full(self.wide(pieces[3]), index_N))
         if not self.prenorm:
             return self.norm1(o_pND), penalty
         return self.adds[4](o_pND, self.second_group(self.norm2(o_pND))), penalty
 
-    def whole(self, x_TBD: Tensor) -> tuple:
+    def masked(self, x_TBD: Tensor) -> tuple:
         """(x_PBD, penalties): the same by masks on whole tensors."""
         (c_u, _), (p_u, _) = self.before, self.after
         n_TBD = self.norm1(x_TBD) if self.prenorm else x_TBD

@@ -22,7 +22,7 @@ from mindspore.ops.auto_generate import SplitWithSize
 from parallel.common.errors import UserError
 from parallel.layers.grouped import GroupedLinear, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Cut, Layer, Operand
+from parallel.sharding.layout import Layer, Operand, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Table
 from recsys.layers.tokenization import MeanPool
@@ -42,8 +42,8 @@ class Columns(Layer):
     def construct(self, x_BM: Tensor) -> Tensor:
         return self.gather(x_BM, self.columns, 1)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.gather, (("batch", None), (None,)))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.gather, (("batch", None), (None,)))]
 
 
 class SidedEmbedding(nn.Cell):
@@ -75,8 +75,8 @@ class Widths(Layer):
     def construct(self, x_TBD: Tensor) -> tuple:
         return self.split(x_TBD, self.sizes, 2)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.split, (self.stream,))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.split, (self.stream,))]
 
 
 class Beside(Layer):
@@ -91,8 +91,8 @@ class Beside(Layer):
     def construct(self, one: Tensor, other: Tensor) -> Tensor:
         return self.concat((one, other))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.concat, (self.stream, self.stream))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.concat, (self.stream, self.stream))]
 
 
 class Fill(Layer):
@@ -105,8 +105,8 @@ class Fill(Layer):
     def construct(self, x_TBD: Tensor) -> Tensor:
         return self.pad(x_TBD)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.pad, (self.stream,))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.pad, (self.stream,))]
 
 
 class Blank(Layer):
@@ -119,8 +119,8 @@ class Blank(Layer):
     def construct(self, x_TBD: Tensor) -> Tensor:
         return self.zeros(x_TBD)
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.zeros, (self.stream,))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.zeros, (self.stream,))]
 
 
 class Mask(Layer):
@@ -151,8 +151,8 @@ class Repeat(Layer):
     def construct(self, x_cBK: Tensor) -> Tensor:
         return self.tile(x_cBK, (self.count, 1, 1)) if x_cBK.shape[0] < self.count else x_cBK
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.tile, ((None, "batch", None),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.tile, ((None, "batch", None),))]
 
 
 class Take(nn.Cell):
@@ -168,7 +168,7 @@ class Take(nn.Cell):
             return x_cRK
         return self.gather(x_cRK, index_N, 1)
 
-    def whole(self, x_cRK: Tensor, index_N: Tensor | None) -> Tensor:
+    def full(self, x_cRK: Tensor, index_N: Tensor | None) -> Tensor:
         """[c, N, K] in any case."""
         if index_N is None:
             return x_cRK
@@ -192,9 +192,10 @@ class SharedMean(Layer):
         """`share`: that of U among the tokens."""
         return self.add(self.weigh_user(user_ND, share), self.weigh_group(group_ND, 1.0 - share))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         row = (self.batch, None)
-        return [Cut(self.weigh_user, (row, ())), Cut(self.weigh_group, (row, ())), Cut(self.add, (row, row))]
+        return [OpSharding(self.weigh_user, (row, ())), OpSharding(self.weigh_group, (row, ())),
+                OpSharding(self.add, (row, row))]
 
 
 class Compensation(Layer):
@@ -247,11 +248,11 @@ class Compensation(Layer):
         made = self.matmul(self.reshape(made, (rows * self.outputs, self.sources)), self.cast(self.weight, made.dtype))
         return self.turn_back(self.reshape(made, (rows, self.outputs, self.targets)), (2, 0, 1))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         cube = (None, "batch", None)
-        return [Cut(self.transpose, (cube,)), Cut(self.mean, (cube,)), Cut(self.tile, (cube,)),
-                Cut(self.turn, (("batch", None, None),)), Cut(self.turn_back, (("batch", None, None),)),
-                Cut(self.matmul, (("batch", None), (None, None)))]
+        return [OpSharding(self.transpose, (cube,)), OpSharding(self.mean, (cube,)), OpSharding(self.tile, (cube,)),
+                OpSharding(self.turn, (("batch", None, None),)), OpSharding(self.turn_back, (("batch", None, None),)),
+                OpSharding(self.matmul, (("batch", None), (None, None)))]
 
     @property
     def flops_per_sample(self) -> int:
@@ -269,7 +270,7 @@ class SidedBlock(nn.Cell):
         pieces                            (c, K) of what its `user` gives to its `group`
         user(x_uRD, index) -> (x_uRD, pieces, penalty)
         group(x_gND, pieces, index) -> (x_gND, penalty)
-        whole(x_TBD) -> (x_TBD, penalty)  the same with masks instead of slices
+        masked(x_TBD) -> (x_TBD, penalty) the same with masks instead of slices
     """
 
     def construct(self, x_uRD: Tensor, x_gND: Tensor, index_N: Tensor | None = None) -> tuple:
@@ -295,8 +296,8 @@ class SeparatedRanker(Ranker):
         super().__init__(settings, spec, tasks, compute_dtype)
         self.ug_sep, self.sides = settings.ug_sep, Sides.of(spec)
         self.embedding = SidedEmbedding(spec, self.sides, settings.embedding_std)
-        self.layout = TokenLayout(settings.op_cut)
-        self.in_slices = self.ug_sep.form == "slices" and self.ug_sep.masked
+        self.layout = TokenLayout(settings.op_sharding)
+        self.in_slices = self.ug_sep.form == "slices" and self.ug_sep.separated
         self.take, self.reshape, self.transpose = Take(), ops.Reshape(), ops.Transpose()
         self.pack, self.unpack = ops.Concat(axis=1), SplitWithSize()
         self.sources, self.gap, self.auxiliary_layers, self.norm = (), 0, (), None
@@ -322,7 +323,7 @@ class SeparatedRanker(Ranker):
 
     def check_masks(self) -> None:
         """Raises a `UserError` unless every mask is on; not within graphs, which raise none."""
-        if not self.ug_sep.masked:
+        if not self.ug_sep.separated:
             raise UserError("without every mask what U tokens hold depends on the candidate", where="model.ug_sep",
                             hint="set mixing_mask, reverting_mask and residual_mask: true")
 
@@ -358,7 +359,7 @@ class SeparatedRanker(Ranker):
         user, group = self.dropped(user, rows_B), self.dropped(group, rows_B)
         if self.in_slices:
             return self.walk_both(user, group, None)
-        x_TBD, auxiliary, penalties = self.walk_whole(user, group)
+        x_TBD, auxiliary, penalties = self.walk_masked(user, group)
         if self.norm is not None:
             x_TBD = self.norm(x_TBD)
         return self.head(self.pool_user(x_TBD)), auxiliary, penalties
@@ -437,14 +438,14 @@ class SeparatedRanker(Ranker):
         user_ND = self.reshape(self.take(user_1RD, index_N), (-1, self.settings.width))
         return self.shared_mean(user_ND, self.pool_group(x_gND), counts[0] / sum(counts))
 
-    def walk_whole(self, user: tuple, group: tuple) -> tuple:
+    def walk_masked(self, user: tuple, group: tuple) -> tuple:
         """(x_TBD after all layers; auxiliary logits; penalties): `represent` with masks instead of slices."""
         x_uBD, first = self.tokenize.user(user)
         x_TBD = self.join_tokens(x_uBD, self.tokenize.group(group, first, None))
         inputs, auxiliary, penalties = (), (), ()
         for index in range(len(self.layers)):
             inputs += (x_TBD,)
-            x_TBD, penalty = self.layers[index].whole(x_TBD)
+            x_TBD, penalty = self.layers[index].masked(x_TBD)
             if self.sparse:
                 penalties += penalty
             if index in self.sources:
@@ -457,7 +458,7 @@ class SeparatedRanker(Ranker):
         """[c_u, B, D]: what the U tokens are in the end, computed with all others: the same for every candidate, if
         the masks hold."""
         user, group = self.embedding(ids_BM, numbers_BN)
-        x_TBD, _, _ = self.walk_whole(user, group)
+        x_TBD, _, _ = self.walk_masked(user, group)
         return x_TBD[:self.token_counts[-1][0]]
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:

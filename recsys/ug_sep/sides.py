@@ -65,7 +65,7 @@ class UGSepSettings(Settings):
         return ["{}:{}".format(*pair(item, "model.ug_sep.layers")) for item in value]
 
     @property
-    def masked(self) -> bool:
+    def separated(self) -> bool:
         """Whether every mask is on: only then is what U tokens hold the same for all candidates."""
         return self.mixing_mask and self.reverting_mask and self.residual_mask
 
@@ -94,11 +94,11 @@ def tokens_of_ratio(ratio: str, tokens: int) -> tuple[int, int]:
         UserError: they do not divide so.
     """
     user, group = pair(ratio, "model.ug_sep.ratio")
-    whole = user + group
-    if tokens % whole:
+    total = user + group
+    if tokens % total:
         raise UserError(f"{tokens} tokens do not divide {ratio}", where="model.tokens", value=tokens,
-                        hint=f"take a multiple of {whole}, {-(-tokens // whole) * whole} say")
-    return tokens * user // whole, tokens * group // whole
+                        hint=f"take a multiple of {total}, {-(-tokens // total) * total} say")
+    return tokens * user // total, tokens * group // total
 
 
 def heads_of(user_tokens: int, tokens: int, heads: int) -> int:

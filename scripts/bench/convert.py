@@ -37,12 +37,12 @@ print(json.dumps({"seconds": time.perf_counter() - began,
 def make_slices(folder: Path, config) -> None:
     """512 files, three tables and the strategy, of random numbers, written by the converter."""
     from pangu.checkpoints.names import keys
-    from pangu.checkpoints.slices import release_cuts, write_slices
+    from pangu.checkpoints.slices import release_layouts, write_slices
 
     rng, arrays = np.random.default_rng(0), {}
     for key in keys(config, "mindspore"):
         arrays[key.theirs] = rng.standard_normal(key.their_shape, np.float32)
-    write_slices(folder, release_cuts(config),
+    write_slices(folder, release_layouts(config),
                  [(name, "F32", value.shape, lambda value=value: value) for name, value in arrays.items()])
 
 

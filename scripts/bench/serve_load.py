@@ -56,7 +56,7 @@ def start_values(config: str, folder: Path, int8: bool) -> str:
                    stdout=subprocess.DEVNULL)
     if not int8:
         return str(folder / "run")
-    subprocess.run([sys.executable, "-m", "recsys", "quantize", "--checkpoint", str(folder / "run"), "--out",
+    subprocess.run([sys.executable, "-m", "recsys", "quantize", "--checkpoint", str(folder / "run"), "--output",
                     str(folder / "int8"), "--part", "none"], env=environment(), cwd=ROOT, check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return str(folder / "int8")
@@ -67,7 +67,7 @@ import sys
 from pathlib import Path
 from parallel.layers.parameter import initialize
 from parallel.task import load_run
-from parallel.checkpoint.whole import save_checkpoint
+from parallel.checkpoint.full import save_checkpoint
 from recsys.build import loss_network
 from recsys.data.dataset import prepare
 folder = Path(sys.argv[2])

@@ -1,4 +1,4 @@
-"""Products of float32 activations with int8 weights (recsys/kernels/w8a16.cpp) against MindSpore's float32 MatMul.
+"""Products of float32 activations with int8 weights (parallel/kernels/w8a16.cpp) against MindSpore's float32 MatMul.
 
 Both are graphs of one process that take turns, call by call, on weights that go round among several matrices, so that
 none is in a cache. Sizes 4096 x 4096 and 4096 x 16384, 1 to 512 rows.

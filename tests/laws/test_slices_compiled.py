@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.sharding.slices import box_shape, cut_parameters
+from parallel.sharding.slices import box_shape, sharded_parameters
 from parallel.task import build_task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -13,7 +13,8 @@ EXPERTS = [CONFIGS / "recsys" / "tokenmixer_large_moe.yaml", "train.global_batch
 LAYOUTS = {
     "experts": [*EXPERTS, "parallel.data=4", "parallel.expert=2"],
     "experts sharded": [*EXPERTS, "parallel.data=4", "parallel.expert=2", "parallel.optimizer.shard=-1"],
-    "tokens and experts": [*EXPERTS, "parallel.data=4", "parallel.op=2", "parallel.expert=2", "model.op_cut=tokens"],
+    "tokens and experts": [*EXPERTS, "parallel.data=4", "parallel.op=2", "parallel.expert=2",
+                           "model.op_sharding=tokens"],
     "all sharded": ["parallel.data=4", "parallel.op=2", "parallel.optimizer.shard=-1"],
     "sharded by 2": ["parallel.data=4", "parallel.op=2", "parallel.optimizer.shard=2"],
     "two stages": ["parallel.data=2", "parallel.op=2", "parallel.pipeline.stages=2",
@@ -32,7 +33,7 @@ def test_boxes_are_those_of_the_compiled_graph(name, tmp_path):
     task, _, config = build_task(file, words)
     rank = config.world - 3
     layouts = compile_rank(Request(config.world, rank, str(file), words)).layouts
-    ours = {whole.name: whole.box_of_rank(rank) for whole in cut_parameters(task.network, config)}
+    ours = {full.name: full.box_of_rank(rank) for full in sharded_parameters(task.network, config)}
     assert {key for key, box in ours.items() if box is not None} == {key for key in layouts if key in ours}
     for key, box in ours.items():
         if box is not None:

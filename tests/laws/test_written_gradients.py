@@ -34,7 +34,7 @@ def test_training_gradients_equal_derived_ones(dropout):
         network = TrainingLoss(model)
         connect_dropout(network, 1)
         if not by_hand:
-            network.together = network.cross_entropy.whole = None
+            network.together = network.cross_entropy.full = None
             for _, cell in network.cells_and_names():
                 if isinstance(cell, AttentionCore):
                     cell.rows = None

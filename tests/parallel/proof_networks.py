@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 
 from parallel.layers.grouped import Add, GroupedFeedForward
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.layout import Cut, Layer
+from parallel.sharding.layout import Layer, OpSharding
 from parallel.task import Input, Task
 from parallel.training.settings import TrainSettings
 
@@ -51,8 +51,8 @@ class Entrance(Layer):
     def construct(self, features_BTD: Tensor) -> Tensor:
         return self.to_tokens(features_BTD, (1, 0, 2))
 
-    def cuts(self) -> list[Cut]:
-        return [Cut(self.to_tokens, (("batch", None, None),))]
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.to_tokens, (("batch", None, None),))]
 
 
 class SquaredError(Layer):
@@ -67,11 +67,11 @@ class SquaredError(Layer):
     def construct(self, x_TBD: Tensor, labels_B: Tensor) -> Tensor:
         return self.mean(self.square(self.differ(self.pool(x_TBD, (0, 2)), labels_B)))
 
-    def cuts(self) -> list[Cut]:
+    def sharding(self) -> list[OpSharding]:
         rows = ("batch",)
         stream = ("batch", None, None) if self.wrong else (None, "batch", None)
-        return [Cut(self.pool, (stream,)), Cut(self.differ, (rows, rows)), Cut(self.square, (rows,)),
-                Cut(self.mean, (rows,))]
+        return [OpSharding(self.pool, (stream,)), OpSharding(self.differ, (rows, rows)),
+                OpSharding(self.square, (rows,)), OpSharding(self.mean, (rows,))]
 
 
 class RankerBlocks(nn.Cell):

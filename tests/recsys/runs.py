@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
-from parallel.checkpoint.whole import save_checkpoint
+from parallel.checkpoint.full import save_checkpoint
 from parallel.layers.parameter import initialize
 from parallel.task import load_run
 from recsys.build import loss_network

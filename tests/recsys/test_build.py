@@ -17,8 +17,8 @@ REFUSED = {
               "are not kept cut"),
     "expert width": ("tokenmixer_large_moe", "parallel.op=2", "cut along their width"),
     "inner width": ("rankmixer", "parallel.op=2 model.width=32 model.ffn_ratio=0.78125", "inner width"),
-    "separated tokens": ("tokenmixer_large_ug_sep", "parallel.op=2 model.op_cut=tokens", "are not cut"),
-    "tokens": ("rankmixer", "parallel.op=3 model.op_cut=tokens parallel.vocabulary=false", "or mixing heads"),
+    "separated tokens": ("tokenmixer_large_ug_sep", "parallel.op=2 model.op_sharding=tokens", "are not cut"),
+    "tokens": ("rankmixer", "parallel.op=3 model.op_sharding=tokens parallel.vocabulary=false", "or mixing heads"),
     "no experts": ("rankmixer", "parallel.data=2 parallel.expert=2", "no routed experts"),
     "no stack, cut": ("dlrm_mlp", "parallel.op=2 parallel.pipeline.stages=2", "no stack of blocks"),
     "layers": ("rankmixer", "parallel.pipeline.stages=4", "more stages than layers"),
@@ -37,6 +37,6 @@ def test_what_is_refused_is_accepted_without_the_one_thing():
     for model, overrides in (
             ("dlrm_mlp", "parallel.data=2 parallel.optimizer.shard=-1 parallel.optimizer.level=2"),
             ("dlrm_mlp", "parallel.data=2 parallel.optimizer.shard=-1 train.accumulation=2"),
-            ("rankmixer", "parallel.op=2 model.op_cut=tokens"), ("rankmixer", "parallel.pipeline.stages=2"),
+            ("rankmixer", "parallel.op=2 model.op_sharding=tokens"), ("rankmixer", "parallel.pipeline.stages=2"),
             ("tokenmixer_large_ug_sep", "parallel.pipeline.stages=2")):
         check_layout(str(CONFIGS / f"recsys/{model}.yaml"), overrides.split())

@@ -15,8 +15,8 @@ from parallel.sharding.config import ParallelConfig
 from parallel.task import load_run
 from recsys.__main__ import VERBS
 from recsys.build import build, loss_network, spec_of
+from recsys.count import count
 from recsys.models import NAMES
-from recsys.params import count
 
 CONFIGS = Path("configs/recsys")
 TINY = sorted(NAMES) + ["tokenmixer_large_moe"]
@@ -92,7 +92,7 @@ def test_half_of_the_experts_are_half_of_the_network():
 
 
 def test_params_command_prints_the_figures(capsys):
-    assert main("recsys", VERBS, ["params", "--config", str(CONFIGS / "rankmixer.yaml")]) == 0
+    assert main("recsys", VERBS, ["count", "--config", str(CONFIGS / "rankmixer.yaml")]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     import json
 
@@ -167,10 +167,10 @@ def test_longer_reuses_the_users_keys_and_values():
     slot = model.spec.slots["history"]
     ids[:, slot.start:slot.start + slot.length] = ids[0, slot.start:slot.start + slot.length]
     groups, sequences = model.embedding(Tensor(ids), Tensor(numbers))
-    whole, _, _ = model.represent(groups, sequences)
+    full, _, _ = model.represent(groups, sequences)
     one = model.user_state(((sequences[0][0][:1], sequences[0][1][:1]),))
     spread = tuple(tuple(part.tile((8, 1, 1, 1)) for part in layer) for layer in one)
-    np.testing.assert_allclose(model.score(groups, spread).asnumpy(), whole.asnumpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.score(groups, spread).asnumpy(), full.asnumpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_padding_of_a_history_changes_nothing():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from parallel.checkpoint.whole import load_parameters
+from parallel.checkpoint.full import load_parameters
 from parallel.common.command import main
 from parallel.common.settings import load_settings
 from recsys.__main__ import VERBS

@@ -335,7 +335,7 @@ def _compile(request: Request, place: Path) -> None:
     ms.set_device("Ascend")
     init()
     from parallel.proof.dryrun.accounting import coordinates
-    from parallel.sharding.layout import exchanging
+    from parallel.sharding.layout import redistributing
     from parallel.sharding.parallelize import layers_of_stages
     from parallel.training.sharded_step import input_shapes, micro_batches, sharded_step
 
@@ -355,7 +355,8 @@ def _compile(request: Request, place: Path) -> None:
     result = {
         "trainable": trainable, "parallel": config.model_dump(mode="json"), "figures": task.figures,
         "tokens": task.tokens, "micro_batches": micro_batches(settings, config),
-        "layers_of_stages": layers_of_stages(task.network, config), "exchanging": exchanging(task.network, config),
+        "layers_of_stages": layers_of_stages(task.network, config),
+        "redistributing": redistributing(task.network, config),
         "inputs": [[item.name, list(shape), item.dtype] for shape, item in zip(shapes, task.inputs, strict=True)],
         "cpu_seconds": time.process_time(), "build_seconds": built - started, "compile_seconds": compiled - built,
         "seconds": time.monotonic() - started,

@@ -82,16 +82,18 @@ def coordinates(rank: int, config: ParallelConfig) -> tuple[int, int, int]:
     return stage, *divmod(place, config.op)
 
 
-def collectives(graph: Graph, rank: int, config: ParallelConfig, exchanging: Sequence[str] = ()) -> list[Collective]:
+def collectives(graph: Graph, rank: int, config: ParallelConfig,
+                redistributing: Sequence[str] = ()) -> list[Collective]:
     """Every collective of one rank's step, in the order of the graph.
 
     Args:
         graph, rank, config: of the compiled rank.
-        exchanging: names of the layers beside which a redistribution is meant (`parallel.sharding.layout.exchanging`).
+        redistributing: names of the layers beside which a redistribution is meant
+            (`parallel.sharding.layout.redistributing`).
     """
     walked = [(function, node, times) for function, node, times in graph.walk() if node.op in COLLECTIVES and times]
     meant = {_cell(node) for function, node, _ in walked
-             if any(_within(_cell(near), name) for near in (node, _maker(function, node)) for name in exchanging)}
+             if any(_within(_cell(near), name) for near in (node, _maker(function, node)) for name in redistributing)}
     return [_collective(function, node, times, rank, config, _cell(node) in meant) for function, node, times in walked]
 
 

@@ -145,7 +145,7 @@ def read_rank(compiled: Compiled) -> RankReport:
     config = ParallelConfig.model_validate(compiled.result["parallel"])
     graph, rank = read_graph(compiled.graph), compiled.request.rank
     held = memory(graph, set(compiled.result["trainable"]), rank, config, compiled.result["micro_batches"])
-    found = collectives(graph, rank, config, compiled.result.get("exchanging", ()))
+    found = collectives(graph, rank, config, compiled.result.get("redistributing", ()))
     if compiled.request.own_stage:  # the tags are numbered through the layers of all stages
         found = [replace(item, tag=None) for item in found]
     return RankReport(compiled.request, compiled.result, config, graph, compiled.layouts, found, held)

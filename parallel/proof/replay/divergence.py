@@ -21,7 +21,7 @@ from mindspore import ops
 from parallel.proof.compile.graph import Node
 from parallel.proof.dryrun.accounting import COLLECTIVES, coordinates
 from parallel.proof.replay.executor import Program, run_step
-from parallel.proof.replay.ranks import World
+from parallel.proof.replay.ranks import AllRanks
 from parallel.proof.replay.reference import OneDevice
 from parallel.proof.replay.tolerances import PARAMETER_TOLERANCE, Difference
 from parallel.sharding.config import ParallelConfig
@@ -68,7 +68,7 @@ class Divergence:
         return asdict(self)
 
 
-def locate(world: World, reference: OneDevice, step: int, differences: Sequence[Difference], *,
+def locate(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference], *,
            forward: bool = True) -> Divergence:
     """Runs both sides again up to `step` and finds the first forward node that differs, else the parameter.
 
@@ -119,7 +119,7 @@ def _line_in(cell: Any, node: Node) -> str:
     return f"{shown}:{first + number}"
 
 
-def _whole_values(world: World, reference: OneDevice, step: int) -> dict[tuple, np.ndarray]:
+def _whole_values(world: AllRanks, reference: OneDevice, step: int) -> dict[tuple, np.ndarray]:
     """Values of the forward nodes of the network compiled for one device."""
     single = reference.compiled()
     numbers, values = Numbering(), {}
@@ -161,9 +161,9 @@ def is_forward(node: Node) -> bool:
     return not node.backward and not node.recomputed and "TrainingLoss" in node.scope and node.op not in _MOVING
 
 
-def _first_node(world: World, reference: OneDevice, step: int, whole: dict[tuple, np.ndarray]) -> tuple | None:
+def _first_node(world: AllRanks, reference: OneDevice, step: int, full: dict[tuple, np.ndarray]) -> tuple | None:
     """(rank, node, difference, ranks) of the earliest forward node, in the order of the graph, that differs."""
-    skipped = [unfinished(program, whole) for program in world.programs]
+    skipped = [unfinished(program, full) for program in world.programs]
     # Each stage numbers only its own micro-batches' nodes, and cells live on one stage.
     numbers, wrong = Numbering(), defaultdict(dict)
     positions = [{node.name: i for i, node in enumerate(program.nodes)} for program in world.programs]
@@ -176,8 +176,8 @@ def _first_node(world: World, reference: OneDevice, step: int, whole: dict[tuple
         if replaced == "":
             return
         key = replaced or key
-        if key in whole:
-            far = distance(result, whole[key], rank, world.config)
+        if key in full:
+            far = distance(result, full[key], rank, world.config)
             if far > _NODE_TOLERANCE:
                 wrong[rank][node.name] = (node, far)
 
@@ -196,7 +196,7 @@ def _first_node(world: World, reference: OneDevice, step: int, whole: dict[tuple
     return rank, node, far, same
 
 
-def unfinished(program: Program, whole: dict[tuple, np.ndarray]) -> dict[str, Any]:
+def unfinished(program: Program, full: dict[tuple, np.ndarray]) -> dict[str, Any]:
     """Forward nodes that are compared elsewhere: "" for values still to be summed over ranks, and for the last node of
     the sum the key of the node that it completes."""
     by_name, users, numbers = program.main.by_name, program.main.users, Numbering()
@@ -210,7 +210,7 @@ def unfinished(program: Program, whole: dict[tuple, np.ndarray]) -> dict[str, An
             source = by_name.get(pending.pop(0))
             if source is None or source.op == "Constant" or folder(source.scope) != place:
                 continue
-            if source.name in keys and keys[source.name] in whole and source.op not in _SUMS:
+            if source.name in keys and keys[source.name] in full and source.op not in _SUMS:
                 completed = completed or keys[source.name]
                 found[source.name] = ""
                 continue
@@ -218,30 +218,30 @@ def unfinished(program: Program, whole: dict[tuple, np.ndarray]) -> dict[str, An
             pending += source.inputs
         last = node
         while (followers := [user for user in users.get(last.name, []) if is_forward(user)]) and len(
-                followers) == 1 and folder(followers[0].scope) == place and keys.get(followers[0].name) not in whole:
+                followers) == 1 and folder(followers[0].scope) == place and keys.get(followers[0].name) not in full:
             found[last.name] = ""
             last = followers[0]
         found[last.name] = completed or ""
     return found
 
 
-def distance(part: np.ndarray, whole: np.ndarray, rank: int, config: ParallelConfig) -> float:
+def distance(part: np.ndarray, full: np.ndarray, rank: int, config: ParallelConfig) -> float:
     """Relative difference of a rank's tensor from its part of the whole; the least where several parts are possible,
     0 where the shapes say nothing."""
-    if part.dtype.kind not in "fiu" or part.ndim != whole.ndim or any(
-            big % max(small, 1) for small, big in zip(part.shape, whole.shape, strict=True)):
+    if part.dtype.kind not in "fiu" or part.ndim != full.ndim or any(
+            big % max(small, 1) for small, big in zip(part.shape, full.shape, strict=True)):
         return 0.0
     _, data, op = coordinates(rank, config)
     places = []
-    for small, big in zip(part.shape, whole.shape, strict=True):
-        ways = big // max(small, 1)
+    for small, big in zip(part.shape, full.shape, strict=True):
+        degree = big // max(small, 1)
         known = {config.data: data, config.op: op}
-        numbers = {0} if ways == 1 else ({known[ways]} if ways in known else set(range(ways)))
-        if ways > 1 and ways == config.data == config.op:
+        numbers = {0} if degree == 1 else ({known[degree]} if degree in known else set(range(degree)))
+        if degree > 1 and degree == config.data == config.op:
             numbers = {data, op}
         places.append([slice(n * small, (n + 1) * small) for n in numbers])
-    scale = max(float(np.abs(whole).max(initial=0.0)), 1e-12)
-    return min(float(np.abs(part.astype(np.float64) - whole[place]).max(initial=0.0)) / scale
+    scale = max(float(np.abs(full).max(initial=0.0)), 1e-12)
+    return min(float(np.abs(part.astype(np.float64) - full[place]).max(initial=0.0)) / scale
                for place in itertools.product(*places))
 
 
@@ -259,7 +259,7 @@ def _parameter_of(program: Program, node: Node) -> str:
     return str(node.marks.get("mirror_user_id", ""))
 
 
-def _first_parameter(world: World, reference: OneDevice, step: int, differences: Sequence[Difference]) -> Divergence:
+def _first_parameter(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference]) -> Divergence:
     """The parameter whose gradient or update differs, by its update's place in the graph of the backward pass."""
     trainable = [item.name for item in reference.task.network.trainable_params()]
 

@@ -15,7 +15,7 @@ from parallel.proof.replay.collective_order import wrong_order
 from parallel.proof.replay.collectives import Deadlock
 from parallel.proof.replay.divergence import locate
 from parallel.proof.replay.executor import Rank, run_step
-from parallel.proof.replay.ranks import World, part_of
+from parallel.proof.replay.ranks import AllRanks, part_of
 from parallel.proof.replay.reference import History, OneDevice
 from parallel.proof.replay.tolerances import (
     LOSS_TOLERANCE,
@@ -36,7 +36,7 @@ class Replay:
         quiet: print the table of steps only where the runs differ.
     """
 
-    def __init__(self, world: World, reference: OneDevice, steps: int, *, quiet: bool = False) -> None:
+    def __init__(self, world: AllRanks, reference: OneDevice, steps: int, *, quiet: bool = False) -> None:
         self.world, self.reference, self.steps, self.quiet = world, reference, steps, quiet
         self.ranks: list[Rank] = []
         self.largest: dict[str, float] = {}
@@ -46,7 +46,7 @@ class Replay:
         world = self.world
         rows = self.reference.batch(0)[0].shape[0]
         single = self.reference.run(self.steps, world.order(rows))
-        ranks, cut, problem = world.start(self.reference.start), History(), wrong_order(world.programs)
+        ranks, sharded, problem = world.start(self.reference.start), History(), wrong_order(world.programs)
         self.ranks = ranks
         differences: list[list[Difference]] = []
         for number in range(0 if problem else self.steps):
@@ -56,10 +56,10 @@ class Replay:
             except Deadlock as error:
                 problem = str(error)
                 break
-            cut.seconds.append(time.monotonic() - begin)
-            self._record(cut, results)
+            sharded.seconds.append(time.monotonic() - begin)
+            self._record(sharded, results)
             differences.append(self._differences(ranks, single.values[number]))
-        return self._report(single, cut, differences, problem)
+        return self._report(single, sharded, differences, problem)
 
     def digest(self) -> str:
         """Hash of all parameters and states of all ranks: two layouts with the same one ended equal bit for bit."""
@@ -69,52 +69,53 @@ class Replay:
                 found.update(f"{rank.number} {name}".encode() + np.ascontiguousarray(rank.state[name]).tobytes())
         return found.hexdigest()
 
-    def _record(self, cut: History, results: list) -> None:
+    def _record(self, sharded: History, results: list) -> None:
         config = self.world.config
         last = [result for rank, result in enumerate(results)
                 if coordinates(rank, config)[0] == config.pipeline.stages - 1]
-        cut.losses.append([float(result[0]) for result in last])
-        cut.norms.append([float(result[1]) for result in results])
+        sharded.losses.append([float(result[0]) for result in last])
+        sharded.norms.append([float(result[1]) for result in results])
 
-    def _differences(self, ranks: Sequence[Rank], whole: dict[str, np.ndarray]) -> list[Difference]:
+    def _differences(self, ranks: Sequence[Rank], full: dict[str, np.ndarray]) -> list[Difference]:
         """Of every parameter and state of every rank, largest relative difference first.
 
         Relative to the largest element that the tensor has had so far: a moment may pass through 0, and keeps the
         rounding errors of what it was.
         """
-        for name, value in whole.items():
+        for name, value in full.items():
             self.largest[name] = max(self.largest.get(name, 0.0), float(np.abs(value).max(initial=0.0)))
         trainable = {item.name for item in self.reference.task.network.trainable_params()}
-        largest = max((self.largest[name] for name in whole if name.startswith("adam_m.")), default=0.0)
+        largest = max((self.largest[name] for name in full if name.startswith("adam_m.")), default=0.0)
         floors = {"adam_m": STATE_FLOOR * largest, "adam_v": (STATE_FLOOR * largest) ** 2}
         found = []
         for rank, boxes in zip(ranks, self.world.boxes, strict=True):
             copies = rank.program.copies
             for name, value in rank.state.items():
-                if name not in whole or value.ndim == 0 or name.partition(".")[2] in copies or name in copies:
+                if name not in full or value.ndim == 0 or name.partition(".")[2] in copies or name in copies:
                     continue
                 floor = (self.reference.reach(name) if name in trainable
                          else floors.get(name.partition(".")[0], 1e-12))
-                part = part_of(whole[name], boxes.get(name))
+                part = part_of(full[name], boxes.get(name))
                 finite = np.isfinite(value).all() and np.isfinite(part).all()
                 far = float(np.abs(value - part).max(initial=0.0)) if finite else float("inf")
                 found.append(Difference(far / max(self.largest[name], floor, 1e-30), name, rank.number))
         return sorted(found, key=lambda item: -item.relative)
 
-    def _report(self, single: History, cut: History, differences: list[list[Difference]],
+    def _report(self, single: History, sharded: History, differences: list[list[Difference]],
                 problem: str | None) -> dict[str, Any]:
         trainable = {item.name for item in self.reference.task.network.trainable_params()}
         lines, worst = [], {"loss": 0.0, "norm": 0.0, "parameter": 0.0, "state": 0.0}
         first_wrong, forward = None, False
         for number, found in enumerate(differences):
-            now = {"loss": _relative(cut.losses[number], single.losses[number][0]),
-                   "norm": _relative(cut.norms[number], single.norms[number][0]),
+            now = {"loss": _relative(sharded.losses[number], single.losses[number][0]),
+                   "norm": _relative(sharded.norms[number], single.norms[number][0]),
                    "parameter": max(item.relative for item in found if item.name in trainable),
                    "state": max((item.relative for item in found if item.name not in trainable), default=0.0)}
             worst = {key: _larger(worst[key], now[key]) for key in worst}
             if first_wrong is None and not _within(now):
                 first_wrong, forward = number, now["loss"] > LOSS_TOLERANCE
-            lines.append([number, single.losses[number][0], cut.losses[number][0], now["loss"], single.norms[number][0],
+            lines.append([number, single.losses[number][0], sharded.losses[number][0], now["loss"],
+                          single.norms[number][0],
                           now["norm"], now["parameter"], now["state"]])
         equal = problem is None and first_wrong is None
         if not (equal and self.quiet):
@@ -126,7 +127,7 @@ class Replay:
             "max_parameter_difference": worst["parameter"], "max_norm_difference": worst["norm"],
             "max_state_difference": worst["state"], "steps": len(differences),
             "compiled_ranks": len(self.world.compiled_ranks),
-            "step_seconds": round(min(cut.seconds), 4) if cut.seconds else None,
+            "step_seconds": round(min(sharded.seconds), 4) if sharded.seconds else None,
             "one_device_step_seconds": round(min(single.seconds), 4),
         }  # fmt: skip
         if problem is not None:

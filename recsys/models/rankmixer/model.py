@@ -69,7 +69,7 @@ class RankMixerSettings(RankerSettings):
     """Ablation: false leaves the skip connections out."""
     norm: bool = True
     """Ablation: false leaves layer norm out."""
-    op_cut: Literal["width", "tokens", "tokens_naive"] = "width"
+    op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
     """User and group tokens separated, so that a request's user is computed once; null = entangled."""
@@ -132,7 +132,7 @@ class RankMixer(Ranker):
     def __init__(self, settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
-        layout = TokenLayout(settings.op_cut)
+        layout = TokenLayout(settings.op_sharding)
         groups = group_widths(spec)
         if settings.tokenization == "slices":
             self.tokenize = SliceTokenizer(list(groups.values()), settings.tokens, settings.width, layout=layout,

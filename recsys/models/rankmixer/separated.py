@@ -116,14 +116,14 @@ class SeparatedBlock(SidedBlock):
         s_gND = x_gND
         if self.mixing:
             _, heads = self.heads_apart(x_gND)
-            s_gND = self.beside(self.take.whole(pieces[0], index_N), self.mix_group(heads))
+            s_gND = self.beside(self.take.full(pieces[0], index_N), self.mix_group(heads))
             if self.residual:
                 s_gND = self.adds[3](s_gND, x_gND)
         if self.compensation is not None:
-            s_gND = self.adds[4](s_gND, self.take.whole(self.wide(pieces[-1]), index_N))
+            s_gND = self.adds[4](s_gND, self.take.full(self.wide(pieces[-1]), index_N))
         return self.half(s_gND, self.network_group, None, 1)
 
-    def whole(self, x_TBD: Tensor) -> tuple:
+    def masked(self, x_TBD: Tensor) -> tuple:
         """(x_TBD, penalties): the same by masks on whole tensors."""
         c_u, s_TBD = self.counts[0], x_TBD
         source = x_TBD[:c_u, :, :self.rows]

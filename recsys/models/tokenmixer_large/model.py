@@ -79,7 +79,7 @@ class TokenMixerLargeSettings(RankerSettings):
     """Factor of the Xavier start of every last matrix of a SwiGLU (paper Table 14)."""
     moe: SparseMoESettings | None = None
     """Sparse-Pertoken MoE; null = dense."""
-    op_cut: Literal["width", "tokens", "tokens_naive"] = "width"
+    op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
     """User and group tokens separated, so that a request's user is computed once; null = entangled."""
@@ -151,7 +151,7 @@ class TokenMixerLarge(Ranker):
     def __init__(self, settings: TokenMixerLargeSettings, spec: FeatureSpec, tasks: int,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
-        self.layout = TokenLayout(settings.op_cut)
+        self.layout = TokenLayout(settings.op_sharding)
         groups = group_widths(spec)
         counts = tokens_of_groups(settings.group_tokens, list(groups))
         self.tokenize = GroupTokenizer(list(groups.values()), counts, settings.width,

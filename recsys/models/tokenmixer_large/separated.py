@@ -69,13 +69,13 @@ class SplitSwiGLU(nn.Cell):
         def first(inputs: int) -> GroupedLinear:
             # The start is that of one matrix with user + group rows.
             gain = math.sqrt((inputs + inner) / (user + group + inner))
-            return GroupedLinear(tokens, inputs, inner, cut="column", gain=gain, layout=layout, bias=False,
+            return GroupedLinear(tokens, inputs, inner, style="column", gain=gain, layout=layout, bias=False,
                                  compute_dtype=compute_dtype)
 
         self.gate_user, self.up_user, self.gate_group, self.up_group = first(user), first(user), first(group), first(
             group)
         self.add1, self.add2, self.swish, self.take = Add(layout.inner), Add(layout.inner), Swish(layout.inner), Take()
-        self.down = GroupedLinear(tokens, inner, outputs, cut="row", gain=down_gain, layout=layout, bias=False,
+        self.down = GroupedLinear(tokens, inner, outputs, style="row", gain=down_gain, layout=layout, bias=False,
                                   compute_dtype=compute_dtype)
         kernels = library(compute_dtype)
         self.fused = FusedLinear(kernels) if kernels is not None else None
@@ -224,11 +224,11 @@ class SeparatedBlock(SidedBlock):
         if self.split:
             back = self.first_group.group(pieces[0], pieces[1], g_hgNK, index_N)
         else:
-            back = self.group_mixed(self.beside(self.take.whole(pieces[0], index_N), g_hgNK), g_hgNK)
-        given = self.take.whole(pieces[2 if self.split else 1], index_N)
+            back = self.group_mixed(self.beside(self.take.full(pieces[0], index_N), g_hgNK), g_hgNK)
+        given = self.take.full(pieces[2 if self.split else 1], index_N)
         y_gND = self.beside_given(given, self.revert_group(back))
         if self.compensation is not None:
-            x_gND = self.adds[3](x_gND, self.take.whole(self.wide(pieces[-1]), index_N))
+            x_gND = self.adds[3](x_gND, self.take.full(self.wide(pieces[-1]), index_N))
         return self.group_tokens(x_gND, y_gND), 0.0
 
     def group_mixed(self, h_hgNM: Tensor, g_hgNK: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class SeparatedBlock(SidedBlock):
 
     # -- with masks ---------------------------------------------------------------------------------------------------
 
-    def whole(self, x_TBD: Tensor) -> tuple:
+    def masked(self, x_TBD: Tensor) -> tuple:
         """(x_TBD, ()): the same by masks on whole tensors; the only form that runs without one of them."""
         figure = self.variant == "figure_prenorm"
         h_HBM = self.mask_mixing(self.mix(self.norm1(x_TBD) if figure else x_TBD))
@@ -362,7 +362,7 @@ class SidedGroupTokenizer(nn.Cell):
         x_gND = self.group_side(*self.bundled(groups, self.bundles[1], self.group_joins))
         if not self.has_global:
             return x_gND
-        given_ND = self.reshape(self.take.whole(pieces[0], index_N), (-1, self.wide))
+        given_ND = self.reshape(self.take.full(pieces[0], index_N), (-1, self.wide))
         made_ND = self.add(self.global_group(self.join_groups(*groups)), given_ND)
         if self.global_out is not None:
             made_ND = self.global_out(self.relu(made_ND))

@@ -12,7 +12,7 @@ import yaml
 from pangu.__main__ import VERBS
 from pangu.checkpoints.mindspore_file import MindSporeFile, write_mindspore
 from pangu.checkpoints.names import NAMINGS, keys, shapes
-from pangu.checkpoints.slices import TABLES, Cut, SlicedCheckpoint, read_strategy, release_cuts
+from pangu.checkpoints.slices import TABLES, SlicedCheckpoint, SliceLayout, read_strategy, release_layouts
 from parallel.checkpoint.safetensors_file import SafetensorsFile
 from parallel.common import protobuf_wire as wire
 from parallel.common.command import main
@@ -43,7 +43,7 @@ def values(model):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, model, values):
     """Our own checkpoint of the model and its config."""
-    from parallel.checkpoint.whole import save_checkpoint
+    from parallel.checkpoint.full import save_checkpoint
 
     home = tmp_path_factory.mktemp("convert")
     save_checkpoint(home / "own", 1, list(model.get_parameters()))
@@ -79,17 +79,17 @@ def test_names_are_one_to_one(model, naming):
 def test_names_are_those_of_the_published_strategy():
     if not PUBLISHED.is_file():
         pytest.skip("the published strategy file is not in ../shared")
-    cuts = read_strategy(PUBLISHED)
+    layouts = read_strategy(PUBLISHED)
     config = tiny_model(**{**SIZES, "layers": 32}).config
-    assert {key.theirs for key in keys(config, "mindspore")} == set(cuts)
-    assert release_cuts(config) == cuts
+    assert {key.theirs for key in keys(config, "mindspore")} == set(layouts)
+    assert release_layouts(config) == layouts
     # The shapes of one rank's slices at width 2560, as the release has them.
     slices = {"attention.dense1.weight": ((2560, 2560), (5, 2560)), "attention.dense1.bias": ((2560,), (5,)),
               "attention.projection.weight": ((2560, 2560), (5, 2560)),
               "output.mapping.weight": ((2560, 10240), (40, 1280)), "output.mapping.bias": ((10240,), (20,)),
               "output.projection.weight": ((10240, 2560), (20, 2560)), "output.projection.bias": ((2560,), (2560,))}
-    for name, (whole, part) in slices.items():
-        box = cuts[f"backbone.blocks.7.{name}"].box(13, whole)
+    for name, (full, part) in slices.items():
+        box = layouts[f"backbone.blocks.7.{name}"].box(13, full)
         assert tuple(stop - start for start, stop in box) == part
 
 
@@ -138,16 +138,16 @@ def test_damaged_files_are_refused(tmp_path, content):
 
 def strategy_bytes(config, data, op):
     """A strategy file with the release's cuts for a matrix [data, op], optimizer states included."""
-    def cut(name, shape):
+    def layout(name, shape):
         kind = name.rsplit(".", 2)[-2:]
-        whole = "layernorm" in name or "embedding" in name or kind in (["projection", "bias"],)
-        if whole:
+        full = "layernorm" in name or "embedding" in name or kind in (["projection", "bias"],)
+        if full:
             return [-1] * len(shape), 0, 0
         return [-1, 0] if kind == ["mapping", "weight"] else [0, -1][:len(shape)], op, -1
 
     items = b""
     for key in keys(config, "mindspore"):
-        dims, step, parts = cut(key.theirs, key.their_shape)
+        dims, step, parts = layout(key.theirs, key.their_shape)
         layout = (wire.field(1, wire.field(1, data) + wire.field(1, op))
                   + wire.field(2, b"".join(wire.field(1, dim) for dim in dims))
                   + wire.field(5, 0) + wire.field(6, step) + wire.field(7, parts))
@@ -160,15 +160,15 @@ def reference_slices(values, config, data, op):
     """Each rank's parameters by the release's table, written out with NumPy's split alone."""
     ranks = [{} for _ in range(data * op)]
     for key in keys(config, "mindspore"):
-        whole = values[key.ours].T if key.transposed else values[key.ours]
+        full = values[key.ours].T if key.transposed else values[key.ours]
         name = key.theirs
         if "embedding_table" in name:
             continue
         for index in range(data):
             for column in range(op):
-                part = whole
+                part = full
                 if "layernorm" not in name and not name.endswith("projection.bias"):
-                    part = np.split(whole, op, axis=1 if name.endswith("mapping.weight") else 0)[column]
+                    part = np.split(full, op, axis=1 if name.endswith("mapping.weight") else 0)[column]
                     part = np.split(part, data, axis=0)[index]
                 ranks[index * op + column][name] = part
     return ranks
@@ -215,9 +215,9 @@ def test_slices_become_ours(home, sliced, capsys, tmp_path, values):
 def test_slices_of_the_published_layout_cover_everything():
     """[64, 8] as published: every element of a parameter is held, once or by all."""
     for dims, step, parts in (((0, -1), 8, -1), ((-1, 0), 8, -1), ((-1, -1), 0, 0)):
-        cut, held = Cut((64, 8), dims, step, parts), np.zeros((512, 512), np.int32)
+        layout, held = SliceLayout((64, 8), dims, step, parts), np.zeros((512, 512), np.int32)
         for rank in range(512):
-            held[tuple(slice(*span) for span in cut.box(rank, held.shape))] += 1
+            held[tuple(slice(*span) for span in layout.box(rank, held.shape))] += 1
         assert (held == (1 if step else 512)).all()
 
 
@@ -234,8 +234,8 @@ def test_mindspore_merges_what_is_written_here(home, sliced, capsys, tmp_path, v
     merged = MindSporeFile(tmp_path / "t" / "rank_0" / "whole0.ckpt")
     for key in keys(model.config, "mindspore"):
         if key.theirs not in TABLES:
-            whole = values[key.ours].T if key.transposed else values[key.ours]
-            np.testing.assert_array_equal(merged.read(key.theirs), whole)
+            full = values[key.ours].T if key.transposed else values[key.ours]
+            np.testing.assert_array_equal(merged.read(key.theirs), full)
 
 
 def test_missing_and_foreign_slices_are_refused(home, sliced, capsys, tmp_path, model):

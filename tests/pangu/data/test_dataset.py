@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pangu.data.dataset import PackedDataset, plain_positions, reset_at_document_ends, shuffled
-from pangu.data.packing import INDEX_FILE, PackOptions, pack
+from pangu.data.dataset import PackedDataset, document_positions, plain_positions, shuffled
+from pangu.data.flat import flatten
+from pangu.data.packing import INDEX_FILE, PackOptions, pack, read_index
 from parallel.common.errors import UserError
 
 LENGTH, VOCABULARY = 15, 5000
@@ -69,7 +73,7 @@ def all_records(folder) -> np.ndarray:
     return np.stack([row[0] for row in rows.create_tuple_iterator(num_epochs=1, output_numpy=True)])
 
 
-# ---------------------------------------------------------------- positions and masks
+# ---------------------------------------------------------------- positions and documents
 
 def reset_by_loop(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarray]:
     """The words of the release's reset, followed one end at a time."""
@@ -85,25 +89,35 @@ def reset_by_loop(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.ndarr
     return positions, masks
 
 
+def mask_of(documents_BS: np.ndarray) -> np.ndarray:
+    """The mask that the model makes of the documents."""
+    from mindspore import Tensor
+
+    from parallel.layers.attention import AttentionBias
+
+    return AttentionBias().mask(Tensor(documents_BS)).asnumpy()
+
+
 @settings(max_examples=150, deadline=None)
 @given(hnp.arrays(np.int32, st.tuples(st.integers(1, 4), st.integers(1, 24)), elements=st.integers(6, 12)))
 def test_reset_equals_the_loop(ids_BS):
-    positions, masks = reset_at_document_ends(ids_BS, 9)
+    positions, documents = document_positions(ids_BS, 9)
     loop_positions, loop_masks = reset_by_loop(ids_BS, 9)
-    assert np.array_equal(positions, loop_positions) and np.array_equal(masks, loop_masks)
-    assert positions.dtype == np.int32 and masks.dtype == np.uint8
+    assert np.array_equal(positions, loop_positions) and np.array_equal(mask_of(documents), loop_masks)
+    assert positions.dtype == np.int32 and documents.dtype == np.int32
 
 
 def test_reset_by_hand():
-    positions, masks = reset_at_document_ends(np.array([[20, 9, 30, 31, 9]]), 9)
+    positions, documents = document_positions(np.array([[20, 9, 30, 31, 9]]), 9)
     assert positions.tolist() == [[0, 1, 0, 1, 2]]
-    assert masks[0].tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert mask_of(documents)[0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
 def test_plain_positions_by_hand():
-    positions, masks = plain_positions(np.array([[20, 9, 6]]), 6)
+    positions, documents = plain_positions(np.array([[20, 9, 6]]), 6)
     assert positions.tolist() == [[0, 1, 2]]
-    assert masks[0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert mask_of(documents)[0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
 # ---------------------------------------------------------------- order
@@ -111,10 +125,10 @@ def test_plain_positions_by_hand():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 700), st.integers(0, 2**63))
 def test_shuffled_is_a_permutation_and_pointwise(count, key):
-    whole = shuffled(np.arange(count), count, key)
-    assert np.array_equal(np.sort(whole), np.arange(count))
+    full = shuffled(np.arange(count), count, key)
+    assert np.array_equal(np.sort(full), np.arange(count))
     some = np.arange(0, count, 3)
-    assert np.array_equal(shuffled(some, count, key), whole[some])
+    assert np.array_equal(shuffled(some, count, key), full[some])
 
 
 def test_shuffled_looks_shuffled():
@@ -148,18 +162,18 @@ def test_without_shuffle_records_come_as_they_lie(folder, all_records):
 
 def test_start_anywhere_equals_the_tail(folder, monkeypatch):
     monkeypatch.setattr("pangu.data.dataset._RECORDS_PER_WINDOW", 28)
-    whole = take(open_set(folder), 0, 70)  # more than two epochs, ten windows
+    full = take(open_set(folder), 0, 70)  # more than two epochs, ten windows
     for start in (0, 1, 6, 7, 25, 26, 52, 69):
-        assert_same(take(open_set(folder), start, 70 - start), whole[start:])
+        assert_same(take(open_set(folder), start, 70 - start), full[start:])
 
 
 @pytest.mark.parametrize("options", [{}, {"repeat": False, "shuffle": False}, {"eod_reset": False}])
 def test_ranks_together_are_one_process(folder, options):
-    whole = take(open_set(folder, batch_size=8, **options), 0, 15)
+    full = take(open_set(folder, batch_size=8, **options), 0, 15)
     ranks = [take(open_set(folder, batch_size=8, shard=(rank, 4), **options), 0, 15) for rank in range(4)]
     joined = [tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
               for batches in zip(*ranks, strict=True)]
-    assert_same(joined, whole)
+    assert_same(joined, full)
 
 
 def test_mindspore_pipeline_gives_the_same_batches(folder):
@@ -171,9 +185,9 @@ def test_mindspore_pipeline_gives_the_same_batches(folder):
 
 
 def test_shapes_and_masks_of_a_batch(folder):
-    ids, positions, masks = take(open_set(folder), 3, 1)[0]
-    assert ids.shape == (4, LENGTH + 1) and positions.shape == (4, LENGTH) and masks.shape == (4, LENGTH, LENGTH)
-    for array, wanted in zip((positions, masks), reset_by_loop(ids[:, :-1], 9), strict=True):
+    ids, positions, documents = take(open_set(folder), 3, 1)[0]
+    assert ids.shape == (4, LENGTH + 1) and positions.shape == (4, LENGTH) and documents.shape == (4, LENGTH)
+    for array, wanted in zip((positions, mask_of(documents)), reset_by_loop(ids[:, :-1], 9), strict=True):
         assert np.array_equal(array, wanted)
 
 
@@ -197,6 +211,57 @@ def test_an_abandoned_iterator_does_no_harm(folder):
     for _ in range(20):
         next(dataset.batches(2))
     assert_same(take(dataset, 0, 2), take(open_set(folder), 0, 2))
+
+
+# ---------------------------------------------------------------- flat files
+
+@pytest.mark.parametrize("options", [
+    {}, {"shuffle": False, "batch_size": 6, "shard": (1, 2)},
+    {"split": "validation", "repeat": False, "shuffle": False},
+    {"eod_reset": False, "batch_size": 150},
+], ids=["shuffled", "a rank's rows", "validation", "a batch larger than the set"])
+def test_flat_files_give_the_batches_of_mindrecord(folder, options):
+    assert_same(take(open_set(folder, reader="flat", **options), 3 if not options else 0, 30),
+                take(open_set(folder, reader="mindrecord", **options), 3 if not options else 0, 30))
+
+
+def test_document_ends(folder, all_records):
+    flat = open_set(folder, reader="flat")._records
+    assert np.array_equal(flat.document_ends(), np.flatnonzero(all_records.reshape(-1) == 9))
+    (folder / "train-00002-of-00003.ends").rename(folder / "away")
+    try:
+        with pytest.raises(UserError, match="missing"):
+            flat.document_ends()
+    finally:
+        (folder / "away").rename(folder / "train-00002-of-00003.ends")
+
+
+def test_flatten_adds_what_pack_left_out(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    index = read_index(copy)
+    for entry in [*index.train.files, *index.validation.files]:
+        (copy / entry.flat.ids).unlink()
+        (copy / entry.flat.ends).unlink()
+        entry.flat = None
+    (copy / INDEX_FILE).write_text(index.model_dump_json())
+    with pytest.raises(UserError, match="flatten"):
+        open_set(copy, reader="flat")
+    assert flatten(copy)["records"] == index.train.records + index.validation.records
+    assert read_index(copy) == read_index(folder)
+    assert_same(take(open_set(copy, reader="flat"), 0, 9), take(open_set(folder), 0, 9))
+
+
+def test_flat_files_need_no_mindspore(folder):
+    program = f"""
+import sys
+sys.modules["mindspore"] = None
+from pangu.data.dataset import PackedDataset
+data = PackedDataset({str(folder)!r}, batch_size=4, seed=5, sequence_length={LENGTH}, vocabulary_size={VOCABULARY})
+print(next(data.batches(7))[0].tolist())
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert json.loads(told) == take(open_set(folder, reader="mindrecord"), 7, 1)[0][0].tolist()
 
 
 # ---------------------------------------------------------------- bad input
@@ -228,6 +293,8 @@ def _scramble(path):
     (lambda path: path.unlink(), "train-00001-of-00003.mindrecord"),
     (lambda path: path.unlink(), "train-00001-of-00003.mindrecord.db"),
     (lambda path: path.write_bytes(b"not a database"), "train-00001-of-00003.mindrecord.db"),
+    (_cut, "train-00001-of-00003.ids"), (_scramble, "train-00001-of-00003.ids"),
+    (lambda path: path.unlink(), "train-00001-of-00003.ids"),
     (lambda path: path.write_text("{"), INDEX_FILE), (lambda path: path.unlink(), INDEX_FILE),
 ])
 def test_damaged_records_are_told_in_one_line(folder, tmp_path, damage, target):
@@ -235,7 +302,7 @@ def test_damaged_records_are_told_in_one_line(folder, tmp_path, damage, target):
     shutil.copytree(folder, copy)
     damage(copy / target)
     with pytest.raises(UserError) as error:
-        take(open_set(copy), 0, 40)
+        take(open_set(copy, reader="mindrecord" if ".mindrecord" in target else "auto"), 0, 40)
     assert "\n" not in str(error.value)
 
 
@@ -247,4 +314,4 @@ def test_ids_beyond_the_vocabulary_are_noticed(folder, tmp_path):
         content[1 << 20 :] = bytes(byte | 0x40 for byte in content[1 << 20 :])
         path.write_bytes(bytes(content))
     with pytest.raises(UserError, match="damaged|cannot read"):
-        take(open_set(copy), 0, 40)
+        take(open_set(copy, reader="mindrecord"), 0, 40)

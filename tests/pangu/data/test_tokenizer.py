@@ -378,9 +378,9 @@ def test_missing_model_is_told_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("damage", ["empty", "text", "zeros", "first half", "cut end"])
 def test_damaged_model_is_told_in_one_line(tmp_path, model_file, damage, capfd):
-    whole = model_file.read_bytes()
+    full = model_file.read_bytes()
     content = {"empty": b"", "text": "今天天气不错".encode() * 50, "zeros": bytes(4096),
-               "first half": whole[: len(whole) // 2], "cut end": whole[:-500]}[damage]
+               "first half": full[: len(full) // 2], "cut end": full[:-500]}[damage]
     path = tmp_path / "damaged.model"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a SentencePiece model") as caught:

@@ -116,6 +116,7 @@ def test_details_of_the_readers(place):
     cloze, = place("cmrc2017").records()
     assert (cloze["context"], cloze["recent"], cloze["question"]) == ("小猫说。天黑了。", "天黑了。小猫说。", "")
     assert [r["part"] for r in place("pd_cft").records()] == ["pd.test", "cft.test.human"]
+
     assert [(r["before"], r["after"], r["answer"]) for r in place("chid").records()] == [
         ("他", "，又。", 2), ("他，又", "。", 0)]
     assert [(r["before"], r["after"]) for r in place("cmrc2019").records()] == [
@@ -124,6 +125,21 @@ def test_details_of_the_readers(place):
     # The second row's index is one too far; the pronoun is found all the same.
     assert [(r["before"], r["candidates"], r["answer"]) for r in place("cluewsc2020").records()] == [
         ("小明说", ["他", "小明"], 1), ("小明说", ["他", "小明"], 0)]
+
+
+def test_cloze_questions_with_a_number_in_place_of_a_name(tmp_path):
+    """As in the file for people of the Fairy Tale test: the question is the line with an answer at its end."""
+    from pangu.tasks.cloze import read
+
+    text = "".join(f"{line}\n" for line in (
+        "1 ||| 小 猫 说 。", "2 ||| XXXXX 来 了 。", "3 ||| 天 黑 了 。", "4 ||| XXXXX 来 了 。 ||| 大象",
+        "1 ||| 雨 下 了 。", "2 ||| XXXXX 笑 了 。", "3 ||| 他们 说 XXXXX 笑 了 ||| 猫"))
+    (tmp_path / "cft.test.human").write_text(text, encoding="utf-8")
+    first, second = read(tmp_path / "cft.test.human")
+    assert (first["id"], first["context"], first["question"], first["answers"]) == (
+        "0", "小猫说。天黑了。", "", ["大象"])
+    assert (second["id"], second["context"], second["question"], second["answers"]) == (
+        "1", "雨下了。", "他们说", ["猫"])
 
 
 def test_another_format_is_one_clear_line(place):
@@ -171,7 +187,7 @@ def test_the_scored_part_begins_where_ids_part(place):
 def test_one_prefix_means_one_place(place):
     rows = [{"prompt": "问：甲\n答", "choices": list("春夏秋冬乙丙"), "answer": 0, "skill": "context", "id": str(n)}
             for n in range(2)]
-    for instance in build(place("world_context", {"questions.jsonl": lines(*rows)})):
+    for instance in build(place("synthetic_context", {"questions.jsonl": lines(*rows)})):
         assert len({tuple(prefix) for prefix, _ in instance.requests}) == 1
 
 
@@ -281,11 +297,11 @@ def test_dynamic_examples_are_sentences_with_the_answer(place):
 
 def test_examples_are_left_out_before_anything_is_cut(place):
     source = place("ocnli", {"dev.json": lines(*ocnli_rows(1)), "train.json": lines(*ocnli_rows(30, 100))})
-    whole = build(source, shots=0)[0]
+    full = build(source, shots=0)[0]
     for context in range(12, 80):
         instance = build(source, shots=6, context=context)[0]
-        assert instance.cut == 0
-        assert [scored for _, scored in instance.requests] == [scored for _, scored in whole.requests]
+        assert instance.truncated == 0
+        assert [scored for _, scored in instance.requests] == [scored for _, scored in full.requests]
         assert max(len(text_of(instance, i)) for i in range(3)) <= context + 1
     assert build(source, shots=6, context=16)[0].shots < 6
 
@@ -294,8 +310,8 @@ def test_a_cut_is_counted_alike_for_all_candidates_and_never_silent(place):
     long = "".join(chr(0x4E00 + n) for n in range(300))
     source = place("tnews", {"dev.json": lines({"label_desc": "news_car", "sentence": long, "id": 1})})
     instance = build(source, context=60)[0]
-    assert instance.cut > 0
-    kept = long[:len(long) - instance.cut]
+    assert instance.truncated > 0
+    kept = long[:len(long) - instance.truncated]
     for index, word in enumerate(instance.candidates):
         assert text_of(instance, index) == TOKENIZER.encode(f"这是关于{word}的文章：{kept}")
         assert len(text_of(instance, index)) <= 61
@@ -303,7 +319,7 @@ def test_a_cut_is_counted_alike_for_all_candidates_and_never_silent(place):
     more = long[:len(kept) + 1]
     assert max(len(TOKENIZER.encode(f"这是关于{word}的文章：{more}")) for word in instance.candidates) > 61
     rows = answers_of([instance], source.task)
-    assert summarize(source.task, rows)["cut"] == 1
+    assert summarize(source.task, rows)["truncated"] == 1
 
 
 LONG = "".join(chr(0x4E00 + n) for n in range(90))
@@ -330,14 +346,14 @@ LONG_FILES = {
 def test_no_context_cuts_the_scored_span_in_silence(place, name):
     """At every length of context all ids fit, and a scored span is whole or its instance says that it was cut."""
     source = place(name, LONG_FILES[name])
-    whole = build(source, context=2000)[0]
-    assert whole.cut == 0
+    full = build(source, context=2000)[0]
+    assert full.truncated == 0
     seen = set()
     for context in range(24, 260, 3):
         instance = build(source, context=context)[0]
         assert max(len(prefix) + len(scored) for prefix, scored in instance.requests) <= context + 1
-        assert instance.requests == whole.requests or instance.cut > 0
-        seen.add(instance.cut > 0)
+        assert instance.requests == full.requests or instance.truncated > 0
+        seen.add(instance.truncated > 0)
     assert seen == {True, False}
 
 

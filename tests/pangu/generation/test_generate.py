@@ -235,7 +235,7 @@ def run(model, tmp_path, monkeypatch):
     """Settings of a run whose checkpoint is the tiny model; the tokenizer is the letters'."""
     import pangu.data.tokenizer
     from pangu.settings import Run
-    from parallel.checkpoint.whole import save_checkpoint
+    from parallel.checkpoint.full import save_checkpoint
 
     monkeypatch.setattr(pangu.data.tokenizer, "Tokenizer", lambda path: LetterTokenizer())
     save_checkpoint(tmp_path / "checkpoints", 3, list(model.get_parameters()))

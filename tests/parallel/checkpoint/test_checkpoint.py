@@ -9,10 +9,10 @@ import pytest
 import safetensors.numpy
 from mindspore import Parameter, Tensor
 
-from parallel.checkpoint import whole as module
+from parallel.checkpoint import full as module
 from parallel.checkpoint.folder import list_checkpoints
+from parallel.checkpoint.full import Checkpoint, load_checkpoint, load_parameters, save_checkpoint
 from parallel.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
-from parallel.checkpoint.whole import Checkpoint, load_checkpoint, load_parameters, save_checkpoint
 from parallel.common.errors import UserError
 
 SHAPES = {"table": (7, 4), "layer.weight": (3, 5), "layer.bias": (5,), "empty": (0, 4), "count": ()}

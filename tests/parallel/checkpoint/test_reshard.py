@@ -10,24 +10,24 @@ import pytest
 from mindspore import Parameter, Tensor
 
 from parallel.checkpoint import reshard
+from parallel.checkpoint.full import load_checkpoint, save_checkpoint
 from parallel.checkpoint.safetensors_file import SafetensorsFile
 from parallel.checkpoint.sharded import Holder, Slices, save_slices, write_checkpoint, write_rank
-from parallel.checkpoint.whole import load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.layers.embedding import Embedding, TiedHead
 from parallel.layers.linear import Linear
 from parallel.layers.norm import LayerNorm
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer
-from parallel.sharding.slices import box_of_mindspore, box_shape, cut_parameters
+from parallel.sharding.slices import box_of_mindspore, box_shape, sharded_parameters
 
 
 class Block(Layer):
     def __init__(self):
         super().__init__()
         self.norm = LayerNorm(16)
-        self.mapping = Linear(16, 32, cut="column", std=0.1)
-        self.projection = Linear(32, 16, cut="row", std=0.1)
+        self.mapping = Linear(16, 32, style="column", std=0.1)
+        self.projection = Linear(32, 16, style="row", std=0.1)
 
 
 class Model(Layer):
@@ -35,9 +35,9 @@ class Model(Layer):
 
     def __init__(self):
         super().__init__()
-        self.embedding = Embedding(24, 16, std=0.1, cut="vocabulary")
+        self.embedding = Embedding(24, 16, std=0.1, axis="vocabulary")
         self.first, self.second, self.third = Block(), Block(), Block()
-        self.head = TiedHead(cut="vocabulary")
+        self.head = TiedHead(axis="vocabulary")
 
     def pipeline_cells(self):
         return [[self.embedding], self.first, self.second, self.third, [self.head]]
@@ -65,7 +65,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
+def full(model, tmp_path_factory):
     """A whole checkpoint of the model with moments."""
     folder, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
     parameters = [Parameter(Tensor(rng.standard_normal(p.shape).astype(np.float32)), name=p.name)
@@ -77,11 +77,11 @@ def whole(model, tmp_path_factory):
 
 def recut(source, target, model, layout):
     """What the verb does, for a model without a config file."""
-    slices, wholes = Slices(source), {w.name: w for w in cut_parameters(model, layout)}
+    slices, full_parameters = Slices(source), {w.name: w for w in sharded_parameters(model, layout)}
 
     def write(folder):
         for rank in range(layout.world):
-            write_rank(folder, rank, layout.world, reshard.rank_plan(slices, wholes, rank), slices.read)
+            write_rank(folder, rank, layout.world, reshard.rank_plan(slices, full_parameters, rank), slices.read)
 
     return write_checkpoint(target, 0, write, slices.state)
 
@@ -91,20 +91,20 @@ def merge(source, target):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_there_and_back_is_the_identity(whole, model, tmp_path, name):
-    cut = recut(whole, tmp_path / "cut", model, LAYOUTS[name])
-    merge(cut, tmp_path / "back")
+def test_there_and_back_is_the_identity(full, model, tmp_path, name):
+    sharded = recut(full, tmp_path / "cut", model, LAYOUTS[name])
+    merge(sharded, tmp_path / "back")
     for file in ("parameters.safetensors", "optimizer.safetensors"):
-        assert_same_file(whole / file, tmp_path / "back" / file)
+        assert_same_file(full / file, tmp_path / "back" / file)
     assert json.loads((tmp_path / "back" / "state.json").read_text())["iteration"] == 7
 
 
-def test_from_layout_to_layout(whole, model, tmp_path):
+def test_from_layout_to_layout(full, model, tmp_path):
     names = list(LAYOUTS)
-    source = whole
+    source = full
     for number, name in enumerate(names):
         source = recut(source, tmp_path / str(number), model, LAYOUTS[name])
-    direct = recut(whole, tmp_path / "direct", model, LAYOUTS[names[-1]])
+    direct = recut(full, tmp_path / "direct", model, LAYOUTS[names[-1]])
     files = sorted(path.name for path in direct.iterdir())
     assert files == sorted(path.name for path in source.iterdir()) and len(files) == 8 * 3 + 1
     assert all((direct / name).read_bytes() == (source / name).read_bytes() for name in files)
@@ -117,8 +117,8 @@ def assert_same_file(one, other):
 
 
 def boxes(model, layout, name):
-    whole = {w.name: w for w in cut_parameters(model, layout)}[name]
-    return [whole.box_of_rank(rank) for rank in range(layout.world)]
+    full = {w.name: w for w in sharded_parameters(model, layout)}[name]
+    return [full.box_of_rank(rank) for rank in range(layout.world)]
 
 
 def test_boxes_of_op_and_data(model):
@@ -153,31 +153,31 @@ def test_boxes_of_a_compiled_layout():
     assert box_shape(box_of_mindspore([[4, 2], [-1, 0], [128, 64], 0, True, "", [128, 128]], 6)) == (128, 64)
 
 
-def test_one_device_reads_slices_and_a_rank_reads_its_part(whole, model, tmp_path):
-    cut = recut(whole, tmp_path / "cut", model, LAYOUTS["all"])
-    expected = SafetensorsFile(whole / "parameters.safetensors")
+def test_one_device_reads_slices_and_a_rank_reads_its_part(full, model, tmp_path):
+    sharded = recut(full, tmp_path / "cut", model, LAYOUTS["all"])
+    expected = SafetensorsFile(full / "parameters.safetensors")
     parameters = [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=p.name) for p in model.get_parameters()]
-    assert load_checkpoint(cut, parameters)["iteration"] == 7
+    assert load_checkpoint(sharded, parameters)["iteration"] == 7
     assert all(np.array_equal(p.asnumpy(), expected.read(p.name)) for p in parameters)
     layout = LAYOUTS["dp4 op2 all sharded"]
-    mine = {w.name: w.box_of_rank(3) for w in cut_parameters(model, layout)}
+    mine = {w.name: w.box_of_rank(3) for w in sharded_parameters(model, layout)}
     parts = [Parameter(Tensor(np.zeros(box_shape(box), np.float32)), name=name) for name, box in mine.items()]
     moments = [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"adam_{k}.{p.name}") for k in "mv" for p in parts]
-    load_checkpoint(cut, parts, moments, mine)
-    moved = SafetensorsFile(whole / "optimizer.safetensors").read("adam_v.first.mapping.weight")
+    load_checkpoint(sharded, parts, moments, mine)
+    moved = SafetensorsFile(full / "optimizer.safetensors").read("adam_v.first.mapping.weight")
     got = next(p for p in moments if p.name == "adam_v.first.mapping.weight").asnumpy()
     assert np.array_equal(got, moved[20:24])
 
 
-def test_every_rank_saves_its_slices(whole, model, tmp_path):
+def test_every_rank_saves_its_slices(full, model, tmp_path):
     layout = LAYOUTS["all"]
-    wholes = cut_parameters(model, layout)
-    files = [SafetensorsFile(whole / name) for name in ("parameters.safetensors", "optimizer.safetensors")]
+    full_parameters = sharded_parameters(model, layout)
+    files = [SafetensorsFile(full / name) for name in ("parameters.safetensors", "optimizer.safetensors")]
     barrier = threading.Barrier(layout.world, timeout=60)
 
     def save(rank):
-        boxes = {w.name: w.box_of_rank(rank) for w in wholes if w.box_of_rank(rank) is not None}
-        holder = Holder(rank, layout.world, boxes, {w.name: w.shape for w in wholes}, barrier.wait)
+        boxes = {w.name: w.box_of_rank(rank) for w in full_parameters if w.box_of_rank(rank) is not None}
+        holder = Holder(rank, layout.world, boxes, {w.name: w.shape for w in full_parameters}, barrier.wait)
         parameters = [Parameter(Tensor(files[0].read_box(name, box)), name=name) for name, box in boxes.items()]
         states = [Parameter(Tensor(files[1].read_box(f"adam_{k}.{name}", box)), name=f"adam_{k}.{name}")
                   for k in "mv" for name, box in boxes.items()]
@@ -191,7 +191,7 @@ def test_every_rank_saves_its_slices(whole, model, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000009"]
     merge(tmp_path / "run", tmp_path / "back")
     for file in ("parameters.safetensors", "optimizer.safetensors"):
-        assert_same_file(whole / file, tmp_path / "back" / file)
+        assert_same_file(full / file, tmp_path / "back" / file)
 
 
 def test_the_first_stages_copy_of_a_shared_table_counts(tmp_path):
@@ -220,35 +220,36 @@ def test_boxes_of_experts():
             self.moe = SparsePertokenMoE(4, 8, 24, experts=3, active=2)
 
     layout = config(data=4, op=2, expert=2)
-    wholes = {whole.name: whole for whole in cut_parameters(Experts(), layout)}
-    gate = wholes["moe.gate_weight"]
+    full_parameters = {full.name: full for full in sharded_parameters(Experts(), layout)}
+    gate = full_parameters["moe.gate_weight"]
     assert gate.shape == (4, 2, 8, 8)
     for rank in range(8):
         expert = rank // 2 % 2
         assert gate.box_of_rank(rank) == ((0, 4), (expert, expert + 1), (0, 8), (0, 8))
-    sharded = {w.name: w for w in cut_parameters(Experts(), config(data=4, op=2, expert=2, optimizer={"shard": -1}))}
+    sharded = {w.name: w for w in sharded_parameters(Experts(),
+                                                     config(data=4, op=2, expert=2, optimizer={"shard": -1}))}
     # Whoever holds the same experts shares their states: both replicas x both places of the unused op axis.
     parts = [sharded["moe.gate_weight"].box_of_rank(rank)[0] for rank in (0, 1, 4, 5)]
     assert parts == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
-def test_what_is_wrong_is_said(whole, model, tmp_path):
-    cut = recut(whole, tmp_path / "cut", model, LAYOUTS["dp2 op4"])
+def test_what_is_wrong_is_said(full, model, tmp_path):
+    sharded = recut(full, tmp_path / "cut", model, LAYOUTS["dp2 op4"])
     with pytest.raises(UserError, match="exists already"):
-        merge(cut, cut)
-    file = cut / "parameters-00003-of-00008.safetensors"
+        merge(sharded, sharded)
+    file = sharded / "parameters-00003-of-00008.safetensors"
     data = bytearray(file.read_bytes())
     data[8 + int.from_bytes(data[:8], "little")] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match="have changed"):
-        merge(cut, tmp_path / "no")
+        merge(sharded, tmp_path / "no")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut"], "nothing half-written"
-    (cut / "layout-00002-of-00008.json").unlink()
+    (sharded / "layout-00002-of-00008.json").unlink()
     with pytest.raises(UserError, match="rank 2 of 8 are missing"):
-        Slices(cut)
-    wholes = {w.name: w for w in cut_parameters(Block(), LAYOUTS["dp2 op4"])}
+        Slices(sharded)
+    full_parameters = {w.name: w for w in sharded_parameters(Block(), LAYOUTS["dp2 op4"])}
     with pytest.raises(UserError, match="lacks parameter norm.gamma"):
-        reshard._compare(Slices(whole), wholes)
+        reshard._compare(Slices(full), full_parameters)
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):

@@ -8,10 +8,10 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu.config import ModelConfig
 from pangu.model import PanGuAlpha, TrainingLoss
-from parallel.checkpoint.strategy_file import cuts_of, read_strategy, write_strategy
+from parallel.checkpoint.strategy_file import layouts_of, read_strategy, write_strategy
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.slices import cut_parameters
+from parallel.sharding.slices import sharded_parameters
 
 LAYOUTS = {
     "dp2 op4": {"data": 2, "op": 4},
@@ -31,33 +31,33 @@ def network():
 @pytest.fixture(params=LAYOUTS, scope="module")
 def written(request, network, tmp_path_factory):
     config = ParallelConfig.model_validate(LAYOUTS[request.param]).resolve()
-    wholes = cut_parameters(network, config)
+    full_parameters = sharded_parameters(network, config)
     path = tmp_path_factory.mktemp("strategy") / "strategy.ckpt"
-    write_strategy(path, cuts_of(wholes))
-    return path, wholes, config
+    write_strategy(path, layouts_of(full_parameters))
+    return path, full_parameters, config
 
 
 def test_what_is_read_is_what_was_written(written):
-    path, wholes, _ = written
-    assert read_strategy(path) == cuts_of(wholes)
+    path, full_parameters, _ = written
+    assert read_strategy(path) == layouts_of(full_parameters)
 
 
 def test_the_cuts_give_every_rank_its_box(written):
-    path, wholes, config = written
-    cuts, per_stage = read_strategy(path), config.data * config.op
-    for whole in wholes:
+    path, full_parameters, config = written
+    layouts, per_stage = read_strategy(path), config.data * config.op
+    for full in full_parameters:
         for rank in range(config.world):
             stage, place = divmod(rank, per_stage)
-            cut = cuts[whole.name]
-            box = cut.box(place, whole.shape) if config.pipeline.stages == 1 or stage in cut.stages else None
-            assert box == whole.box_of_rank(rank), (whole.name, rank)
+            layout = layouts[full.name]
+            box = layout.box(place, full.shape) if config.pipeline.stages == 1 or stage in layout.stages else None
+            assert box == full.box_of_rank(rank), (full.name, rank)
 
 
 def test_mindspore_reads_it(written):
-    path, wholes, config = written
+    path, full_parameters, config = written
     stages = config.pipeline.stages
     found = ms.parallel.build_searched_strategy(str(path))
-    assert {name.partition("-")[2] if stages > 1 else name for name in found} == {whole.name for whole in wholes}
+    assert {name.partition("-")[2] if stages > 1 else name for name in found} == {full.name for full in full_parameters}
     weight = next(name for name in found if name.endswith("layers.0.attention.query.weight"))
     assert list(found[weight].dev_matrix[0].dim) == [config.data, config.op]
     assert list(found[weight].tensor_map[0].dim) == [0, -1]
@@ -68,8 +68,8 @@ def test_mindspore_plans_a_transformation_with_it(network, tmp_path):
     """To one device every rank is needed once for each slice; back, rank 3 of 8 needs the one device."""
     config = ParallelConfig.model_validate(LAYOUTS["dp2 op4"]).resolve()
     source, single = tmp_path / "dp2_op4.ckpt", tmp_path / "one.ckpt"
-    write_strategy(source, cuts_of(cut_parameters(network, config)))
-    write_strategy(single, cuts_of(cut_parameters(network, ParallelConfig())))
+    write_strategy(source, layouts_of(sharded_parameters(network, config)))
+    write_strategy(single, layouts_of(sharded_parameters(network, ParallelConfig())))
     assert sorted(ms.parallel.rank_list_for_transform(0, str(source), str(single))) == [0, 1, 2, 3]
     assert ms.parallel.rank_list_for_transform(3, str(single), str(source)) == [0]
 

@@ -80,10 +80,10 @@ def results(network, x, training):
     y = network(x)
     y = y[0] if isinstance(y, tuple) else y
     weights = Tensor(np.random.default_rng(1).standard_normal(y.shape).astype(np.float32))
-    whole = Weighed(network)
-    whole.set_train(training)
+    full = Weighed(network)
+    full.set_train(training)
     parameters = ms.ParameterTuple(network.trainable_params())
-    own, rest = ops.grad(whole, 0, parameters)(x, weights)
+    own, rest = ops.grad(full, 0, parameters)(x, weights)
     return {"y": y.asnumpy(), "dx": own.asnumpy(),
             **{p.name: g.asnumpy() for p, g in zip(parameters, rest, strict=True)}}
 
@@ -152,7 +152,7 @@ def test_exchange_and_residual_equal_numpy_with_their_gradients():
     generator = np.random.default_rng(0)
     path = fused.library(ms.float32)
     x, change = (generator.standard_normal(shape).astype(np.float32) for shape in ((3, 150, 4, 5), (4, 150, 3, 5)))
-    exchange, add = fused.FusedExchange(path), fused.FusedAdd(path)
+    exchange, add = fused.FusedTokenMix(path), fused.FusedAdd(path)
     assert np.array_equal(exchange(Tensor(x)).asnumpy(), x.transpose(2, 1, 0, 3))
     dx = ops.grad(lambda x: (exchange(x) * Tensor(change)).sum())(Tensor(x))
     assert np.array_equal(dx.asnumpy(), change.transpose(2, 1, 0, 3))

@@ -30,7 +30,7 @@ def test_value_and_gradient(written_out):
     labels_N, weights_N = rng.integers(0, V, N).astype(np.int32), rng.random(N).astype(np.float32)
     loss = CrossEntropy(V)
     if written_out:
-        loss.whole = None
+        loss.full = None
     (_, nll_N), gradient_NV = Gradient(loss)(Tensor(logits_NV), Tensor(labels_N), Tensor(weights_N))
     wide_NV = logits_NV.astype(np.float64)
     shifted_NV = wide_NV - wide_NV.max(1, keepdims=True)

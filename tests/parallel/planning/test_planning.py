@@ -77,7 +77,7 @@ def test_products_are_those_of_the_rankers_own_count(name):
     with as_on_ascend():
         task, settings, _ = build_task(path, ["parallel.devices=null", "parallel.data=1", "parallel.op=1",
                                               "parallel.pipeline={}"])
-    from recsys.params import count
+    from recsys.count import count
 
     forward = sum(part.forward.flops for part in network_cost(describe(task, 1), ParallelConfig()).costs)
     assert forward == count(task.network)["flops_per_sample"] * settings.train.global_batch_size
@@ -118,9 +118,9 @@ def test_all_dimensions_on_the_last_stage_by_hand():
     assert sums["AllReduce", "op", "recompute", rows * width * 2] == 2 * micro  # one a layer: after attention
     assert moved["Receive"] == moved["Send"] == micro  # hidden state in, its gradient out
     own = [item for item in parameter_slices(found, cost.mesh) if item.shard and item.count.unit in (3, 4)]
-    whole = sum(item.whole for item in own)
-    assert sum(said.bytes * n for said, n in made.collectives.items() if said.kind == "ReduceScatter") == whole
-    assert sum(said.bytes * n for said, n in made.collectives.items() if said.kind == "AllGather") == whole // 2
+    full = sum(item.full for item in own)
+    assert sum(said.bytes * n for said, n in made.collectives.items() if said.kind == "ReduceScatter") == full
+    assert sum(said.bytes * n for said, n in made.collectives.items() if said.kind == "AllGather") == full // 2
     assert made.memory.optimizer == 2 * made.memory.parameters
     assert config.world == 8
 

@@ -54,7 +54,7 @@ GRID = {
                                              "train.accumulation=4 train.global_batch_size=16"),
     "ranker": (RANKER, 0, "parallel.data=2 parallel.op=2 parallel.optimizer.shard=-1"),
     "ranker, op alone": (RANKER, 0, "parallel.op=2"),
-    "ranker cut by tokens": (RANKER, 0, "parallel.data=4 parallel.op=2 model.op_cut=tokens"),
+    "ranker cut by tokens": (RANKER, 0, "parallel.data=4 parallel.op=2 model.op_sharding=tokens"),
     "ranker, first stage": (RANKER, 0, "parallel.data=2 parallel.pipeline.stages=2 parallel.pipeline.micro_batches=2"),
     "ranker recomputed": (RANKER, 0, "parallel.data=2 parallel.recompute.policy=full"),
     "experts": (MOE, 0, "parallel.data=2"),

@@ -101,24 +101,24 @@ def expected_pangu(rank: int, parallel: dict, model: dict = networks.PANGU, batc
     if data > 1:
         out.add("AllReduce data loss forward", 2 * micro * last, 1)
         out.add("AllReduce data loss backward", micro * last, 1)
-    cut = [width * width // op] * 4 + [width // op] * 3 + [width * inner // op] * 2 + [inner // op]
-    whole = [width] * 6  # gammas, betas, biases behind an AllReduce
+    sharded = [width * width // op] * 4 + [width // op] * 3 + [width * inner // op] * 2 + [inner // op]
+    full = [width] * 6  # gammas, betas, biases behind an AllReduce
     ends = first * [length * width] + last * [length * width, width, width]
     if not config.vocabulary and op > 1:
         ends += [table]
     if config.optimizer_shard > 1:
-        for size in cut * layers:
+        for size in sharded * layers:
             out.add("AllGather optimizer parameter forward", 1, size, half)
             out.add("ReduceScatter optimizer gradient backward", 1, size)
     elif data > 1:
-        for size in cut * layers:
+        for size in sharded * layers:
             out.add("AllReduce data gradient backward", 1, size)
     if data > 1 and (config.vocabulary or op == 1):
         # With sharded states each of the shared table's two stages sums its own part before they are added; without,
         # the first sums what it gathered, to which it has added what the last sent.
         out.add("AllReduce data gradient backward", int(first or (last and config.optimizer_shard > 1)), table)
     if data * op > 1:
-        for size in whole * layers + ends:
+        for size in full * layers + ends:
             out.add(f"AllReduce {'data' if data > 1 else 'op'} gradient backward", 1, size)
     if config.world > 1:  # over the stage, and over the stages
         out.add("AllReduce norm norm forward", 1 + (stages > 1), 1)

@@ -52,9 +52,9 @@ def _words(item) -> set[str]:
 
 def test_level_1_keeps_whole_gradients_and_level_2_cuts_them(compiled):
     reports = [compiled("pangu", 0, data=2, optimizer={"shard": -1, "level": level}, **STAGES) for level in (1, 2)]
-    cut = sum(MATRICES) + sum(BIASES)  # one layer a stage
-    assert [size(report, "ReduceScatter", "gradient") for report in reports] == [cut, MICRO * cut]
-    assert reports[0].memory.gradients - reports[1].memory.gradients == cut // 2
+    sharded = sum(MATRICES) + sum(BIASES)  # one layer a stage
+    assert [size(report, "ReduceScatter", "gradient") for report in reports] == [sharded, MICRO * sharded]
+    assert reports[0].memory.gradients - reports[1].memory.gradients == sharded // 2
     assert reports[0].memory.parameters == reports[1].memory.parameters
 
 
@@ -113,22 +113,23 @@ def test_uneven_stages(compiled):
 
 
 def test_parts_of_a_micro_batch_speak_in_halves(compiled):
-    whole, parts = (compiled("pangu", 0, data=2, op=2, micro_batch_interleave=count, **STAGES) for count in (1, 2))
+    full, parts = (compiled("pangu", 0, data=2, op=2, micro_batch_interleave=count, **STAGES) for count in (1, 2))
     for phase in ("forward", "backward"):
-        assert runs(parts, "op", "activation", phase) == 2 * runs(whole, "op", "activation", phase)
-        assert size(parts, "op", "activation", phase) == size(whole, "op", "activation", phase)
+        assert runs(parts, "op", "activation", phase) == 2 * runs(full, "op", "activation", phase)
+        assert size(parts, "op", "activation", phase) == size(full, "op", "activation", phase)
     for words in (("gradient",), ("parameter",), ("norm",)):
-        assert size(parts, *words) == size(whole, *words)
+        assert size(parts, *words) == size(full, *words)
 
 
 def test_sequence_parallelism_turns_sums_into_halves(compiled):
-    whole, cut = (compiled("pangu", 0, op=2, sequence=sequence) for sequence in (False, True))
+    full, sharded = (compiled("pangu", 0, op=2, sequence=sequence) for sequence in (False, True))
     # Each of the two row-cut products of a layer; left are the three sums over the vocabulary.
-    assert [runs(report, "AllReduce", "op", "activation", "forward") for report in (whole, cut)] == [2 * LAYERS + 3, 3]
-    assert size(cut, "ReduceScatter", "activation", "forward") == (2 * LAYERS + 1) * HIDDEN  # and the lookup
-    assert size(cut, "AllGather", "redistribution", "forward") == (2 * LAYERS + 1) * HIDDEN  # and the head
-    assert not [item for item in cut.collectives if item.unexpected]
-    assert cut.memory.activations < whole.memory.activations
+    assert [runs(report, "AllReduce", "op", "activation", "forward") for report in (full, sharded)] == [2 * LAYERS + 3,
+                                                                                                        3]
+    assert size(sharded, "ReduceScatter", "activation", "forward") == (2 * LAYERS + 1) * HIDDEN  # and the lookup
+    assert size(sharded, "AllGather", "redistribution", "forward") == (2 * LAYERS + 1) * HIDDEN  # and the head
+    assert not [item for item in sharded.collectives if item.unexpected]
+    assert sharded.memory.activations < full.memory.activations
 
 
 def test_slicing_what_is_kept_gathers_before_recomputing(compiled):
@@ -175,11 +176,11 @@ def test_gradients_are_fused_in_groups(compiled, groups):
 
 
 def test_a_whole_vocabulary_needs_no_sums_over_it(compiled):
-    cut, whole = (compiled("pangu", 0, data=2, op=2, vocabulary=vocabulary) for vocabulary in (True, False))
+    sharded, full = (compiled("pangu", 0, data=2, op=2, vocabulary=vocabulary) for vocabulary in (True, False))
     row_sums = 2 * LAYERS
-    assert runs(whole, "AllReduce", "op", "activation", "forward") == row_sums
-    assert runs(cut, "AllReduce", "op", "activation", "forward") == row_sums + 1 + 3  # the lookup; max, sum, pick
-    assert whole.memory.parameters - cut.memory.parameters == 4 * VOCABULARY // 2 * WIDTH
+    assert runs(full, "AllReduce", "op", "activation", "forward") == row_sums
+    assert runs(sharded, "AllReduce", "op", "activation", "forward") == row_sums + 1 + 3  # the lookup; max, sum, pick
+    assert full.memory.parameters - sharded.memory.parameters == 4 * VOCABULARY // 2 * WIDTH
 
 
 def test_dropout_says_nothing_to_others_and_compiles_on_every_stage(compiled):

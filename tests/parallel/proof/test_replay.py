@@ -330,9 +330,9 @@ class TestComparison:
         replay = Replay(SimpleNamespace(boxes=[{}]), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
         rank = Rank(0, prepare(graph_of(node("Neg", "out", ("x",), (1,)))), {})
         found = []
-        for ours, whole in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):
+        for ours, full in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):
             rank.state = {"adam_m.bias": np.array([ours])}
-            found.append(replay._differences([rank], {"adam_m.bias": np.array([whole])})[0].relative)
+            found.append(replay._differences([rank], {"adam_m.bias": np.array([full])})[0].relative)
         np.testing.assert_allclose(found, [0.0, 1e-7, 0.5, np.inf])
 
     def test_both_optimizers_take_the_larger_epsilon(self, root):
@@ -357,18 +357,18 @@ class TestComparison:
         assert not any("moe" in item for item in plain) and plain + ["train.optimizer.epsilon=1e-2"] == separated
 
     def test_micro_batches_of_one_rank_are_refused(self, root):
-        from parallel.proof.replay.settings import check_world
+        from parallel.proof.replay.settings import check_size
 
         with pytest.raises(UserError, match="gathers no gradients of micro-batches in a world of one rank"):
-            check_world(str(root / CONFIG), ["train.accumulation=2"])
-        check_world(str(root / CONFIG), ["train.accumulation=2", "parallel.data=2"])
+            check_size(str(root / CONFIG), ["train.accumulation=2"])
+        check_size(str(root / CONFIG), ["train.accumulation=2", "parallel.data=2"])
 
 
 @pytest.fixture(scope="module")
 def layout(root):
     """(world, one-device run, steps) of data 2 x op 2 with optimizer sharding and sequence parallelism."""
     from parallel.proof.compile.rank_compiler import Compilers
-    from parallel.proof.replay.ranks import compile_world
+    from parallel.proof.replay.ranks import compile_ranks
     from parallel.proof.replay.reference import OneDevice
     from parallel.proof.replay.settings import with_defaults
 
@@ -376,7 +376,7 @@ def layout(root):
     overrides = with_defaults(config, [*TINY, "parallel.data=2", "parallel.op=2", "parallel.optimizer.shard=-1",
                                        "parallel.sequence=true"])
     with Compilers(2) as compilers:
-        return compile_world(config, overrides, compilers), OneDevice(config, overrides)
+        return compile_ranks(config, overrides, compilers), OneDevice(config, overrides)
 
 
 def planted(world, change):

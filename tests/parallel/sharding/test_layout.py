@@ -47,10 +47,10 @@ def test_strategies_of_the_released_code(network):
 
 
 def test_norms_and_biases_after_a_sum_stay_whole_under_optimizer_sharding(network):
-    whole = {name for name, item in network.parameters_and_names() if not item.parallel_optimizer}
+    full = {name for name, item in network.parameters_and_names() if not item.parallel_optimizer}
     for name, _ in network.parameters_and_names():
         expected = ".norm" in f".{name}" or name.endswith(("output.bias", "projection.bias", "table"))
-        assert (name in whole) == expected, name
+        assert (name in full) == expected, name
 
 
 def test_sequence_parallelism_cuts_the_residual_stream_over_both_axes(network):
@@ -70,7 +70,7 @@ def test_every_primitive_of_a_layer_with_tensors_has_a_layout(network):
     for name, cell in network.cells_and_names():
         if not isinstance(cell, Layer):
             continue
-        declared = {id(cut.primitive) for cut in cell.cuts()}
+        declared = {id(item.primitive) for item in cell.sharding()}
         for primitive in cell._primitives.values():
             if isinstance(primitive, ops.Primitive) and primitive.name not in followers:
                 assert id(primitive) in declared, f"{name}: {primitive.name}"

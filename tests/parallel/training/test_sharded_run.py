@@ -42,7 +42,7 @@ def simulate(folder: Path, layout: list[str], *more: str, world: int = 4, valida
     (folder / "order.json").write_text(json.dumps(order))
     environment = child_environment(library_path())
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])
-    done = subprocess.run([sys.executable, "-m", "tests.parallel.cut_run_child", str(folder / "order.json")],
+    done = subprocess.run([sys.executable, "-m", "tests.parallel.sharded_run_child", str(folder / "order.json")],
                           env=environment, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world)]
@@ -91,8 +91,8 @@ def test_a_ranker_starts_from_the_slices_of_one_device(tmp_path):
     start = whole_start(config, model)
     for name, value in start.items():
         np.testing.assert_array_equal(saved.read(name), value, err_msg=name)
-    cut = {name for name, box in told[0]["boxes"].items() if [stop for _, stop in box] != list(start[name].shape)}
-    assert {f"layers.{i}.network.{part}.weight" for i in range(2) for part in ("mapping", "projection")} <= cut
+    sharded = {name for name, box in told[0]["boxes"].items() if [stop for _, stop in box] != list(start[name].shape)}
+    assert {f"layers.{i}.network.{part}.weight" for i in range(2) for part in ("mapping", "projection")} <= sharded
 
 
 @pytest.mark.slow
@@ -117,11 +117,11 @@ def test_the_cpu_refuses_what_it_cannot_cut():
     from parallel.common.errors import UserError
     from parallel.sharding.config import ParallelConfig
     from parallel.training.device import Processes
-    from parallel.training.sharded_run import needs_cut
+    from parallel.training.sharded_run import needs_sharding
 
     cpu, ascend = Processes(0, 4, "group", "CPU"), Processes(0, 4, "group", "Ascend")
     with pytest.raises(UserError, match="on the CPU only data parallelism runs"):
-        needs_cut(ParallelConfig(op=2, data=2).resolve(), cpu)
-    assert not needs_cut(ParallelConfig(data=4).resolve(), ascend)
-    assert not needs_cut(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), cpu)
-    assert needs_cut(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), ascend)
+        needs_sharding(ParallelConfig(op=2, data=2).resolve(), cpu)
+    assert not needs_sharding(ParallelConfig(data=4).resolve(), ascend)
+    assert not needs_sharding(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), cpu)
+    assert needs_sharding(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), ascend)

@@ -14,7 +14,7 @@ import pytest
 from parallel.proof.compile.graph import Graph
 from parallel.proof.dryrun.dryrun import RankReport
 from parallel.sharding.parallelize import parallelize
-from parallel.training.stage_only import StandIn, held_parameters, leave_out_other_stages
+from parallel.training.stage_only import PlaceholderLayer, held_parameters, leave_out_other_stages
 from tests.parallel import proof_networks as networks
 
 pytestmark = pytest.mark.skipif(
@@ -48,13 +48,13 @@ def unnumbered(scope: str) -> str:
 
 def same(compiled, rank: int, **layout) -> None:
     """The two graphs of a rank are one."""
-    whole, own = (compiled("pangu", rank, own_stage=alone, **layout) for alone in (False, True))
-    assert len(whole.graph.main.nodes) == len(own.graph.main.nodes) > 500
-    assert told(whole.graph) == told(own.graph)
-    assert whole.graph.parameters == own.graph.parameters
+    full, own = (compiled("pangu", rank, own_stage=alone, **layout) for alone in (False, True))
+    assert len(full.graph.main.nodes) == len(own.graph.main.nodes) > 500
+    assert told(full.graph) == told(own.graph)
+    assert full.graph.parameters == own.graph.parameters
     assert all(item.tag is None for item in own.collectives)
-    assert said(whole) == said(own)
-    assert whole.memory == own.memory
+    assert said(full) == said(own)
+    assert full.memory == own.memory
 
 
 @pytest.mark.parametrize(("pipeline", "expected"), [
@@ -67,7 +67,7 @@ def test_the_layers_of_others_are_left_out(pipeline, expected) -> None:
     network = parallelize(task.network, config)
     before = [item.name for item in network.trainable_params()]
     leave_out_other_stages(network, config, 1 if config.pipeline.stages > 1 else 0)
-    assert sum(isinstance(cell, StandIn) for _, cell in network.cells_and_names()) == expected
+    assert sum(isinstance(cell, PlaceholderLayer) for _, cell in network.cells_and_names()) == expected
     held = [item.name for item in held_parameters(network)]
     layer = [name for name in before if name.startswith("layers.0.")]
     assert len(before) - len(held) == expected * len(layer) and set(held) <= set(before)
@@ -102,7 +102,7 @@ def test_micro_batches_written_out(compiled) -> None:
 def test_what_layers_take_beside_the_stream_still_crosses_borders(compiled, rank) -> None:
     """Stage 0 sends the bias to the other three for each of four micro-batches."""
     layout = {"pipeline": {"stages": 4, "micro_batches": 4}, "model": {"layers": 8}}
-    whole, own = (compiled("one_bias", rank, own_stage=alone, **layout) for alone in (False, True))
-    assert said(whole) == said(own)
+    full, own = (compiled("one_bias", rank, own_stage=alone, **layout) for alone in (False, True))
+    assert said(full) == said(own)
     bias = [item for item in own.collectives if item.kind in ("Send", "Receive") and len(item.shape) == 4]
     assert {item.ranks for item in bias} == ({(0, 1), (0, 2), (0, 3)} if rank == 0 else {(2, 0)})

@@ -18,13 +18,13 @@ def batches():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_micro_batches_equal_the_whole_batch(batches, dropout):
-    whole, cut = make_step(settings(), dropout), make_step(settings(accumulation=4), dropout)
-    expected, got = run(whole, batches), run(cut, batches)
+    full, sharded = make_step(settings(), dropout), make_step(settings(accumulation=4), dropout)
+    expected, got = run(full, batches), run(sharded, batches)
     np.testing.assert_allclose(got, expected, rtol=2e-5)
     assert dropout == 0.0 or abs(expected[0][0] - run(make_step(settings()), batches[:1])[0][0]) > 1e-3
-    for name, value in values(whole).items():
+    for name, value in values(full).items():
         if name not in MOVING:
-            np.testing.assert_allclose(values(cut)[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(values(sharded)[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_a_non_finite_step_changes_nothing_but_the_scale():

@@ -11,16 +11,17 @@ import pytest
 from parallel.checkpoint.folder import list_checkpoints
 from parallel.common.errors import UserError
 from parallel.training.data_source import prefetch
-from parallel.training.metrics_log import measured_matmul_tflops, read_metrics
+from parallel.training.metrics_log import Clock, read_metrics
+from parallel.training.mindspore_backend import MindSporeBackend, measured_matmul_tflops
 from parallel.training.settings import EarlyStopSettings, LossScaleSettings, OutputSettings, TrainSettings
-from parallel.training.trainer import Clock, Trainer
+from parallel.training.trainer import Run, Trainer
 from tests.parallel.toy import Batches, make_step, settings
 
 
 def trainer(folder, train=None, source=None, output=None, **options):
     train = train or settings()
     output = OutputSettings(**{"directory": str(folder), "checkpoint_every": 4, "tensorboard": False, **(output or {})})
-    return Trainer(make_step(train), source or Batches(), train, output, **options)
+    return Trainer(MindSporeBackend(make_step(train)), Run(source or Batches(), train, output, **options))
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,11 @@ def finished(tmp_path_factory):
     """One run of 12 steps with everything on, shared by the tests that look at it."""
     folder = tmp_path_factory.mktemp("run")
     seen = []
-    whole = trainer(folder, settings(validate_every=5), output={"tensorboard": True, "keep": 2},
+    full = trainer(folder, settings(validate_every=5), output={"tensorboard": True, "keep": 2},
                     validation=Batches(seed=9),
                     evaluate=[lambda step: {"twice": 2 * step}], units="samples", units_per_step=8, flops_per_step=1e6,
                     describe={"model": "toy"}, on_step=lambda step, scalars: seen.append((step, scalars["loss"])))
-    return folder, whole.run(), seen, whole
+    return folder, full.run(), seen, full
 
 
 def test_figures(finished):
@@ -58,9 +59,9 @@ def test_log_and_pictures(finished):
 
 
 def test_validation_is_the_weighted_mean_without_dropout(finished):
-    _, figures, _, whole = finished
+    _, figures, _, full = finished
     total = weight = 0.0
-    parameters = {p.name: p.asnumpy() for p in whole.parameters}
+    parameters = {p.name: p.read() for p in full.backend.parameters()}
     for index in range(5):
         x, y, mask = Batches(seed=9).batch(index)
         hidden = np.tanh(x @ parameters["weight1"] + parameters["bias1"])

@@ -140,9 +140,9 @@ def test_columns_of_a_wrong_type_are_one_clear_line(tmp_path):
 
 
 def test_ids_that_come_as_floats_are_the_same_values_in_every_piece():
-    whole = strings(pa.array([3.0, 1e20, 4.5, None, float("nan"), float("inf"), -0.0]), "id", "here").to_pylist()
-    assert whole[0] == "3" and whole[2] == "4.5" and whole[3] is whole[4] is None and whole[5] == "inf"
-    assert float(whole[1]) == 1e20 and whole[6] == "0"
+    full = strings(pa.array([3.0, 1e20, 4.5, None, float("nan"), float("inf"), -0.0]), "id", "here").to_pylist()
+    assert full[0] == "3" and full[2] == "4.5" and full[3] is full[4] is None and full[5] == "inf"
+    assert float(full[1]) == 1e20 and full[6] == "0"
     assert strings(pa.array([3, None]), "id", "here").to_pylist() == ["3", None]
 
 

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE, cut_dense
+from parallel.layers.moe import SparsePertokenMoE, split_dense
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
 from parallel.layers.relu_moe import ReluMoE
@@ -171,10 +171,10 @@ def test_routers_get_a_gradient(active):
 def test_a_dense_network_cut_into_experts_gives_equal_outputs_with_all_on(experts):
     dense = made(GroupedSwiGLU(3, 8, 16, down_gain=1.0))
     sparse = SparsePertokenMoE(3, 8, 16, experts=experts, active=experts, alpha=experts - 1.0)
-    cut = cut_dense(*(getattr(dense, name).weight.asnumpy() for name in ("gate", "up", "down")), experts)
+    values = split_dense(*(getattr(dense, name).weight.asnumpy() for name in ("gate", "up", "down")), experts)
     for p in sparse.get_parameters():
-        p.set_data(Tensor(cut.pop(p.name)))
-    assert not cut
+        p.set_data(Tensor(values.pop(p.name)))
+    assert not values
     x = Tensor(stream(3, 8))
     close(sparse(x), dense(x).asnumpy().astype(np.float64), 2e-6)
 

@@ -50,7 +50,7 @@ def test_figures_and_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SWEEP_RATIOS", ("1:1",))
     assert main("recsys", VERBS, ["bench", "--config", "configs/recsys/tokenmixer_large_ug_sep.yaml", *TINY,
                                   "--candidates", "6", "--ug-ratio", "1:1", "--rounds", "2", "--skip-matmul", "--sweep",
-                                  "--out", str(tmp_path)]) == 0
+                                  "--output", str(tmp_path)]) == 0
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert {"entangled_ms", "separated_ms", "ratio", "end_to_end_ratio", "p99_ms"} <= set(figures)
     assert figures["ratio"] == pytest.approx(figures["separated_ms"] / figures["entangled_ms"])
@@ -62,10 +62,10 @@ def test_figures_and_picture(tmp_path, capsys, monkeypatch):
 
 
 def test_the_product_alone(monkeypatch):
-    from recsys.quantization import layers as quantization
+    from parallel.layers import int8
     from recsys.quantization import matmul_speed
 
-    if quantization.library() is None:
+    if int8.library() is None:
         pytest.skip("no C++ compiler here")
     monkeypatch.setattr(matmul_speed, "_COLD_BYTES", 1 << 16)
     found = matmul_speed.measure((1, 3), ((96, 64),), rounds=3)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from parallel.common.errors import UserError
+from parallel.serving.queue import Busy
 from recsys.saved_model import describe, load
-from recsys.serving.engine import Busy, Engine
+from recsys.serving.engine import Engine
 from recsys.serving.requests import read_request
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
@@ -191,7 +192,7 @@ def test_a_quantized_model_is_served_and_reloaded(run, tmp_path):
         if not (folder / "checkpoints" / f"step_{step:08d}").is_dir():
             add_checkpoint(folder, settings, log, step, seed=step)
         assert main("recsys", VERBS, ["quantize", "--checkpoint", str(folder / "checkpoints" / f"step_{step:08d}"),
-                                      "--out", str(tmp_path / f"q{step}"), "--part", "none"]) == 0
+                                      "--output", str(tmp_path / f"q{step}"), "--part", "none"]) == 0
     engine = Engine(load(tmp_path / "q1"), replace_settings(requests=1, candidates=[16]))
     engine.start()
     try:

@@ -71,15 +71,15 @@ def tokens(count, seed, batch=BATCH):
     return np.random.default_rng(seed).standard_normal((count, batch, WIDTH)).astype(np.float32)
 
 
-def whole(cell, user, group):
-    x, _ = cell.whole(Tensor(np.concatenate([user, group])))
+def masked(cell, user, group):
+    x, _ = cell.masked(Tensor(np.concatenate([user, group])))
     return x.asnumpy().copy()
 
 
 def leak(cell, counts, after):
     """How far U tokens and G tokens move when the G tokens change."""
     user = tokens(counts[0], 1)
-    one, other = (whole(cell, user, tokens(counts[1], seed)) for seed in (2, 3))
+    one, other = (masked(cell, user, tokens(counts[1], seed)) for seed in (2, 3))
     moved = np.abs(one - other)
     return moved[:after].max(), moved[after:].max()
 
@@ -116,7 +116,7 @@ def test_two_passes_are_the_block_with_masks(model, name, counts, other):
     cell = block(model, name, counts, other)
     users, group = tokens(counts[0], 1, 3), tokens(counts[1], 2, 11)
     index = np.array([0, 2, 1, 1, 0, 2, 2, 2, 0, 1, 0], np.int32)
-    wanted = whole(cell, users[:, index], group)
+    wanted = masked(cell, users[:, index], group)
     x_user, pieces, _ = cell.user(Tensor(users))
     assert [(piece.shape[0], piece.shape[2]) for piece in pieces] == list(cell.pieces)
     x_group, _ = cell.group(Tensor(group), pieces, Tensor(index))
@@ -124,7 +124,7 @@ def test_two_passes_are_the_block_with_masks(model, name, counts, other):
     assert np.abs(got - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
     one = tuple(Tensor(piece.asnumpy()[:, 1:2]) for piece in pieces)
     alone, _ = cell.group(Tensor(group), one, Tensor(np.zeros(11, np.int32)))
-    wanted = whole(cell, users[:, np.ones(11, np.int32)], group)[after(model, counts, other):]
+    wanted = masked(cell, users[:, np.ones(11, np.int32)], group)[after(model, counts, other):]
     assert np.abs(alone.asnumpy() - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
 
 
@@ -161,7 +161,7 @@ def test_tokenmixer_block_equals_numpy_with_whole_matrices():
     x2[c_u:] += np.stack([low @ p["compensation.spread.weight"][g] for g in range(c_g)])
     n = rms_norm(x2, p, "norm2")
     wanted = x2 + np.concatenate([swiglu(n[:c_u], p, "second_user."), swiglu(n[c_u:], p, "second_group.")])
-    assert np.abs(whole(cell, x[:c_u].astype(np.float32), x[c_u:].astype(np.float32)) - wanted).max() < 1e-5
+    assert np.abs(masked(cell, x[:c_u].astype(np.float32), x[c_u:].astype(np.float32)) - wanted).max() < 1e-5
 
 
 def test_rankmixer_block_equals_numpy():
@@ -178,7 +178,7 @@ def test_rankmixer_block_equals_numpy():
                   @ p[f"network_{side}.projection.weight"][i] + p[f"network_{side}.projection.bias"][i]
                   for t, (side, i) in enumerate([("user", i) for i in range(4)] + [("group", i) for i in range(2)])])
     wanted = layer_norm(v + s, p, "norm2")
-    assert np.abs(whole(cell, x[:4].astype(np.float32), x[4:].astype(np.float32)) - wanted).max() < 1e-5
+    assert np.abs(masked(cell, x[:4].astype(np.float32), x[4:].astype(np.float32)) - wanted).max() < 1e-5
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------
@@ -333,10 +333,10 @@ def test_compensation_starts_as_none(model, form):
     for cell in (without, with_it):
         initialize(cell, 3)
     user, group = tokens(4, 1), tokens(2, 2)
-    assert np.array_equal(whole(without, user, group), whole(with_it, user, group))
+    assert np.array_equal(masked(without, user, group), masked(with_it, user, group))
     weights = ms.ParameterTuple([p for p in with_it.trainable_params() if "compensation" in p.name])
     x = Tensor(np.concatenate([user, group]))
-    gradients = ops.grad(lambda x: ops.square(with_it.whole(x)[0]).sum(), None, weights)(x)
+    gradients = ops.grad(lambda x: ops.square(with_it.masked(x)[0]).sum(), None, weights)(x)
     assert max(np.abs(gradient.asnumpy()).max() for gradient in gradients) > 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from parallel.checkpoint.folder import list_checkpoints
-from parallel.checkpoint.whole import Checkpoint
+from parallel.checkpoint.full import Checkpoint
 from parallel.common.command import main
 from parallel.training.metrics_log import read_metrics
 from recsys.__main__ import VERBS

@@ -34,7 +34,7 @@ class SharedSum:
 class Rows:
     """Batches of which each process has its rows: row i of batch b holds the number 1000 b + i everywhere."""
 
-    columns = ("records", "position_ids", "attention_mask")
+    columns = ("records", "position_ids", "documents")
     steps_per_epoch = 8
 
     def __init__(self, shapes: list[tuple], share: tuple[int, int]) -> None:
@@ -66,13 +66,14 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     init()
     from parallel.task import build_task
     from parallel.training.device import Processes
-    from parallel.training.sharded_run import CutRun, needs_cut
-    from parallel.training.trainer import Trainer
+    from parallel.training.mindspore_backend import ShardedBackend
+    from parallel.training.sharded_run import ShardedRun, needs_sharding
+    from parallel.training.trainer import Run, Trainer
 
     processes = Processes(rank, world, "hccl_world_group", "Ascend")
     task, settings, config = build_task(order["config"], order["overrides"], world)
-    assert needs_cut(config, processes)
-    cut = CutRun(task, settings.train, config, processes, validated=order["validated"], exchange=add)
+    assert needs_sharding(config, processes)
+    cut = ShardedRun(task, settings.train, config, processes, validated=order["validated"], all_reduce=add)
     seen = []
 
     def stand_in(*batch: Tensor) -> tuple:
@@ -82,12 +83,13 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
 
     stand_in.set_train = lambda mode: None
     shapes = [item.shape for item in task.inputs if item.name != "sample_numbers"]
-    trainer = Trainer(cut.step, Rows(shapes, cut.rows), settings.train, settings.output,
-                      **cut.for_trainer() | {"cell": stand_in})
+    backend = ShardedBackend(cut)
+    cut.cell = stand_in
+    trainer = Trainer(backend, Run(Rows(shapes, cut.rows), settings.train, settings.output))
     figures = trainer.run()
     told = {"figures": figures, "rows": [[int(item.reshape(len(item), -1)[i, 0]) for i in range(len(item))]
                                          for item in seen[0]] if seen else [],
-            "shapes": {item.name: list(item.shape) for item in trainer.parameters},
+            "shapes": {item.name: list(item.shape) for item in backend.parameters()},
             "boxes": {name: [list(pair) for pair in box] for name, box in cut.holder.boxes.items()},
             "validated": cut.loss is not None}
     (Path(order["folder"]) / f"rank_{rank}.json").write_text(json.dumps(told, default=str), encoding="utf-8")

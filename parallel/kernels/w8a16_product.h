@@ -1,49 +1,8 @@
-// The product of a few rows with a panel of int8 weights; included once for every instruction set, which names kLanes
-// (float32 values of a vector), kMostRows (rows whose sums fit into the registers) and widen (kLanes bytes to float32).
+// The product of a few rows with a panel of int8 weights; included once for every instruction set, after panel_tile.h.
 //
-// A panel holds kPanel columns of a weight, [K, kPanel], so that one row of it is read as a whole. Few rows: the weights
-// are widened to float32 in registers, by units that the multiplications leave idle. Many rows (`Problem::wide`): a block
-// of some panels is widened once, scaled, into a second-level cache's worth of memory, and oneDNN multiplies with it.
-
-// y[r][0 .. 2 kLanes) += scale * sum over k < depth of x[k][r] w[k][..], for R rows, in U partial sums that need not
-// wait for each other.
-template <int R, int U>
-INLINE void add_tile(const float *x, const int8_t *w, int64_t depth, const float *scale, float *y) {
-  Vector sums[U][R][2] = {};
-  int64_t k = 0;
-  for (; k + U <= depth; k += U) {
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      const int8_t *row = w + (k + u) * kPanel;
-      __builtin_prefetch(row + kAhead, 0, 1);
-      const Vector left = widen(row), right = widen(row + kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const float value = x[(k + u) * R + r];
-        sums[u][r][0] += value * left;
-        sums[u][r][1] += value * right;
-      }
-    }
-  }
-  for (; k < depth; ++k) {
-    const Vector left = widen(w + k * kPanel), right = widen(w + k * kPanel + kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      sums[0][r][0] += x[k * R + r] * left;
-      sums[0][r][1] += x[k * R + r] * right;
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Vector sum = sums[0][r][half];
-#pragma GCC unroll 4
-      for (int u = 1; u < U; ++u) sum += sums[u][r][half];
-      Vector *place = reinterpret_cast<Vector *>(y + r * kPanel + half * kLanes);
-      *place += sum * *reinterpret_cast<const Vector *>(scale + half * kLanes);
-    }
-}
+// Few rows: the weights are widened to float32 in registers, by units that the multiplications leave idle. Many rows
+// (`Problem::wide`): a block of some panels is widened once, scaled, into a second-level cache's worth of memory, and
+// oneDNN multiplies with it.
 
 // A tile of `count` rows against all columns of the panel.
 template <int R>
@@ -53,7 +12,7 @@ static void add_rows(int count, const float *x, const int8_t *w, int64_t depth, 
   }
   constexpr int kParts = R == 1 ? 4 : R <= 3 ? 2 : 1;
   for (int column = 0; column < kPanel; column += 2 * kLanes)
-    add_tile<R, kParts>(x, w + column, depth, scale + column, y + column);
+    add_tile<R, kParts, 1>(x, w + column, 0, depth, scale + column, y + column, 0);
 }
 
 // sums [rows][kPanel] of one block of K; x is packed in tiles, each [K][rows of the tile].
@@ -156,7 +115,7 @@ INLINE Vector sigmoid(Vector x) {
   power = power * f + 6.9314718e-1f;
   power = power * f + 1.0f;
   const Integers exponent = (__builtin_convertvector(whole, Integers) + 127) << 23;
-  return 1.0f / (1.0f + power * reinterpret_cast<const Vector &>(exponent));
+  return 1.0f / (1.0f + power * (Vector)exponent);
 }
 
 // swish(x gate + a) * (x up + b) for panels of the inner width, straight into the tiles that the last product reads.

@@ -2,7 +2,7 @@
 //
 // Few rows only stream the weights from memory, and int8 is a quarter of the bytes; many are as fast as float32. Weights are symmetric int8 with one
 // scale for each output channel, or for each 128 inputs of it; they lie in panels (see w8a16_product.h), packed by
-// recsys/quantization/layers.py. All tokens' matrices, or all experts', are one call, spread over the cores by panels.
+// parallel/layers/int8.py. All tokens' matrices, or all experts', are one call, spread over the cores by panels.
 //
 // Signature of an entry: int name(int count, void **params, int *dims, int64_t **shapes, const char **types,
 // void *stream, void *extra); 0 = done.
@@ -80,6 +80,8 @@ typedef int32_t Integers __attribute__((vector_size(16), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return Vector{static_cast<float>(w[0]), static_cast<float>(w[1]), static_cast<float>(w[2]), static_cast<float>(w[3])};
 }
+INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+#include "panel_tile.h"
 #include "w8a16_product.h"
 }  // namespace portable
 
@@ -93,6 +95,8 @@ typedef int32_t Integers __attribute__((vector_size(32), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(w))));
 }
+INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+#include "panel_tile.h"
 #include "w8a16_product.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -106,6 +110,8 @@ typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
 INLINE Vector widen(const int8_t *w) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w))));
 }
+INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+#include "panel_tile.h"
 #include "w8a16_product.h"
 }  // namespace avx512
 #pragma GCC pop_options
