@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
 from recsys.data.readers import Reader
 from recsys.data.readers._files import no_default_features
 from recsys.data.streams.events import Event, Positions, TimeOf, read_object
@@ -108,7 +108,7 @@ class Topic:
         except self.kafka.KafkaException as error:
             refused = error.args[0]
         if refused is not None:
-            note(f"Kafka did not take the offsets: {refused.str()}")
+            info(f"Kafka did not take the offsets: {refused.str()}")
             return False
         for place in places:
             self.known[str(place.partition)] = place.offset
@@ -168,7 +168,7 @@ class Topic:
         came = {str(place.partition): place.offset for place in found}
         self.at.update(came)
         self.known.update(came)
-        note(f"partitions {', '.join(sorted(came)) or 'none'} came from the group")
+        info(f"partitions {', '.join(sorted(came)) or 'none'} came from the group")
         self.take_over(came)
 
     def _revoked(self, consumer: Any, places: list) -> None:
@@ -179,7 +179,7 @@ class Topic:
             self.at.pop(name, None)
             self.known.pop(name, None)
         self.paused -= going
-        note(f"partitions {', '.join(sorted(going))} went to the group")
+        info(f"partitions {', '.join(sorted(going))} went to the group")
 
     # -- messages -----------------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class Topic:
         elif error.code() in (codes.UNKNOWN_TOPIC_OR_PART, codes.TOPIC_AUTHORIZATION_FAILED) or error.fatal():
             raise UserError(f"Kafka: {error.str()}", where="data.stream.kafka.topic", value=self.topic)
         else:
-            note(f"Kafka: {error.str()}")
+            info(f"Kafka: {error.str()}")
 
     def _gap(self, name: str) -> None:
         oldest = self._oldest(int(name))
@@ -207,7 +207,7 @@ class Topic:
         if self.settings.gap == "error":
             raise UserError(what, where="data.stream.kafka", hint="keep them longer, or accept the gap with "
                             "data.stream.gap=skip")
-        note(f"{what}; going on after the gap")
+        info(f"{what}; going on after the gap")
         self.at[name] = oldest
         self.consumer.seek(self._place(name, oldest))
 

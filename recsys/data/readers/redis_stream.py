@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
 from recsys.data.readers import Reader
 from recsys.data.readers._files import no_default_features
 from recsys.data.streams.events import Event, Positions, TimeOf, read_object
@@ -141,7 +141,7 @@ class RedisStreams:
                     raise UserError(f"Redis is away: {error}", where="data.stream.redis.url",
                                     hint="start it, or raise data.stream.patience_seconds") from None
                 if not told:
-                    note(f"Redis is away ({error}); waiting")
+                    info(f"Redis is away ({error}); waiting")
                     told = True
                 time.sleep(_RETRY_SECONDS)
             except self.redis.exceptions.ResponseError as error:
@@ -163,7 +163,7 @@ class RedisStreams:
         if self.settings.gap == "error":
             raise UserError(what, where="data.stream.redis", hint="keep more of it (XADD MAXLEN), or accept the gap "
                             "with data.stream.gap=skip")
-        note(f"{what}; going on after the gap")
+        info(f"{what}; going on after the gap")
         counted = None if info["added"] is None else info["added"] - info["length"]
         self.at[key] = [identity, inclusive, counted] if entries else [info["last"], False, info["added"]]
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
 from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, no_default_features, parquet_tables
 from recsys.data.streams.events import Event, Positions, TimeOf
@@ -110,7 +110,7 @@ class Folder:
         later = [file for file in files if file.name > self.at[0]]
         if not later:
             return None, None
-        note(f"{self.folder / self.at[0]} is gone; going on with {later[0].name}")
+        info(f"{self.folder / self.at[0]} is gone; going on with {later[0].name}")
         self.at = [later[0].name, 0]
         return self._current()
 
@@ -121,7 +121,7 @@ class Folder:
                             value=late[0], hint=f"name it after {self.at[0]}, or leave it out with "
                             "data.stream.gap=skip")
         for name in late:
-            note(f"{self.folder / name} came too late and is left out")
+            info(f"{self.folder / name} came too late and is left out")
             self.passed.add(name)
 
     def _event(self, file: Path, place: int, row: dict) -> Event:

@@ -18,7 +18,7 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.training.companions import Companion
 from recsys.data.encode import Columns, Encoded, Encoder
 from recsys.data.features import Feature, FeatureSpec
@@ -145,7 +145,7 @@ class StreamSource(Companion):
 
     def _return_to_told(self) -> None:
         if self._step > self._told_step:
-            note(f"back to step {self._told_step}, the last that the group knows of")
+            info(f"back to step {self._told_step}, the last that the group knows of")
             self.go_back(self._told_step)
             self._step = self._told_step
 
@@ -225,7 +225,7 @@ class StreamSource(Companion):
         """For the JSON of the run."""
         skipped = self.skipped + self.encoder.report.skipped
         if skipped:
-            note("events skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
+            info("events skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
         return {**vars(self.samples.counts), "events_skipped": sum(skipped.values())}
 
 
