@@ -47,9 +47,9 @@ class RedisStreams:
     def begin(self) -> Positions:
         """In front of each stream's oldest entry."""
         found = self._patiently(lambda: [self._info(self.client, key) for key in self.keys])
-        return {key: [info["first"], True, None if info["added"] is None else info["added"] - info["length"]]
-                if info["first"] else [info["last"], False, info["added"]]
-                for key, info in zip(self.keys, found, strict=True)}
+        return {key: [status["first"], True, None if status["added"] is None else status["added"] - status["length"]]
+                if status["first"] else [status["last"], False, status["added"]]
+                for key, status in zip(self.keys, found, strict=True)}
 
     def open(self, positions: Positions) -> None:
         """Goes to these positions."""
@@ -72,8 +72,8 @@ class RedisStreams:
             return found
 
         events = []
-        for key, (entries, info) in zip(keys, self._patiently(read), strict=True):
-            self._check(key, info, entries)
+        for key, (entries, status) in zip(keys, self._patiently(read), strict=True):
+            self._check(key, status, entries)
             events += [self._event(key, *entry) for entry in entries]
         return events
 
@@ -96,10 +96,10 @@ class RedisStreams:
                 self._ask(pipe, key)
             answers = pipe.execute(raise_on_error=False)
         found = []
-        for entries, info in zip(answers[::2], answers[1::2], strict=True):
+        for entries, status in zip(answers[::2], answers[1::2], strict=True):
             if isinstance(entries, Exception):
                 raise entries
-            found.append((entries, self._told(info)))
+            found.append((entries, self._told(status)))
         return found
 
     def _wait(self, keys: list[str], seconds: float) -> None:
@@ -117,15 +117,15 @@ class RedisStreams:
         except self.redis.exceptions.ResponseError as error:
             return self._told(error)
 
-    def _told(self, info: Any) -> dict:
+    def _told(self, status: Any) -> dict:
         """length, first and last id, entries added (None before Redis 7); a stream that is not there is empty."""
-        if isinstance(info, self.redis.exceptions.ResponseError) and "no such key" in str(info):
+        if isinstance(status, self.redis.exceptions.ResponseError) and "no such key" in str(status):
             return {"length": 0, "first": None, "last": _EMPTY, "added": 0}
-        if isinstance(info, Exception):
-            raise info
-        first = info.get("first-entry")
-        return {"length": info["length"], "first": first[0].decode() if first else None,
-                "last": _text(info["last-generated-id"]), "added": info.get("entries-added")}
+        if isinstance(status, Exception):
+            raise status
+        first = status.get("first-entry")
+        return {"length": status["length"], "first": first[0].decode() if first else None,
+                "last": _text(status["last-generated-id"]), "added": status.get("entries-added")}
 
     def _patiently(self, call: Any) -> Any:
         """`call()`, again and again while the server is away."""
@@ -149,13 +149,13 @@ class RedisStreams:
 
     # -- what was lost ------------------------------------------------------------------------------------------------
 
-    def _check(self, key: str, info: dict, entries: list) -> None:
+    def _check(self, key: str, status: dict, entries: list) -> None:
         """Notices entries that went before they were read."""
         identity, inclusive, added = self.at[key]
-        if _order(info["last"]) < _order(identity):
-            raise UserError(f"stream '{key}' ends at {info['last']}, before what was read", where=identity,
+        if _order(status["last"]) < _order(identity):
+            raise UserError(f"stream '{key}' ends at {status['last']}, before what was read", where=identity,
                             hint="the server lost entries; is its append-only file on, with appendfsync always?")
-        lost = self._lost(info, identity, inclusive, added, entries)
+        lost = self._lost(status, identity, inclusive, added, entries)
         if not lost:
             return
         what = (f"stream '{key}' was trimmed: entries {'from' if inclusive else 'after'} {identity} are gone and were "
@@ -164,18 +164,18 @@ class RedisStreams:
             raise UserError(what, where="data.stream.redis", hint="keep more of it (XADD MAXLEN), or accept the gap "
                             "with data.stream.gap=skip")
         info(f"{what}; going on after the gap")
-        counted = None if info["added"] is None else info["added"] - info["length"]
-        self.at[key] = [identity, inclusive, counted] if entries else [info["last"], False, info["added"]]
+        counted = None if status["added"] is None else status["added"] - status["length"]
+        self.at[key] = [identity, inclusive, counted] if entries else [status["last"], False, status["added"]]
 
     @staticmethod
-    def _lost(info: dict, identity: str, inclusive: bool, added: int | None, entries: list) -> bool:
-        first = info["first"]
+    def _lost(status: dict, identity: str, inclusive: bool, added: int | None, entries: list) -> bool:
+        first = status["first"]
         if first is not None and _order(first) <= _order(identity):
             return False  # nothing after it can have been trimmed
-        if _order(info["last"]) == _order(identity):
+        if _order(status["last"]) == _order(identity):
             return inclusive
-        if added is not None and info["added"] is not None:
-            return info["added"] - added > info["length"]
+        if added is not None and status["added"] is not None:
+            return status["added"] - added > status["length"]
         return identity != _EMPTY
 
     def _event(self, key: str, identity: bytes, fields: dict[bytes, bytes] | None) -> Event:
