@@ -20,6 +20,7 @@ from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
 from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
+from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
 from recsys.fit import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
 from recsys.layers.embedding import is_sparse
@@ -30,6 +31,8 @@ from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     processes = start_device()
+    if reader(settings.data.reader).stream is not None:
+        return run_stream(settings, processes)
     log = prepare(settings.data, settings.model.embedding_size)
     set_seed(settings.train.seed)
     if settings.data.tables.place == "host":
@@ -46,6 +49,22 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     else:
         initialize(network.model, settings.train.seed)
         figures = train(settings, network, log, processes)
+    if processes.rank == 0:
+        table("Trained", ["figure", "value"], figures.items())
+    return figures
+
+
+def run_stream(settings: Any, processes: Processes) -> dict:
+    """Trains on a stream (readers redis_stream, kafka, tail)."""
+    from recsys.stream_training import check, reading_of, train_stream
+
+    check(settings)
+    reading = reading_of(settings)
+    set_seed(settings.train.seed)
+    network = loss_network(settings, reading[2], len(reading[1].labels), COMPUTE_DTYPES[settings.train.precision])
+    if needs_sharding(check_device(settings, network.model, processes), processes):
+        raise UserError("a stream is trained on with data parallelism only", where="parallel", hint="set parallel.data")
+    figures = train_stream(settings, network, reading, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures
