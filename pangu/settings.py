@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pangu.adaptation.settings import AdaptSettings
 from pangu.config import ModelConfig
 from pangu.data.packing import PackOptions
 from pangu.data.train_vocabulary import VocabularyOptions
@@ -47,3 +48,5 @@ class Run(Settings):
     """Where results go."""
     generate: GenerateSettings = GenerateSettings()
     """Decoding."""
+    adapt: AdaptSettings | None = None
+    """Pairs of prompt and answer to train a trained model on (`finetune`); null = `train` trains on packed records."""
