@@ -34,11 +34,12 @@ class Evaluation:
         batch: samples of one forward pass.
         prefix: put before every name.
         limit: batches at most; None = all.
+        scores: what gives the probabilities; None = `Scores` of the model.
     """
 
     def __init__(self, model: Ranker, rows: Encoded, labels: list[str], batch: int, *, limit: int | None = None,
-                 show: bool = False) -> None:
-        self.scores, self.rows, self.labels, self.batch = Scores(model), rows, labels, batch
+                 show: bool = False, scores: Any = None) -> None:
+        self.scores, self.rows, self.labels, self.batch = scores or Scores(model), rows, labels, batch
         self.limit, self.show = limit, show
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -104,9 +105,15 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     rows = log.parts[arguments.part]
     if len(rows) == 0:
         raise UserError("this part has no rows", where="--part", value=arguments.part)
-    model, path = load_model(settings, log, arguments.checkpoint)
-    batch = min(settings.train.global_batch_size * 4, len(rows))
-    evaluation = Evaluation(model, rows, log.labels, batch, show=True)
+    batch, scores = min(settings.train.global_batch_size * 4, len(rows)), None
+    if settings.data.tables.place == "host":
+        from recsys.tables.run import load_hosted
+
+        path = resolve_checkpoint(arguments.checkpoint or settings.output.directory)
+        model, scores = load_hosted(settings, log.spec, len(log.labels), path, batch, Scores)
+    else:
+        model, path = load_model(settings, log, arguments.checkpoint)
+    evaluation = Evaluation(model, rows, log.labels, batch, show=True, scores=scores)
     metrics = evaluation(0)
     table(f"{settings.model.name} on {arguments.part} ({len(rows)} rows)", ["metric", "value"], metrics.items())
     return {**metrics, "samples": len(rows), "part": arguments.part, "checkpoint": str(path)}

@@ -17,6 +17,8 @@ from parallel.training.settings import (
     TrainSettings,
 )
 from recsys.data.features import Feature
+from recsys.data.streams.settings import StreamSettings
+from recsys.tables.settings import TableSettings
 
 
 class SyntheticSettings(Settings):
@@ -61,9 +63,9 @@ class DataSettings(Settings):
     """The click log and what its columns mean."""
 
     reader: str = "synthetic"
-    """Which file under recsys/readers/ reads the log."""
+    """Which file under recsys/data/readers/ reads the log."""
     path: str | None = None
-    """File, folder of shards or glob pattern; not for synthetic."""
+    """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
     features: list[Feature] | None = None
@@ -99,6 +101,10 @@ class DataSettings(Settings):
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
     synthetic: SyntheticSettings = SyntheticSettings()
     """Sizes of the generated log."""
+    stream: StreamSettings = StreamSettings()
+    """redis_stream, kafka, tail: how events are read."""
+    tables: TableSettings = TableSettings()
+    """Where the embedding tables lie."""
 
 
 class TaskSettings(Settings):
@@ -117,8 +123,8 @@ class RankerSettings(Settings):
     """Width of the embeddings of features that name none."""
     embedding_std: float = Field(0.01, gt=0)
     """Sigma of the embeddings' start."""
-    tower: list[int] = Field(default_factory=list)
-    """Hidden widths of each task's tower; empty = one linear layer."""
+    head_hidden: list[int] = Field(default_factory=list)
+    """Hidden widths of each task's head; empty = one linear layer."""
     tasks: list[TaskSettings] = Field(default_factory=list)
     """Names and loss weights of the tasks; empty = as many as there are labels, all with weight 1."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
@@ -149,6 +155,14 @@ class RankerOptimizer(OptimizerSettings):
     """Learning rate over the steps."""
 
 
+class SparseOptimizer(RankerOptimizer):
+    """Optimizer of the embedding tables."""
+
+    name: Literal["adamw", "adam", "lamb", "adagrad", "rmsprop", "rowwise_adagrad", "lazy_adam", "sgd"] = "adam"
+    """With data.tables.place: host only the rows of a step are touched: rowwise_adagrad (one number of state a row),
+    adagrad, lazy_adam (adam means it too), sgd. In the graph: the others."""
+
+
 class RankerTrain(TrainSettings):
     """How a ranker is trained."""
 
@@ -158,7 +172,7 @@ class RankerTrain(TrainSettings):
     """Batches to train on."""
     optimizer: RankerOptimizer = RankerOptimizer()
     """Optimizer of the dense part."""
-    sparse_optimizer: RankerOptimizer | None = None
+    sparse_optimizer: SparseOptimizer | None = None
     """Optimizer of the embedding tables; null = the same as the dense part's."""
     clip_norm: float | None = Field(None, gt=0.0)
     """Largest global norm of the gradient; null = no clipping."""

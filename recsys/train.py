@@ -12,7 +12,7 @@ from parallel.checkpoint.folder import list_checkpoints
 from parallel.checkpoint.full import load_parameters, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
@@ -25,6 +25,7 @@ from parallel.training.trainer import Run, Trainer
 from recsys.build import build, check_layout, loss_network
 from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
+from recsys.data.readers import reader
 from recsys.evaluate import VOCABULARY, Evaluation
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
@@ -36,8 +37,17 @@ _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     processes = start_device()
+    if reader(settings.data.reader).stream is not None:
+        return run_stream(settings, processes)
     log = prepare(settings.data, settings.model.embedding_size)
     set_seed(settings.train.seed)
+    if settings.data.tables.place == "host":
+        from recsys.tables.run import train_hosted
+
+        figures = train_hosted(settings, log, processes)
+        if processes.rank == 0:
+            table("Trained", ["figure", "value"], figures.items())
+        return figures
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
     parallel = check_device(settings, network.model, processes)
     if needs_sharding(parallel, processes):
@@ -45,6 +55,22 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     else:
         initialize(network.model, settings.train.seed)
         figures = train(settings, network, log, processes)
+    if processes.rank == 0:
+        table("Trained", ["figure", "value"], figures.items())
+    return figures
+
+
+def run_stream(settings: Any, processes: Processes) -> dict:
+    """Trains on a stream (readers redis_stream, kafka, tail)."""
+    from recsys.stream_training import check, reading_of, train_stream
+
+    check(settings)
+    reading = reading_of(settings)
+    set_seed(settings.train.seed)
+    network = loss_network(settings, reading[2], len(reading[1].labels), COMPUTE_DTYPES[settings.train.precision])
+    if needs_sharding(check_device(settings, network.model, processes), processes):
+        raise UserError("a stream is trained on with data parallelism only", where="parallel", hint="set parallel.data")
+    figures = train_stream(settings, network, reading, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures
@@ -89,9 +115,9 @@ def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: 
     validation = None
     if validated:
         validation = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
-    trainer = Trainer(ShardedBackend(run), _run(settings, counted, batches, validation=validation))
+    trainer = Trainer(ShardedBackend(run), run_of(settings, counted, batches, validation=validation))
     if processes.rank == 0:
-        _keep_vocabulary(log, Path(settings.output.directory))
+        keep_vocabulary(log, Path(settings.output.directory))
     return trainer.run() | {key: counted[key] for key in ("parameters", "dense_parameters")}
 
 
@@ -107,36 +133,44 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
-    best = Best(settings, network, Evaluation(model, rows, log.labels, _evaluation_batch(settings, rows),
+    best = Best(settings, network, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
                                               limit=options.validation_batches), processes.rank)
     counted = count(network)
-    trainer = Trainer(MindSporeBackend(step), _run(settings, counted, batches, evaluate=[best]))
+    trainer = Trainer(MindSporeBackend(step), run_of(settings, counted, batches, evaluate=[best]))
     if processes.rank == 0:
-        _keep_vocabulary(log, Path(settings.output.directory))
+        keep_vocabulary(log, Path(settings.output.directory))
+    return finish(settings, log, trainer, best, counted)
+
+
+def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
+    """Runs the trainer and evaluates the best (or last) parameters on the test rows; the run's figures."""
+    rows = log.parts["validation"]
     figures = trainer.run()
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else rows
     validation = {f"validation_{name}": figures.pop(name) for name in ("auc", "gauc", "uauc", "logloss")
                   if name in figures}
-    last = Evaluation(model, test, log.labels, _evaluation_batch(settings, test))
-    last.scores = best.evaluation.scores
+    batch = min(best.evaluation.batch, len(test)) if best.tables else evaluation_batch(settings, test)
+    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores)
     metrics = last(trainer.iteration)
     return {**figures, **metrics, **validation, "best_step": best.step,
             **{key: counted[key] for key in ("parameters", "dense_parameters")}, **_limit(settings, log)}
 
 
-def _run(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) -> Run:
+def run_of(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) -> Run:
+    """The run of a ranker for the trainer; `counted` tells its FLOPs."""
     samples = settings.train.global_batch_size
     return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
                flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),
                **more)
 
 
-def _evaluation_batch(settings: Any, rows: Any) -> int:
+def evaluation_batch(settings: Any, rows: Any) -> int:
+    """Samples of one forward pass over `rows`."""
     return max(1, min(4 * settings.train.global_batch_size, len(rows)))
 
 
-def _keep_vocabulary(log: Log, directory: Path) -> None:
+def keep_vocabulary(log: Log, directory: Path) -> None:
     """Puts the vocabulary beside the checkpoints: with it they read any later log the same way."""
     with atomic_write(directory / VOCABULARY, "wb") as file, (log.directory / VOCABULARY).open("rb") as source:
         shutil.copyfileobj(source, file)
@@ -161,11 +195,13 @@ class Best:
         network: whose parameters are saved.
         evaluation: what gives the metrics.
         rank: only rank 0 writes.
+        tables: `recsys.tables.host.HostTables` whose rows are kept beside the parameters.
     """
 
-    def __init__(self, settings: Any, network: TrainingLoss, evaluation: Evaluation, rank: int) -> None:
+    def __init__(self, settings: Any, network: TrainingLoss, evaluation: Evaluation, rank: int,
+                 tables: Any = None) -> None:
         self.metric, self.network, self.evaluation = settings.train.keep_best, network, evaluation
-        self.directory, self.rank = Path(settings.output.directory) / "best", rank
+        self.directory, self.rank, self.tables = Path(settings.output.directory) / "best", rank, tables
         self.value, self.step = None, None
         found = list_checkpoints(self.directory) if self.metric and settings.output.resume != "never" else []
         if found:
@@ -180,18 +216,24 @@ class Best:
         value = sign * metrics[self.metric]
         if self.value is None or value > self.value:
             self.value, self.step = value, step
+            if self.tables is not None:
+                self.tables.before_checkpoint(self.directory, step)
             if self.rank == 0:
                 save_checkpoint(self.directory, step, self.parameters(), (),
-                                {"value": value, "step": step, "metric": self.metric}, keep=1)
+                                {"value": value, "step": step, "metric": self.metric}, keep=1,
+                                add_files=self.tables.add_files if self.tables is not None else None)
         return metrics
 
     def parameters(self) -> list:
         """The model's parameters."""
-        return list(self.network.get_parameters())
+        return [parameter for parameter in self.network.get_parameters()
+                if self.tables is None or not is_sparse(parameter.name)]
 
     def restore(self) -> None:
         """Brings the best parameters back for the last evaluation."""
         found = list_checkpoints(self.directory) if self.metric else []
         if found:
             load_parameters(found[-1], self.parameters())
-            note(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")
+            if self.tables is not None:
+                self.tables.restore_files(found[-1])
+            info(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")
