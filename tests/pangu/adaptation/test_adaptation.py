@@ -189,7 +189,8 @@ def test_resumed_is_uninterrupted(home):
 def test_sharded_adapters_equal_one_device(layout, capsys):
     from parallel.__main__ import VERBS as PROOFS
 
-    words = ["adapt.checkpoint=none", "adapt.pairs=none", "adapt.low_rank.targets=[query,value,output,mapping,projection]"]
+    words = ["adapt.checkpoint=none", "adapt.pairs=none",
+             "adapt.low_rank.targets=[query,value,output,mapping,projection]"]
     assert main("parallel", PROOFS, ["replay", "--config", TINY, "--steps", "2", *words, *layout]) == 0
     assert last_json(capsys)["equal"]
 
