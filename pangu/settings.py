@@ -6,6 +6,7 @@ from typing import Any
 
 import pydantic
 
+from pangu.adaptation.settings import AdaptSettings
 from pangu.config import ModelConfig
 from pangu.data.packing import PackOptions
 from pangu.data.train_vocabulary import VocabularyOptions
@@ -52,6 +53,8 @@ class Run(Settings):
     """Where results go."""
     generate: GenerateSettings = GenerateSettings()
     """Decoding."""
+    adapt: AdaptSettings | None = None
+    """Pairs of prompt and answer to train a trained model on (`finetune`); null = `train` trains on packed records."""
     serve: ServeSettings = ServeSettings()
     """The HTTP server."""
 
