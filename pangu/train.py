@@ -27,7 +27,7 @@ def mindspore_backend(settings: Any) -> Any:
     from parallel.training.device import set_seed, start_device
     from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
     from parallel.training.settings import COMPUTE_DTYPES
-    from parallel.training.sharded_run import ShardedRun, needs_sharding
+    from parallel.training.sharded.run import ShardedRun, needs_sharding
 
     processes = start_device()
     parallel = settings.parallel.resolve(processes.ranks)
@@ -43,10 +43,9 @@ def mindspore_backend(settings: Any) -> Any:
 
 def training_step(settings: Any, processes: Any) -> Any:
     """The model with start values, its loss and its optimizer, as one `TrainStep`."""
-    from mindspore import dtype as mstype
     from mindspore.nn.utils import no_init_parameters
 
-    from pangu.model import PanGuAlpha, TrainingLoss
+    from pangu.build import training_network
     from parallel.layers.parameter import initialize
     from parallel.training.optimizers import Optimizer
     from parallel.training.settings import COMPUTE_DTYPES
@@ -54,9 +53,8 @@ def training_step(settings: Any, processes: Any) -> Any:
 
     train = settings.train
     with no_init_parameters():
-        model = PanGuAlpha(settings.model, getattr(mstype, COMPUTE_DTYPES[train.precision]))
-    initialize(model, train.seed)
-    network = TrainingLoss(model, weighted=True)
+        network = training_network(settings, COMPUTE_DTYPES[train.precision], weighted=True)
+    initialize(network.model, train.seed)
     optimizer = Optimizer(network.trainable_params(), train.optimizer, train.steps)
     return TrainStep(network, optimizer, train, weighted=True, group=processes.group, rank=processes.rank,
                      ranks=processes.ranks)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from pangu.adaptation.pairs import PairsDataset
 from pangu.config import ModelConfig
 from pangu.data.dataset import PackedDataset
+from pangu.data.tokenizer import Tokenizer
+from pangu.generation.generate import check_vocabulary
 from parallel.common.progress import table
+from parallel.layers.adapter_names import is_adapter
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 
@@ -34,12 +38,15 @@ def run_of(settings: Any, training: PackedDataset, validation: PackedDataset | N
     tokens = settings.train.global_batch_size * settings.model.sequence_length
     return Run(training, settings.train, settings.output, validation=validation, units_per_step=tokens,
                flops_per_step=tokens * flops_per_token(settings.model), describe=settings.model_dump(mode="json"),
-               layout=settings.parallel.resolve(ranks).layout())
+               layout=settings.parallel.resolve(ranks).layout(),
+               start_from=settings.adapt.checkpoint if settings.adapt is not None else None, is_new=is_adapter)
 
 
 def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
     """Training and validation records, the `share` (number, of how many) of every batch."""
     data, model = settings.data, settings.model
+    if settings.adapt is not None:
+        return _pairs(settings, share)
     shared = {"batch_size": settings.train.global_batch_size, "sequence_length": model.sequence_length,
               "vocabulary_size": model.vocabulary_size, "shard": share,
               "eod_reset": data.eod_reset, "seed": settings.train.seed}
@@ -50,6 +57,17 @@ def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, Packe
         return training, None
     # One pass, filled up with padding that has no weight: the perplexity is exactly that of the records.
     return training, PackedDataset(data.directory, split="validation", shuffle=False, repeat=False, **shared)
+
+
+def _pairs(settings: Any, share: tuple[int, int]) -> tuple[PairsDataset, PairsDataset | None]:
+    tokenizer, adapt = Tokenizer(settings.data.tokenizer), settings.adapt
+    check_vocabulary(tokenizer, settings.model.vocabulary_size)
+    shared = {"batch_size": settings.train.global_batch_size, "seed": settings.train.seed,
+              "sequence_length": settings.model.sequence_length, "shard": share}
+    validation = None
+    if adapt.validation is not None:
+        validation = PairsDataset(adapt.validation, tokenizer, repeat=False, **shared)
+    return PairsDataset(adapt.pairs, tokenizer, **shared), validation
 
 
 def flops_per_token(model: ModelConfig) -> float:

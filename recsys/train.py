@@ -15,25 +15,29 @@ from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import ShardedRun, needs_sharding
+from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
-from recsys.build import build, check_layout, loss_network
+from recsys.build import build, loss_network
 from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
-from recsys.evaluate import Evaluation
+from recsys.data.readers import reader
+from recsys.evaluation import Evaluation
+from recsys.fit import check_device, evaluation_batch, finish
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
-from recsys.train_on import keep_vocabulary, limit, run_of, sizes, train_on, with_test
+from recsys.train_on import keep_vocabulary, run_of, train_on
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 from recsys.validation import Best
 
 
 def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
-    if settings.data.tables.place != "host" and runs_on_torch(settings):
+    if _is_flat(settings) and runs_on_torch(settings):
         return train_on_torch(settings)
     processes = start_device()
+    if reader(settings.data.reader).stream is not None:
+        return run_stream(settings, processes)
     log = prepare(settings.data, settings.model.embedding_size)
     set_seed(settings.train.seed)
     if settings.data.tables.place == "host":
@@ -54,21 +58,25 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     return figures
 
 
-def check_device(settings: Any, model: Any, processes: Processes) -> ParallelConfig:
-    """The resolved layout; refuses layouts and types that this device does not run."""
-    parallel = settings.parallel.resolve(processes.ranks)
-    check_layout(settings, model, parallel)
-    needs_sharding(parallel, processes)
-    if processes.target != "CPU":
-        return parallel
-    if settings.train.precision != "fp32":
-        raise UserError("half precision is for Ascend and torch", where="train.precision",
-                        value=settings.train.precision, hint="train.precision=fp32, or parallel.backend=torch")
-    share = processes.ranks * settings.train.accumulation
-    if settings.train.global_batch_size % share:
-        raise UserError(f"{processes.ranks} processes x accumulation {settings.train.accumulation} do not divide it",
-                        where="train.global_batch_size", value=settings.train.global_batch_size)
-    return parallel
+def _is_flat(settings: Any) -> bool:
+    """Whether the run is one over an encoded log with tables in the graph, which any backend runs."""
+    return settings.data.tables.place != "host" and reader(settings.data.reader).stream is None
+
+
+def run_stream(settings: Any, processes: Processes) -> dict:
+    """Trains on a stream (readers redis_stream, kafka, tail)."""
+    from recsys.stream_training import check, reading_of, train_stream
+
+    check(settings)
+    reading = reading_of(settings)
+    set_seed(settings.train.seed)
+    network = loss_network(settings, reading[2], len(reading[1].labels), COMPUTE_DTYPES[settings.train.precision])
+    if needs_sharding(check_device(settings, network.model, processes), processes):
+        raise UserError("a stream is trained on with data parallelism only", where="parallel", hint="set parallel.data")
+    figures = train_stream(settings, network, reading, processes)
+    if processes.rank == 0:
+        table("Trained", ["figure", "value"], figures.items())
+    return figures
 
 
 def train_sharded(settings: Any, parallel: ParallelConfig, processes: Processes) -> dict:
@@ -103,20 +111,3 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     return finish(settings, log, trainer, best, counted)
-
-
-def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
-    """Runs the trainer and evaluates the best (or last) parameters on the test rows; the run's figures."""
-    rows = log.parts["validation"]
-    figures = trainer.run()
-    best.restore()
-    test = log.parts["test"] if len(log.parts["test"]) else rows
-    batch = min(best.evaluation.batch, len(test)) if best.tables else evaluation_batch(settings, test)
-    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores)
-    return {**with_test(figures, last(trainer.iteration)), "best_step": best.step, **sizes(counted),
-            **limit(settings, log)}
-
-
-def evaluation_batch(settings: Any, rows: Any) -> int:
-    """Samples of one forward pass over `rows`."""
-    return max(1, min(4 * settings.train.global_batch_size, len(rows)))

@@ -12,10 +12,8 @@ from parallel.common.files import atomic_write
 from parallel.common.progress import table
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
-from recsys.data.dataset import Batches, Log, prepare
+from recsys.data.dataset import VOCABULARY, Batches, Log, prepare
 from recsys.validation import Best, RanksEvaluation
-
-VOCABULARY = "vocabulary.json"
 
 
 def train_on(settings: Any, backend: Backend, figures: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def train_on(settings: Any, backend: Backend, figures: dict[str, Any]) -> dict[s
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else log.parts["validation"]
     told = with_test(told, RanksEvaluation(backend, test, log.labels, options.global_batch_size)(trainer.iteration))
-    told |= {"best_step": best.step, **sizes(figures), **limit(settings, log)}
+    told |= {"best_step": best.step, **sizes(figures), **attainable_auc(settings, log)}
     if backend.rank == 0:
         table("Trained", ["figure", "value"], told.items())
     return told
@@ -85,7 +83,7 @@ def keep_vocabulary(log: Log, directory: Path) -> None:
         shutil.copyfileobj(source, file)
 
 
-def limit(settings: Any, log: Log) -> dict[str, float]:
+def attainable_auc(settings: Any, log: Log) -> dict[str, float]:
     """The best AUC that any model can expect on the test rows, where the truth is known."""
     data = settings.data
     if data.reader != "synthetic" or data.split.by not in ("default", "order"):

@@ -30,6 +30,8 @@ from recsys.data.vocabulary import Statistics, Vocabulary
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 
 PARTS = ("train", "validation", "test")
+VOCABULARY = "vocabulary.json"
+"""Name of the vocabulary's file beside encoded rows and beside checkpoints."""
 _FORMAT = 4
 _WINDOW = 1 << 22
 
@@ -111,7 +113,7 @@ def _same(one: Path, other: Path) -> bool:
 
 def _digest(data: Any, vocabulary: Path | None) -> str:
     """Name of the encoded log: of its settings, features, and the sizes and times of its files."""
-    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables"})
+    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables", "stream"})
     tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
                                                                           "unseen_rate", "admission_share",
                                                                           "expire_after", "expire_unit",
