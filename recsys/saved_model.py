@@ -42,13 +42,13 @@ class Trained:
     model: Any = None
     tables: Any = None
 
-    def reads_as(self, other: Trained) -> bool:
+    def encodes_as(self, other: Trained) -> bool:
         """Whether a request becomes the same numbers by both."""
-        def reading(one: Trained) -> tuple:
+        def encoding_version(one: Trained) -> tuple:
             known = one.vocabulary
             return one.features, one.columns, one.spec, known.values, known.boundaries, known.moments
 
-        return reading(self) == reading(other)
+        return encoding_version(self) == encoding_version(other)
 
 
 def settings_of(checkpoint: Path, config: str | None = None) -> Any:
