@@ -16,8 +16,10 @@ from parallel.training.device import start_device
 from recsys.build import loss_network
 from recsys.data.dataset import Log, in_order, prepare
 from recsys.data.encode import Encoded
-from recsys.metrics import Accumulator
+from recsys.data.features import FIRST_KNOWN
+from recsys.metrics import Accumulator, NumberAccumulator, segmented_ne
 from recsys.ranker import Ranker, Scores
+from recsys.tasks import TaskPlan
 
 VOCABULARY = "vocabulary.json"
 
@@ -35,21 +37,25 @@ class Evaluation:
         prefix: put before every name.
         limit: batches at most; None = all.
         scores: what gives the probabilities; None = `Scores` of the model.
+        plan: of the tasks; None = the model's.
     """
 
     def __init__(self, model: Ranker, rows: Encoded, labels: list[str], batch: int, *, limit: int | None = None,
-                 show: bool = False, scores: Any = None) -> None:
+                 show: bool = False, scores: Any = None, plan: TaskPlan | None = None) -> None:
         self.scores, self.rows, self.labels, self.batch = scores or Scores(model), rows, labels, batch
         self.limit, self.show = limit, show
+        self.plan = plan or (model.plan if model is not None else TaskPlan.of((), len(labels)))
 
     def __call__(self, step: int) -> dict[str, float]:
-        """auc, gauc, uauc, logloss, calibration, ece for each task."""
+        """`recsys.metrics.BINARY_METRICS` (or NUMBER_METRICS) for each task, on the samples that count for it."""
         if len(self.rows) == 0:
             return {}
-        collected = [Accumulator() for _ in self.labels]
+        collected = [Accumulator() if task.kind == "binary" else NumberAccumulator() for task in self.plan.tasks]
         for labels, scores, users in self.predictions():
+            counted = self.plan.counted(labels)
             for task, own in enumerate(collected):
-                own.update(labels[:, task], scores[:, task], users)
+                mine = counted[:, task]
+                own.update(labels[mine, task], scores[mine, task], users[mine])
         metrics: dict[str, float] = {}
         for task, own in enumerate(collected):
             found = own.result()
@@ -94,8 +100,35 @@ def open_log(settings: Any, checkpoint: str | None = None) -> Log:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `evaluate`."""
+    parser.add_argument("--segments", metavar="FEATURE",
+                        help="also the NE within each value of this feature (for the first task)")
     parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
     parser.add_argument("--part", choices=["train", "validation", "test"], default="test", help="rows to evaluate on")
+
+
+def segments(evaluation: Evaluation, log: Log, name: str) -> dict[str, float | None]:
+    """NE of the first task within each value of a feature (its row, or key, where the vocabulary does not name it).
+
+    Raises:
+        UserError: there is no such feature with single values, or the first task is a number.
+    """
+    slot = log.spec.slots.get(name)
+    if slot is None or slot.length != 1 or evaluation.plan.tasks[0].kind != "binary":
+        raise UserError("segments are the values of an id feature, of a task of kind binary", where="--segments",
+                        value=name)
+    collected = [(labels[:, 0], scores[:, 0]) for labels, scores, _ in evaluation.predictions()]
+    labels, scores = (np.concatenate(part) for part in zip(*collected, strict=True))
+    own = np.asarray(evaluation.rows.ids[:len(labels), slot.start])
+    counted = ~np.isnan(labels)
+    found = segmented_ne(labels[counted], scores[counted], own[counted])
+    values = log.vocabulary.values.get(name, [])
+
+    def called(row: int) -> str:
+        known = row - slot.offset - FIRST_KNOWN
+        return values[known] if 0 <= known < len(values) else str(known)
+
+    table(f"NE by {name}", ["value", "ne"], [[called(row), value] for row, value in found.items()])
+    return {called(row): None if np.isnan(value) else value for row, value in found.items()}
 
 
 def run(settings: Any, arguments: argparse.Namespace) -> dict:
@@ -115,5 +148,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
         model, path = load_model(settings, log, arguments.checkpoint)
     evaluation = Evaluation(model, rows, log.labels, batch, show=True, scores=scores)
     metrics = evaluation(0)
+    if arguments.segments:
+        metrics |= {"segments": segments(evaluation, log, arguments.segments)}
     table(f"{settings.model.name} on {arguments.part} ({len(rows)} rows)", ["metric", "value"], metrics.items())
     return {**metrics, "samples": len(rows), "part": arguments.part, "checkpoint": str(path)}

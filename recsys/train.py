@@ -110,7 +110,7 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     step = TrainStep(loss, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size,
                       options.seed if settings.data.shuffle else None, processes.rank, processes.ranks, log.spec,
-                      settings.data.together)
+                      settings.data.together, compares(settings))
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
@@ -132,7 +132,7 @@ def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict)
     validation = {f"validation_{name}": figures.pop(name) for name in ("auc", "gauc", "uauc", "logloss")
                   if name in figures}
     batch = min(best.evaluation.batch, len(test)) if best.tables else evaluation_batch(settings, test)
-    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores)
+    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores, plan=best.evaluation.plan)
     metrics = last(trainer.iteration)
     return {**figures, **metrics, **validation, "best_step": best.step,
             **{key: counted[key] for key in ("parameters", "dense_parameters")}, **_limit(settings, log)}
@@ -144,6 +144,11 @@ def run_of(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) ->
     return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
                flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),
                **more)
+
+
+def compares(settings: Any) -> bool:
+    """Whether a loss compares the samples of one user."""
+    return any(task.pairwise or task.listwise for task in settings.model.tasks)
 
 
 def evaluation_batch(settings: Any, rows: Any) -> int:
