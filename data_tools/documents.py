@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools import readers
+from data_tools.readers._lines import decode
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
+from parallel.common.json_text import dump_json, has_surrogates, plain, without_surrogates
 from parallel.common.settings import Settings
 
 REMOVED_FOLDER = "removed"  # stands beside documents that we wrote, and is never read as input
@@ -115,7 +116,7 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
     found: dict[Path, str] = {}
     for text in inputs:
         root = Path(text)
-        if root.is_file():
+        if root.is_file():  # before it is taken for a pattern: `train[1].jsonl` is a name
             readers.reader_for(root)
             found[root] = root.name
             continue
@@ -150,12 +151,15 @@ def build_document(record: dict[str, Any], fallback_id: str, split: Split, setti
     text = other.pop(settings.text_key, None)
     identity = other.pop(settings.id_key, None)
     source = other.pop(settings.source_key, None)
-    document_id = clean_characters(str(identity), None) if identity not in (None, "") else fallback_id
-    source = clean_characters(str(source), None) if source not in (None, "") else default_source(split, settings)
+    document_id = clean_characters(str(plain(identity)), None) if identity not in (None, "") else fallback_id
+    source = clean_characters(str(plain(source)), None) if source not in (None, "") else default_source(split, settings)
+    if isinstance(text, bytes):
+        text = decode(text, log)
     if not isinstance(text, str):
         log.drop("no_text", document_id, source, f"key '{settings.text_key}' holds {type(text).__name__}")
         return None
     text = clean_characters(text, log)
+    other = _clean_other(other, log)
     limit = settings.maximum_document_bytes
     if len(text) > limit // 4 and len(text.encode()) > limit:  # a character takes at most four bytes
         log.drop("too_long", document_id, source, f"{len(text)} characters")
@@ -164,6 +168,15 @@ def build_document(record: dict[str, Any], fallback_id: str, split: Split, setti
         log.drop("broken_text", document_id, source, f"{text.count(chr(0xFFFD))} of {len(text)} characters undecodable")
         return None
     return Document(document_id, text, source, other)
+
+
+def _clean_other(other: dict[str, Any], log: ReadLog) -> dict[str, Any]:
+    """The further keys as values that JSON has, so that they can be written whatever the source was typed as."""
+    if not other:
+        return other
+    if has_surrogates(other):
+        log.repair("lone_surrogates")
+    return plain(other)
 
 
 def default_source(split: Split, settings: ReadSettings) -> str:
@@ -177,13 +190,10 @@ def clean_characters(text: str, log: ReadLog | None) -> str:
         text = text.replace("\x00", "")
         if log is not None:
             log.repair("null_bytes")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        if log is not None:
-            log.repair("lone_surrogates")
-    return text
+    mended = without_surrogates(text)
+    if mended is not text and mended != text and log is not None:
+        log.repair("lone_surrogates")
+    return mended
 
 
 class RecordWriter:
@@ -206,16 +216,19 @@ class RecordWriter:
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None and self.path.suffix == ".parquet":
-            self._write_rows()
+            with contextlib.ExitStack() as stack:
+                stack.push(self._stack.__exit__)  # also when the last rows cannot be written
+                self._write_rows()
+            return
         self._stack.__exit__(*error)
 
     def write(self, record: dict[str, Any]) -> None:
         if self.path.suffix != ".parquet":
-            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.write(dump_json(record).encode() + b"\n")
             return
         record = dict(record)
         row = {key: record.pop(key, None) for key in ("id", "text", "source")}
-        self._rows.append({**row, "other": json.dumps(record, ensure_ascii=False) if record else None})
+        self._rows.append({**plain(row), "other": dump_json(record) if record else None})
         if len(self._rows) == _PARQUET_BATCH:
             self._write_rows()
 

@@ -23,6 +23,7 @@ from pangu.data.flat import FlatFile, FlatWriter
 from pangu.data.mind_records import COLUMN
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, read_json, write_json
+from parallel.common.folders import put_in_place, sweep, temporary_name
 from parallel.common.progress import Bar, table
 from parallel.common.settings import Settings, validate
 
@@ -203,17 +204,17 @@ def pack(texts: Iterable[str], tokenizer_factory: Callable[[], PackTokenizer], s
     tokenizer = tokenizer_factory()
     shards = settings.shards or default_shards(corpus_bytes)
     workers = min(settings.workers or len(os.sched_getaffinity(0)), shards)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    partial = temporary_name(output)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        sweep(partial.parent)
         counter = _Counter(texts)
         plans = _plan(partial, shards, settings, sequence_length, tokenizer)
         blocks = _deal(counter, shards, settings.validation_fraction)
         parts = _write_all(plans, blocks, workers, tokenizer_factory, tokenizer)
         index = _index(parts, settings, sequence_length, tokenizer)
         write_json(partial / INDEX_FILE, index.model_dump())
-        _put_in_place(partial, output)
+        put_in_place(partial, output)
     except OSError as error:
         raise explain_os_error(error, output) from error
     finally:
@@ -303,14 +304,6 @@ def _refuse_occupied(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError("packed records are there already", where=output,
                         hint="set overwrite=true or choose another folder")
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    old = partial.with_name(partial.name + ".old")
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- one shard

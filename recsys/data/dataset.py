@@ -11,9 +11,7 @@ import glob
 import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,8 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, read_json, write_json
-from parallel.common.progress import note
+from parallel.common.folders import put_in_place, sweep, temporary_name
+from parallel.common.progress import info
 from recsys.data.encode import Columns, Encoded, Encoder, Report, column, id_type, numbers
 from recsys.data.features import UNSEEN, Feature, FeatureSpec, expand, place
 from recsys.data.readers import Reader, reader
@@ -221,14 +220,14 @@ def _encode_to(directory: Path, data: Any, source: Reader, given: Path | None) -
     spec = place([f.model_copy(update={"width": None}) for f in features], 1, vocabulary.sizes())
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        sweep(directory.parent)
+        temporary = temporary_name(directory)
+        temporary.mkdir()
     except OSError as error:
         raise explain_os_error(error, directory) from error
     try:
         _write(temporary, passes, encoder, spec, vocabulary)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
+        put_in_place(temporary, directory)
     except OSError as error:
         raise explain_os_error(error, directory) from error
     finally:
@@ -286,7 +285,7 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
     header = read_json(directory / "log.json")
     if skipped := header["report"]["skipped"]:
         # Told by every run, not only by the one that encoded the log.
-        note("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
+        info("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
     vocabulary = Vocabulary.load(directory / "vocabulary.json")
     features = features_of(data)
     sizes = vocabulary.sizes()
