@@ -18,7 +18,8 @@ from tests.pangu.tiny import arrays, tiny_model
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("fastapi")
-PROMPTS = ("问：王芳的工作是什么？\n答：", "今天天气很好，", "上联：春风吹绿江南岸，下联：", "问：3加4等于几？\n答：", "李娜：好久不见！张伟：")
+PROMPTS = ("问：王芳的工作是什么？\n答：", "今天天气很好，", "上联：春风吹绿江南岸，下联：", "问：3加4等于几？\n答：",
+           "李娜：好久不见！张伟：")
 ENDINGS = ("教师。", "我们去公园看花。", "明月照我还。")
 
 
