@@ -10,7 +10,7 @@ from pangu.adaptation.settings import AdaptSettings
 from pangu.config import ModelConfig
 from pangu.data.packing import PackOptions
 from pangu.data.train_vocabulary import VocabularyOptions
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from pangu.serving.settings import ServeSettings
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig

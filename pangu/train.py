@@ -22,7 +22,7 @@ from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import ShardedRun, needs_sharding
+from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Run, Trainer
 
