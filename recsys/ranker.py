@@ -19,8 +19,8 @@ from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Join
 from recsys.layers.heads import Calibration, MixtureOfExperts, ProgressiveExtraction
 from recsys.layers.losses import Answers, Compared, FunnelLoss
+from recsys.layers.tasks import TaskPlan
 from recsys.settings import HeadSettings, RankerSettings
-from recsys.tasks import TaskPlan
 
 
 def dense(inputs: int, outputs: int, compute_dtype: mstype = mstype.float32, *, bias: bool = True,
@@ -237,7 +237,7 @@ class TrainingLoss(nn.Cell):
         sample_weights: bool [K, W], which column of weights each task's samples have; None = there are none.
 
     Inputs: ids_BM int32, numbers_BN float32, labels_BK float32 (0 or 1); where tasks are more than clicks, targets_BT
-    (see `recsys.tasks`).
+    (see `recsys.layers.tasks`).
     """
 
     shares_graph = False  # MindSpore 2.9 loses all but the first result of SplitWithSize in a shared graph

@@ -1,7 +1,7 @@
 """Losses of tasks that are not plain clicks: products along a funnel, masks, weights of samples, numbers, and losses
 that compare the samples of one user.
 
-Shapes: B batch, K tasks, T columns of targets (see `recsys.tasks`).
+Shapes: B batch, K tasks, T columns of targets (see `recsys.layers.tasks`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from parallel.sharding.layout import Layer, OpSharding
-from recsys.tasks import TaskPlan
+from recsys.layers.tasks import TaskPlan
 
 _LEAST = 1e-6
 

@@ -13,8 +13,8 @@ from parallel.common.errors import UserError
 from parallel.layers.parameter import initialize
 from recsys.layers.heads import Calibration, MixtureOfExperts, ProgressiveExtraction
 from recsys.layers.losses import Answers, FunnelLoss, ListwiseLoss, PairwiseLoss
+from recsys.layers.tasks import Formula, TaskPlan
 from recsys.settings import TaskSettings
-from recsys.tasks import Formula, TaskPlan
 
 pytestmark = pytest.mark.usefixtures("pynative")
 FUNNEL = [TaskSettings(name="click"), TaskSettings(name="buy", given="click"),
@@ -64,7 +64,8 @@ def test_answers_in_the_graph_are_those_of_the_engine():
     plan = TaskPlan.of(FUNNEL, 5)
     expected = plan.predictions(logits)
     np.testing.assert_allclose(Answers(plan)(Tensor(logits)).asnumpy(), expected, rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(expected[:, 1], sigmoid(logits[:, 0].astype(float)) * sigmoid(logits[:, 1].astype(float)))
+    odds = sigmoid(logits.astype(np.float64))
+    np.testing.assert_allclose(expected[:, 1], odds[:, 0] * odds[:, 1])
     np.testing.assert_allclose(expected[:, 3], np.expm1(logits[:, 3].astype(float)))
     assert (expected[:, 1] <= expected[:, 0]).all()
     counted = plan.counted(labels)
@@ -72,7 +73,8 @@ def test_answers_in_the_graph_are_those_of_the_engine():
 
 
 def test_a_funnel_of_three():
-    plan = TaskPlan.of([TaskSettings(name="a"), TaskSettings(name="b", given="a"), TaskSettings(name="c", given="b")], 3)
+    tasks = [TaskSettings(name="a"), TaskSettings(name="b", given="a"), TaskSettings(name="c", given="b")]
+    plan = TaskPlan.of(tasks, 3)
     logits = np.array([[0.3, -0.2, 1.0]])
     np.testing.assert_allclose(plan.predictions(logits)[0], np.cumprod(sigmoid(logits[0])))
 
@@ -130,7 +132,7 @@ def test_progressive_extraction_keeps_a_tasks_own_experts_from_the_others():
     gradients = ops.grad(lambda value: cell(value)[0].sum(), None, parameters)(x)
     reached = {p.name for p, g in zip(parameters, gradients, strict=True) if np.abs(g.asnumpy()).max() > 0}
     names = {p.name for p in parameters}
-    assert not {name for name in reached if name.startswith("own.1.1.") or name.startswith("gates.1.1.")}
+    assert not {name for name in reached if name.startswith(("own.1.1.", "gates.1.1."))}
     assert {name for name in names if name.startswith(("own.1.0.", "shared.1.", "own.0.1."))} & reached
 
 
@@ -178,7 +180,8 @@ def test_tasks_from_the_log_to_the_figures(tmp_path, graph_mode):
         user, item = generator.integers(0, 20), generator.integers(0, 15)
         click = int(generator.random() < sigmoid((user % 5) - 2.0))
         buy = "" if generator.random() < 0.1 else int(click and generator.random() < sigmoid(item % 4 - 2.0))
-        lines.append(f"{user},{item},{click},{buy},{3.0 * (user % 5) + generator.random():.2f},{generator.random():.2f}")
+        watch, weight = 3.0 * (user % 5) + generator.random(), generator.random()
+        lines.append(f"{user},{item},{click},{buy},{watch:.2f},{weight:.2f}")
     (tmp_path / "log.csv").write_text("\n".join(lines))
     tasks = [{"name": "click", "pairwise": 0.5, "listwise": 0.1}, {"name": "buy", "given": "click"},
              {"name": "watch", "kind": "regression", "transform": "log"}]
