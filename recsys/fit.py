@@ -40,7 +40,7 @@ def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict)
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else rows
     batch = min(best.evaluation.batch, len(test)) if best.tables else evaluation_batch(settings, test)
-    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores)
+    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores, plan=best.evaluation.plan)
     return {**with_test(figures, last(trainer.iteration)), "best_step": best.step, **sizes(counted),
             **attainable_auc(settings, log)}
 

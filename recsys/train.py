@@ -26,7 +26,7 @@ from recsys.evaluation import Evaluation
 from recsys.fit import check_device, evaluation_batch, finish
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
-from recsys.train_on import keep_vocabulary, run_of, train_on
+from recsys.train_on import compares, keep_vocabulary, run_of, train_on
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 from recsys.validation import Best
 
@@ -98,7 +98,7 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     step = TrainStep(loss, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size,
                       options.seed if settings.data.shuffle else None, processes.rank, processes.ranks, log.spec,
-                      settings.data.together)
+                      settings.data.together, compares(settings))
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]

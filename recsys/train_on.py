@@ -13,6 +13,7 @@ from parallel.common.progress import table
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 from recsys.data.dataset import VOCABULARY, Batches, Log, prepare
+from recsys.layers.tasks import TaskPlan
 from recsys.validation import Best, RanksEvaluation
 
 
@@ -32,21 +33,26 @@ def train_on(settings: Any, backend: Backend, figures: dict[str, Any]) -> dict[s
         raise UserError("a sharded run does not share users", where="train.share_users", hint="set it to false")
     log = prepared(settings, backend)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      *backend.share, log.spec, settings.data.together)
-    best = Best(settings, RanksEvaluation(backend, log.parts["validation"], log.labels, options.global_batch_size,
-                                          options.validation_batches),
-                backend.parameters, backend.rank, holder=backend.holder)
+                      *backend.share, log.spec, settings.data.together, compares(settings))
+    plan, batch = TaskPlan.of(settings.model.tasks, len(log.labels)), options.global_batch_size
+    evaluation = RanksEvaluation(backend, log.parts["validation"], log.labels, plan, batch, options.validation_batches)
+    best = Best(settings, evaluation, backend.parameters, backend.rank, holder=backend.holder)
     if backend.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     trainer = Trainer(backend, run_of(settings, figures, batches, ranks=backend.ranks, evaluate=[best]))
     told = trainer.run()
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else log.parts["validation"]
-    told = with_test(told, RanksEvaluation(backend, test, log.labels, options.global_batch_size)(trainer.iteration))
+    told = with_test(told, RanksEvaluation(backend, test, log.labels, plan, batch)(trainer.iteration))
     told |= {"best_step": best.step, **sizes(figures), **attainable_auc(settings, log)}
     if backend.rank == 0:
         table("Trained", ["figure", "value"], told.items())
     return told
+
+
+def compares(settings: Any) -> bool:
+    """Whether a loss compares the samples of one user."""
+    return any(task.pairwise or task.listwise for task in settings.model.tasks)
 
 
 def prepared(settings: Any, backend: Backend) -> Log:

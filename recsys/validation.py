@@ -18,19 +18,23 @@ from parallel.common.progress import info
 from parallel.training.backend import Backend
 from recsys.data.dataset import in_order
 from recsys.data.encode import Encoded
-from recsys.metrics import Accumulator
+from recsys.layers.tasks import TaskPlan
+from recsys.metrics import Accumulator, NumberAccumulator
 
 _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""labels_nK, probabilities_nK, users_n."""
+"""labels_nT, scores_nK, users_n."""
 
 
-def metrics_of(predictions: Iterable[Prediction], labels: list[str]) -> dict[str, float]:
-    """auc, gauc, uauc, logloss, calibration, ece, exact; of the tasks after the first with `_<label>` at the end."""
-    collected = [Accumulator() for _ in labels]
-    for labels_nK, scores_nK, users_n in predictions:
+def metrics_of(predictions: Iterable[Prediction], labels: list[str], plan: TaskPlan) -> dict[str, float]:
+    """`recsys.metrics.BINARY_METRICS` (or NUMBER_METRICS) for each task, exact, on the samples that count for it; of
+    the tasks after the first with `_<label>` at the end."""
+    collected = [Accumulator() if task.kind == "binary" else NumberAccumulator() for task in plan.tasks]
+    for labels_nT, scores_nK, users_n in predictions:
+        counted_nK = plan.counted(labels_nT)
         for task, own in enumerate(collected):
-            own.update(labels_nK[:, task], scores_nK[:, task], users_n)
+            mine = counted_nK[:, task]
+            own.update(labels_nT[mine, task], scores_nK[mine, task], users_n[mine])
     metrics: dict[str, float] = {}
     for task, own in enumerate(collected):
         found = own.result()
@@ -47,19 +51,21 @@ class RanksEvaluation:
         backend: scores this process's rows of a batch.
         rows: the part; every process has it.
         labels: names of the tasks.
+        plan: what the tasks are.
         batch: rows of a global batch, which the backend is made for.
         limit: batches at most; None = all.
     """
 
-    def __init__(self, backend: Backend, rows: Encoded, labels: list[str], batch: int,
+    def __init__(self, backend: Backend, rows: Encoded, labels: list[str], plan: TaskPlan, batch: int,
                  limit: int | None = None) -> None:
-        self.backend, self.rows, self.labels, self.batch, self.limit = backend, rows, labels, batch, limit
+        self.backend, self.rows, self.labels, self.plan = backend, rows, labels, plan
+        self.batch, self.limit = batch, limit
         number, parts = backend.share
         self.mine = slice(number * batch // parts, (number + 1) * batch // parts)
 
     def __call__(self, step: int) -> dict[str, float]:
         """The metrics, the same on all processes; {} without rows."""
-        return metrics_of(self.predictions(), self.labels) if len(self.rows) else {}
+        return metrics_of(self.predictions(), self.labels, self.plan) if len(self.rows) else {}
 
     def predictions(self) -> Iterator[Prediction]:
         """Batch by batch, in the order of the rows."""

@@ -23,7 +23,7 @@ from recsys.ranker import Scores
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
-from recsys.train_on import keep_vocabulary, run_of
+from recsys.train_on import compares, keep_vocabulary, run_of
 from recsys.validation import Best
 
 
@@ -47,7 +47,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
                      rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      processes.rank, processes.ranks, log.spec, settings.data.together)
+                      processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
     rows = log.parts["validation"]
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
