@@ -84,18 +84,13 @@ class BlockPool:
         if digest not in self._found:
             self._found[digest], self._digests[block] = block, digest
 
+    def is_kept(self, block: int) -> bool:
+        """Whether nobody holds it, so that to hold it makes one block fewer available."""
+        return block in self._kept
+
     def find(self, digest: bytes) -> int | None:
         """The block with this content."""
         return self._found.get(digest)
-
-    def forget_all(self) -> None:
-        """Nothing is found any more."""
-        for block in list(self._kept):
-            self._forget(block)
-            self._empty.append(block)
-        self._kept.clear()
-        for block in range(self.blocks):
-            self._forget(block)
 
     def _forget(self, block: int) -> None:
         digest = self._digests[block]
