@@ -59,17 +59,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE.html", help="page to write (default: report.html in that folder)")
 
 
-def add_quality_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb `quality-loop`."""
+def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `compare-versions`."""
     parser.add_argument("--versions", nargs="+", metavar="DIR", help="folders of cleaned documents")
     parser.add_argument("--development", nargs="+", metavar="PATH", help="documents of high quality")
     parser.add_argument("--output", metavar="DIR", help="folder for samples, records and models")
-
-
-def add_pangu_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verbs `vocabulary` and `pack`, which call the language model's own."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="documents: jsonl or text")
-    parser.add_argument("--output", required=True, metavar="PATH", help="vocabulary file, or folder of the records")
-    parser.add_argument("--pangu-config", metavar="FILE", help="config of the model, such as configs/pangu/tiny.yaml")
-    parser.add_argument("--size", type=int, metavar="N", help="pieces of the vocabulary (model.vocabulary_size)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="pack: the vocabulary to use (data.tokenizer)")

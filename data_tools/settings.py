@@ -6,10 +6,10 @@ from typing import Literal
 
 from data_tools import rules
 from data_tools.classifier.train import TrainClassifierSettings
+from data_tools.compare_versions import ComparisonSettings
 from data_tools.dedup.plan import DedupSettings
 from data_tools.documents import OutputFormat, ReadSettings
 from data_tools.engines.base import EngineSettings
-from data_tools.quality_loop import QualitySettings
 from data_tools.steps.decontaminate import DecontaminateSettings
 from data_tools.steps.filter import FilterSettings
 from data_tools.steps.mix import MixSettings
@@ -46,7 +46,7 @@ class DataSettings(Settings):
     """Documents that hold texts of the evaluation sets."""
     mix: MixSettings = MixSettings()
     """The training mixture."""
-    quality: QualitySettings = QualitySettings()
+    quality: ComparisonSettings = ComparisonSettings()
     """The comparison of cleaned versions by training."""
     run: RunSettings = RunSettings()
     """Which steps `run` runs."""

@@ -121,9 +121,9 @@ class Job:
     def steps(self) -> dict[str, list[str]]:
         """Names and commands, in order."""
         questions, config = str(self.output / "questions.jsonl"), ["--config", str(self.config)]
-        world = ["data_tools", "world", "--output", self.corpus, "--bytes", self.arguments.bytes,
+        corpus = ["data_tools", "generate-corpus", "--output", self.corpus, "--bytes", self.arguments.bytes,
                  "--questions", questions]
-        steps = {"corpus": world, "vocabulary": ["pangu", "vocabulary", *config],
+        steps = {"corpus": corpus, "vocabulary": ["pangu", "train-vocabulary", *config],
                  "pack": ["pangu", "pack", *config, "pack.overwrite=true"], "train": ["pangu", "train", *config],
                  "evaluate": ["pangu", "evaluate", *config, "--questions", questions],
                  "generate": ["pangu", "generate", *config, "--prompts", PROMPTS]}

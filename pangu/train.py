@@ -16,12 +16,13 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
-from parallel.training.device import Processes, start_device
+from parallel.training.device import Processes, set_seed, start_device
+from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import ShardedRun, ShardedValidation, needs_sharding
+from parallel.training.sharded_run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
-from parallel.training.trainer import Trainer, set_seed
+from parallel.training.trainer import Run, Trainer
 
 
 def run(settings: Any, arguments: argparse.Namespace) -> dict:
@@ -42,8 +43,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
 def replicated_trainer(settings: Any, processes: Processes) -> Trainer:
     """A trainer of which every process holds the whole model."""
     training, validation = sources(settings, (processes.rank, processes.ranks))
-    return Trainer(training_step(settings, processes), training, settings.train, settings.output,
-                   validation=validation, **_figures(settings))
+    return Trainer(MindSporeBackend(training_step(settings, processes)), _run(settings, training, validation))
 
 
 def sharded_trainer(settings: Any, parallel: ParallelConfig, processes: Processes) -> Trainer:
@@ -53,16 +53,13 @@ def sharded_trainer(settings: Any, parallel: ParallelConfig, processes: Processe
     training, validation = sources(settings, (data, parallel.data))
     run = ShardedRun(build(settings, parallel, dtype), settings.train, parallel, processes,
                  validated=validation is not None)
-    if validation is not None:
-        validation = ShardedValidation(run, validation, settings.train.validation_batches)
-    return Trainer(run.step, training, settings.train, settings.output, validation=validation, **run.for_trainer(),
-                   **_figures(settings))
+    return Trainer(ShardedBackend(run), _run(settings, training, validation))
 
 
-def _figures(settings: Any) -> dict[str, Any]:
+def _run(settings: Any, training: PackedDataset, validation: PackedDataset | None) -> Run:
     tokens = settings.train.global_batch_size * settings.model.sequence_length
-    return {"units": "tokens", "units_per_step": tokens, "flops_per_step": tokens * flops_per_token(settings.model),
-            "describe": settings.model_dump(mode="json")}
+    return Run(training, settings.train, settings.output, validation=validation, units_per_step=tokens,
+               flops_per_step=tokens * flops_per_token(settings.model), describe=settings.model_dump(mode="json"))
 
 
 def training_step(settings: Any, processes: Processes) -> TrainStep:

@@ -50,6 +50,8 @@ class Task:
         tokens: tokens (or samples, for rankers) in one global batch.
         figures: anything that reports want to show (sizes and names).
         is_sparse: by name, the parameters that `train.sparse_optimizer` owns; None = there are none.
+        scores: for a ranker, `scores(network)` -> the `Layer` from the first `inputs` (its attribute) of the inputs to
+            probabilities [rows, tasks], with the parameters of `network`, itself not laid out; None for others.
     """
 
     network: Any
@@ -58,6 +60,7 @@ class Task:
     tokens: int
     figures: dict[str, Any] = field(default_factory=dict)
     is_sparse: Callable[[str], bool] | None = None
+    scores: Callable[[Any], Any] | None = None
 
 
 SAMPLE_NUMBERS = "sample_numbers"

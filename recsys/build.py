@@ -43,8 +43,15 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, tasks), "float32")]
     task = Task(network, inputs, lambda seed: sample_batch(spec, batch, tasks, seed), batch,
-                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse)
+                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse, scores)
     return with_sample_numbers(task, settings.model.dropout)
+
+
+def scores(network: Any) -> Any:
+    """The cell from features to probabilities in a `TrainingLoss`, with the same parameters."""
+    from recsys.ranker import Scores
+
+    return Scores(network.model)
 
 
 def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: str = "float32") -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor
 
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
@@ -17,20 +17,9 @@ from recsys.build import loss_network
 from recsys.data.dataset import Log, in_order, prepare
 from recsys.data.encode import Encoded
 from recsys.metrics import Accumulator
-from recsys.ranker import Ranker
+from recsys.ranker import Ranker, Scores
 
 VOCABULARY = "vocabulary.json"
-
-
-class Scores(nn.Cell):
-    """probabilities_BK of a ranker."""
-
-    def __init__(self, model: Ranker) -> None:
-        super().__init__(auto_prefix=False)
-        self.model, self.sigmoid = model, ops.Sigmoid()
-
-    def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> Tensor:
-        return self.sigmoid(self.model(ids_BM, numbers_BN))
 
 
 class Evaluation:
@@ -100,6 +89,12 @@ def open_log(settings: Any, checkpoint: str | None = None) -> Log:
         places.insert(0, Path(checkpoint) / VOCABULARY)
     vocabulary = next((place for place in places if place.is_file()), None)
     return prepare(settings.data, settings.model.embedding_size, vocabulary)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `evaluate`."""
+    parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
+    parser.add_argument("--part", choices=["train", "validation", "test"], default="test", help="rows to evaluate on")
 
 
 def run(settings: Any, arguments: argparse.Namespace) -> dict:

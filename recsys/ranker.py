@@ -138,6 +138,23 @@ class Ranker(nn.Cell):
         return 0.0
 
 
+class Scores(Layer):
+    """probabilities_BK of a ranker, float32."""
+
+    inputs = 2
+    """It takes so many of the inputs of a `Task`: ids_BM and numbers_BN."""
+
+    def __init__(self, model: Ranker) -> None:
+        super().__init__(auto_prefix=False)
+        self.model, self.sigmoid = model, ops.Sigmoid()
+
+    def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> Tensor:
+        return self.sigmoid(self.model(ids_BM, numbers_BN))
+
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.sigmoid, (("batch", None),))]
+
+
 class BinaryCrossEntropy(Layer):
     """-y log p - (1 - y) log(1 - p) of each sample from its logit, without overflow: max(z, 0) - z y + log(1 +
     e^-|z|)."""

@@ -23,15 +23,26 @@ from recsys.evaluate import VOCABULARY
 from recsys.layers.embedding import is_sparse
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `refresh`."""
+    parser.add_argument("--run", metavar="DIR", required=True, help="folder of the run whose vocabulary is refreshed")
+    parser.add_argument("--output", metavar="DIR", required=True,
+                        help="folder for the new vocabulary.json and checkpoint; train goes on from there with "
+                             "output.directory=DIR data.vocabulary=DIR/vocabulary.json")
+    parser.add_argument("--decay", type=float, default=0.5, metavar="X", help="factor of the old counts (default 0.5)")
+    parser.add_argument("--minimum-count", type=float, metavar="N",
+                        help="decayed count below which a value is evicted (none: each feature's minimum_count)")
+
+
 def run(settings: Any, arguments: argparse.Namespace) -> dict:
     """Counts the training rows of `data`, refreshes the vocabulary, and saves the run's newest checkpoint with the rows
     of newcomers at their start values and without optimizer history."""
     if not 0.0 <= arguments.decay <= 1.0:
         raise UserError("the decay lies between 0 and 1", where="--decay", value=arguments.decay)
     start_device()
-    out = Path(arguments.out)
+    out = Path(arguments.output)
     if (out / "checkpoints").exists():
-        raise UserError("there are checkpoints already", where="--out", value=str(out), hint="choose another folder")
+        raise UserError("there are checkpoints already", where="--output", value=str(out), hint="choose another folder")
     vocabulary = Vocabulary.load(Path(arguments.run) / VOCABULARY)
     features = [feature for feature in features_of(settings.data) if feature.name in vocabulary.values]
     spec = place(features_of(settings.data), settings.model.embedding_size, vocabulary.sizes())

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", action="append", metavar="KEY=A,B,..", default=[],
                         help="values of one key, for example model.width=32,64,128; may be given several times")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each point, with seeds 1 to N")
-    parser.add_argument("--out", metavar="DIR", default="runs/sweep",
+    parser.add_argument("--output", metavar="DIR", default="runs/sweep",
                         help="folder for sweep.json, sweep.png and the runs; points that are there are not run again")
 
 
@@ -28,7 +28,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     points = grid(arguments.grid)
     if arguments.seeds < 1 or len(points) * arguments.seeds > MAX_RUNS:
         raise UserError(f"a sweep has 1 to {MAX_RUNS} runs", where="sweep", value=len(points) * arguments.seeds)
-    out = Path(arguments.out)
+    out = Path(arguments.output)
     about = {"config": str(arguments.config), "overrides": sorted(arguments.overrides)}
     results = _done_before(out / "sweep.json", about)
     # Every point is checked before the first one trains.
@@ -58,7 +58,7 @@ def _done_before(path: Path, about: dict) -> list[dict]:
         return []
     found = read_json(path)
     if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
-        raise UserError("the runs there are of another config file or other overrides", where="--out",
+        raise UserError("the runs there are of another config file or other overrides", where="--output",
                         value=str(path.parent), hint="choose another folder")
     return found["points"]
 
@@ -113,7 +113,7 @@ def _train(settings: Any) -> dict:
 
     figures = train(settings)
     from recsys.build import labels_of, loss_network, spec_of
-    from recsys.params import count
+    from recsys.count import count
 
     counted = count(loss_network(settings, spec_of(settings), len(labels_of(settings))))
     return {**{key: figures[key] for key in ("auc", "gauc", "uauc", "logloss", "samples_per_second")}, **counted}

@@ -15,17 +15,18 @@ from parallel.common.files import atomic_write, read_json
 from parallel.common.progress import note, table
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
-from parallel.training.device import Processes, start_device
+from parallel.training.device import Processes, set_seed, start_device
+from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import ShardedRun, ShardedValidation, needs_sharding
+from parallel.training.sharded_run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
-from parallel.training.trainer import Trainer, set_seed
+from parallel.training.trainer import Run, Trainer
 from recsys.build import build, check_layout, loss_network
+from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.evaluate import VOCABULARY, Evaluation
 from recsys.layers.embedding import is_sparse
-from recsys.params import count
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
@@ -87,12 +88,8 @@ def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: 
                       *run.rows, log.spec, settings.data.together)
     validation = None
     if validated:
-        rows = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
-        validation = ShardedValidation(run, rows, options.validation_batches)
-    trainer = Trainer(run.step, batches, options, settings.output, validation=validation, units="samples",
-                      units_per_step=options.global_batch_size,
-                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
-                      describe=settings.model_dump(mode="json"), **run.for_trainer())
+        validation = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
+    trainer = Trainer(ShardedBackend(run), _run(settings, counted, batches, validation=validation))
     if processes.rank == 0:
         _keep_vocabulary(log, Path(settings.output.directory))
     return trainer.run() | {key: counted[key] for key in ("parameters", "dense_parameters")}
@@ -113,10 +110,7 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     best = Best(settings, network, Evaluation(model, rows, log.labels, _evaluation_batch(settings, rows),
                                               limit=options.validation_batches), processes.rank)
     counted = count(network)
-    trainer = Trainer(step, batches, options, settings.output, evaluate=[best], units="samples",
-                      units_per_step=options.global_batch_size,
-                      flops_per_step=3.0 * counted["flops_per_sample"] * options.global_batch_size,
-                      describe=settings.model_dump(mode="json"))
+    trainer = Trainer(MindSporeBackend(step), _run(settings, counted, batches, evaluate=[best]))
     if processes.rank == 0:
         _keep_vocabulary(log, Path(settings.output.directory))
     figures = trainer.run()
@@ -129,6 +123,13 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     metrics = last(trainer.iteration)
     return {**figures, **metrics, **validation, "best_step": best.step,
             **{key: counted[key] for key in ("parameters", "dense_parameters")}, **_limit(settings, log)}
+
+
+def _run(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) -> Run:
+    samples = settings.train.global_batch_size
+    return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
+               flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),
+               **more)
 
 
 def _evaluation_batch(settings: Any, rows: Any) -> int:

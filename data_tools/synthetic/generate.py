@@ -19,8 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from data_tools.synthetic import prose as world_prose
-from data_tools.synthetic import skills as world_skills
+from data_tools.synthetic import prose, skills
 from data_tools.synthetic.words import Draw
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
@@ -32,27 +31,27 @@ SMALLEST, LARGEST = 1_000, 8_000_000_000
 
 # source, share of the documents, writer
 KINDS = (
-    ("context", 0.42, world_skills.context_document),
-    ("arithmetic", 0.18, world_skills.arithmetic_document),
-    ("sentiment", 0.10, world_skills.sentiment_document),
-    ("recital", 0.12, world_prose.recital),
-    ("dialogue", 0.05, world_prose.dialogue),
-    ("portrait", 0.03, world_prose.portrait),
-    ("place", 0.02, world_prose.place),
-    ("story", 0.02, world_prose.story),
-    ("letter", 0.02, world_prose.letter),
-    ("couplet", 0.02, world_prose.couplet),
-    ("poem", 0.02, world_prose.poem),
+    ("context", 0.42, skills.context_document),
+    ("arithmetic", 0.18, skills.arithmetic_document),
+    ("sentiment", 0.10, skills.sentiment_document),
+    ("recital", 0.12, prose.recital),
+    ("dialogue", 0.05, prose.dialogue),
+    ("portrait", 0.03, prose.portrait),
+    ("place", 0.02, prose.place),
+    ("story", 0.02, prose.story),
+    ("letter", 0.02, prose.letter),
+    ("couplet", 0.02, prose.couplet),
+    ("poem", 0.02, prose.poem),
 )
 QUESTIONS = {
-    "context": world_skills.context_question,
-    "sentiment": world_skills.sentiment_question,
-    "arithmetic": world_skills.arithmetic_question,
+    "context": skills.context_question,
+    "sentiment": skills.sentiment_question,
+    "arithmetic": skills.arithmetic_question,
 }
 SKILLS = tuple(QUESTIONS)
 
 
-def generate_world(bytes: int = DEFAULT_BYTES, seed: int = 1) -> Iterator[dict[str, str]]:
+def generate_corpus(bytes: int = DEFAULT_BYTES, seed: int = 1) -> Iterator[dict[str, str]]:
     """Yields documents `{"id", "text", "source"}` until their texts hold at least `bytes` bytes of UTF-8.
 
     No two texts are equal. A larger corpus of the same seed begins with the smaller one. Memory grows by about 100
@@ -154,7 +153,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}[match[2]])
 
 
-def add_world_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `world`."""
     parser.add_argument("--output", required=True, metavar="FILE",
                         help="corpus to write: .jsonl, or .jsonl.gz / .xz / .zst")
@@ -167,12 +166,12 @@ def add_world_arguments(parser: argparse.ArgumentParser) -> None:
                         help="questions of each skill (default: %(default)s)")
 
 
-def run_world(settings: None, arguments: argparse.Namespace) -> dict:
+def run_generate_corpus(settings: None, arguments: argparse.Namespace) -> dict:
     """The verb `world`: writes the corpus, and the questions when asked for."""
     size, started, sources = parse_bytes(arguments.bytes), time.perf_counter(), Counter()
 
     def counted() -> Iterator[dict]:
-        for document in generate_world(size, arguments.seed):
+        for document in generate_corpus(size, arguments.seed):
             sources[document["source"]] += 1
             yield document
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from pangu.data.packing import COLUMN, SPLITS, read_index
+from pangu.data.flat import FlatRecords
+from pangu.data.mind_records import REPAIR, MindRecords
+from pangu.data.packing import SPLITS, read_index
 from parallel.common.errors import UserError
-from parallel.common.files import inside
 
 _RECORDS_PER_WINDOW = 8192  # records asked for at once: bounds memory and spreads the cost of opening the files
-_MEND = "make the records anew with `python -m pangu pack`"
 
 
 # ---------------------------------------------------------------- positions and documents
@@ -110,6 +110,8 @@ class PackedDataset:
         repeat: on, epochs follow each other without end, and a batch may reach over the border of two. Off, one pass;
             the last batch is filled with records of padding, which carry no loss.
         tokenizer_fingerprint: SHA-256 of the tokenizer in use; checked against the index when given.
+        reader: which files are read, with the same batches; auto = the flat ones where there are any, so that no
+            MindSpore is needed.
 
     Raises:
         UserError: no records, another sequence length, vocabulary or tokenizer, a batch that the ranks cannot share
@@ -120,7 +122,8 @@ class PackedDataset:
 
     def __init__(self, directory: str | Path, *, batch_size: int, seed: int, sequence_length: int, vocabulary_size: int,
                  shard: tuple[int, int] = (0, 1), shuffle: bool = True, eod_reset: bool = True, split: str = "train",
-                 repeat: bool = True, tokenizer_fingerprint: str | None = None) -> None:
+                 repeat: bool = True, tokenizer_fingerprint: str | None = None,
+                 reader: Literal["auto", "flat", "mindrecord"] = "auto") -> None:
         self.directory, self.index = Path(directory), read_index(directory)
         self._check("sequence_length", self.index.sequence_length, sequence_length)
         self._check("vocabulary_size", self.index.vocabulary_size, vocabulary_size)
@@ -134,7 +137,8 @@ class PackedDataset:
         self.eod_reset = eod_reset
         self.sequence_length, self.vocabulary_size = sequence_length, vocabulary_size
         self._slice = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
-        self._open(split)
+        self._records = self._open(split, reader)
+        self.records = len(self._records)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -187,26 +191,18 @@ class PackedDataset:
             raise UserError(f"the records were packed with {name} {packed}", where=self.directory, value=wanted,
                             hint=f"use that {name} or pack the corpus again")
 
-    def _open(self, split: str) -> None:
+    def _open(self, split: str, reader: str) -> FlatRecords | MindRecords:
         if split not in SPLITS:
             raise UserError(f"no such split; known: {', '.join(SPLITS)}", where="split", value=split)
         part = getattr(self.index, split)
-        self.records, self._files = part.records, []
-        for entry in part.files:
-            path = inside(self.directory, entry.file)
-            if not path.is_file() or not path.with_name(path.name + ".db").is_file():
-                raise UserError("a file of packed records is missing", where=path, hint=_MEND)
-            if path.stat().st_size != entry.bytes:
-                raise UserError(f"file is damaged: {entry.bytes} bytes were written", where=path,
-                                value=path.stat().st_size, hint=_MEND)
-            self._files.append(str(path))
-        if not self.records:
+        if not part.records:
             raise UserError(f"there are no {split} records", where=self.directory,
                             hint="pack a larger corpus or change pack.validation_fraction")
-        found = self._guarded(lambda: self._reader([0]) and self._size())
-        if found != self.records:
-            raise UserError(f"files are damaged: the index speaks of {self.records} records", where=self.directory,
-                            value=found, hint=_MEND)
+        flat = all(entry.flat is not None for entry in part.files)
+        if reader == "flat" and not flat:
+            raise UserError("the records have no flat files", where=self.directory, hint="`python -m pangu flatten`")
+        kind = FlatRecords if reader == "flat" or (reader == "auto" and flat) else MindRecords
+        return kind(self.directory, part.files, self.sequence_length + 1)
 
     # ------------------------------------------------------------ reading
 
@@ -232,52 +228,17 @@ class PackedDataset:
 
     def _read(self, numbers: np.ndarray, rows: int) -> Iterator[np.ndarray]:
         """The records `numbers` in this order, `rows` at a time."""
-        if not numbers.size:
-            return
-        if numbers.size > self.records:  # one batch larger than the whole set
-            different, places = np.unique(numbers, return_inverse=True)
-            yield next(self._read(different, different.size))[places]
-            return
-        iterator = self._guarded(lambda: self._reader(numbers.tolist()).batch(rows).create_tuple_iterator(
-            num_epochs=1, output_numpy=True))
-        expected = -(-numbers.size // rows)
-        try:
-            for _ in range(expected):
-                ids = self._guarded(lambda: next(iterator))[0]
-                self._check_ids(ids)
-                yield ids
-        except StopIteration:
-            raise UserError("files are damaged: records are missing", where=self.directory, hint=_MEND) from None
-        finally:
-            iterator.release()
+        for ids in self._records.read(numbers, rows):
+            self._check_ids(ids)
+            yield ids
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.ndim != 2 or ids.shape[1] != self.sequence_length + 1:
             raise UserError("files are damaged: a record has another length", where=self.directory,
-                            value=list(ids.shape), hint=_MEND)
+                            value=list(ids.shape), hint=REPAIR)
         if ids.min() < 0 or ids.max() >= self.vocabulary_size:
             raise UserError("files are damaged: an id lies outside the vocabulary", where=self.directory,
-                            value=int(ids.max()), hint=_MEND)
-
-    def _reader(self, numbers: list[int]) -> Any:
-        import mindspore.dataset as ds
-
-        return ds.MindDataset(self._files, columns_list=[COLUMN], sampler=ds.SubsetSampler(numbers),
-                              num_parallel_workers=1)
-
-    def _size(self) -> int:
-        import mindspore.dataset as ds
-
-        return ds.MindDataset(self._files, columns_list=[COLUMN], shuffle=False).get_dataset_size()
-
-    def _guarded(self, call: Any) -> Any:
-        """`call()`, with what MindRecord throws at a damaged file told as a user's error."""
-        try:
-            return call()
-        except (RuntimeError, ValueError, TypeError) as error:
-            cause = next((line for line in str(error).splitlines() if "[ERROR]" in line), str(error).split("\n")[0])
-            raise UserError(f"cannot read the records: {cause.replace('[ERROR]', '').strip()[:160]}",
-                            where=self.directory, hint=_MEND) from None
+                            value=int(ids.max()), hint=REPAIR)
 
 
 class _Stretch:

@@ -19,6 +19,8 @@ import numpy as np
 from pydantic import Field
 
 from pangu.data import corpus
+from pangu.data.flat import FlatFile, FlatWriter
+from pangu.data.mind_records import COLUMN
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, read_json, write_json
 from parallel.common.progress import Bar, table
@@ -27,7 +29,6 @@ from parallel.common.settings import Settings, validate
 INDEX_FILE = "index.json"
 INDEX_FORMAT, INDEX_VERSION = "pangu packed records", 1
 SPLITS = ("train", "validation")
-COLUMN = "input_ids"
 
 _BLOCK_CHARACTERS = 64 << 10  # texts travel to the writers in blocks of about this size
 _RECORDS_PER_WRITE = 256
@@ -64,6 +65,9 @@ class PackOptions(Settings):
     """Training files to write; 0 takes one for every 8 MB of corpus, up to 16, and then one for every GB."""
     workers: int = Field(0, ge=0, le=256)
     """Processes that tokenize and write; 0 takes the processors, at most one a shard. Changes no record."""
+    flat: bool = True
+    """Write the records a second time as flat files that are mapped from the disk, which training reads first and
+    which need no MindSpore; false leaves them to `python -m pangu flatten`."""
     overwrite: bool = False
     """Replace an earlier packing at the same place."""
 
@@ -94,6 +98,8 @@ class PackedFile(Settings):
     """Rows of sequence_length + 1 ids."""
     bytes: int = Field(ge=0)
     """Size of the file, to notice a copy that was cut off."""
+    flat: FlatFile | None = None
+    """The same records as flat files, if there are any."""
 
 
 class PackedSplit(Settings):
@@ -267,7 +273,7 @@ def _plan(folder: Path, shards: int, settings: PackOptions, sequence_length: int
     names.append(("validation", "validation-00000-of-00001"))
     return [{"split": split, "path": str(folder / f"{name}.mindrecord"), "record_length": sequence_length + 1,
              "eot_id": tokenizer.eot_id, "pad_id": tokenizer.pad_id, "pad": settings.last_chunk == "pad",
-             "vocabulary_size": tokenizer.vocabulary_size} for split, name in names]
+             "flat": settings.flat, "vocabulary_size": tokenizer.vocabulary_size} for split, name in names]
 
 
 def _index(parts: list[dict], settings: PackOptions, sequence_length: int, tokenizer: PackTokenizer) -> PackIndex:
@@ -313,12 +319,13 @@ class _Shard:
     """One MindRecord file: documents in, records out. Args as `_plan` gives them."""
 
     def __init__(self, encode: Callable[[str], list[int]], *, split: str, path: str, record_length: int, eot_id: int,
-                 pad_id: int, pad: bool, vocabulary_size: int) -> None:
+                 pad_id: int, pad: bool, vocabulary_size: int, flat: bool = True) -> None:
         self.encode, self.split, self.path, self.record_length = encode, split, path, record_length
         self.eot_id, self.pad_id, self.pad, self.vocabulary_size = eot_id, pad_id, pad, vocabulary_size
         self.documents = self.tokens = self.records = 0
         self._rest: list[int] = []
         self._writer: Any = None
+        self._flat = FlatWriter(path, record_length, vocabulary_size, eot_id) if flat else None
 
     def add(self, texts: list[str]) -> None:
         """Appends documents, each followed by the end-of-document id, and writes the records that they fill."""
@@ -342,8 +349,9 @@ class _Shard:
             for file in (self.path, self.path + ".db"):
                 os.chmod(file, 0o644)  # MindRecord's own 0600 shuts out other users of a cluster
         size = os.path.getsize(self.path) if self.records else 0
+        flat = self._flat.finish() if self._flat is not None and self.records else None
         return {"split": self.split, "file": os.path.basename(self.path), "documents": self.documents,
-                "tokens": self.tokens, "records": self.records, "bytes": size}
+                "tokens": self.tokens, "records": self.records, "bytes": size, "flat": flat}
 
     def _write_full_records(self) -> None:
         count = len(self._rest) // self.record_length
@@ -359,6 +367,8 @@ class _Shard:
         for start in range(0, count, _RECORDS_PER_WRITE):
             batch = [{COLUMN: row} for row in ids[start : start + _RECORDS_PER_WRITE]]
             self._call(self._writer.write_raw_data, batch)
+        if self._flat is not None:
+            self._flat.add(ids)
         self.records += count
 
     def _open(self) -> Any:

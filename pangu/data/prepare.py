@@ -9,7 +9,7 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 
 
-def run_vocabulary(settings: Any, arguments: argparse.Namespace) -> dict:
+def run_train_vocabulary(settings: Any, arguments: argparse.Namespace) -> dict:
     """Verb `vocabulary`: trains model.vocabulary_size pieces on data.corpus and writes data.tokenizer."""
     from pangu.data.corpus import documents
     from pangu.data.train_vocabulary import train_vocabulary

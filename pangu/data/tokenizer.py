@@ -49,7 +49,7 @@ class Tokenizer:
         for piece in ("<eot>", "<pad>"):
             if self.piece_id(piece) is None:
                 raise UserError(f"this SentencePiece model has no piece {piece}: not a PanGu-alpha vocabulary",
-                                where=self.model_file, hint="train one with `python -m pangu vocabulary`")
+                                where=self.model_file, hint="train one with `python -m pangu train-vocabulary`")
 
     def __reduce__(self) -> tuple:
         # Sent to another process as the path alone: the SentencePiece object is loaded anew there.
@@ -193,7 +193,7 @@ def _unmark(text: str) -> str:
 def _read_model(path: Path) -> bytes:
     if not path.is_file():
         raise UserError("no such vocabulary file", where=path,
-                        hint="name a SentencePiece .model file, or train one with `python -m pangu vocabulary`")
+                        hint="name a SentencePiece .model file, or train one with `python -m pangu train-vocabulary`")
     try:
         size = path.stat().st_size
         if not 0 < size <= _MAX_MODEL_BYTES:
@@ -217,5 +217,5 @@ def _load_model(content: bytes, path: Path):
         processor.encode("word")
     except Exception:  # noqa: BLE001 - SentencePiece raises half a dozen kinds for a damaged file
         raise UserError("vocabulary file is damaged or not a SentencePiece model", where=path,
-                        hint="fetch it anew, or train one with `python -m pangu vocabulary`") from None
+                        hint="fetch it anew, or train one with `python -m pangu train-vocabulary`") from None
     return processor

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.files import inside, open_text
+from parallel.common.renamed import TASKS
 from parallel.common.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parents[1] / "tasks"
@@ -129,6 +130,8 @@ def load_task(name: str) -> TaskSettings:
     Raises:
         UserError: no such task; the nearest one is named.
     """
+    if name in TASKS:
+        raise UserError(f"the task '{name}' is called '{TASKS[name]}'", where="--tasks", hint=f"type {TASKS[name]}")
     if name not in task_names():
         near = difflib.get_close_matches(name, task_names(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(task_names())}"

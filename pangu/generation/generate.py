@@ -232,6 +232,14 @@ def cache_capacity(slots: int, chunk: int) -> int:
     return middle if double >= 4 * chunk and middle >= slots else double
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `generate`."""
+    parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    parser.add_argument("--prompts", metavar="FILE", help="file of prompts: a recipe or one prompt a line")
+    parser.add_argument("--stream", action="store_true", help="print the text of a single prompt as it is generated")
+
+
 def run_generate(settings: Any, arguments: argparse.Namespace) -> dict:
     """The verb `generate`: `settings` is a `pangu.settings.Run`; returns the texts and the speed.
 

@@ -1,7 +1,7 @@
 """Cloze tests of HFL: People Daily, Children's Fairy Tale (PD&CFT) and CMRC2017.
 
-A passage is lines `number ||| words`, then a line `<qid_n> ||| words with XXXXX`, with `||| answer` at its end
-(PD&CFT) or the answers in a file of their own, `.answer` in place of `.doc_query` (CMRC2017).
+A passage is lines `number ||| words`. The line after them asks: words with XXXXX, numbered on or called `<qid_n>`, and
+`||| answer` at its end (PD&CFT) or the answer in a file of its own, `.answer` in place of `.doc_query` (CMRC2017).
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ _BEFORE_QUESTION = 2
 
 
 def read(path: Path) -> Iterator[dict]:
-    """Yields `id`, `context` (the passage without the sentence asked about), `recent` (the same with the two
-    sentences before the question moved to the end), `question` (up to the blank), `answer`, `answers`."""
+    """Yields `id` (the name of the question, or which it is, from 0), `context` (the passage without the sentence asked
+    about), `recent` (the same with the two sentences before the question moved to the end), `question` (up to the
+    blank), `answer`, `answers`."""
     answers = _answers(path)
     lines: list[str] = []
+    asked = 0
     with open_text(path) as file:
         for line in file:
             first, *parts = [part.strip() for part in line.split(_FENCE)]
             if not parts:
                 continue
-            if first.isdigit():
+            asks = not first.isdigit() or (len(parts) > 1 and parts[1] != "" and BLANK in parts[0])
+            if not asks:
                 lines.append(_joined(parts[0]))
                 continue
-            yield _record(first, lines, parts, answers, path)
-            lines = []
+            yield _record(str(asked) if first.isdigit() else first, lines, parts, answers, path)
+            lines, asked = [], asked + 1
 
 
 def _answers(path: Path) -> dict[str, str]:
@@ -48,9 +51,9 @@ def _record(name: str, lines: list[str], parts: list[str], answers: dict[str, st
         raise UserError(f"no answer for {name}", where=path, hint="put the file of answers beside it")
     question = _joined(parts[0])
     place = next((index for index, line in enumerate(lines) if BLANK in line), len(lines))
-    rest = [line for index, line in enumerate(lines) if index != place]
+    rest = [line for line in lines if BLANK not in line]
     near = lines[max(0, place - _BEFORE_QUESTION):place]
-    far = [line for index, line in enumerate(lines) if not place - len(near) <= index <= place]
+    far = [line for index, line in enumerate(lines) if not place - len(near) <= index <= place and BLANK not in line]
     return {"id": name.strip("<>"), "context": "".join(rest), "recent": "".join(far + near), "answer": answer,
             "question": question.partition(BLANK)[0], "answers": [answer]}
 

@@ -12,11 +12,12 @@ ever unpickled. Slices of many ranks: `parallel.checkpoint.sharded`; both kinds 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -30,25 +31,34 @@ from parallel.checkpoint.folder import (
     remove_old,
     write_plain_json,
 )
-from parallel.checkpoint.safetensors_file import dtype_name, write_safetensors
-from parallel.checkpoint.sharded import Slices, parameter_of
+from parallel.checkpoint.safetensors_file import DTYPES, write_safetensors
+from parallel.checkpoint.sharded import Holder, Slices, parameter_of, save_slices
+from parallel.checkpoint.tensors import NamedTensor, named
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error
-
-if TYPE_CHECKING:
-    from mindspore import Parameter
 
 _MAX_SHOWN = 3
 
 
-def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Parameter], states: Sequence[Parameter] = (),
+def save(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any], state: dict[str, Any],
+         keep: int | None, *, rank: int = 0, holder: Holder | None = None) -> Path | None:
+    """A checkpoint of a run of any number of processes: rank 0 writes whole tensors, or every rank its slices.
+
+    All ranks call it; see `save_checkpoint` and `save_slices`. None on a rank that writes nothing.
+    """
+    if holder is not None:
+        return save_slices(directory, step, parameters, states, state, keep, holder)
+    return save_checkpoint(directory, step, parameters, states, state, keep) if rank == 0 else None
+
+
+def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any] = (),
                     state: dict[str, Any] | None = None, keep: int | None = None) -> Path:
     """Writes `<directory>/step_<step>` atomically, then deletes all but the newest `keep`.
 
     Args:
         directory: folder of the run's checkpoints.
         step: names the checkpoint; one that exists is replaced.
-        parameters: the network's parameters.
+        parameters: the network's, `NamedTensor`s or MindSpore parameters.
         states: the optimizer's.
         state: JSON values to keep beside them.
         keep: how many to keep; None = all.
@@ -57,6 +67,7 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Param
         UserError: no space or no permission; what was there before is untouched.
     """
     directory, target = Path(directory), checkpoint_path(directory, step)
+    parameters, states = named(parameters), named(states)
     hidden = directory / f".{target.name}.{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,18 +88,16 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Param
     return target
 
 
-def _check_space(directory: Path, tensors: Sequence[Parameter]) -> None:
-    needed = sum(int(np.prod(t.shape, dtype=np.int64)) * t.itemsize for t in tensors) + (1 << 20)
+def _check_space(directory: Path, tensors: Sequence[NamedTensor]) -> None:
+    needed = sum(math.prod(t.shape) * np.dtype(DTYPES[t.dtype]).itemsize for t in tensors) + (1 << 20)
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(f"a checkpoint needs {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB left; "
                         "nothing was written", where=directory, hint="free some space or lower output.keep")
 
 
-def _write_tensors(path: Path, tensors: Sequence[Parameter]) -> dict[str, dict]:
-    import mindspore as ms
-
-    plan = [(t.name, dtype_name(ms.dtype_to_nptype(t.dtype)), tuple(t.shape), t.asnumpy) for t in tensors]
+def _write_tensors(path: Path, tensors: Sequence[NamedTensor]) -> dict[str, dict]:
+    plan = [(t.name, t.dtype, tuple(t.shape), t.read) for t in tensors]
     checksums = write_safetensors(path, plan)
     return {name: {"file": path.name, "dtype": dtype, "shape": list(shape), "crc32": checksums[name]}
             for name, dtype, shape, _ in plan}
@@ -109,7 +118,7 @@ class Checkpoint:
                        for name, tensor in self._slices.tensors.items()}
 
 
-def load_checkpoint(path: str | Path, parameters: Sequence[Parameter], states: Sequence[Parameter] = (),
+def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequence[Any] = (),
                     boxes: dict[str, tuple] | None = None) -> dict[str, Any]:
     """Fills parameters and moments and returns the JSON state; compares all names and shapes before it changes any.
 
@@ -117,7 +126,8 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Parameter], states: S
 
     Args:
         path: a checkpoint, or a folder of them (the newest is taken).
-        parameters: the network's; each must be in the checkpoint and the other way round.
+        parameters: the network's, `NamedTensor`s or MindSpore parameters; each must be in the checkpoint and the other
+            way round.
         states: the optimizer's; () leaves moments alone.
         boxes: by parameter name the part that this process holds; parameters without one are on another stage and
             left alone. None: everything is whole.
@@ -125,7 +135,7 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Parameter], states: S
     Raises:
         UserError: missing, extra, of another shape or type, damaged; the parameter is named.
     """
-    checkpoint = Slices(path)
+    checkpoint, parameters, states = Slices(path), named(parameters), named(states)
     if boxes is not None:
         parameters, states = ([p for p in many if parameter_of(p.name) in boxes] for many in (parameters, states))
     _compare(checkpoint, PARAMETERS_FILE, parameters, boxes or {})
@@ -135,18 +145,16 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Parameter], states: S
                             where=checkpoint.path, hint="use one saved with output.save_optimizer")
         _compare(checkpoint, OPTIMIZER_FILE, states, boxes or {})
     for parameter in [*parameters, *states]:
-        _fill(parameter, checkpoint.read(parameter.name, (boxes or {}).get(parameter_of(parameter.name))))
+        parameter.assign(checkpoint.read(parameter.name, (boxes or {}).get(parameter_of(parameter.name))))
     return checkpoint.state
 
 
-def load_parameters(path: str | Path, parameters: Sequence[Parameter]) -> dict[str, Any]:
+def load_parameters(path: str | Path, parameters: Sequence[Any]) -> dict[str, Any]:
     """`load_checkpoint` without moments, for evaluation and serving."""
     return load_checkpoint(path, parameters)
 
 
-def _compare(checkpoint: Slices, kind: str, parameters: Sequence[Parameter], boxes: dict[str, tuple]) -> None:
-    import mindspore as ms
-
+def _compare(checkpoint: Slices, kind: str, parameters: Sequence[NamedTensor], boxes: dict[str, tuple]) -> None:
     wanted = {p.name: p for p in parameters}
     missing = [name for name in wanted if name not in checkpoint.tensors]
     extra = [name for name in checkpoint.names(kind) if name not in wanted]
@@ -162,14 +170,7 @@ def _compare(checkpoint: Slices, kind: str, parameters: Sequence[Parameter], box
             raise UserError(f"'{name}' has shape {list(parameter.shape)} in the model and {list(shape)} in the "
                             "checkpoint", where=checkpoint.path,
                             hint="use the model settings that the checkpoint was trained with")
-        dtype = dtype_name(ms.dtype_to_nptype(parameter.dtype))
-        if saved.dtype != dtype:
-            raise UserError(f"'{name}' is {dtype} in the model and {saved.dtype} in the checkpoint",
+        if saved.dtype != parameter.dtype:
+            raise UserError(f"'{name}' is {parameter.dtype} in the model and {saved.dtype} in the checkpoint",
                             where=checkpoint.path)
 
-
-def _fill(parameter: Parameter, array: np.ndarray) -> None:
-    import mindspore as ms
-
-    # In place, so that a compiled graph that holds the parameter sees the values.
-    parameter.set_data(ms.Tensor(array, parameter.dtype))

@@ -1,4 +1,4 @@
-"""Verbs `reshard`, `merge` and `split`: a checkpoint cut one way becomes one cut another way, or whole.
+"""Verbs `reshard` and `merge`: a checkpoint sharded by one layout becomes one sharded by another, or a full one.
 
 Streaming: a slice of one tensor is in memory at a time, so memory is bounded by the largest parameter. There and back
 is the identity, bit for bit.
@@ -27,7 +27,7 @@ from parallel.common.progress import Bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of all three verbs."""
+    """Flags of both verbs."""
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="checkpoint, whole or in slices")
     parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="folder to make; must not exist")
 
@@ -67,17 +67,6 @@ def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """
     slices = Slices(arguments.source)
     return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))
-
-
-def run_split(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`reshard` of a whole checkpoint.
-
-    Raises:
-        UserError: as `run_reshard`, and when the checkpoint is in slices already.
-    """
-    if any(len(tensor.pieces) > 1 for tensor in Slices(arguments.source).tensors.values()):
-        raise UserError("the checkpoint is in slices already", where=arguments.source, hint="use reshard")
-    return run_reshard(settings, arguments)
 
 
 def rank_plan(slices: Slices, full_parameters: dict[str, Any], rank: int) -> list[tuple]:

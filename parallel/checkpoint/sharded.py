@@ -32,7 +32,8 @@ from parallel.checkpoint.folder import (
     resolve_checkpoint,
     write_plain_json,
 )
-from parallel.checkpoint.safetensors_file import DTYPES, SafetensorsFile, dtype_name, write_safetensors
+from parallel.checkpoint.safetensors_file import DTYPES, SafetensorsFile, write_safetensors
+from parallel.checkpoint.tensors import named
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, inside, read_json
 
@@ -229,8 +230,6 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
     Raises:
         UserError: no space or no permission.
     """
-    import mindspore as ms
-
     target = checkpoint_path(directory, step)
     # One name for all ranks: the ranks share no process id.
     hidden = target.with_name(f".{target.name}.ranks")
@@ -241,13 +240,12 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
         holder.barrier()
         entries, arrays = [], {}
         for kind, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
-            for tensor in tensors:
+            for tensor in named(tensors):
                 owner = parameter_of(tensor.name)
                 if owner in holder.boxes:
-                    dtype = dtype_name(ms.dtype_to_nptype(tensor.dtype))
-                    entries.append((tensor.name, kind, dtype, holder.shapes[owner], holder.boxes[owner]))
+                    entries.append((tensor.name, kind, tensor.dtype, holder.shapes[owner], holder.boxes[owner]))
                     arrays[tensor.name] = tensor
-        write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, box: arrays[name].asnumpy())
+        write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, box: arrays[name].read())
         holder.barrier()
         if holder.rank == 0:
             write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **state})

@@ -57,7 +57,7 @@ class ParameterTensor:
         """See `NamedTensor`."""
         import mindspore as ms
 
-        self.parameter.set_data(ms.Tensor(np.ascontiguousarray(value), self.parameter.dtype), slice_shape=self.sliced)
+        self.parameter.set_data(ms.Tensor(np.asarray(value, order="C"), self.parameter.dtype), slice_shape=self.sliced)
 
 
 def named(tensors: Iterable[Any]) -> list[NamedTensor]:

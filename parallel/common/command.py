@@ -43,7 +43,8 @@ class Verb:
         help: one line for `--help`.
         settings: the settings class or its name "module:Class"; adds `--config`, overrides, `--print-config`. A class
             with `for_file(path, overrides) -> class` chooses a narrower one by what the file says.
-        arguments: `arguments(parser)` adds the verb's own flags.
+        arguments: `arguments(parser)` adds the verb's own flags; or its name "module:function" (imported only when the
+            user types this verb).
         run_file: for verbs that take a config file of any model: adds `--config` and lets overrides through as the list
             `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
         config: the config file taken when the user names none; None = the defaults of the settings class.
@@ -53,7 +54,7 @@ class Verb:
     run: Callable[[Any, argparse.Namespace], dict] | str
     help: str
     settings: type[Settings] | str | None = None
-    arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    arguments: Callable[[argparse.ArgumentParser], None] | str | None = None
     run_file: bool = False
     config: str | None = None
 
@@ -81,8 +82,8 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
 
 
 def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
-    parser = _parser(package, verbs)
     _refuse_old_names(package, argv)
+    parser = _parser(package, verbs, argv[0] if argv else None)
     arguments, rest = parser.parse_known_args(argv)
     verb = next(verb for verb in verbs if verb.name == arguments.verb)
     overrides = [word for word in rest if _OVERRIDE.match(word)]
@@ -109,7 +110,7 @@ def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     return exit_code
 
 
-def _parser(package: str, verbs: list[Verb]) -> argparse.ArgumentParser:
+def _parser(package: str, verbs: list[Verb], typed: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {package}", epilog=_EPILOG, allow_abbrev=False)
     choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in verbs:
@@ -121,8 +122,8 @@ def _parser(package: str, verbs: list[Verb]) -> argparse.ArgumentParser:
             sub.add_argument("--print-reference", action="store_true", help="explain every key and stop")
         if verb.run_file:
             sub.add_argument("--config", metavar="FILE", required=True, help="config file of any model")
-        if verb.arguments is not None:
-            verb.arguments(sub)
+        if verb.arguments is not None and verb.name == typed:
+            _resolve(verb.arguments)(sub)
     return parser
 
 

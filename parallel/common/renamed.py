@@ -16,11 +16,32 @@ KEYS = {
 VALUES: dict[tuple[str, Any], Any] = {}
 """(config key, old value) -> new value."""
 
-VERBS: dict[tuple[str, str], str] = {}
+VERBS: dict[tuple[str, str], str] = {
+    ("parallel", "split"): "reshard",
+    ("pangu", "params"): "count",
+    ("pangu", "vocabulary"): "train-vocabulary",
+    ("recsys", "params"): "count",
+    ("data_tools", "world"): "generate-corpus",
+    ("data_tools", "paragraphs"): "dedup-paragraphs",
+    ("data_tools", "quality-loop"): "compare-versions",
+    ("data_tools", "vocabulary"): "python -m pangu train-vocabulary",
+    ("data_tools", "pack"): "python -m pangu pack",
+}
 """(package, old verb) -> what to type."""
 
-FLAGS: dict[tuple[str, str], str] = {}
+FLAGS: dict[tuple[str, str], str] = {
+    ("launch", "--dry-run"): "--compile-only",
+    ("quantize", "--config"): "--run-config",
+    ("quantize", "--out"): "--output",
+    ("refresh", "--out"): "--output",
+    ("sweep", "--out"): "--output",
+    ("bench", "--out"): "--output",
+}
 """(verb, old flag) -> new flag."""
+
+
+TASKS = {f"world_{skill}": f"synthetic_{skill}" for skill in ("arithmetic", "context", "sentiment")}
+"""Evaluation tasks: old name -> new name."""
 
 
 def current_keys(tree: Any) -> Any:

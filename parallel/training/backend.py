@@ -63,9 +63,8 @@ class Backend(Protocol):
         ...
 
     def loss(self, batch: Batch) -> tuple[float, float]:
-        """(sum over this process's rows of loss x weight, their weight), dropout off, nothing updated. All ranks call
-        it. Each row is told by one rank: the others of its share (further op ranks, stages before the last) give
-        (0, 0), so that `exchange` adds up the batch."""
+        """(loss x weight, weight) of this batch, dropout off, nothing updated. All ranks call it. One rank tells a
+        row, of its own rows or of all; the others give (0, 0), so that `exchange` adds up the batch."""
         ...
 
     def scores(self, batch: Batch) -> np.ndarray | None:

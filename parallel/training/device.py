@@ -51,6 +51,15 @@ def start_device(target: str | None = None) -> Processes:
     return Processes(get_rank(), get_group_size(), GlobalComm.WORLD_COMM_GROUP, target)
 
 
+def set_seed(seed: int) -> None:
+    """Seeds MindSpore and NumPy; call before the network is built."""
+    import mindspore
+    import numpy
+
+    mindspore.set_seed(seed)
+    numpy.random.seed(seed)
+
+
 class DeviceSum:
     """Adds lists of floats over the processes of a group, on their devices.
 

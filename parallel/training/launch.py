@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what to run: a verb of the model's package (default train)")
     parser.add_argument("--resume", nargs="?", const="auto", metavar="DIR",
                         help="go on from a checkpoint; without DIR from the newest of output.directory")
-    parser.add_argument("--dry-run", action="store_true", help="compile the graphs of all distinct ranks, run nothing")
+    parser.add_argument("--compile-only", action="store_true",
+
+                        help="compile the graphs of all distinct ranks, run nothing")
     parser.add_argument("--timeout", type=int, default=300, metavar="S",
                         help="seconds to wait for all processes to meet (default 300)")
 
@@ -65,8 +67,8 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if resume is not None:
         overrides.append(f"output.resume={resume}")
     module, run_settings = load_run(arguments.config, overrides)
-    if arguments.dry_run:
-        _dry_run(arguments.config, overrides)
+    if arguments.compile_only:
+        _compile_only(arguments.config, overrides)
     plan = Plan.of(arguments, run_settings.parallel.devices, run_settings.parallel)
     package = module.__name__.partition(".")[0]
     command = ["-m", package, arguments.what, "--config", str(arguments.config), *overrides]
@@ -77,7 +79,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     return Launcher(plan, command, logs).run()
 
 
-def _dry_run(config: str, overrides: list[str]) -> None:
+def _compile_only(config: str, overrides: list[str]) -> None:
     command = ["-m", "parallel", "dryrun", "--config", str(config), "--ranks", "all-distinct", *overrides]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *command])

@@ -1,10 +1,12 @@
-"""What a run leaves for the eye: metrics.jsonl, TensorBoard events, loss.png, and the peak for the MFU."""
+"""What a run leaves for the eye: metrics.jsonl, TensorBoard events, loss.png, and its speed."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +101,54 @@ def read_metrics(path: str | Path) -> list[dict]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def measured_matmul_tflops(size: int = 1536, repeats: int = 5) -> float:
-    """Speed of a float32 size x size matrix product on this device, TFLOP/s: the best of `repeats` after a warm-up."""
-    import mindspore as ms
-    import numpy as np
-    from mindspore import ops
 
-    rng = np.random.default_rng(0)
-    a, b = (ms.Tensor(rng.standard_normal((size, size), np.float32)) for _ in range(2))
-    best = math.inf
-    for _ in range(repeats + 1):
+class Clock:
+    """Time spent in steps; the first one, which compiles, and validation and checkpoints are left out of the rates."""
+
+    def __init__(self, units_per_step: int, flops_per_step: float | None, peak_tflops: float | None,
+                 ranks: int) -> None:
+        self.units, self.flops, self.peak_tflops, self.ranks = units_per_step, flops_per_step, peak_tflops, ranks
+        self.compile_seconds: float | None = None
+        self.seconds, self.steps = 0.0, 0
+        self.recent: list[tuple[float, int]] = []
+
+    @contextmanager
+    def stepping(self, steps: int = 1) -> Iterator[None]:
+        """Around one call of the step."""
         started = time.perf_counter()
-        ops.matmul(a, b).asnumpy()
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size**3 / best / 1e12
+        yield
+        spent = time.perf_counter() - started
+        if self.compile_seconds is None:
+            self.compile_seconds = spent
+            return
+        self.seconds += spent
+        self.steps += steps
+        self.recent = [*self.recent[-19:], (spent, steps)]
+
+    def rate(self) -> float | None:
+        """Units per second over the last steps."""
+        seconds = sum(spent for spent, _ in self.recent)
+        return self.units * sum(steps for _, steps in self.recent) / seconds if seconds else None
+
+    def mean_rate(self) -> float | None:
+        """Units per second over the run."""
+        return self.units * self.steps / self.seconds if self.seconds else None
+
+    def _share(self, rate: float | None) -> float | None:
+        if rate is None or not self.flops or not self.peak_tflops:
+            return None
+        return rate / self.units * self.flops / (self.peak_tflops * 1e12 * self.ranks)
+
+    def mfu(self) -> float | None:
+        """Share of the peak over the last steps, in [0, 1]."""
+        return self._share(self.rate())
+
+    def mean_mfu(self) -> float | None:
+        """Share of the peak over the run, in [0, 1]."""
+        return self._share(self.mean_rate())
+
+    def shown(self, units: str) -> dict[str, str]:
+        """For the progress bar."""
+        rate, mfu = self.rate(), self.mfu()
+        shown = {f"{units}/s": f"{rate:,.0f}"} if rate else {}
+        return {**shown, **({"mfu": f"{100 * mfu:.0f} %"} if mfu else {})}

@@ -6,10 +6,7 @@ compiling, start values, checkpoints, resuming. Executing the step is not: compi
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
-from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -88,9 +85,9 @@ class ShardedRun:
         self.give_start_values()
 
     @property
-    def is_last(self) -> bool:
-        """Whether this process's stage computes the loss."""
-        return self.stage == self.config.pipeline.stages - 1
+    def tells(self) -> bool:
+        """Whether this process tells the loss, which every process of the last stage knows of the global batch."""
+        return self.processes.rank == (self.config.pipeline.stages - 1) * self.config.data * self.config.op
 
     def give_start_values(self) -> None:
         """Gives every parameter of this stage its slice of what one device starts from. While compiling MindSpore gave
@@ -100,10 +97,6 @@ class ShardedRun:
                 full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
                                     self.settings.seed)
                 put_slice(parameter, full[_places(self.holder.boxes[parameter.name])])
-
-    def for_trainer(self) -> dict[str, Any]:
-        """Arguments of a `Trainer` beside the step."""
-        return {"cell": self.cell, "holder": self.holder, "exchange": self.all_reduce}
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""
@@ -136,37 +129,6 @@ class ForwardLoss(nn.Cell):
             weight = ops.ones_like(loss)
         parts = self.reshape(self.cast(loss, ms.float32), (1,)), self.reshape(self.cast(weight, ms.float32), (1,))
         return self.join(parts)
-
-
-class ShardedValidation:
-    """`trainer.Validation` of a cut network: mean loss and perplexity, known on every process.
-
-    Args:
-        run: the cut run, made with `validated`.
-        source: this process's rows of the validation batches.
-        batches: how many to use; None = steps_per_epoch.
-    """
-
-    def __init__(self, run: ShardedRun, source: Any, batches: int | None = None) -> None:
-        self.run, self.source = run, source
-        self.count = min(batches or source.steps_per_epoch, source.steps_per_epoch)
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """{"validation_loss", "validation_perplexity"}."""
-        total = weight = 0.0
-        self.run.loss.set_train(False)
-        for batch in itertools.islice(self.source.batches(0), self.count):
-            loss, own = self.run.loss(*map(Tensor, batch)).asnumpy().tolist()
-            total, weight = total + loss * own, weight + own
-        self.run.cell.set_train(True)
-        total, weight = self.run.all_reduce([total, weight] if self.run.is_last else [0.0, 0.0])
-        return perplexity(total, weight)
-
-
-def perplexity(total: float, weight: float) -> dict[str, float]:
-    """Mean of a loss that was summed by weight, and its exponential; too large for a float, it is infinite."""
-    loss = total / weight if weight else math.nan
-    return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:

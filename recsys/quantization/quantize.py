@@ -17,8 +17,9 @@ from recsys.saved_model import VOCABULARY, settings_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("--checkpoint", metavar="DIR", required=True, help="the run or checkpoint to quantize")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the quantized one")
-    parser.add_argument("--config", metavar="FILE", help="the run's settings (default: those kept in the checkpoint)")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for the quantized one")
+    parser.add_argument("--run-config", metavar="FILE",
+                        help="the run's settings (default: those kept in the checkpoint)")
     parser.add_argument("--group", type=int, choices=[128],
                         help="a scale for each 128 inputs of an output (default: one for each output)")
     parser.add_argument("--part", choices=["train", "validation", "test", "none"], default="test",
@@ -41,19 +42,19 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
     state = Checkpoint(source).state
     if state.get("quantization"):
         raise UserError("is quantized already", where=source)
-    if Path(arguments.out).resolve() in [source.resolve(), *source.resolve().parents]:
-        raise UserError("the quantized checkpoint needs a folder of its own", where="--out", value=arguments.out)
-    run_settings = settings_of(source, arguments.config)
+    if Path(arguments.output).resolve() in [source.resolve(), *source.resolve().parents]:
+        raise UserError("the quantized checkpoint needs a folder of its own", where="--output", value=arguments.output)
+    run_settings = settings_of(source, arguments.run_config)
     log = open_log(run_settings, str(source))
     model, _ = load_model(run_settings, log, str(source))
     before = _auc(model, log, run_settings, arguments)
     errors = quantize_model(model, arguments.group)
     shapes = {product.name: product.shape for product in products(model)}
     kept = {key: value for key, value in state.items() if key not in ("format", "version", "step")}
-    target = save_checkpoint(Path(arguments.out) / "checkpoints", int(state.get("step", 0)),
+    target = save_checkpoint(Path(arguments.output) / "checkpoints", int(state.get("step", 0)),
                              list(model.get_parameters()), (),
                              {**kept, "quantization": {"bits": 8, "group": arguments.group}})
-    log.vocabulary.save(Path(arguments.out) / VOCABULARY)
+    log.vocabulary.save(Path(arguments.output) / VOCABULARY)
     mode = settle(model)
     after = _auc(model, log, run_settings, arguments)
     table("Relative error of each weight, ||W - qs|| / ||W||", ["weight", "shape", "error"],

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="requests of each variant (default 15)")
     parser.add_argument("--sweep", action="store_true",
                         help="also 1, 50, 200, 500 and 1000 candidates and ratios 1:2, 1:1 and 3:1, with a picture")
-    parser.add_argument("--out", metavar="DIR", help="folder for bench.json, and bench.png with --sweep")
+    parser.add_argument("--output", metavar="DIR", help="folder for bench.json, and bench.png with --sweep")
     parser.add_argument("--group", type=int, choices=[128], help="a scale for each 128 inputs of an output")
     parser.add_argument("--skip-matmul", action="store_true", help="leave the matrix product alone out")
 
@@ -67,10 +67,10 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
            for row in rows])
     figures = _figures(rows, ratio, arguments.candidates) | (
         {} if arguments.skip_matmul else {"w8a16_matmul_ratio": _matmul_ratio()})
-    if arguments.out:
-        write_json(Path(arguments.out) / "bench.json", {**figures, "rows": rows})
+    if arguments.output:
+        write_json(Path(arguments.output) / "bench.json", {**figures, "rows": rows})
         if arguments.sweep:
-            _draw(rows, Path(arguments.out) / "bench.png")
+            _draw(rows, Path(arguments.output) / "bench.png")
     return figures
 
 
@@ -142,7 +142,7 @@ def _model(settings: Any, spec: Any, int8: bool, group: int | None) -> tuple[Any
     from parallel.layers.int8 import settle
     from parallel.layers.parameter import initialize
     from recsys.build import loss_network
-    from recsys.params import count
+    from recsys.count import count
     from recsys.quantization.layers import quantize_model
 
     network = loss_network(settings, spec, 1)

@@ -181,6 +181,14 @@ def application(service: Service) -> Any:
     return app
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `serve`."""
+    parser.add_argument("--checkpoint", metavar="DIR", required=True,
+                        help="the run or checkpoint to serve, float or quantized; reloads look for a newer one there")
+    parser.add_argument("--run-config", metavar="FILE",
+                        help="settings of the run (default: those kept in the checkpoint)")
+
+
 def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     """Verb `serve`: until SIGTERM or SIGINT; then what was taken is answered.
 

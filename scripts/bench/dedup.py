@@ -38,9 +38,9 @@ def sentences() -> tuple[str, list[str]]:
         with lzma.open(SHARED, "rt", encoding="utf-8") as file:
             texts, name = [json.loads(line)["text"] for line in file], SHARED.name
     else:
-        from data_tools.synthetic.generate import generate_world
+        from data_tools.synthetic.generate import generate_corpus
 
-        texts, name = [document["text"] for document in generate_world(20_000_000)], "generated world, 20 MB"
+        texts, name = [document["text"] for document in generate_corpus(20_000_000)], "generated world, 20 MB"
     return name, [line for text in texts for line in text.split("\n") if 10 <= len(line) <= 300]
 
 

@@ -23,11 +23,11 @@ WIDTH, LAYERS, CONTEXT, VOCABULARY = 256, 6, 1024, 1200
 
 def generated_tnews(folder: Path, count: int) -> Path:
     """TNEWS's files with sentences of the generated world of about a headline's length, and their vocabulary."""
-    from data_tools.synthetic.generate import generate_world
+    from data_tools.synthetic.generate import generate_corpus
     from pangu.data.train_vocabulary import train_vocabulary
     from pangu.evaluation.task import load_task
 
-    texts = [document["text"] for document in generate_world(300_000)]
+    texts = [document["text"] for document in generate_corpus(300_000)]
     train_vocabulary(texts, folder / "vocabulary.model", size=VOCABULARY)
     draw, labels = random.Random(1), list(load_task("tnews").labels)
     sentences = [line[:24] for text in texts for line in text.split("\n") if len(line) >= 24]

@@ -116,10 +116,10 @@ class Trained:
         from parallel.training.optimizers import run_optimizer
         from parallel.training.step import TrainStep
         from recsys.build import loss_network
+        from recsys.count import count
         from recsys.data.dataset import prepare
         from recsys.evaluate import Evaluation
         from recsys.layers.embedding import is_sparse
-        from recsys.params import count
         from recsys.train import _limit
 
         ms.set_context(mode=ms.GRAPH_MODE)

@@ -56,7 +56,7 @@ def start_values(config: str, folder: Path, int8: bool) -> str:
                    stdout=subprocess.DEVNULL)
     if not int8:
         return str(folder / "run")
-    subprocess.run([sys.executable, "-m", "recsys", "quantize", "--checkpoint", str(folder / "run"), "--out",
+    subprocess.run([sys.executable, "-m", "recsys", "quantize", "--checkpoint", str(folder / "run"), "--output",
                     str(folder / "int8"), "--part", "none"], env=environment(), cwd=ROOT, check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return str(folder / "int8")

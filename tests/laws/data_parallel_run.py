@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from parallel.training.device import start_device
+from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.settings import LossScaleSettings, OutputSettings
-from parallel.training.trainer import Trainer
+from parallel.training.trainer import Run, Trainer
 from tests.parallel.toy import Batches, make_step, settings, values
 
 BROKEN_STEP = 3
@@ -34,8 +35,8 @@ def main(folder: Path) -> None:
             for s, broken in ((0, (BROKEN_STEP,)), (1, ()))]
     seen = []
     output = OutputSettings(directory=str(folder / "run"), tensorboard=False, loss_curve=False)
-    trainer = Trainer(step, rows[0], chosen, output, validation=rows[1],
-                      on_step=lambda _, scalars: seen.append(list(scalars.values())))
+    trainer = Trainer(MindSporeBackend(step), Run(rows[0], chosen, output, validation=rows[1],
+                                                  on_step=lambda _, told: seen.append(list(told.values()))))
     figures = trainer.run()
     np.savez(folder / f"rank_{processes.rank}.npz", seen=np.array(seen, np.float64),
              validation=figures["validation_loss"], **{f"value.{k}": v for k, v in values(step).items()})

@@ -136,14 +136,14 @@ def test_every_layout_of_every_model_equals_one_device(grid, model, name):
                                          ("recsys/tokenmixer_large_moe", "expert_half")])
 def test_ranks_made_from_others_are_those_that_compile(grid, model, name):
     """Where not every rank is compiled, the others' graphs are those that would have been."""
-    from parallel.proof.replay.ranks import compile_world
+    from parallel.proof.replay.ranks import compile_ranks
     from parallel.proof.replay.representatives import alike, representatives
     from parallel.proof.replay.settings import with_defaults
 
     config = str(grid.root / "configs" / f"{model}.yaml")
     keys = with_defaults(config, [*grid.sizes(model), *chosen(name)[0].keys.split()])
-    few = compile_world(config, keys, grid.compilers, trust=True)
-    every = compile_world(config, keys, grid.compilers, every_rank=True)
+    few = compile_ranks(config, keys, grid.compilers, trust=True)
+    every = compile_ranks(config, keys, grid.compilers, every_rank=True)
     assert few.compiled_ranks == representatives(few.config, trust=True)
     assert len(few.compiled_ranks) < len(every.compiled_ranks) == few.config.world
     for one, other in zip(few.programs, every.programs, strict=True):

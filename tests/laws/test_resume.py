@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from parallel.training.metrics_log import read_metrics
+from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.settings import LossScaleSettings, OutputSettings
-from parallel.training.trainer import Trainer
+from parallel.training.trainer import Run, Trainer
 from tests.parallel.toy import Batches, make_step, settings, values
 
 BROKEN = (2, 6)
@@ -17,14 +18,14 @@ def train(folder, stop_at=None):
                       loss_scale=LossScaleSettings(name="dynamic", initial=2.0**8, window=2))
     output = OutputSettings(directory=str(folder), checkpoint_every=100, tensorboard=False, loss_curve=False)
     step = make_step(chosen, dropout=0.3)
-    trainer = Trainer(step, Batches(broken=BROKEN), chosen, output, validation=Batches(seed=3))
+    trainer = Trainer(MindSporeBackend(step), Run(Batches(broken=BROKEN), chosen, output, validation=Batches(seed=3)))
 
     def stop(step, scalars):
         if step == stop_at:
-            trainer.stopped_by = "SIGTERM"
+            trainer.stop.ask("SIGTERM")
 
     trainer.on_step = stop
-    return trainer.run(), values(trainer.step)
+    return trainer.run(), values(step)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from data_tools.synthetic.generate import generate_world
+from data_tools.synthetic.generate import generate_corpus
 from pangu.__main__ import VERBS
 from parallel.common.command import main
 
@@ -20,9 +20,9 @@ def home(tmp_path_factory):
     """A finished tiny run: corpus, vocabulary, records, checkpoint."""
     home = tmp_path_factory.mktemp("home")
     with (home / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for document in generate_world(150_000):
+        for document in generate_corpus(150_000):
             file.write(json.dumps(document, ensure_ascii=False) + "\n")
-    for verb in ("vocabulary", "pack", "train"):
+    for verb in ("train-vocabulary", "pack", "train"):
         assert run(home, verb) == 0
     return home
 
@@ -60,7 +60,7 @@ def test_corpus(home, capsys, tmp_path, name, content, part):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    for verb, made in (("vocabulary", "data.tokenizer"), ("pack", "data.directory")):
+    for verb, made in (("train-vocabulary", "data.tokenizer"), ("pack", "data.directory")):
         target = tmp_path / f"made-by-{verb}"
         assert part in refused(capsys, home, verb, f"data.corpus={path}", f"{made}={target}")
         assert not target.exists()
@@ -68,7 +68,7 @@ def test_corpus(home, capsys, tmp_path, name, content, part):
 
 
 def test_no_corpus_named(capsys):
-    assert main("pangu", VERBS, ["vocabulary"]) == 2
+    assert main("pangu", VERBS, ["train-vocabulary"]) == 2
     assert "data.corpus" in capsys.readouterr().err
 
 
@@ -135,5 +135,5 @@ def test_no_disk_space(home, capsys, tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 0))
     target = tmp_path / "v.model"
-    assert "space" in refused(capsys, home, "vocabulary", f"data.tokenizer={target}")
+    assert "space" in refused(capsys, home, "train-vocabulary", f"data.tokenizer={target}")
     assert list(tmp_path.iterdir()) == []

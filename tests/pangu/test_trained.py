@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.synthetic.generate import generate_questions, generate_world, write_jsonl
+from data_tools.synthetic.generate import generate_corpus, generate_questions, write_jsonl
 from data_tools.synthetic.skills import sentiment_document
 from data_tools.synthetic.words import Draw
 from pangu.__main__ import VERBS
@@ -33,12 +33,12 @@ PUBLISHED = ["ocnli", "tnews", "chid", "cluewsc2020", "csl", "iflytek", "c3"]
 def trained(home: Path, documents, questions, *words: str) -> list[str]:
     """Trains with the plain verbs on `documents`; returns the settings of the run."""
     write_jsonl(documents, home / "corpus.jsonl")
-    (home / "data" / "world").mkdir(parents=True)
-    write_jsonl(questions, home / "data" / "world" / "questions.jsonl")
+    (home / "data" / "synthetic").mkdir(parents=True)
+    write_jsonl(questions, home / "data" / "synthetic" / "questions.jsonl")
     where = [f"data.corpus={home / 'corpus.jsonl'}", f"data.tokenizer={home / 'v.model'}",
              f"data.directory={home / 'records'}", f"output.directory={home / 'run'}", "output.tensorboard=false",
              "output.save_optimizer=false", *words]
-    for verb in ("vocabulary", "pack", "train"):
+    for verb in ("train-vocabulary", "pack", "train"):
         assert main("pangu", VERBS, [verb, "--config", str(ROOT / "configs/pangu/tiny.yaml"), *where]) == 0
     return where
 
@@ -61,16 +61,16 @@ def test_a_model_of_opinions_is_above_chance_with_and_without_examples(tmp_path,
     draw = Draw(random.Random(3))
     where = trained(tmp_path, [{"text": sentiment_document(draw)} for _ in range(9000)],
                     generate_questions("sentiment", 150), *SMALL)
-    words = ("--tasks", "world_sentiment", "--data", tmp_path / "data")
+    words = ("--tasks", "synthetic_sentiment", "--data", tmp_path / "data")
     for shots in (0, 2):
-        result = evaluate(where, tmp_path, capsys, *words, "--shots", shots)["world_sentiment"]
+        result = evaluate(where, tmp_path, capsys, *words, "--shots", shots)["synthetic_sentiment"]
         assert result["instances"] == 150
         assert result["shots"] >= 0.4 * shots  # as many as fit
         assert_above_chance(result, 0.65, 3.5)
     # After one step it is near chance, so it is the training that is measured.
     young = [*where, "train.steps=1", f"output.directory={tmp_path / 'young'}"]
     assert main("pangu", VERBS, ["train", "--config", str(ROOT / "configs/pangu/tiny.yaml"), *young]) == 0
-    result = evaluate(young, tmp_path / "young", capsys, *words)["world_sentiment"]
+    result = evaluate(young, tmp_path / "young", capsys, *words)["synthetic_sentiment"]
     assert abs(result["metric"] - 0.5) < 4 * (0.25 / 150) ** 0.5
 
 
@@ -79,14 +79,14 @@ def test_the_quickstarts_model_is_above_chance_and_scores_as_the_slow_scorer(tmp
     """Trains about 5 minutes."""
     questions = [q for skill, count in (("context", 400), ("sentiment", 200), ("arithmetic", 200))
                  for q in generate_questions(skill, count)]
-    where = trained(tmp_path, generate_world(), questions)
-    tasks = "world_context,world_sentiment,world_arithmetic"
+    where = trained(tmp_path, generate_corpus(), questions)
+    tasks = "synthetic_context,synthetic_sentiment,synthetic_arithmetic"
     for shots, context in ((0, 0.4), (1, 0.35), (2, 0.3)):  # other passages in front make it harder to find the fact
         results = evaluate(where, tmp_path, capsys, "--tasks", tasks, "--data", tmp_path / "data", "--shots", shots)
-        assert_above_chance(results["world_sentiment"], 0.7)
-        assert_above_chance(results["world_context"], context, 2.0)
-        assert_above_chance(results["world_arithmetic"], 0.35, 3.0)
-        assert results["world_sentiment"]["shots"] == shots
+        assert_above_chance(results["synthetic_sentiment"], 0.7)
+        assert_above_chance(results["synthetic_context"], context, 2.0)
+        assert_above_chance(results["synthetic_arithmetic"], 0.35, 3.0)
+        assert results["synthetic_sentiment"]["shots"] == shots
     if not SHARED.is_dir():
         return
     from pangu.evaluation.instances import InstanceBuilder

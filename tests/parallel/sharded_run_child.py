@@ -66,8 +66,9 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     init()
     from parallel.task import build_task
     from parallel.training.device import Processes
+    from parallel.training.mindspore_backend import ShardedBackend
     from parallel.training.sharded_run import ShardedRun, needs_sharding
-    from parallel.training.trainer import Trainer
+    from parallel.training.trainer import Run, Trainer
 
     processes = Processes(rank, world, "hccl_world_group", "Ascend")
     task, settings, config = build_task(order["config"], order["overrides"], world)
@@ -82,12 +83,13 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
 
     stand_in.set_train = lambda mode: None
     shapes = [item.shape for item in task.inputs if item.name != "sample_numbers"]
-    trainer = Trainer(cut.step, Rows(shapes, cut.rows), settings.train, settings.output,
-                      **cut.for_trainer() | {"cell": stand_in})
+    backend = ShardedBackend(cut)
+    cut.cell = stand_in
+    trainer = Trainer(backend, Run(Rows(shapes, cut.rows), settings.train, settings.output))
     figures = trainer.run()
     told = {"figures": figures, "rows": [[int(item.reshape(len(item), -1)[i, 0]) for i in range(len(item))]
                                          for item in seen[0]] if seen else [],
-            "shapes": {item.name: list(item.shape) for item in trainer.parameters},
+            "shapes": {item.name: list(item.shape) for item in backend.parameters()},
             "boxes": {name: [list(pair) for pair in box] for name, box in cut.holder.boxes.items()},
             "validated": cut.loss is not None}
     (Path(order["folder"]) / f"rank_{rank}.json").write_text(json.dumps(told, default=str), encoding="utf-8")

@@ -15,8 +15,8 @@ from parallel.sharding.config import ParallelConfig
 from parallel.task import load_run
 from recsys.__main__ import VERBS
 from recsys.build import build, loss_network, spec_of
+from recsys.count import count
 from recsys.models import NAMES
-from recsys.params import count
 
 CONFIGS = Path("configs/recsys")
 TINY = sorted(NAMES) + ["tokenmixer_large_moe"]
@@ -92,7 +92,7 @@ def test_half_of_the_experts_are_half_of_the_network():
 
 
 def test_params_command_prints_the_figures(capsys):
-    assert main("recsys", VERBS, ["params", "--config", str(CONFIGS / "rankmixer.yaml")]) == 0
+    assert main("recsys", VERBS, ["count", "--config", str(CONFIGS / "rankmixer.yaml")]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     import json
 

@@ -20,7 +20,8 @@ def command(capsys, verb, *words, code=0):
 
 
 def test_sweep_trains_the_grid_once_and_draws(tmp_path, capsys):
-    words = ["--config", "configs/recsys/dlrm_mlp.yaml", "--grid", "model.hidden=[8],[16,8]", "--seeds", "2", "--out",
+    words = ["--config", "configs/recsys/dlrm_mlp.yaml", "--grid", "model.hidden=[8],[16,8]", "--seeds", "2",
+             "--output",
              str(tmp_path / "sweep"), "data.synthetic.samples=2000", "data.synthetic.users=40",
              "data.synthetic.items=30", f"data.cache={tmp_path / 'cache'}", "train.global_batch_size=100",
              "train.steps=10", "train.validate_every=10", *QUIET]
@@ -72,7 +73,7 @@ def test_refresh_moves_newcomers_in_and_training_goes_on(tmp_path, capsys):
 
     command(capsys, "train", *config("old.csv", "first", 10))
     old = Vocabulary.load(tmp_path / "first" / "vocabulary.json")
-    figures = command(capsys, "refresh", *config("new.csv", "first", 10), "--run", str(tmp_path / "first"), "--out",
+    figures = command(capsys, "refresh", *config("new.csv", "first", 10), "--run", str(tmp_path / "first"), "--output",
                       str(tmp_path / "second"), "--decay", "0.01", "--minimum-count", "2")
     assert figures["reset"]["item"] and not figures["reset"]["user"]
     new = Vocabulary.load(tmp_path / "second" / "vocabulary.json")
@@ -91,10 +92,10 @@ def test_refresh_moves_newcomers_in_and_training_goes_on(tmp_path, capsys):
 
 
 def test_refresh_says_what_is_wrong(tmp_path, capsys):
-    error = command(capsys, "refresh", "--config", "configs/recsys/dlrm_mlp.yaml", "--run", str(tmp_path), "--out",
+    error = command(capsys, "refresh", "--config", "configs/recsys/dlrm_mlp.yaml", "--run", str(tmp_path), "--output",
                     str(tmp_path / "out"), code=2)
     assert len(error) == 1 and "vocabulary.json" in error[0]
-    error = command(capsys, "refresh", "--config", "configs/recsys/dlrm_mlp.yaml", "--run", str(tmp_path), "--out",
+    error = command(capsys, "refresh", "--config", "configs/recsys/dlrm_mlp.yaml", "--run", str(tmp_path), "--output",
                     str(tmp_path / "out"), "--decay", "2", code=2)
     assert len(error) == 1 and "decay" in error[0]
     error = command(capsys, "train", "--config", "configs/recsys/dlrm_mlp.yaml", f"data.cache={tmp_path}",

@@ -21,7 +21,7 @@ from mindspore import ops
 from parallel.proof.compile.graph import Node
 from parallel.proof.dryrun.accounting import COLLECTIVES, coordinates
 from parallel.proof.replay.executor import Program, run_step
-from parallel.proof.replay.ranks import World
+from parallel.proof.replay.ranks import AllRanks
 from parallel.proof.replay.reference import OneDevice
 from parallel.proof.replay.tolerances import PARAMETER_TOLERANCE, Difference
 from parallel.sharding.config import ParallelConfig
@@ -68,7 +68,7 @@ class Divergence:
         return asdict(self)
 
 
-def locate(world: World, reference: OneDevice, step: int, differences: Sequence[Difference], *,
+def locate(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference], *,
            forward: bool = True) -> Divergence:
     """Runs both sides again up to `step` and finds the first forward node that differs, else the parameter.
 
@@ -119,7 +119,7 @@ def _line_in(cell: Any, node: Node) -> str:
     return f"{shown}:{first + number}"
 
 
-def _whole_values(world: World, reference: OneDevice, step: int) -> dict[tuple, np.ndarray]:
+def _whole_values(world: AllRanks, reference: OneDevice, step: int) -> dict[tuple, np.ndarray]:
     """Values of the forward nodes of the network compiled for one device."""
     single = reference.compiled()
     numbers, values = Numbering(), {}
@@ -161,7 +161,7 @@ def is_forward(node: Node) -> bool:
     return not node.backward and not node.recomputed and "TrainingLoss" in node.scope and node.op not in _MOVING
 
 
-def _first_node(world: World, reference: OneDevice, step: int, full: dict[tuple, np.ndarray]) -> tuple | None:
+def _first_node(world: AllRanks, reference: OneDevice, step: int, full: dict[tuple, np.ndarray]) -> tuple | None:
     """(rank, node, difference, ranks) of the earliest forward node, in the order of the graph, that differs."""
     skipped = [unfinished(program, full) for program in world.programs]
     # Each stage numbers only its own micro-batches' nodes, and cells live on one stage.
@@ -259,7 +259,7 @@ def _parameter_of(program: Program, node: Node) -> str:
     return str(node.marks.get("mirror_user_id", ""))
 
 
-def _first_parameter(world: World, reference: OneDevice, step: int, differences: Sequence[Difference]) -> Divergence:
+def _first_parameter(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference]) -> Divergence:
     """The parameter whose gradient or update differs, by its update's place in the graph of the backward pass."""
     trainable = [item.name for item in reference.task.network.trainable_params()]
 

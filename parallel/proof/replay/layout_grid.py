@@ -16,9 +16,9 @@ from parallel.common.errors import UserError
 from parallel.common.progress import Bar, note, table
 from parallel.proof.compile.rank_compiler import Compilers
 from parallel.proof.replay.lockstep import Replay
-from parallel.proof.replay.ranks import World, compile_world
+from parallel.proof.replay.ranks import AllRanks, compile_ranks
 from parallel.proof.replay.reference import OneDevice
-from parallel.proof.replay.settings import check_layout, check_world, with_defaults
+from parallel.proof.replay.settings import check_layout, check_size, with_defaults
 
 
 def _keys(data: int = 1, op: int = 1, stages: int = 1, micro: int = 0, shard: int = 1, recompute: str = "",
@@ -211,18 +211,18 @@ def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout],
         compilers: what compiles.
         steps: training steps to compare.
         references: one-device runs of this file that are already there.
-        every_rank, trust: see `compile_world`.
+        every_rank, trust: see `compile_ranks`.
     """
     references = references or References(config)
 
     def keys_of(layout: Layout) -> list[str]:
         return with_defaults(config, [*sizes, *layout.keys.split(), *overrides])
 
-    def compiled(layout: Layout) -> World:
+    def compiled(layout: Layout) -> AllRanks:
         keys = keys_of(layout)
-        check_world(config, keys)
+        check_size(config, keys)
         check_layout(config, keys)
-        return compile_world(config, keys, compilers, every_rank=every_rank, trust=trust)
+        return compile_ranks(config, keys, compilers, every_rank=every_rank, trust=trust)
 
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(compiled, layout) for layout in layouts]

@@ -15,7 +15,7 @@ from parallel.proof.replay.collective_order import wrong_order
 from parallel.proof.replay.collectives import Deadlock
 from parallel.proof.replay.divergence import locate
 from parallel.proof.replay.executor import Rank, run_step
-from parallel.proof.replay.ranks import World, part_of
+from parallel.proof.replay.ranks import AllRanks, part_of
 from parallel.proof.replay.reference import History, OneDevice
 from parallel.proof.replay.tolerances import (
     LOSS_TOLERANCE,
@@ -36,7 +36,7 @@ class Replay:
         quiet: print the table of steps only where the runs differ.
     """
 
-    def __init__(self, world: World, reference: OneDevice, steps: int, *, quiet: bool = False) -> None:
+    def __init__(self, world: AllRanks, reference: OneDevice, steps: int, *, quiet: bool = False) -> None:
         self.world, self.reference, self.steps, self.quiet = world, reference, steps, quiet
         self.ranks: list[Rank] = []
         self.largest: dict[str, float] = {}

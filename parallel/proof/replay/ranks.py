@@ -22,7 +22,7 @@ from parallel.training.settings import TrainSettings
 
 
 @dataclass
-class World:
+class AllRanks:
     """All ranks of a layout, compiled and read.
 
     Args:
@@ -74,8 +74,8 @@ class World:
         return parts.transpose(1, 0, 2).reshape(-1)
 
 
-def compile_world(config: str, overrides: Sequence[str], compilers: Compilers, *, keep: str | None = None,
-                  every_rank: bool = False, trust: bool = False) -> World:
+def compile_ranks(config: str, overrides: Sequence[str], compilers: Compilers, *, keep: str | None = None,
+                  every_rank: bool = False, trust: bool = False) -> AllRanks:
     """Compiles the ranks of the layout in the file, and reads what came out.
 
     Args:
@@ -109,7 +109,7 @@ def compile_world(config: str, overrides: Sequence[str], compilers: Compilers, *
         others = compile_(missing)
         compiled |= others
         graphs |= {rank: flat(read_graph(item.graph)) for rank, item in others.items()}
-    return read_world(compiled, graphs)
+    return read_ranks(compiled, graphs)
 
 
 def needs_sharing(train: TrainSettings, layout: ParallelConfig) -> bool:
@@ -120,7 +120,7 @@ def needs_sharing(train: TrainSettings, layout: ParallelConfig) -> bool:
     return scheduled or (layout.optimizer.level > 1 and micro_batches(train, layout) > 1)
 
 
-def read_world(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> World:
+def read_ranks(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> AllRanks:
     """Makes the ranks' programs and finds which part of every parameter each holds."""
     result = next(iter(compiled.values())).result
     config = ParallelConfig.model_validate(result["parallel"])
@@ -130,7 +130,7 @@ def read_world(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> World
         graph = graphs[rank] if rank in compiled else derived(graphs[source], rank, config)
         programs.append(prepare(graph))
         boxes.append(parameter_boxes(rank, compiled[source].layouts, programs[-1], config))
-    return World(config, programs, boxes, result["micro_batches"], sorted(compiled))
+    return AllRanks(config, programs, boxes, result["micro_batches"], sorted(compiled))
 
 
 def parameter_boxes(rank: int, layouts: dict[str, list], program: Program, config: ParallelConfig) -> dict[str, Box]:

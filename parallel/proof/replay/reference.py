@@ -11,7 +11,7 @@ import numpy as np
 
 from parallel.proof.compile.graph import read_graph
 from parallel.proof.compile.rank_compiler import Compilers, Request
-from parallel.proof.replay.ranks import World, read_world
+from parallel.proof.replay.ranks import AllRanks, read_ranks
 from parallel.sharding.config import ParallelConfig
 
 _ONE_DEVICE = ("parallel.devices=null", "parallel.data=1", "parallel.op=1", "parallel.pipeline.stages=1",
@@ -50,7 +50,7 @@ class OneDevice:
 
         start_device("CPU")
         self.config, self.overrides = config, list(overrides)
-        self.single: World | None = None
+        self.single: AllRanks | None = None
         self.histories: dict[bytes, History] = {}
         self.module, self.settings = load_run(config, self.overrides)
         self.count = micro_batches(self.settings.train, self.settings.parallel.resolve())
@@ -69,7 +69,7 @@ class OneDevice:
         optimizer = run_optimizer(self.task.network.trainable_params(), train, self.task.is_sparse)
         self.step = TrainStep(self.task.network, optimizer, train, weighted=weighs(self.task.network))
 
-    def compiled(self) -> World:
+    def compiled(self) -> AllRanks:
         """The same network as a world of one rank, compiled like a layout; compiled when first asked for."""
         if self.single is None:
             request = Request(1, 0, str(Path(self.config).resolve()),
@@ -77,7 +77,7 @@ class OneDevice:
                               compute_dtype="float32", reuse=False)
             with Compilers() as compilers:
                 compiled = compilers.compile([request])[0]
-            self.single = read_world({0: compiled}, {0: read_graph(compiled.graph)})
+            self.single = read_ranks({0: compiled}, {0: read_graph(compiled.graph)})
         return self.single
 
     def reach(self, name: str) -> float:

@@ -19,9 +19,9 @@ from parallel.common.errors import UserError
 from parallel.proof.compile.rank_compiler import Compilers
 from parallel.proof.replay.layout_grid import run_grid
 from parallel.proof.replay.lockstep import Replay
-from parallel.proof.replay.ranks import compile_world
+from parallel.proof.replay.ranks import compile_ranks
 from parallel.proof.replay.reference import OneDevice
-from parallel.proof.replay.settings import check_layout, check_world, with_defaults
+from parallel.proof.replay.settings import check_layout, check_size, with_defaults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +55,12 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         outcome = run_grid(arguments)
     else:
         overrides = with_defaults(arguments.config, arguments.overrides)
-        check_world(arguments.config, overrides)
+        check_size(arguments.config, overrides)
         with Compilers(arguments.processes) as compilers:
             compilers.start()
             check_layout(arguments.config, overrides)
             with ThreadPoolExecutor(1) as pool:
-                compiling = pool.submit(compile_world, arguments.config, overrides, compilers, keep=arguments.keep,
+                compiling = pool.submit(compile_ranks, arguments.config, overrides, compilers, keep=arguments.keep,
                                         every_rank=arguments.every_rank)
                 reference = OneDevice(arguments.config, overrides)
                 world = compiling.result()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from parallel.common.errors import UserError
 
-LARGEST_WORLD = 64
+MOST_RANKS = 64
 # What a user's own overrides, which come after these, may change. From a warm-up's first learning rate, 0, nothing
 # would move. Adam divides by the root of the second moment: a gradient that is 0 but for rounding (an attention key's
 # bias) would become a full step in a random direction, hence a larger epsilon.
@@ -46,7 +46,7 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
     return [*kept, *overrides]
 
 
-def check_world(config: str, overrides: Sequence[str]) -> None:
+def check_size(config: str, overrides: Sequence[str]) -> None:
     """Raises a `UserError` if the settings are wrong or the layout has too many ranks for one process, or nothing that
     is cut."""
     from parallel.task import load_run
@@ -58,9 +58,9 @@ def check_world(config: str, overrides: Sequence[str]) -> None:
         raise UserError("MindSpore's partitioner gathers no gradients of micro-batches in a world of one rank",
                         where="train.accumulation", value=micro_batches(settings.train, layout),
                         hint="nothing is cut there (training uses the plain step); give data, op or stages 2")
-    if layout.world > LARGEST_WORLD:
+    if layout.world > MOST_RANKS:
         raise UserError(
-            f"replay holds all ranks in one process, at most {LARGEST_WORLD}; data {layout.data} x op {layout.op} x "
+            f"replay holds all ranks in one process, at most {MOST_RANKS}; data {layout.data} x op {layout.op} x "
             f"pipeline.stages {layout.pipeline.stages} are", where="parallel", value=layout.world,
             hint="replay a layout with the same kinds of cuts and fewer ways, 2 or 4 along each axis")
 

@@ -30,7 +30,7 @@ AGES, GENDERS, CITIES, CATEGORIES, AUTHORS, HOURS = 8, 2, 12, 16, 48, 24
 HIDDEN, INTERESTS, TAGS, HISTORY = 4, 3, 3, 12
 
 
-class World:
+class Truth:
     """Users, items and the truth about them, drawn from a seed.
 
     Args:
@@ -116,15 +116,15 @@ def _lists(values: np.ndarray) -> pa.Array:
 
 
 @lru_cache(maxsize=4)
-def world(users: int, items: int, seed: int, strength: float) -> World:
+def truth(users: int, items: int, seed: int, strength: float) -> Truth:
     """The world of a seed; kept, since drawing histories takes a moment."""
-    return World(users, items, seed, strength)
+    return Truth(users, items, seed, strength)
 
 
-def world_of(data: Any) -> World:
+def truth_of(data: Any) -> Truth:
     """The world of a `data` block."""
     made = data.synthetic
-    return world(made.users, made.items, made.seed, made.strength)
+    return truth(made.users, made.items, made.seed, made.strength)
 
 
 def features(data: Any) -> list[Feature]:
@@ -155,7 +155,7 @@ def features(data: Any) -> list[Feature]:
 
 def read(data: Any, path: Path | None) -> Iterator[tuple[pa.Table, str]]:
     """`data.synthetic.samples` rows."""
-    made, truth = data.synthetic, world_of(data)
+    made, truth = data.synthetic, truth_of(data)
     for block, begin in enumerate(range(0, made.samples, BLOCK)):
         rows = truth.sample(block)
         yield truth.table(rows).slice(0, made.samples - begin), "synthetic"
@@ -163,7 +163,7 @@ def read(data: Any, path: Path | None) -> Iterator[tuple[pa.Table, str]]:
 
 def probabilities(data: Any) -> np.ndarray:
     """True click probability of every row, in order: what `recsys.metrics.bayes_auc` takes."""
-    made, truth = data.synthetic, world_of(data)
+    made, truth = data.synthetic, truth_of(data)
     blocks = range(-(-made.samples // BLOCK))
     return np.concatenate([truth.sample(block)["probability"] for block in blocks])[: made.samples]
 

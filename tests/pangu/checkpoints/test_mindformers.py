@@ -84,10 +84,10 @@ print(json.dumps(found))
 def test_auto_classes_pipeline_and_trainer(tmp_path):
     if importlib.util.find_spec("mindformers") is None:  # importing it here would write logs into the checkout
         pytest.skip("mindformers is not installed")
-    from data_tools.synthetic.generate import generate_world
+    from data_tools.synthetic.generate import generate_corpus
     from pangu.data.train_vocabulary import train_vocabulary
 
-    train_vocabulary([d["text"] for d in generate_world(150_000)], tmp_path / "v.model", size=950)
+    train_vocabulary([d["text"] for d in generate_corpus(150_000)], tmp_path / "v.model", size=950)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_DEFAULT_PATH": str(tmp_path / "logs")}
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "v.model"), str(tmp_path)], cwd=tmp_path,
                           env=environment, capture_output=True, text=True, timeout=900, check=False)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pangu.data.dataset import PackedDataset, document_positions, plain_positions, shuffled
-from pangu.data.packing import INDEX_FILE, PackOptions, pack
+from pangu.data.flat import flatten
+from pangu.data.packing import INDEX_FILE, PackOptions, pack, read_index
 from parallel.common.errors import UserError
 
 LENGTH, VOCABULARY = 15, 5000
@@ -209,6 +213,57 @@ def test_an_abandoned_iterator_does_no_harm(folder):
     assert_same(take(dataset, 0, 2), take(open_set(folder), 0, 2))
 
 
+# ---------------------------------------------------------------- flat files
+
+@pytest.mark.parametrize("options", [
+    {}, {"shuffle": False, "batch_size": 6, "shard": (1, 2)},
+    {"split": "validation", "repeat": False, "shuffle": False},
+    {"eod_reset": False, "batch_size": 150},
+], ids=["shuffled", "a rank's rows", "validation", "a batch larger than the set"])
+def test_flat_files_give_the_batches_of_mindrecord(folder, options):
+    assert_same(take(open_set(folder, reader="flat", **options), 3 if not options else 0, 30),
+                take(open_set(folder, reader="mindrecord", **options), 3 if not options else 0, 30))
+
+
+def test_document_ends(folder, all_records):
+    flat = open_set(folder, reader="flat")._records
+    assert np.array_equal(flat.document_ends(), np.flatnonzero(all_records.reshape(-1) == 9))
+    (folder / "train-00002-of-00003.ends").rename(folder / "away")
+    try:
+        with pytest.raises(UserError, match="missing"):
+            flat.document_ends()
+    finally:
+        (folder / "away").rename(folder / "train-00002-of-00003.ends")
+
+
+def test_flatten_adds_what_pack_left_out(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    index = read_index(copy)
+    for entry in [*index.train.files, *index.validation.files]:
+        (copy / entry.flat.ids).unlink()
+        (copy / entry.flat.ends).unlink()
+        entry.flat = None
+    (copy / INDEX_FILE).write_text(index.model_dump_json())
+    with pytest.raises(UserError, match="flatten"):
+        open_set(copy, reader="flat")
+    assert flatten(copy)["records"] == index.train.records + index.validation.records
+    assert read_index(copy) == read_index(folder)
+    assert_same(take(open_set(copy, reader="flat"), 0, 9), take(open_set(folder), 0, 9))
+
+
+def test_flat_files_need_no_mindspore(folder):
+    program = f"""
+import sys
+sys.modules["mindspore"] = None
+from pangu.data.dataset import PackedDataset
+data = PackedDataset({str(folder)!r}, batch_size=4, seed=5, sequence_length={LENGTH}, vocabulary_size={VOCABULARY})
+print(next(data.batches(7))[0].tolist())
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert json.loads(told) == take(open_set(folder, reader="mindrecord"), 7, 1)[0][0].tolist()
+
+
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -238,6 +293,8 @@ def _scramble(path):
     (lambda path: path.unlink(), "train-00001-of-00003.mindrecord"),
     (lambda path: path.unlink(), "train-00001-of-00003.mindrecord.db"),
     (lambda path: path.write_bytes(b"not a database"), "train-00001-of-00003.mindrecord.db"),
+    (_cut, "train-00001-of-00003.ids"), (_scramble, "train-00001-of-00003.ids"),
+    (lambda path: path.unlink(), "train-00001-of-00003.ids"),
     (lambda path: path.write_text("{"), INDEX_FILE), (lambda path: path.unlink(), INDEX_FILE),
 ])
 def test_damaged_records_are_told_in_one_line(folder, tmp_path, damage, target):
@@ -245,7 +302,7 @@ def test_damaged_records_are_told_in_one_line(folder, tmp_path, damage, target):
     shutil.copytree(folder, copy)
     damage(copy / target)
     with pytest.raises(UserError) as error:
-        take(open_set(copy), 0, 40)
+        take(open_set(copy, reader="mindrecord" if ".mindrecord" in target else "auto"), 0, 40)
     assert "\n" not in str(error.value)
 
 
@@ -257,4 +314,4 @@ def test_ids_beyond_the_vocabulary_are_noticed(folder, tmp_path):
         content[1 << 20 :] = bytes(byte | 0x40 for byte in content[1 << 20 :])
         path.write_bytes(bytes(content))
     with pytest.raises(UserError, match="damaged|cannot read"):
-        take(open_set(copy), 0, 40)
+        take(open_set(copy, reader="mindrecord"), 0, 40)

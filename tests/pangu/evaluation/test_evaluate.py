@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from data_tools.synthetic.generate import generate_questions, generate_world, write_jsonl
+from data_tools.synthetic.generate import generate_corpus, generate_questions, write_jsonl
 from pangu.__main__ import VERBS
 from pangu.config import ModelConfig
 from pangu.evaluation.evaluate import markdown
@@ -251,7 +251,7 @@ def test_the_harness_itself_runs_our_model(home, tmp_path, monkeypatch):
     from pangu.evaluation import lm_eval_adapter as harness
 
     harness.register()
-    questions = home / "data" / "world" / "questions.jsonl"
+    questions = home / "data" / "synthetic" / "questions.jsonl"
     (tmp_path / "world.yaml").write_text(yaml.safe_dump({
         "task": "world_local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(questions)}},
         "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "target_delimiter": "",
@@ -311,12 +311,12 @@ def home(tmp_path_factory, model):
     from parallel.checkpoint.full import save_checkpoint
 
     home = tmp_path_factory.mktemp("evaluation")
-    train_vocabulary([d["text"] for d in generate_world(150_000)], home / "v.model", size=950)
+    train_vocabulary([d["text"] for d in generate_corpus(150_000)], home / "v.model", size=950)
     big = tiny_model(vocabulary_size=950)
     save_checkpoint(home / "run" / "checkpoints", 1, list(big.get_parameters()))
-    (home / "data" / "world").mkdir(parents=True)
+    (home / "data" / "synthetic").mkdir(parents=True)
     write_jsonl([q for s in ("sentiment", "arithmetic") for q in generate_questions(s, 12)],
-                home / "data" / "world" / "questions.jsonl")
+                home / "data" / "synthetic" / "questions.jsonl")
     (home / "data" / "cmrc2018").mkdir()
     (home / "data" / "cmrc2018" / "trial.json").write_text(json.dumps({"data": [{"paragraphs": [
         {"id": "P", "context": "小王住在北京。" * 20, "qas": [{"id": "Q", "question": "小王住在哪里？",
@@ -336,7 +336,7 @@ def evaluate(home, capsys, *words, code=0):
 
 
 def test_verb_on_tasks(home, capsys, tmp_path):
-    tasks = "world_sentiment,world_arithmetic,cmrc2018"
+    tasks = "synthetic_sentiment,synthetic_arithmetic,cmrc2018"
     figures = evaluate(home, capsys, "--tasks", tasks, "--shots", "1", "--output", tmp_path, "--log-samples",
                        tmp_path / "samples.jsonl")
     assert set(figures["results"]) == set(tasks.split(","))
@@ -369,10 +369,10 @@ def test_verb_equals_the_slow_scorer_and_the_unshared_one(home, capsys, tmp_path
     slow = {name: value.astype(np.float64) for name, value in arrays(tiny_model(vocabulary_size=950)).items()}
     config = tiny_model(vocabulary_size=950).config
     for words in ((), ("--no-sharing", "--batch", "3")):
-        evaluate(home, capsys, "--tasks", "world_arithmetic", "--no-cache", "--limit", 5, "--output", tmp_path,
+        evaluate(home, capsys, "--tasks", "synthetic_arithmetic", "--no-cache", "--limit", 5, "--output", tmp_path,
                  "--log-samples", tmp_path / "s", *words)
         rows = [json.loads(line) for line in (tmp_path / "s").read_text().splitlines()]
-        source = Source(load_task("world_arithmetic"), home / "data")
+        source = Source(load_task("synthetic_arithmetic"), home / "data")
         instances = InstanceBuilder(source.task, source, Tokenizer(home / "v.model"), 96).instances(5)
         assert [row["id"] for row in rows] == [instance.id for instance in instances]
         for row, instance in zip(rows, instances, strict=True):
@@ -381,7 +381,7 @@ def test_verb_equals_the_slow_scorer_and_the_unshared_one(home, capsys, tmp_path
 
 
 def test_verb_on_questions(home, capsys):
-    figures = evaluate(home, capsys, "--questions", home / "data" / "world" / "questions.jsonl", "--limit", 6)
+    figures = evaluate(home, capsys, "--questions", home / "data" / "synthetic" / "questions.jsonl", "--limit", 6)
     assert set(figures["results"]) == {"sentiment", "arithmetic"}
     for result in figures["results"].values():
         assert result["metric"] == result["accuracy"]
@@ -394,7 +394,7 @@ def test_verb_on_questions(home, capsys):
     (("--tasks", "tnews"), "expected"), (("--tasks", "c3", "--shots", "-1"), "--shots"),
     (("--tasks", "c3", "--batch", "0"), "--batch"), (("--tasks", "c3", "--limit", "0"), "--limit"),
     (("--questions", "x", "--log-samples", "y"), "--log-samples"),
-    (("--tasks", "world_sentiment", "--checkpoint", "nowhere"), "no checkpoint")])
+    (("--tasks", "synthetic_sentiment", "--checkpoint", "nowhere"), "no checkpoint")])
 def test_mistakes_are_one_line(home, capsys, words, part):
     line = evaluate(home, capsys, *words, code=2)
     assert line.startswith("error: ")
@@ -409,7 +409,7 @@ def test_table_stands_beside_the_papers():
 
 @pytest.mark.slow
 def test_two_processes_equal_one(home, capsys, tmp_path):
-    words = ("--tasks", "world_sentiment,cmrc2018", "--no-cache", "--shots", "1")
+    words = ("--tasks", "synthetic_sentiment,cmrc2018", "--no-cache", "--shots", "1")
     one = evaluate(home, capsys, *words, "--output", tmp_path / "one", "--log-samples", tmp_path / "one.jsonl")
     two = evaluate(home, capsys, *words, "--output", tmp_path / "two", "--log-samples", tmp_path / "two.jsonl",
                    "--nproc", 2)
@@ -439,7 +439,8 @@ def published():
 
 @pytest.mark.shared_data
 @pytest.mark.parametrize("shots", [0, 2])
-@pytest.mark.parametrize("name", ["ocnli", "tnews", "chid", "cluewsc2020", "csl", "iflytek", "c3"])
+@pytest.mark.parametrize("name", ["ocnli", "tnews", "chid", "cluewsc2020", "csl", "iflytek", "c3", "afqmc",
+                                  "cmrc2019"])
 def test_published_tasks_equal_the_slow_scorer(published, name, shots):
     language, weights = published
     source = Source(load_task(name), SHARED / "evaluation")
@@ -453,9 +454,21 @@ def test_published_tasks_equal_the_slow_scorer(published, name, shots):
 
 
 @pytest.mark.shared_data
-def test_published_cmrc2018_equals_slow_greedy_decoding(published):
+@pytest.mark.parametrize("name, count", [
+    ("afqmc", 4316), ("cmrc2017", 2000), ("cmrc2019", 1504), ("drcd", 3524), ("pd_cft", 1953)])
+def test_published_files_are_read_to_their_end(name, count):
+    """As many instances as the publishers say (CMRC2019: the blanks of its trial file), none without an answer."""
+    records = list(Source(load_task(name), SHARED / "evaluation").records())
+    assert len(records) == count and len({record["id"] for record in records}) == count
+    assert all("XXXXX" not in record.get("context", "") + record.get("question", "") for record in records)
+    assert all(record.get("answer", record.get("label")) not in (None, "") for record in records)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", ["cmrc2018", "cmrc2017", "drcd", "pd_cft"])
+def test_published_generation_equals_slow_greedy_decoding(published, name):
     language, weights = published
-    source = Source(load_task("cmrc2018"), SHARED / "evaluation")
+    source = Source(load_task(name), SHARED / "evaluation")
     instance, = InstanceBuilder(source.task, source, language.tokenizer, 192, 2).instances(1)
     rule = GenerateSettings(max_new_tokens=3, temperature=0.0, stop_ids=[])
     text, = language.generate_until([instance.prompt], rule)

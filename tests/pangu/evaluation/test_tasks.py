@@ -116,6 +116,7 @@ def test_details_of_the_readers(place):
     cloze, = place("cmrc2017").records()
     assert (cloze["context"], cloze["recent"], cloze["question"]) == ("小猫说。天黑了。", "天黑了。小猫说。", "")
     assert [r["part"] for r in place("pd_cft").records()] == ["pd.test", "cft.test.human"]
+
     assert [(r["before"], r["after"], r["answer"]) for r in place("chid").records()] == [
         ("他", "，又。", 2), ("他，又", "。", 0)]
     assert [(r["before"], r["after"]) for r in place("cmrc2019").records()] == [
@@ -124,6 +125,21 @@ def test_details_of_the_readers(place):
     # The second row's index is one too far; the pronoun is found all the same.
     assert [(r["before"], r["candidates"], r["answer"]) for r in place("cluewsc2020").records()] == [
         ("小明说", ["他", "小明"], 1), ("小明说", ["他", "小明"], 0)]
+
+
+def test_cloze_questions_with_a_number_in_place_of_a_name(tmp_path):
+    """As in the file for people of the Fairy Tale test: the question is the line with an answer at its end."""
+    from pangu.tasks.cloze import read
+
+    text = "".join(f"{line}\n" for line in (
+        "1 ||| 小 猫 说 。", "2 ||| XXXXX 来 了 。", "3 ||| 天 黑 了 。", "4 ||| XXXXX 来 了 。 ||| 大象",
+        "1 ||| 雨 下 了 。", "2 ||| XXXXX 笑 了 。", "3 ||| 他们 说 XXXXX 笑 了 ||| 猫"))
+    (tmp_path / "cft.test.human").write_text(text, encoding="utf-8")
+    first, second = read(tmp_path / "cft.test.human")
+    assert (first["id"], first["context"], first["question"], first["answers"]) == (
+        "0", "小猫说。天黑了。", "", ["大象"])
+    assert (second["id"], second["context"], second["question"], second["answers"]) == (
+        "1", "雨下了。", "他们说", ["猫"])
 
 
 def test_another_format_is_one_clear_line(place):
@@ -171,7 +187,7 @@ def test_the_scored_part_begins_where_ids_part(place):
 def test_one_prefix_means_one_place(place):
     rows = [{"prompt": "问：甲\n答", "choices": list("春夏秋冬乙丙"), "answer": 0, "skill": "context", "id": str(n)}
             for n in range(2)]
-    for instance in build(place("world_context", {"questions.jsonl": lines(*rows)})):
+    for instance in build(place("synthetic_context", {"questions.jsonl": lines(*rows)})):
         assert len({tuple(prefix) for prefix, _ in instance.requests}) == 1
 
 

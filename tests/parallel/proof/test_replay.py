@@ -357,18 +357,18 @@ class TestComparison:
         assert not any("moe" in item for item in plain) and plain + ["train.optimizer.epsilon=1e-2"] == separated
 
     def test_micro_batches_of_one_rank_are_refused(self, root):
-        from parallel.proof.replay.settings import check_world
+        from parallel.proof.replay.settings import check_size
 
         with pytest.raises(UserError, match="gathers no gradients of micro-batches in a world of one rank"):
-            check_world(str(root / CONFIG), ["train.accumulation=2"])
-        check_world(str(root / CONFIG), ["train.accumulation=2", "parallel.data=2"])
+            check_size(str(root / CONFIG), ["train.accumulation=2"])
+        check_size(str(root / CONFIG), ["train.accumulation=2", "parallel.data=2"])
 
 
 @pytest.fixture(scope="module")
 def layout(root):
     """(world, one-device run, steps) of data 2 x op 2 with optimizer sharding and sequence parallelism."""
     from parallel.proof.compile.rank_compiler import Compilers
-    from parallel.proof.replay.ranks import compile_world
+    from parallel.proof.replay.ranks import compile_ranks
     from parallel.proof.replay.reference import OneDevice
     from parallel.proof.replay.settings import with_defaults
 
@@ -376,7 +376,7 @@ def layout(root):
     overrides = with_defaults(config, [*TINY, "parallel.data=2", "parallel.op=2", "parallel.optimizer.shard=-1",
                                        "parallel.sequence=true"])
     with Compilers(2) as compilers:
-        return compile_world(config, overrides, compilers), OneDevice(config, overrides)
+        return compile_ranks(config, overrides, compilers), OneDevice(config, overrides)
 
 
 def planted(world, change):

@@ -6,8 +6,9 @@ import pytest
 
 from parallel.common.errors import UserError
 from parallel.training.companions import Companion
+from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.settings import OutputSettings
-from parallel.training.trainer import Trainer
+from parallel.training.trainer import Run, Trainer
 from tests.parallel.toy import Batches, make_step, settings
 
 
@@ -48,7 +49,7 @@ class Ending(Batches):
 def run(folder, steps, companion, source):
     train = settings(steps=steps)
     output = OutputSettings(directory=str(folder), checkpoint_every=2, tensorboard=False)
-    return Trainer(make_step(train), source, train, output, companions=[companion]).run()
+    return Trainer(MindSporeBackend(make_step(train)), Run(source, train, output, companions=[companion])).run()
 
 
 def test_a_companion_goes_along_and_its_state_returns(tmp_path):

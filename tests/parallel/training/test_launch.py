@@ -51,7 +51,7 @@ def test_one_process_needs_no_launcher(started):
 
 
 def test_a_dry_run_becomes_the_verb_dryrun(started):
-    main("parallel", VERBS, ["launch", "--config", CONFIG, "--dry-run", "parallel.data=2"])
+    main("parallel", VERBS, ["launch", "--config", CONFIG, "--compile-only", "parallel.data=2"])
     assert started[0][1][1:] == ["-m", "parallel", "dryrun", "--config", CONFIG, "--ranks", "all-distinct",
                                  "parallel.data=2"]
 

@@ -11,16 +11,17 @@ import pytest
 from parallel.checkpoint.folder import list_checkpoints
 from parallel.common.errors import UserError
 from parallel.training.data_source import prefetch
-from parallel.training.metrics_log import measured_matmul_tflops, read_metrics
+from parallel.training.metrics_log import Clock, read_metrics
+from parallel.training.mindspore_backend import MindSporeBackend, measured_matmul_tflops
 from parallel.training.settings import EarlyStopSettings, LossScaleSettings, OutputSettings, TrainSettings
-from parallel.training.trainer import Clock, Trainer
+from parallel.training.trainer import Run, Trainer
 from tests.parallel.toy import Batches, make_step, settings
 
 
 def trainer(folder, train=None, source=None, output=None, **options):
     train = train or settings()
     output = OutputSettings(**{"directory": str(folder), "checkpoint_every": 4, "tensorboard": False, **(output or {})})
-    return Trainer(make_step(train), source or Batches(), train, output, **options)
+    return Trainer(MindSporeBackend(make_step(train)), Run(source or Batches(), train, output, **options))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_log_and_pictures(finished):
 def test_validation_is_the_weighted_mean_without_dropout(finished):
     _, figures, _, full = finished
     total = weight = 0.0
-    parameters = {p.name: p.asnumpy() for p in full.parameters}
+    parameters = {p.name: p.read() for p in full.backend.parameters()}
     for index in range(5):
         x, y, mask = Batches(seed=9).batch(index)
         hidden = np.tanh(x @ parameters["weight1"] + parameters["bias1"])

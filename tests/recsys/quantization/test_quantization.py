@@ -58,7 +58,7 @@ def figures(capsys) -> dict:
 
 def test_quantize_and_evaluate_from_the_command_line(tmp_path, capsys):
     make_run(tmp_path / "run", "tokenmixer_large_ug_sep")
-    assert main("recsys", VERBS, ["quantize", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "q"),
+    assert main("recsys", VERBS, ["quantize", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "q"),
                                   "--group", "128"]) == 0
     found = figures(capsys)
     assert {"max_relative_error", "auc_before", "auc_after", "bytes_before", "bytes_after"} <= set(found)
@@ -74,8 +74,9 @@ def test_quantize_and_evaluate_from_the_command_line(tmp_path, capsys):
     assert main("recsys", VERBS, ["evaluate", "--config", "configs/recsys/tokenmixer_large_ug_sep.yaml",
                                   "--checkpoint", str(tmp_path / "q"), *words]) == 0
     assert figures(capsys)["auc"] == pytest.approx(found["auc_after"], abs=1e-6)
-    for wrong, message in ((["--checkpoint", str(tmp_path / "q"), "--out", str(tmp_path / "r")], "quantized already"),
-                           (["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "run")], "of its own")):
+    for wrong, message in ((["--checkpoint", str(tmp_path / "q"), "--output", str(tmp_path / "r")],
+                            "quantized already"),
+                           (["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "run")], "of its own")):
         assert main("recsys", VERBS, ["quantize", *wrong]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and message in error[0]

@@ -50,7 +50,7 @@ def test_figures_and_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SWEEP_RATIOS", ("1:1",))
     assert main("recsys", VERBS, ["bench", "--config", "configs/recsys/tokenmixer_large_ug_sep.yaml", *TINY,
                                   "--candidates", "6", "--ug-ratio", "1:1", "--rounds", "2", "--skip-matmul", "--sweep",
-                                  "--out", str(tmp_path)]) == 0
+                                  "--output", str(tmp_path)]) == 0
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert {"entangled_ms", "separated_ms", "ratio", "end_to_end_ratio", "p99_ms"} <= set(figures)
     assert figures["ratio"] == pytest.approx(figures["separated_ms"] / figures["entangled_ms"])

@@ -192,7 +192,7 @@ def test_a_quantized_model_is_served_and_reloaded(run, tmp_path):
         if not (folder / "checkpoints" / f"step_{step:08d}").is_dir():
             add_checkpoint(folder, settings, log, step, seed=step)
         assert main("recsys", VERBS, ["quantize", "--checkpoint", str(folder / "checkpoints" / f"step_{step:08d}"),
-                                      "--out", str(tmp_path / f"q{step}"), "--part", "none"]) == 0
+                                      "--output", str(tmp_path / f"q{step}"), "--part", "none"]) == 0
     engine = Engine(load(tmp_path / "q1"), replace_settings(requests=1, candidates=[16]))
     engine.start()
     try:

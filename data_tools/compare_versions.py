@@ -25,7 +25,7 @@ from parallel.common.progress import note, progress, table
 from parallel.common.settings import Settings
 
 
-class QualitySettings(Settings):
+class ComparisonSettings(Settings):
     """The comparison of cleaned versions."""
 
     pangu_config: str = "configs/pangu/tiny.yaml"
@@ -42,8 +42,8 @@ class QualitySettings(Settings):
     """Of the samples."""
 
 
-def run_quality_loop(settings: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`quality-loop`: one perplexity a version; a version that is done is not trained again."""
+def run_compare_versions(settings: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`compare-versions`: one perplexity a version; a version that is done is not trained again."""
     need(arguments, "versions", "development", "output")
     quality, output = settings.quality, Path(arguments.output).resolve()
     versions = _names(arguments.versions)
@@ -52,7 +52,7 @@ def run_quality_loop(settings: Any, arguments: argparse.Namespace) -> dict[str, 
                for name, path in versions.items()}
     common = _common_keys(quality, output)
     if quality.tokenizer is None and not Path(common["data.tokenizer"]).is_file():
-        call_pangu("vocabulary", quality.pangu_config, {**common, "data.corpus": _all_samples(output, versions)})
+        call_pangu("train-vocabulary", quality.pangu_config, {**common, "data.corpus": _all_samples(output, versions)})
     _pack(quality, common, output / "development")
     perplexity = {name: _train(quality, common, output, name) for name in versions}
     best = min(perplexity, key=lambda name: perplexity[name])
@@ -89,7 +89,7 @@ def _write_development(inputs: list[str], read: ReadSettings, output: Path) -> s
     return digests
 
 
-def draw_sample(inputs: list[str], read: ReadSettings, quality: QualitySettings, path: Path,
+def draw_sample(inputs: list[str], read: ReadSettings, quality: ComparisonSettings, path: Path,
                 excluded: set[bytes]) -> int:
     """Writes a random sample of `quality.characters` characters; returns how many it has.
 
@@ -126,7 +126,7 @@ def _plain(document: Document) -> dict[str, str]:
     return {"id": document.id, "text": document.text, "source": document.source}
 
 
-def _common_keys(quality: QualitySettings, output: Path) -> dict[str, Any]:
+def _common_keys(quality: ComparisonSettings, output: Path) -> dict[str, Any]:
     tokenizer = Path(quality.tokenizer).resolve() if quality.tokenizer else output / "vocabulary.model"
     keys = {**quality.pangu, "data.tokenizer": str(tokenizer)}
     if quality.vocabulary_size is not None:
@@ -145,13 +145,13 @@ def _all_samples(output: Path, versions: dict[str, str]) -> str:
     return str(folder)
 
 
-def _pack(quality: QualitySettings, common: dict[str, Any], folder: Path) -> None:
+def _pack(quality: ComparisonSettings, common: dict[str, Any], folder: Path) -> None:
     call_pangu("pack", quality.pangu_config, {
         **common, "data.corpus": str(folder / "sample"), "data.directory": str(folder / "records"),
         "pack.validation_fraction": 0.0, "pack.overwrite": True})
 
 
-def _train(quality: QualitySettings, common: dict[str, Any], output: Path, name: str) -> float:
+def _train(quality: ComparisonSettings, common: dict[str, Any], output: Path, name: str) -> float:
     """Perplexity of the model trained on one version."""
     folder = output / name
     wanted = {"settings": quality.model_dump(mode="json"),

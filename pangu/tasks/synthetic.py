@@ -1,4 +1,4 @@
-"""Multiple-choice questions of the generated world: JSON lines of `pangu.evaluation.questions`."""
+"""Multiple-choice questions of the synthetic corpus: JSON lines of `pangu.evaluation.questions`."""
 
 from __future__ import annotations
 

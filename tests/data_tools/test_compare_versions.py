@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import quality_loop
+from data_tools import compare_versions
 from data_tools.__main__ import VERBS
+from data_tools.compare_versions import ComparisonSettings, draw_sample
 from data_tools.documents import ReadSettings
-from data_tools.quality_loop import QualitySettings, draw_sample
 from parallel.common.command import main
 from parallel.common.errors import UserError
 from tests.data_tools.planted import make_text, read_jsonl, write_jsonl
@@ -32,16 +32,16 @@ def versions(tmp_path_factory):
 
 def test_samples_have_one_size_share_documents_and_leave_the_development_set_out(versions, tmp_path):
     folder, texts = versions
-    excluded = quality_loop._write_development([str(folder / "dev")], ReadSettings(), tmp_path)
+    excluded = compare_versions._write_development([str(folder / "dev")], ReadSettings(), tmp_path)
     found = {}
     for name in ("a", "b"):
-        quality, path = QualitySettings(characters=4000), tmp_path / name / "part-00000.jsonl"
+        quality, path = ComparisonSettings(characters=4000), tmp_path / name / "part-00000.jsonl"
         assert 4000 <= draw_sample([str(folder / name)], ReadSettings(), quality, path, excluded) < 4200
         found[name] = {d["text"] for d in read_jsonl(path.parent)}
     assert texts[0] not in found["a"] | found["b"]
     assert found["a"] & found["b"] and found["a"] != found["b"]
     with pytest.raises(UserError, match="too few characters"):
-        draw_sample([str(folder / "a")], ReadSettings(), QualitySettings(), tmp_path / "x.jsonl", set())
+        draw_sample([str(folder / "a")], ReadSettings(), ComparisonSettings(), tmp_path / "x.jsonl", set())
 
 
 def test_the_loop_trains_each_version_once_on_equal_terms(versions, tmp_path, monkeypatch, capsys):
@@ -52,20 +52,21 @@ def test_the_loop_trains_each_version_once_on_equal_terms(versions, tmp_path, mo
 
     def fake(verb, config, overrides):
         calls.append((verb, config, overrides))
-        if verb == "vocabulary":
+        if verb == "train-vocabulary":
             Path(overrides["data.tokenizer"]).write_text("vocabulary")
         if verb != "train":
             return {}
         sample = read_jsonl(Path(overrides["data.directory"]).parent / "sample")
         return {"validation_perplexity": 10.0 + sum(d["text"] not in texts for d in sample)}
 
-    monkeypatch.setattr(quality_loop, "call_pangu", fake)
-    words = ["quality-loop", "--versions", str(folder / "b"), str(folder / "a"), "--development", str(folder / "dev"),
+    monkeypatch.setattr(compare_versions, "call_pangu", fake)
+    words = ["compare-versions", "--versions", str(folder / "b"), str(folder / "a"), "--development",
+             str(folder / "dev"),
              "--output", str(tmp_path / "out"), "quality.characters=4000", "quality.pangu={train.steps: 7}"]
     assert main("data_tools", VERBS, words) == 0
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert line["better"] == "a" and line["perplexity"]["a"] == 10.0 < line["perplexity"]["b"]
-    assert [verb for verb, *_ in calls] == ["vocabulary", "pack", "pack", "train", "pack", "train"]
+    assert [verb for verb, *_ in calls] == ["train-vocabulary", "pack", "pack", "train", "pack", "train"]
     trained = [overrides for verb, _, overrides in calls if verb == "train"]
     same = {"train.steps", "data.tokenizer", "data.validation_directory"}
     assert all({key: entry[key] for key in same} == {key: trained[0][key] for key in same} for entry in trained)
@@ -76,41 +77,19 @@ def test_the_loop_trains_each_version_once_on_equal_terms(versions, tmp_path, mo
     assert main("data_tools", VERBS, [*words[:2], *words[3:]]) == 2
 
 
-def test_vocabulary_and_pack_read_only_the_documents(tmp_path, monkeypatch, capsys):
-    from data_tools import pangu_call
-
-    write_jsonl(tmp_path / "in" / "part-00000.jsonl", [{"text": "留"}])
-    write_jsonl(tmp_path / "in" / "removed" / "part-00000.jsonl", [{"text": "去"}])
-    seen = []
-
-    def fake(verb, config, overrides):
-        corpus = Path(overrides["data.corpus"])
-        seen.append((verb, [path.read_text("utf-8") for path in sorted(corpus.iterdir())], overrides))
-        return {"verb": verb}
-
-    monkeypatch.setattr(pangu_call, "call_pangu", fake)
-    for verb, name in (("vocabulary", "v.model"), ("pack", "records")):
-        assert main("data_tools", VERBS, [verb, "--input", str(tmp_path / "in"), "--output", str(tmp_path / name),
-                                          "--size", "100"]) == 0
-    kept = ['{"text": "留"}\n']
-    assert [(verb, texts) for verb, texts, _ in seen] == [("vocabulary", kept), ("pack", kept)]
-    assert all(overrides["model.vocabulary_size"] == 100 for *_, overrides in seen)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-
-
 @pytest.mark.slow
 def test_shuffled_text_is_judged_worse(tmp_path):
     """The real thing: two tiny models; a version whose characters are shuffled must come out worse."""
-    from data_tools.synthetic.generate import generate_world
+    from data_tools.synthetic.generate import generate_corpus
 
     rng = random.Random(1)
-    texts = [document["text"] for document in generate_world(700_000, seed=1)]
+    texts = [document["text"] for document in generate_corpus(700_000, seed=1)]
     shuffled = ["".join(rng.sample(text, len(text))) for text in texts]
     for name, version in (("whole", texts), ("shuffled", shuffled)):
         write_jsonl(tmp_path / name / "x.jsonl", [{"text": text} for text in version])
-    write_jsonl(tmp_path / "dev" / "x.jsonl", [{"text": d["text"]} for d in generate_world(50_000, seed=9)])
+    write_jsonl(tmp_path / "dev" / "x.jsonl", [{"text": d["text"]} for d in generate_corpus(50_000, seed=9)])
     done = subprocess.run(
-        [sys.executable, "-m", "data_tools", "quality-loop", "--versions", str(tmp_path / "shuffled"),
+        [sys.executable, "-m", "data_tools", "compare-versions", "--versions", str(tmp_path / "shuffled"),
          str(tmp_path / "whole"), "--development", str(tmp_path / "dev"), "--output", str(tmp_path / "out"),
          "quality.characters=150000", "quality.vocabulary_size=1000",
          "quality.pangu={train.steps: 60, train.validate_every: null, model.layers: 2, model.hidden_size: 64}"],

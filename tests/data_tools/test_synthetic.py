@@ -15,8 +15,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.synthetic import generate as world
-from data_tools.synthetic import skills as world_skills
+from data_tools.synthetic import generate as synthetic
+from data_tools.synthetic import skills
 from data_tools.synthetic.words import _TABLE, load_words
 from parallel.common.errors import UserError
 
@@ -25,22 +25,22 @@ SIZE = 150_000
 
 @pytest.fixture(scope="module")
 def corpus() -> list[dict]:
-    return list(world.generate_world(SIZE, seed=1))
+    return list(synthetic.generate_corpus(SIZE, seed=1))
 
 
 @pytest.fixture(scope="module")
 def questions() -> dict[str, list[dict]]:
-    return {skill: list(world.generate_questions(skill, 150, seed=1)) for skill in world.SKILLS}
+    return {skill: list(synthetic.generate_questions(skill, 150, seed=1)) for skill in synthetic.SKILLS}
 
 
 def test_same_seed_same_corpus_other_seed_another(corpus):
-    assert list(world.generate_world(SIZE, seed=1)) == corpus
-    other = {document["text"] for document in world.generate_world(SIZE, seed=2)}
+    assert list(synthetic.generate_corpus(SIZE, seed=1)) == corpus
+    other = {document["text"] for document in synthetic.generate_corpus(SIZE, seed=2)}
     assert len(other & {document["text"] for document in corpus}) < 0.02 * len(corpus)
 
 
 def test_smaller_corpus_is_the_beginning_of_the_larger(corpus):
-    small = list(world.generate_world(SIZE // 10, seed=1))
+    small = list(synthetic.generate_corpus(SIZE // 10, seed=1))
     assert small == corpus[: len(small)]
 
 
@@ -53,7 +53,7 @@ def test_size_and_shape(corpus):
 
 def test_no_two_documents_are_equal_and_all_kinds_appear(corpus):
     assert len({document["text"] for document in corpus}) == len(corpus)
-    assert {document["source"] for document in corpus} == {f"world/{name}" for name, _, _ in world.KINDS}
+    assert {document["source"] for document in corpus} == {f"world/{name}" for name, _, _ in synthetic.KINDS}
 
 
 def test_every_pattern_is_filled(corpus):
@@ -80,12 +80,12 @@ def test_words_have_no_doubles():
     assert yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("skill", world.SKILLS)
+@pytest.mark.parametrize("skill", synthetic.SKILLS)
 def test_questions_are_well_formed_and_answers_spread(questions, skill):
     items = questions[skill]
     assert len({item["prompt"] for item in items}) == len(items) == 150
     assert len({item["id"] for item in items}) == len(items)
-    assert list(world.generate_questions(skill, 150, seed=1)) == items
+    assert list(synthetic.generate_questions(skill, 150, seed=1)) == items
     for item in items:
         assert set(item) == {"id", "skill", "prompt", "choices", "answer"} and item["skill"] == skill
         assert item["prompt"].endswith("\n答：") and len(set(item["choices"])) == len(item["choices"])
@@ -133,16 +133,16 @@ def test_held_out_sums_never_appear_in_any_words(corpus):
         if document["source"] != "world/arithmetic":
             continue
         for first, second in re.findall(r"(\d+)加上?(\d+)", document["text"]):
-            assert not world_skills.held_out_sum(int(first), int(second))
+            assert not skills.held_out_sum(int(first), int(second))
         for first, second in re.findall(r"(\d+)减去?(\d+)", document["text"]):
-            assert not world_skills.held_out_sum(int(second), int(first) - int(second))
+            assert not skills.held_out_sum(int(second), int(first) - int(second))
 
 
 def test_held_out_sums_are_an_eighth_and_their_mirrors_are_shown():
-    terms = range(world_skills.LARGEST_TERM + 1)
-    held = [(a, b) for a, b in itertools.product(terms, terms) if world_skills.held_out_sum(a, b)]
+    terms = range(skills.LARGEST_TERM + 1)
+    held = [(a, b) for a, b in itertools.product(terms, terms) if skills.held_out_sum(a, b)]
     assert 0.05 < len(held) / len(terms) ** 2 < 0.2
-    assert not any(world_skills.held_out_sum(b, a) for a, b in held)
+    assert not any(skills.held_out_sum(b, a) for a, b in held)
 
 
 def test_sentiment_labels_are_balanced(questions):
@@ -153,18 +153,18 @@ def test_sentiment_labels_are_balanced(questions):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(-(2**70), 2**70))
 def test_any_seed_makes_a_corpus(seed):
-    texts = [document["text"] for document in world.generate_world(3000, seed)]
+    texts = [document["text"] for document in synthetic.generate_corpus(3000, seed)]
     assert len(set(texts)) == len(texts) and all(text.strip() == text for text in texts)
 
 
 @pytest.mark.parametrize(("text", "size"), [("2MB", 2 * 10**6), ("500k", 500_000), ("1.5 GB", 15 * 10**8), ("77", 77)])
 def test_parse_bytes(text, size):
-    assert world.parse_bytes(text) == size
+    assert synthetic.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("call", [
-    lambda: world.parse_bytes("many"), lambda: next(world.generate_world(10)),
-    lambda: next(world.generate_questions("singing", 1)),
+    lambda: synthetic.parse_bytes("many"), lambda: next(synthetic.generate_corpus(10)),
+    lambda: next(synthetic.generate_questions("singing", 1)),
 ])
 def test_bad_input_is_one_line(call):
     with pytest.raises(UserError) as error:
@@ -174,26 +174,26 @@ def test_bad_input_is_one_line(call):
 
 def test_more_questions_than_there_are(monkeypatch):
     fixed = {"prompt": "问：1加1等于几？\n答：", "choices": ["2。", "3。"], "answer": 0}
-    monkeypatch.setitem(world.QUESTIONS, "arithmetic", lambda draw: dict(fixed))
+    monkeypatch.setitem(synthetic.QUESTIONS, "arithmetic", lambda draw: dict(fixed))
     with pytest.raises(UserError, match="only about 1"):
-        list(world.generate_questions("arithmetic", 2))
+        list(synthetic.generate_questions("arithmetic", 2))
 
 
 @pytest.mark.parametrize(("suffix", "opener"), [("", open), (".gz", gzip.open), (".xz", lzma.open)])
 def test_written_files_read_back(tmp_path, suffix, opener):
-    documents = list(world.generate_world(5000, seed=4))
+    documents = list(synthetic.generate_corpus(5000, seed=4))
     path = tmp_path / f"world.jsonl{suffix}"
-    figures = world.write_jsonl(documents, path)
+    figures = synthetic.write_jsonl(documents, path)
     with opener(path, "rt", encoding="utf-8") as file:
         assert [json.loads(line) for line in file] == documents
     assert figures == {"documents": len(documents), "bytes": sum(len(each["text"].encode()) for each in documents)}
     first = path.read_bytes()
-    world.write_jsonl(documents, path)
+    synthetic.write_jsonl(documents, path)
     assert path.read_bytes() == first, "same corpus, same file"
 
 
 def test_command(tmp_path, root):
-    command = [sys.executable, "-m", "data_tools", "world", "--bytes", "20k", "--seed", "3", "--count", "5",
+    command = [sys.executable, "-m", "data_tools", "generate-corpus", "--bytes", "20k", "--seed", "3", "--count", "5",
                "--output", str(tmp_path / "w.jsonl.zst"), "--questions", str(tmp_path / "q.jsonl")]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -202,6 +202,7 @@ def test_command(tmp_path, root):
 
 
 def test_command_refuses_in_one_line(tmp_path, root):
-    command = [sys.executable, "-m", "data_tools", "world", "--bytes", "lots", "--output", str(tmp_path / "w.jsonl")]
+    command = [sys.executable, "-m", "data_tools", "generate-corpus", "--bytes", "lots", "--output",
+               str(tmp_path / "w.jsonl")]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())

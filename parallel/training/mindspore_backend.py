@@ -1,0 +1,170 @@
+"""MindSpore as a `parallel.training.backend.Backend`: a whole network on one device or under plain data parallelism,
+or the slices of a sharded one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
+from parallel.common.errors import UserError
+from parallel.training.backend import Batch, Outputs
+from parallel.training.device import DeviceSum
+from parallel.training.sharded_run import ShardedRun
+from parallel.training.step import TrainStep
+
+
+class MeanLoss(nn.Cell):
+    """(loss x weight, weight) of a batch, for validation; see `parallel.training.step` for what a network returns."""
+
+    def __init__(self, network: nn.Cell, weighted: bool) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.weighted = network, weighted
+
+    def construct(self, *batch: Tensor) -> tuple:
+        """Two float32 scalars."""
+        if self.weighted:
+            loss, weight = self.network(*batch)
+        else:
+            loss, weight = self.network(*batch), Tensor(1.0, ms.float32)
+        weight = ops.cast(weight, ms.float32)
+        return ops.cast(loss, ms.float32) * weight, weight
+
+
+class MindSporeBackend:
+    """A `TrainStep` of a whole network. See `Backend`.
+
+    Args:
+        step: the training step.
+        scorer: for a ranker, the cell from a batch without labels to probabilities [rows, tasks].
+        all_reduce: adds lists of floats over all processes; None = AllReduce on the device, if there are several.
+    """
+
+    name, holder = "mindspore", None
+
+    def __init__(self, step: TrainStep, *, scorer: nn.Cell | None = None,
+                 all_reduce: Callable[[list[float]], list[float]] | None = None) -> None:
+        self.train_step, self.scorer = step, scorer
+        self.rank, self.ranks, self.share, self.numbered = step.rank, step.ranks, step.share, step.numbered
+        self.add = all_reduce or (DeviceSum(step.group) if step.ranks > 1 else None)
+        self.mean_loss = MeanLoss(step.network, step.weighted)
+        self.training = False
+
+    @property
+    def cell(self) -> Any:
+        """What is called for a step."""
+        return self.train_step
+
+    def step(self, batch: Batch) -> Outputs:
+        """See `Backend`."""
+        self._mode(True)
+        return _outputs(self.cell(*map(Tensor, batch)))
+
+    def stretches(self, source: Any, first: int, steps: int, size: int) -> Iterator[tuple[int, Outputs]]:
+        """See `SinkingBackend` (Ascend only, never run by us).
+
+        Raises:
+            UserError: the device is the CPU.
+        """
+        if ms.get_context("device_target") == "CPU":
+            raise UserError("data sink needs an Ascend device", where="train.data_sink", hint="set it to false")
+        self._mode(True)
+        sink = ms.data_sink(self.cell, source.mindspore_dataset(first, steps), sink_size=size)
+        for _ in range(steps // size):
+            yield size, _outputs(sink())
+
+    def loss(self, batch: Batch) -> tuple[float, float]:
+        """See `Backend`."""
+        self._mode(False)
+        total, weight = self.mean_loss(*map(Tensor, batch))
+        return float(total.asnumpy()), float(weight.asnumpy())
+
+    def scores(self, batch: Batch) -> np.ndarray | None:
+        """See `Backend`."""
+        self._mode(False)
+        return self.scorer(*map(Tensor, batch)).asnumpy()
+
+    def _mode(self, training: bool) -> None:
+        if training == self.training:
+            return
+        self.training = training
+        for cell in (self.cell, self.mean_loss, self.scorer):
+            if cell is not None:
+                cell.set_train(training)
+
+    def parameters(self) -> Sequence[NamedTensor]:
+        """See `Backend`."""
+        counters = {counter.name for counter in self.train_step.counters()}
+        return self._tensors(p for p in self.train_step.network.get_parameters() if p.name not in counters)
+
+    def states(self) -> Sequence[NamedTensor]:
+        """See `Backend`."""
+        return self._tensors(self.train_step.optimizer.states())
+
+    def counters(self) -> Sequence[NamedTensor]:
+        """See `Backend`."""
+        return self._tensors(self.train_step.counters())
+
+    def _tensors(self, parameters: Any) -> list[NamedTensor]:
+        return [ParameterTensor(parameter) for parameter in parameters]
+
+    def exchange(self, values: list[float]) -> list[float]:
+        """See `Backend`."""
+        return self.add(values) if self.add is not None else values
+
+    def barrier(self) -> None:
+        """See `Backend`."""
+        self.exchange([0.0])
+
+    def peak_tflops(self, precision: str) -> float | None:
+        """See `Backend`; measured on the CPU only."""
+        return measured_matmul_tflops() if ms.get_context("device_target") == "CPU" else None
+
+    def close(self) -> None:
+        """Nothing to leave: MindSpore's processes part by themselves."""
+
+
+class ShardedBackend(MindSporeBackend):
+    """A network of which every process holds slices (Ascend).
+
+    Args:
+        run: the compiled run.
+    """
+
+    def __init__(self, run: ShardedRun) -> None:
+        super().__init__(run.step, all_reduce=run.all_reduce)
+        self.run, self.holder, self.mean_loss = run, run.holder, run.loss
+
+    @property
+    def cell(self) -> Any:
+        """See `MindSporeBackend`."""
+        return self.run.cell
+
+    def loss(self, batch: Batch) -> tuple[float, float]:
+        """See `Backend`."""
+        self._mode(False)
+        loss, weight = self.mean_loss(*map(Tensor, batch)).asnumpy().tolist()
+        return (loss * weight, weight) if self.run.tells else (0.0, 0.0)
+
+
+def _outputs(results: tuple) -> Outputs:
+    names = ("loss", "global_norm", "finite", "loss_scale", "learning_rate")
+    return {name: value.asnumpy().item() for name, value in zip(names, results, strict=True)}
+
+
+def measured_matmul_tflops(size: int = 1536, repeats: int = 5) -> float:
+    """Speed of a float32 size x size matrix product on this device, TFLOP/s: the best of `repeats` after a warm-up."""
+    generator = np.random.default_rng(0)
+    a, b = (Tensor(generator.standard_normal((size, size), np.float32)) for _ in range(2))
+    best = math.inf
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        ops.matmul(a, b).asnumpy()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best / 1e12
