@@ -23,7 +23,7 @@ setup(
     description="PanGu-alpha and dense rankers on one auto-parallel layer, in MindSpore",
     python_requires=">=3.10,<3.12",
     packages=find_packages(include=["pangu*", "recsys*", "parallel*", "data_tools*"]),
-    package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h"], "pangu": ["kernels/*.cpp", "prompts/*.yaml"]},
+    package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h"], "pangu": ["kernels/*.cpp", "kernels/*.h", "prompts/*.yaml"]},
     install_requires=[
         "mindspore==2.9.0", "numpy<2", "sentencepiece", "jieba==0.42.1", "pyyaml", "pydantic>=2.7",
         "safetensors", "rich", "matplotlib", "tensorboardX", "zstandard", "pyarrow",

@@ -1,8 +1,8 @@
 """Blocks of the key and value cache: who holds which, and which hold a prefix that may come again.
 
-A block keeps some tokens of one sequence in all layers. A full one is found again by the digest of all ids up to its end,
-so sequences that begin alike hold the same blocks; it is counted how many do. A block that nobody holds keeps its content
-until it is needed for something else, the one unused for longest first.
+A block keeps some tokens of one sequence in all layers. A full one is found again by the digest of all ids up to its
+end, so sequences that begin alike hold the same blocks; it is counted how many do. A block that nobody holds keeps its
+content until it is needed for something else, the one unused for longest first.
 """
 
 from __future__ import annotations

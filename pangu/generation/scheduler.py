@@ -162,6 +162,13 @@ class Scheduler:
                 place.remove(sequence)
                 self._release(sequence)
 
+    def take_unstarted(self) -> list[Sequence]:
+        """Gives up the sequences that have not joined yet."""
+        unstarted = [sequence for sequence in self.waiting if sequence.cached is None]
+        self.waiting = [sequence for sequence in self.waiting if sequence.cached is not None]
+        self.counters.prompt_tokens -= sum(len(sequence.prompt) for sequence in unstarted)
+        return unstarted
+
     def step(self) -> list[Sequence]:
         """Reads some tokens; the sequences that went on. Those that are done have left."""
         self._admit()
@@ -245,7 +252,7 @@ class Scheduler:
         return coming
 
     def _coming_of(self, sequence: Sequence) -> dict[bytes, int]:
-        """Digests of the blocks that a sequence is about to fill from its prompt, and how many scores they will have."""
+        """Digests of the blocks that a sequence is about to fill, and how many scores a token they will have."""
         if sequence.pending <= 1:
             return {}
         scored = -1 if sequence.prompt_logprobs is None else sequence.prompt_logprobs
