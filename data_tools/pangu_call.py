@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.lines import split_lines
+from parallel.common.progress import info
+from parallel.common.structured import BadText, parse_object
+from parallel.common.yaml_core import dump_yaml
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,13 +25,13 @@ def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict
         UserError: the command failed; its own message stands above.
     """
     words = [sys.executable, "-m", "pangu", verb, *(["--config", config] if config else [])]
-    words += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
-    note(f"pangu {verb} ...")
+    words += [f"{key}={dump_yaml(value, flow=True)}" for key, value in overrides.items()]
+    info(f"pangu {verb} ...")
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", cwd=_ROOT, check=False)
     if done.returncode != 0:
         raise UserError(f"python -m pangu {verb} failed", value=f"exit code {done.returncode}",
                         hint="its message stands above")
     try:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
+        return parse_object(split_lines(done.stdout.strip())[-1])
+    except (IndexError, BadText):
         raise UserError(f"python -m pangu {verb} printed no figures", value=done.stdout[-200:]) from None

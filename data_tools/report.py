@@ -7,14 +7,17 @@ import hashlib
 import html
 import io
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from data_tools.pipeline import StepResult
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json
+from parallel.common.lines import json_lines
+from parallel.common.structured import typed
 
 _EXAMPLES_A_RULE = 5
 _LINES_A_FILE = 2000
@@ -24,6 +27,17 @@ _STYLE = """body{font-family:sans-serif;margin:2em auto;max-width:70em;color:#22
 table{border-collapse:collapse;margin:1em 0}
 td,th{border:1px solid #ccc;padding:.3em .7em;text-align:left;vertical-align:top}td.n{text-align:right}
 img{max-width:100%}small{color:#666}"""
+
+
+class _Removed(pydantic.BaseModel):
+    """What the report shows of a removed document."""
+
+    id: str
+    source: str
+    step: str
+    rule: str
+    evidence: str
+    text: str = ""
 
 
 def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
@@ -101,7 +115,7 @@ def _clusters(more: dict[str, Any]) -> str:
     axes.loglog(list(sizes), list(sizes.values()), "o")
     axes.set(xlabel="documents in a cluster (1000 = 1000 or more)", ylabel="clusters")
     figures = [[name.replace("_", " "), more[name]] for name in
-               ("clusters", "largest_cluster", "candidate_pairs", "verified_pairs", "cut_buckets")]
+               ("clusters", "largest_cluster", "candidate_pairs", "verified_pairs", "split_buckets")]
     return _table(["figure", "value"], figures) + _image(figure, "sizes of the clusters")
 
 
@@ -125,14 +139,13 @@ def _examples(folder: Path) -> Iterator[str]:
     chosen: dict[str, list[tuple[str, dict]]] = {}
     files = sorted((folder / "removed").rglob("part-*.jsonl"))[:_FILES]
     for file in files:
-        with file.open(encoding="utf-8") as lines:
-            for line in itertools.islice(lines, _LINES_A_FILE):
-                record = json.loads(line)
-                rank = hashlib.blake2b(str(record["id"]).encode(), digest_size=8).hexdigest()
-                best = chosen.setdefault(f"{record['step']}: {record['rule']}", [])
-                best.append((rank, record))
-                if len(best) > 4 * _EXAMPLES_A_RULE:
-                    best[:] = sorted(best, key=lambda pair: pair[0])[:_EXAMPLES_A_RULE]
+        for number, line in itertools.islice(json_lines(file), _LINES_A_FILE):
+            record = typed(line, _Removed, where=f"{file}, line {number}").model_dump()
+            rank = hashlib.blake2b(record["id"].encode(), digest_size=8).hexdigest()
+            best = chosen.setdefault(f"{record['step']}: {record['rule']}", [])
+            best.append((rank, record))
+            if len(best) > 4 * _EXAMPLES_A_RULE:
+                best[:] = sorted(best, key=lambda pair: pair[0])[:_EXAMPLES_A_RULE]
     for rule, best in sorted(chosen.items()):
         records = [record for _, record in sorted(best, key=lambda pair: pair[0])[:_EXAMPLES_A_RULE]]
         yield f"<h3>{html.escape(rule)}</h3>" + _table(["id", "source", "evidence", "text"], [

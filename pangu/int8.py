@@ -61,7 +61,7 @@ def _replacement(words: nn.Cell, cell: nn.Cell, group: int | None) -> nn.Cell | 
 
 
 def fill(model: PanGuAlpha, gone: dict[str, Parameter]) -> dict[str, float]:
-    """Quantizes what `swap` gave back into the model, which then waits for `int8.settle`; each weight's relative error.
+    """Quantizes what `swap` gave back into the model, which `int8.prepare` makes ready; each weight's relative error.
 
     Raises:
         UserError: a weight is not finite.

@@ -11,7 +11,7 @@ from typing import Any
 from parallel.checkpoint.folder import PARAMETERS_FILE, resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint, save_checkpoint
 from parallel.common.errors import UserError
-from parallel.common.progress import note, progress, table
+from parallel.common.progress import info, progress, table
 from parallel.layers.int8_numbers import GROUP
 
 _TOKENS_AT_ONCE = 2048
@@ -35,7 +35,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     """
     from pangu import int8
     from pangu.generation.backend import load_model
-    from parallel.layers.int8 import products, settle
+    from parallel.layers.int8 import prepare, products
     from parallel.training.device import start_device
 
     start_device()
@@ -54,7 +54,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     target = save_checkpoint(Path(arguments.output) / "checkpoints", int(state.get("step", 0)),
                              list(model.get_parameters()), (),
                              {**kept, "quantization": {"bits": 8, "group": arguments.group}})
-    mode = settle(model)
+    mode = prepare(model)
     after = perplexity(model, settings, arguments.records)
     table("Relative error of each weight, ||W - qs|| / ||W||", ["weight", "shape", "error"],
           [[name, " x ".join(map(str, shapes[name])), f"{error:.5f}"] for name, error in errors.items()])
@@ -72,7 +72,7 @@ def perplexity(model: Any, settings: Any, records: int) -> float | None:
     """exp of the mean loss of training (`pangu.model.TrainingLoss`) over held-out records; None for 0 records.
 
     Args:
-        model: a `PanGuAlpha`, float or settled int8.
+        model: a `PanGuAlpha`, float or, prepared, int8.
         settings: a `pangu.settings.Run`, whose records are read; without held-out ones, those that it is trained on.
         records: how many at most.
     """
@@ -100,7 +100,7 @@ def _records(settings: Any, batch: int) -> Any:
         if read_index(data.directory).validation.records:
             split = "validation"
         else:
-            note("no held-out records: the perplexity is that of records the model was trained on")
+            info("no held-out records: the perplexity is that of records the model was trained on")
     return PackedDataset(data.validation_directory or data.directory, batch_size=batch, seed=0,
                          sequence_length=model.sequence_length, vocabulary_size=model.vocabulary_size, shuffle=False,
                          eod_reset=data.eod_reset, split=split, repeat=False)

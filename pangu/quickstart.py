@@ -7,7 +7,6 @@ results, so that a second run goes on where the first one stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -19,8 +18,10 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
-from parallel.common.progress import note, table
+from parallel.common.lines import split_lines
+from parallel.common.progress import info, table
 from parallel.common.settings import to_yaml
+from parallel.common.structured import parse_object
 
 OWN_TEXT_VOCABULARY = 8000
 PROMPTS = "pangu/prompts/quickstart.yaml"
@@ -138,9 +139,9 @@ class Job:
         made_from = {"command": command, "settings": {key: _at(blocks, key) for key in BLOCKS[name]}}
         kept = self.output / "figures" / f"{name}.json"
         if kept.is_file() and (earlier := read_json(kept))["made_from"] == made_from:
-            note(f"-- {name}: finished earlier")
+            info(f"-- {name}: finished earlier")
             return earlier["figures"]
-        note(f"-- {name}: python -m {' '.join(command)}")
+        info(f"-- {name}: python -m {' '.join(command)}")
         figures = run_command(command)
         write_json(kept, {"made_from": made_from, "figures": figures})
         # What follows was made from an older result of this step.
@@ -166,7 +167,7 @@ class Job:
             ("model", train["checkpoint"], f"validation perplexity {perplexity:.2f}" if perplexity else ""),
             ("loss curve", out / "train" / "loss.png", f"{train['tokens_per_second']:,.0f} tokens/s"),
         ])
-        note(f"Generate more: python -m pangu generate --config {self.config} --prompt 你好")
+        info(f"Generate more: python -m pangu generate --config {self.config} --prompt 你好")
 
 
 def _results(figures: dict[str, dict]) -> dict[str, dict]:
@@ -190,4 +191,4 @@ def run_command(command: list[str], runner: Callable[..., subprocess.CompletedPr
         raise KeyboardInterrupt
     if done.returncode:
         raise UserError("the step failed; its message stands above", where=" ".join(command[:2]))
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return parse_object(split_lines(done.stdout.strip())[-1])

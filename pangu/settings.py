@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pydantic
+
+from pangu.adaptation.settings import AdaptSettings
 from pangu.config import ModelConfig
 from pangu.data.packing import PackOptions
 from pangu.data.train_vocabulary import VocabularyOptions
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
+from pangu.serving.settings import ServeSettings
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
 from parallel.training.settings import OutputSettings, TrainSettings
@@ -47,3 +53,20 @@ class Run(Settings):
     """Where results go."""
     generate: GenerateSettings = GenerateSettings()
     """Decoding."""
+    adapt: AdaptSettings | None = None
+    """Pairs of prompt and answer to train a trained model on (`finetune`); null = `train` trains on packed records."""
+    serve: ServeSettings = ServeSettings()
+    """The HTTP server."""
+
+
+class ServeRun(Run):
+    """All blocks; a key of `serve` may stand without the block's name, as port=8000."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _serve_keys(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or not isinstance(tree.get("serve") or {}, dict):
+            return tree
+        short = {key for key in tree if key in ServeSettings.model_fields and key not in cls.model_fields}
+        block = {**(tree.get("serve") or {}), **{key: tree[key] for key in short}}
+        return {key: value for key, value in tree.items() if key not in short} | ({"serve": block} if short else {})

@@ -11,7 +11,9 @@ from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig, divides
 from parallel.task import Input, Task, with_sample_numbers
 from recsys.data.features import FeatureSpec
-from recsys.models import NAMES, module_of, run_class
+from recsys.models import NAMES, module_of
+from recsys.settings import run_class
+from recsys.tables.columns import window_spec
 
 MODELS = NAMES
 
@@ -35,6 +37,8 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     from recsys.layers.embedding import is_sparse
 
     spec = spec_of(settings)
+    if settings.data.tables.place == "host":
+        spec = window_spec(spec, settings.train.global_batch_size, settings.data.tables.window)
     tasks = len(labels_of(settings))
     network = loss_network(settings, spec, tasks, compute_dtype)
     check_layout(settings, network.model, parallel)
@@ -61,6 +65,10 @@ def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: st
 
     from recsys.ranker import TrainingLoss
 
+    if spec.is_dynamic and settings.data.tables.place != "host":
+        name = next(name for name, slot in spec.slots.items() if slot.feature.is_dynamic)
+        raise UserError("values: dynamic needs tables on the host", where=f"features.{name}.values",
+                        hint="set data.tables.place: host")
     with no_init_parameters():
         model = module_of(settings.model.name).MODEL(settings.model, spec, tasks, getattr(mstype, compute_dtype))
         return TrainingLoss(model)
@@ -74,7 +82,7 @@ def labels_of(settings: Any) -> list[str]:
 
 
 def spec_of(settings: Any) -> FeatureSpec:
-    """Places of the features; reads the log only where a vocabulary's size is not given."""
+    """OutputLayout of the features; reads the log only where a vocabulary's size is not given."""
     from recsys.data.dataset import prepare, spec_without_data
 
     spec = spec_without_data(settings.data, settings.model.embedding_size)

@@ -6,68 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from mindspore import Tensor
-
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
-from parallel.common.progress import progress, table
+from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.build import loss_network
-from recsys.data.dataset import Log, in_order, prepare
-from recsys.data.encode import Encoded
-from recsys.metrics import Accumulator
+from recsys.data.dataset import Log, prepare
+from recsys.evaluation import VOCABULARY, Evaluation
 from recsys.ranker import Ranker, Scores
-
-VOCABULARY = "vocabulary.json"
-
-
-class Evaluation:
-    """Exact metrics on a part of a log; callable as `evaluate(step) -> dict` by the trainer.
-
-    The first task's metrics have plain names, those of the others end in `_<label>`.
-
-    Args:
-        model: the ranker.
-        rows: the part.
-        labels: names of the tasks.
-        batch: samples of one forward pass.
-        prefix: put before every name.
-        limit: batches at most; None = all.
-    """
-
-    def __init__(self, model: Ranker, rows: Encoded, labels: list[str], batch: int, *, limit: int | None = None,
-                 show: bool = False) -> None:
-        self.scores, self.rows, self.labels, self.batch = Scores(model), rows, labels, batch
-        self.limit, self.show = limit, show
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """auc, gauc, uauc, logloss, calibration, ece for each task."""
-        if len(self.rows) == 0:
-            return {}
-        collected = [Accumulator() for _ in self.labels]
-        for labels, scores, users in self.predictions():
-            for task, own in enumerate(collected):
-                own.update(labels[:, task], scores[:, task], users)
-        metrics: dict[str, float] = {}
-        for task, own in enumerate(collected):
-            found = own.result()
-            found.pop("samples"), found.pop("users")
-            ending = f"_{self.labels[task]}" if task else ""
-            metrics.update({f"{name}{ending}": value for name, value in found.items()})
-        return metrics
-
-    def predictions(self):
-        """(labels_nK, probabilities_nK, users_n) batch by batch, in the order of the rows."""
-        self.scores.set_train(False)
-        total = -(-len(self.rows) // self.batch)
-        batches = enumerate(in_order(self.rows, self.batch))
-        for index, ((ids, numbers, labels), users, real) in (progress(batches, "evaluate", total) if self.show
-                                                             else batches):
-            if self.limit is not None and index >= self.limit:
-                return
-            scores = self.scores(Tensor(ids), Tensor(numbers)).asnumpy()
-            yield labels[:real], scores[:real].astype(np.float64), users
 
 
 def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
@@ -104,9 +50,15 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     rows = log.parts[arguments.part]
     if len(rows) == 0:
         raise UserError("this part has no rows", where="--part", value=arguments.part)
-    model, path = load_model(settings, log, arguments.checkpoint)
-    batch = min(settings.train.global_batch_size * 4, len(rows))
-    evaluation = Evaluation(model, rows, log.labels, batch, show=True)
+    batch, scores = min(settings.train.global_batch_size * 4, len(rows)), None
+    if settings.data.tables.place == "host":
+        from recsys.tables.run import load_hosted
+
+        path = resolve_checkpoint(arguments.checkpoint or settings.output.directory)
+        model, scores = load_hosted(settings, log.spec, len(log.labels), path, batch, Scores)
+    else:
+        model, path = load_model(settings, log, arguments.checkpoint)
+    evaluation = Evaluation(model, rows, log.labels, batch, show=True, scores=scores)
     metrics = evaluation(0)
     table(f"{settings.model.name} on {arguments.part} ({len(rows)} rows)", ["metric", "value"], metrics.items())
     return {**metrics, "samples": len(rows), "part": arguments.part, "checkpoint": str(path)}

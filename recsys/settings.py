@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
+import pydantic
 from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
@@ -17,6 +19,9 @@ from parallel.training.settings import (
     TrainSettings,
 )
 from recsys.data.features import Feature
+from recsys.data.streams.settings import StreamSettings
+from recsys.models import module_of
+from recsys.tables.settings import TableSettings
 
 
 class SyntheticSettings(Settings):
@@ -61,9 +66,9 @@ class DataSettings(Settings):
     """The click log and what its columns mean."""
 
     reader: str = "synthetic"
-    """Which file under recsys/readers/ reads the log."""
+    """Which file under recsys/data/readers/ reads the log."""
     path: str | None = None
-    """File, folder of shards or glob pattern; not for synthetic."""
+    """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
     features: list[Feature] | None = None
@@ -99,6 +104,10 @@ class DataSettings(Settings):
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
     synthetic: SyntheticSettings = SyntheticSettings()
     """Sizes of the generated log."""
+    stream: StreamSettings = StreamSettings()
+    """redis_stream, kafka, tail: how events are read."""
+    tables: TableSettings = TableSettings()
+    """Where the embedding tables lie."""
 
 
 class TaskSettings(Settings):
@@ -117,8 +126,8 @@ class RankerSettings(Settings):
     """Width of the embeddings of features that name none."""
     embedding_std: float = Field(0.01, gt=0)
     """Sigma of the embeddings' start."""
-    tower: list[int] = Field(default_factory=list)
-    """Hidden widths of each task's tower; empty = one linear layer."""
+    head_hidden: list[int] = Field(default_factory=list)
+    """Hidden widths of each task's head; empty = one linear layer."""
     tasks: list[TaskSettings] = Field(default_factory=list)
     """Names and loss weights of the tasks; empty = as many as there are labels, all with weight 1."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
@@ -149,6 +158,14 @@ class RankerOptimizer(OptimizerSettings):
     """Learning rate over the steps."""
 
 
+class SparseOptimizer(RankerOptimizer):
+    """Optimizer of the embedding tables."""
+
+    name: Literal["adamw", "adam", "lamb", "adagrad", "rmsprop", "rowwise_adagrad", "lazy_adam", "sgd"] = "adam"
+    """With data.tables.place: host only the rows of a step are touched: rowwise_adagrad (one number of state a row),
+    adagrad, lazy_adam (adam means it too), sgd. In the graph: the others."""
+
+
 class RankerTrain(TrainSettings):
     """How a ranker is trained."""
 
@@ -158,7 +175,7 @@ class RankerTrain(TrainSettings):
     """Batches to train on."""
     optimizer: RankerOptimizer = RankerOptimizer()
     """Optimizer of the dense part."""
-    sparse_optimizer: RankerOptimizer | None = None
+    sparse_optimizer: SparseOptimizer | None = None
     """Optimizer of the embedding tables; null = the same as the dense part's."""
     clip_norm: float | None = Field(None, gt=0.0)
     """Largest global norm of the gradient; null = no clipping."""
@@ -191,10 +208,17 @@ class Run(Settings):
     def for_file(cls, path: str | None, overrides: list[str]) -> type[Run]:
         """This class with the `model` block of the model that the file (or an override) names."""
         from parallel.common.settings import apply_override, read_yaml_tree
-        from recsys.models import run_class
 
         tree = read_yaml_tree(path) if path is not None else {}
         for override in overrides:
             apply_override(tree, override)
         model = tree.get("model")
         return run_class(model.get("name", "rankmixer") if isinstance(model, dict) else "rankmixer")
+
+
+@cache
+def run_class(name: str) -> type[Run]:
+    """`Run` whose `model` block is that of the model `name`."""
+    settings = module_of(name).SETTINGS
+    field = pydantic.Field(default_factory=settings, description="The ranker's sizes and choices.")
+    return pydantic.create_model("Run", __base__=Run, __doc__=Run.__doc__, model=(settings, field))

@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import math
-import shutil
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.folder import list_checkpoints
-from parallel.checkpoint.full import load_parameters, save_checkpoint
 from parallel.common.errors import UserError
-from parallel.common.files import atomic_write, read_json
-from parallel.common.progress import note, table
+from parallel.common.progress import table
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import ShardedRun, needs_sharding
+from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
-from parallel.training.trainer import Run, Trainer
-from recsys.build import build, check_layout, loss_network
+from parallel.training.trainer import Trainer
+from recsys.build import build, loss_network
 from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
-from recsys.evaluate import VOCABULARY, Evaluation
+from recsys.data.readers import reader
+from recsys.evaluation import Evaluation
+from recsys.fit import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
-
-_SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 
 
 def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     processes = start_device()
+    if reader(settings.data.reader).stream is not None:
+        return run_stream(settings, processes)
     log = prepare(settings.data, settings.model.embedding_size)
     set_seed(settings.train.seed)
+    if settings.data.tables.place == "host":
+        from recsys.tables.run import train_hosted
+
+        figures = train_hosted(settings, log, processes)
+        if processes.rank == 0:
+            table("Trained", ["figure", "value"], figures.items())
+        return figures
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
     parallel = check_device(settings, network.model, processes)
     if needs_sharding(parallel, processes):
@@ -50,21 +54,20 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     return figures
 
 
-def check_device(settings: Any, model: Any, processes: Processes) -> ParallelConfig:
-    """The resolved layout; refuses layouts and types that this device does not run."""
-    parallel = settings.parallel.resolve(processes.ranks)
-    check_layout(settings, model, parallel)
-    needs_sharding(parallel, processes)
-    if processes.target != "CPU":
-        return parallel
-    if settings.train.precision != "fp32":
-        raise UserError("half precision is for Ascend", where="train.precision", value=settings.train.precision,
-                        hint="train.precision=fp32")
-    share = processes.ranks * settings.train.accumulation
-    if settings.train.global_batch_size % share:
-        raise UserError(f"{processes.ranks} processes x accumulation {settings.train.accumulation} do not divide it",
-                        where="train.global_batch_size", value=settings.train.global_batch_size)
-    return parallel
+def run_stream(settings: Any, processes: Processes) -> dict:
+    """Trains on a stream (readers redis_stream, kafka, tail)."""
+    from recsys.stream_training import check, reading_of, train_stream
+
+    check(settings)
+    reading = reading_of(settings)
+    set_seed(settings.train.seed)
+    network = loss_network(settings, reading[2], len(reading[1].labels), COMPUTE_DTYPES[settings.train.precision])
+    if needs_sharding(check_device(settings, network.model, processes), processes):
+        raise UserError("a stream is trained on with data parallelism only", where="parallel", hint="set parallel.data")
+    figures = train_stream(settings, network, reading, processes)
+    if processes.rank == 0:
+        table("Trained", ["figure", "value"], figures.items())
+    return figures
 
 
 def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
@@ -89,9 +92,9 @@ def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: 
     validation = None
     if validated:
         validation = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
-    trainer = Trainer(ShardedBackend(run), _run(settings, counted, batches, validation=validation))
+    trainer = Trainer(ShardedBackend(run), run_of(settings, counted, batches, validation=validation))
     if processes.rank == 0:
-        _keep_vocabulary(log, Path(settings.output.directory))
+        keep_vocabulary(log, Path(settings.output.directory))
     return trainer.run() | {key: counted[key] for key in ("parameters", "dense_parameters")}
 
 
@@ -107,91 +110,10 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
-    best = Best(settings, network, Evaluation(model, rows, log.labels, _evaluation_batch(settings, rows),
+    best = Best(settings, network, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
                                               limit=options.validation_batches), processes.rank)
     counted = count(network)
-    trainer = Trainer(MindSporeBackend(step), _run(settings, counted, batches, evaluate=[best]))
+    trainer = Trainer(MindSporeBackend(step), run_of(settings, counted, batches, evaluate=[best]))
     if processes.rank == 0:
-        _keep_vocabulary(log, Path(settings.output.directory))
-    figures = trainer.run()
-    best.restore()
-    test = log.parts["test"] if len(log.parts["test"]) else rows
-    validation = {f"validation_{name}": figures.pop(name) for name in ("auc", "gauc", "uauc", "logloss")
-                  if name in figures}
-    last = Evaluation(model, test, log.labels, _evaluation_batch(settings, test))
-    last.scores = best.evaluation.scores
-    metrics = last(trainer.iteration)
-    return {**figures, **metrics, **validation, "best_step": best.step,
-            **{key: counted[key] for key in ("parameters", "dense_parameters")}, **_limit(settings, log)}
-
-
-def _run(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) -> Run:
-    samples = settings.train.global_batch_size
-    return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
-               flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),
-               **more)
-
-
-def _evaluation_batch(settings: Any, rows: Any) -> int:
-    return max(1, min(4 * settings.train.global_batch_size, len(rows)))
-
-
-def _keep_vocabulary(log: Log, directory: Path) -> None:
-    """Puts the vocabulary beside the checkpoints: with it they read any later log the same way."""
-    with atomic_write(directory / VOCABULARY, "wb") as file, (log.directory / VOCABULARY).open("rb") as source:
-        shutil.copyfileobj(source, file)
-
-
-def _limit(settings: Any, log: Log) -> dict[str, float]:
-    """The best AUC that any model can expect on the test rows, where the truth is known."""
-    data = settings.data
-    if data.reader != "synthetic" or data.split.by not in ("default", "order"):
-        return {}
-    from recsys.data.readers.synthetic import probabilities
-    from recsys.metrics import bayes_auc
-
-    return {"bayes_auc": bayes_auc(probabilities(data)[-max(1, len(log.parts["test"])):])}
-
-
-class Best:
-    """Evaluates at every validation and, where the run keeps the best parameters, saves them when they improve.
-
-    Args:
-        settings: the run; `train.keep_best` names the metric.
-        network: whose parameters are saved.
-        evaluation: what gives the metrics.
-        rank: only rank 0 writes.
-    """
-
-    def __init__(self, settings: Any, network: TrainingLoss, evaluation: Evaluation, rank: int) -> None:
-        self.metric, self.network, self.evaluation = settings.train.keep_best, network, evaluation
-        self.directory, self.rank = Path(settings.output.directory) / "best", rank
-        self.value, self.step = None, None
-        found = list_checkpoints(self.directory) if self.metric and settings.output.resume != "never" else []
-        if found:
-            state = read_json(found[-1] / "state.json")
-            self.value, self.step = state.get("value"), state.get("step")
-
-    def __call__(self, step: int) -> dict[str, float]:
-        metrics = self.evaluation(step)
-        if self.metric is None or self.metric not in metrics or not math.isfinite(metrics[self.metric]):
-            return metrics
-        sign = -1.0 if self.metric in _SMALLER_IS_BETTER else 1.0
-        value = sign * metrics[self.metric]
-        if self.value is None or value > self.value:
-            self.value, self.step = value, step
-            if self.rank == 0:
-                save_checkpoint(self.directory, step, self.parameters(), (),
-                                {"value": value, "step": step, "metric": self.metric}, keep=1)
-        return metrics
-
-    def parameters(self) -> list:
-        """The model's parameters."""
-        return list(self.network.get_parameters())
-
-    def restore(self) -> None:
-        """Brings the best parameters back for the last evaluation."""
-        found = list_checkpoints(self.directory) if self.metric else []
-        if found:
-            load_parameters(found[-1], self.parameters())
-            note(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")
+        keep_vocabulary(log, Path(settings.output.directory))
+    return finish(settings, log, trainer, best, counted)

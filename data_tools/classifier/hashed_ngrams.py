@@ -17,6 +17,7 @@ from data_tools.dedup.normalise import normalise
 from data_tools.dedup.signature import shingle_hashes
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
+from parallel.common.structured import parse_object
 
 FORMAT = "data_tools linear classifier 1"
 _MAX_BUCKETS = 1 << 24
@@ -80,7 +81,7 @@ class LinearClassifier:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 weights = archive["weights"].astype(np.float64)
-                header: dict[str, Any] = json.loads(archive["header"].tobytes())
+                header: dict[str, Any] = parse_object(archive["header"].tobytes())
             if header["format"] != FORMAT or weights.ndim != 1 or not 0 < len(weights) <= _MAX_BUCKETS:
                 raise ValueError("another format")
             return LinearClassifier(weights, float(header["intercept"]), int(header["longest"]))

@@ -8,19 +8,14 @@ A reader module has `SUFFIXES` (file endings without compression), `ranges(path,
 from __future__ import annotations
 
 import functools
-import gzip
 import importlib
-import lzma
 import pkgutil
 import zlib
 from pathlib import Path
 from types import ModuleType
 
 from parallel.common.errors import UserError
-from parallel.common.files import COMPRESSED_SUFFIXES
-
-# What a damaged or truncated compressed file raises while it is read.
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+from parallel.common.files import COMPRESSED_SUFFIXES, DamagedFile
 
 
 @functools.lru_cache(maxsize=1)
@@ -75,9 +70,5 @@ def is_compressed(path: Path) -> bool:
 
 
 def damage_errors() -> tuple[type[Exception], ...]:
-    """Exceptions that mean: the rest of this file cannot be decompressed."""
-    try:
-        import zstandard
-    except ImportError:
-        return _DAMAGE
-    return (*_DAMAGE, zstandard.ZstdError)
+    """Exceptions that mean: the rest of this file cannot be read."""
+    return (DamagedFile, EOFError, OSError, zlib.error)

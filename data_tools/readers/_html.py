@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass
 
@@ -12,11 +13,22 @@ _FURNITURE = ("script,style,noscript,template,nav,header,footer,aside,form,ifram
               "object")
 _BLOCKS = ("p,div,br,li,ul,ol,dl,dt,dd,tr,td,th,table,h1,h2,h3,h4,h5,h6,section,article,blockquote,pre,hr,main,figure,"
            "figcaption,address")
-_LISTS = "ul,ol,dl,table,div,p,td"
+_LIST_TAGS = frozenset(["ul", "ol", "dl", "table", "div", "p", "td"])
+_DEEPEST = 512
+_FEW_TAGS = 4096
+_TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]{0,20})\b[^<>]{0,4000}>")
+# Without content, or ended by the next of their kind.
+_WITHOUT_DEPTH = frozenset((
+    "area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr", "p",
+    "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot", "option", "optgroup", "html", "head", "body",
+    "colgroup", "rp", "rt"))
 _CHINESE_BREAK = re.compile("(?<=[\u2e80-\u9fff\uf900-\uffef])[ \t\r]*\n\\s*(?=[\u2e80-\u9fff\uf900-\uffef])")
 _CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]{2,24})""", re.I)
 # A page that says gb2312 or gbk uses characters of its superset more often than not.
 _SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "gb_2312-80": "gb18030", "x-gbk": "gb18030", "big5": "big5hkscs"}
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_REFUTED = frozenset(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-7"])
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def extract_html(data: bytes, content_type: str = "", link_share: float = 0.7, l
     except ImportError:
         raise UserError("the package selectolax is not installed", hint="pip install the extra 'data'") from None
     source, recoded = decode_html(data, content_type)
-    tree = LexborHTMLParser(source)
+    tree = LexborHTMLParser(_shallow(source))
     title = tree.css_first("title")
     title_text = " ".join(title.text().split()) if title is not None else ""
     body = tree.body
@@ -61,30 +73,116 @@ def extract_html(data: bytes, content_type: str = "", link_share: float = 0.7, l
     return Page(title_text, "\n".join(line for line in lines if line), recoded)
 
 
+def _shallow(source: str) -> str:
+    """`source` without the tags that open deeper than `_DEEPEST`, as browsers build it.
+
+    The parser's time grows with the square of the depth.
+    """
+    if source.count("<") <= _FEW_TAGS:
+        return source
+    depth = 0
+
+    def keep(match: re.Match) -> str:
+        nonlocal depth
+        closing, name = match[1], match[2].lower()
+        if name in _WITHOUT_DEPTH or match[0].endswith("/>"):
+            return match[0]
+        if not closing:
+            depth += 1
+            return match[0] if depth <= _DEEPEST else ""
+        depth = max(0, depth - 1)
+        return match[0] if depth < _DEEPEST else ""
+
+    return _TAG.sub(keep, source)
+
+
 def _drop_link_lists(body: object, link_share: float, links: int) -> None:
-    for node in body.css(_LISTS):
-        anchors = node.css("a")
-        if len(anchors) < links:
-            continue
-        linked = sum(len("".join(anchor.text(deep=True).split())) for anchor in anchors)
-        total = len("".join(node.text(deep=True).split()))
-        if total and linked >= link_share * total:
+    """Takes out lists and blocks whose text is mostly that of links; each node is looked at once, however nested."""
+    if len(body.css("a")) < links:
+        return
+    nodes = list(body.traverse(include_text=True))  # parents before children
+    place = {node.mem_id: index for index, node in enumerate(nodes)}
+    parents = [place.get(node.parent.mem_id, -1) if index else -1 for index, node in enumerate(nodes)]
+    inside = [False] * len(nodes)  # of a link
+    for index, node in enumerate(nodes):
+        inside[index] = node.tag == "a" or (parents[index] >= 0 and inside[parents[index]])
+    total, linked, anchors = [0] * len(nodes), [0] * len(nodes), [0] * len(nodes)
+    for index in range(len(nodes) - 1, 0, -1):
+        node, parent = nodes[index], parents[index]
+        if node.tag == "-text":
+            total[index] = len("".join((node.text(deep=False) or "").split()))
+            linked[index] = total[index] if inside[index] else 0
+        total[parent] += total[index]
+        linked[parent] += linked[index]
+        anchors[parent] += anchors[index] + (node.tag == "a")
+    gone = [False] * len(nodes)
+    for index, node in enumerate(nodes):
+        gone[index] = parents[index] >= 0 and gone[parents[index]]
+        if (not gone[index] and node.tag in _LIST_TAGS and anchors[index] >= links and total[index]
+                and linked[index] >= link_share * total[index]):
+            gone[index] = True
             node.decompose()
 
 
 def decode_html(data: bytes, content_type: str = "") -> tuple[str, str]:
-    """(text, what was repaired): by BOM or valid UTF-8, else the declared charset, else GB18030, else with U+FFFD."""
+    """(text, what was repaired): by BOM or valid UTF-8, else the declared charsets that the bytes do not refute (header
+    before meta), else GB18030, else with U+FFFD.
+
+    Charsets of one byte a character (iso-8859-1, windows-1252) fit any bytes, so they are believed only where the bytes
+    are not those of Chinese text in GB2312 or of another charset that the page names.
+    """
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            return data.decode(name, "replace"), ""
     try:
-        return data.decode("utf-8-sig"), ""
+        return data.decode(), ""
     except UnicodeDecodeError:
-        pass
-    declared = _CHARSET.search(content_type.encode("ascii", "ignore")) or _CHARSET.search(data[:4096])
-    name = declared.group(1).decode("ascii").lower() if declared else "gb18030"
-    name = _SUPERSETS.get(name, name)
+        repaired = data.decode("utf-8", "replace")
+    # A few broken bytes in UTF-8 leave most characters whole; other charsets read as UTF-8 leave hardly any.
+    if repaired.count("\ufffd") <= sum(byte >= 0xC0 for byte in data) // 8:
+        return repaired, "broken_utf8"
+    declared = _declared(data, content_type)
+    for name in sorted([*declared, "gb18030"], key=_is_one_byte):
+        text = _strict(data, name)
+        if text is not None and not (name not in declared and any(map(_is_one_byte, declared)) and not _chinese(text)):
+            return text, "" if declared and name == declared[0] else name
+    return _least_broken(data, repaired, declared)
+
+
+def _declared(data: bytes, content_type: str) -> list[str]:
+    """Charsets named by the header and by the page, supersets for sets that are used for more than they hold."""
+    found = (_CHARSET.search(content_type.encode("ascii", "ignore")), _CHARSET.search(data[:4096]))
+    names = [match.group(1).decode("ascii").lower() for match in found if match]
+    known = []
+    for name in dict.fromkeys(_SUPERSETS.get(name, name) for name in names):
+        try:
+            # UTF-16 has no ASCII in it, so a page that says so in ASCII is none.
+            if codecs.lookup(name).name not in _REFUTED and codecs.lookup(name)._is_text_encoding:
+                known.append(name)
+        except LookupError:
+            continue
+    return known
+
+
+def _is_one_byte(name: str) -> bool:
+    return codecs.lookup(name).name.startswith(("iso8859", "cp125", "latin", "ascii", "koi8", "cp437", "mac"))
+
+
+def _strict(data: bytes, name: str) -> str | None:
     try:
-        return data.decode(name), "" if declared else name
+        return data.decode(name)
     except (UnicodeDecodeError, LookupError):
-        pass
-    if name in ("gb18030", "big5hkscs"):
-        return data.decode(name, "replace"), "broken_text"
-    return data.decode("utf-8", "replace"), "broken_utf8"
+        return None
+
+
+def _chinese(text: str) -> bool:
+    """Whether nearly all characters beyond ASCII are those of everyday Chinese text (GB2312)."""
+    beyond = [character for character in text if character > "\x7f"]
+    known = "".join(beyond).encode("gb2312", "replace").count(b"?")
+    return bool(beyond) and known <= len(beyond) // 20
+
+
+def _least_broken(data: bytes, repaired: str, declared: list[str]) -> tuple[str, str]:
+    texts = [(repaired, "broken_utf8"), *((data.decode(name, "replace"), "broken_text")
+                                          for name in (*declared, "gb18030") if not _is_one_byte(name))]
+    return min(texts, key=lambda pair: pair[0].count("\ufffd") / max(1, len(pair[0])))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools import readers
 from data_tools.readers._lines import decode, read_lines
+from parallel.common.structured import BadText, parse_object
 
 if TYPE_CHECKING:
-    from data_tools.documents import Document, ReadLog, ReadSettings, Split
+    from data_tools.records import Document, ReadLog, ReadSettings, Split
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
-_DECODER = json.JSONDecoder(strict=False)  # control characters in a text are repaired later
 _ESCAPE_ROOM = 2  # a text may be longer as JSON than as UTF-8
 
 
@@ -29,7 +28,7 @@ def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
 
 def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Document]:
     """The documents of the lines that begin in the split."""
-    from data_tools.documents import build_document, default_source
+    from data_tools.readers._build import build_document, default_source
 
     source = default_source(split, settings)
     for offset, line in read_lines(split, _ESCAPE_ROOM * settings.maximum_document_bytes, log):
@@ -43,12 +42,10 @@ def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Documen
             line = line.replace(b"\x00", b"")
             log.repair("null_bytes")
         try:
-            record = _DECODER.decode(decode(line, log))
-        except (ValueError, RecursionError) as error:
-            log.drop("invalid_json", name, source, f"{type(error).__name__}: {error}")
-            continue
-        if not isinstance(record, dict):
-            log.drop("invalid_json", name, source, f"a {type(record).__name__}, not an object")
+            # Control characters in a text are repaired later, and so are lone surrogates.
+            record = parse_object(decode(line, log), strict=False, surrogates="keep", foreign_numbers="null")
+        except BadText as error:
+            log.drop("invalid_json", name, source, str(error))
             continue
         document = build_document(record, name, split, settings, log)
         if document is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_tools import readers
 from data_tools.readers._html import extract_html
@@ -14,9 +15,11 @@ from parallel.common.errors import UserError
 from parallel.common.files import open_binary
 
 if TYPE_CHECKING:
-    from data_tools.documents import Document, ReadLog, ReadSettings, Split
+    from data_tools.records import Document, ReadLog, ReadSettings, Split
 
 SUFFIXES = (".warc", ".wet")
+_UNTYPED = "untyped"
+_HTML_START = re.compile(rb"\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body|title|meta)\b", re.I | re.S)
 
 
 def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
@@ -26,13 +29,17 @@ def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
 
 def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Document]:
     """The documents of all HTML and text records."""
-    from data_tools.documents import build_document
+    from data_tools.readers._build import build_document
 
     if os.path.getsize(split.path) == 0:
         log.damaged("empty_file", split.path, "0 bytes")
         return
     for number, record in enumerate(_records(split, log)):
-        made = _document_record(record, number, split, settings, log)
+        try:
+            made = _document_record(record, number, split, settings, log)
+        except readers.damage_errors() as error:
+            log.damaged("truncated", split.path, f"record {number}: {type(error).__name__}: {error}")
+            return
         if made is not None:
             document = build_document(made, f"{split.name}:{number}", split, settings, log)
             if document is not None:
@@ -46,25 +53,32 @@ def _records(split: Split, log: ReadLog) -> Iterator[Any]:
         from warcio.exceptions import ArchiveLoadFailed
     except ImportError:
         raise UserError("the package warcio is not installed", hint="pip install the extra 'data'") from None
-    path = Path(split.path)
-    # warcio takes off gzip itself, member by member; the others are taken off here.
-    opened = path.open("rb") if path.suffix in (".gz", ".warc", ".wet") else open_binary(path)
-    with opened as stream:
+    # Compression is taken off here: warcio reads gzip only where each record is a member of its own.
+    with open_binary(split.path) as stream:
         count = 0
         try:
-            for record in ArchiveIterator(stream):
+            for record in ArchiveIterator(_Available(stream)):
                 yield record
                 count += 1
-        except (ArchiveLoadFailed, ValueError, OSError, *readers.damage_errors()) as error:
+        except (ArchiveLoadFailed, ValueError, LookupError, AttributeError, TypeError,
+                *readers.damage_errors()) as error:
             log.damaged("truncated", split.path, f"after {count} records: {type(error).__name__}: {error}")
+
+
+class _Available:
+    """A stream whose `read` gives what is there at once, so that what stands before a damaged place is not lost."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.read = stream.read1
 
 
 def _document_record(record: Any, number: int, split: Split, settings: ReadSettings, log: ReadLog) -> dict | None:
     """The record as a document's keys; None for requests, metadata, images and the like."""
     headers, kind = record.rec_headers, record.rec_type
     content_type = _content_type(record)
-    if kind not in ("response", "resource", "conversion") or not content_type.startswith(("text/html", "text/plain",
-                                                                                          "application/xhtml")):
+    if kind not in ("response", "resource", "conversion") or not content_type.startswith(
+            ("text/html", "text/plain", "application/xhtml", _UNTYPED)):
+        _check_length(record, number)
         return None
     identity = headers.get_header("WARC-Record-ID") or f"{split.name}:{number}"
     data = record.content_stream().read(settings.maximum_document_bytes + 1)
@@ -72,12 +86,12 @@ def _document_record(record: Any, number: int, split: Split, settings: ReadSetti
         log.drop("too_long", identity, settings.source or split.name,
                  f"more than {settings.maximum_document_bytes} bytes")
         return None
-    declared = headers.get_header("Content-Length")
-    if kind == "conversion" and declared and declared.isdigit() and len(data) < int(declared):
-        log.damaged("truncated", split.path, f"record {number}: {len(data)} of {declared} bytes")
+    _check_length(record, number)
+    if content_type == _UNTYPED and not _HTML_START.match(data[:1024]):
+        return None
     made = {settings.id_key: identity, "url": headers.get_header("WARC-Target-URI") or "",
             "date": headers.get_header("WARC-Date") or ""}
-    if "html" in content_type:
+    if "html" in content_type or content_type == _UNTYPED:
         page = extract_html(data, content_type)
         made["title"], made[settings.text_key] = page.title, page.text
         if page.recoded:
@@ -87,7 +101,17 @@ def _document_record(record: Any, number: int, split: Split, settings: ReadSetti
     return made
 
 
+def _check_length(record: Any, number: int) -> None:
+    """Raises `EOFError` where the archive ends inside the record: what is there of it is no page."""
+    while record.raw_stream.read(1 << 20):
+        pass
+    missing = getattr(record.raw_stream, "limit", 0)
+    if missing > 0:
+        raise EOFError(f"the file ends {missing} bytes before the record does")
+
+
 def _content_type(record: Any) -> str:
     if record.http_headers is not None:
-        return (record.http_headers.get_header("Content-Type") or "").lower()
+        # Servers that say nothing mostly mean HTML; its first bytes tell.
+        return (record.http_headers.get_header("Content-Type") or _UNTYPED).lower()
     return (record.rec_headers.get_header("Content-Type") or "").lower()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
+from parallel.common.lines import text_lines
 
 _MAX_LIST_BYTES = 64 << 20
 
@@ -68,8 +69,4 @@ def read_word_list(path: str) -> list[str]:
         raise UserError("no such word list", where=path, hint="check the path")
     if file.stat().st_size > _MAX_LIST_BYTES:
         raise UserError("word list is too large", where=path, value=file.stat().st_size)
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError("word list is not UTF-8", where=path, hint="save it as UTF-8") from None
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [line.strip() for _, line in text_lines(file) if line.strip() and not line.startswith("#")]

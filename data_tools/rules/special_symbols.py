@@ -8,14 +8,21 @@ from typing import ClassVar
 
 from data_tools.rules import Rule
 
-# Letters, marks, numbers, ordinary punctuation, currency and mathematics stay; everything else is a special symbol.
+# Letters, marks, numbers, ordinary punctuation, currency and mathematics stay, and symbols that stand for letters or
+# numbers; everything else is a special symbol.
 _SPECIAL_CATEGORIES = ("Cc", "Cf", "Co", "Cs", "Cn", "So", "Sk")
 _KEPT = "\n\t °℃℉№℡©®™^`¨"
+# Of category So, Cn or Co by the table, but read as what they stand for: radicals that text out of PDF files has in
+# place of characters, strokes and parts of characters, the circle that is the zero of years, characters newer than the
+# table of this Python.
+_WRITING = ((0x2E80, 0x2FFF), (0x31C0, 0x31EF), (0x20000, 0x2FFFD), (0x30000, 0x3FFFD), (0x25CB, 0x25CB))
+_RADICALS = range(0x2E80, 0x2FE0)
 _SPACES = (("\r\n", "\n"), ("\r", "\n"), ("\u3000", " "), ("\xa0", " "))
 
 
 class SpecialSymbols(Rule):
-    """Removes control, private and decorative characters, and shortens long runs of one punctuation mark."""
+    """Removes control, private and decorative characters, shortens long runs of one punctuation mark, and writes Kangxi
+    radicals as the characters that they stand for."""
 
     order: ClassVar[int] = 20
 
@@ -30,6 +37,9 @@ class SpecialSymbols(Rule):
         # A text has few distinct characters, so they are judged instead of the text.
         distinct = set(text)
         _KINDS.learn(distinct)
+        radicals = {ord(character): _KINDS.radicals[character] for character in distinct & _KINDS.radicals.keys()}
+        if radicals:
+            text = text.translate(radicals)
         special = (distinct & _KINDS.special).difference(self.keep)
         if special:
             text = text.translate(dict.fromkeys(map(ord, special)))
@@ -46,10 +56,13 @@ class _Kinds:
         self.known: set[str] = set()
         self.special: set[str] = set()
         self.marks: set[str] = set()
+        self.radicals: dict[str, str] = {}
 
     def learn(self, characters: set[str]) -> None:
         for character in characters - self.known:
             self.known.add(character)
+            if ord(character) in _RADICALS and (written := unicodedata.normalize("NFKC", character)) != character:
+                self.radicals[character] = written
             if is_special(character):
                 self.special.add(character)
             elif not (character.isalnum() or character.isspace()):
@@ -61,5 +74,11 @@ _KINDS = _Kinds()
 
 def is_special(character: str) -> bool:
     """Whether the rule takes the character out."""
-    return character in "\ufffd\ufffc" or (unicodedata.category(character) in _SPECIAL_CATEGORIES
-                                           and character not in _KEPT)
+    if character in "\ufffd\ufffc":
+        return True
+    if unicodedata.category(character) not in _SPECIAL_CATEGORIES or character in _KEPT:
+        return False
+    if any(first <= ord(character) <= last for first, last in _WRITING):
+        return False
+    # Units, enclosed characters and abbreviations (㎡, ㈱, ㏄) say what letters and digits say.
+    return not any(map(str.isalnum, unicodedata.normalize("NFKC", character)))

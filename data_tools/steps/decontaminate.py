@@ -7,7 +7,6 @@ GPT-3 (Brown et al. 2020, appendix C) looks for n-grams of 8 to 13 words; ours a
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,16 @@ import pydantic
 
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.signature import shingle_hashes
-from data_tools.documents import Document, Split
 from data_tools.parts import Drop, PartFigures, Step
 from data_tools.readers._lines import decode
+from data_tools.records import Document, Split
 from data_tools.steps.filter import file_digest
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, open_binary
-from parallel.common.progress import note, progress
+from parallel.common.lines import split_lines
+from parallel.common.progress import info, progress
 from parallel.common.settings import Settings
+from parallel.common.structured import BadText, parse_json
 
 _SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".tsv")
 _MAX_FILE_BYTES = 1 << 30
@@ -57,7 +58,7 @@ def build_index(settings: DecontaminateSettings, path: Path) -> int:
                         value=settings.ngram, hint="lower decontaminate.ngram")
     with atomic_write(path, "wb") as out:
         np.save(out, found[0])
-    note(f"decontaminate: {len(found[0]):,} n-grams of {settings.ngram} characters")
+    info(f"decontaminate: {len(found[0]):,} n-grams of {settings.ngram} characters")
     return len(found[0])
 
 
@@ -80,7 +81,7 @@ def _known(path: Path) -> bool:
 
 def evaluation_texts(path: Path) -> Iterator[str]:
     """Every text in a file: all strings of its JSON (one value, or one a line), else its lines."""
-    from data_tools.documents import ReadLog
+    from data_tools.records import ReadLog
 
     with open_binary(path) as file:
         data = file.read(_MAX_FILE_BYTES + 1)
@@ -88,15 +89,15 @@ def evaluation_texts(path: Path) -> Iterator[str]:
         raise UserError("evaluation file is too large", where=path, value=_MAX_FILE_BYTES)
     text = decode(data, ReadLog())
     if ".json" not in path.name:
-        yield from text.splitlines()
+        yield from split_lines(text)
         return
     try:
-        yield from _strings(json.loads(text))
-    except ValueError:
-        for line in text.splitlines():
+        yield from _strings(parse_json(text, strict=False, foreign_numbers="null"))
+    except BadText:
+        for line in filter(str.strip, split_lines(text)):
             try:
-                yield from _strings(json.loads(line))
-            except ValueError:
+                yield from _strings(parse_json(line, strict=False, foreign_numbers="null"))
+            except BadText:
                 yield line
 
 
@@ -136,7 +137,7 @@ class DecontaminateStep(Step):
 
 
 def _shared(hashes: np.ndarray, path: str, changed: int) -> np.ndarray:
-    """Places of the n-grams that stand in the index."""
+    """Positions of the n-grams that stand in the index."""
     index, bits = _index(path, changed)
     likely = np.flatnonzero(bits[hashes >> np.uint64(64 - _FILTER_BITS)])
     places = np.minimum(np.searchsorted(index, hashes[likely]), len(index) - 1)

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import yaml
+from parallel.common.structured import read_yaml
 
 _TABLE = Path(__file__).with_name("words.yaml")
 _RESERVED_OF_TEN = 1
@@ -19,7 +19,7 @@ _COMMON_VALUES = 12
 @functools.lru_cache(maxsize=1)
 def load_words() -> dict[str, Any]:
     """The table beside this module; a string with spaces in it is a list of words."""
-    return _split_lists(yaml.safe_load(_TABLE.read_text(encoding="utf-8")))
+    return _split_lists(read_yaml(_TABLE))
 
 
 def _split_lists(tree: dict) -> dict:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import resource
 import shutil
@@ -30,7 +29,8 @@ from parallel.checkpoint.safetensors_file import SafetensorsFile, write_safetens
 from parallel.checkpoint.sharded import Slices
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, write_json
-from parallel.common.progress import Bar, note, table
+from parallel.common.folders import sweep, temporary_name
+from parallel.common.progress import Bar, info, table
 
 SLICED = "mindspore-512"
 LAYOUTS = ("pangu", SLICED, "mindspore", "mindformers", "huggingface", "megatron")
@@ -277,7 +277,7 @@ class Mapping:
             row[-1] += 1
         table("Mapped", ["ours", "source", "our shape", "", "tensors"], rows.values())
         for line in self.notes:
-            note(line)
+            info(line)
 
 
 # ---- writing
@@ -310,7 +310,7 @@ def _write_folder(arguments: argparse.Namespace, config: ModelConfig, folder: Pa
             write_slices(folder, _layouts(arguments, config), there)
     elif arguments.target == "huggingface":
         write_safetensors(folder / "model.safetensors", plan, {"format": "pt"})
-        write_json(folder / "config.json", huggingface_config(config))
+        write_json(folder / "config.json", huggingface_config(config), sealed=False)
     else:
         checksums = write_safetensors(folder / PARAMETERS_FILE, plan)
         entries = {name: {"file": PARAMETERS_FILE, "dtype": dtype, "shape": list(shape), "crc32": checksums[name]}
@@ -321,7 +321,7 @@ def _write_folder(arguments: argparse.Namespace, config: ModelConfig, folder: Pa
 
 
 def _write_one_safetensors(output: Path, plan: Plan) -> None:
-    hidden = output.with_name(f".{output.name}.{os.getpid()}")
+    hidden = temporary_name(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(hidden, plan)
@@ -336,9 +336,10 @@ def _new_folder(output: Path) -> Iterator[Path]:
     hidden = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        sweep(output.parent)
+        hidden = temporary_name(output)
+        hidden.mkdir()
         yield hidden
-        hidden.chmod(0o755)
         hidden.rename(output)
     except OSError as error:
         raise explain_os_error(error, output) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import lzma
 import os
 import zlib
@@ -14,6 +13,7 @@ from typing import BinaryIO
 
 from parallel.common.errors import UserError
 from parallel.common.files import COMPRESSED_SUFFIXES, open_binary
+from parallel.common.structured import BadText, parse_object
 
 TEXT_SUFFIXES = (".txt", ".text")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -153,11 +153,10 @@ def _json_documents(lines: _Lines, text_key: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            raise lines.error("not a JSON object", value=line[:40], hint="one object a line is expected") from None
-        if not isinstance(value, dict):
-            raise lines.error("not a JSON object", value=line[:40], hint="one object a line is expected")
+            value = parse_object(line, surrogates="keep", foreign_numbers="null")
+        except BadText as error:
+            raise lines.error(f"not a JSON object: {error}", value=line[:40],
+                              hint="one object a line is expected") from None
         if text_key not in value:
             raise lines.error(f"no key '{text_key}'", value=list(value)[:8], hint="name the key that holds the text")
         text = value[text_key]

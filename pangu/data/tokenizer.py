@@ -103,6 +103,12 @@ class Tokenizer:
         """What SentencePiece is given for `text`: marked spaces and newlines, words joined by one space, as UTF-8."""
         return self._segmenter.join(text)
 
+    def normal_form(self, text: str) -> str:
+        """`text` as decoding writes it: full-width forms become half-width, for example. Characters outside the
+        vocabulary stay. What is looked for in a generated text must be in this form."""
+        normal = self._model.normalize(self.prepare(text).decode("utf-8", "replace"))
+        return _unmark(normal.replace(WORD_MARK, ""))
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special id before or after.
 

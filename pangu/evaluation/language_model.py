@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from pangu.evaluation.scoring import Scorer
-from pangu.generation.generate import GenerateSettings, Generator
+from pangu.generation.generate import Generator
+from pangu.generation.settings import GenerateSettings
 from parallel.common.files import explain_os_error, open_text
+from parallel.common.structured import BadText, parse_json
 
 BLOCK = 512
 _Ids = Sequence[int]
@@ -45,10 +47,11 @@ class RequestCache:
         with open_text(path, errors="replace") as file:
             for line in file:
                 try:
-                    key, answer = json.loads(line)
-                except ValueError:
+                    kept = parse_json(line)
+                except BadText:
                     continue  # the last line of a run that was killed
-                self.answers[key] = answer
+                if isinstance(kept, list) and len(kept) == 2 and isinstance(kept[0], str):
+                    self.answers[kept[0]] = kept[1]
 
     def add(self, answers: dict[str, Any]) -> None:
         """Keeps answers, on the disk at once."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.files import open_text
+from parallel.common.lines import json_lines
 from parallel.common.progress import table
 
 _MAX_QUESTIONS = 1_000_000
@@ -22,28 +21,24 @@ def read_questions(path: str | Path) -> Iterator[dict]:
     Raises:
         UserError: a line is not such an object, naming the line.
     """
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            if number > _MAX_QUESTIONS:
-                raise UserError("more questions than allowed", where=where, value=_MAX_QUESTIONS)
-            try:
-                question = json.loads(line)
-            except ValueError:
-                raise UserError("not a JSON object", where=where, value=line.strip()) from None
-            _check(question, where)
-            yield question
+    for number, question in json_lines(path):
+        where = f"{path}, line {number}"
+        if number > _MAX_QUESTIONS:
+            raise UserError("more questions than allowed", where=where, value=_MAX_QUESTIONS)
+        _check(question, where)
+        yield question
 
 
 def _check(question: Any, where: str) -> None:
     if not isinstance(question, dict) or not {"skill", "prompt", "choices", "answer"} <= question.keys():
         raise UserError("a question needs skill, prompt, choices and answer", where=where)
     choices, answer = question["choices"], question["answer"]
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise UserError("a question needs at least two choices", where=where, value=choices)
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+    for key in ("skill", "prompt"):
+        if not isinstance(question[key], str):
+            raise UserError(f"'{key}' must be a text", where=where, value=question[key])
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+        raise UserError("a question needs at least two choices, each a text", where=where, value=choices)
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError("answer must be the index of a choice", where=where, value=answer)
 
 

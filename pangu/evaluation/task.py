@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
-from parallel.common.files import inside, open_text
+from parallel.common.files import inside
+from parallel.common.lines import json_lines
 from parallel.common.renamed import TASKS
 from parallel.common.settings import Settings, load_settings
 
@@ -227,18 +227,6 @@ def read_json_lines(path: Path) -> Iterator[dict]:
     Raises:
         UserError: a line that is no JSON object or is absurdly long.
     """
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            if len(line) > MAX_LINE:
-                raise UserError("line too long", where=where, value=len(line))
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise UserError("not a JSON object", where=where, value=line.strip()) from None
-            if not isinstance(row, dict):
-                raise UserError("not a JSON object", where=where, value=line.strip())
-            row["id"] = str(row.get("id", row.get("idx", number)))
-            yield row
+    for number, row in json_lines(path, MAX_LINE):
+        row["id"] = str(row.get("id", row.get("idx", number)))
+        yield row

@@ -103,7 +103,7 @@ def load_model(settings: Any, checkpoint: str | Path, int8: bool = False) -> Any
     from pangu import int8 as quantization
     from pangu.model import PanGuAlpha
     from parallel.checkpoint.folder import resolve_checkpoint
-    from parallel.layers.int8 import settle
+    from parallel.layers.int8 import prepare
 
     path = resolve_checkpoint(checkpoint)
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -114,7 +114,7 @@ def load_model(settings: Any, checkpoint: str | Path, int8: bool = False) -> Any
         if model.int8:
             raise UserError("is quantized already", where="--int8", value=str(path))
         quantization.fill(model, quantization.swap(model))
-        settle(model)
+        prepare(model)
     keep_in_compute_dtype(model)
     model.set_train(False)
     return model

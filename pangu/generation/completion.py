@@ -66,7 +66,7 @@ class StopScanner:
         return 0
 
 
-class Request(scheduler.Sequence):
+class GenerationState(scheduler.Sequence):
     """One prompt on its way.
 
     Args:

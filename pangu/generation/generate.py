@@ -12,55 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from pydantic import Field, field_validator
-
-from pangu.generation.completion import Completion, Request
-from pangu.generation.sampling import Sampler, SamplingRule, request_generators
+from pangu.generation.completion import Completion, GenerationState
+from pangu.generation.sampling import Sampler, request_generators
 from pangu.generation.scheduler import Scheduler
+from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
-from parallel.common.settings import Settings
-
-_MAX_BATCH = 256
-
-
-class GenerateSettings(Settings):
-    """How text is generated."""
-
-    max_new_tokens: int = Field(128, ge=1)
-    """Tokens generated per prompt at most; the model's sequence_length is a limit too."""
-    temperature: float = Field(1.0, ge=0.0)
-    """Logits are divided by this before sampling; 0 = greedy."""
-    top_k: int = Field(0, ge=0)
-    """Only the k most likely tokens may be drawn; 0 = all, 1 = greedy."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Only the fewest tokens whose probability reaches p may be drawn (after top_k); 1 = all."""
-    frequency_penalty: float = 0.0
-    """Taken from a token's logit for every time it was already generated (prompt not counted; paper's code: 1.5)."""
-    presence_penalty: float = 0.0
-    """Taken once from the logits of tokens already generated (prompt not counted; paper's code: 0.3)."""
-    stop_ids: list[int] | None = None
-    """Tokens that end the text and are not part of it; null = model.eot_id."""
-    stop: list[str] = []
-    """Strings that end the text and are not part of it."""
-    seed: int = Field(1, ge=0)
-    """Seed of the sampling; each prompt has a random stream of its own."""
-    batch_size: int = Field(8, ge=1, le=_MAX_BATCH)
-    """Prompts generated together at most."""
-    prefill_chunk: int = Field(64, ge=1)
-    """Tokens of the prompts that are read at once, between two tokens of the others."""
-    truncate: bool = False
-    """A prompt that leaves no room for max_new_tokens loses its beginning; false: too long a prompt is an error."""
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, stop: list[str]) -> list[str]:
-        if "" in stop:
-            raise ValueError("an empty string would end every text at once")
-        return stop
-
-    def rule(self) -> SamplingRule:
-        """The part that chooses tokens."""
-        return SamplingRule(self.temperature, self.top_k, self.top_p, self.frequency_penalty, self.presence_penalty)
 
 
 class Generator:
@@ -127,7 +83,7 @@ class Generator:
         self.seconds += time.perf_counter() - began
 
     def _requests(self, prompts: Sequence[Sequence[int]], settings: GenerateSettings,
-                  on_text: Callable[[int, str], None] | None) -> list[Request]:
+                  on_text: Callable[[int, str], None] | None) -> list[GenerationState]:
         context = self.config.sequence_length
         prompts = [fit_prompt(list(ids), context, self.config.vocabulary_size, settings, index)
                    for index, ids in enumerate(prompts)]
@@ -137,12 +93,12 @@ class Generator:
             # The last token need not be read, so one more than there are positions can be generated.
             room = context - len(ids) + 1
             limit = (room, "context") if room < settings.max_new_tokens else (settings.max_new_tokens, "max_new_tokens")
-            requests.append(Request(ids, Sampler(settings.rule(), stream), limit, stop_ids, settings.stop,
+            requests.append(GenerationState(ids, Sampler(settings.rule(), stream), limit, stop_ids, settings.stop,
                                     self.tokenizer.stream() if self.tokenizer is not None else None,
                                     partial(on_text, index) if on_text is not None else None))
         return requests
 
-    def _steps(self, requests: list[Request], settings: GenerateSettings) -> Iterator[None]:
+    def _steps(self, requests: list[GenerationState], settings: GenerateSettings) -> Iterator[None]:
         """Goes on by a step per iteration until all requests are done."""
         if not requests:
             return
@@ -157,7 +113,7 @@ class Generator:
             for request in requests:
                 scheduler.abort(request)
 
-    def _prepared(self, requests: list[Request], settings: GenerateSettings) -> Scheduler:
+    def _prepared(self, requests: list[GenerationState], settings: GenerateSettings) -> Scheduler:
         """A scheduler whose cache holds as many of these requests as run at once, to their ends."""
         together = 1 if len(requests) == 1 else settings.batch_size
         longest = max(len(request.prompt) + request.room - 1 for request in requests)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from pydantic import field_validator
 
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
+from parallel.common.lines import text_lines
 from parallel.common.settings import Settings, load_settings
+from parallel.common.structured import BadText, parse_json
 
 RECIPES = Path(__file__).parents[1] / "prompts"
 _MAX_BYTES = 64 << 20
@@ -21,6 +23,8 @@ class Recipe(Settings):
 
     about: str
     """What the recipe makes, in one line."""
+    title: str = ""
+    """Its name where people choose."""
     template: str
     """The prompt, with {names} where the inputs go; {{ and }} are braces."""
     inputs: list[dict[str, str]] = []
@@ -56,8 +60,8 @@ class Recipe(Settings):
         if len(self.names) == 1:
             return self.fill({self.names[0]: text})
         try:
-            inputs = json.loads(text)
-        except ValueError:
+            inputs = parse_json(text)
+        except BadText:
             inputs = None
         if not isinstance(inputs, dict) or not all(isinstance(value, str) for value in inputs.values()):
             example = json.dumps(dict.fromkeys(self.names, "..."), ensure_ascii=False)
@@ -108,20 +112,17 @@ def _read_file(path: Path) -> list[str]:
         raise UserError("no such file of prompts", where=path, hint=f"name a file or a recipe ({known})")
     if path.stat().st_size > _MAX_BYTES:
         raise UserError("the file of prompts is too large", where=path, value=path.stat().st_size)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError("the file of prompts is not UTF-8", where=path, value=f"byte {error.start}") from None
-    if path.suffix != ".jsonl":
-        return [line for line in lines if line.strip()]
-    return [_prompt_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    lines = [(number, line) for number, line in text_lines(path, _MAX_BYTES) if line.strip()]
+    if ".jsonl" not in path.suffixes:
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"{path}, line {number}") for number, line in lines]
 
 
 def _prompt_of(line: str, where: str) -> str:
     try:
-        value = json.loads(line)
-    except ValueError:
-        raise UserError("not JSON", where=where, value=line[:40]) from None
+        value = parse_json(line)
+    except BadText as error:
+        raise UserError(str(error), where=where, value=line[:40]) from None
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise UserError("neither a string nor an object with a string 'prompt'", where=where, value=line[:40])

@@ -119,13 +119,13 @@ def _quantized(name: str, weight_OI: np.ndarray, group: int | None) -> tuple[np.
 def weights_of(model: Any) -> PackedWeights:
     """The parameters of a `pangu.model.PanGuAlpha` as they are at this moment, copied; float32 or int8."""
     parameters = {item.name: item for item in model.get_parameters()}
-    settled = _settled_products(model)
+    ready = _ready_products(model)
 
     def matrix(name: str, bias: str | None) -> PackedMatrix:
         values = None if bias is None else parameters[bias].asnumpy()
         if not model.int8:
             return pack_float(parameters[name].asnumpy(), values)
-        product = settled[name]
+        product = ready[name]
         quantized = product.weight.asnumpy()[0]
         if product.mode == "kernel":  # panels [P, I, 32]
             quantized = quantized.transpose(1, 0, 2).reshape(quantized.shape[1], -1)[:, :product.shape[-1]]
@@ -134,7 +134,7 @@ def weights_of(model: Any) -> PackedWeights:
     return pack_weights(model.config, WeightSource(lambda name: parameters[name].asnumpy(), matrix))
 
 
-def _settled_products(model: Any) -> dict[str, Any]:
+def _ready_products(model: Any) -> dict[str, Any]:
     if not model.int8:
         return {}
     from parallel.layers.int8 import products

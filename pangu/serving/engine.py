@@ -31,7 +31,7 @@ from pangu.serving.engine_api import (
 )
 from pangu.serving.engine_settings import EngineSettings
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
 
 _MOST_TOP_LOGPROBS = 1000
 _SEED_BITS = 64
@@ -260,7 +260,7 @@ class BatchingEngine:
         try:
             went_on = scheduler.step()
         except Exception as error:  # a defect of ours must not end the thread: those it holds are told
-            note(f"a step failed: {error!r}")
+            info(f"a step failed: {error!r}")
             with self._wake:
                 for sequence in [*scheduler.running, *scheduler.waiting]:
                     scheduler.abort(sequence)

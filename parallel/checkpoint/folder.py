@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from parallel.common.errors import UserError
+from parallel.common.files import inside, json_with_digest, read_json
+from parallel.common.folders import remove_folder
+from parallel.common.progress import info
+from parallel.common.structured import DIGEST_KEY
 
 FORMAT = "parallel.checkpoint"
-VERSION = 1
+VERSION = 2
+"""2: JSON files carry their digest. 1: without."""
 PARAMETERS_FILE = "parameters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+_LAYOUT = re.compile(r"^layout(-\d{5,}-of-\d{5,})?\.json$")
 _NAME = re.compile(r"^step_(\d{8,})$")
 
 
@@ -44,33 +49,76 @@ def resolve_checkpoint(path: str | Path) -> Path:
     found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if not found:
         raise UserError("no checkpoint here", where=path, hint="give the folder of a run or of a checkpoint")
-    return found[-1]
+    return newest_whole(found)
+
+
+def newest_whole(found: Sequence[Path], damaged: Callable[[Path], UserError | None] | None = None) -> Path:
+    """The last of `found` that is not damaged; each one that is passed over is told. `damaged` looks for what is wrong;
+    None = `damage`.
+
+    Raises:
+        UserError: all are damaged (what is wrong with the newest).
+    """
+    first = None
+    for path in reversed(found):
+        error = (damaged or damage)(path)
+        if error is None:
+            if first is not None:
+                info(f"taking {path} instead")
+            return path
+        first = first or error
+        info(f"{path.name} is damaged and passed over: {error}")
+    raise first
 
 
 def remove_old(directory: str | Path, keep: int | None) -> None:
     """Deletes all checkpoints of a folder but the newest `keep`; None keeps all."""
     if keep is not None:
         for old in list_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
+
+
+def read_sealed_json(path: Path) -> dict:
+    """A layout or state of a checkpoint; of version 1, which had no digests, too.
+
+    Raises:
+        UserError: missing, damaged or changed.
+    """
+    value = read_json(path, dict, hint="use another checkpoint")
+    # A digest that was there has been compared and taken off.
+    known = value.get("version")
+    if known == VERSION and DIGEST_KEY.encode() not in path.read_bytes():
+        raise UserError("file is damaged: it has no digest", where=path, hint="use another checkpoint")
+    return value
+
+
+def damage(path: Path) -> UserError | None:
+    """What is wrong with the JSON files of a checkpoint and the presence of the files they name; None if nothing.
+
+    Cheap: the tensors are compared with their checksums when they are read (`newest.good_checkpoint` reads them all).
+    """
+    try:
+        layouts = [entry for entry in path.iterdir() if _LAYOUT.match(entry.name)]
+        if not layouts:
+            return UserError("the checkpoint has no layout", where=path)
+        if (path / "state.json").is_file():
+            read_sealed_json(path / "state.json")
+        for layout in layouts:
+            tensors = read_sealed_json(layout).get("tensors")
+            files = {entry.get("file") for entry in tensors.values()}
+            for name in sorted(files):
+                if not inside(path, name).is_file():
+                    return UserError("a file of the checkpoint is missing", where=path / name)
+    except UserError as error:
+        return error
+    except (OSError, AttributeError, TypeError) as error:
+        return UserError(f"file is damaged: {type(error).__name__}", where=path)
+    return None
 
 
 def write_plain_json(path: Path, value: dict) -> None:
-    """JSON without a temporary file of its own: the folder is what is renamed."""
+    """JSON with its digest and without a temporary file of its own: the folder is what is renamed."""
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write(json_with_digest(value))
         file.flush()
         os.fsync(file.fileno())
-
-
-def put_in_place(hidden: Path, target: Path) -> None:
-    """Renames; an older checkpoint of the same step steps aside first and is deleted after."""
-    aside = hidden.with_name(hidden.name + ".old")
-    if target.exists():
-        target.rename(aside)
-    hidden.rename(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -13,9 +13,8 @@ ever unpickled. Slices of many ranks: `parallel.checkpoint.sharded`; both kinds 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from parallel.checkpoint.folder import (
     PARAMETERS_FILE,
     VERSION,
     checkpoint_path,
-    put_in_place,
     remove_old,
     write_plain_json,
 )
@@ -36,23 +34,26 @@ from parallel.checkpoint.sharded import Holder, Slices, parameter_of, save_slice
 from parallel.checkpoint.tensors import NamedTensor, named
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error
+from parallel.common.folders import put_in_place, sweep, temporary_name
 
 _MAX_SHOWN = 3
 
 
 def save(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any], state: dict[str, Any],
-         keep: int | None, *, rank: int = 0, holder: Holder | None = None) -> Path | None:
+         keep: int | None, *, rank: int = 0, holder: Holder | None = None,
+         add_files: Callable[[Path], None] | None = None) -> Path | None:
     """A checkpoint of a run of any number of processes: rank 0 writes whole tensors, or every rank its slices.
 
     All ranks call it; see `save_checkpoint` and `save_slices`. None on a rank that writes nothing.
     """
     if holder is not None:
-        return save_slices(directory, step, parameters, states, state, keep, holder)
-    return save_checkpoint(directory, step, parameters, states, state, keep) if rank == 0 else None
+        return save_slices(directory, step, parameters, states, state, keep, holder, add_files)
+    return save_checkpoint(directory, step, parameters, states, state, keep, add_files) if rank == 0 else None
 
 
 def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any] = (),
-                    state: dict[str, Any] | None = None, keep: int | None = None) -> Path:
+                    state: dict[str, Any] | None = None, keep: int | None = None,
+                    add_files: Callable[[Path], None] | None = None) -> Path:
     """Writes `<directory>/step_<step>` atomically, then deletes all but the newest `keep`.
 
     Args:
@@ -62,21 +63,25 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any],
         states: the optimizer's.
         state: JSON values to keep beside them.
         keep: how many to keep; None = all.
+        add_files: called with the folder before it is complete, to put more files into it.
 
     Raises:
         UserError: no space or no permission; what was there before is untouched.
     """
     directory, target = Path(directory), checkpoint_path(directory, step)
     parameters, states = named(parameters), named(states)
-    hidden = directory / f".{target.name}.{os.getpid()}"
+    hidden = temporary_name(target)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        sweep(directory)
         _check_space(directory, [*parameters, *states])
         hidden.mkdir()
         entries = {}
         for name, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
             if tensors:
                 entries.update(_write_tensors(hidden / name, tensors))
+        if add_files is not None:
+            add_files(hidden)
         write_plain_json(hidden / "layout.json", {"format": FORMAT, "version": VERSION, "tensors": entries})
         write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **(state or {})})
         put_in_place(hidden, target)
@@ -119,7 +124,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequence[Any] = (),
-                    boxes: dict[str, tuple] | None = None) -> dict[str, Any]:
+                    extents: dict[str, tuple] | None = None) -> dict[str, Any]:
     """Fills parameters and moments and returns the JSON state; compares all names and shapes before it changes any.
 
     The checkpoint may be whole or in the slices of any layout.
@@ -129,23 +134,23 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequenc
         parameters: the network's, `NamedTensor`s or MindSpore parameters; each must be in the checkpoint and the other
             way round.
         states: the optimizer's; () leaves moments alone.
-        boxes: by parameter name the part that this process holds; parameters without one are on another stage and
+        extents: by parameter name the part that this process holds; parameters without one are on another stage and
             left alone. None: everything is whole.
 
     Raises:
         UserError: missing, extra, of another shape or type, damaged; the parameter is named.
     """
     checkpoint, parameters, states = Slices(path), named(parameters), named(states)
-    if boxes is not None:
-        parameters, states = ([p for p in many if parameter_of(p.name) in boxes] for many in (parameters, states))
-    _compare(checkpoint, PARAMETERS_FILE, parameters, boxes or {})
+    if extents is not None:
+        parameters, states = ([p for p in many if parameter_of(p.name) in extents] for many in (parameters, states))
+    _compare(checkpoint, PARAMETERS_FILE, parameters, extents or {})
     if states:
         if not checkpoint.names(OPTIMIZER_FILE):
             raise UserError("the checkpoint has no optimizer state, so training cannot go on from it",
                             where=checkpoint.path, hint="use one saved with output.save_optimizer")
-        _compare(checkpoint, OPTIMIZER_FILE, states, boxes or {})
+        _compare(checkpoint, OPTIMIZER_FILE, states, extents or {})
     for parameter in [*parameters, *states]:
-        parameter.assign(checkpoint.read(parameter.name, (boxes or {}).get(parameter_of(parameter.name))))
+        parameter.assign(checkpoint.read(parameter.name, (extents or {}).get(parameter_of(parameter.name))))
     return checkpoint.state
 
 
@@ -154,18 +159,18 @@ def load_parameters(path: str | Path, parameters: Sequence[Any]) -> dict[str, An
     return load_checkpoint(path, parameters)
 
 
-def _compare(checkpoint: Slices, kind: str, parameters: Sequence[NamedTensor], boxes: dict[str, tuple]) -> None:
+def _compare(checkpoint: Slices, kind: str, parameters: Sequence[NamedTensor], extents: dict[str, tuple]) -> None:
     wanted = {p.name: p for p in parameters}
     missing = [name for name in wanted if name not in checkpoint.tensors]
     extra = [name for name in checkpoint.names(kind) if name not in wanted]
-    for what, names in (("lacks", missing), ("has the unknown", [] if boxes else extra)):
+    for what, names in (("lacks", missing), ("has the unknown", [] if extents else extra)):
         if names:
             more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
             raise UserError(f"the checkpoint {what} parameter {', '.join(names[:_MAX_SHOWN])}{more}",
                             where=checkpoint.path, hint="is it of another model or optimizer?")
     for name, parameter in wanted.items():
-        saved, box = checkpoint.tensors[name], boxes.get(parameter_of(name))
-        shape = saved.shape if box is None else tuple(stop - start for start, stop in box)
+        saved, extent = checkpoint.tensors[name], extents.get(parameter_of(name))
+        shape = saved.shape if extent is None else tuple(stop - start for start, stop in extent)
         if shape != tuple(parameter.shape):
             raise UserError(f"'{name}' has shape {list(parameter.shape)} in the model and {list(shape)} in the "
                             "checkpoint", where=checkpoint.path,

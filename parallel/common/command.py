@@ -10,8 +10,6 @@ import argparse
 import difflib
 import errno
 import importlib
-import json
-import math
 import os
 import re
 import sys
@@ -20,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.common.errors import UserError
+from parallel.common.json_text import dump_json
 from parallel.common.renamed import FLAGS, VERBS
 from parallel.common.settings import Settings, load_settings, reference, to_yaml
 
@@ -106,8 +105,18 @@ def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     figures = _resolve(verb.run)(settings, arguments)
     exit_code = figures.pop("exit_code", 0)
     sys.stderr.flush()
-    print(json.dumps(_finite(figures), ensure_ascii=False), flush=True)
+    _print_line(figures)
     return exit_code
+
+
+def _print_line(figures: dict) -> None:
+    """The figures as one JSON object, in ASCII where stdout has no UTF-8."""
+    line = dump_json(figures)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        line = dump_json(figures, ascii_only=True)
+    print(line, flush=True)
 
 
 def _parser(package: str, verbs: list[Verb], typed: str | None) -> argparse.ArgumentParser:
@@ -133,8 +142,8 @@ def _refuse_old_names(package: str, argv: list[str]) -> None:
         raise UserError(f"the verb '{argv[0]}' is called '{new}'", where=f"python -m {package}", hint=f"type {new}")
     for word in argv[1:]:
         flag = word.partition("=")[0]
-        if (argv[0], flag) in FLAGS:
-            new = FLAGS[argv[0], flag]
+        if (package, argv[0], flag) in FLAGS:
+            new = FLAGS[package, argv[0], flag]
             raise UserError(f"the flag '{flag}' is called '{new}'", where=argv[0], hint=f"type {new}")
 
 
@@ -151,16 +160,3 @@ def _resolve(target: Any) -> Any:
         return target
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a figure that could not be had is null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

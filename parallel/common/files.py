@@ -6,17 +6,21 @@ import contextlib
 import errno
 import gzip
 import io
-import json
 import lzma
 import os
-import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from parallel.common.errors import UserError
+from parallel.common.folders import sweep_once, temporary_name
+from parallel.common.json_text import dump_json
+from parallel.common.structured import MAX_JSON_BYTES, read_json, seal
 
-MAX_JSON_BYTES = 256 << 20
+__all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside",
+           "open_binary", "open_text", "read_json", "write_json"]
+
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 
 
@@ -31,8 +35,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
+        sweep_once(path.parent)
+        temporary = temporary_name(path)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
             file.flush()
@@ -58,25 +63,60 @@ def explain_os_error(error: OSError, path: str | Path) -> Exception:
     return error
 
 
-def open_binary(path: str | Path) -> BinaryIO:
+class DamagedFile(UserError):
+    """A compressed file that cannot be decompressed to its end."""
+
+
+def open_binary(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading bytes, decompressing `.xz`, `.gz` and `.zst` (streaming).
 
+    What is read before a damaged place is given; then `DamagedFile` is raised, whatever the compression.
+
     Raises:
-        UserError: the file is missing, or `.zst` and the package zstandard is not installed.
+        UserError: the file is missing or cannot be read, or `.zst` and the package zstandard is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError("no such file", where=path, hint="check the path")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(path), 1 << 20)
-    return path.open("rb")
+    opened: Any = {".xz": lzma.open, ".gz": gzip.open, ".zst": _ZstdReader}.get(path.suffix.lower())
+    try:
+        if opened is None:
+            return path.open("rb")
+        return io.BufferedReader(_Decompressed(opened(path), path), 1 << 17)
+    except PermissionError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=path) from None
 
 
-class _ZstdReader(io.RawIOBase):
+class _Decompressed(io.RawIOBase):
+    """A decompressing stream whose damage is a `DamagedFile`."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream, self._path = stream, path
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            # At most one read below: what comes before a damaged place is not lost with it.
+            data = self._stream.read1(len(buffer))
+        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, _Damage) as error:
+            raise DamagedFile(f"file is damaged: it cannot be read to its end ({error})", where=self._path,
+                              hint="get it anew") from None
+        buffer[:len(data)] = data
+        return len(data)
+
+
+class _Damage(Exception):
+    """A frame of a `.zst` file that is no frame."""
+
+
+class _ZstdReader:
     """Frames of a `.zst` file one after the other; unlike zstandard's own reader it notices a file that was cut off."""
 
     def __init__(self, path: Path) -> None:
@@ -89,35 +129,33 @@ class _ZstdReader(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._file, self._frame, self._ready = path.open("rb"), None, memoryview(b"")
 
-    def readable(self) -> bool:
-        return True
-
     def close(self) -> None:
         self._file.close()
-        super().close()
 
-    def readinto(self, buffer: Any) -> int:
+    def read1(self, size: int) -> memoryview:
         while not self._ready:
             data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             data = data or self._file.read(1 << 17)
             if self._frame is None or self._frame.eof:
                 if not data:
-                    return 0
+                    return self._ready
                 self._frame = self._new_frame()
             elif not data:
                 raise EOFError("the file ends inside a frame")
             try:
                 self._ready = memoryview(self._frame.decompress(data))
             except self._error as error:
-                raise OSError(str(error)) from None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
+                raise _Damage(str(error)) from None
+        piece, self._ready = self._ready[:size], self._ready[size:]
+        return piece
 
 
 def open_text(path: str | Path, errors: str = "strict") -> IO[str]:
-    """`open_binary` read as UTF-8 text lines (universal newlines off: a lone carriage return is text)."""
-    return io.TextIOWrapper(open_binary(path), encoding="utf-8", errors=errors, newline="\n")
+    """`open_binary` read as UTF-8 text lines (universal newlines off: a lone carriage return is text).
+
+    A byte order mark is no text.
+    """
+    return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", errors=errors, newline="\n")
 
 
 def cache_folder() -> Path:
@@ -135,28 +173,21 @@ def cache_folder() -> Path:
     return folder
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=1, sort_keys=False)
-        file.write("\n")
+def write_json(path: str | Path, value: Any, *, sealed: bool = True) -> None:
+    """Writes `value` as indented JSON (see `json_text`), atomically.
 
-
-def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Reads a JSON file of at most `max_bytes`.
-
-    Raises:
-        UserError: missing, too large, or damaged.
+    Args:
+        path: the file.
+        value: anything; an object gets its digest as one more key, which `read_json` compares and takes off.
+        sealed: off for files in formats of others, which have no such key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError("no such file", where=path, hint="check the path")
-    if path.stat().st_size > max_bytes:
-        raise UserError(f"file is larger than the {max_bytes} bytes allowed", where=path, value=path.stat().st_size)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
-        raise UserError("file is damaged: not JSON", where=path, hint="make it anew") from None
+    with atomic_write(path) as file:
+        file.write(json_with_digest(value) if sealed else dump_json(value, indent=1) + "\n")
+
+
+def json_with_digest(value: Any) -> str:
+    """The text that `write_json` writes."""
+    return dump_json(seal(value) if isinstance(value, dict) else value, indent=1) + "\n"
 
 
 def inside(root: str | Path, path: str | Path) -> Path:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import yaml
 
 from parallel.common.errors import UserError
 from parallel.common.renamed import KEYS
+from parallel.common.structured import MAX_DEPTH, MAX_YAML_BYTES, read_yaml
+from parallel.common.yaml_core import BadYaml, dump_yaml, load_yaml_value
 
-MAX_YAML_BYTES = 1 << 20
 _MAX_BASES = 8
+LARGEST_INTEGER = 10**12
+"""No count, size or seed of a run is larger; a setting that needs more says so itself."""
 
 
 class Settings(pydantic.BaseModel):
@@ -28,29 +30,27 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_default=True, validate_assignment=True,
-        protected_namespaces=(),
+        protected_namespaces=(), allow_inf_nan=False,
     )
+
+    @pydantic.model_validator(mode="after")
+    def _bounded(self) -> Settings:
+        """No integer is absurd: sizes are multiplied and looped over, and 1e25 layers are no network."""
+        for name in self.model_fields_set:
+            value = getattr(self, name, None)
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, int) and abs(item) > LARGEST_INTEGER and not self._unbounded(name):
+                    raise ValueError(f"{name}: an integer beyond {LARGEST_INTEGER:.0e}")
+        return self
+
+    @classmethod
+    def _unbounded(cls, name: str) -> bool:
+        """Whether a field states an upper bound of its own."""
+        return any(getattr(rule, "le", getattr(rule, "lt", None)) is not None
+                   for rule in cls.model_fields[name].metadata)
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """`yaml.safe_load` that refuses a key written twice and reads 1e-4 as the number that everyone means."""
-
-
-def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            line = key_node.start_mark.line + 1
-            raise UserError(f"key '{key}' is written twice", where=f"line {line}", hint="keep one of them")
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
 def load_settings(cls: type[AnySettings], path: str | Path | None, overrides: list[str] | None = None) -> AnySettings:
@@ -103,15 +103,7 @@ def _read_one_yaml(path: Path) -> dict:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "check the path"
         raise UserError("no such config file", where=path, hint=hint)
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise UserError("config file is too large", where=path, value=path.stat().st_size)
-    try:
-        # _StrictLoader is a SafeLoader: no Python objects can be built from the file.
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid YAML: {error}", where=path, hint="check indentation and colons") from None
-    except UserError as error:
-        raise UserError(error.what, where=f"{path}, {error.where}", hint=error.hint) from None
+    tree = read_yaml(path, what="config file")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -134,13 +126,16 @@ def apply_override(tree: dict, override: str) -> None:
         UserError: another form, a value that is not YAML, or a key below something that is no block.
     """
     key, equals, text = override.partition("=")
-    if not equals or not key or any(not part for part in key.split(".")):
+    parts = key.split(".")
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise UserError("an override has the form key.sub=value", where="command line", value=override)
+    if len(text) > MAX_YAML_BYTES:
+        raise UserError("the value is too large", where=key, value=text)
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        raise UserError("the value is not valid YAML", where=key, value=text, hint="quote it") from None
-    *parents, last = key.split(".")
+        value = load_yaml_value(text)
+    except BadYaml as error:
+        raise UserError(error.what, where=key, value=text, hint=error.hint or "quote it") from None
+    *parents, last = parts
     for part in parents:
         if tree.get(part) is None:
             tree[part] = {}
@@ -193,7 +188,7 @@ def _settings_classes(annotation: Any) -> list[type[Settings]]:
 
 def to_yaml(settings: Settings) -> str:
     """All values, defaults included, as YAML that `load_settings` reads back."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(settings.model_dump(mode="json"))
 
 
 def reference(cls: type[Settings], indent: int = 0) -> str:
@@ -223,5 +218,4 @@ def _flow(value: Any) -> str:
         value = [item.model_dump(mode="json") if isinstance(item, Settings) else item for item in value]
     elif isinstance(value, Path):
         value = str(value)
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
-    return text.removesuffix("...\n").strip()
+    return dump_yaml(value, flow=True)

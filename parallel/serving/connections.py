@@ -16,7 +16,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
 MAX_PIPELINE = 64
 _LINGER_SECONDS = 5.0  # an answer that came before the end of the body waits so long for the rest
-_LAST_REQUEST_SECONDS = 1.0  # a connection that is open when the server ends may still send one request
+_LAST_REQUEST_SECONDS = 0.3  # a connection that is open when the server ends may still send one request
 
 Shape = Callable[[Refusal], dict]
 

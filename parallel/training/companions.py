@@ -3,7 +3,8 @@ state of its own in the checkpoints (a stream's offsets, windows of metrics, row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,30 @@ class Companion:
     """
 
     name = "companion"
+    save: Callable[[], Any] = staticmethod(lambda: None)
+    """Set by the trainer: writes a checkpoint of the steps done; for use between two steps."""
+    go_back: Callable[[int], Any] = staticmethod(lambda step: None)
+    """Set by the trainer: returns to the checkpoint of a step; for use between two steps."""
 
     def before_step(self, step: int, batch: Sequence[np.ndarray]) -> None:
         """Called with the number of steps done and this process's rows of the next batch."""
 
     def after_step(self, step: int, outputs: dict[str, float]) -> None:
         """Called with the number of steps done and what the last one told."""
+
+    def before_checkpoint(self, directory: Path, step: int) -> None:
+        """Called on every rank before a checkpoint of `step` is written below `directory`."""
+
+    def add_files(self, folder: Path) -> None:
+        """Called by the process that writes a checkpoint, to put files of its own into its folder before it is
+        complete."""
+
+    def restore_files(self, folder: Path) -> None:
+        """Called on every rank with the checkpoint that a run goes on from, before `restore`.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
 
     def after_checkpoint(self, step: int) -> None:
         """Called when a checkpoint of `step` is complete on the disk."""
@@ -54,6 +73,7 @@ def restore_all(companions: Iterable[Companion], states: dict[str, Any], where: 
         UserError: a state is damaged.
     """
     for companion in companions:
+        companion.restore_files(Path(where))
         if companion.name in states:
             try:
                 companion.restore(states[companion.name])

@@ -11,9 +11,7 @@ import glob
 import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +21,16 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, read_json, write_json
-from parallel.common.progress import note
-from recsys.data.encode import Columns, Encoded, Encoder, Report, column, numbers
+from parallel.common.folders import put_in_place, sweep, temporary_name
+from parallel.common.progress import info
+from recsys.data.encode import Columns, Encoded, Encoder, Report, column, id_type, numbers
 from recsys.data.features import UNSEEN, Feature, FeatureSpec, expand, place
 from recsys.data.readers import Reader, reader
 from recsys.data.vocabulary import Statistics, Vocabulary
+from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 
 PARTS = ("train", "validation", "test")
-_FORMAT = 3
+_FORMAT = 4
 _WINDOW = 1 << 22
 
 
@@ -111,9 +111,11 @@ def _same(one: Path, other: Path) -> bool:
 
 def _digest(data: Any, vocabulary: Path | None) -> str:
     """Name of the encoded log: of its settings, features, and the sizes and times of its files."""
-    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary"})
+    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables", "stream"})
     tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
-                                                                          "unseen_rate"})
+                                                                          "unseen_rate", "admission_share",
+                                                                          "expire_after", "expire_unit",
+                                                                          "expire_below", "count_decay"})
                         for feature in features_of(data)]
     if data.reader != "synthetic":
         tree.pop("synthetic")
@@ -218,14 +220,14 @@ def _encode_to(directory: Path, data: Any, source: Reader, given: Path | None) -
     spec = place([f.model_copy(update={"width": None}) for f in features], 1, vocabulary.sizes())
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        sweep(directory.parent)
+        temporary = temporary_name(directory)
+        temporary.mkdir()
     except OSError as error:
         raise explain_os_error(error, directory) from error
     try:
         _write(temporary, passes, encoder, spec, vocabulary)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
+        put_in_place(temporary, directory)
     except OSError as error:
         raise explain_os_error(error, directory) from error
     finally:
@@ -275,6 +277,7 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
     vocabulary.save(directory / "vocabulary.json")
     write_json(directory / "log.json", {"rows": counts, "report": {**report, "user": encoder.columns.user},
                                         "id_columns": spec.id_columns, "numeric_columns": spec.numeric_columns,
+                                        "id_type": np.dtype(id_type(spec)).name,
                                         "labels": encoder.columns.labels})
 
 
@@ -282,14 +285,15 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
     header = read_json(directory / "log.json")
     if skipped := header["report"]["skipped"]:
         # Told by every run, not only by the one that encoded the log.
-        note("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
+        info("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
     vocabulary = Vocabulary.load(directory / "vocabulary.json")
     features = features_of(data)
     sizes = vocabulary.sizes()
     spec = place(features, embedding_size, sizes)
     flat = place([f.model_copy(update={"width": None}) for f in features], 1, sizes)
     shift = _row_shift(flat, spec)
-    shapes = {"ids": (np.int32, header["id_columns"]), "numbers": (np.float32, header["numeric_columns"]),
+    shapes = {"ids": (np.dtype(header["id_type"]), header["id_columns"]),
+              "numbers": (np.float32, header["numeric_columns"]),
               "labels": (np.float32, len(header["labels"])), "users": (np.int64, None)}
     parts = {}
     for part in PARTS:
@@ -309,7 +313,8 @@ def _row_shift(flat: FeatureSpec, spec: FeatureSpec) -> np.ndarray | None:
     """What to add to each column of ids encoded for one common table when features have tables of several widths."""
     shift = np.zeros(spec.id_columns, np.int32)
     for name, slot in spec.slots.items():
-        shift[slot.start:slot.start + slot.length] = slot.offset - flat.slots[name].offset
+        if not slot.feature.is_dynamic:
+            shift[slot.start:slot.start + slot.length] = slot.offset - flat.slots[name].offset
     return shift if shift.any() else None
 
 
@@ -355,8 +360,9 @@ class Batches:
         for number, slot in enumerate(self.hidden):
             generator = np.random.default_rng((self.seed or 0, 1, step, number))
             chosen = generator.random(self.batch)[self.mine] < slot.feature.unseen_rate
-            known = ids[:, slot.start] != slot.offset
-            ids[chosen & known, slot.start] = slot.offset + UNSEEN
+            missing, unseen = ((MISSING_KEY, UNSEEN_KEY) if slot.feature.is_dynamic
+                               else (slot.offset, slot.offset + UNSEEN))
+            ids[chosen & (ids[:, slot.start] != missing), slot.start] = unseen
 
     def _order(self, epoch: int, first: int) -> Iterator[np.ndarray]:
         """Row numbers of each batch of an epoch from batch `first` on.

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from parallel.common.errors import UserError
 from recsys.data.features import FIRST_KNOWN, UNSEEN, Feature, FeatureSpec
 from recsys.data.vocabulary import Statistics, Vocabulary, hash_rows, transformed
+from recsys.tables.keys import MISSING_KEY, keys_of
 
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$|^\s*[+-]?([nN][aA][nN]|[iI]nf(inity)?)\s*$"
 _MAX_WHOLE = 2.0**53
@@ -29,7 +30,8 @@ class Columns:
 
 @dataclass
 class Encoded:
-    """n rows: ids_nM int32, numbers_nN float32, labels_nK float32, users int64 (0 without a user column)."""
+    """n rows: ids_nM int32 (int64 where a feature is dynamic: its columns hold keys), numbers_nN float32, labels_nK
+    float32, users int64 (0 without a user column)."""
 
     ids: np.ndarray
     numbers: np.ndarray
@@ -58,6 +60,11 @@ class Report:
         """JSON values."""
         return {"rows": self.rows, "skipped": dict(self.skipped), "missing": dict(self.missing),
                 "unseen": dict(self.unseen), "empty_files": self.empty_files}
+
+
+def id_type(spec: FeatureSpec) -> type:
+    """Element type of encoded ids."""
+    return np.int64 if spec.is_dynamic else np.int32
 
 
 class RowErrors:
@@ -181,7 +188,7 @@ class Encoder:
         rows = len(table)
         errors = RowErrors(rows, where, first_row, self.on_bad_row, self.report)
         labels = self._labels(table, where, errors)
-        ids = np.zeros((rows, spec.id_columns), np.int32)
+        ids = np.zeros((rows, spec.id_columns), id_type(spec))
         values = np.zeros((rows, spec.numeric_columns), np.float32)
         for feature in self.features:
             cells = column(table, feature.source, where)
@@ -195,6 +202,10 @@ class Encoder:
                 local = self._buckets(feature, cells, vocabulary, errors)[:, None]
             else:
                 local = self._rows(feature, strings(cells, feature.source, where), vocabulary, errors, cells)[:, None]
+            if feature.is_dynamic:
+                self.report.missing[feature.name] += int((local == MISSING_KEY).all(1).sum())
+                ids[:, slot.start:slot.start + slot.length] = local
+                continue
             self.report.missing[feature.name] += int((local == 0).all(1).sum())
             self.report.unseen[feature.name] += int((local == UNSEEN).sum()) if feature.type != "numeric" else 0
             ids[:, slot.start:slot.start + slot.length] = local + slot.offset
@@ -227,6 +238,8 @@ class Encoder:
               cells: pa.Array | None = None) -> np.ndarray:
         if feature.values == "hash":
             return hash_rows(feature, values)
+        if feature.is_dynamic:
+            return keys_of(values, feature.target or feature.name)
         if feature.values == "vocabulary":
             return vocabulary.rows_of(feature, values)
         return self._integer_rows(feature, values, errors, cells)
@@ -258,7 +271,7 @@ class Encoder:
         else:
             index = offsets[:-1, None] + place
             inside = place < kept[:, None]
-        padded = np.append(rows, 0)
+        padded = np.append(rows, MISSING_KEY if feature.is_dynamic else 0)
         return padded[np.where(inside, index, len(rows))]
 
     def _buckets(self, feature: Feature, cells: pa.Array, vocabulary: Vocabulary, errors: RowErrors) -> np.ndarray:

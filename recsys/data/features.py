@@ -37,13 +37,26 @@ class Feature(Settings):
     """Whom it describes. Only `user` features may be computed once for all candidates of a request."""
     group: str | None = None
     """Semantic group; features of a group stand together in the tokens. Null = the side."""
-    values: Literal["vocabulary", "hash", "integer"] = "vocabulary"
+    values: Literal["vocabulary", "hash", "integer", "dynamic"] = "vocabulary"
     """vocabulary: values seen in training, listed by the statistics pass; hash: row = hash mod rows; integer: the
-    value itself is the number, 0 to rows - 1."""
+    value itself is the number, 0 to rows - 1; dynamic: any ids, each with a row of its own from when it is admitted to
+    when it expires, without collisions (needs data.tables.place: host)."""
     rows: int | None = Field(None, ge=1, le=2**31 - 1)
-    """Known values at most (vocabulary: the most frequent are kept; null = all), buckets (hash) or ids (integer)."""
+    """Known values at most (vocabulary: the most frequent are kept; null = all), buckets (hash), ids (integer) or rows
+    at most (dynamic: newcomers stay unseen while the table is full; null = no bound)."""
     minimum_count: int = Field(1, ge=1)
     """Admission: a value seen less often in training stays unseen, and so trains the row for unseen values."""
+    admission_share: float = Field(1.0, gt=0.0, le=1.0)
+    """dynamic: probability that a step which meets an unknown id (seen minimum_count times) gives it a row."""
+    expire_after: int | None = Field(None, ge=1)
+    """dynamic: an id that was not met for so long loses its row at the next sweep (see data.tables.sweep_every); null =
+    never."""
+    expire_unit: Literal["steps", "seconds"] = "steps"
+    """dynamic: what expire_after counts: training steps, or seconds by the machine's clock."""
+    expire_below: float = Field(0.0, ge=0.0)
+    """dynamic: an id whose (decayed) count is below this at a sweep loses its row."""
+    count_decay: float = Field(1.0, gt=0.0, le=1.0)
+    """dynamic: factor of all counts after each sweep."""
     unseen_rate: float = Field(0.0, ge=0.0, lt=1.0)
     """id: share of training samples whose value is shown as unseen, so that the model learns to do without it (new
     users, new items)."""
@@ -86,6 +99,11 @@ class Feature(Settings):
         return self.type in ("multi", "sequence")
 
     @property
+    def is_dynamic(self) -> bool:
+        """Whether its ids are 64-bit keys of a table on the host instead of rows."""
+        return self.values == "dynamic" and self.type != "numeric"
+
+    @property
     def is_value(self) -> bool:
         """Whether the feature is a number that scales a vector (and has no table)."""
         return self.type == "numeric" and self.transform != "bucket"
@@ -93,12 +111,16 @@ class Feature(Settings):
     @model_validator(mode="after")
     def _check(self) -> Feature:
         where = f"features.{self.name}"
-        if self.values != "vocabulary" and self.rows is None and self.type != "numeric" and self.target is None:
+        if self.values in ("hash", "integer") and self.rows is None and self.type != "numeric" and self.target is None:
             raise UserError(f"values: {self.values} needs rows", where=where)
         if self.pooling == "attention" and (self.type != "sequence" or self.target is None):
             raise UserError("pooling: attention is for a sequence with a target", where=where)
         if self.unseen_rate and self.type != "id":
             raise UserError("unseen_rate is for an id", where=where, value=self.type)
+        limits = (self.admission_share < 1.0, self.expire_after, self.expire_below, self.count_decay < 1.0)
+        if any(limits) and not self.is_dynamic:
+            raise UserError("admission_share, expire_after, expire_below and count_decay are for values: dynamic",
+                            where=where, value=self.values)
         if self.target is not None and self.type != "sequence":
             raise UserError("target is for a sequence", where=where, value=self.type)
         rising = self.boundaries or []
@@ -194,6 +216,11 @@ class FeatureSpec:
         return sum(slot.length for slot in self.slots.values())
 
     @property
+    def is_dynamic(self) -> bool:
+        """Whether some ids are 64-bit keys."""
+        return any(slot.feature.is_dynamic for slot in self.slots.values())
+
+    @property
     def numeric_columns(self) -> int:
         """Columns of the numbers input (at least 1: an input cannot be empty)."""
         return max(1, len(self.numeric))
@@ -268,6 +295,8 @@ def _rows_of(feature: Feature, known: dict[str, int] | None) -> int:
     if feature.type == "numeric":
         buckets = len(feature.boundaries) + 1 if feature.boundaries is not None else feature.buckets
         return FIRST_KNOWN + buckets
+    if feature.is_dynamic:
+        return FIRST_KNOWN  # the rest lies on the host
     if feature.rows is None and known is not None and feature.name in known:
         return FIRST_KNOWN + known[feature.name]
     if feature.rows is None:

@@ -16,7 +16,8 @@ from parallel.layers.int8_numbers import GROUP, dequantize, quantize
 from tests.pangu.numpy_model import forward
 from tests.pangu.tiny import VOCABULARY, arrays, tiny_model
 
-SIZES = {"hidden_size": 160, "heads": 4, "ffn_size": 200, "layers": 3}
+SIZES = {"hidden_size": 160, "heads": 4, "ffn_size": 200, "layers": 3, "embedding_std": 0.1, "linear_std": 0.1,
+         "ffn_std": 0.1}
 
 
 def quantized(group=None, kernel=True, monkeypatch=None):
@@ -31,7 +32,7 @@ def quantized(group=None, kernel=True, monkeypatch=None):
     errors = fill(model, swap(model, group))
     if not kernel:
         monkeypatch.setattr(int8, "library", lambda: None)
-    mode = int8.settle(model)
+    mode = int8.prepare(model)
     if kernel and mode != "kernel":
         pytest.skip("no C++ compiler here")
     model.set_train(False)

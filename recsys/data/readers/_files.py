@@ -12,7 +12,7 @@ import pyarrow.parquet as parquet
 
 from parallel.common.errors import UserError
 from parallel.common.files import COMPRESSED_SUFFIXES, open_binary
-from parallel.common.progress import note
+from parallel.common.progress import info
 from recsys.data.features import Feature
 
 ROWS_AT_ONCE = 65536
@@ -53,7 +53,7 @@ def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = No
         with open_binary(file) as stream:
             head = stream.read(1)
         if not head:
-            note(f"{file}: empty, left out")
+            info(f"{file}: empty, left out")
             return
         columns = names or _header(file, delimiter)
         reader = csv.open_csv(
@@ -88,7 +88,7 @@ def parquet_tables(file: Path) -> Iterator[tuple[pa.Table, str]]:
         UserError: damaged, or not parquet.
     """
     if file.stat().st_size == 0:
-        note(f"{file}: empty, left out")
+        info(f"{file}: empty, left out")
         return
     try:
         source = parquet.ParquetFile(file)

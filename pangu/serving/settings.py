@@ -1,0 +1,23 @@
+"""Keys of `python -m pangu serve`. Needs no MindSpore."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from parallel.serving.settings import HttpSettings
+
+
+class ServeSettings(HttpSettings):
+    """The HTTP server of the language model. On the command line of `serve` the block's name may be left out:
+    port=8000."""
+
+    name: str | None = Field(None, min_length=1, max_length=200)
+    """What clients call the model; null = model.name."""
+    chat_template: str | None = None
+    """Jinja file that turns `messages` into a prompt; null = pangu/serving/chat.jinja."""
+    chat_stop: list[str] = ["\n问：", "\n答："]
+    """Strings that end an answer in a chat, beside those that the client sends."""
+    max_sequences: int = Field(256, ge=1)
+    """Prompts of one request times its best_of at most."""
+    max_logprobs: int = Field(20, ge=0)
+    """Alternatives a token that a client may ask for."""

@@ -1,0 +1,118 @@
+"""Tables on disk: one safetensors file a feature and process, with (key, row, values, state, count, last seen) of every
+entry. Any number of processes reads what any number wrote. Needs no MindSpore.
+
+    tables/<feature>-<rank>-of-<ranks>.safetensors: keys, rows, values, states, counts, seen
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from parallel.checkpoint.safetensors_file import SafetensorsFile, dtype_name, write_safetensors
+from parallel.common.errors import UserError
+from parallel.common.files import explain_os_error
+from recsys.tables.dynamic import Entries
+from recsys.tables.keys import owners
+
+if TYPE_CHECKING:
+    from recsys.tables.dynamic import DynamicTable
+
+FOLDER = "tables"
+_STAGED = ".tables"
+_NAME = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
+
+
+def write_entries(path: Path, entries: Entries) -> None:
+    """One file; `seen` as int64, since the format has no unsigned 32-bit numbers."""
+    arrays = {name: getattr(entries, name) for name in Entries.NAMES} | {"seen": entries.seen.astype(np.int64)}
+    try:
+        write_safetensors(path, [(name, dtype_name(array.dtype), array.shape, lambda array=array: array)
+                                 for name, array in arrays.items()])
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def read_entries(path: Path) -> Entries:
+    """What `write_entries` wrote.
+
+    Raises:
+        UserError: damaged, or another file.
+    """
+    file = SafetensorsFile(path)
+    if set(file.entries) != set(Entries.NAMES):
+        raise UserError("this is no table of a checkpoint", where=path)
+    entries = Entries(*(file.read(name) for name in Entries.NAMES))
+    if len({len(getattr(entries, name)) for name in Entries.NAMES}) != 1:
+        raise UserError("the table's parts have different lengths", where=path)
+    return entries
+
+
+def stage_tables(tables: dict[str, DynamicTable], directory: Path, rank: int, ranks: int) -> None:
+    """Writes the tables of one process into a hidden folder of `directory`."""
+    staged = directory / _STAGED
+    try:
+        if ranks == 1:
+            shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, staged) from error
+    for name, table in tables.items():
+        write_entries(staged / f"{quote(name, safe='')}-{rank:05d}-of-{ranks:05d}.safetensors", table.entries())
+
+
+def take_staged(directory: Path, folder: Path) -> None:
+    """Moves what `stage_tables` of all processes wrote into a checkpoint's folder."""
+    (directory / _STAGED).rename(folder / FOLDER)
+
+
+def write_tables(tables: dict[str, DynamicTable], folder: Path) -> None:
+    """The tables of a single process, into a checkpoint's folder."""
+    stage_tables(tables, folder, 0, 1)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    take_staged(folder, folder)
+
+
+def table_files(folder: Path) -> dict[str, list[Path]]:
+    """Files of a checkpoint by feature.
+
+    Raises:
+        UserError: there are none, or some of a set are missing.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted((folder / FOLDER).glob("*.safetensors")) if (folder / FOLDER).is_dir() else []:
+        if match := _NAME.match(path.name):
+            found.setdefault(unquote(match[1]), []).append(path)
+    if not found:
+        raise UserError("the checkpoint has no tables", where=folder,
+                        hint="was the run trained with data.tables.place: host?")
+    for name, paths in found.items():
+        if len(paths) != int(_NAME.match(paths[0].name)[3]):
+            raise UserError(f"files of table '{name}' are missing", where=folder, value=len(paths))
+    return found
+
+
+def read_tables(tables: dict[str, DynamicTable], folder: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Fills tables with the entries of a checkpoint that `rank` owns. Rows keep their numbers where as many processes
+    read as wrote.
+
+    Raises:
+        UserError: a table is missing, damaged, or of another width.
+    """
+    files = table_files(folder)
+    if missing := [name for name in tables if name not in files]:
+        raise UserError(f"the checkpoint has no table of feature '{missing[0]}'", where=folder)
+    for name, table in tables.items():
+        same = len(files[name]) == ranks
+        for path in files[name]:
+            if same and int(_NAME.match(path.name)[2]) != rank:
+                continue
+            entries = read_entries(path)
+            if not same and ranks > 1:
+                entries = entries.take(owners(entries.keys, ranks) == rank)
+            table.put(entries, keep_rows=same)

@@ -1,0 +1,323 @@
+"""All tables of a ranker on the host: the rows of a step are fetched, put into the network's window, and moved by the
+gradients that come back.
+
+Over several processes each holds the rows of the keys that `owners` gives it. Ids go to their owners and rows come back
+by AlltoAll; gradients go the same way and are added at the owner, so no row is held twice.
+
+Shapes: B samples, M id columns, N keys of a call, W width.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.common.errors import UserError
+from parallel.training.companions import Companion
+from recsys.data.features import FIRST_KNOWN, FeatureSpec
+from recsys.tables.columns import KeyColumns, TablePlan, plans, window_spec
+from recsys.tables.dynamic import DynamicTable
+from recsys.tables.exchange import Alone, Exchange
+from recsys.tables.files import read_tables, stage_tables, take_staged
+from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY, owners
+from recsys.tables.native import unique
+from recsys.tables.optimizer import TableOptimizer
+
+_SPECIAL = np.array([MISSING_KEY, UNSEEN_KEY], np.int64)
+
+
+@dataclass
+class _Asked:
+    """What a step asked of one table: distinct keys (the two special ones first), their places in the window (-1 for
+    those without a row), which of them the step touches, and their rows where no other process holds them."""
+
+    keys: np.ndarray
+    places: np.ndarray
+    touched: np.ndarray
+    rows: np.ndarray
+
+
+class HostTables(Companion):
+    """Tables by feature.
+
+    Args:
+        settings: the run (`model.embedding_std`, `data.tables`, `train`).
+        spec: places of the features in the log.
+        batch: samples of a step on this process.
+        exchange: of the processes.
+    """
+
+    name = "tables"
+
+    def __init__(self, settings: Any, spec: FeatureSpec, batch: int, exchange: Exchange | None = None) -> None:
+        own = settings.data.tables
+        self.settings, self.spec, self.exchange = own, spec, exchange or Alone()
+        self.optimizer = TableOptimizer(settings.train)
+        self.columns, self.plans = KeyColumns(spec), plans(spec)
+        self.window = window_spec(spec, batch, own.window)
+        self.widths = list(spec.tables)
+        self.windows = [np.zeros((rows, width), np.float32) for width, rows in self.window.tables.items()]
+        self.start = settings.train.seed, settings.model.embedding_std
+        self.tables: dict[str, DynamicTable] = {}
+        self.empty()
+        self.steps = self.updates = 0
+        self.clock = time.time
+        self._asked: dict[str, _Asked] = {}
+        self._exchanged = None
+
+    def empty(self) -> None:
+        """All tables as at the start of a run."""
+        self.tables.clear()  # first, since the new ones' files have the same names
+        self.tables.update({name: self._table(name, plan) for name, plan in self.plans.items()})
+
+    def _table(self, name: str, plan: TablePlan) -> DynamicTable:
+        feature, rank, ranks = plan.slot.feature, self.exchange.rank, self.exchange.ranks
+        folder = self.settings.folder and Path(self.settings.folder) / f"rank_{rank}" / name
+        seed = (self.start[0] << 32) | zlib.crc32(name.encode())
+        table = DynamicTable(
+            plan.slot.width, self.optimizer.name, seed, self.start[1], self.optimizer.state_start,
+            0 if feature.is_dynamic or ranks > 1 else plan.slot.rows,
+            (feature.rows or 0) + FIRST_KNOWN if feature.is_dynamic and feature.rows else 0,
+            feature.minimum_count if feature.is_dynamic else 1, feature.admission_share, folder)
+        mine = _SPECIAL[owners(_SPECIAL, ranks) == rank]
+        table.meet(mine, np.zeros(len(mine), np.float32), 1)
+        return table
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def fetch(self, keys_BM: np.ndarray, train: bool = False, columns: np.ndarray | None = None) -> np.ndarray:
+        """Fills `windows` with the rows of a batch; returns the ids of the network, int32 [B, M].
+
+        Args:
+            keys_BM: `KeyColumns.keys` of the batch.
+            train: counts the ids and admits new ones; otherwise nothing changes and unknown ids have the row for unseen
+                ones.
+            columns: numbers of the columns that `keys_BM` has; None = all.
+
+        Raises:
+            UserError: the step names more rows than the window has.
+        """
+        chosen = {name: self._own(plan, columns) for name, plan in self.plans.items()}
+        asked, which = {}, {}
+        for name, own in chosen.items():
+            if len(own):
+                keys, which[name], times = self._distinct(keys_BM, own)
+                asked[name] = keys, times
+        known = self._rows_of(asked, train)
+        ids_BM = np.empty(keys_BM.shape, np.int32)
+        free = [FIRST_KNOWN * sum(plan.width == index for plan in self.plans.values())
+                for index in range(len(self.widths))]
+        self._asked = {}
+        for name, (keys, times) in asked.items():
+            plan = self.plans[name]
+            places, free[plan.width] = self._places(plan, known[name][0], free[plan.width])
+            self._fill(name, known[name], places)
+            self._asked[name] = _Asked(keys, places, self._touched(places, times), known[name][1])
+            # An id without a row has the place of the unseen value.
+            places = np.where(places < 0, plan.first + 1, places)
+            ids_BM[:, chosen[name]] = places[which[name]].reshape(len(keys_BM), -1)
+        return ids_BM
+
+    @staticmethod
+    def _own(plan: TablePlan, columns: np.ndarray | None) -> np.ndarray:
+        return plan.columns if columns is None else np.flatnonzero(np.isin(columns, plan.columns))
+
+    @staticmethod
+    def _distinct(keys_BM: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(distinct keys, which each is, times) of some columns, the two special keys always there and first."""
+        flat = keys_BM[:, own].reshape(-1) if len(own) > 1 else keys_BM[:, own[0]]
+        keys, which, times = unique(np.concatenate([_SPECIAL, flat]))
+        times[:FIRST_KNOWN] -= 1.0
+        return keys, which[FIRST_KNOWN:], times
+
+    def _places(self, plan: TablePlan, known: np.ndarray, free: int) -> tuple[np.ndarray, int]:
+        """Place of each distinct key in the window (-1: it has no row), and the next free one."""
+        places = np.full(len(known), -1, np.int32)
+        places[:FIRST_KNOWN] = plan.first + np.arange(FIRST_KNOWN)
+        found = np.flatnonzero(known[FIRST_KNOWN:]) + FIRST_KNOWN
+        places[found] = np.arange(free, free + len(found))
+        free += len(found)
+        if free > len(self.windows[plan.width]):
+            raise UserError(f"a step names more than {len(self.windows[plan.width])} rows of width "
+                            f"{self.widths[plan.width]}", where="data.tables.window", value=self.settings.window,
+                            hint="raise it, or make train.global_batch_size smaller")
+        return places, free
+
+    @staticmethod
+    def _touched(places: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Which keys with a row the step uses; the unseen value's is used for ids without one, too."""
+        touched = (places >= 0) & (times > 0)
+        touched[1] |= bool((places < 0).any())
+        return touched
+
+    def _rows_of(self, asked: dict[str, tuple], train: bool) -> dict[str, tuple]:
+        """(known bool [N], rows int32 [N] or values float32 [N, W]) of each table's distinct keys."""
+        now = self.steps + 1
+        if self.exchange.ranks > 1:
+            return self._exchanged_rows(asked, train, now)
+        found = {}
+        for name, (keys, times) in asked.items():
+            rows = self.tables[name].meet(keys, times, self._now(name, now)) if train else self.tables[name].find(keys)
+            found[name] = rows >= 0, rows
+        return found
+
+    def _now(self, name: str, step: int) -> int:
+        seconds = self.plans[name].slot.feature.expire_unit == "seconds"
+        return int(self.clock()) if seconds else step
+
+    def _fill(self, name: str, known: tuple, places: np.ndarray) -> None:
+        window = self.windows[self.plans[name].width]
+        if self.exchange.ranks > 1:
+            window[places[known[0]]] = known[1][known[0]]
+        else:
+            self.tables[name].gather(known[1], window, places)
+
+    def update(self, gradients: list[np.ndarray]) -> None:
+        """Moves the rows of the last `fetch` by the window's gradients, one [rows, W] for each width: sums over this
+        process's samples of the gradient of the mean loss."""
+        rule = self.optimizer.rule(self.updates)
+        if self.exchange.ranks > 1:
+            self._exchanged_update(gradients, rule)
+        else:
+            for name, asked in self._asked.items():
+                rows = np.where(asked.touched, asked.rows, -1)
+                self.tables[name].update(rows, gradients[self.plans[name].width], rule, asked.places)
+        self.updates += 1
+
+    def end_step(self) -> None:
+        """Counts the step, and sweeps where one is due."""
+        self.steps += 1
+        if self.settings.sweep_every and self.steps % self.settings.sweep_every == 0:
+            self.sweep()
+
+    def sweep(self) -> int:
+        """Evicts what has expired by each feature's rules; rows freed on this process."""
+        freed = 0
+        for name, plan in self.plans.items():
+            feature = plan.slot.feature
+            if feature.is_dynamic:
+                oldest = self._now(name, self.steps + 1) - feature.expire_after if feature.expire_after else 0
+                freed += self.tables[name].sweep(oldest, feature.expire_below, feature.count_decay)
+        return freed
+
+    # -- several processes --------------------------------------------------------------------------------------------
+
+    def _exchanged_rows(self, asked: dict[str, tuple], train: bool, now: int) -> dict[str, tuple]:
+        ranks = self.exchange.ranks
+        homes = {name: owners(keys, ranks) for name, (keys, _) in asked.items()}
+        sent = {name: [np.flatnonzero(homes[name] == other) for other in range(ranks)] for name in asked}
+        received = self.exchange.all_to_all([_pack(
+            [array[sent[name][other]] for name, pair in asked.items() for array in pair]) for other in range(ranks)])
+        received = [_unpack(message, [np.int64, np.float32] * len(asked)) for message in received]
+        replies: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+        self._exchanged = {}
+        for number, name in enumerate(asked):
+            keys = [message[2 * number] for message in received]
+            times = np.concatenate([message[2 * number + 1] for message in received])
+            distinct, which, _ = unique(np.concatenate(keys))
+            table = self.tables[name]
+            rows = (table.meet(distinct, np.bincount(which, times, len(distinct)), self._now(name, now)) if train
+                    else table.find(distinct))
+            values = table.gather(rows)
+            pieces = np.split(which, np.cumsum([len(part) for part in keys])[:-1])
+            for other, piece in enumerate(pieces):
+                replies[other] += [(rows[piece] >= 0).astype(np.uint8), values[piece]]
+            self._exchanged[name] = (rows, pieces, sent[name])
+        back = self.exchange.all_to_all([_pack(reply) for reply in replies])
+        back = [_unpack(message, [np.uint8, np.float32] * len(asked)) for message in back]
+        found = {}
+        for number, (name, (keys, _)) in enumerate(asked.items()):
+            known = np.zeros(len(keys), bool)
+            values = np.zeros((len(keys), self.tables[name].width), np.float32)
+            for other in range(ranks):
+                known[sent[name][other]] = back[other][2 * number] > 0
+                values[sent[name][other]] = back[other][2 * number + 1].reshape(-1, values.shape[1])
+            found[name] = known, values
+        return found
+
+    def _exchanged_update(self, gradients: list[np.ndarray], rule: Any) -> None:
+        ranks = self.exchange.ranks
+        messages: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+        for name, asked in self._asked.items():
+            gradient = gradients[self.plans[name].width]
+            for other in range(ranks):
+                sent = self._exchanged[name][2][other]
+                touched = asked.touched[sent]
+                messages[other] += [touched.astype(np.uint8), gradient[asked.places[sent[touched]]]]
+        received = self.exchange.all_to_all([_pack(message) for message in messages])
+        received = [_unpack(message, [np.uint8, np.float32] * len(self._asked)) for message in received]
+        for number, name in enumerate(self._asked):
+            rows, pieces, _ = self._exchanged[name]
+            total = np.zeros((len(rows), self.tables[name].width), np.float32)
+            touched = np.zeros(len(rows), bool)
+            for piece, message in zip(pieces, received, strict=True):
+                mine = piece[message[2 * number] > 0]
+                total[mine] += message[2 * number + 1].reshape(-1, total.shape[1])  # distinct within one message
+                touched[mine] = True
+            self.tables[name].update(np.where(touched, rows, -1), total, rule)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def before_checkpoint(self, directory: Path, step: int) -> None:
+        """Writes this process's rows beside the checkpoint's place."""
+        stage_tables(self.tables, directory, self.exchange.rank, self.exchange.ranks)
+        self.exchange.all_to_all([b""] * self.exchange.ranks)
+        self._staged = directory
+
+    def add_files(self, folder: Path) -> None:
+        """Moves what all processes wrote into the checkpoint."""
+        take_staged(self._staged, folder)
+
+    def restore_files(self, folder: Path) -> None:
+        """Takes the rows of a checkpoint whose keys are this process's.
+
+        Raises:
+            UserError: the checkpoint has no tables, or they are damaged.
+        """
+        self.empty()
+        read_tables(self.tables, folder, self.exchange.rank, self.exchange.ranks)
+
+    def reread(self, folder: Path) -> HostTables:
+        """The same with the rows of another checkpoint; this one is left as it is.
+
+        Raises:
+            UserError: see `restore_files`.
+        """
+        other = copy.copy(self)
+        other.tables = {}
+        other.restore_files(folder)
+        return other
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Counters."""
+        return {"steps": self.steps, "updates": self.updates}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes `state`."""
+        self.steps, self.updates = int(state["steps"]), int(state["updates"])
+
+    def figures(self) -> dict[str, int]:
+        """Rows, ids that wait for admission and bytes on this process."""
+        tables = self.tables.values()
+        return {"table_rows": sum(map(len, tables)), "table_waiting": sum(table.waiting for table in tables),
+                "table_bytes": sum(table.bytes for table in tables)}
+
+
+def _pack(arrays: list[np.ndarray]) -> bytes:
+    """Arrays one after the other, each with its number of bytes."""
+    return b"".join(len(raw).to_bytes(8, "little") + raw for raw in (array.tobytes() for array in arrays))
+
+
+def _unpack(message: bytes, types: list[type]) -> list[np.ndarray]:
+    arrays, at = [], 0
+    for kind in types:
+        size = int.from_bytes(message[at:at + 8], "little")
+        arrays.append(np.frombuffer(message[at + 8:at + 8 + size], kind))
+        at += 8 + size
+    return arrays

@@ -1,0 +1,192 @@
+"""The training step of a network whose tables lie on the host, and its scores.
+
+Shapes: B samples, M id columns, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from parallel.checkpoint.tensors import NamedTensor
+from parallel.training.mindspore_backend import MindSporeBackend
+from parallel.training.optimizers import Optimizer, pick
+from parallel.training.step import GlobalNorm, MeanGradient, TrainStep, times
+from recsys.layers.embedding import is_sparse
+from recsys.tables.host import HostTables
+
+
+def dense_parameters(network: nn.Cell) -> list[Parameter]:
+    """Those that are no table."""
+    return [parameter for parameter in network.get_parameters() if not is_sparse(parameter.name)]
+
+
+def window_parameters(network: nn.Cell) -> list[Parameter]:
+    """The windows, in the order of the widths."""
+    return [parameter for parameter in network.get_parameters() if is_sparse(parameter.name)]
+
+
+class _DenseMean(MeanGradient):
+    """`MeanGradient` that leaves the gradients of windows to their processes: these are added at the rows' owners.
+
+    Args:
+        dense: for each gradient whether it is added over the processes.
+    """
+
+    def __init__(self, block: nn.Cell, accumulation: int, group: str | None, ranks: int, dense: list[bool]) -> None:
+        super().__init__(block, accumulation, group, ranks)
+        self.dense = tuple(dense)
+
+    def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
+        """See `MeanGradient.construct`."""
+        if not self.by_weight:
+            loss, _, gradients = self.block(sensitivity, False, *batch)
+            return loss, gradients, self.one
+        size = 1.0 * batch[0].size if self.block.weighted else 1.0
+        loss_sum, weight_sum, gradients = self.accumulate(sensitivity / size, batch)
+        if self.reduce is not None:
+            loss_sum, weight_sum = self.reduce(loss_sum), self.reduce(weight_sum)
+            gradients = self.map(ops.partial(added, self.reduce), gradients, self.dense)
+        return loss_sum / weight_sum, gradients, size / weight_sum
+
+
+def added(reduce: ops.Primitive, gradient: Tensor, dense: bool) -> Tensor:
+    """The gradient, added over the processes where it is `dense`."""
+    if dense:
+        return reduce(gradient)
+    return gradient
+
+
+class TableStep(TrainStep):
+    """`TrainStep` that returns the gradients of the windows after its five scalars. Only dense gradients count in the
+    norm that is clipped; a window's gradient that is not finite keeps the step from counting on every process.
+
+    Args:
+        network: of a window's spec.
+        optimizer: of the dense parameters.
+    """
+
+    def __init__(self, network: nn.Cell, optimizer: Optimizer, settings: Any, *, group: str | None = None,
+                 rank: int = 0, ranks: int = 1) -> None:
+        super().__init__(network, optimizer, settings, group=group, rank=rank, ranks=ranks)
+        dense = [not is_sparse(parameter.name) for parameter in network.trainable_params()]
+        self.gradient = _DenseMean(self.gradient.block, settings.accumulation, group, ranks, dense)
+        self.places = tuple(index for index, own in enumerate(dense) if own)
+        self.window_places = tuple(index for index, own in enumerate(dense) if not own)
+        self.norm = GlobalNorm([1] * len(self.places))
+        self.window_norm = GlobalNorm([1] * len(self.window_places))
+        self.unscaled = False
+        self.reduce = ops.AllReduce(ops.ReduceOp.SUM, group) if group is not None and ranks > 1 else None
+
+    def construct(self, *batch: Tensor) -> tuple:
+        """See `TrainStep.construct`."""
+        scale = self.loss_scale.value * Tensor(1.0, mstype.float32)
+        loss, gradients, factor = self.gradient(scale, *batch)
+        factor = factor / scale
+        dense = self.map(ops.partial(pick, gradients), self.places)
+        windows = self.map(ops.partial(pick, gradients), self.window_places)
+        norm = self.norm(dense) * factor
+        good = ops.isfinite(self.window_norm(windows))
+        if self.reduce is not None:
+            good = self.reduce(1.0 - ops.cast(good, mstype.float32)) == 0.0
+        finite = ops.logical_and(ops.isfinite(norm), good)
+        if self.clip_norm is not None:
+            factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, mstype.float32)))
+        rate = self.optimizer.learning_rate(self.step)
+        windows = self.map(ops.partial(times, factor), windows)
+        if finite:
+            self.update(dense, factor)
+        ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
+        if self.loss_scale.dynamic:
+            self.loss_scale(finite)
+        return loss, norm, finite, scale, rate, windows
+
+
+class HostedStep:
+    """A `TableStep` and its tables, called as a step is.
+
+    Args:
+        step: of the network.
+        tables: on the host.
+    """
+
+    def __init__(self, step: TableStep, tables: HostTables) -> None:
+        self.step, self.tables = step, tables
+        self.windows = window_parameters(step.network)
+
+    def set_train(self, mode: bool = True) -> None:
+        """As of a cell."""
+        self.step.set_train(mode)
+
+    def __call__(self, ids_BM: Tensor, *rest: Tensor) -> tuple:
+        """The step's five scalars."""
+        keys = self.tables.columns.keys(ids_BM.asnumpy())
+        ids = self.tables.fetch(keys, train=True)
+        put_windows(self.windows, self.tables.windows)
+        *scalars, gradients = self.step(Tensor(ids), *rest)
+        if bool(scalars[2].asnumpy()):
+            self.tables.update([gradient.asnumpy() for gradient in gradients])
+        self.tables.end_step()
+        return tuple(scalars)
+
+
+class HostedBackend(MindSporeBackend):
+    """A `TableStep` and its tables as a `parallel.training.backend.Backend`; the windows are no parameters that last.
+
+    Args:
+        step: of the network.
+        tables: on the host.
+    """
+
+    def __init__(self, step: TableStep, tables: HostTables) -> None:
+        super().__init__(step)
+        self.hosted = HostedStep(step, tables)
+
+    @property
+    def cell(self) -> HostedStep:
+        """See `MindSporeBackend`."""
+        return self.hosted
+
+    def parameters(self) -> Sequence[NamedTensor]:
+        """See `Backend`."""
+        return [tensor for tensor in super().parameters() if not is_sparse(tensor.name)]
+
+
+def put_windows(parameters: list[Parameter], windows: list[np.ndarray]) -> None:
+    """Gives the network the rows of a step."""
+    for parameter, window in zip(parameters, windows, strict=True):
+        parameter.set_data(Tensor(window))
+
+
+class Hosted:
+    """A network in inference mode whose tables lie on the host, called as the network is: `hosted(ids, numbers)`.
+
+    Args:
+        cell: takes ids_BM and other tensors.
+        network: whose parameters are the windows.
+        tables: on the host; only read.
+        batch: samples that the windows were made for.
+        columns: of the ids, where the cell takes only some; None = all.
+        place: which argument the ids are.
+    """
+
+    def __init__(self, cell: nn.Cell, network: nn.Cell, tables: HostTables, columns: np.ndarray | None = None,
+                 place: int = 0) -> None:
+        self.cell, self.tables, self.columns, self.place = cell, tables, columns, place
+        self.windows = window_parameters(network)
+
+    def set_train(self, mode: bool = True) -> None:
+        """As of a cell."""
+        self.cell.set_train(mode)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What the cell gives for rows read from the tables."""
+        ids = inputs[self.place].asnumpy()
+        own = self.columns if self.columns is not None else slice(None)
+        found = self.tables.fetch(self.tables.columns.keys(ids, own), columns=self.columns)
+        put_windows(self.windows, self.tables.windows)
+        return self.cell(*inputs[:self.place], Tensor(found), *inputs[self.place + 1:])

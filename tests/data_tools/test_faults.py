@@ -1,0 +1,200 @@
+"""Real-world input that other tools stumble over: each kind with the right value."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import gzip
+import json
+import lzma
+import time
+
+import pytest
+
+from data_tools.__main__ import VERBS
+from data_tools.documents import plan_splits, read_split
+from data_tools.readers._html import decode_html, extract_html
+from data_tools.records import ReadLog, ReadSettings
+from data_tools.rules.special_symbols import SpecialSymbols
+from data_tools.steps.decontaminate import evaluation_texts
+from parallel.common.command import main
+
+TEXT = "这是一段足够长的中文网页内容，用来测试各种输入。" * 8
+
+
+def run(capsys, *words):
+    code = main("data_tools", VERBS, [str(word) for word in words])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, json.loads(captured.out.strip().split("\n")[-1]) if code == 0 else captured.err
+
+
+def lines_of(folder):
+    found = []
+    for path in sorted(folder.glob("part-*.jsonl")):
+        for line in path.read_bytes().split(b"\n"):
+            if line:
+                found.append(json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")))
+    return found
+
+
+def read_all(path, **settings):
+    read, log = ReadSettings(**settings), ReadLog()
+    documents = [d for split in plan_splits([str(path)], read) for d in read_split(split, read, log)]
+    return documents, log
+
+
+@pytest.mark.parametrize("verb", ["clean", "dedup"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_values_of_a_typed_source_pass_through(tmp_path, capsys, verb, form):
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    pq.write_table(pa.table({
+        "id": ["a"], "text": [TEXT], "at": pa.array([datetime.datetime(2021, 5, 4, 1, 2)]),
+        "ns": pa.array([1_600_000_000_000_000_001], pa.timestamp("ns")), "day": pa.array([datetime.date(2021, 5, 4)]),
+        "price": pa.array([decimal.Decimal("1.50")]), "raw": pa.array([b"\xff\x00"]), "word": pa.array(["字".encode()]),
+        "nan": pa.array([float("nan")]), "inf": pa.array([float("inf")]), "gone": pa.array([datetime.timedelta(1)]),
+        "far": pa.array([10**18], pa.timestamp("s"))}), tmp_path / "ts.parquet")
+    code, _ = run(capsys, verb, "--input", tmp_path / "ts.parquet", "--output", tmp_path / "o", "--format", form,
+                  *(["--engine", "local"] if verb == "dedup" else []))
+    assert code == 0
+    if form == "parquet":
+        made = json.loads(pq.read_table(next((tmp_path / "o").glob("*.parquet"))).to_pylist()[0]["other"])
+    else:
+        made = lines_of(tmp_path / "o")[0]
+    assert made["at"] == "2021-05-04T01:02:00" and made["day"] == "2021-05-04" and made["price"] == "1.50"
+    assert made["nan"] is None and made["inf"] is None and made["word"] == "字"
+
+
+def test_a_column_of_bytes_is_text(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    pq.write_table(pa.table({"id": [b"a", b"b"], "text": [TEXT.encode(), TEXT.encode("gb18030")]}),
+                   tmp_path / "b.parquet")
+    documents, _ = read_all(tmp_path / "b.parquet")
+    assert [(d.id, d.text) for d in documents] == [("a", TEXT), ("b", TEXT)]
+
+
+@pytest.mark.parametrize("record", [
+    {"title": "好\ud83d"}, {"meta": {"author": "名\udc00"}}, {"a": [["x", {"b\ud800": 1}]]}, {"k\udfff": 1}])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_lone_surrogates_anywhere_are_repaired_and_counted(tmp_path, capsys, record, form):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"id": "b1", "text": TEXT, **record}) + "\n")
+    code, figures = run(capsys, "clean", "--input", tmp_path / "bad.jsonl", "--output", tmp_path / "o",
+                        "--format", form)
+    assert code == 0 and figures["documents_out"] == 1 and figures["repaired"] == {"lone_surrogates": 1}
+    if form == "jsonl":
+        assert "\ufffd" in json.dumps(lines_of(tmp_path / "o")[0], ensure_ascii=False)
+
+
+def test_numbers_that_json_has_not(tmp_path, capsys):
+    line = '{"id": "a", "text": "TEXT", "s": NaN, "t": 1e400, "u": [-Infinity, 1.5]}\n'
+    (tmp_path / "n.jsonl").write_text(line.replace("TEXT", TEXT))
+    assert run(capsys, "clean", "--input", tmp_path / "n.jsonl", "--output", tmp_path / "o")[0] == 0
+    made = lines_of(tmp_path / "o")[0]
+    assert (made["s"], made["t"], made["u"]) == (None, None, [None, 1.5])
+
+
+def archive(pages=4):
+    made = []
+    for number in range(pages):
+        body = f"<html><body><p>{TEXT}第{number}页</p></body></html>".encode()
+        http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + body
+        made.append((f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:x:{number}>\r\n"
+                     f"WARC-Target-URI: http://x.cn/{number}\r\nContent-Type: "
+                     f"application/http; msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n").encode()
+                    + http + b"\r\n\r\n")
+    return made
+
+
+@pytest.mark.parametrize(("name", "packed"), [
+    ("members.warc.gz", lambda records: b"".join(map(gzip.compress, records))),
+    ("whole.warc.gz", lambda records: gzip.compress(b"".join(records))),
+    ("plain.warc", b"".join), ("x.warc.xz", lambda records: lzma.compress(b"".join(records)))])
+def test_archives_in_every_container(tmp_path, name, packed):
+    (tmp_path / name).write_bytes(packed(archive()))
+    documents, log = read_all(tmp_path / name)
+    assert [d.text for d in documents] == [f"{TEXT}第{number}页" for number in range(4)] and not log.damaged_files
+
+
+@pytest.mark.parametrize(("name", "cuts"), [
+    ("a.warc.gz", (20, 40, 60, 80, 100, 120)), ("a.warc", (30, 301, 601))])
+def test_an_archive_that_ends_inside_a_record_is_told_and_its_half_page_left_out(tmp_path, name, cuts):
+    whole = b"".join(map(gzip.compress, archive())) if name.endswith("gz") else b"".join(archive())
+    for cut in cuts:
+        (tmp_path / name).write_bytes(whole[:-cut])
+        documents, log = read_all(tmp_path / name)
+        assert [entry["kind"] for entry in log.damaged_files] == ["truncated"], cut
+        assert all(d.text.endswith(f"{TEXT}第{number}页") for number, d in enumerate(documents)), cut
+        assert len(documents) >= 3
+
+
+PAGE = "<p>中文网页内容测试，这是一个普通的网页。</p>"
+
+
+@pytest.mark.parametrize(("header", "meta", "charset"), [
+    ("text/html; charset=utf-8", "gb2312", "gbk"), ("text/html; charset=unknown-8bit", "", "gbk"),
+    ("", "utf-8", "gbk"), ("text/html; charset=iso-8859-1", "gb2312", "gbk"), ("", "", "gbk"), ("", "", "utf-16"),
+    ("text/html; charset=iso-8859-1", "", "gbk"), ("text/html; charset=big5", "", "big5"), ("", "", "utf-8-sig"),
+    ("text/html; charset=gbk", "gbk", "utf-8"), ("text/html; charset=zip", "gb2312", "gb18030"),
+    ("text/html; charset=utf-16", "", "gbk")])
+def test_the_bytes_decide_between_charsets(header, meta, charset):
+    page = (f'<meta charset="{meta}">' if meta else "") + PAGE
+    if charset == "big5":
+        page = page.replace("网页内容测试，这是一个普通的网页", "網頁內容測試，這是一個普通的網頁")
+    assert decode_html(page.encode(charset), header)[0] == page
+
+
+def test_a_western_page_stays_western():
+    page = "<p>L'été dernier, à Besançon, le café était déjà fermé.</p>"
+    assert decode_html(page.encode("latin-1"), "text/html; charset=iso-8859-1") == (page, "")
+    assert decode_html((PAGE * 9).encode()[:-5] + b"\xe4\xb8", "")[1] == "broken_utf8"
+
+
+@pytest.mark.parametrize("tag", ["div", "font", "ul", "table"])
+def test_nested_tags_take_time_that_grows_with_their_number(tag):
+    source = (f"<{tag}>" * 20_000 + "<a>链接</a>" * 5 + "正文内容").encode()
+    started = time.perf_counter()
+    assert "正文内容" in extract_html(source).text or tag in ("ul", "table", "div")
+    assert time.perf_counter() - started < 3.0
+
+
+def test_a_list_of_links_goes_and_its_neighbours_stay():
+    page = ("<body><div><ul>" + "<li><a href=x>首页栏目</a></li>" * 6 + f"</ul><div><p>{TEXT}</p></div></div></body>")
+    assert extract_html(page.encode()).text == TEXT
+
+
+def test_symbols_that_stand_for_letters_stay():
+    clean = SpecialSymbols().apply
+    assert clean("同理，为了⽅便⽤户使⽤⽂件系统", "") == "同理，为了方便用户使用文件系统"
+    assert clean("面积100㎡，重5㎏，㈱，二○○八年，𰀀，⺀", "") == "面积100㎡，重5㎏，㈱，二○○八年，𰀀，⺀"
+    assert clean("★好◆的\u200b", "") == "好的"
+
+
+@pytest.mark.parametrize("verb", ["clean", "dedup"])
+def test_one_damaged_file_ends_nothing(tmp_path, capsys, verb):
+    import zstandard
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "good.jsonl").write_text(json.dumps({"id": "good", "text": TEXT}) + "\n")
+    line = json.dumps({"id": "z", "text": TEXT}).encode() + b"\n"
+    for name in ("cut.jsonl.zst", "cut.txt.zst", "cut.warc.zst"):
+        data = b"".join(archive()) if "warc" in name else line * 2000
+        (folder / name).write_bytes(zstandard.ZstdCompressor().compress(data)[:-20])
+    for name in ("noise.jsonl.zst", "noise.jsonl.xz", "noise.txt.gz", "noise.parquet"):
+        (folder / name).write_bytes(b"noise" * 40)
+    words = ["engine.workers=1", *(["--engine", "local"] if verb == "dedup" else [])]
+    code, figures = run(capsys, verb, "--input", folder, "--output", tmp_path / "o", *words)
+    assert code == 0 and figures["damaged_files"] == {"truncated": 7}
+    assert "good" in {line["id"] for line in lines_of(tmp_path / "o")}
+
+
+def test_separators_inside_a_question_do_not_cut_it(tmp_path):
+    question = "第一行\u2028第二行\u0085第三行\x0c第四行"
+    (tmp_path / "q.jsonl").write_text(json.dumps({"q": question}, ensure_ascii=False) + "\n" * 2 + '{"q": "b"}\n')
+    assert list(evaluation_texts(tmp_path / "q.jsonl")) == [question, "b"]
+    (tmp_path / "q.txt").write_text(question + "\r\nb\n")
+    assert list(evaluation_texts(tmp_path / "q.txt")) == [question, "b"]
