@@ -57,7 +57,8 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, columns), "float32")]
     figures = {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1), **count(network)}
-    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch, figures, is_sparse, scores)
+    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch, figures, is_sparse,
+                scores)
     return with_sample_numbers(task, settings.model.dropout)
 
 
