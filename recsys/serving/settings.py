@@ -41,3 +41,7 @@ class ServeSettings(HttpSettings):
     """Threads that turn long requests (above 64 KB) into numbers; shorter ones are read at once."""
     engine: EngineSettings = EngineSettings()
     """How requests are scored."""
+    follow: bool = False
+    """Serve the versions that a run publishes (block `publish`) as they come: --checkpoint names the run's folder."""
+    follow_seconds: float = Field(0.2, gt=0.0)
+    """Between two looks for a new version."""
