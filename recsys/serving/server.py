@@ -22,12 +22,13 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
+from parallel.common.structured import BadText, parse_json
 from parallel.serving.application import Front, Reloader, require, unless_gone
 from parallel.serving.errors import UNAVAILABLE, Refusal, one_line
-from parallel.serving.json_door import NotJson, parse_json
 from parallel.serving.metrics import SECONDS, HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.run import address, bind, serve
+from recsys.layers.tasks import Formula
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
 
@@ -79,6 +80,7 @@ class Service:
         self.engine, self.settings, self.folder = engine, settings, folder
         self.pool = ThreadPoolExecutor(settings.threads, "requests")
         self.inside, self.most_inside = 0, settings.engine.queue + settings.engine.requests + settings.threads
+        self.fusion = Formula(settings.fusion, engine.trained.columns.labels) if settings.fusion else None
         self.metrics = Metrics(engine)
         self.front = Front(settings, self.metrics, one_line)
         self.reload = Reloader(lambda: engine.reload(folder), self.metrics)
@@ -125,7 +127,7 @@ class Service:
             version, encoding_version, trained = self.engine.version, self.engine.encoding_version, self.engine.trained
             try:
                 ask = await self._understood(raw, trained)
-            except NotJson as error:
+            except BadText as error:
                 raise Refusal(400, f"the body is no JSON to read: {error}") from None
             except UserError as error:
                 raise Refusal(422, str(error)) from None
@@ -143,16 +145,17 @@ class Service:
 
     async def _understood(self, raw: bytes, trained: Any) -> Ask:
         """See `_parse`. A short body is read here at once: handing it to a thread and back would take as long."""
-        arguments = raw, trained, self.settings
+        arguments = raw, trained, self.settings.max_candidates
         if len(raw) <= _SHORT_BYTES:
             return _parse(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self.pool, _parse, *arguments)
 
     def _ranking(self, scores_CK: np.ndarray, top_k: int) -> list[dict]:
-        """The best candidates by the first task, the earlier one first where scores are equal."""
+        """The best candidates by the first task, or the formula, the earlier one first where scores are equal."""
         labels = self.engine.trained.columns.labels
-        order = np.argsort(-scores_CK[:, 0], kind="stable")[:top_k]
-        return [{"candidate": int(index), "score": float(scores_CK[index, 0]),
+        fused_C = scores_CK[:, 0] if self.fusion is None else self.fusion(scores_CK)
+        order = np.argsort(-fused_C, kind="stable")[:top_k]
+        return [{"candidate": int(index), "score": float(fused_C[index]) if np.isfinite(fused_C[index]) else None,
                  "scores": {label: float(scores_CK[index, task]) for task, label in enumerate(labels)}}
                 for index in order]
 
@@ -169,9 +172,9 @@ def _busy(message: str) -> Refusal:
     return Refusal(UNAVAILABLE, message, kind="server_error", retry_after=1.0)
 
 
-def _parse(raw: bytes, trained: Any, settings: ServeSettings) -> Ask:
-    """The request in numbers; raises `NotJson`, or a `UserError` where it is no request."""
-    return read_request(parse_json(raw, settings.max_json_depth), trained, settings.max_candidates)
+def _parse(raw: bytes, trained: Any, most: int) -> Ask:
+    """The request in numbers; raises `BadText`, or a `UserError` where it is no request."""
+    return read_request(parse_json(raw), trained, most)
 
 
 def application(service: Service) -> Any:

@@ -17,9 +17,10 @@ from recsys.build import loss_network
 from recsys.count import count
 from recsys.data.dataset import Batches, Log
 from recsys.data.features import FeatureSpec
-from recsys.evaluate import Evaluation, Scores
+from recsys.evaluation import Evaluation
 from recsys.layers.embedding import is_sparse
 from recsys.live.publisher import publisher_of
+from recsys.ranker import Scores
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
@@ -31,7 +32,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.train import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
+    from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
 
     options = settings.train
     if options.share_users:
@@ -45,7 +46,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
                      rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      processes.rank, processes.ranks, log.spec, settings.data.together)
+                      processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
     rows = log.parts["validation"]
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
