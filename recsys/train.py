@@ -25,6 +25,7 @@ from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
 from recsys.fit import check_device, evaluation_batch, finish
 from recsys.layers.embedding import is_sparse
+from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
 from recsys.train_on import compares, keep_vocabulary, run_of, train_on
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
@@ -105,9 +106,10 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     best = Best(settings, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
                                      limit=options.validation_batches),
                 lambda: list(network.get_parameters()), processes.rank)
-    counted = count(network)
-    run = run_of(settings, counted, batches, ranks=processes.ranks, evaluate=[best])
-    trainer = Trainer(MindSporeBackend(step), run)
+    counted, backend = count(network), MindSporeBackend(step)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
+    publisher = publisher_of(settings, backend, log.spec)
+    trainer = Trainer(backend, run_of(settings, counted, batches, ranks=processes.ranks, evaluate=[best],
+                                      companions=[publisher] if publisher is not None else []))
     return finish(settings, log, trainer, best, counted)
