@@ -9,8 +9,8 @@ from pangu.config import ModelConfig
 from pangu.data.dataset import PackedDataset
 from pangu.data.tokenizer import Tokenizer
 from pangu.generation.generate import check_vocabulary
+from parallel.checkpoint.adapter_names import is_adapter
 from parallel.common.progress import table
-from parallel.layers.adapter_names import is_adapter
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 

@@ -31,6 +31,13 @@ def stored_settings_class(name: str) -> type[Settings]:
     return StoredRun
 
 
+def train_on(settings: Any, backend: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    """Trains on an encoded log, on any backend: see `recsys.training.any_backend`."""
+    from recsys.training import any_backend
+
+    return any_backend.train_on(settings, backend, figures)
+
+
 def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of a ranker for one global batch, checked against the layout.
 
@@ -42,8 +49,8 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     Raises:
         UserError: an axis does not divide what it cuts, or a vocabulary's size is neither given nor to be had.
     """
-    from recsys.count import count
     from recsys.layers.embedding import is_sparse
+    from recsys.layers.sizes import count
 
     spec = spec_of(settings)
     if settings.data.tables.place == "host":

@@ -12,7 +12,7 @@ from recsys.data.dataset import in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
 from recsys.ranker import Ranker, Scores
-from recsys.validation import metrics_of
+from recsys.training.validation import metrics_of
 
 
 class Evaluation:

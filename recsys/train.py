@@ -19,17 +19,17 @@ from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
-from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
-from recsys.fit import check_device, evaluation_batch, finish
 from recsys.layers.embedding import is_sparse
+from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
-from recsys.train_on import compares, keep_vocabulary, run_of, train_on
+from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
+from recsys.training.fit import check_device, evaluation_batch, finish
+from recsys.training.validation import Best
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
-from recsys.validation import Best
 
 
 def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:

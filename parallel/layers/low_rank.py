@@ -9,7 +9,7 @@ import math
 
 from mindspore import Tensor, nn, ops
 
-from parallel.layers.adapter_names import DOWN, UP, is_adapter
+from parallel.checkpoint.adapter_names import DOWN, UP, is_adapter
 from parallel.layers.linear import Linear
 from parallel.layers.parameter import parameter
 from parallel.sharding.layout import OpSharding

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 from pathlib import Path
@@ -60,11 +59,9 @@ def run_rank(program: Path, settings: Any, *, device: str = "cpu") -> dict[str, 
     from parallel.torch_runtime.step import TorchStep
 
     opened, rank = Program(program), int(os.environ.get("RANK", "0"))
-    package = package_of(settings.model.name).__name__.partition(".")[0]
-    train_on = importlib.import_module(f"{package}.train_on").train_on
     backend = TorchStep(opened, rank, device="cuda" if device == "gpu" else "cpu")
     try:
-        return train_on(settings, backend, opened.tree.get("figures", {}))
+        return package_of(settings.model.name).train_on(settings, backend, opened.tree.get("figures", {}))
     except RuntimeError as error:
         raise _explained(error, rank, opened.world) from error
     finally:

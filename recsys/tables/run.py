@@ -14,18 +14,18 @@ from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.trainer import Trainer
 from recsys.build import loss_network
-from recsys.count import count
 from recsys.data.dataset import Batches, Log
 from recsys.data.features import FeatureSpec
 from recsys.evaluation import Evaluation
 from recsys.layers.embedding import is_sparse
+from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import Scores
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
-from recsys.train_on import compares, keep_vocabulary, run_of
-from recsys.validation import Best
+from recsys.training.any_backend import compares, keep_vocabulary, run_of
+from recsys.training.validation import Best
 
 
 def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
@@ -34,7 +34,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.fit import check_device, evaluation_batch, finish
+    from recsys.training.fit import check_device, evaluation_batch, finish
 
     options = settings.train
     if options.share_users:

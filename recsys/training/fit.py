@@ -12,8 +12,8 @@ from parallel.training.trainer import Trainer
 from recsys.build import check_layout
 from recsys.data.dataset import Log
 from recsys.evaluation import Evaluation
-from recsys.train_on import attainable_auc, sizes, with_test
-from recsys.validation import Best
+from recsys.training.any_backend import attainable_auc, sizes, with_test
+from recsys.training.validation import Best
 
 
 def check_device(settings: Any, model: Any, processes: Processes) -> ParallelConfig:

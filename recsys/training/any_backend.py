@@ -14,7 +14,7 @@ from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 from recsys.data.dataset import VOCABULARY, Batches, Log, prepare
 from recsys.layers.tasks import TaskPlan
-from recsys.validation import Best, RanksEvaluation
+from recsys.training.validation import Best, RanksEvaluation
 
 
 def train_on(settings: Any, backend: Backend, figures: dict[str, Any]) -> dict[str, Any]:
