@@ -7,7 +7,6 @@ the log is, batch i is a function of (seed, i), and a run can resume at any step
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import math
@@ -20,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from parallel.common.errors import UserError
-from parallel.common.files import explain_os_error, read_json, write_json
+from parallel.common.files import explain_os_error, matching, read_json, write_json
 from parallel.common.folders import put_in_place, sweep, temporary_name
 from parallel.common.progress import note
-from recsys.data.encode import Columns, Encoded, Encoder, Report, column, id_type, numbers
+from recsys.data.encode import Columns, Encoded, Encoder, RowErrors, column, id_type
 from recsys.data.features import UNSEEN, Feature, FeatureSpec, expand, place
 from recsys.data.readers import Reader, reader
+from recsys.data.times import TimeReader
 from recsys.data.vocabulary import Statistics, Vocabulary
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 
@@ -131,9 +131,8 @@ def _digest(data: Any, vocabulary: Path | None) -> str:
 
 def _files_of(path: str) -> Iterator[Path]:
     """All that a file, a folder or a glob pattern stands for."""
-    if any(mark in path for mark in "*?[") and not Path(path).exists():
-        return map(Path, glob.iglob(path))
-    return iter([Path(path)]) if Path(path).is_file() else Path(path).rglob("*")
+    for found in matching(path):
+        yield from found.rglob("*") if found.is_dir() else [found]
 
 
 class _Passes:
@@ -158,22 +157,22 @@ class _Passes:
             first_row, last = first_row + len(table), where
 
     def _look_ahead(self) -> None:
-        """Counts the rows and, for a split by time, ranks them."""
-        times = []
-        for table, where, _ in self._tables(self.data.path):
+        """Counts the rows and, for a split by time, ranks those that have one; the others are bad rows."""
+        found, reader_ = [], TimeReader()
+        for table, where, first in self._tables(self.data.path):
             self.total += len(table)
             if self.by == "time":
                 name = self.encoder.columns.time
                 if name is None:
                     raise UserError("split by time needs a time column", where="data.time")
-                from recsys.data.encode import RowErrors
-
-                errors = RowErrors(len(table), where, 0, "skip", Report())
-                times.append(np.nan_to_num(numbers(column(table, name, where), name, errors)))
+                errors = RowErrors(len(table), where, first, self.data.on_bad_row, self.encoder.report)
+                found.append(reader_.read(column(table, name, where), name, errors))
         if self.by == "time":
-            ranks = np.empty(self.total, np.int64)
-            ranks[np.argsort(np.concatenate(times) if times else np.zeros(0), kind="stable")] = np.arange(self.total)
-            self.order = ranks
+            times = np.concatenate(found) if found else np.zeros(0)
+            known = np.flatnonzero(~np.isnan(times))
+            self.order = np.full(self.total, -1, np.int64)
+            self.order[known[np.argsort(times[known], kind="stable")]] = np.arange(len(known))
+            self.total = len(known)
 
     def parts(self) -> Iterator[tuple[Any, str, int, np.ndarray]]:
         """(table, where, its first row in the file, part index of every row)."""
@@ -198,7 +197,8 @@ class _Passes:
                 bounds = [round(bound) for bound in bounds]
             # A share of 0 gives a part without rows even where a cut lies on a rounding error.
             last = (rank >= bounds[1]) & (self.data.split.fractions[2] > 0)
-            yield table, where, first, ((rank >= bounds[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
+            part = ((rank >= bounds[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
+            yield table, where, first, np.where(rank < 0, np.int8(-1), part)  # -1: a row without a time
 
 
 def _uniform(rows: np.ndarray) -> np.ndarray:
@@ -238,8 +238,9 @@ def _statistics(features: list[Feature], passes: _Passes, encoder: Encoder) -> S
     """What the training rows hold."""
     statistics = Statistics(features)
     for table, where, first, part in passes.parts():
-        training = table.take(np.flatnonzero(part == 0)) if part.any() else table
-        encoder.count(training, statistics, where, first)
+        rows = np.flatnonzero(part == 0)
+        training = table.take(rows) if part.any() else table
+        encoder.count(training, statistics, where, rows + first)
     return statistics
 
 

@@ -208,6 +208,8 @@ def _quick_numbers(feature: Feature, values: list, trained: Trained) -> np.ndarr
     if found is None or found.dtype not in (np.int64, np.float64) or (int in kinds and np.abs(found).max() > 2**53):
         return None
     found, vocabulary = found.astype(np.float64), trained.vocabulary
+    if (np.isfinite(found) & (np.abs(found) > np.finfo(np.float32).max)).any():
+        return None
     if feature.is_value:
         mean, deviation = vocabulary.moments.get(feature.name, (0.0, 1.0))
         found = np.where(np.isfinite(found), found, np.nan)
@@ -225,12 +227,24 @@ def _column(feature: Feature, values: list, where: str) -> pa.Array:
         for index, value in enumerate(values):
             if value is not None and not isinstance(value, list):
                 raise UserError(f"feature '{name}' must be a list", where=f"{where}[{index}]", value=value)
+        for index, value in enumerate(values):
+            wrong = next((item for item in value or () if isinstance(item, (list, dict))), None)
+            if wrong is not None:
+                raise UserError(f"feature '{name}' must be a list of single values", where=f"{where}[{index}]",
+                                value=wrong)
         values = [None if value is None else [None if item is None else str(item) for item in value]
                   for value in values]
         return _array(values, name, where, pa.list_(pa.string()))
     if any(isinstance(value, (list, dict)) for value in values):
         raise UserError(f"feature '{name}' must be a single value", where=where)
     kinds = {type(value) for value in values if value is not None}
+    # Ids of 64 bits without sign, and whatever is longer, are the text that a log has for them.
+    if int in kinds and feature.type != "numeric" and any(
+            type(value) is int and not -(2**63) <= value < 2**63 for value in values):
+        values = [str(value) if type(value) is int else value for value in values]
+        kinds = {type(value) for value in values if value is not None}
+    if int in kinds and feature.type == "numeric":
+        values = [float(value) if type(value) is int and abs(value) > 2**53 else value for value in values]
     if str in kinds and len(kinds) > 1:
         values = [None if value is None else str(value) for value in values]
     made = _array(values, name, where)
