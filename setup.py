@@ -14,6 +14,8 @@ EXTRAS = {
     "mindformers": ["mindformers==1.9.0"],
     # Peers for scripts/bench.
     "bench": ["torch==2.13.0", "transformers==4.57.1", "datasketch"],
+    # Training by PyTorch: sharded graphs on CPU processes (gloo) and NVIDIA GPUs (NCCL).
+    "torch": ["torch==2.13.0"],
     # The clients that the servers are tested with are real ones: openai, lm-eval, a browser.
     "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn", "openai", "lm-eval[api]", "selenium"],
 }

@@ -21,7 +21,7 @@ from data_tools.pangu_call import call_pangu
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
-from parallel.common.progress import note, progress, table
+from parallel.common.progress import info, progress, table
 from parallel.common.settings import Settings
 
 
@@ -58,7 +58,7 @@ def run_compare_versions(settings: Any, arguments: argparse.Namespace) -> dict[s
     best = min(perplexity, key=lambda name: perplexity[name])
     table("perplexity on the development set", ["version", "characters", "perplexity"],
           [[name, samples[name], value] for name, value in perplexity.items()])
-    note(f"the better version: {best}")
+    info(f"the better version: {best}")
     return {"perplexity": perplexity, "better": best, "characters": quality.characters, "output": str(output)}
 
 
@@ -158,7 +158,7 @@ def _train(quality: ComparisonSettings, common: dict[str, Any], output: Path, na
               "sample": _sample_path(output, name).stat().st_size}
     marker = folder / "perplexity.json"
     if marker.is_file() and (done := read_json(marker))["wanted"] == wanted:
-        note(f"{name}: trained already")
+        info(f"{name}: trained already")
         return done["perplexity"]
     _pack(quality, common, folder)
     figures = call_pangu("train", quality.pangu_config, {

@@ -19,7 +19,7 @@ from typing import Any
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
 from parallel.common.lines import split_lines
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.common.settings import to_yaml
 from parallel.common.structured import parse_object
 
@@ -139,9 +139,9 @@ class Job:
         made_from = {"command": command, "settings": {key: _at(blocks, key) for key in BLOCKS[name]}}
         kept = self.output / "figures" / f"{name}.json"
         if kept.is_file() and (earlier := read_json(kept))["made_from"] == made_from:
-            note(f"-- {name}: finished earlier")
+            info(f"-- {name}: finished earlier")
             return earlier["figures"]
-        note(f"-- {name}: python -m {' '.join(command)}")
+        info(f"-- {name}: python -m {' '.join(command)}")
         figures = run_command(command)
         write_json(kept, {"made_from": made_from, "figures": figures})
         # What follows was made from an older result of this step.
@@ -167,7 +167,7 @@ class Job:
             ("model", train["checkpoint"], f"validation perplexity {perplexity:.2f}" if perplexity else ""),
             ("loss curve", out / "train" / "loss.png", f"{train['tokens_per_second']:,.0f} tokens/s"),
         ])
-        note(f"Generate more: python -m pangu generate --config {self.config} --prompt 你好")
+        info(f"Generate more: python -m pangu generate --config {self.config} --prompt 你好")
 
 
 def _results(figures: dict[str, dict]) -> dict[str, dict]:

@@ -7,7 +7,7 @@ import sys
 from parallel.common.command import Verb, main
 
 _DRYRUN, _REPLAY = "parallel.proof.dryrun.dryrun", "parallel.proof.replay.replay"
-_RESHARD = "parallel.checkpoint.reshard"
+_RESHARD, _EXPORT = "parallel.checkpoint.reshard", "parallel.proof.export"
 VERBS: list[Verb] = [
     Verb("launch", "parallel.training.launch:run", "run a verb of a model as many processes, on one node or several",
          arguments="parallel.training.launch:add_arguments", run_file=True),
@@ -19,6 +19,8 @@ VERBS: list[Verb] = [
          arguments=f"{_RESHARD}:add_arguments"),
     Verb("replay", f"{_REPLAY}:run", "execute all ranks of a layout here and compare with one device",
          arguments=f"{_REPLAY}:add_arguments", run_file=True),
+    Verb("export", f"{_EXPORT}:run", "write all ranks' graphs as a program that runs without MindSpore",
+         arguments=f"{_EXPORT}:add_arguments", run_file=True),
     Verb("estimate", "parallel.planning.estimate:run", "memory, communication and time of a step on a cluster",
          arguments="parallel.planning.estimate:add_arguments", run_file=True),
     Verb("plan", "parallel.planning.plan:run", "search the fastest layout of N devices that fits",

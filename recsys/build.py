@@ -81,7 +81,7 @@ def labels_of(settings: Any) -> list[str]:
 
 
 def spec_of(settings: Any) -> FeatureSpec:
-    """Places of the features; reads the log only where a vocabulary's size is not given."""
+    """OutputLayout of the features; reads the log only where a vocabulary's size is not given."""
     from recsys.data.dataset import prepare, spec_without_data
 
     spec = spec_without_data(settings.data, settings.model.embedding_size)

@@ -1,4 +1,4 @@
-"""What every ranker is: embedding, interaction, one tower a task; and its training loss.
+"""What every ranker is: embedding, interaction, one head a task; and its training loss.
 
 Shapes: B batch, M id columns, N numeric columns, K tasks, D width.
 """
@@ -26,7 +26,7 @@ def dense(inputs: int, outputs: int, compute_dtype: mstype = mstype.float32, *, 
                   compute_dtype=compute_dtype)
 
 
-class Rectifier(Layer):
+class ReLU(Layer):
     """max(x, 0).
 
     Args:
@@ -55,7 +55,7 @@ class MLP(nn.Cell):
         super().__init__()
         pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
         self.linears = nn.CellList([dense(i, o, compute_dtype) for i, o in pairs])
-        self.relus = nn.CellList([Rectifier() for _ in pairs])
+        self.relus = nn.CellList([ReLU() for _ in pairs])
         self.final_relu = final_relu
 
     def construct(self, x_BD: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class MLP(nn.Cell):
         return x_BD
 
 
-class TaskTowers(nn.Cell):
-    """logits_BK: a tower for each task on one shared representation. In float32."""
+class TaskHeads(nn.Cell):
+    """logits_BK: a head for each task on one shared representation. In float32."""
 
     def __init__(self, width: int, hidden: list[int], tasks: int) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class TaskTowers(nn.Cell):
     def construct(self, hidden_BD: Tensor) -> Tensor:
         hidden_BD = self.cast(hidden_BD, mstype.float32)
         logits = ()
-        for tower in self.towers:
-            logits += (tower(hidden_BD),)
+        for head in self.towers:
+            logits += (head(hidden_BD),)
         return self.join(*logits)
 
 
@@ -105,11 +105,11 @@ class Ranker(nn.Cell):
         self.drop, self.drop_keys = Dropout(settings.dropout, ("batch", None)), DropoutKeys()
 
     def make_head(self, width: int) -> None:
-        """Makes the task towers on a representation of `width`; a model calls it last."""
-        self.head = TaskTowers(width, self.settings.tower, self.tasks)
+        """Makes the task heads on a representation of `width`; a model calls it last."""
+        self.head = TaskHeads(width, self.settings.head_hidden, self.tasks)
 
     def represent(self, groups: tuple, sequences: tuple) -> tuple:
-        """(hidden_BD for the towers, tuple of auxiliary logits_BK, tuple of scalar penalties)."""
+        """(hidden_BD for the heads, tuple of auxiliary logits_BK, tuple of scalar penalties)."""
         raise NotImplementedError
 
     def outputs(self, ids_BM: Tensor, numbers_BN: Tensor, rows_B: Tensor | None = None) -> tuple:

@@ -11,7 +11,7 @@ import numpy as np
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.checkpoint.full import load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.layers.parameter import start_value
 from parallel.training.device import start_device
 from parallel.training.optimizers import run_optimizer
@@ -62,7 +62,7 @@ def refresh_feature(feature: Feature, vocabulary: Vocabulary, counts: dict[str, 
     """Rows to start anew of one feature; adds a line to `figures`."""
     before = sum(not value.startswith("\x00") for value in vocabulary.values[feature.name])
     if feature.rows is None:
-        note(f"{feature.name}: left as it is, since its table has no free rows (give it rows in data.features)")
+        info(f"{feature.name}: left as it is, since its table has no free rows (give it rows in data.features)")
         return []
     least = feature.minimum_count if arguments.minimum_count is None else arguments.minimum_count
     reset = vocabulary.refresh(feature.name, counts, feature.rows, decay=arguments.decay, minimum_count=least)

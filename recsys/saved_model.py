@@ -30,6 +30,7 @@ class Trained:
         features, columns: of the log.
         vocabulary, spec: how values become rows of the tables.
         model: the network with its values, in inference mode; None where only the rest was asked for.
+        tables: `recsys.tables.host.HostTables`, where they lie on the host.
     """
 
     path: Path
@@ -39,14 +40,15 @@ class Trained:
     vocabulary: Vocabulary
     spec: FeatureSpec
     model: Any = None
+    tables: Any = None
 
-    def reads_as(self, other: Trained) -> bool:
+    def encodes_as(self, other: Trained) -> bool:
         """Whether a request becomes the same numbers by both."""
-        def reading(one: Trained) -> tuple:
+        def encoding_version(one: Trained) -> tuple:
             known = one.vocabulary
             return one.features, one.columns, one.spec, known.values, known.boundaries, known.moments
 
-        return reading(self) == reading(other)
+        return encoding_version(self) == encoding_version(other)
 
 
 def settings_of(checkpoint: Path, config: str | None = None) -> Any:
@@ -97,8 +99,13 @@ def describe(checkpoint: str | Path, config: str | None = None) -> Trained:
     return Trained(path, settings, features, columns_of(settings.data, reader(settings.data.reader)), vocabulary, spec)
 
 
-def load(checkpoint: str | Path, config: str | None = None) -> Trained:
+def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) -> Trained:
     """A trained ranker with its network; a quantized checkpoint gives a quantized one.
+
+    Args:
+        checkpoint: or a folder of such.
+        config: the run's settings; None = those kept in the checkpoint.
+        rows: samples of one call at most, where the tables lie on the host.
 
     Raises:
         UserError: see `describe` and `parallel.checkpoint.full.load_parameters`.
@@ -107,6 +114,13 @@ def load(checkpoint: str | Path, config: str | None = None) -> Trained:
     from recsys.quantization import layers as quantization
 
     trained = describe(checkpoint, config)
+    if trained.settings.data.tables.place == "host":
+        from recsys.tables.run import load_hosted
+
+        trained.model, hosted = load_hosted(trained.settings, trained.spec, len(trained.columns.labels), trained.path,
+                                            rows)
+        trained.tables = hosted.tables
+        return trained
     model = loss_network(trained.settings, trained.spec, len(trained.columns.labels)).model
     quantization.load(trained.path, model)
     model.set_train(False)

@@ -123,8 +123,8 @@ class RankerSettings(Settings):
     """Width of the embeddings of features that name none."""
     embedding_std: float = Field(0.01, gt=0)
     """Sigma of the embeddings' start."""
-    tower: list[int] = Field(default_factory=list)
-    """Hidden widths of each task's tower; empty = one linear layer."""
+    head_hidden: list[int] = Field(default_factory=list)
+    """Hidden widths of each task's head; empty = one linear layer."""
     tasks: list[TaskSettings] = Field(default_factory=list)
     """Names and loss weights of the tasks; empty = as many as there are labels, all with weight 1."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 
 MAX_RUNS = 500
 
@@ -36,7 +36,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
              for seed in range(1, arguments.seeds + 1)]
     for point, seed, own in plans:
         if any(done["point"] == point and done["seed"] == seed for done in results):
-            note(f"{_name(point)} seed {seed}: done before")
+            info(f"{_name(point)} seed {seed}: done before")
             continue
         results.append({"point": point, "seed": seed, **_train(own)})
         write_json(out / "sweep.json", {**about, "points": results})

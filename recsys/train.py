@@ -12,7 +12,7 @@ from parallel.checkpoint.folder import list_checkpoints
 from parallel.checkpoint.full import load_parameters, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
@@ -217,4 +217,4 @@ class Best:
             load_parameters(found[-1], self.parameters())
             if self.tables is not None:
                 self.tables.restore_files(found[-1])
-            note(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")
+            info(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")

@@ -19,7 +19,7 @@ def test_model_config_builds(path):
     task, settings, config = build_task(path)
     assert config.world == (config.devices or config.world)
     held = sharded_parameters(task.network, config)
-    assert held and all(any(whole.box_of_rank(stage * config.data * config.op) is not None
+    assert held and all(any(whole.slice_of_rank(stage * config.data * config.op) is not None
                             for stage in range(config.pipeline.stages)) for whole in held)
     assert all(size > 0 for item in task.inputs for size in item.shape)
 

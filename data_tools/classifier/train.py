@@ -19,7 +19,7 @@ from data_tools.flags import need
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
-from parallel.common.progress import note, progress, table
+from parallel.common.progress import info, progress, table
 from parallel.common.settings import Settings
 
 
@@ -179,7 +179,7 @@ def run_train_classifier(settings: Any, arguments: Any) -> dict[str, Any]:
                "average_precision": round(report.average_precision, 6), "roc_auc": round(report.roc_auc, 6),
                "accuracy": round(report.accuracy, 6)}
     table("held-out documents", list(figures), [list(figures.values())])
-    note(f"classifier {output}, report {page}")
+    info(f"classifier {output}, report {page}")
     return {**figures, "model": str(output), "report": str(page), "engine": settings.engine.name}
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from data_tools.dedup.plan import DedupPlan
 from data_tools.engines.base import Engine
 from parallel.common.errors import UserError
-from parallel.common.progress import Bar, note
+from parallel.common.progress import Bar, info
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -139,4 +139,4 @@ def _tell_death(description: str, number: int, deaths: int) -> None:
     if deaths >= _MAX_DEATHS:
         raise UserError(f"part {number} killed {deaths} workers", where=description,
                         hint="look for lack of memory; try fewer workers or a smaller read.split_bytes")
-    note(f"{description}: a worker died; part {number} is done again")
+    info(f"{description}: a worker died; part {number} is done again")

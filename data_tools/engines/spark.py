@@ -15,7 +15,7 @@ from data_tools.dedup.plan import DedupPlan
 from data_tools.engines.base import Engine, EngineSettings
 from data_tools.engines.java import find_java
 from parallel.common.errors import UserError
-from parallel.common.progress import Bar, note
+from parallel.common.progress import Bar, info
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -74,7 +74,7 @@ def _start(settings: EngineSettings) -> Any:
     from pyspark.sql import SparkSession
 
     home, origin = find_java()
-    note(f"spark: {origin} ({home}), master {settings.master}")
+    info(f"spark: {origin} ({home}), master {settings.master}")
     os.environ["JAVA_HOME"] = home
     os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -23,7 +23,7 @@ from data_tools.steps.filter import file_digest
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, open_binary
 from parallel.common.lines import split_lines
-from parallel.common.progress import note, progress
+from parallel.common.progress import info, progress
 from parallel.common.settings import Settings
 from parallel.common.structured import BadText, parse_json
 
@@ -58,7 +58,7 @@ def build_index(settings: DecontaminateSettings, path: Path) -> int:
                         value=settings.ngram, hint="lower decontaminate.ngram")
     with atomic_write(path, "wb") as out:
         np.save(out, found[0])
-    note(f"decontaminate: {len(found[0]):,} n-grams of {settings.ngram} characters")
+    info(f"decontaminate: {len(found[0]):,} n-grams of {settings.ngram} characters")
     return len(found[0])
 
 
@@ -137,7 +137,7 @@ class DecontaminateStep(Step):
 
 
 def _shared(hashes: np.ndarray, path: str, changed: int) -> np.ndarray:
-    """Places of the n-grams that stand in the index."""
+    """Positions of the n-grams that stand in the index."""
     index, bits = _index(path, changed)
     likely = np.flatnonzero(bits[hashes >> np.uint64(64 - _FILTER_BITS)])
     places = np.minimum(np.searchsorted(index, hashes[likely]), len(index) - 1)

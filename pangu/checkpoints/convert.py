@@ -30,7 +30,7 @@ from parallel.checkpoint.sharded import Slices
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, write_json
 from parallel.common.folders import sweep, temporary_name
-from parallel.common.progress import Bar, note, table
+from parallel.common.progress import Bar, info, table
 
 SLICED = "mindspore-512"
 LAYOUTS = ("pangu", SLICED, "mindspore", "mindformers", "huggingface", "megatron")
@@ -277,7 +277,7 @@ class Mapping:
             row[-1] += 1
         table("Mapped", ["ours", "source", "our shape", "", "tensors"], rows.values())
         for line in self.notes:
-            note(line)
+            info(line)
 
 
 # ---- writing

@@ -19,7 +19,7 @@ from pangu.evaluation.metrics import assign, begins_with, bootstrap, exact_match
 from pangu.evaluation.task import Source, TaskSettings, load_task, task_names
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, write_json
-from parallel.common.progress import Bar, note, table
+from parallel.common.progress import Bar, info, table
 
 _SECONDS_TO_MEET = 300
 _COLUMNS = {"cpm_2_6b": "CPM 2.6B", "pangu_2_6b": "PanGu-α 2.6B", "pangu_13b": "PanGu-α 13B"}
@@ -107,7 +107,7 @@ def _sources(arguments: argparse.Namespace) -> list[Source]:
         try:
             sources.append(Source(load_task(name), arguments.data))
         except UserError as error:
-            note(str(error))
+            info(str(error))
     if not sources:
         raise UserError("no data of any task", where="--data", value=arguments.data)
     return sources
@@ -179,7 +179,7 @@ class Evaluation:
         instances = builder.instances(arguments.limit)
         truncated = sum(instance.truncated > 0 for instance in instances)
         if truncated and self.first:
-            note(f"{task.name}: {truncated} of {len(instances)} instances did not fit into {builder.room} tokens; "
+            info(f"{task.name}: {truncated} of {len(instances)} instances did not fit into {builder.room} tokens; "
                  f"fields {', '.join(task.shorten)} lost characters (see `truncated` in --log-samples)")
         mine = list(range(self.processes.rank, len(instances), self.processes.ranks))
         answers = self._answers(task, [instances[index] for index in mine])

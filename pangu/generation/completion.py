@@ -65,7 +65,7 @@ class StopScanner:
         return 0
 
 
-class Request:
+class GenerationState:
     """One prompt on its way.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from pangu.generation.completion import Completion, Request
+from pangu.generation.completion import Completion, GenerationState
 from pangu.generation.sampling import Sampler, SamplingRule, request_generators
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
@@ -128,22 +128,37 @@ class Generator:
         self.seconds += time.perf_counter() - began
 
     def _requests(self, prompts: Sequence[Sequence[int]], settings: GenerateSettings,
-                  on_text: Callable[[int, str], None] | None) -> list[Request]:
+                  on_text: Callable[[int, str], None] | None) -> list[GenerationState]:
         context = self.config.sequence_length
         prompts = [fit_prompt(list(ids), context, self.config.vocabulary_size, settings, index)
                    for index, ids in enumerate(prompts)]
+        stops = self._stops(settings)
         stop_ids = frozenset([self.config.eot_id] if settings.stop_ids is None else settings.stop_ids)
         requests = []
         for index, (ids, stream) in enumerate(zip(prompts, request_generators(prompts, settings.seed), strict=True)):
             # The last token need not be read, so one more than there are positions can be generated.
             room = context - len(ids) + 1
             limit = (room, "context") if room < settings.max_new_tokens else (settings.max_new_tokens, "max_new_tokens")
-            requests.append(Request(ids, Sampler(settings.rule(), stream), limit, stop_ids, settings.stop,
+            requests.append(GenerationState(ids, Sampler(settings.rule(), stream), limit, stop_ids, stops,
                                     self.tokenizer.stream() if self.tokenizer is not None else None,
                                     partial(on_text, index) if on_text is not None else None))
         return requests
 
-    def _steps(self, requests: list[Request], settings: GenerateSettings) -> Iterator[None]:
+    def _stops(self, settings: GenerateSettings) -> list[str]:
+        """The stop strings as the tokenizer writes them: a generated text holds no full-width `：`, for example.
+
+        Raises:
+            UserError: nothing is left of one.
+        """
+        if self.tokenizer is None:
+            return settings.stop
+        stops = [self.tokenizer.normal_form(stop) for stop in settings.stop]
+        if "" in stops:
+            raise UserError("the tokenizer writes nothing of this stop string, so it would never be found",
+                            where="generate.stop", value=settings.stop[stops.index("")], hint="leave it out")
+        return stops
+
+    def _steps(self, requests: list[GenerationState], settings: GenerateSettings) -> Iterator[None]:
         """Reads the prompts of one batch, then generates a token for each per iteration until all are done."""
         longest = max(len(request.prompt) + request.room - 1 for request in requests)
         batch = 1 if len(requests) == 1 else settings.batch_size
@@ -165,7 +180,7 @@ class Generator:
                     ids_B1[row], start_B[row] = request.last, request.position
             result = decoder.read(ids_B1, start_B)[wanted].asnumpy()
 
-    def _prefill(self, decoder: Any, requests: list[Request], wanted: int) -> np.ndarray:
+    def _prefill(self, decoder: Any, requests: list[GenerationState], wanted: int) -> np.ndarray:
         """Fills the cache with the prompts; logits or argmax after each prompt's last token."""
         chunk, lengths = decoder.chunk, np.array([len(request.prompt) for request in requests])
         last_chunk = (lengths - 1) // chunk

@@ -16,7 +16,7 @@ from typing import Any
 from pangu.serving.requests import unknown_model
 from pangu.serving.service import Service
 from pangu.serving.settings import ServeSettings
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.serving.application import require, unless_gone
 from parallel.serving.errors import openai_shape
 from parallel.serving.events import EventStream
@@ -163,7 +163,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     engine = start_engine(settings, arguments.checkpoint, arguments.int8)
     service = Service(engine, tokenizer, serving, serving.name or settings.model.name)
     said = f"serving {service.name} of {engine.stats().checkpoint} on {address(listener)}"
-    serve(application(service), listener, serving, openai_shape, lambda: note(said))
+    serve(application(service), listener, serving, openai_shape, lambda: info(said))
     stats = engine.stats()
     return {"version": stats.version, "requests": stats.requests_total, "prompt_tokens": stats.prompt_tokens_total,
             "generated_tokens": stats.generation_tokens_total}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from parallel.sharding.slices import FullParameter
 
 MAX_BYTES = 64 << 20
-Box = tuple[tuple[int, int], ...]
+Extent = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ class SliceLayout:
         """How many ranks a stage has."""
         return math.prod(self.matrix)
 
-    def box(self, rank: int, shape: tuple[int, ...]) -> Box:
+    def extent(self, rank: int, shape: tuple[int, ...]) -> Extent:
         """[start, stop) of each dim that `rank` of a stage holds of a parameter of `shape`.
 
         Raises:
             UserError: a dim does not divide.
         """
         places = np.unravel_index(rank, self.matrix)
-        box = []
+        extent = []
         for dim, axis in zip(shape, self.dims, strict=True):
             parts, index = (1, 0) if axis < 0 else (self.matrix[-1 - axis], int(places[-1 - axis]))
-            box.append(_part((0, dim), parts, index))
+            extent.append(_part((0, dim), parts, index))
         if self.step:
             parts = self.parts if self.parts > 0 else self.ranks // self.step
-            box[0] = _part(box[0], parts, rank // self.step % parts)
-        return tuple(box)
+            extent[0] = _part(extent[0], parts, rank // self.step % parts)
+        return tuple(extent)
 
 
 def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
@@ -79,15 +79,15 @@ def layouts_of(full_parameters: list[FullParameter]) -> dict[str, SliceLayout]:
     """Cuts of all parameters of a network, from `parallel.sharding.slices.sharded_parameters`."""
     layouts = {}
     for full in full_parameters:
-        boxes = full.box_of_rank
-        mesh = {axis: degree for axis, degree in boxes.mesh.items() if axis != "expert" or degree > 1}
+        extents = full.slice_of_rank
+        mesh = {axis: degree for axis, degree in extents.mesh.items() if axis != "expert" or degree > 1}
         axes = list(mesh)
-        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in boxes.mesh_axes)
+        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in extents.mesh_axes)
         slice_shape = tuple(size // (mesh[axis] if axis else 1)
-                            for size, axis in zip(boxes.shape, boxes.mesh_axes, strict=True))
-        sharded = boxes.shard > 1
-        layouts[full.name] = SliceLayout(tuple(mesh.values()), dims, boxes.shard_step if sharded else 0,
-                               boxes.shard if sharded else 0, tuple(sorted(boxes.stages or {0})), slice_shape)
+                            for size, axis in zip(extents.shape, extents.mesh_axes, strict=True))
+        sharded = extents.shard > 1
+        layouts[full.name] = SliceLayout(tuple(mesh.values()), dims, extents.shard_step if sharded else 0,
+                               extents.shard if sharded else 0, tuple(sorted(extents.stages or {0})), slice_shape)
     return layouts
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from parallel.common.files import cache_folder
-from parallel.common.progress import note
+from parallel.common.progress import info
 
 HEADERS = Path(__file__).resolve().parents[1] / "kernels"
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", f"-I{HEADERS}"]
@@ -33,13 +33,13 @@ def build_library(source: Path, *, does: str, flags: tuple[str, ...] = ("-march=
     """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        note(f"no C++ compiler: {does} (install g++ for the faster ones)")
+        info(f"no C++ compiler: {does} (install g++ for the faster ones)")
         return None
     try:
         return _build(compiler, source, [*_FLAGS, *flags])
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "stderr", None) or str(error)
-        note(f"{does}, since the faster ones cannot be built: {reason.strip()[:200]}")
+        info(f"{does}, since the faster ones cannot be built: {reason.strip()[:200]}")
         return None
 
 

@@ -10,10 +10,13 @@ from typing import Any
 
 KEYS = {
     "op_cut": "op_sharding",
+    "tower": "head_hidden",
 }
 """Last part of a config key: old name -> new name. An old name is not used for anything else."""
 
-VALUES: dict[tuple[str, Any], Any] = {}
+VALUES: dict[tuple[str, Any], Any] = {
+    ("global_token", "group"): "candidate",
+}
 """(config key, old value) -> new value."""
 
 VERBS: dict[tuple[str, str], str] = {

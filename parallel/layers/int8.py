@@ -24,7 +24,7 @@ from mindspore import dtype as mstype
 from parallel.checkpoint.full import Checkpoint, load_parameters
 from parallel.common.errors import UserError
 from parallel.common.native import build_library
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU, Swish
 from parallel.layers.linear import Linear
 from parallel.layers.moe import Permutation, SparsePertokenMoE
@@ -92,7 +92,7 @@ def library() -> Path | None:
 class Int8Product(nn.Cell):
     """y_TMO = x_TMK times int8 weights; with experts, rows of each expert (see `GroupedMatMul`) times that expert's.
 
-    Made with the weights in the order of a checkpoint; `settle` brings them into the order of the device: panels for
+    Made with the weights in the order of a checkpoint; `prepare` brings them into the order of the device: panels for
     the kernel on the CPU, float32 where there is no compiler, as they are on Ascend.
 
     Args:
@@ -116,12 +116,12 @@ class Int8Product(nn.Cell):
         self.weight.set_data(Tensor(quantized))
         self.scale.set_data(Tensor(scale))
 
-    def settle(self) -> None:
+    def prepare(self) -> None:
         """Brings the weights into the order of the device; called once, after they are loaded."""
         if self.mode != "stored":
             return
         if mindspore.get_context("device_target") != "CPU":
-            self._settle_on_ascend()
+            self._prepare_on_ascend()
             return
         quantized, kernels = self.weight.asnumpy(), library()
         if kernels is not None:
@@ -135,7 +135,7 @@ class Int8Product(nn.Cell):
         del self.weight
         self.weight = Parameter(Tensor(made), name=name, requires_grad=False)
 
-    def _settle_on_ascend(self) -> None:
+    def _prepare_on_ascend(self) -> None:
         if self.experts:
             raise UserError("int8 experts run on the CPU only so far", where="quantized checkpoint",
                             hint="serve the float checkpoint on this device")
@@ -395,17 +395,17 @@ def relative_error(weight: np.ndarray, product: Int8Product) -> float:
     return float(np.linalg.norm(change) / max(np.linalg.norm(weight), np.finfo(np.float32).tiny))
 
 
-def settle(model: nn.Cell) -> str | None:
+def prepare(model: nn.Cell) -> str | None:
     """Brings all int8 weights into the order of the device; "kernel", "float32", "ascend", or None without any."""
     modes = set()
     for product in products(model):
-        product.settle()
+        product.prepare()
         modes.add(product.mode)
     for _, cell in model.cells_and_names():
         if isinstance(cell, QuantizedNetwork):
             cell.fuse()
     if "float32" in modes and library() is None and os.environ.get("PANGU_KERNELS", "1") == "0":
-        note("PANGU_KERNELS=0: int8 weights are widened to float32 when they are loaded")
+        info("PANGU_KERNELS=0: int8 weights are widened to float32 when they are loaded")
     return next(iter(modes), None)
 
 
@@ -427,5 +427,5 @@ def load(path: str | Path, model: nn.Cell, swapping: Callable[[nn.Cell, int | No
         raise UserError("unknown kind of quantization", where=path, value=kind)
     swapping(model, kind["group"])
     state = load_parameters(path, list(model.get_parameters()))
-    settle(model)
+    prepare(model)
     return state

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Initializer, initializer
 
-_ROWS_AT_ONCE = 4 << 20
+from parallel.common.start_value import draw, start_value
 
 
 class Start(Initializer):
@@ -27,23 +25,6 @@ class Start(Initializer):
     def _initialize(self, arr: np.ndarray) -> None:
         # MindSpore's own path, taken only for sliced parameters on a cluster: the slice's seed is MindSpore's.
         draw(arr, self.kind, self.scale, np.random.default_rng(self.seed))
-
-
-def draw(array: np.ndarray, kind: str, scale: float, generator: np.random.Generator) -> None:
-    """Fills `array` in place, in pieces, so that the memory needed beside it stays small."""
-    if kind in ("zeros", "ones"):
-        array.fill(0.0 if kind == "zeros" else 1.0)
-        return
-    flat = array.reshape(-1)
-    for begin in range(0, flat.size, _ROWS_AT_ONCE):
-        part = flat[begin:begin + _ROWS_AT_ONCE]
-        if kind == "uniform":
-            part[:] = generator.uniform(-scale, scale, part.size)
-            continue
-        values = generator.standard_normal(part.size, dtype=np.float32)
-        while kind == "truncated_normal" and (far := np.abs(values) > 2.0).any():
-            values[far] = generator.standard_normal(int(far.sum()), dtype=np.float32)
-        part[:] = values * scale
 
 
 def parameter(shape: tuple[int, ...], kind: str, scale: float = 1.0, *, dtype: mstype = mstype.float32,
@@ -68,10 +49,3 @@ def initialize(network: nn.Cell, seed: int) -> None:
     for name, item in network.parameters_and_names():
         if hasattr(item, "start"):
             item.set_data(Tensor(start_value(name, item.shape, item.start, seed), item.dtype))
-
-
-def start_value(name: str, shape: tuple[int, ...], start: tuple[str, float], seed: int) -> np.ndarray:
-    """Start value of one parameter: float32 array of `shape`; equal wherever and in whatever order it is asked for."""
-    array = np.empty(shape, np.float32)
-    draw(array, *start, np.random.default_rng((seed, zlib.crc32(name.encode()))))
-    return array

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.task import load_run
 
 DEFAULT_PORT = 8118
@@ -149,7 +149,7 @@ class Launcher:
         try:
             self._start()
             first = self.plan.node_rank * self.plan.local
-            note(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
+            info(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
             failed = self._watch()
         finally:
             self._end_all()
@@ -229,9 +229,9 @@ class Launcher:
             name = "the scheduler" if rank == -1 else f"rank {rank}"
             log = self.logs / "scheduler.log" if rank == -1 else self.log(rank)
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            note(f"error: {name} {how}; the other ranks were ended. The end of {log}:")
+            info(f"error: {name} {how}; the other ranks were ended. The end of {log}:")
             for line in [line for line in _last_lines(log, 4 * _TAIL_LINES) if not _CHATTER.match(line)][-_TAIL_LINES:]:
-                note(f"  {line}")
+                info(f"  {line}")
         # A shell shows a death by signal n as 128 + n.
         return {**_figures(self.log(0)), "exit_code": code if code >= 0 else 128 - code, "ranks": self.plan.ranks,
                 "failed_rank": rank, "logs": str(self.logs)}

@@ -1,4 +1,4 @@
-"""A global batch in pieces: a pipeline's micro-batches, their halves that overlap, and how much each weighs."""
+"""Splits a global batch into pipeline micro-batches and their overlapping halves, and weighs their losses."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from parallel.checkpoint.sharded import Holder
 from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.slices import Box, sharded_parameters
-from parallel.task import SAMPLE_NUMBERS, Task
+from parallel.sharding.parallelize import parallelize
+from parallel.sharding.slices import Extent, sharded_parameters
+from parallel.task import SAMPLE_NUMBERS, Input, Task
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
 from parallel.training.sharded_step import ShardedStep, input_shapes, sharded_step, switch_on
@@ -71,9 +72,9 @@ class ShardedRun:
         self.step: ShardedStep = self.cell.network
         self.step.rank, self.step.ranks, self.step.group = processes.rank, processes.ranks, processes.group
         self.step.share = self.rows
-        boxes = {name: full.box_of_rank(processes.rank) for name, full in full_parameters.items()}
+        extents = {name: full.slice_of_rank(processes.rank) for name, full in full_parameters.items()}
         self.holder = Holder(processes.rank, processes.ranks,
-                             {name: box for name, box in boxes.items() if box is not None},
+                             {name: extent for name, extent in extents.items() if extent is not None},
                              {name: full.shape for name, full in full_parameters.items()}, self.barrier)
         self.inputs = [Tensor(np.zeros(shape, item.dtype))
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
@@ -93,10 +94,10 @@ class ShardedRun:
         """Gives every parameter of this stage its slice of what one device starts from. While compiling MindSpore gave
         the moments their start, and slices random values that depend on the layout."""
         for parameter in self.task.network.get_parameters():
-            if parameter.name in self.holder.boxes:
+            if parameter.name in self.holder.extents:
                 full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
                                     self.settings.seed)
-                put_slice(parameter, full[_places(self.holder.boxes[parameter.name])])
+                put_slice(parameter, full[_places(self.holder.extents[parameter.name])])
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""
@@ -111,6 +112,26 @@ class ShardedRun:
         cell.set_train(False)
         cell.compile(*(tensor for _, tensor in given))
         return cell
+
+
+def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
+    """The cut network without gradients, dropout off, ready to compile, and the inputs that it takes.
+
+    Args:
+        task: as a package's `build` made it; its network is cut in place.
+        config: resolved.
+        graph: "loss" (`ForwardLoss`) or "scores" (the cell that `task.scores` makes).
+    """
+    network = parallelize(task.network, config)
+    fed = [item for item in task.inputs if item.name != SAMPLE_NUMBERS]
+    cell = ForwardLoss(network)
+    if graph == "scores":
+        cell = task.scores(network)
+        fed = fed[:cell.inputs]
+    ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
+    cut = switch_on(cell, config, ways, False)
+    cut.set_train(False)
+    return cut, fed
 
 
 class ForwardLoss(nn.Cell):
@@ -136,5 +157,5 @@ def put_slice(parameter: Parameter, value: np.ndarray) -> None:
     parameter.set_data(Tensor(np.ascontiguousarray(value), parameter.dtype), slice_shape=True)
 
 
-def _places(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(*pair) for pair in box)
+def _places(extent: Extent) -> tuple[slice, ...]:
+    return tuple(slice(*pair) for pair in extent)

@@ -24,7 +24,7 @@ from parallel.training.micro_batches import Interleaved, KnownToAllStages, LossA
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import TrainSettings
 from parallel.training.stage_only import held_parameters, leave_out_other_stages
-from parallel.training.step import TrainStep, sum_of_squares, weighs
+from parallel.training.step import TrainStep, enable_weighted_loss, sum_of_squares
 
 # Functions mapped over all gradients: a loop over a thousand of them would be analysed as a thousand nested calls.
 _EXPAND = ops.ExpandDims().add_prim_attr("grad_scale", True)
@@ -106,15 +106,15 @@ class PipelineGradient(FullGradient):
         # The partitioner finds these by name and adds each micro-batch's gradient to them.
         self.accumulated = parameters.clone("accu_grads", init="zeros")
         self.sharded = config.optimizer_shard > 1
-        self.tell = KnownToAllStages(config) if many else None
+        self.sum_over_stages = KnownToAllStages(config) if many else None
         self.map = ops.HyperMap()
 
     def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
         """(loss, gradients, factor) as `MeanGradient` gives them."""
         sums = self.network(*batch)
         gradients = self.differentiate(self.network, self.parameters)(*batch, sensitivity * self.first)
-        if self.tell is not None:
-            sums = self.tell(sums)
+        if self.sum_over_stages is not None:
+            sums = self.sum_over_stages(sums)
         loss, factor = self.mean(sums)
         if self.sharded:
             return loss, gradients, factor
@@ -232,7 +232,7 @@ def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelCo
                 reuse: bool) -> FullGradient:
     """Forward and backward pass of a global batch in `count` micro-batches, each perhaps in interleaved parts."""
     dims, parts, size = [len(item.shape) for item in inputs], config.micro_batch_interleave, 1.0
-    if weighs(network):
+    if enable_weighted_loss(network):
         size = 1.0 * math.prod(inputs[0].shape)
     wrapped = LossAndWeight.of(len(inputs), network, size)
     if parts > 1:

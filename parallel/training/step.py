@@ -23,7 +23,7 @@ from parallel.training.optimizers import Optimizer
 from parallel.training.settings import LossScaleSettings, TrainSettings
 
 
-def weighs(network: nn.Cell) -> bool:
+def enable_weighted_loss(network: nn.Cell) -> bool:
     """Makes a network that can tell its weight return (loss, weight); whether it can."""
     if not hasattr(network, "weighted"):
         return False

@@ -19,7 +19,7 @@ import numpy as np
 from parallel.checkpoint.folder import list_checkpoints, resolve_checkpoint
 from parallel.checkpoint.full import load_checkpoint, save
 from parallel.common.errors import UserError
-from parallel.common.progress import Bar, note
+from parallel.common.progress import Bar, info
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
 from parallel.training.data_source import DataSource, NumberedSource, prefetch
@@ -288,13 +288,13 @@ class Trainer:
         else:
             path = found[-1] if found else None
         if path is not None:
-            boxes = self.backend.holder.boxes if self.backend.holder is not None else None
-            state = load_checkpoint(path, self.backend.parameters(), self.backend.states(), boxes)
+            extents = self.backend.holder.extents if self.backend.holder is not None else None
+            state = load_checkpoint(path, self.backend.parameters(), self.backend.states(), extents)
             self._take_state(state, path)
             restore_all(self.companions, state.get("companions", {}), path)
         self._same_on_all_ranks()
         if path is not None and self.backend.rank == 0:
-            note(f"going on from {path} (step {self.iteration})")
+            info(f"going on from {path} (step {self.iteration})")
 
     def _same_on_all_ranks(self) -> None:
         """Refuses to go on when the ranks stand at different steps, each knowing its own disk only."""
@@ -324,7 +324,7 @@ class Trainer:
         was = state.get("train", {})
         for key in ("seed", "global_batch_size"):
             if was.get(key, getattr(self.settings, key)) != getattr(self.settings, key):
-                note(f"note: train.{key} was {was[key]} and is {getattr(self.settings, key)}: the run will differ from "
+                info(f"note: train.{key} was {was[key]} and is {getattr(self.settings, key)}: the run will differ from "
                      "one that was never stopped")
 
     def _peak(self) -> float | None:

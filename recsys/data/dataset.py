@@ -21,7 +21,7 @@ import numpy as np
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, matching, read_json, write_json
 from parallel.common.folders import put_in_place, sweep, temporary_name
-from parallel.common.progress import note
+from parallel.common.progress import info
 from recsys.data.encode import Columns, Encoded, Encoder, RowErrors, column, id_type
 from recsys.data.features import UNSEEN, Feature, FeatureSpec, expand, place
 from recsys.data.readers import Reader, reader
@@ -286,7 +286,7 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
     header = read_json(directory / "log.json")
     if skipped := header["report"]["skipped"]:
         # Told by every run, not only by the one that encoded the log.
-        note("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
+        info("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
     vocabulary = Vocabulary.load(directory / "vocabulary.json")
     features = features_of(data)
     sizes = vocabulary.sizes()

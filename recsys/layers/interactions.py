@@ -183,7 +183,7 @@ class AddRelu(Layer):
         return [OpSharding(self.add, (self.stream, self.stream)), OpSharding(self.relu, (self.stream,))]
 
 
-class FieldStack(Ranker):
+class InteractionRanker(Ranker):
     """hidden = MLP(flatten(layers(fields))): what models of stacked field interactions share; a model's file calls
     `make_stack`."""
 
@@ -194,7 +194,7 @@ class FieldStack(Ranker):
 
     def make_stack(self, layers: list[nn.Cell], size: int, hidden: list[int]) -> None:
         """Takes layers [B, F, W] -> [B, F', W'], of which the last makes F' W' = `size`, and makes what follows: an MLP
-        of the widths `hidden`, and the towers."""
+        of the widths `hidden`, and the heads."""
         self.layers = nn.CellList(layers)
         self.flat = Flat(size)
         self.network = MLP([size, *hidden], self.compute_dtype)

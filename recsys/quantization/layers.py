@@ -36,7 +36,7 @@ class QuantizedSplitSwiGLU(QuantizedNetwork):
         """U's part of both first products, [T, R, F] each."""
         return self.gate_user(u_TRI), self.up_user(u_TRI)
 
-    def group(self, gate_TRF: Tensor, up_TRF: Tensor, g_TNI: Tensor, index_N: Tensor | None) -> Tensor:
+    def candidate(self, gate_TRF: Tensor, up_TRF: Tensor, g_TNI: Tensor, index_N: Tensor | None) -> Tensor:
         """[T, N, outputs]."""
         gate_TNF, up_TNF = self.take(gate_TRF, index_N), self.take(up_TRF, index_N)
         if self.fused is not None:

@@ -33,7 +33,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
     Raises:
         UserError: nothing to quantize, the checkpoint is quantized already or damaged, or the log cannot be read.
     """
-    from parallel.layers.int8 import products, settle
+    from parallel.layers.int8 import prepare, products
     from recsys.evaluate import load_model, open_log
     from recsys.quantization.layers import quantize_model
 
@@ -55,7 +55,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
                              list(model.get_parameters()), (),
                              {**kept, "quantization": {"bits": 8, "group": arguments.group}})
     log.vocabulary.save(Path(arguments.output) / VOCABULARY)
-    mode = settle(model)
+    mode = prepare(model)
     after = _auc(model, log, run_settings, arguments)
     table("Relative error of each weight, ||W - qs|| / ||W||", ["weight", "shape", "error"],
           [[name, " x ".join(map(str, shapes[name])), f"{error:.5f}"] for name, error in errors.items()])

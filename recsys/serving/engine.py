@@ -1,7 +1,7 @@
 """Scoring of ranking requests: a request is one user and its candidates; several requests share a batch.
 
 Separated models (UG-Sep) compute a request's user once, or find it in the cache, and then only the candidates' side;
-entangled ones compute a whole row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
+unseparated ones compute a whole row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
 one thread runs them all. What a request gets does not depend on what was in its batch.
 
 Shapes: R requests, C candidates of one, N candidates of a batch, M, m id columns (all, of one side), K tasks, S state.
@@ -23,10 +23,11 @@ from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from parallel.layers.int8 import Int8Product, dequantize, panels, products
 from parallel.serving.queue import Waiting, WorkQueue, answer
+from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
-from recsys.ug_sep.ranker import GroupPass, SeparatedRanker, UserPass
+from recsys.ug_sep.ranker import CandidatePass, SeparatedRanker, UserPass
 
 
 class Rows(NamedTuple):
@@ -43,14 +44,29 @@ class Scorer:
         model: a ranker, settled, in inference mode.
         settings: the shapes.
         cache: of user states.
+        tables: `recsys.tables.host.HostTables`, where the model's lie on the host.
     """
 
-    def __init__(self, model: Any, settings: EngineSettings, cache: StateCache) -> None:
+    def __init__(self, model: Any, settings: EngineSettings, cache: StateCache, tables: Any = None) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
         self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
+        self.whole_pass = model
         if self.separated:
-            self.user_pass, self.group_pass = UserPass(model), GroupPass(model)
+            self.user_pass, self.candidate_pass = UserPass(model), CandidatePass(model)
+        if tables is not None:
+            self._read_from(tables)
         model.set_train(False)
+
+    def _read_from(self, tables: Any) -> None:
+        """Lets every pass read its rows from tables on the host."""
+        from recsys.tables.step import Hosted
+
+        self.whole_pass = Hosted(self.model, self.model, tables)
+        if self.separated:
+            sides = self.model.sides
+            self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
+            self.candidate_pass = Hosted(self.candidate_pass, self.model, tables,
+                                         np.array(sides.candidate.ids, np.int64), place=2)
 
     def warm(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
         """Compiles and runs every graph once."""
@@ -70,7 +86,8 @@ class Scorer:
         """probabilities_CK of each (ids_CM, numbers_CN); the user columns of a request's first row hold for all."""
         sizes = [len(ids) for ids, _ in batch]
         logits = self._separated(batch) if self.separated else self._chunks(
-            self.model, np.concatenate([ids for ids, _ in batch]), np.concatenate([numbers for _, numbers in batch]))
+            self.whole_pass, np.concatenate([ids for ids, _ in batch]),
+            np.concatenate([numbers for _, numbers in batch]))
         scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
         return np.split(scores, np.cumsum(sizes)[:-1])
 
@@ -79,12 +96,12 @@ class Scorer:
         if len(batch) > most:
             raise ValueError(f"{len(batch)} requests where {most} are one batch")
         states_RS = self._states([sides.user.take(ids[:1], numbers[:1]) for ids, numbers in batch])
-        rows = [sides.group.take(ids, numbers) for ids, numbers in batch]
+        rows = [sides.candidate.take(ids, numbers) for ids, numbers in batch]
         if len(batch) > 1:
             states_RS = np.concatenate([states_RS, np.repeat(states_RS[-1:], most - len(batch), 0)])
         index_N = np.repeat(np.arange(len(batch), dtype=np.int32), [len(ids) for ids, _ in rows])
         states = Tensor(states_RS)
-        return self._chunks(lambda index, ids, numbers: self.group_pass(states, index, ids, numbers), index_N,
+        return self._chunks(lambda index, ids, numbers: self.candidate_pass(states, index, ids, numbers), index_N,
                             np.concatenate([ids for ids, _ in rows]), np.concatenate([numbers for _, numbers in rows]))
 
     def _states(self, users: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -133,9 +150,9 @@ class Engine:
     def __init__(self, trained: Trained, settings: EngineSettings,
                  observe: Callable[[str, float], None] = lambda name, value: None) -> None:
         self.trained, self.settings, self.observe = trained, settings, observe
-        self.reading = 1  # rises with every reload after which requests read as other numbers
+        self.encoding_version = 1  # rises with every reload after which requests read as other numbers
         self.cache = StateCache(settings.cache_users)
-        self.scorer = Scorer(trained.model, settings, self.cache)
+        self.scorer = Scorer(trained.model, settings, self.cache, trained.tables)
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._reloading = threading.Lock()
@@ -184,7 +201,7 @@ class Engine:
         """
         with self._reloading:
             trained, values = self._prepare(checkpoint)
-            rise = int(not trained.reads_as(self.trained))
+            rise = int(not trained.encodes_as(self.trained))
             self._queue.change(lambda: self._put(trained, values, rise)).result()
             return {"version": self.version, "checkpoint": str(trained.path)}
 
@@ -227,7 +244,9 @@ class Engine:
         model = self.trained.model
         stored = {product.name: product for product in products(model)}
         values = {}
-        for parameter in model.get_parameters():
+        if self.trained.tables is not None:
+            trained.tables = self.trained.tables.reread(trained.path)
+        for parameter in self._lasting(model):
             name = parameter.name
             if name not in file.layout:
                 raise UserError(f"lacks parameter {name}", where=trained.path)
@@ -237,20 +256,28 @@ class Engine:
             values[name] = Tensor(value, parameter.dtype)
         return trained, values
 
+    def _lasting(self, model: Any) -> list:
+        """The model's parameters, without windows of tables on the host."""
+        return [parameter for parameter in model.get_parameters()
+                if self.trained.tables is None or not is_sparse(parameter.name)]
+
     def _put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
-        """`rise`: of `reading`."""
-        for parameter in self.trained.model.get_parameters():
+        """`rise`: of `encoding_version`."""
+        for parameter in self._lasting(self.trained.model):
             parameter.set_data(values[parameter.name])
         trained.model = self.trained.model
+        if trained.tables is not None:
+            self.trained.tables.tables = trained.tables.tables
+            trained.tables = self.trained.tables  # the passes know this one
         # In this order: who takes version and reading first never has an older `trained` than they say.
         self.trained = trained
-        self.reading += rise
+        self.encoding_version += rise
         self.scorer.version += 1
         self.cache.clear()
 
 
 def _in_order(file: Checkpoint, product: Int8Product) -> np.ndarray:
-    """Int8 values of a checkpoint as `Int8Product.settle` keeps them."""
+    """Int8 values of a checkpoint as `Int8Product.prepare` keeps them."""
     stored = file.read(product.name)
     if product.mode == "kernel":
         return panels(stored)

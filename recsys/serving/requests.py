@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from parallel.common.errors import UserError
-from recsys.data.encode import Encoded, Encoder, RowErrors
+from recsys.data.encode import Encoded, Encoder, RowErrors, id_type
 from recsys.data.features import FIRST_KNOWN, UNSEEN, Feature
 from recsys.data.vocabulary import hash_rows, transformed
 from recsys.saved_model import Trained
@@ -27,7 +27,8 @@ _KEYS = ("user", "candidates", "top_k")
 
 @dataclass(frozen=True)
 class Ask:
-    """A request in numbers: ids_CM int32, numbers_CN float32, how many candidates are wanted back."""
+    """A request in numbers: ids_CM int32 (int64 with dynamic features), numbers_CN float32, how many candidates are
+    wanted back."""
 
     ids: np.ndarray
     numbers: np.ndarray
@@ -90,11 +91,11 @@ def _checked(body: Any, most: int) -> tuple[dict, list[dict], int | None]:
 def _encode(trained: Trained, features: list[Feature], rows: list[dict], where: str) -> tuple[np.ndarray, np.ndarray]:
     """ids and numbers of some features; the columns of the others are 0."""
     spec, closer = trained.spec, []
-    ids = np.zeros((len(rows) if features else 1, spec.id_columns), np.int32)
+    ids = np.zeros((len(rows) if features else 1, spec.id_columns), id_type(spec))
     numbers = np.zeros((len(ids), spec.numeric_columns), np.float32)
     for feature in features:
         values = _values(feature, rows, where)
-        found = quick_column(feature, values, trained)
+        found = None if feature.is_dynamic else quick_column(feature, values, trained)
         if found is None:
             closer.append((feature, _column(feature, values, where)))
         elif feature.is_value:
@@ -218,6 +219,9 @@ def _quick_numbers(feature: Feature, values: list, trained: Trained) -> np.ndarr
     return (np.searchsorted(np.asarray(edges, np.float64), found, side="left") + FIRST_KNOWN)[:, None]
 
 
+_FAR = 10**300  # what is beyond is refused like it, and no float holds it
+
+
 # ---------------------------------------------------------------- columns for Arrow
 
 
@@ -238,14 +242,11 @@ def _column(feature: Feature, values: list, where: str) -> pa.Array:
     if any(isinstance(value, (list, dict)) for value in values):
         raise UserError(f"feature '{name}' must be a single value", where=where)
     kinds = {type(value) for value in values if value is not None}
-    # Ids of 64 bits without sign, and whatever is longer, are the text that a log has for them.
-    if int in kinds and feature.type != "numeric" and any(
-            type(value) is int and not -(2**63) <= value < 2**63 for value in values):
-        values = [str(value) if type(value) is int else value for value in values]
-        kinds = {type(value) for value in values if value is not None}
+    large = feature.type != "numeric" and any(type(value) is int and not -2**63 <= value < 2**63 for value in values)
     if int in kinds and feature.type == "numeric":
-        values = [float(value) if type(value) is int and abs(value) > 2**53 else value for value in values]
-    if str in kinds and len(kinds) > 1:
+        values = [float(min(max(value, -_FAR), _FAR)) if type(value) is int and abs(value) > 2**53 else value
+                  for value in values]
+    if (str in kinds and len(kinds) > 1) or large:
         values = [None if value is None else str(value) for value in values]
     made = _array(values, name, where)
     return made.cast(pa.string()) if pa.types.is_null(made.type) else made

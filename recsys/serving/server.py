@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.serving.application import Front, Reloader, require, unless_gone
 from parallel.serving.errors import UNAVAILABLE, Refusal, one_line
 from parallel.serving.json_door import NotJson, parse_json
@@ -103,7 +103,7 @@ class Service:
         seconds = self.settings.engine.timeout_seconds
         for _ in range(2):
             # In this order, since a reload sets them the other way round.
-            version, reading, trained = self.engine.version, self.engine.reading, self.engine.trained
+            version, encoding_version, trained = self.engine.version, self.engine.encoding_version, self.engine.trained
             try:
                 ask = await self._understood(raw, trained)
             except NotJson as error:
@@ -118,7 +118,7 @@ class Service:
             except asyncio.TimeoutError:
                 raise _busy(f"not done within {seconds} seconds") from None
             # A request that was read with another vocabulary than that of a reload since is read again.
-            if scored_by == version or reading == self.engine.reading:
+            if scored_by == version or encoding_version == self.engine.encoding_version:
                 break
         return {"ranking": self._ranking(scores, ask.top_k), "version": scored_by}
 
@@ -202,11 +202,12 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
 
     listener = bind(settings)
     start_device()
-    trained = load(arguments.checkpoint, arguments.run_config)
+    trained = load(arguments.checkpoint, arguments.run_config,
+                   max(settings.engine.candidates[-1], settings.engine.requests))
     engine = Engine(trained, settings.engine)
-    engine.start(lambda graph: note(f"compiled {graph}"))
+    engine.start(lambda graph: info(f"compiled {graph}"))
     service = Service(engine, settings, arguments.checkpoint)
     said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
-    serve(application(service), listener, settings, one_line, lambda: note(said))
+    serve(application(service), listener, settings, one_line, lambda: info(said))
     engine.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}

@@ -9,6 +9,7 @@ Shapes: B samples, M id columns, N keys of a call, W width.
 
 from __future__ import annotations
 
+import copy
 import time
 import zlib
 from dataclasses import dataclass
@@ -281,6 +282,17 @@ class HostTables(Companion):
         """
         self.empty()
         read_tables(self.tables, folder, self.exchange.rank, self.exchange.ranks)
+
+    def reread(self, folder: Path) -> HostTables:
+        """The same with the rows of another checkpoint; this one is left as it is.
+
+        Raises:
+            UserError: see `restore_files`.
+        """
+        other = copy.copy(self)
+        other.tables = {}
+        other.restore_files(folder)
+        return other
 
     def state(self, step: int) -> dict[str, Any]:
         """Counters."""

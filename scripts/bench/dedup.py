@@ -130,11 +130,11 @@ def our_dedup(path: Path) -> int:
     from data_tools.dedup.step import run_dedup
     from data_tools.documents import ReadSettings, plan_splits
     from data_tools.engines.local import LocalEngine
-    from data_tools.parts import Places
+    from data_tools.parts import OutputLayout
 
     with tempfile.TemporaryDirectory() as folder:
         figures, _ = run_dedup(DedupSettings(threshold=THRESHOLD, ngram=NGRAM, hashes=HASHES), ReadSettings(),
-                               plan_splits([str(path)], ReadSettings()), Places.under(folder, "dedup"),
+                               plan_splits([str(path)], ReadSettings()), OutputLayout.under(folder, "dedup"),
                                Path(folder) / ".work", LocalEngine(1), "jsonl")
     return figures.documents_out
 

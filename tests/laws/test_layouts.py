@@ -149,7 +149,7 @@ def test_ranks_made_from_others_are_those_that_compile(grid, model, name):
     for one, other in zip(few.programs, every.programs, strict=True):
         assert one.graph.parameters == other.graph.parameters
         assert all(alike(*nodes) for nodes in zip(one.graph.main.nodes, other.graph.main.nodes, strict=True))
-    assert few.boxes == every.boxes
+    assert few.extents == every.extents
 
 
 @pytest.mark.slow

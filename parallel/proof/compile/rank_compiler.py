@@ -8,6 +8,7 @@ The parent starts `python -m parallel.proof.compile.rank_compiler` in the right 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -54,6 +55,7 @@ class Request:
         compute_dtype: of the matmuls; None = what train.precision says.
         reuse: micro-batches share one copy of the network's graph (see `sharded_step`).
         own_stage: only the layers of the rank's own stage are analysed (see `sharded_step`).
+        graph: "step", the training step; "loss", the loss without gradients; "scores", what a ranker says.
     """
 
     world: int
@@ -66,6 +68,7 @@ class Request:
     compute_dtype: str | None = None
     reuse: bool = True
     own_stage: bool = False
+    graph: str = "step"
 
 
 @dataclass
@@ -228,12 +231,12 @@ def _failure(request: Request, place: Path, code: int) -> Exception:
     error, log = place / "error.json", place / "log.txt"
     where = f"rank {request.rank} of {request.world}"
     if error.is_file():
-        told = json.loads(error.read_text(encoding="utf-8"))
-        if told["kind"] == "UserError":
-            return UserError(told["what"], where=told["where"], value=told["value"], hint=told["hint"])
-        if told["kind"] in _DEFECTS:
-            return RuntimeError(f"{where}: {told['kind']}: {told['what']}")
-        return UserError(f"MindSpore did not compile this layout: {told['what']}", where=where)
+        message = json.loads(error.read_text(encoding="utf-8"))
+        if message["kind"] == "UserError":
+            return UserError(message["what"], where=message["where"], value=message["value"], hint=message["hint"])
+        if message["kind"] in _DEFECTS:
+            return RuntimeError(f"{where}: {message['kind']}: {message['what']}")
+        return UserError(f"MindSpore did not compile this layout: {message['what']}", where=where)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:] if log.is_file() else []
     return UserError(f"the compiling process ended with code {code}: {' | '.join(lines)[-600:]}", where=where)
 
@@ -310,9 +313,9 @@ def _answer(place: Path) -> int:
     try:
         _compile(request, place)
     except UserError as error:
-        told = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
+        message = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
                 "hint": error.hint}
-        (place / "error.json").write_text(json.dumps(told, default=str), encoding="utf-8")
+        (place / "error.json").write_text(json.dumps(message, default=str), encoding="utf-8")
         return 2
     except Exception as error:
         reason = str(error).split("\n----")[0].strip()
@@ -337,15 +340,20 @@ def _compile(request: Request, place: Path) -> None:
     from parallel.proof.dryrun.accounting import coordinates
     from parallel.sharding.layout import redistributing
     from parallel.sharding.parallelize import layers_of_stages
+    from parallel.training.sharded_run import evaluation_graph
     from parallel.training.sharded_step import input_shapes, micro_batches, sharded_step
 
     task, settings, config = _build(request)
     trainable = [parameter.name for parameter in task.network.trainable_params()]
-    step = sharded_step(task, settings, config, reuse=request.reuse,
-                        stage=coordinates(request.rank, config)[0] if request.own_stage else None)
-    shapes = input_shapes(task, settings, config)
+    if request.graph == "step":
+        step = sharded_step(task, settings, config, reuse=request.reuse,
+                            stage=coordinates(request.rank, config)[0] if request.own_stage else None)
+        fed, tensors = task.inputs, _tensors(step.network)
+    else:
+        (step, fed), tensors = evaluation_graph(task, config, request.graph), []
+    shapes = input_shapes(dataclasses.replace(task, inputs=fed), settings, config)
     # Only types matter; np.zeros takes no memory until it is touched.
-    inputs = [ms.Tensor(np.zeros(shape, item.dtype)) for shape, item in zip(shapes, task.inputs, strict=True)]
+    inputs = [ms.Tensor(np.zeros(shape, item.dtype)) for shape, item in zip(shapes, fed, strict=True)]
     built = time.monotonic()
     step.compile(*inputs)
     compiled = time.monotonic()
@@ -357,12 +365,25 @@ def _compile(request: Request, place: Path) -> None:
         "tokens": task.tokens, "micro_batches": micro_batches(settings, config),
         "layers_of_stages": layers_of_stages(task.network, config),
         "redistributing": redistributing(task.network, config),
-        "inputs": [[item.name, list(shape), item.dtype] for shape, item in zip(shapes, task.inputs, strict=True)],
+        "inputs": [[item.name, list(shape), item.dtype] for shape, item in zip(shapes, fed, strict=True)],
+        "whole_inputs": [[item.name, list(item.shape), item.dtype] for item in fed], "tensors": tensors,
         "cpu_seconds": time.process_time(), "build_seconds": built - started, "compile_seconds": compiled - built,
         "seconds": time.monotonic() - started,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }  # fmt: skip
     (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def _tensors(step: Any) -> list[list]:
+    """Name, kind, whole shape, type and start of everything that the run of a step keeps (`torch_runtime.program`)."""
+    def entry(item: Any, kind: str, start: list) -> list:
+        return [item.name, kind, list(item.shape), str(item.dtype).lower(), start]
+
+    counters = {parameter.name for parameter in step.counters()}
+    return [*(entry(item, "parameter", list(item.start)) for item in step.network.get_parameters()
+              if item.name not in counters),
+            *(entry(item, "state", ["fill", float(item.init_mode.init.value)]) for item in step.optimizer.states()),
+            *(entry(item, "counter", ["fill", item.asnumpy().item()]) for item in step.counters())]
 
 
 def _build(request: Request) -> tuple[Any, Any, Any]:

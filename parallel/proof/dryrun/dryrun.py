@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note, progress, table
+from parallel.common.progress import info, progress, table
 from parallel.proof.compile.graph import Graph, read_graph
 from parallel.proof.compile.rank_compiler import Compiled, Compilers, Request
 from parallel.proof.dryrun.accounting import Collective, Memory, collectives, coordinates, memory, summary
@@ -90,7 +90,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"the layout has ranks 0 to {config.world - 1}", where="--rank", value=first)
     request = Request(config.world, first, str(Path(arguments.config).resolve()), list(arguments.overrides),
                       reuse=not arguments.flat, own_stage=not arguments.all_stages)
-    note(f"compiling rank {first} of {config.world}: data {config.data}, op {config.op}, "
+    info(f"compiling rank {first} of {config.world}: data {config.data}, op {config.op}, "
          f"stages {config.pipeline.stages} (compiled, not run)")
     reports = dry_run(request, all_distinct=everything, keep=Path(arguments.keep) if arguments.keep else None)
     nodes = _nodes(arguments, config)

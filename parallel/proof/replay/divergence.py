@@ -81,7 +81,7 @@ def locate(world: AllRanks, reference: OneDevice, step: int, differences: Sequen
     """
     found = None
     if forward:
-        found = _first_node(world, reference, step, _whole_values(world, reference, step))
+        found = _first_node(world, reference, step, _full_values(world, reference, step))
     if found is not None:
         rank, node, difference, ranks = found
         line = source_line(reference.task.network, node)
@@ -119,7 +119,7 @@ def _line_in(cell: Any, node: Node) -> str:
     return f"{shown}:{first + number}"
 
 
-def _whole_values(world: AllRanks, reference: OneDevice, step: int) -> dict[tuple, np.ndarray]:
+def _full_values(world: AllRanks, reference: OneDevice, step: int) -> dict[tuple, np.ndarray]:
     """Values of the forward nodes of the network compiled for one device."""
     single = reference.compiled()
     numbers, values = Numbering(), {}

@@ -26,6 +26,8 @@ def constant(value: Any) -> Any:
     if len(value.tensors) == 1 and not value.values:
         proto = value.tensors[0]
         array = np.frombuffer(proto.raw_data, _ELEMENTS[proto.data_type]).reshape(tuple(proto.dims))
+        if proto.data_type == BFLOAT16:
+            return (array.astype(np.uint32) << 16).view(np.float32)
         return array.copy()
     if value.type == type(value).TUPLE or value.type == type(value).LIST:
         return tuple(_item(item) for item in value.values)
@@ -37,9 +39,12 @@ def _item(value: Any) -> Any:
     return found[0] if isinstance(found, list) and len(found) == 1 else found
 
 
+BFLOAT16 = 16
+"""MindSpore's number of the type, which NumPy lacks: such constants are float32 here."""
 _ELEMENTS = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8",
-             12: "u4", 13: "u8"}
+             12: "u4", 13: "u8", BFLOAT16: "u2"}
 _NUMPY = {"bfloat16": "float32", "string": None}
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass
@@ -109,11 +114,19 @@ def prepare(graph: Graph) -> Program:
 
 @dataclass
 class Rank:
-    """One rank: its program and what its parameters hold now."""
+    """One rank: its program and what its parameters hold now.
+
+    Args:
+        number: its rank.
+        program: its graph made ready.
+        state: parameters by name.
+        exact: every floating type is float64, whatever the graph declares.
+    """
 
     number: int
     program: Program
     state: dict[str, np.ndarray]
+    exact: bool = False
 
     def run(self, inputs: Sequence[np.ndarray], observe: Observer | None = None) -> Generator[Call, Any, Any]:
         """A coroutine of one step: yields collectives, is sent their results, returns the graph's result.
@@ -122,6 +135,8 @@ class Rank:
             ValueError: a rule's result has another shape than the graph declares.
         """
         program, state = self.program, self.state
+        if self.exact:
+            inputs = [item.astype(np.float64) if item.dtype.kind == "f" else item for item in inputs]
         values: dict[str, Any] = dict(zip(data_inputs(program), inputs, strict=True))
 
         def fetch(name: str) -> Any:
@@ -140,7 +155,7 @@ class Rank:
             else:
                 with np.errstate(all="ignore"):
                     result = RULES[node.op](node, *(fetch(name) for name in node.inputs))
-            result = declared(node, result)
+            result = declared(node, result, self.exact)
             if observe is not None:
                 observe(self.number, node, result)
             if node.name in program.read:
@@ -166,12 +181,12 @@ def data_inputs(program: Program) -> list[str]:
     return [name for name in program.main.inputs if name not in program.graph.parameters]
 
 
-def declared(node: Node, result: Any) -> Any:
-    """`result` in the type that the graph declares for the node."""
+def declared(node: Node, result: Any, exact: bool = False) -> Any:
+    """`result` in the type that the graph declares for the node; float64 for its floating types where it is `exact`."""
     if len(node.outputs) != 1 or isinstance(result, tuple) or result is None:
-        return _floats(result)
+        return result if exact else _floats(result)
     kind = node.outputs[0]
-    dtype = _NUMPY.get(kind.dtype, kind.dtype)
+    dtype = "float64" if exact and kind.dtype in _FLOATING else _NUMPY.get(kind.dtype, kind.dtype)
     array = np.asarray(result, dtype)
     if array.shape != kind.shape and not any(size < 0 for size in kind.shape):
         if array.size != 1 or node.op in ("UpdateState", "Assign"):

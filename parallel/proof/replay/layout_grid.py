@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import Bar, note, table
+from parallel.common.progress import Bar, info, table
 from parallel.proof.compile.rank_compiler import Compilers
 from parallel.proof.replay.lockstep import Replay
 from parallel.proof.replay.ranks import AllRanks, compile_ranks
@@ -254,8 +254,8 @@ class References:
         from parallel.training.sharded_step import micro_batches
 
         settings = load_run(self.config, list(overrides))[1]
-        told = settings.model_dump(mode="json", exclude={"parallel": True, "train": {"accumulation": True}})
-        key = json.dumps([told, micro_batches(settings.train, settings.parallel.resolve())], sort_keys=True)
+        described = settings.model_dump(mode="json", exclude={"parallel": True, "train": {"accumulation": True}})
+        key = json.dumps([described, micro_batches(settings.train, settings.parallel.resolve())], sort_keys=True)
         if key not in self.known:
             self.known[key] = OneDevice(self.config, overrides)
         return self.known[key]
@@ -284,7 +284,7 @@ def show(cells: Sequence[Cell], title: str) -> None:
           ["layout", "", "world", "loss", "parameters", "bit for bit", "s a step"], rows)
     for cell in cells:
         if cell.figures is None:
-            note(f"{cell.layout.name} is refused: {cell.refused}")
+            info(f"{cell.layout.name} is refused: {cell.refused}")
 
 
 def summary(cells: Sequence[Cell]) -> dict[str, Any]:

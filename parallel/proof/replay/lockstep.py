@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.proof.dryrun.accounting import coordinates
 from parallel.proof.replay.collective_order import wrong_order
 from parallel.proof.replay.collectives import Deadlock
@@ -88,14 +88,14 @@ class Replay:
         largest = max((self.largest[name] for name in full if name.startswith("adam_m.")), default=0.0)
         floors = {"adam_m": STATE_FLOOR * largest, "adam_v": (STATE_FLOOR * largest) ** 2}
         found = []
-        for rank, boxes in zip(ranks, self.world.boxes, strict=True):
+        for rank, extents in zip(ranks, self.world.extents, strict=True):
             copies = rank.program.copies
             for name, value in rank.state.items():
                 if name not in full or value.ndim == 0 or name.partition(".")[2] in copies or name in copies:
                     continue
                 floor = (self.reference.reach(name) if name in trainable
                          else floors.get(name.partition(".")[0], 1e-12))
-                part = part_of(full[name], boxes.get(name))
+                part = part_of(full[name], extents.get(name))
                 finite = np.isfinite(value).all() and np.isfinite(part).all()
                 far = float(np.abs(value - part).max(initial=0.0)) if finite else float("inf")
                 found.append(Difference(far / max(self.largest[name], floor, 1e-30), name, rank.number))
@@ -131,11 +131,11 @@ class Replay:
             "one_device_step_seconds": round(min(single.seconds), 4),
         }  # fmt: skip
         if problem is not None:
-            note(problem)
+            info(problem)
             figures["deadlock"] = problem
         if first_wrong is not None:
             found = locate(self.world, self.reference, first_wrong, differences[first_wrong], forward=forward)
-            note(found.text)
+            info(found.text)
             figures["divergence"] = found.to_dict()
         return figures | {"exit_code": 0 if equal else 1}
 

@@ -78,7 +78,7 @@ RULES |= {
         "Tile": lambda x, times: np.tile(x, tuple(times)), "ReluGrad": lambda g, x: g * (x > 0),
         "BroadcastTo": lambda x, shape: np.broadcast_to(x, tuple(b if a == -1 else a for a, b in zip(
             shape, (0,) * (len(shape) - np.ndim(x)) + np.shape(x), strict=True))),
-        "ExpandDims": lambda x, dim: np.expand_dims(x, axes_of(dim, 0)), "TransposeExt": np.swapaxes,
+        "ExpandDims": lambda x, dim: np.expand_dims(x, axes_of(dim, 0)),
         "Transpose": lambda x, order: np.transpose(x, tuple(order)), "SigmoidGrad": lambda y, g: g * y * (1 - y),
         "TanhGrad": lambda y, g: g * (1 - y * y), "SqrtGrad": lambda y, g: g / (2 * y),
         "RsqrtGrad": lambda y, g: -0.5 * g * y**3, "ReciprocalGrad": lambda y, g: -g * y * y,
@@ -93,6 +93,7 @@ RULES |= {
     "Select": plain(np.where, 3),
     "SelectV2": plain(np.where, 3),
     "MaskedFill": lambda node, x, mask, value: np.where(mask, value, x),
+    "TransposeExt": plain(np.swapaxes, 3),
     "AddN": lambda node, items: sum(items[1:], start=items[0]),
     "AddExt": lambda node, x, y, alpha: x + alpha * y,
     "SubExt": lambda node, x, y, alpha: x - alpha * y,
@@ -340,9 +341,10 @@ def _broadcast_dims(node: Node, one: Sequence[int], other: Sequence[int]) -> tup
 @rule("AdamWeightDecay", table=UPDATES)
 def _adam(node: Node, p: np.ndarray, m: np.ndarray, v: np.ndarray, rate: Any, beta1: Any, beta2: Any, epsilon: Any,
           decay: Any, gradient: np.ndarray, *_: Any) -> tuple:
-    m = np.float32(beta1) * m + (np.float32(1.0) - np.float32(beta1)) * gradient
-    v = np.float32(beta2) * v + (np.float32(1.0) - np.float32(beta2)) * gradient * gradient
-    return p - np.float32(rate) * (m / (np.sqrt(v) + np.float32(epsilon)) + np.float32(decay) * p), m, v
+    rate, beta1, beta2, epsilon, decay, one = (p.dtype.type(item) for item in (rate, beta1, beta2, epsilon, decay, 1.0))
+    m = beta1 * m + (one - beta1) * gradient
+    v = beta2 * v + (one - beta2) * gradient * gradient
+    return p - rate * (m / (np.sqrt(v) + epsilon) + decay * p), m, v
 
 
 UPDATES |= {

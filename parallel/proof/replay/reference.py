@@ -61,13 +61,13 @@ class OneDevice:
         """The network at its start values and its step, not compiled yet."""
         from parallel.layers.parameter import initialize
         from parallel.training.optimizers import run_optimizer
-        from parallel.training.step import TrainStep, weighs
+        from parallel.training.step import TrainStep, enable_weighted_loss
 
         train = self.settings.train.model_copy(update={"accumulation": self.count})
         self.task = self.module.build(self.settings, ParallelConfig(), "float32")
         initialize(self.task.network, train.seed)
         optimizer = run_optimizer(self.task.network.trainable_params(), train, self.task.is_sparse)
-        self.step = TrainStep(self.task.network, optimizer, train, weighted=weighs(self.task.network))
+        self.step = TrainStep(self.task.network, optimizer, train, weighted=enable_weighted_loss(self.task.network))
 
     def compiled(self) -> AllRanks:
         """The same network as a world of one rank, compiled like a layout; compiled when first asked for."""

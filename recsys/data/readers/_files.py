@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 
 from parallel.common.errors import UserError
 from parallel.common.files import COMPRESSED_SUFFIXES, matching, open_binary
-from parallel.common.progress import note
+from parallel.common.progress import info
 from recsys.data.features import Feature
 from recsys.data.readers._records import Place, whole_records
 
@@ -49,7 +49,7 @@ def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = No
     """
     with open_binary(file) as stream:
         if not stream.peek(1):
-            note(f"{file}: empty, left out")
+            info(f"{file}: empty, left out")
             return
         if stream.peek(3)[:3] == codecs.BOM_UTF8:
             stream.read(3)
@@ -108,7 +108,7 @@ def parquet_tables(file: Path) -> Iterator[tuple[pa.Table, str]]:
         UserError: damaged, or not parquet.
     """
     if file.stat().st_size == 0:
-        note(f"{file}: empty, left out")
+        info(f"{file}: empty, left out")
         return
     try:
         source = parquet.ParquetFile(file)

@@ -72,7 +72,7 @@ class RankMixerSettings(RankerSettings):
     op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
-    """User and group tokens separated, so that a request's user is computed once; null = entangled."""
+    """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
 
     @property
     def inner(self) -> int:
@@ -127,7 +127,7 @@ class RankMixerBlock(nn.Cell):
 
 
 class RankMixer(Ranker):
-    """Tokens, L blocks, mean over the tokens, task towers."""
+    """Tokens, L blocks, mean over the tokens, task heads."""
 
     def __init__(self, settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
                  compute_dtype: mstype = mstype.float32) -> None:

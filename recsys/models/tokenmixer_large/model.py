@@ -20,7 +20,7 @@ from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
 from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import GroupTokenizer, MeanPool, tokens_of_groups
-from recsys.ranker import Ranker, TaskTowers
+from recsys.ranker import Ranker, TaskHeads
 from recsys.settings import RankerSettings
 from recsys.ug_sep.sides import UGSepSettings
 
@@ -82,7 +82,7 @@ class TokenMixerLargeSettings(RankerSettings):
     op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
-    """User and group tokens separated, so that a request's user is computed once; null = entangled."""
+    """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
 
     @model_validator(mode="after")
     def _check(self) -> TokenMixerLargeSettings:
@@ -169,7 +169,7 @@ class TokenMixerLarge(Ranker):
         self.sources = tuple(range(self.gap, settings.layers - 1, self.gap)) if self.gap else ()
         self.adds = nn.CellList([Add(self.layout.stream) for _ in self.sources])
         self.auxiliary_layers = self._auxiliary_layers() if settings.auxiliary_weight > 0.0 else ()
-        self.auxiliary = nn.CellList([TaskTowers(settings.width, settings.tower, tasks)
+        self.auxiliary = nn.CellList([TaskHeads(settings.width, settings.head_hidden, tasks)
                                       for _ in self.auxiliary_layers])
         self.auxiliary_pools = nn.CellList([MeanPool(self.layout) for _ in self.auxiliary])
         self.norm = RMSNorm(settings.width, compute_dtype=compute_dtype,

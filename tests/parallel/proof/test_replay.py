@@ -269,7 +269,7 @@ class TestDistinct:
 
 class TestExecutor:
     def test_unknown_primitive_is_named(self):
-        with pytest.raises(UserError, match="no rule for the primitive Frobnicate.*rules.py"):
+        with pytest.raises(UserError, match="no rule for the primitive Frobnicate.*numpy_ops.py"):
             prepare(graph_of(node("Frobnicate", "a", ("x",), (2,))))
 
     def test_what_was_loaded_before_an_update_stays(self):
@@ -327,7 +327,7 @@ class TestComparison:
         from parallel.proof.replay.lockstep import Replay
 
         network = SimpleNamespace(trainable_params=list)
-        replay = Replay(SimpleNamespace(boxes=[{}]), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
+        replay = Replay(SimpleNamespace(extents=[{}]), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
         rank = Rank(0, prepare(graph_of(node("Neg", "out", ("x",), (1,)))), {})
         found = []
         for ours, full in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):

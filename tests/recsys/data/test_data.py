@@ -261,14 +261,14 @@ def test_batches_depend_on_seed_and_number_alone(tmp_path):
     log = prepare(DataSettings(cache=str(tmp_path), synthetic={"samples": 1000, "users": 50, "items": 30}), 4)
     rows = log.parts["train"]
     source = Batches(rows, 64, 7)
-    straight = [batch for batch, _ in zip(source.batches(0), range(30), strict=False)]
+    uninterrupted = [batch for batch, _ in zip(source.batches(0), range(30), strict=False)]
     for start in (1, 11, 12, 29):
         again = next(Batches(rows, 64, 7).batches(start))
-        assert all(np.array_equal(a, b) for a, b in zip(again, straight[start], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(again, uninterrupted[start], strict=True))
     other = next(Batches(rows, 64, 8).batches(0))
-    assert not np.array_equal(other[0], straight[0][0])
+    assert not np.array_equal(other[0], uninterrupted[0][0])
     halves = [next(Batches(rows, 64, 7, rank, 2).batches(3)) for rank in range(2)]
-    assert np.array_equal(np.concatenate([half[0] for half in halves]), straight[3][0])
+    assert np.array_equal(np.concatenate([half[0] for half in halves]), uninterrupted[3][0])
     with pytest.raises(UserError, match="only 800 rows"):
         Batches(rows, 1000, 1)
 
@@ -283,8 +283,8 @@ def test_some_values_are_shown_as_unseen_alike_on_every_rank(tmp_path):
     changed = plain != hidden
     assert (hidden[changed] == 1).all() and (plain[changed] > 1).all()
     assert 0.3 < changed.sum() / (plain > 1).sum() < 0.5
-    straight = Batches(rows, 250, 7, spec=log.spec).batches(0)
-    assert next(straight) is not None and np.array_equal(next(straight)[0], hidden)
+    uninterrupted = Batches(rows, 250, 7, spec=log.spec).batches(0)
+    assert next(uninterrupted) is not None and np.array_equal(next(uninterrupted)[0], hidden)
     halves = [next(Batches(rows, 250, 7, rank, 2, log.spec).batches(1))[0] for rank in range(2)]
     assert np.array_equal(np.concatenate(halves), hidden)
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 class StuckEngine:
     """An engine whose thread never takes anything."""
 
-    version, reading, waiting, full = 1, 1, 0, False
+    version, encoding_version, waiting, full = 1, 1, 0, False
 
     def __init__(self, trained) -> None:
         self.trained, self.cache = trained, StateCache(0)
@@ -178,7 +178,7 @@ def test_a_request_is_read_again_only_after_a_reload_with_another_vocabulary(run
         asked = 0
 
         def submit(self, ids: np.ndarray, numbers: np.ndarray) -> Future:
-            self.version, self.reading, self.asked = 2, 1 + rise, self.asked + 1
+            self.version, self.encoding_version, self.asked = 2, 1 + rise, self.asked + 1
             done: Future = Future()
             done.set_result((np.full((len(ids), 1), 0.25 * self.asked), self.version))
             return done

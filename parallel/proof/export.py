@@ -1,0 +1,288 @@
+"""Verb `export`: the partitioned graphs of all ranks as a portable program (`parallel.torch_runtime.program`).
+
+Only ranks whose graphs differ in more than their groups are compiled, as replay does. Programs are kept in a cache
+under the digest of everything that shapes a graph: settings, the code that builds and shards networks, MindSpore's
+version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parallel.common.errors import UserError
+from parallel.common.files import cache_folder
+from parallel.proof.compile.graph import Node, attribute_value
+from parallel.proof.compile.rank_compiler import Compiled, Compilers
+from parallel.proof.dryrun.accounting import COLLECTIVES, coordinates
+from parallel.proof.replay.collective_order import wrong_order
+from parallel.proof.replay.collectives import Call, address, group_ranks
+from parallel.proof.replay.executor import BFLOAT16, Program, constant, data_inputs
+from parallel.proof.replay.ranks import AllRanks, compile_graphs, read_ranks
+from parallel.torch_runtime import program as portable
+
+_PROJECT = Path(__file__).resolve().parents[2]
+# What a rule reads; everything else says how the partitioner came by a node.
+_ATTRIBUTES = ("axis", "paddings", "output_num", "begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask",
+               "shrink_axis_mask", "epsilon", "reverse", "exclusive", "equation", "op", "split_dim", "concat_dim",
+               "root_rank")
+_MARKS = ("micro", "mirror_user_id", "pipeline_param")
+# Settings that shape no graph.
+_SHAPELESS = {
+    "output": True, "generate": True, "evaluate": True, "serve": True,
+    "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
+              "data_sink", "keep_best"},
+    "data": {"directory", "corpus", "shuffle", "together"},
+    "parallel": {"backend"},
+}  # fmt: skip
+_SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parallel/proof/compile",
+            "parallel/proof/export.py", "parallel/torch_runtime/program.py")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's flags."""
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder of the program")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
+                        help="processes that compile at once (default: 2, or 1 on one core)")
+
+
+def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The verb.
+
+    Raises:
+        UserError: a layout that does not fit or that MindSpore refuses.
+    """
+    if not Path(arguments.config).is_file():
+        raise UserError("no such file", where="--config", value=arguments.config)
+    started = time.monotonic()
+    made = exported(arguments.config, arguments.overrides, processes=arguments.processes)
+    target = Path(arguments.output)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in made.iterdir():
+        shutil.copyfile(path, target / path.name)
+    opened = portable.Program(target)
+    return {"world": opened.world, "distinct_graphs": len({rank.graphs["step"] for rank in opened.ranks}),
+            "bytes": sum(path.stat().st_size for path in target.iterdir()),
+            "seconds": round(time.monotonic() - started, 2), "program": str(target)}
+
+
+def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds: Sequence[str] | None = None,
+             compilers: Compilers | None = None) -> Path:
+    """Folder in the cache with the program of a run; compiled if it is not there.
+
+    Args:
+        config: YAML file of a run.
+        overrides: key.sub=value.
+        processes: that compile at once.
+        kinds: which graphs; None = step, loss, and scores where the model can tell them.
+        compilers: what compiles; None = started here.
+
+    Raises:
+        UserError: see `run`.
+    """
+    from parallel.proof.replay.settings import check_layout
+    from parallel.task import load_run
+
+    module, settings = load_run(config, list(overrides))
+    kinds = tuple(kinds or ("step", "loss", *(("scores",) if hasattr(module, "scores") else ())))
+    digest = digest_of(settings, kinds)
+    folder = cache_folder() / "programs" / digest
+    if (folder / portable.FILE).is_file():
+        return folder
+    check_layout(config, list(overrides))
+    hidden = folder.with_name(f".{digest}.{os.getpid()}")
+    try:
+        if compilers is not None:
+            write_program(config, overrides, hidden, compilers, digest, kinds)
+        else:
+            with Compilers(processes) as own:
+                write_program(config, overrides, hidden, own, digest, kinds)
+        try:
+            hidden.rename(folder)
+        except OSError:  # another process was first, and its program is the same
+            if not (folder / portable.FILE).is_file():
+                raise
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return folder
+
+
+def digest_of(settings: Any, kinds: Sequence[str] = ()) -> str:
+    """Hash of everything that shapes the graphs of a run: its settings and the code."""
+    tree = settings.model_dump(mode="json")
+    for key, left_out in _SHAPELESS.items():
+        if left_out is True:
+            tree.pop(key, None)
+        elif isinstance(tree.get(key), dict):
+            tree[key] = {name: value for name, value in tree[key].items() if name not in left_out}
+    found = hashlib.sha256(json.dumps([portable.VERSION, list(kinds), tree], sort_keys=True).encode())
+    found.update(importlib.metadata.version("mindspore").encode())
+    package = type(settings).__module__.partition(".")[0]
+    for place in (*_SOURCES, package):
+        path = _PROJECT / place
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            found.update(file.read_bytes())
+    return found.hexdigest()[:24]
+
+
+def write_program(config: str, overrides: Sequence[str], folder: Path, compilers: Compilers, digest: str,
+                  kinds: Sequence[str] = ("step",)) -> None:
+    """Compiles every kind of graph of a run's layout and writes the program into `folder`."""
+    from parallel.task import load_run
+
+    settings = load_run(config, list(overrides))[1]
+    compiled = {kind: compile_graphs(config, overrides, compilers, graph=kind) for kind in kinds}
+    write_worlds(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings, digest=digest,
+                 config=Path(config).name, overrides=list(overrides))
+
+
+def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Any,
+                 **more: Any) -> None:
+    """Writes compiled worlds as a program.
+
+    Args:
+        folder: of the program.
+        worlds: for each kind of graph what was compiled and read; "step" is among them.
+        settings: of the run.
+        more: further entries of program.json.gz; `digest` is one.
+
+    Raises:
+        UserError: ranks whose collectives do not agree.
+    """
+    results = {kind: _first(compiled) for kind, (compiled, _) in worlds.items()}
+    read = {kind: world for kind, (_, world) in worlds.items()}
+    for kind, world in read.items():
+        problem = wrong_order(world.programs)
+        if problem:
+            raise UserError(f"the ranks' collectives do not agree: {problem}", where=f"{kind} graph")
+    step = results["step"]
+    writer = portable.Writer(folder)
+    tensors = [portable.Tensor(name, kind, tuple(shape), dtype, tuple(start))
+               for name, kind, shape, dtype, start in step["tensors"]]
+    ranks, groups = [], {"groups": set(), "messages": set()}
+    for number in range(len(read["step"].programs)):
+        ranks.append(_rank(number, read, writer, groups))
+    writer.finish(
+        tensors=tensors, inputs=step["whole_inputs"], ranks=ranks, parallel=step["parallel"],
+        settings=settings.model_dump(mode="json"), micro_batches=step["micro_batches"], tokens=step["tokens"],
+        figures=step["figures"], **{key: sorted(listed) for key, listed in groups.items()},
+        mindspore=importlib.metadata.version("mindspore"),
+        ordered_messages={kind: ordered_messages(world.programs) for kind, world in read.items()}, **more,
+    )
+
+
+def _first(compiled: dict[int, Compiled]) -> dict[str, Any]:
+    return next(iter(compiled.values())).result
+
+
+def _rank(number: int, worlds: dict[str, AllRanks], writer: portable.Writer, known: dict[str, set]) -> portable.Rank:
+    """Writes a rank's graphs and adds their groups to the `known` ones of the world."""
+    graphs, groups, extents = {}, {}, {}
+    for kind, world in worlds.items():
+        made = converted(world.programs[number], number)
+        for node in made.nodes:
+            if "group" in node.attributes:
+                key = "messages" if node.op in ("Send", "Receive") else "groups"
+                known[key].add(made.groups[node.attributes["group"]])
+        graphs[kind], groups[kind] = writer.add(made), made.groups
+        extents = {**world.extents[number], **extents}
+    stage, data, op = coordinates(number, worlds["step"].config)
+    return portable.Rank(number, stage, data, op, graphs, groups, extents,
+                         tuple(sorted(worlds["step"].programs[number].copies)))
+
+
+def ordered_messages(programs: Sequence[Program]) -> bool:
+    """Whether every receiver takes a sender's messages in the order in which they are sent, which a transport without
+    tags asks for."""
+    sent, taken = defaultdict(list), defaultdict(list)
+    for rank, item in enumerate(programs):
+        for node in item.nodes:
+            if node.op in ("Send", "Receive"):
+                source, target, _, tag = address(Call(rank, node, None))
+                (sent if node.op == "Send" else taken)[source, target].append(tag)
+    return sent == taken
+
+
+def converted(program: Program, rank: int) -> portable.Graph:
+    """A rank's graph in the portable form."""
+    graph = program.graph
+    numbers: dict[str, int] = {}
+    inputs = data_inputs(program)
+    for name in (*inputs, *graph.parameters, *program.constants):
+        numbers[name] = len(numbers)
+    nodes, groups = [], []
+    for node in program.nodes:
+        numbers[node.name] = len(numbers)
+        nodes.append(_node(node, numbers, groups, rank))
+    constants = [_literal(node.value) for node in graph.main.nodes if node.op == "Constant"]
+    types = {node.name: node.outputs for node in graph.main.nodes}
+    fed = [(name, portable.Kind(*_kind(types.get(name)))) for name in inputs]
+    held = [(name, portable.Kind(kind.shape, kind.dtype)) for name, kind in graph.parameters.items()]
+    return portable.Graph(fed, held, constants, nodes, numbers[graph.main.result], groups)
+
+
+def _kind(outputs: Any) -> tuple[tuple[int, ...], str]:
+    return (outputs[0].shape, outputs[0].dtype) if outputs else ((), "")
+
+
+def _node(node: Node, numbers: dict[str, int], groups: list[tuple[int, ...]], rank: int) -> portable.Node:
+    attributes = {key: node.attributes[key] for key in _ATTRIBUTES if node.attributes.get(key) is not None}
+    if node.op in COLLECTIVES:
+        members = group_ranks(node)
+        if node.op in ("Send", "Receive"):
+            source, target, _, tag = address(Call(rank, node, None))
+            members, attributes["tag"] = (source, target), tag
+        if members not in groups:
+            groups.append(members)
+        attributes["group"] = groups.index(members)
+    marks = {key: node.marks[key] for key in _MARKS if node.marks.get(key) is not None}
+    if "duplicated" in node.marks:
+        marks["recomputed"] = True
+    if node.instance and node.op in COLLECTIVES:
+        marks["instance"] = node.instance
+    return portable.Node(node.op, [numbers[name] for name in node.inputs],
+                         [portable.Kind(kind.shape, kind.dtype) for kind in node.outputs], attributes, node.scope,
+                         marks, numbers[node.name])
+
+
+def _literal(value: Any) -> Any:
+    """A constant's protobuf attribute in the portable form."""
+    if value is None:
+        return None
+    if len(value.tensors) == 1 and not value.values:
+        proto = value.tensors[0]
+        array = constant(value)
+        dtype = "bfloat16" if proto.data_type == BFLOAT16 else array.dtype.name
+        kind = portable.Kind(array.shape, dtype)
+        if array.size and (array == array.reshape(-1)[0]).all():
+            return portable.Literal(kind, array.reshape(-1)[0].item())
+        if dtype == "bfloat16":
+            array = (array.view(np.uint32) >> 16).astype(np.uint16)
+        return portable.Literal(kind, data=np.ascontiguousarray(array))
+    if value.type in (type(value).TUPLE, type(value).LIST):
+        return tuple(_item(item) for item in value.values)
+    return _plain(attribute_value(value))
+
+
+def _item(value: Any) -> Any:
+    found = _literal(value)
+    return found[0] if isinstance(found, tuple) and len(found) == 1 and not value.values else found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_plain(item) for item in value)
+    return None if dataclasses.is_dataclass(value) else value
+

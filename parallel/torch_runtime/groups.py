@@ -1,0 +1,174 @@
+"""Process groups and collectives: gloo between CPU processes, NCCL between GPUs.
+
+Every collective begins where its node stands and is waited for before its result is first read, so communication and
+computation overlap. A Send never waits before the end of the step. Each direction of each pair of stages has a group of
+its own: on NCCL two messages in opposite directions on one communicator would wait for each other.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.common.errors import UserError
+from parallel.torch_runtime.program import Node
+
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,
+               "prod": dist.ReduceOp.PRODUCT}
+
+# Newer releases call them so, and warn of the old names.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class Pending:
+    """A collective under way: its result once `wait` has returned. Keeps what is sent alive until then."""
+
+    __slots__ = ("finish", "kept", "result", "work")
+
+    def __init__(self, work: Any, result: Any, kept: Any = None, finish: Any = None) -> None:
+        self.work, self.result, self.kept, self.finish = work, result, kept, finish
+
+    def wait(self) -> Tensor:
+        """The result; on a GPU the stream waits, not the caller."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.kept = None
+        return self.result if self.finish is None else self.finish(self.result)
+
+
+class Communicator:
+    """This process among those of a world.
+
+    Args:
+        rank, world: its number and how many there are.
+        device: where tensors lie.
+        groups: all groups of the world, the same on every rank.
+        messages: all directions of messages, (sender, receiver).
+    """
+
+    def __init__(self, rank: int, world: int, device: torch.device, groups: Sequence[tuple[int, ...]] = (),
+                 messages: Sequence[tuple[int, int]] = ()) -> None:
+        self.rank, self.world, self.device = rank, world, device
+        self.groups: dict[tuple, Any] = {}
+        # Every rank makes every group, its own and the others', in the same order: torch asks for it.
+        for kind, listed in (("group", groups), ("message", messages)):
+            for members in sorted(set(map(tuple, listed))):
+                if len(members) > 1:
+                    made = dist.new_group(list(members), group_desc="-".join(map(str, (kind, *members))))
+                    self.groups[(kind, *members)] = made
+        self.sent: list[Pending] = []
+
+    def start(self, node: Node, value: Any, members: tuple[int, ...]) -> Pending:
+        """Begins a collective.
+
+        Args:
+            node: of the graph.
+            value: what this rank brings; None for a Receive.
+            members: its group; of messages (sender, receiver).
+
+        Raises:
+            UserError: a collective without a rule.
+        """
+        if node.op in ("Send", "Receive"):
+            return self._message(node, value, members)
+        if len(members) == 1:
+            return Pending(None, value)
+        group = self.groups[("group", *members)]
+        value = value.contiguous()
+        if node.op == "AllReduce":
+            result = value.clone()
+            work = dist.all_reduce(result, _REDUCTIONS[str(node.attributes.get("op") or "sum")], group, async_op=True)
+            return Pending(work, result)
+        if node.op == "AllGather":
+            result = value.new_empty((value.shape[0] * len(members), *value.shape[1:]) if value.dim() else
+                                     (len(members),))
+            return Pending(_all_gather(result, value, group=group, async_op=True), result, value)
+        if node.op == "ReduceScatter":
+            result = value.new_empty((value.shape[0] // len(members), *value.shape[1:]))
+            operation = _REDUCTIONS[str(node.attributes.get("op") or "sum")]
+            return Pending(_reduce_scatter(result, value, op=operation, group=group, async_op=True), result, value)
+        if node.op == "Broadcast":
+            root = int(node.attributes.get("root_rank") or 0)
+            result = value.clone()
+            source = members[root if root < len(members) else members.index(root)]
+            return Pending(dist.broadcast(result, source, group, async_op=True), result)
+        if node.op in ("AlltoAll", "AllToAll"):
+            return self._exchange(node, value, group, len(members))
+        raise UserError(f"no rule for the collective {node.op}", where=node.scope,
+                        hint="add one to parallel/torch_runtime/groups.py")
+
+    def _exchange(self, node: Node, value: Tensor, group: Any, count: int) -> Pending:
+        """AlltoAll: `split_dim` in a part for each rank; the i-th goes to rank i; what comes is joined."""
+        split, concat = int(node.attributes["split_dim"]), int(node.attributes["concat_dim"])
+        parts = torch.stack(value.chunk(count, split)).contiguous()
+        result = torch.empty_like(parts)
+        work = dist.all_to_all_single(result, parts, group=group, async_op=True)
+        return Pending(work, result, parts, lambda found: torch.cat(found.unbind(0), concat))
+
+    def _message(self, node: Node, value: Any, pair: tuple[int, ...]) -> Pending:
+        group, tag = self.groups[("message", *pair)], int(node.attributes["tag"])
+        if node.op == "Send":
+            value = value.contiguous()
+            self.sent.append(Pending(dist.isend(value, pair[1], group, tag), None, value))
+            return Pending(None, value)
+        kind = node.outputs[0]
+        result = torch.empty(kind.shape, dtype=value, device=self.device)
+        return Pending(dist.irecv(result, pair[0], group, tag), result)
+
+    def settle(self) -> None:
+        """Waits for all messages that were sent."""
+        for item in self.sent:
+            item.wait()
+        self.sent.clear()
+
+    def add(self, values: list[float]) -> list[float]:
+        """Adds lists of floats over all ranks."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Returns when all ranks have called it."""
+        if self.world > 1:
+            self.add([0.0])
+
+
+def join(rank: int, world: int, device: torch.device, *, address: str | None = None, seconds: float = 600.0) -> None:
+    """Meets the other processes.
+
+    Args:
+        rank, world: this process's number and how many there are.
+        device: "cpu" takes gloo, "cuda" NCCL.
+        address: HOST:PORT of rank 0; None = MASTER_ADDR and MASTER_PORT.
+        seconds: after which a process that does not answer is given up.
+
+    Raises:
+        UserError: the address is taken or nobody answers there.
+    """
+    if world == 1 or dist.is_initialized():
+        return
+    if address is None:
+        address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
+    options = {"device_id": device} if device.type == "cuda" else {}
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank,
+                                world_size=world, timeout=datetime.timedelta(seconds=seconds), **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the processes did not find each other: {reason}", where=f"rank {rank} of {world}",
+                        value=address, hint="choose another port, and see that it is free on that machine") from None
+
+
+def leave() -> None:
+    """Ends the communication of this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,254 @@
+"""The training step of one rank of a program: what the trainer needs of a backend (`parallel.training.backend`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parallel.checkpoint.sharded import Holder
+from parallel.common.errors import UserError
+from parallel.torch_runtime.execute import DTYPES, Binder, Bound
+from parallel.torch_runtime.groups import Communicator, join, leave
+from parallel.torch_runtime.program import Graph, Program, start_of
+from parallel.torch_runtime.program import Tensor as Held
+
+_SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+                torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+SAMPLE_NUMBERS = "sample_numbers"
+_ACCUMULATED = "accu_grads."
+
+
+class TorchTensor:
+    """A parameter, moment or counter on the device, as a `parallel.checkpoint.tensors.NamedTensor`."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name, self.tensor = name, tensor
+        self.dtype, self.shape = _SAFETENSORS[tensor.dtype], tuple(tensor.shape)
+
+    def read(self) -> np.ndarray:
+        """A copy of the values (bfloat16 as its 16 bits)."""
+        found = self.tensor.detach().to("cpu", copy=True)
+        if found.dtype == torch.bfloat16:
+            return found.view(torch.int16).numpy().view(np.uint16)
+        return found.numpy()
+
+    def assign(self, value: np.ndarray) -> None:
+        """Puts values of the same type and shape in place."""
+        value = torch.from_numpy(np.array(value, order="C"))
+        if self.tensor.dtype == torch.bfloat16 and not value.is_floating_point():
+            value = value.view(torch.int16).view(torch.bfloat16) if value.dtype == torch.int16 else \
+                torch.from_numpy(value.numpy().view(np.int16)).view(torch.bfloat16)
+        self.tensor.copy_(value.reshape(self.tensor.shape))
+
+
+class TorchStep:
+    """One rank of an exported program on one device, ready to step from its start values.
+
+    Args:
+        program: opened.
+        rank: which; there is one process for each of `program.world`.
+        device: "cpu", "cuda" (takes LOCAL_RANK) or "cuda:N"; None = a GPU where there is one.
+        mode: "exact", op by op in the graph's order; "eager", with passes; see `modes`.
+        floating: "declared", or "float64" for all floating types (exact mode only).
+        address: HOST:PORT where the processes meet; None = MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UserError: the layout has another number of processes, or they do not find each other.
+    """
+
+    name = "torch"
+
+    def __init__(self, program: Program, rank: int = 0, *, device: str | None = None, mode: str = "exact",
+                 floating: str = "declared", address: str | None = None) -> None:
+        self.program, self.rank, self.ranks = program, rank, program.world
+        if not 0 <= rank < program.world:
+            raise UserError(f"the layout is one of {program.world} processes", where="rank", value=rank)
+        if floating != "declared" and mode != "exact":
+            raise UserError("only the exact mode computes in float64", where="mode", value=mode)
+        self.mode, self.floating = mode, floating
+        self.device = _device(device)
+        self.own = program.ranks[rank]
+        layout = program.parallel
+        self.share = (self.own.data, int(layout["data"]))
+        self.is_last = self.own.stage == layout["pipeline"]["stages"] - 1
+        self.numbered = any(name == SAMPLE_NUMBERS for name, *_ in program.inputs)
+        join(rank, self.ranks, self.device, address=address)
+        self.graphs = {kind: program.graph(rank, kind) for kind in self.own.graphs}
+        self.communicator = None
+        if self.ranks > 1:
+            self.communicator = Communicator(rank, self.ranks, self.device, *program.groups)
+        self.state = self._start()
+        self.bound: dict[str, Bound] = {}
+
+    # -- what the trainer asks --------------------------------------------------------------------------------------
+
+    def step(self, batch: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Forward, backward, update; `batch` is this rank's rows. See `Backend.step`."""
+        results = self.run("step", batch)
+        names = ("loss", "global_norm", "finite", "loss_scale", "learning_rate")
+        # One transfer for all five.
+        told = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
+                            for item in results]).tolist()
+        return {**dict(zip(names, told, strict=True)), "finite": bool(told[2])}
+
+    def loss(self, batch: Sequence[np.ndarray]) -> tuple[float, float]:
+        """(loss x weight, weight) of the whole batch on one rank, (0, 0) on the others. See `Backend.loss`."""
+        result = self.run("loss", batch)
+        if not self.is_last or self.own.data or self.own.op:
+            return 0.0, 0.0
+        mean, weight = (float(item) for item in result.tolist())
+        return mean * weight, weight
+
+    def scores(self, batch: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Probabilities [rows, tasks] of this rank's rows; None where another rank tells them. See `Backend.scores`."""
+        result = self.run("scores", batch)
+        if not self.is_last or self.own.op:
+            return None
+        return result.float().cpu().numpy()
+
+    def run(self, kind: str, batch: Sequence[np.ndarray]) -> Any:
+        """The result of a kind of graph on this rank's rows of a batch."""
+        bound = self._bound(kind)
+        try:
+            with torch.no_grad():
+                return bound.run([self.fed(item, array) for item, array in
+                                  zip(bound.graph.inputs, batch, strict=True)])
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"out of device memory: {str(error).splitlines()[0]}", where="train.global_batch_size",
+                            hint="lower it, raise train.accumulation or parallel.pipeline.micro_batches, or set "
+                                 "parallel.recompute.policy: full; python -m parallel estimate says how much a layout "
+                                 "needs") from None
+
+    def fed(self, item: tuple[str, Any], array: np.ndarray) -> Tensor:
+        """A batch's array on the device in the type of the graph's input."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        dtype = DTYPES.get(item[1].dtype, tensor.dtype)
+        if self.floating != "declared" and dtype.is_floating_point:
+            dtype = DTYPES[self.floating]
+        return tensor.to(self.device, dtype, non_blocking=True)
+
+    def parameters(self) -> list[TorchTensor]:
+        """Of the network, those that this rank holds."""
+        return self._of("parameter")
+
+    def states(self) -> list[TorchTensor]:
+        """Moments that this rank holds."""
+        return self._of("state")
+
+    def counters(self) -> list[TorchTensor]:
+        """step, iteration, loss_scale, loss_scale_clean_steps."""
+        return self._of("counter")
+
+    @cached_property
+    def holder(self) -> Holder | None:
+        """Which slices this rank holds; None where every rank holds everything."""
+        tensors = [tensor for tensor in self.program.tensors if tensor.kind == "parameter"]
+        extents = {tensor.name: self.own.extents[tensor.name] for tensor in tensors if self._holds(tensor)}
+        if self.ranks == 1:
+            return None
+        return Holder(self.rank, self.ranks, extents, {tensor.name: tensor.shape for tensor in tensors}, self.barrier)
+
+    def exchange(self, values: list[float]) -> list[float]:
+        """Adds lists of equal length over all ranks."""
+        return self.communicator.add(values) if self.communicator is not None else list(values)
+
+    def barrier(self) -> None:
+        """Returns when all ranks have called it."""
+        if self.communicator is not None:
+            self.communicator.barrier()
+
+    def peak_tflops(self, precision: str) -> float | None:
+        """Measured speed of a large matrix product in the type of `precision` on this device."""
+        return measured_tflops(self.device, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision,
+                                                                                               torch.float32))
+
+    def close(self) -> None:
+        """Leaves the other processes."""
+        leave()
+
+    # -- how it is made -----------------------------------------------------------------------------------------------
+
+    def _of(self, kind: str) -> list[TorchTensor]:
+        return [TorchTensor(tensor.name, self.state[tensor.name]) for tensor in self.program.tensors
+                if tensor.kind == kind and tensor.name in self.state and self._holds(tensor)]
+
+    def _holds(self, tensor: Held) -> bool:
+        """Whether this rank keeps a tensor; a copy of another stage's is none."""
+        owner = tensor.name.partition(".")[2] if tensor.kind == "state" else tensor.name
+        if owner in self.own.copies or tensor.name in self.own.copies:
+            return False
+        return tensor.kind == "counter" or tensor.name in self.own.extents
+
+    def _start(self) -> dict[str, Tensor]:
+        """Everything that the rank's graphs hold, at its start."""
+        state: dict[str, Tensor] = {}
+        for graph in self.graphs.values():
+            for name, kind in graph.parameters:
+                if name not in state:
+                    state[name] = self._started(name, kind.shape, kind.dtype)
+        for tensor in self.program.tensors:
+            if tensor.kind == "counter" and tensor.name not in state:
+                state[tensor.name] = self._started(tensor.name, (), tensor.dtype)
+        return state
+
+    def _started(self, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+        wanted = DTYPES[dtype]
+        if wanted.is_floating_point and self.floating != "declared":
+            wanted = DTYPES[self.floating]
+        if name.startswith(_ACCUMULATED):
+            return torch.zeros(shape, dtype=wanted, device=self.device)
+        held = self.program.by_name.get(name)
+        if held is None:
+            raise UserError("a parameter of the graph is none of the run's", where=f"rank {self.rank}", value=name)
+        if held.start[0] == "fill":
+            return torch.full(shape, held.start[1], dtype=wanted, device=self.device)
+        value = start_of(held, self.own.extents.get(name), self.program.seed)
+        return torch.from_numpy(value.reshape(shape)).to(self.device, wanted)
+
+    def _bound(self, kind: str) -> Bound:
+        if kind not in self.bound:
+            if kind not in self.graphs:
+                raise UserError(f"the program holds no {kind} graph", where=self.program.folder)
+            self.bound[kind] = self._bind(self.graphs[kind])
+        return self.bound[kind]
+
+    def _bind(self, graph: Graph) -> Bound:
+        return Binder(graph, self.state, self.device, floating=self.floating, communicator=self.communicator).bind()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("no GPU that torch can use", where="device", value=name, hint="set it to cpu")
+        torch.cuda.set_device(device)
+    return device
+
+
+def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large square matrix product on random numbers: the peak that an MFU is taken of."""
+    size, times = (8192, 10) if device.type == "cuda" else (1024, 4)
+    if device.type == "cpu":
+        dtype = torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 2.0 * size**3 * times / (time.perf_counter() - begin) / 1e12
