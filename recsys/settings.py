@@ -17,6 +17,7 @@ from parallel.training.settings import (
     TrainSettings,
 )
 from recsys.data.features import Feature
+from recsys.data.streams.settings import StreamSettings
 from recsys.tables.settings import TableSettings
 
 
@@ -62,9 +63,9 @@ class DataSettings(Settings):
     """The click log and what its columns mean."""
 
     reader: str = "synthetic"
-    """Which file under recsys/readers/ reads the log."""
+    """Which file under recsys/data/readers/ reads the log."""
     path: str | None = None
-    """File, folder of shards or glob pattern; not for synthetic."""
+    """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
     quoted: bool = True
@@ -103,6 +104,8 @@ class DataSettings(Settings):
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
     synthetic: SyntheticSettings = SyntheticSettings()
     """Sizes of the generated log."""
+    stream: StreamSettings = StreamSettings()
+    """redis_stream, kafka, tail: how events are read."""
     tables: TableSettings = TableSettings()
     """Where the embedding tables lie."""
 

@@ -25,6 +25,7 @@ from parallel.training.trainer import Run, Trainer
 from recsys.build import build, check_layout, loss_network
 from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
+from recsys.data.readers import reader
 from recsys.evaluate import VOCABULARY, Evaluation
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
@@ -36,6 +37,8 @@ _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     processes = start_device()
+    if reader(settings.data.reader).stream is not None:
+        return run_stream(settings, processes)
     log = prepare(settings.data, settings.model.embedding_size)
     set_seed(settings.train.seed)
     if settings.data.tables.place == "host":
@@ -52,6 +55,22 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     else:
         initialize(network.model, settings.train.seed)
         figures = train(settings, network, log, processes)
+    if processes.rank == 0:
+        table("Trained", ["figure", "value"], figures.items())
+    return figures
+
+
+def run_stream(settings: Any, processes: Processes) -> dict:
+    """Trains on a stream (readers redis_stream, kafka, tail)."""
+    from recsys.stream_training import check, reading_of, train_stream
+
+    check(settings)
+    reading = reading_of(settings)
+    set_seed(settings.train.seed)
+    network = loss_network(settings, reading[2], len(reading[1].labels), COMPUTE_DTYPES[settings.train.precision])
+    if needs_sharding(check_device(settings, network.model, processes), processes):
+        raise UserError("a stream is trained on with data parallelism only", where="parallel", hint="set parallel.data")
+    figures = train_stream(settings, network, reading, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures

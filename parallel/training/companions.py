@@ -3,7 +3,7 @@ state of its own in the checkpoints (a stream's offsets, windows of metrics, row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ class Companion:
     """
 
     name = "companion"
+    save: Callable[[], Any] = staticmethod(lambda: None)
+    """Set by the trainer: writes a checkpoint of the steps done; for use between two steps."""
+    go_back: Callable[[int], Any] = staticmethod(lambda step: None)
+    """Set by the trainer: returns to the checkpoint of a step; for use between two steps."""
 
     def before_step(self, step: int, batch: Sequence[np.ndarray]) -> None:
         """Called with the number of steps done and this process's rows of the next batch."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.checkpoint.folder import list_checkpoints, resolve_checkpoint
+from parallel.checkpoint.folder import checkpoint_path, list_checkpoints, resolve_checkpoint
 from parallel.checkpoint.full import load_checkpoint, save
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar, info
@@ -74,6 +74,8 @@ class Trainer:
         self.settings, self.output = run.settings, run.output
         self.source = NumberedSource(run.source, *backend.share) if backend.numbered else run.source
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
+        for companion in self.companions:
+            companion.save, companion.go_back = self.save, self.go_back
         if run.validation is not None:
             self.evaluators.insert(0, Validation(backend, run.validation, run.settings.validation_batches))
         self.on_step = run.on_step
@@ -139,7 +141,9 @@ class Trainer:
         if self.settings.data_sink:
             yield from self._sunk_outputs()
             return
-        batches = prefetch(itertools.islice(self.source.batches(self.iteration), self.settings.steps - self.iteration))
+        batches = self.source.batches(self.iteration)
+        if getattr(self.source, "read_ahead", True):
+            batches = prefetch(itertools.islice(batches, self.settings.steps - self.iteration))
         try:
             for batch in batches:
                 for companion in self.companions:
@@ -288,13 +292,23 @@ class Trainer:
         else:
             path = found[-1] if found else None
         if path is not None:
-            extents = self.backend.holder.extents if self.backend.holder is not None else None
-            state = load_checkpoint(path, self.backend.parameters(), self.backend.states(), extents)
-            self._take_state(state, path)
-            restore_all(self.companions, state.get("companions", {}), path)
+            self._load(path)
         self._same_on_all_ranks()
         if path is not None and self.backend.rank == 0:
             info(f"going on from {path} (step {self.iteration})")
+
+    def _load(self, path: Path) -> None:
+        extents = self.backend.holder.extents if self.backend.holder is not None else None
+        state = load_checkpoint(path, self.backend.parameters(), self.backend.states(), extents)
+        self._take_state(state, path)
+        restore_all(self.companions, state.get("companions", {}), path)
+
+    def go_back(self, step: int) -> None:
+        """Returns to the checkpoint of an earlier step of this run."""
+        self._load(checkpoint_path(self.checkpoints, step))
+        if self.log is not None:
+            self.log.close()
+            self.log = MetricsLog(self.directory, self.iteration, self.output.tensorboard)
 
     def _same_on_all_ranks(self) -> None:
         """Refuses to go on when the ranks stand at different steps, each knowing its own disk only."""

@@ -111,7 +111,7 @@ def _same(one: Path, other: Path) -> bool:
 
 def _digest(data: Any, vocabulary: Path | None) -> str:
     """Name of the encoded log: of its settings, features, and the sizes and times of its files."""
-    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables"})
+    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables", "stream"})
     tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
                                                                           "unseen_rate", "admission_share",
                                                                           "expire_after", "expire_unit",
