@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel.common.digests import BlockSums, CheckedRows
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, matching, read_json, write_json
 from parallel.common.folders import put_in_place, sweep, temporary_name
@@ -30,7 +31,7 @@ from recsys.data.vocabulary import Statistics, Vocabulary
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 
 PARTS = ("train", "validation", "test")
-_FORMAT = 4
+_FORMAT = 5
 _WINDOW = 1 << 22
 
 
@@ -260,6 +261,7 @@ _FIELDS = ("ids", "numbers", "labels", "users")
 def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
     counts = dict.fromkeys(PARTS, 0)
     files = {(part, field): (directory / f"{part}.{field}").open("wb") for part in PARTS for field in _FIELDS}
+    sums = {place: BlockSums() for place in files}
     try:
         for table, where, first, part in passes.parts():
             encoded, good = encoder.encode(table, spec, vocabulary, where, first)
@@ -267,7 +269,9 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
                 rows = encoded.take(np.flatnonzero(part[good] == index))
                 counts[name] += len(rows)
                 for field in _FIELDS:
-                    getattr(rows, field).tofile(files[name, field])
+                    data = np.ascontiguousarray(getattr(rows, field)).tobytes()
+                    files[name, field].write(data)
+                    sums[name, field].add(data)
     finally:
         for file in files.values():
             file.close()
@@ -279,11 +283,14 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
     write_json(directory / "log.json", {"rows": counts, "report": {**report, "user": encoder.columns.user},
                                         "id_columns": spec.id_columns, "numeric_columns": spec.numeric_columns,
                                         "id_type": np.dtype(id_type(spec)).name,
-                                        "labels": encoder.columns.labels})
+                                        "labels": encoder.columns.labels,
+                                        "blocks": {f"{part}.{field}": found.sums()
+                                                   for (part, field), found in sums.items()}})
 
 
 def _map(directory: Path, data: Any, embedding_size: int) -> Log:
-    header = read_json(directory / "log.json")
+    hint = f"delete {directory}"
+    header = read_json(directory / "log.json", sealed=True, hint=hint)
     if skipped := header["report"]["skipped"]:
         # Told by every run, not only by the one that encoded the log.
         info("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
@@ -303,8 +310,9 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
             shape = (header["rows"][part],) if width is None else (header["rows"][part], width)
             path = directory / f"{part}.{field}"
             if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise UserError("encoded log is damaged", where=path, hint=f"delete {directory}")
-            arrays[field] = np.memmap(path, dtype, "r", shape=shape) if math.prod(shape) else np.zeros(shape, dtype)
+                raise UserError("encoded log is damaged", where=path, hint=hint)
+            arrays[field] = np.zeros(shape, dtype) if not math.prod(shape) else CheckedRows(
+                np.memmap(path, dtype, "r", shape=shape), header["blocks"][path.name], path, hint)
         parts[part] = Encoded(**arrays)
         parts[part].shift = shift
     return Log(parts, spec, vocabulary, header["labels"], header["report"], directory)

@@ -73,8 +73,8 @@ class Replay:
         figures |= {f"one_rank_{name}_difference": value for name, value in worst.items()}
         if not held:
             info(f"the graph of one rank, executed by the replay's rules, differs from MindSpore's own step on the "
-                 f"CPU: loss {worst['loss']:.2g}, norm {worst['norm']:.2g} relative. A rule of numpy_ops is wrong, or the "
-                 "step of a sharded run is another than that of one device")
+                 f"CPU: loss {worst['loss']:.2g}, norm {worst['norm']:.2g} relative. A rule of numpy_ops is wrong, or "
+                 "the step of a sharded run is another than that of one device")
         return figures | {"equal": figures["equal"] and held, "exit_code": figures["exit_code"] if held else 1}
 
     def digest(self) -> str:

@@ -71,7 +71,11 @@ def _table(data: bytes, columns: list[str] | None, place: Place, quoted: bool) -
         return "error"
 
     delimiter = place.delimiter
-    names = columns or _header(data, place.file, delimiter, quoted)
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise place.error("not UTF-8 text", data, error.start) from None
+    names = columns or _header(data, delimiter, quoted)
     kept = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True,
                               null_values=["", "NULL", "\\N"])
     try:
@@ -90,12 +94,9 @@ def _table(data: bytes, columns: list[str] | None, place: Place, quoted: bool) -
                         hint="check delimiter and quotes") from None
 
 
-def _header(data: bytes, file: Path, delimiter: str, quoted: bool) -> list[str]:
+def _header(data: bytes, delimiter: str, quoted: bool) -> list[str]:
     line = data[:data.find(b"\n")] if b"\n" in data else data
-    try:
-        text = line.decode().rstrip("\r")
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8 text", where=file) from None
+    text = line.decode().rstrip("\r")
     if quoted and '"' in text:
         return next(python_csv.reader([text], delimiter=delimiter))
     return text.split(delimiter)
