@@ -15,9 +15,10 @@ import pydantic
 
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.sign_part import node_digest
-from data_tools.documents import Document, ReadLog, ReadSettings, RecordWriter, plan_splits, read_split
+from data_tools.documents import RecordWriter, plan_splits, read_split
 from data_tools.flags import need
 from data_tools.pangu_call import call_pangu
+from data_tools.records import Document, ReadLog, ReadSettings
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.documents import Document, OutputFormat, ReadLog, ReadSettings, RecordWriter, Split, read_split
+from data_tools.documents import OutputFormat, RecordWriter, read_split
 from data_tools.engines.base import Engine
+from data_tools.records import Document, ReadLog, ReadSettings, Split
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
 from parallel.common.progress import info

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.dedup.step import run_dedup
-from data_tools.documents import OutputFormat, Split, find_files, plan_splits
+from data_tools.documents import OutputFormat, find_files, plan_splits
 from data_tools.engines.base import Engine
 from data_tools.parts import OutputLayout, PartFigures, digest_of, run_step, split_identity
+from data_tools.records import Split
 from data_tools.rules import discover
 from data_tools.settings import DataSettings
 from data_tools.steps.clean import CleanStep

@@ -8,8 +8,9 @@ from data_tools import rules
 from data_tools.classifier.train import TrainClassifierSettings
 from data_tools.compare_versions import ComparisonSettings
 from data_tools.dedup.plan import DedupSettings
-from data_tools.documents import OutputFormat, ReadSettings
+from data_tools.documents import OutputFormat
 from data_tools.engines.base import EngineSettings
+from data_tools.records import ReadSettings
 from data_tools.steps.decontaminate import DecontaminateSettings
 from data_tools.steps.filter import FilterSettings
 from data_tools.steps.mix import MixSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.documents import plan_splits
-from data_tools.engines.base import open_engine
+from data_tools.engines import open_engine
 from data_tools.flags import need
 from data_tools.parts import OutputLayout
 from data_tools.pipeline import StepResult, run_one, run_pipeline, total_by_rule

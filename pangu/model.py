@@ -152,19 +152,23 @@ class TrainingLoss(Layer):
 
     def construct(self, records_BR: Tensor, positions_BS: Tensor, documents_BS: Tensor,
                   rows_B: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        ids_BS = self.inputs(records_BR, (0, 0), (records_BR.shape[0], self.length), (1, 1))
+        nll_N = self.token_nll(records_BR, ids_BS, positions_BS, documents_BS, rows_B)
+        counted_BS = self.cast(self.differs(ids_BS, self.pad_id), mstype.float32)
+        loss, weight = self.mean(nll_N, self.reshape(counted_BS, (-1,)))
+        return (loss, weight) if self.weighted else loss
+
+    def token_nll(self, records_BR: Tensor, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor,
+                  rows_B: Tensor | None) -> Tensor:
+        """float32 [N]: negative log-likelihood of the next token at every position."""
         batch = records_BR.shape[0]
-        ids_BS = self.inputs(records_BR, (0, 0), (batch, self.length), (1, 1))
         labels_BS = self.labels(records_BR, (0, 1), (batch, self.length + 1), (1, 1))
         hidden_ND = self.model.hidden(ids_BS, positions_BS, documents_BS, rows_B)
         table_VD = self.model.embedding.word.table
         logits_NV, labels_N = self.model.head(hidden_ND, table_VD), self.reshape(labels_BS, (-1,))
         if self.together is not None:
-            nll_N = self.together(ops.stop_gradient(logits_NV), hidden_ND, table_VD, labels_N)
-        else:
-            nll_N = self.cross_entropy(logits_NV, labels_N)
-        counted_BS = self.cast(self.differs(ids_BS, self.pad_id), mstype.float32)
-        loss, weight = self.mean(nll_N, self.reshape(counted_BS, (-1,)))
-        return (loss, weight) if self.weighted else loss
+            return self.together(ops.stop_gradient(logits_NV), hidden_ND, table_VD, labels_N)
+        return self.cross_entropy(logits_NV, labels_N)
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
         """See `PanGuAlpha.pipeline_cells`; the loss stands with the head."""

@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mindspore import dtype as mstype
 from mindspore.nn.utils import no_init_parameters
 
-from pangu.build import build
+from pangu.adaptation.pairs import PairsDataset
+from pangu.build import build, training_network
 from pangu.config import ModelConfig, check_layout
 from pangu.data.dataset import PackedDataset
-from pangu.model import PanGuAlpha, TrainingLoss
+from pangu.data.tokenizer import Tokenizer
+from pangu.generation.generate import check_vocabulary
 from parallel.common.errors import UserError
 from parallel.common.progress import table
+from parallel.layers.low_rank import is_adapter
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import ShardedRun, needs_sharding
+from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Run, Trainer
 
@@ -59,16 +61,17 @@ def sharded_trainer(settings: Any, parallel: ParallelConfig, processes: Processe
 def _run(settings: Any, training: PackedDataset, validation: PackedDataset | None) -> Run:
     tokens = settings.train.global_batch_size * settings.model.sequence_length
     return Run(training, settings.train, settings.output, validation=validation, units_per_step=tokens,
-               flops_per_step=tokens * flops_per_token(settings.model), describe=settings.model_dump(mode="json"))
+               flops_per_step=tokens * flops_per_token(settings.model), describe=settings.model_dump(mode="json"),
+               start_from=settings.adapt.checkpoint if settings.adapt is not None else None,
+               is_new=is_adapter)
 
 
 def training_step(settings: Any, processes: Processes) -> TrainStep:
     """The model with start values, its loss and its optimizer, as one step."""
     train = settings.train
     with no_init_parameters():
-        model = PanGuAlpha(settings.model, getattr(mstype, COMPUTE_DTYPES[train.precision]))
-    initialize(model, train.seed)
-    network = TrainingLoss(model, weighted=True)
+        network = training_network(settings, COMPUTE_DTYPES[train.precision], weighted=True)
+    initialize(network.model, train.seed)
     optimizer = Optimizer(network.trainable_params(), train.optimizer, train.steps)
     return TrainStep(network, optimizer, train, weighted=True, group=processes.group, rank=processes.rank,
                      ranks=processes.ranks)
@@ -77,6 +80,8 @@ def training_step(settings: Any, processes: Processes) -> TrainStep:
 def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
     """Training and validation records, the `share` (number, of how many) of every batch."""
     data, model = settings.data, settings.model
+    if settings.adapt is not None:
+        return _pairs(settings, share)
     shared = {"batch_size": settings.train.global_batch_size, "sequence_length": model.sequence_length,
               "vocabulary_size": model.vocabulary_size, "shard": share,
               "eod_reset": data.eod_reset, "seed": settings.train.seed}
@@ -87,6 +92,17 @@ def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, Packe
         return training, None
     # One pass, filled up with padding that has no weight: the perplexity is exactly that of the records.
     return training, PackedDataset(data.directory, split="validation", shuffle=False, repeat=False, **shared)
+
+
+def _pairs(settings: Any, share: tuple[int, int]) -> tuple[PairsDataset, PairsDataset | None]:
+    tokenizer, adapt = Tokenizer(settings.data.tokenizer), settings.adapt
+    check_vocabulary(tokenizer, settings.model.vocabulary_size)
+    shared = {"batch_size": settings.train.global_batch_size, "seed": settings.train.seed,
+              "sequence_length": settings.model.sequence_length, "shard": share}
+    validation = None
+    if adapt.validation is not None:
+        validation = PairsDataset(adapt.validation, tokenizer, repeat=False, **shared)
+    return PairsDataset(adapt.pairs, tokenizer, **shared), validation
 
 
 def flops_per_token(model: ModelConfig) -> float:

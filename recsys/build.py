@@ -11,7 +11,8 @@ from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig, divides
 from parallel.task import Input, Task, with_sample_numbers
 from recsys.data.features import FeatureSpec
-from recsys.models import NAMES, module_of, run_class
+from recsys.models import NAMES, module_of
+from recsys.settings import run_class
 from recsys.tables.columns import window_spec
 
 MODELS = NAMES

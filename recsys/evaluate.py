@@ -6,69 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from mindspore import Tensor
-
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
-from parallel.common.progress import progress, table
+from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.build import loss_network
-from recsys.data.dataset import Log, in_order, prepare
-from recsys.data.encode import Encoded
-from recsys.metrics import Accumulator
+from recsys.data.dataset import Log, prepare
+from recsys.evaluation import VOCABULARY, Evaluation
 from recsys.ranker import Ranker, Scores
-
-VOCABULARY = "vocabulary.json"
-
-
-class Evaluation:
-    """Exact metrics on a part of a log; callable as `evaluate(step) -> dict` by the trainer.
-
-    The first task's metrics have plain names, those of the others end in `_<label>`.
-
-    Args:
-        model: the ranker.
-        rows: the part.
-        labels: names of the tasks.
-        batch: samples of one forward pass.
-        prefix: put before every name.
-        limit: batches at most; None = all.
-        scores: what gives the probabilities; None = `Scores` of the model.
-    """
-
-    def __init__(self, model: Ranker, rows: Encoded, labels: list[str], batch: int, *, limit: int | None = None,
-                 show: bool = False, scores: Any = None) -> None:
-        self.scores, self.rows, self.labels, self.batch = scores or Scores(model), rows, labels, batch
-        self.limit, self.show = limit, show
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """auc, gauc, uauc, logloss, calibration, ece for each task."""
-        if len(self.rows) == 0:
-            return {}
-        collected = [Accumulator() for _ in self.labels]
-        for labels, scores, users in self.predictions():
-            for task, own in enumerate(collected):
-                own.update(labels[:, task], scores[:, task], users)
-        metrics: dict[str, float] = {}
-        for task, own in enumerate(collected):
-            found = own.result()
-            found.pop("samples"), found.pop("users")
-            ending = f"_{self.labels[task]}" if task else ""
-            metrics.update({f"{name}{ending}": value for name, value in found.items()})
-        return metrics
-
-    def predictions(self):
-        """(labels_nK, probabilities_nK, users_n) batch by batch, in the order of the rows."""
-        self.scores.set_train(False)
-        total = -(-len(self.rows) // self.batch)
-        batches = enumerate(in_order(self.rows, self.batch))
-        for index, ((ids, numbers, labels), users, real) in (progress(batches, "evaluate", total) if self.show
-                                                             else batches):
-            if self.limit is not None and index >= self.limit:
-                return
-            scores = self.scores(Tensor(ids), Tensor(numbers)).asnumpy()
-            yield labels[:real], scores[:real].astype(np.float64), users
 
 
 def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:

@@ -19,7 +19,7 @@ from recsys.build import labels_of, loss_network
 from recsys.data.dataset import count_values, features_of
 from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.vocabulary import Vocabulary
-from recsys.evaluate import VOCABULARY
+from recsys.evaluation import VOCABULARY
 from recsys.layers.embedding import is_sparse
 
 

@@ -57,8 +57,7 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     Raises:
         UserError: neither is there.
     """
-    from recsys.models import run_class
-    from recsys.settings import Run
+    from recsys.settings import Run, run_class
 
     if config is not None:
         return load_settings(Run.for_file(config, []), config, [])

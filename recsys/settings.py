@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
+import pydantic
 from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
@@ -18,6 +20,7 @@ from parallel.training.settings import (
 )
 from recsys.data.features import Feature
 from recsys.data.streams.settings import StreamSettings
+from recsys.models import module_of
 from recsys.tables.settings import TableSettings
 
 
@@ -208,10 +211,17 @@ class Run(Settings):
     def for_file(cls, path: str | None, overrides: list[str]) -> type[Run]:
         """This class with the `model` block of the model that the file (or an override) names."""
         from parallel.common.settings import apply_override, read_yaml_tree
-        from recsys.models import run_class
 
         tree = read_yaml_tree(path) if path is not None else {}
         for override in overrides:
             apply_override(tree, override)
         model = tree.get("model")
         return run_class(model.get("name", "rankmixer") if isinstance(model, dict) else "rankmixer")
+
+
+@cache
+def run_class(name: str) -> type[Run]:
+    """`Run` whose `model` block is that of the model `name`."""
+    settings = module_of(name).SETTINGS
+    field = pydantic.Field(default_factory=settings, description="The ranker's sizes and choices.")
+    return pydantic.create_model("Run", __base__=Run, __doc__=Run.__doc__, model=(settings, field))

@@ -18,11 +18,11 @@ from recsys.data.features import FeatureSpec, place
 from recsys.data.readers import reader
 from recsys.data.streams.source import StreamSource
 from recsys.data.vocabulary import Vocabulary
-from recsys.evaluate import VOCABULARY
+from recsys.evaluation import VOCABULARY
+from recsys.fit import run_of
 from recsys.layers.embedding import is_sparse
 from recsys.progressive import Progressive
 from recsys.ranker import Scores, TrainingLoss
-from recsys.train import run_of
 
 
 def reading_of(settings: Any) -> tuple:

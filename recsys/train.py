@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import math
-import shutil
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from parallel.checkpoint.folder import damage, list_checkpoints
 from parallel.checkpoint.full import load_parameters, save_checkpoint
+=======
+>>>>>>> main
 from parallel.common.errors import UserError
-from parallel.common.files import atomic_write, read_json
-from parallel.common.progress import info, table
+from parallel.common.progress import table
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import ShardedRun, needs_sharding
+from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
-from parallel.training.trainer import Run, Trainer
-from recsys.build import build, check_layout, loss_network
+from parallel.training.trainer import Trainer
+from recsys.build import build, loss_network
 from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.data.readers import reader
-from recsys.evaluate import VOCABULARY, Evaluation
+from recsys.evaluation import Evaluation
+from recsys.fit import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
-
-_SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 
 
 def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
@@ -74,23 +73,6 @@ def run_stream(settings: Any, processes: Processes) -> dict:
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures
-
-
-def check_device(settings: Any, model: Any, processes: Processes) -> ParallelConfig:
-    """The resolved layout; refuses layouts and types that this device does not run."""
-    parallel = settings.parallel.resolve(processes.ranks)
-    check_layout(settings, model, parallel)
-    needs_sharding(parallel, processes)
-    if processes.target != "CPU":
-        return parallel
-    if settings.train.precision != "fp32":
-        raise UserError("half precision is for Ascend", where="train.precision", value=settings.train.precision,
-                        hint="train.precision=fp32")
-    share = processes.ranks * settings.train.accumulation
-    if settings.train.global_batch_size % share:
-        raise UserError(f"{processes.ranks} processes x accumulation {settings.train.accumulation} do not divide it",
-                        where="train.global_batch_size", value=settings.train.global_batch_size)
-    return parallel
 
 
 def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
@@ -140,6 +122,7 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     return finish(settings, log, trainer, best, counted)
+<<<<<<< HEAD
 
 
 def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
@@ -245,3 +228,5 @@ class Best:
             if self.tables is not None:
                 self.tables.restore_files(found[-1])
             info(f"evaluating the parameters of step {self.step}, the best {self.metric} on validation")
+=======
+>>>>>>> main

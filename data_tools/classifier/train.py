@@ -13,9 +13,11 @@ import numpy as np
 import pydantic
 
 from data_tools.classifier.hashed_ngrams import LinearClassifier, hashed_counts
-from data_tools.documents import ReadLog, ReadSettings, plan_splits, read_split
-from data_tools.engines.base import EngineSettings, open_engine
+from data_tools.documents import plan_splits, read_split
+from data_tools.engines import open_engine
+from data_tools.engines.base import EngineSettings
 from data_tools.flags import need
+from data_tools.records import ReadLog, ReadSettings
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write

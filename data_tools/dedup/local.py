@@ -14,7 +14,7 @@ from data_tools.dedup.components import connected_components
 from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
-from data_tools.documents import Split
+from data_tools.records import Split
 from parallel.common.files import atomic_write
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The engine without Spark: processes of this machine; duplicates found in NumPy arrays."""
+"""The engine without Spark: processes of this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from data_tools.dedup.plan import DedupPlan
 from data_tools.engines.base import Engine
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar, info
@@ -62,11 +61,6 @@ class LocalEngine(Engine):
         for worker in self._started:
             worker.stop()
         self._started = []
-
-    def find_duplicates(self, plan: DedupPlan) -> dict[str, Any]:
-        from data_tools.dedup.local import find_duplicates
-
-        return find_duplicates(plan, self)
 
 
 class _Worker:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_tools.dedup.plan import DedupPlan
 from data_tools.engines.base import Engine, EngineSettings
 from data_tools.engines.java import find_java
 from parallel.common.errors import UserError
@@ -53,11 +52,6 @@ class SparkEngine(Engine):
                 raise _explain(error) from error
             bar.advance(len(items))
         yield from results
-
-    def find_duplicates(self, plan: DedupPlan) -> dict[str, Any]:
-        from data_tools.dedup.spark import find_duplicates
-
-        return find_duplicates(plan, self)
 
     def close(self) -> None:
         if self._owned:

@@ -16,9 +16,9 @@ import pydantic
 
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.signature import shingle_hashes
-from data_tools.documents import Document, Split
 from data_tools.parts import Drop, PartFigures, Step
 from data_tools.readers._lines import decode
+from data_tools.records import Document, Split
 from data_tools.steps.filter import file_digest
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, open_binary
@@ -81,7 +81,7 @@ def _known(path: Path) -> bool:
 
 def evaluation_texts(path: Path) -> Iterator[str]:
     """Every text in a file: all strings of its JSON (one value, or one a line), else its lines."""
-    from data_tools.documents import ReadLog
+    from data_tools.records import ReadLog
 
     with open_binary(path) as file:
         data = file.read(_MAX_FILE_BYTES + 1)

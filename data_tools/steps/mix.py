@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from data_tools.documents import Document, OutputFormat, ReadLog, ReadSettings, RecordWriter, Split, read_split
+from data_tools.documents import OutputFormat, RecordWriter, read_split
 from data_tools.engines.base import Engine
 from data_tools.parts import OutputLayout, PartFigures, clear_stale, digest_of, histogram_bin, split_identity
+from data_tools.records import Document, ReadLog, ReadSettings, Split
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json

@@ -18,9 +18,10 @@ import pydantic
 
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.sign_part import record_digest
-from data_tools.documents import Document, OutputFormat, ReadLog, ReadSettings, Split, read_split
+from data_tools.documents import OutputFormat, read_split
 from data_tools.engines.base import Engine
 from data_tools.parts import Drop, OutputLayout, PartFigures, Step, digest_of, run_step, split_identity
+from data_tools.records import Document, ReadLog, ReadSettings, Split
 from parallel.common.files import atomic_write
 from parallel.common.settings import Settings
 

@@ -10,7 +10,6 @@ both little-endian without a header; index.json holds their sizes, types and SHA
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -22,12 +21,12 @@ from pydantic import Field
 
 from parallel.common.digests import BlockSums, CheckedRows
 from parallel.common.errors import UserError
-from parallel.common.files import explain_os_error, inside, write_json
+from parallel.common.files import inside
 from parallel.common.settings import Settings
 
 _CHECKED_BYTES = 64 << 20
 _BLOCK_BYTES = 4 << 20
-_ROWS = 256
+ROWS = 256
 REPAIR = "make the records anew with `python -m pangu pack`, or the flat files with `python -m pangu flatten`"
 
 
@@ -170,39 +169,3 @@ def file_digest(path: Path) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def flatten(directory: str | Path) -> dict[str, Any]:
-    """Writes the flat form of every file of records of a folder, and an index that names them.
-
-    Returns:
-        figures: directory, records, documents (their ends), bytes.
-    Raises:
-        UserError: no records, damaged ones, no space on the disk.
-    """
-    from pangu.data.mind_records import MindRecords
-    from pangu.data.packing import INDEX_FILE, SPLITS, read_index
-
-    directory, index = Path(directory), read_index(directory)
-    figures = {"directory": str(directory), "records": 0, "documents": 0, "bytes": 0}
-    try:
-        for split in SPLITS:
-            for entry in getattr(index, split).files:
-                writer = FlatWriter(directory / entry.file, index.sequence_length + 1, index.vocabulary_size,
-                                    index.eot_id)
-                records = MindRecords(directory, [entry], index.sequence_length + 1)
-                for ids_NR in records.read(np.arange(len(records)), _ROWS):
-                    writer.add(ids_NR)
-                entry.flat = FlatFile(**writer.finish())
-                figures["records"] += entry.records
-                figures["documents"] += entry.flat.documents
-                figures["bytes"] += (directory / entry.flat.ids).stat().st_size
-        write_json(directory / INDEX_FILE, index.model_dump())
-    except OSError as error:
-        raise explain_os_error(error, directory) from error
-    return figures
-
-
-def run(settings: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Verb `flatten`: adds flat files to packed records that have none."""
-    return flatten(settings.data.directory)

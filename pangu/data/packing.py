@@ -14,15 +14,19 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from pangu.data import corpus
+<<<<<<< HEAD
 from pangu.data.flat import FlatFile, FlatWriter
 from pangu.data.mind_records import COLUMN, HEADER_BYTES, RecordChecks
 from parallel.common.digests import file_crc32
+=======
+from pangu.data.flat import FlatFile
+from pangu.data.packing_shards import PackTokenizer, Shard, WriterPool
+>>>>>>> main
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, read_json, write_json
 from parallel.common.folders import put_in_place, sweep, temporary_name
@@ -34,22 +38,12 @@ INDEX_FORMAT, INDEX_VERSION = "pangu packed records", 1
 SPLITS = ("train", "validation")
 
 _BLOCK_CHARACTERS = 64 << 10  # texts travel to the writers in blocks of about this size
+<<<<<<< HEAD
 _RECORDS_PER_WRITE = 256
 _PAGE_BYTES = 4 << 20  # MindRecord's defaults, 16 and 32 MB, are far above a small corpus
+=======
+>>>>>>> main
 _COMPRESSION = 4  # a guess of how much larger a compressed corpus is when read; only chooses the number of shards
-
-
-class PackTokenizer(Protocol):
-    """What packing asks of a tokenizer."""
-
-    eot_id: int
-    pad_id: int
-    vocabulary_size: int
-    fingerprint: str
-    """SHA-256 of the model file: what the ids depend on."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
 
 
 class PackOptions(Settings):
@@ -273,7 +267,7 @@ def _deal(texts: Iterable[str], shards: int, validation_fraction: float) -> Iter
 
 def _plan(folder: Path, shards: int, settings: PackOptions, sequence_length: int,
           tokenizer: PackTokenizer) -> list[dict]:
-    """Arguments of every `_Shard`: the training shards, then the one for validation."""
+    """Arguments of every `Shard`: the training shards, then the one for validation."""
     names = [("train", f"train-{number:05d}-of-{shards:05d}") for number in range(shards)]
     names.append(("validation", "validation-00000-of-00001"))
     return [{"split": split, "path": str(folder / f"{name}.mindrecord"), "record_length": sequence_length + 1,
@@ -312,6 +306,7 @@ def _refuse_occupied(output: Path, overwrite: bool) -> None:
 
 # ---------------------------------------------------------------- one shard
 
+<<<<<<< HEAD
 class _Shard:
     """One MindRecord file: documents in, records out. Args as `_plan` gives them."""
 
@@ -400,6 +395,8 @@ class _Shard:
             raise UserError("no space left on the disk; nothing was written", where=os.path.dirname(self.path),
                             value=f"{free} bytes free", hint="free some space") from None
 
+=======
+>>>>>>> main
 
 # ---------------------------------------------------------------- processes
 
@@ -407,12 +404,10 @@ def _write_all(plans: list[dict], blocks: Iterator[tuple[int, list[str]]], worke
                tokenizer_factory: Callable[[], PackTokenizer], tokenizer: PackTokenizer) -> list[dict]:
     """Sends every block to its shard and returns the index entries in the order of `plans`."""
     if workers <= 1:
-        shards = [_Shard(tokenizer.encode, **plan) for plan in plans]
+        shards = [Shard(tokenizer.encode, **plan) for plan in plans]
         for number, block in blocks:
             shards[number].add(block)
         return [shard.finish() for shard in shards]
-    from pangu.data.packing_shards import WriterPool
-
     with WriterPool(plans, workers, tokenizer_factory) as pool:
         for number, block in blocks:
             pool.send(number, block)

@@ -203,7 +203,7 @@ class Evaluation:
         return [[-next(scores)[0] / len(scored) for _, scored in instance.requests] for instance in instances]
 
     def _decoding(self, task: TaskSettings) -> Any:
-        from pangu.generation.generate import GenerateSettings
+        from pangu.generation.settings import GenerateSettings
 
         return GenerateSettings(**task.decoding.model_dump(), seed=self.arguments.seed)
 

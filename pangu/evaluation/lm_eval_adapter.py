@@ -14,7 +14,7 @@ from typing import Any
 
 from pangu.evaluation.instances import split_request
 from pangu.evaluation.questions import common_prefix
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
 
 DEFAULT_TOKENS = 256

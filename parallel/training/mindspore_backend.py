@@ -16,7 +16,7 @@ from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
 from parallel.training.backend import Batch, Outputs
 from parallel.training.device import DeviceSum
-from parallel.training.sharded_run import ShardedRun
+from parallel.training.sharded.run import ShardedRun
 from parallel.training.step import TrainStep
 
 

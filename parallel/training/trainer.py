@@ -48,6 +48,8 @@ class Run:
         on_step: called as `on_step(step, outputs)` after every step.
         stop: what has asked for a stop before the trainer listens.
         companions: what goes along with the run (see `parallel.training.companions`).
+        start_from: a checkpoint whose parameters a run that begins takes, or a folder of such; None = start values.
+        is_new: by name, parameters that such a checkpoint does not have.
     """
 
     source: DataSource
@@ -64,6 +66,8 @@ class Run:
     on_step: Callable[[int, dict], None] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     companions: Sequence[Companion] = ()
+    start_from: str | None = None
+    is_new: Callable[[str], bool] = lambda name: False
 
 
 class Trainer:
@@ -293,6 +297,8 @@ class Trainer:
             path = found[-1] if found else None
         if path is not None:
             self._load(path)
+        elif self.plan.start_from is not None:
+            self._start_from(resolve_checkpoint(self.plan.start_from))
         self._same_on_all_ranks()
         if path is not None and self.backend.rank == 0:
             info(f"going on from {path} (step {self.iteration})")
@@ -309,6 +315,13 @@ class Trainer:
         if self.log is not None:
             self.log.close()
             self.log = MetricsLog(self.directory, self.iteration, self.output.tensorboard)
+
+    def _start_from(self, path: Path) -> None:
+        extents = self.backend.holder.extents if self.backend.holder is not None else None
+        known = [item for item in self.backend.parameters() if not self.plan.is_new(item.name)]
+        load_checkpoint(path, known, (), extents)
+        if self.backend.rank == 0:
+            info(f"starting from the parameters of {path}")
 
     def _same_on_all_ranks(self) -> None:
         """Refuses to go on when the ranks stand at different steps, each knowing its own disk only."""

@@ -70,7 +70,7 @@ def _bytes(checkpoint: Path) -> int:
 
 
 def _auc(model: Any, log: Any, settings: Any, arguments: argparse.Namespace) -> float | None:
-    from recsys.evaluate import Evaluation
+    from recsys.evaluation import Evaluation
 
     if arguments.part == "none":
         return None

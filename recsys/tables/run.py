@@ -17,8 +17,9 @@ from recsys.build import loss_network
 from recsys.count import count
 from recsys.data.dataset import Batches, Log
 from recsys.data.features import FeatureSpec
-from recsys.evaluate import Evaluation, Scores
+from recsys.evaluation import Evaluation
 from recsys.layers.embedding import is_sparse
+from recsys.ranker import Scores
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
@@ -30,7 +31,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.train import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
+    from recsys.fit import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
 
     options = settings.train
     if options.share_users:

@@ -12,9 +12,10 @@ import pytest
 
 from data_tools.dedup.plan import DedupSettings
 from data_tools.dedup.step import run_dedup
-from data_tools.documents import ReadSettings, plan_splits
+from data_tools.documents import plan_splits
 from data_tools.engines.local import LocalEngine
 from data_tools.parts import OutputLayout
+from data_tools.records import ReadSettings
 from tests.data_tools.planted import (
     edit,
     make_text,

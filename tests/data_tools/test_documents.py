@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.documents import ReadLog, ReadSettings, plan_splits, read_split
+from data_tools.documents import plan_splits, read_split
 from data_tools.engines.local import LocalEngine
 from data_tools.parts import OutputLayout, PartFigures, Step, run_step
+from data_tools.records import ReadLog, ReadSettings
 from parallel.common.errors import UserError
 from tests.data_tools.planted import read_jsonl, write_jsonl
 

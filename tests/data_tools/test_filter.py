@@ -11,9 +11,10 @@ import pytest
 
 from data_tools.classifier.hashed_ngrams import LinearClassifier, hashed_counts
 from data_tools.classifier.train import TrainClassifierSettings, judge, read_examples, train_local, train_spark
-from data_tools.documents import Document, ReadSettings, plan_splits
+from data_tools.documents import plan_splits
 from data_tools.engines.local import LocalEngine
 from data_tools.parts import OutputLayout, run_step
+from data_tools.records import Document, ReadSettings
 from data_tools.rules._aho_corasick import KeywordFinder
 from data_tools.steps.filter import FilterSettings, FilterStep, keep_by_pareto, lomax, uniform
 from parallel.common.errors import UserError

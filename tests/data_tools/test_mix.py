@@ -8,9 +8,10 @@ from collections import Counter
 
 import pytest
 
-from data_tools.documents import ReadSettings, plan_splits
+from data_tools.documents import plan_splits
 from data_tools.engines.local import LocalEngine
 from data_tools.parts import OutputLayout, run_step
+from data_tools.records import ReadSettings
 from data_tools.steps.decontaminate import DecontaminateSettings, DecontaminateStep, build_index, evaluation_texts
 from data_tools.steps.mix import PRESETS, MixSettings, plan_epochs, run_mix
 from data_tools.steps.paragraphs import ParagraphSettings, run_paragraphs

@@ -85,7 +85,8 @@ def test_every_step_equals_recomputation(case, decoder):
 
 def test_batches_of_different_lengths_equal_single_prompts(case):
     """Greedy text of each prompt: in a batch, alone, and by recomputing everything for every token."""
-    from pangu.generation.generate import GenerateSettings, Generator
+    from pangu.generation.generate import Generator
+    from pangu.generation.settings import GenerateSettings
 
     model, kernels, recompute = case
     if not kernels:

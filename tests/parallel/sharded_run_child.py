@@ -67,7 +67,7 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     from parallel.task import build_task
     from parallel.training.device import Processes
     from parallel.training.mindspore_backend import ShardedBackend
-    from parallel.training.sharded_run import ShardedRun, needs_sharding
+    from parallel.training.sharded.run import ShardedRun, needs_sharding
     from parallel.training.trainer import Run, Trainer
 
     processes = Processes(rank, world, "hccl_world_group", "Ascend")
@@ -101,7 +101,7 @@ def main(path: Path) -> int:
     from parallel.proof.compile.rank_compiler import _import_early
 
     _import_early()
-    import parallel.training.sharded_run
+    import parallel.training.sharded.run
     import parallel.training.trainer  # noqa: F401
 
     add, forks = SharedSum(order["world"]), []

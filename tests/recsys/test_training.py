@@ -11,7 +11,7 @@ from parallel.common.settings import load_settings
 from recsys.__main__ import VERBS
 from recsys.build import loss_network, spec_of
 from recsys.data.dataset import prepare
-from recsys.evaluate import Evaluation
+from recsys.evaluation import Evaluation
 from recsys.metrics import auc
 from recsys.settings import Run
 

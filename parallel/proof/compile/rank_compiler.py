@@ -293,7 +293,7 @@ def _import_early() -> None:
     """Everything a compile imports, so that the forks share it; nothing that starts a device."""
     import mindspore.communication  # noqa: F401
 
-    import parallel.training.sharded_step  # noqa: F401
+    import parallel.training.sharded.step  # noqa: F401
     from parallel.task import build_task  # noqa: F401
 
 
@@ -340,8 +340,8 @@ def _compile(request: Request, place: Path) -> None:
     from parallel.proof.dryrun.accounting import coordinates
     from parallel.sharding.layout import redistributing
     from parallel.sharding.parallelize import layers_of_stages
-    from parallel.training.sharded_run import evaluation_graph
-    from parallel.training.sharded_step import input_shapes, micro_batches, sharded_step
+    from parallel.training.sharded.run import evaluation_graph
+    from parallel.training.sharded.step import input_shapes, micro_batches, sharded_step
 
     task, settings, config = _build(request)
     trainable = [parameter.name for parameter in task.network.trainable_params()]

@@ -253,7 +253,7 @@ class References:
     def of(self, overrides: Sequence[str]) -> OneDevice:
         """The run for these overrides."""
         from parallel.task import load_run
-        from parallel.training.sharded_step import micro_batches
+        from parallel.training.sharded.step import micro_batches
 
         settings = load_run(self.config, list(overrides))[1]
         described = settings.model_dump(mode="json", exclude={"parallel": True, "train": {"accumulation": True}})

@@ -49,7 +49,7 @@ class OneDevice:
     def __init__(self, config: str, overrides: Sequence[str], compilers: Compilers | None = None) -> None:
         from parallel.task import load_run
         from parallel.training.device import start_device
-        from parallel.training.sharded_step import micro_batches
+        from parallel.training.sharded.step import micro_batches
 
         start_device("CPU")
         self.config, self.overrides = config, list(overrides)

@@ -22,7 +22,7 @@ from pangu.evaluation.prefix_sharing import group_by_prefix, lay_row, plan_trees
 from pangu.evaluation.questions import common_prefix
 from pangu.evaluation.scoring import Scorer
 from pangu.evaluation.task import Source, load_task
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from parallel.common.command import main
 from parallel.common.errors import UserError
 from tests.pangu.numpy_model import forward, is_greedy, token_scores

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 
 from pangu.generation.completion import StopScanner
-from pangu.generation.generate import (
-    GenerateSettings,
-    Generator,
-    cache_capacity,
-    check_vocabulary,
-    fit_prompt,
-    run_generate,
-)
+from pangu.generation.generate import Generator, cache_capacity, check_vocabulary, fit_prompt, run_generate
 from pangu.generation.prompts import RECIPES, Recipe, find_recipe, read_prompts
+from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
 from parallel.common.settings import load_settings
 

@@ -27,7 +27,7 @@ from parallel.planning.shapes import Dim, reshaped
 from parallel.planning.timeline import most_held, order, timeline
 from parallel.sharding.config import ParallelConfig
 from parallel.task import build_task
-from parallel.training.sharded_step import micro_batches
+from parallel.training.sharded.step import micro_batches
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY, RANKER = ROOT / "configs/pangu/tiny.yaml", ROOT / "configs/recsys/rankmixer.yaml"

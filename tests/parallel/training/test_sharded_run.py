@@ -118,7 +118,7 @@ def test_the_cpu_refuses_what_it_cannot_cut():
     from parallel.common.errors import UserError
     from parallel.sharding.config import ParallelConfig
     from parallel.training.device import Processes
-    from parallel.training.sharded_run import needs_sharding
+    from parallel.training.sharded.run import needs_sharding
 
     cpu, ascend = Processes(0, 4, "group", "CPU"), Processes(0, 4, "group", "Ascend")
     with pytest.raises(UserError, match="on the CPU only data parallelism runs"):

@@ -65,7 +65,8 @@ def served(request, tmp_path_factory, graph_mode):
 def scores_of_log(folder, settings, spec, encoded) -> np.ndarray:
     """As `evaluate` scores rows."""
     from parallel.checkpoint.folder import resolve_checkpoint
-    from recsys.evaluate import Evaluation, Scores
+    from recsys.evaluation import Evaluation
+    from recsys.ranker import Scores
     from recsys.tables.run import load_hosted
 
     model, scores = load_hosted(settings, spec, encoded.labels.shape[1], resolve_checkpoint(folder), 16, Scores)

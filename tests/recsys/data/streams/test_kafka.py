@@ -37,11 +37,11 @@ def words(cluster, topic: str, *more: str):
 def test_partitions_are_merged_by_time_and_a_run_goes_on_from_its_checkpoint(cluster, tmp_path):
     events = clicks(96)
     fill(cluster, "merged", events)
-    straight, states = read(make_source(tmp_path, *words(cluster, "merged")), 6)
-    assert [row[0] for _, _, labels in straight for row in labels] == [event["click"] for event in events]
+    uninterrupted, states = read(make_source(tmp_path, *words(cluster, "merged")), 6)
+    assert [row[0] for _, _, labels in uninterrupted for row in labels] == [event["click"] for event in events]
     for step in (1, 4):
         assert same(read(make_source(tmp_path, *words(cluster, "merged")), 6 - step, step, states[step])[0],
-                    straight[step:])
+                    uninterrupted[step:])
 
 
 def test_offsets_are_committed_for_monitoring_and_a_hole_is_an_error(cluster, tmp_path):

@@ -29,13 +29,13 @@ def words(server):
 
 def test_a_run_that_goes_on_from_any_step_reads_the_same_batches(server, words, tmp_path):
     add(server.client, clicks(100))
-    straight, states = read(make_source(tmp_path, *words), 6)
-    assert [len(labels) for _, _, labels in straight] == [16] * 6
+    uninterrupted, states = read(make_source(tmp_path, *words), 6)
+    assert [len(labels) for _, _, labels in uninterrupted] == [16] * 6
     for step in range(1, 6):
         rest, _ = read(make_source(tmp_path, *words), 6 - step, step, states[step])
-        assert same(rest, straight[step:])
+        assert same(rest, uninterrupted[step:])
     # Killed before its first checkpoint, a run begins where it began.
-    assert same(read(make_source(tmp_path, *words), 2)[0], straight[:2])
+    assert same(read(make_source(tmp_path, *words), 2)[0], uninterrupted[:2])
 
 
 def test_each_rank_takes_its_rows_of_every_batch(server, words, tmp_path):

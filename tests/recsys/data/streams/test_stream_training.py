@@ -69,7 +69,7 @@ def same_model(one, other) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(server, tmp_path_factory):
+def uninterrupted(server, tmp_path_factory):
     """A run that takes all there is and ends when no more comes."""
     folder = tmp_path_factory.mktemp("straight")
     assert main("recsys", VERBS, words(server, folder, "train.steps=100", "data.stream.end_after_idle_seconds=1",
@@ -77,17 +77,17 @@ def straight(server, tmp_path_factory):
     return folder
 
 
-def test_it_learns_and_tests_before_it_trains(server, straight):
-    metrics = [record for record in read_metrics(straight / "metrics.jsonl") if "auc_50" in record]
+def test_it_learns_and_tests_before_it_trains(server, uninterrupted):
+    metrics = [record for record in read_metrics(uninterrupted / "metrics.jsonl") if "auc_50" in record]
     assert [record["step"] for record in metrics] == [10, 20, 30]
     assert metrics[-1]["auc_200"] > 0.6 and metrics[-1]["auc"] == metrics[-1]["auc_200"]
     assert 0.5 < metrics[-1]["calibration"] < 2 and 0 < metrics[-1]["ne_50"] < 2
-    assert list_checkpoints(straight / "checkpoints")[-1].name == f"step_{STEPS:08d}"
-    state = json.loads((list_checkpoints(straight / "checkpoints")[-1] / "state.json").read_text())
+    assert list_checkpoints(uninterrupted / "checkpoints")[-1].name == f"step_{STEPS:08d}"
+    state = json.loads((list_checkpoints(uninterrupted / "checkpoints")[-1] / "state.json").read_text())
     assert state["companions"]["stream"]["counts"]["samples"] == 16 * STEPS
 
 
-def test_killed_with_sigkill_is_the_uninterrupted_run(server, straight, tmp_path, capsys):
+def test_killed_with_sigkill_is_the_uninterrupted_run(server, uninterrupted, tmp_path, capsys):
     generator = random.Random(1)
     kill_in_the_middle(server, tmp_path, generator)
     assert len(list_checkpoints(tmp_path / "checkpoints")) > 0
@@ -95,22 +95,22 @@ def test_killed_with_sigkill_is_the_uninterrupted_run(server, straight, tmp_path
     server.start()
     figures = figures_of(server, tmp_path, capsys)
     assert figures["steps"] == STEPS and figures["samples"] == 16 * STEPS
-    same_model(straight, tmp_path)
+    same_model(uninterrupted, tmp_path)
     ours = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "auc_50" in record]
-    theirs = [record for record in read_metrics(straight / "metrics.jsonl") if "auc_50" in record]
+    theirs = [record for record in read_metrics(uninterrupted / "metrics.jsonl") if "auc_50" in record]
     assert ours[-1] == theirs[-1]  # the windows come back with the checkpoint
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_again_and_again(server, straight, tmp_path, capsys, seed):
+def test_killed_again_and_again(server, uninterrupted, tmp_path, capsys, seed):
     generator = random.Random(seed)
     for _ in range(3):
         kill_in_the_middle(server, tmp_path, generator)
         server.kill()
         server.start()
     figures_of(server, tmp_path, capsys)
-    same_model(straight, tmp_path)
+    same_model(uninterrupted, tmp_path)
 
 
 @pytest.mark.parametrize("more, message", [
@@ -118,7 +118,7 @@ def test_killed_again_and_again(server, straight, tmp_path, capsys, seed):
     (["train.keep_best=auc"], "newest parameters"),
     (["data.stream.redis.keys=[events, none]", "train.steps=31"], "reads other streams"),
 ])
-def test_what_does_not_go_with_a_stream_is_one_line(server, straight, capsys, more, message):
-    assert main("recsys", VERBS, words(server, straight, *more)) == 2
+def test_what_does_not_go_with_a_stream_is_one_line(server, uninterrupted, capsys, more, message):
+    assert main("recsys", VERBS, words(server, uninterrupted, *more)) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1] and error[-1].startswith("error: ")

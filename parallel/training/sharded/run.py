@@ -21,7 +21,7 @@ from parallel.sharding.slices import Extent, sharded_parameters
 from parallel.task import SAMPLE_NUMBERS, Input, Task
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
-from parallel.training.sharded_step import ShardedStep, input_shapes, sharded_step, switch_on
+from parallel.training.sharded.step import ShardedStep, input_shapes, sharded_step, switch_on
 
 
 def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:

@@ -20,10 +20,10 @@ from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig, divides
 from parallel.sharding.parallelize import parallelize
 from parallel.task import Input, Task
-from parallel.training.micro_batches import Interleaved, KnownToAllStages, LossAndWeight, MicroBatch
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import TrainSettings
-from parallel.training.stage_only import held_parameters, leave_out_other_stages
+from parallel.training.sharded.micro_batches import Interleaved, KnownToAllStages, LossAndWeight, MicroBatch
+from parallel.training.sharded.stage_only import held_parameters, leave_out_other_stages
 from parallel.training.step import TrainStep, enable_weighted_loss, sum_of_squares
 
 # Functions mapped over all gradients: a loop over a thousand of them would be analysed as a thousand nested calls.
@@ -214,7 +214,7 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
             unless the network's `shares_graph` is False; False inlines each (flat graph).
         start_values: True gives parameters their values while compiling; a proof needs none.
         stage: leave out the layers of other stages than this one, which the partitioner would drop (faster compile,
-            same result for ranks of this stage; `parallel.training.stage_only`).
+            same result for ranks of this stage; `parallel.training.sharded.stage_only`).
     """
     network, count = parallelize(task.network, config), micro_batches(settings, config)
     if stage is not None:
