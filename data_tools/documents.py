@@ -16,14 +16,8 @@ from typing import Any, Literal
 from data_tools import readers
 from data_tools.records import Document, ReadLog, ReadSettings, Split
 from parallel.common.errors import UserError
-<<<<<<< HEAD
 from parallel.common.files import atomic_write, matching
-from parallel.common.json_text import dump_json, has_surrogates, plain, without_surrogates
-from parallel.common.settings import Settings
-=======
-from parallel.common.files import atomic_write
 from parallel.common.json_text import dump_json, plain
->>>>>>> main
 
 REMOVED_FOLDER = "removed"  # stands beside documents that we wrote, and is never read as input
 _PARQUET_BATCH = 1000
