@@ -51,7 +51,7 @@ def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict)
     validation = {f"validation_{name}": figures.pop(name) for name in ("auc", "gauc", "uauc", "logloss")
                   if name in figures}
     batch = min(best.evaluation.batch, len(test)) if best.tables else evaluation_batch(settings, test)
-    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores)
+    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores, plan=best.evaluation.plan)
     metrics = last(trainer.iteration)
     return {**figures, **metrics, **validation, "best_step": best.step,
             **{key: counted[key] for key in ("parameters", "dense_parameters")}, **attainable_auc(settings, log)}
@@ -63,6 +63,11 @@ def run_of(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) ->
     return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
                flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),
                **more)
+
+
+def compares(settings: Any) -> bool:
+    """Whether a loss compares the samples of one user."""
+    return any(task.pairwise or task.listwise for task in settings.model.tasks)
 
 
 def evaluation_batch(settings: Any, rows: Any) -> int:

@@ -22,7 +22,7 @@ from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
-from recsys.fit import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
+from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
@@ -106,7 +106,7 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     step = TrainStep(loss, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size,
                       options.seed if settings.data.shuffle else None, processes.rank, processes.ranks, log.spec,
-                      settings.data.together)
+                      settings.data.together, compares(settings))
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]

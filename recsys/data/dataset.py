@@ -54,7 +54,13 @@ class Log:
 
 def columns_of(data: Any, source: Reader) -> Columns:
     """Label and bookkeeping columns, the reader's where the file names none."""
-    return Columns(data.labels or source.labels, data.user or source.user, data.time or source.time)
+    labels = data.labels or source.labels
+    for key, names in (("number_labels", data.number_labels), ("label_weights", list(data.label_weights))):
+        if unknown := set(names) - set(labels):
+            raise UserError("is no label", where=f"data.{key}", value=sorted(unknown)[0],
+                            hint=f"labels: {', '.join(labels)}")
+    return Columns(labels, data.user or source.user, data.time or source.time, tuple(data.number_labels),
+                   data.missing_labels, tuple(dict.fromkeys(data.label_weights.values())))
 
 
 def features_of(data: Any) -> list:
@@ -284,6 +290,7 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
                                         "id_columns": spec.id_columns, "numeric_columns": spec.numeric_columns,
                                         "id_type": np.dtype(id_type(spec)).name,
                                         "labels": encoder.columns.labels,
+                                        "label_columns": len(encoder.columns.labels) + len(encoder.columns.weights),
                                         "blocks": {f"{part}.{field}": found.sums()
                                                    for (part, field), found in sums.items()}})
 
@@ -302,7 +309,7 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
     shift = _row_shift(flat, spec)
     shapes = {"ids": (np.dtype(header["id_type"]), header["id_columns"]),
               "numbers": (np.float32, header["numeric_columns"]),
-              "labels": (np.float32, len(header["labels"])), "users": (np.int64, None)}
+              "labels": (np.float32, header["label_columns"]), "users": (np.int64, None)}
     parts = {}
     for part in PARTS:
         arrays = {}
@@ -337,16 +344,17 @@ class Batches:
         rank, ranks: this data-parallel process's share of every batch.
         spec: places of the features, for those with an unseen_rate.
         together: up to so many samples of a user stand one after the other in a drawn order.
+        groups: whether the labels end in a column that says which samples are of one user.
     """
 
     columns = ("ids", "numbers", "labels")
 
     def __init__(self, rows: Encoded, batch: int, seed: int | None, rank: int = 0, ranks: int = 1,
-                 spec: FeatureSpec | None = None, together: int = 1) -> None:
+                 spec: FeatureSpec | None = None, together: int = 1, groups: bool = False) -> None:
         if len(rows) < batch:
             raise UserError(f"there are only {len(rows)} rows for a batch", where="train.global_batch_size",
                             value=batch, hint="make it smaller")
-        self.rows, self.batch, self.seed, self.together = rows, batch, seed, together
+        self.rows, self.batch, self.seed, self.together, self.groups = rows, batch, seed, together, groups
         self.hidden = [slot for slot in spec.slots.values() if slot.feature.unseen_rate] if spec is not None else []
         self.steps_per_epoch = len(rows) // batch
         share = batch // ranks
@@ -360,6 +368,10 @@ class Batches:
             for index in self._order(epoch, first):
                 ids, numbers_, labels = gather(self.rows, index[self.mine])
                 self._hide(ids, step)
+                if self.groups:
+                    # Numbers that float32 holds exactly.
+                    users = np.asarray(self.rows.users[index[self.mine]]) & (2**24 - 1)
+                    labels = np.concatenate([labels, users[:, None].astype(np.float32)], 1)
                 yield ids, numbers_, labels
                 step += 1
             epoch, first = epoch + 1, 0

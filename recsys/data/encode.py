@@ -22,17 +22,21 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass
 class Columns:
-    """Which columns are no features: labels, the user for GAUC, the time for splitting, a mark of the split."""
+    """Which columns are no features: labels (those that are numbers among them; whether one may be missing; columns of
+    their weights), the user for GAUC, the time for splitting."""
 
     labels: list[str]
     user: str | None = None
     time: str | None = None
+    numbers: tuple[str, ...] = ()
+    missing: bool = False
+    weights: tuple[str, ...] = ()
 
 
 @dataclass
 class Encoded:
     """n rows: ids_nM int32 (int64 where a feature is dynamic: its columns hold keys), numbers_nN float32, labels_nK
-    float32, users int64 (0 without a user column)."""
+    float32 (then their weights), users int64 (0 without a user column)."""
 
     ids: np.ndarray
     numbers: np.ndarray
@@ -220,14 +224,23 @@ class Encoder:
         return Encoded(ids, values, labels, self._users(table, where)).take(good), good
 
     def _labels(self, table: pa.Table, where: str, errors: RowErrors) -> np.ndarray:
-        labels = np.zeros((len(table), len(self.columns.labels)), np.float32)
-        for index, name in enumerate(self.columns.labels):
+        """Labels, NaN where one is missing and may be, then the columns of weights."""
+        own, names = self.columns, [*self.columns.labels, *self.columns.weights]
+        labels = np.zeros((len(table), len(names)), np.float32)
+        for index, name in enumerate(names):
             cells = column(table, name, where)
             if pa.types.is_boolean(cells.type):
                 cells = cells.cast(pa.int8())
             found = numbers(cells, name, errors)
-            errors.mark(~np.isin(found, (0.0, 1.0)), name, "label that is not 0 or 1", cells)
-            labels[:, index] = np.nan_to_num(found)
+            if index >= len(own.labels):
+                errors.mark(~(np.isfinite(found) & (found >= 0.0)), name, "weight that is no number from 0 on", cells)
+                labels[:, index] = np.nan_to_num(found)
+                continue
+            allowed = np.isnan(found) & own.missing
+            good = np.isfinite(found) if name in own.numbers else np.isin(found, (0.0, 1.0))
+            errors.mark(~(good | allowed), name, "label that is no number" if name in own.numbers
+                        else "label that is not 0 or 1", cells)
+            labels[:, index] = np.where(allowed, np.nan, np.nan_to_num(found))
         return labels
 
     def _users(self, table: pa.Table, where: str) -> np.ndarray:

@@ -21,7 +21,8 @@ from mindspore import Tensor
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
-from parallel.layers.int8 import Int8Product, dequantize, panels, products
+from parallel.layers.int8 import Int8Product, products
+from parallel.layers.int8_numbers import dequantize, panels
 from parallel.serving.queue import Waiting, WorkQueue, answer
 from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe
@@ -88,8 +89,7 @@ class Scorer:
         logits = self._separated(batch) if self.separated else self._chunks(
             self.whole_pass, np.concatenate([ids for ids, _ in batch]),
             np.concatenate([numbers for _, numbers in batch]))
-        scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
-        return np.split(scores, np.cumsum(sizes)[:-1])
+        return np.split(self.model.plan.predictions(logits), np.cumsum(sizes)[:-1])
 
     def _separated(self, batch: list) -> np.ndarray:
         sides, most = self.model.sides, self.settings.requests

@@ -28,6 +28,7 @@ from parallel.serving.errors import UNAVAILABLE, Refusal, one_line
 from parallel.serving.metrics import SECONDS, HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.run import address, bind, serve
+from recsys.layers.tasks import Formula
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
 
@@ -73,6 +74,7 @@ class Service:
         self.engine, self.settings, self.folder = engine, settings, folder
         self.pool = ThreadPoolExecutor(settings.threads, "requests")
         self.inside, self.most_inside = 0, settings.engine.queue + settings.engine.requests + settings.threads
+        self.fusion = Formula(settings.fusion, engine.trained.columns.labels) if settings.fusion else None
         self.metrics = Metrics(engine)
         self.front = Front(settings, self.metrics, one_line)
         self.reload = Reloader(lambda: engine.reload(folder), self.metrics)
@@ -130,10 +132,11 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.pool, _parse, *arguments)
 
     def _ranking(self, scores_CK: np.ndarray, top_k: int) -> list[dict]:
-        """The best candidates by the first task, the earlier one first where scores are equal."""
+        """The best candidates by the first task, or the formula, the earlier one first where scores are equal."""
         labels = self.engine.trained.columns.labels
-        order = np.argsort(-scores_CK[:, 0], kind="stable")[:top_k]
-        return [{"candidate": int(index), "score": float(scores_CK[index, 0]),
+        fused_C = scores_CK[:, 0] if self.fusion is None else self.fusion(scores_CK)
+        order = np.argsort(-fused_C, kind="stable")[:top_k]
+        return [{"candidate": int(index), "score": float(fused_C[index]) if np.isfinite(fused_C[index]) else None,
                  "scores": {label: float(scores_CK[index, task]) for task, label in enumerate(labels)}}
                 for index in order]
 

@@ -39,5 +39,8 @@ class ServeSettings(HttpSettings):
     """Candidates of one request at most."""
     threads: int = Field(2, ge=1)
     """Threads that turn long requests (above 64 KB) into numbers; shorter ones are read at once."""
+    fusion: str | None = None
+    """Formula of one score out of the tasks' scores, by which candidates are ranked: "click ** 0.7 * (1 + watch)", say
+    (+ - * / **, log, log1p, exp, sqrt, abs, min, max); null = the first task's score."""
     engine: EngineSettings = EngineSettings()
     """How requests are scored."""

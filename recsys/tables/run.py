@@ -31,7 +31,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.fit import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
+    from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
 
     options = settings.train
     if options.share_users:
@@ -45,7 +45,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
                      rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      processes.rank, processes.ranks, log.spec, settings.data.together)
+                      processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
     rows = log.parts["validation"]
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),

@@ -32,4 +32,5 @@ def test_another_optimizer_and_other_sizes_are_told():
     notes = changed_settings(run(), run(name="lamb", rate=2e-3))
     assert "moments that adamw made go on in lamb" in notes[0]
     assert any("train.optimizer.learning_rate was 0.001 and is 0.002" in note for note in notes)
-    assert changed_settings(run(data={"seed": 1}), run(data={"seed": 2}))[0].startswith("note: data.seed was 1 and is 2")
+    note, = changed_settings(run(data={"seed": 1}), run(data={"seed": 2}))
+    assert note.startswith("note: data.seed was 1 and is 2")
