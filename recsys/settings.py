@@ -20,6 +20,7 @@ from parallel.training.settings import (
 )
 from recsys.data.features import Feature
 from recsys.data.streams.settings import StreamSettings
+from recsys.live.settings import PublishSettings
 from recsys.models import module_of
 from recsys.tables.settings import TableSettings
 
@@ -256,6 +257,8 @@ class Run(Settings):
     """How the model is cut over devices."""
     output: OutputSettings = OutputSettings()
     """Where results go."""
+    publish: PublishSettings = PublishSettings()
+    """Versions for servers that follow the run."""
 
     @classmethod
     def for_file(cls, path: str | None, overrides: list[str]) -> type[Run]:

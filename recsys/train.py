@@ -24,6 +24,7 @@ from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
 from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
 from recsys.layers.embedding import is_sparse
+from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
@@ -112,8 +113,10 @@ def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) 
     rows = log.parts["validation"]
     best = Best(settings, network, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
                                               limit=options.validation_batches), processes.rank)
-    counted = count(network)
-    trainer = Trainer(MindSporeBackend(step), run_of(settings, counted, batches, evaluate=[best]))
+    counted, backend = count(network), MindSporeBackend(step)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
+    publisher = publisher_of(settings, backend, log.spec)
+    trainer = Trainer(backend, run_of(settings, counted, batches, evaluate=[best],
+                                      companions=[publisher] if publisher is not None else []))
     return finish(settings, log, trainer, best, counted)

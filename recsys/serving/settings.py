@@ -44,3 +44,7 @@ class ServeSettings(HttpSettings):
     (+ - * / **, log, log1p, exp, sqrt, abs, min, max); null = the first task's score."""
     engine: EngineSettings = EngineSettings()
     """How requests are scored."""
+    follow: bool = False
+    """Serve the versions that a run publishes (block `publish`) as they come: --checkpoint names the run's folder."""
+    follow_seconds: float = Field(0.2, gt=0.0)
+    """Between two looks for a new version."""

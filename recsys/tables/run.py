@@ -19,6 +19,7 @@ from recsys.data.dataset import Batches, Log
 from recsys.data.features import FeatureSpec
 from recsys.evaluation import Evaluation
 from recsys.layers.embedding import is_sparse
+from recsys.live.publisher import publisher_of
 from recsys.ranker import Scores
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
@@ -52,10 +53,12 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
                             limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables))
     best = Best(settings, network, evaluation, processes.rank, tables)
     counted = count(network)
-    trainer = Trainer(HostedBackend(step, tables), run_of(settings, counted, batches, evaluate=[best],
-                                                         companions=[tables]))
+    backend = HostedBackend(step, tables)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
+    publisher = publisher_of(settings, backend, log.spec, tables=tables)
+    trainer = Trainer(backend, run_of(settings, counted, batches, evaluate=[best],
+                                      companions=[tables, *([publisher] if publisher is not None else [])]))
     figures = finish(settings, log, trainer, best, counted)
     return {**figures, "parameters": counted["dense_parameters"], **tables.figures()}
 
