@@ -72,6 +72,9 @@ class DataSettings(Settings):
     """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
+    quoted: bool = True
+    """csv: whether a cell may stand in double quotes, which then may hold delimiters and line ends; false: a quote is
+    text like any other."""
     features: list[Feature] | None = None
     """Columns that the model reads; null = those the reader knows."""
     history: int = Field(0, ge=0, le=100_000)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.checkpoint.folder import list_checkpoints
+from parallel.checkpoint.folder import damage, list_checkpoints
 from parallel.checkpoint.full import load_checkpoint, save
 from parallel.checkpoint.sharded import Holder
 from parallel.common.files import read_json
@@ -101,8 +101,16 @@ class Best:
         self.value, self.step = None, None
         found = list_checkpoints(self.directory) if self.metric and settings.output.resume != "never" else []
         if found:
-            state = read_json(found[-1] / "state.json")
-            self.value, self.step = state.get("value"), state.get("step")
+            self._remember(found[-1])
+
+    def _remember(self, path: Path) -> None:
+        """What was best before; damage is told, since the run then takes the next validation for the best."""
+        if (error := damage(path)) is not None:
+            if self.rank == 0:
+                info(f"note: the best parameters of the run cannot be read and are looked for anew: {error}")
+            return
+        state = read_json(path / "state.json")
+        self.value, self.step = state.get("value"), state.get("step")
 
     def __call__(self, step: int) -> dict[str, float]:
         metrics = self.evaluation(step)
