@@ -6,7 +6,7 @@ from functools import cache
 from typing import Literal
 
 import pydantic
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
@@ -72,6 +72,9 @@ class DataSettings(Settings):
     """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
+    quoted: bool = True
+    """csv: whether a cell may stand in double quotes, which then may hold delimiters and line ends; false: a quote is
+    text like any other."""
     features: list[Feature] | None = None
     """Columns that the model reads; null = those the reader knows."""
     history: int = Field(0, ge=0, le=100_000)
@@ -275,3 +278,19 @@ def run_class(name: str) -> type[Run]:
     settings = module_of(name).SETTINGS
     field = pydantic.Field(default_factory=settings, description="The ranker's sizes and choices.")
     return pydantic.create_model("Run", __base__=Run, __doc__=Run.__doc__, model=(settings, field))
+
+
+class StoredModel(RankerSettings):
+    """A model block with the keys of any model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Which ranker."""
+
+
+class StoredRun(Run):
+    """A run whose settings were checked before they were stored."""
+
+    model: StoredModel
+    """Sizes and choices of the ranker, unchecked."""
