@@ -16,8 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from parallel.common.ownership import owned, owner_environment
 from parallel.common.progress import info
 from parallel.launch.plan import Plan, check_port
+from parallel.training.worker import WORKER
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
@@ -40,16 +42,29 @@ class Launcher:
         self.plan, self.command, self.logs = plan, command, logs
         self.processes: dict[int, subprocess.Popen] = {}
         self.scheduler: subprocess.Popen | None = None
-        self.signalled = False
+        self.signalled: int | bool = False
+        self.environment = {WORKER: "1"}
 
     def run(self) -> dict[str, Any]:
-        """Until all ranks have ended; the exit code is 0 or that of the first rank that failed."""
-        if self.plan.node_rank == 0:
-            check_port(self.plan.host, self.plan.port)
+        """Until all ranks have ended; the exit code is 0 or that of the first rank that failed.
+
+        Raises:
+            UserError: the port is taken, or another run has the folder above `logs`.
+        """
+        if self.plan.node_rank > 0:
+            return self._run()
+        check_port(self.plan.host, self.plan.port)
+        with owned(self.logs.parent):
+            self.environment |= owner_environment(self.logs.parent)
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self.logs.mkdir(parents=True, exist_ok=True)
         before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._start()
+            if self.signalled is not False:
+                self._forward(self.signalled, None)  # it came before there was anybody to tell
             first = self.plan.node_rank * self.plan.local
             info(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
             failed = self._watch()
@@ -95,7 +110,7 @@ class Launcher:
         return self.logs / f"rank_{rank}.log"
 
     def _forward(self, number: int, frame: Any) -> None:
-        self.signalled = True
+        self.signalled = number
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(number)
@@ -151,6 +166,7 @@ class MsrunLauncher(Launcher):
             # msrun starts "python": let that be ours.
             os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
             os.environ["RANK_SIZE"] = str(plan.ranks)
+            os.environ.update(self.environment)
             manager = _ProcessManager(argparse.Namespace(
                 worker_num=plan.ranks, local_worker_num=plan.local, master_addr=plan.host, master_port=plan.port,
                 node_rank=plan.node_rank, log_dir=str(self.logs), join=False, cluster_time_out=plan.timeout,
@@ -172,9 +188,11 @@ class TorchLauncher(Launcher):
         plan, cores = self.plan, len(os.sched_getaffinity(0))
         for local in range(plan.local):
             rank = plan.node_rank * plan.local + local
-            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks), "LOCAL_RANK": str(local),
-                           "LOCAL_WORLD_SIZE": str(plan.local), "MASTER_ADDR": plan.host,
-                           "MASTER_PORT": str(plan.port), "PARALLEL_MEET_SECONDS": str(plan.timeout)}
+            environment = {
+                **os.environ, **self.environment, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
+                "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(plan.local), "MASTER_ADDR": plan.host,
+                "MASTER_PORT": str(plan.port), "PARALLEL_MEET_SECONDS": str(plan.timeout),
+            }  # fmt: skip
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.local)))
             with open(self.log(rank), "w", encoding="utf-8") as log:
                 self.processes[rank] = subprocess.Popen([sys.executable, "-u", *self.command], stdout=log,
