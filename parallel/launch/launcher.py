@@ -212,10 +212,12 @@ class _Follower:
         with open(path, encoding="utf-8", errors="replace") as file:
             while True:
                 stopping = self._stop.is_set()
-                text = file.read()
+                text = file.readline()
                 if text:
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
+                    # Its own errors are told by the launcher, in a line.
+                    if not text.startswith("error: "):
+                        sys.stderr.write(text)
+                        sys.stderr.flush()
                 elif stopping:
                     return
                 else:

@@ -184,7 +184,8 @@ class TorchStep:
         owner = tensor.name.partition(".")[2] if tensor.kind == "state" else tensor.name
         if owner in self.own.copies or tensor.name in self.own.copies:
             return False
-        return tensor.kind == "counter" or tensor.name in self.own.extents
+        # A world of one has no extents: everything is held whole.
+        return tensor.kind == "counter" or self.ranks == 1 or tensor.name in self.own.extents
 
     def _start(self) -> dict[str, Tensor]:
         """Everything that the rank's graphs hold, at its start."""
