@@ -265,6 +265,19 @@ class Program:
         """All groups of collectives in the world, and all directions of messages (sender, receiver)."""
         return [tuple(item) for item in self.tree["groups"]], [tuple(item) for item in self.tree["messages"]]
 
+    @cached_property
+    def borrowed(self) -> list[tuple[str, int, int]]:
+        """(parameter, rank that owns it, rank of a later stage that borrows the same slice), in the same order
+        everywhere."""
+        found = []
+        for rank in self.ranks:
+            for name in sorted(rank.copies):
+                owner = next((other for other in self.ranks if name not in other.copies
+                              and (other.data, other.op) == (rank.data, rank.op) and name in other.extents), None)
+                if owner is not None and self.by_name[name].kind == "parameter":
+                    found.append((name, owner.number, rank.number))
+        return found
+
     def has(self, kind: str) -> bool:
         """Whether there are graphs of this kind ("step", "loss", "scores")."""
         return kind in self.ranks[0].graphs
