@@ -142,8 +142,8 @@ def _refuse_old_names(package: str, argv: list[str]) -> None:
         raise UserError(f"the verb '{argv[0]}' is called '{new}'", where=f"python -m {package}", hint=f"type {new}")
     for word in argv[1:]:
         flag = word.partition("=")[0]
-        if (argv[0], flag) in FLAGS:
-            new = FLAGS[argv[0], flag]
+        if (package, argv[0], flag) in FLAGS:
+            new = FLAGS[package, argv[0], flag]
             raise UserError(f"the flag '{flag}' is called '{new}'", where=argv[0], hint=f"type {new}")
 
 

@@ -21,7 +21,8 @@ from mindspore import Tensor
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
-from parallel.layers.int8 import Int8Product, dequantize, panels, products
+from parallel.layers.int8 import Int8Product, products
+from parallel.layers.int8_numbers import dequantize, panels
 from parallel.serving.queue import Waiting, WorkQueue, answer
 from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pangu.generation.completion import StopScanner
-from pangu.generation.generate import Generator, cache_capacity, check_vocabulary, fit_prompt, run_generate
+from pangu.generation.generate import Generator, check_vocabulary, fit_prompt, run_generate
 from pangu.generation.prompts import RECIPES, Recipe, find_recipe, read_prompts
 from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
@@ -156,12 +156,6 @@ def test_scanner_holds_back_what_may_become_a_stop():
     assert scanner.feed("更多") == ""
     open_end = StopScanner(["abc"])
     assert (open_end.feed("xab"), open_end.finish(), open_end.found) == ("x", "ab", False)
-
-
-@pytest.mark.parametrize(("slots", "capacity"), [(1, 64), (64, 64), (65, 128), (129, 192), (193, 256), (257, 384),
-                                                 (528, 768), (1024, 1024)])
-def test_capacities_come_in_few_sizes(slots, capacity):
-    assert cache_capacity(slots, 64) == capacity
 
 
 @pytest.mark.parametrize(("ids", "message"), [([], "empty"), ([11] * (CONTEXT + 1), "longer than the model's context"),
