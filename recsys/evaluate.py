@@ -18,6 +18,7 @@ from recsys.data.features import FIRST_KNOWN
 from recsys.evaluation import VOCABULARY, Evaluation
 from recsys.metrics import segmented_ne
 from recsys.ranker import Ranker, Scores
+from recsys.versions.request_log import compare
 
 
 def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
@@ -43,6 +44,8 @@ def open_log(settings: Any, checkpoint: str | None = None) -> Log:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `evaluate`."""
+    parser.add_argument("--requests", metavar="FILE", help="score the requests that a server logged (serve key "
+                        "request_log) again and compare, instead of a part of the log")
     parser.add_argument("--segments", metavar="FEATURE",
                         help="also the NE within each value of this feature (for the first task)")
     parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
@@ -77,6 +80,10 @@ def segments(evaluation: Evaluation, log: Log, name: str) -> dict[str, float | N
 def run(settings: Any, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: exact metrics of a checkpoint on one part of the log."""
     start_device()
+    if arguments.requests:
+        figures = compare(arguments.requests, arguments.checkpoint)
+        table("Logged requests, scored again", ["figure", "value"], figures.items())
+        return figures
     log = open_log(settings, arguments.checkpoint)
     rows = log.parts[arguments.part]
     if len(rows) == 0:

@@ -65,6 +65,19 @@ def run_of(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) ->
                **more)
 
 
+def start_values(settings: Any, network: TrainingLoss, log: Log, tables: Any = None) -> None:
+    """Gives a network its start values: those of its names, or of the checkpoint that `train.start_from` names."""
+    from parallel.layers.parameter import initialize
+
+    initialize(network.model, settings.train.seed)
+    own = list_checkpoints(Path(settings.output.directory) / "checkpoints")
+    if settings.train.start_from is not None and not own:
+        from recsys.versions.warm_start import warm_start
+
+        warm_start(network, tables.window if tables is not None else log.spec, log.vocabulary,
+                   settings.train.start_from, tables)
+
+
 def compares(settings: Any) -> bool:
     """Whether a loss compares the samples of one user."""
     return any(task.pairwise or task.listwise for task in settings.model.tasks)

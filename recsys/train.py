@@ -8,7 +8,6 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import table
-from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
@@ -22,7 +21,7 @@ from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
-from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
+from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of, start_values
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
@@ -47,7 +46,7 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     if needs_sharding(parallel, processes):
         figures = train_sharded(settings, log, parallel, processes)
     else:
-        initialize(network.model, settings.train.seed)
+        start_values(settings, network, log)
         figures = train(settings, network, log, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())

@@ -31,7 +31,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
+    from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of, start_values
 
     options = settings.train
     if options.share_users:
@@ -40,7 +40,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     tables = HostTables(settings, log.spec, batch, exchange_of(processes, settings.data.tables.exchange_kb << 10))
     network = loss_network(settings, tables.window, len(log.labels), COMPUTE_DTYPES[options.precision])
     check_device(settings, network.model, processes)
-    initialize(network.model, options.seed)
+    start_values(settings, network, log, tables)
     dense = [parameter for parameter in network.trainable_params() if not is_sparse(parameter.name)]
     step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
                      rank=processes.rank, ranks=processes.ranks)
