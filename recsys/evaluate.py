@@ -13,9 +13,9 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.build import loss_network
-from recsys.data.dataset import Log, prepare
+from recsys.data.dataset import VOCABULARY, Log, prepare
 from recsys.data.features import FIRST_KNOWN
-from recsys.evaluation import VOCABULARY, Evaluation
+from recsys.evaluation import Evaluation
 from recsys.metrics import segmented_ne
 from recsys.ranker import Ranker, Scores
 from recsys.versions.request_log import compare
@@ -90,7 +90,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
         raise UserError("this part has no rows", where="--part", value=arguments.part)
     batch, scores = min(settings.train.global_batch_size * 4, len(rows)), None
     if settings.data.tables.place == "host":
-        from recsys.tables.run import load_hosted
+        from recsys.tables.loaded import load_hosted
 
         path = resolve_checkpoint(arguments.checkpoint or settings.output.directory)
         model, scores = load_hosted(settings, log.spec, len(log.labels), path, batch, Scores)

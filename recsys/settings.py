@@ -6,7 +6,7 @@ from functools import cache
 from typing import Literal
 
 import pydantic
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
@@ -20,6 +20,7 @@ from parallel.training.settings import (
 )
 from recsys.data.features import Feature
 from recsys.data.streams.settings import StreamSettings
+from recsys.live.settings import PublishSettings
 from recsys.models import module_of
 from recsys.tables.settings import TableSettings
 
@@ -71,6 +72,9 @@ class DataSettings(Settings):
     """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
+    quoted: bool = True
+    """csv: whether a cell may stand in double quotes, which then may hold delimiters and line ends; false: a quote is
+    text like any other."""
     features: list[Feature] | None = None
     """Columns that the model reads; null = those the reader knows."""
     history: int = Field(0, ge=0, le=100_000)
@@ -256,6 +260,8 @@ class Run(Settings):
     """How the model is cut over devices."""
     output: OutputSettings = OutputSettings()
     """Where results go."""
+    publish: PublishSettings = PublishSettings()
+    """Versions for servers that follow the run."""
 
     @classmethod
     def for_file(cls, path: str | None, overrides: list[str]) -> type[Run]:
@@ -275,3 +281,19 @@ def run_class(name: str) -> type[Run]:
     settings = module_of(name).SETTINGS
     field = pydantic.Field(default_factory=settings, description="The ranker's sizes and choices.")
     return pydantic.create_model("Run", __base__=Run, __doc__=Run.__doc__, model=(settings, field))
+
+
+class StoredModel(RankerSettings):
+    """A model block with the keys of any model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Which ranker."""
+
+
+class StoredRun(Run):
+    """A run whose settings were checked before they were stored."""
+
+    model: StoredModel
+    """Sizes and choices of the ranker, unchecked."""

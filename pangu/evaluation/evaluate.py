@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
+    add("--int8", action="store_true", help="quantize a float checkpoint's weights while loading")
     add("--tasks", metavar="NAMES", help=f"tasks, parted by commas, or 'all' of which data are found: "
         f"{', '.join(task_names())}")
     add("--data", metavar="DIR", default="data/evaluation", help="folder with a folder for each data set, as published "
@@ -83,18 +83,16 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _launch(settings: Any, arguments: argparse.Namespace) -> dict:
     """The same command as --nproc processes of msrun on this machine; rank 0's figures."""
-    from parallel.training.launch import Launcher, Plan
+    from parallel.launch.launcher import MsrunLauncher
+    from parallel.launch.plan import Plan, free_port
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = ["-m", "pangu", "evaluate"]
     for name, value in vars(arguments).items():
         if name not in ("verb", "overrides", "print_config", "print_reference") and value not in (None, False):
             command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     logs = Path(arguments.output or Path(settings.output.directory) / "evaluation") / "logs"
-    plan = Plan(1, 0, "127.0.0.1", port, arguments.nproc, _SECONDS_TO_MEET)
-    return Launcher(plan, [*command, *arguments.overrides], logs).run()
+    plan = Plan(1, 0, "127.0.0.1", free_port(), arguments.nproc, _SECONDS_TO_MEET)
+    return MsrunLauncher(plan, [*command, *arguments.overrides], logs).run()
 
 
 def _sources(arguments: argparse.Namespace) -> list[Source]:
@@ -143,7 +141,8 @@ class Evaluation:
     def _load(self) -> Any:
         from pangu.data.tokenizer import Tokenizer
         from pangu.evaluation.language_model import LanguageModel, RequestCache
-        from pangu.generation.generate import check_vocabulary, load_model
+        from pangu.generation.backend import load_model
+        from pangu.generation.generate import check_vocabulary
         from parallel.checkpoint.folder import resolve_checkpoint
 
         arguments, settings = self.arguments, self.settings
@@ -151,10 +150,10 @@ class Evaluation:
         tokenizer = Tokenizer(settings.data.tokenizer)
         check_vocabulary(tokenizer, settings.model.vocabulary_size)
         cache = RequestCache(None if arguments.no_cache else self.output / "requests",
-                             model_fingerprint(self.checkpoint, settings), self.processes.rank)
+                             model_fingerprint(self.checkpoint, settings, arguments.int8), self.processes.rank)
         batch = None if arguments.batch == "auto" else int(arguments.batch)
-        return LanguageModel(load_model(settings, str(self.checkpoint)), tokenizer, batch, not arguments.no_sharing,
-                             cache)
+        return LanguageModel(load_model(settings, self.checkpoint, arguments.int8), tokenizer, batch,
+                             not arguments.no_sharing, cache)
 
     def run(self, sources: list[Source], results: dict[str, dict]) -> dict:
         """Fills `results` and writes tables and samples; rank 0 writes, all return the same."""
@@ -222,9 +221,9 @@ class Evaluation:
         sys.stderr.flush()
 
 
-def model_fingerprint(checkpoint: Path, settings: Any) -> str:
+def model_fingerprint(checkpoint: Path, settings: Any, int8: bool = False) -> str:
     """What answers depend on: the checkpoint's checksums, the model's settings, the precision and the tokenizer."""
-    digest = hashlib.sha256((checkpoint / "layout.json").read_bytes())
+    digest = hashlib.sha256((checkpoint / "layout.json").read_bytes() + b"int8" * int8)
     digest.update(settings.model.model_dump_json().encode() + str(settings.train.precision).encode())
     digest.update(Path(settings.data.tokenizer).read_bytes())
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from recsys.tables.keys import MISSING_KEY, keys_of
 
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$|^\s*[+-]?([nN][aA][nN]|[iI]nf(inity)?)\s*$"
 _MAX_WHOLE = 2.0**53
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass
@@ -74,8 +75,10 @@ def id_type(spec: FeatureSpec) -> type:
 class RowErrors:
     """Marks bad rows of one chunk: raises at the first under "error", collects a mask under "skip"."""
 
-    def __init__(self, rows: int, where: str, first_row: int, on_bad_row: str, report: Report) -> None:
-        self.bad, self.where, self.first_row = np.zeros(rows, bool), where, first_row
+    def __init__(self, rows: int, where: str, first_row: int | np.ndarray, on_bad_row: str, report: Report) -> None:
+        self.bad, self.where = np.zeros(rows, bool), where
+        # Numbers of the rows in their file, where the chunk is a selection of them.
+        self.rows = first_row if isinstance(first_row, np.ndarray) else np.arange(first_row, first_row + rows)
         self.strict, self.report = on_bad_row == "error", report
 
     def mark(self, bad: np.ndarray, column: str, what: str, values: pa.Array | np.ndarray) -> None:
@@ -85,7 +88,7 @@ class RowErrors:
         if self.strict:
             index = int(np.flatnonzero(bad)[0])
             value = values[index].as_py() if isinstance(values, (pa.Array, pa.ChunkedArray)) else values[index]
-            raise UserError(f"{what} in column '{column}'", where=f"{self.where}, row {self.first_row + index + 1}",
+            raise UserError(f"{what} in column '{column}'", where=f"{self.where}, row {int(self.rows[index]) + 1}",
                             value=value, hint="repair the row, or set data.on_bad_row: skip")
         self.report.skipped[f"{column}: {what}"] += int((bad & ~self.bad).sum())
         self.bad |= bad
@@ -139,11 +142,14 @@ def numbers(values: pa.Array, name: str, errors: RowErrors) -> np.ndarray:
         values = pc.if_else(pa.array(bad), pa.scalar(None, pa.string()), pc.utf8_trim_whitespace(values))
         values = values.cast(pa.float64())
     try:
-        return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    except pa.ArrowInvalid:
+        if pa.types.is_integer(values.type):  # Arrow refuses to round an integer above 2^53
+            values = values.cast(pa.float64(), safe=False)
+        found = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise UserError(f"column '{name}' is not numeric", where=errors.where, value=str(values.type)) from None
-    except pa.ArrowNotImplementedError:
-        raise UserError(f"column '{name}' is not numeric", where=errors.where, value=str(values.type)) from None
+    beyond = np.isfinite(found) & (np.abs(found) > _LARGEST)
+    errors.mark(beyond, name, "number that float32 does not hold", found)
+    return np.where(beyond, np.nan, found) if beyond.any() else found
 
 
 def lists(values: pa.Array, feature: Feature, where: str) -> tuple[np.ndarray, pa.Array]:
@@ -171,8 +177,8 @@ class Encoder:
         self.features, self.columns, self.on_bad_row = features, columns, on_bad_row
         self.report = Report()
 
-    def count(self, table: pa.Table, statistics: Statistics, where: str, first_row: int) -> None:
-        """Feeds a table to the statistics pass."""
+    def count(self, table: pa.Table, statistics: Statistics, where: str, first_row: int | np.ndarray) -> None:
+        """Feeds a table to the statistics pass; `first_row` as in `RowErrors`."""
         errors = RowErrors(len(table), where, first_row, self.on_bad_row, Report())
         for feature in self.features:
             values = column(table, feature.source, where)

@@ -21,7 +21,8 @@ from mindspore import Tensor
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
-from parallel.layers.int8 import Int8Product, dequantize, panels, products
+from parallel.layers.int8 import Int8Product, products
+from parallel.layers.int8_numbers import dequantize, panels
 from parallel.serving.queue import Waiting, WorkQueue, answer
 from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe
@@ -156,6 +157,8 @@ class Engine:
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._reloading = threading.Lock()
+        # Kept, since the folder of a version that a run published goes when newer ones come.
+        self._quantization = Checkpoint(trained.path).state.get("quantization")
 
     @property
     def version(self) -> int:
@@ -208,12 +211,21 @@ class Engine:
             if self.pinned is not None and not pin:
                 raise UserError("the server is pinned to a version", where="version", value=self.pinned,
                                 hint="unpin it first")
-            trained, values = self._prepare(checkpoint)
-            rise = int(not trained.encodes_as(self.trained))
-            self._queue.change(lambda: self._put(trained, values, rise)).result()
+            prepared = self.prepare(checkpoint)
+            self.change(lambda: self.put(*prepared))
             if pin:
-                self.pinned = Path(trained.path).name
-            return {"version": self.version, "checkpoint": str(trained.path)}
+                self.pinned = Path(self.trained.path).name
+            return {"version": self.version, "checkpoint": str(self.trained.path)}
+
+    def change(self, change: Callable[[], Any]) -> Any:
+        """`change()`, called by the scoring thread between two batches."""
+        return self._queue.change(change).result()
+
+    def take_version(self, version: int, cleared: bool = True) -> None:
+        """Names the version from now on (within `change`); user states of the one before are forgotten."""
+        self.scorer.version = version
+        if cleared:
+            self.cache.clear()
 
     # -- the scoring thread -------------------------------------------------------------------------------------------
 
@@ -242,14 +254,19 @@ class Engine:
 
     # -- reloading ----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Tensor]]:
-        """The other checkpoint's description, and its values by parameter name in the order of this device."""
+    def prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Tensor], int]:
+        """The other checkpoint's description, its values by parameter name in the order of this device, and whether
+        `encoding_version` rises: what `put` takes.
+
+        Raises:
+            UserError: it is not of the same model, features and quantization.
+        """
         trained = describe(checkpoint)
         if (trained.settings.model, trained.spec) != (self.trained.settings.model, self.trained.spec):
             raise UserError("is of another model or other features", where=trained.path,
                             hint="start another server for it")
-        file, old = Checkpoint(trained.path), Checkpoint(self.trained.path)
-        if file.state.get("quantization") != old.state.get("quantization"):
+        file = Checkpoint(trained.path)
+        if file.state.get("quantization") != self._quantization:
             raise UserError("is not quantized in the same way", where=trained.path, hint="start another server for it")
         model = self.trained.model
         stored = {product.name: product for product in products(model)}
@@ -264,15 +281,15 @@ class Engine:
             if value.shape != tuple(parameter.shape):
                 raise UserError(f"'{name}' has another shape", where=trained.path)
             values[name] = Tensor(value, parameter.dtype)
-        return trained, values
+        return trained, values, int(not trained.encodes_as(self.trained))
 
     def _lasting(self, model: Any) -> list:
         """The model's parameters, without windows of tables on the host."""
         return [parameter for parameter in model.get_parameters()
                 if self.trained.tables is None or not is_sparse(parameter.name)]
 
-    def _put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
-        """`rise`: of `encoding_version`."""
+    def put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
+        """Puts the values in place, within `change`; `rise`: of `encoding_version`."""
         for parameter in self._lasting(self.trained.model):
             parameter.set_data(values[parameter.name])
         trained.model = self.trained.model

@@ -55,6 +55,12 @@ class Metrics(HttpMetrics):
         self.gauge("cache_hits", "Lookups that found a user's state", lambda: engine.cache.hits)
         self.gauge("cache_misses", "Lookups that did not", lambda: engine.cache.misses)
 
+        self.versions = Counter("ranker_versions", "Versions that a run published, by outcome", ["outcome"], **kept)
+
+    def took_version(self, outcome: str) -> None:
+        """Of a follower: done or refused."""
+        self.versions.labels(outcome).inc()
+
     def observe(self, name: str, value: float) -> None:
         """Of the engine."""
         if name == "batch_candidates":
@@ -83,6 +89,19 @@ class Service:
         self.log = RequestLog(settings.request_log, settings.request_log_mb << 20) if settings.request_log else None
         self.reload = Reloader(lambda: engine.reload(folder), self.metrics)
         engine.observe = self.metrics.observe
+        self.follower: Any = None
+
+    def follow(self, follower: Any) -> None:
+        """Takes the versions of a run from now on; /reload looks for one at once."""
+        self.follower = follower
+        self.reload = Reloader(follower.reload, self.metrics)
+        follower.start()
+
+    def stop(self) -> None:
+        """Takes no more versions; what was taken is answered."""
+        if self.follower is not None:
+            self.follower.stop()
+        self.engine.stop()
 
     async def answer(self, request: Any) -> dict:
         """The answer to a call of /rank. Only a request whose body has come takes a place, and of these only so many
@@ -170,7 +189,8 @@ class Service:
         trained = self.engine.trained
         return {"status": "ok", "version": self.engine.version, "checkpoint": str(trained.path),
                 "model": trained.settings.model.name, "separated": self.engine.scorer.separated,
-                "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4)}
+                "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4),
+                **(self.follower.figures() if self.follower is not None else {})}
 
 
 def _busy(message: str) -> Refusal:
@@ -187,7 +207,7 @@ def application(service: Service) -> Any:
     from fastapi.responses import JSONResponse, Response
 
     front = service.front
-    app = front.application("Ranker", service.reload.on_hangup, service.engine.stop)
+    app = front.application("Ranker", lambda: service.reload.on_hangup(), service.stop)
 
     async def rank(request: Any) -> Response:
         return JSONResponse(await service.answer(request))
@@ -242,12 +262,19 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
 
     listener = bind(settings)
     start_device()
-    trained = load(arguments.checkpoint, arguments.run_config,
-                   max(settings.engine.candidates[-1], settings.engine.requests))
+    rows, current = max(settings.engine.candidates[-1], settings.engine.requests), None
+    if settings.follow:
+        from recsys.serving.follow import Follower, live_folder, load_current
+
+        trained, current = load_current(live_folder(arguments.checkpoint), rows)
+    else:
+        trained = load(arguments.checkpoint, arguments.run_config, rows)
     engine = Engine(trained, settings.engine)
     engine.start(lambda graph: info(f"compiled {graph}"))
     service = Service(engine, settings, arguments.checkpoint)
+    if current is not None:
+        service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
     said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
     serve(application(service), listener, settings, one_line, lambda: info(said))
-    engine.stop()
+    service.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}

@@ -49,3 +49,7 @@ class ServeSettings(HttpSettings):
     """Megabytes after which nothing more is written to it."""
     engine: EngineSettings = EngineSettings()
     """How requests are scored."""
+    follow: bool = False
+    """Serve the versions that a run publishes (block `publish`) as they come: --checkpoint names the run's folder."""
+    follow_seconds: float = Field(0.2, gt=0.0)
+    """Between two looks for a new version."""

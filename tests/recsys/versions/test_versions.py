@@ -180,7 +180,7 @@ def test_a_full_request_log_stops(three, tmp_path):
 
 def test_start_from_in_a_run(tmp_path, graph_mode):
     """`train.start_from` is used by a run without checkpoints of its own, and its table names what changed."""
-    from recsys.fit import start_values
+    from recsys.training.fit import start_values
 
     settings, log = make_run(tmp_path / "old", "dlrm_mlp")
     other = settings.model_copy(deep=True)
