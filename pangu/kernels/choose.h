@@ -87,7 +87,8 @@ int32_t choose(float *x, int64_t size, const Rule &rule) {
   if (few) sum = sum_of(x, tokens);
   if (rule.top_p < 1.0) {
     const double enough = sum * rule.top_p;
-    if (!few && sum_of(x, tokens) < enough) tokens = heaviest(x, size, size);
+    while (static_cast<int64_t>(tokens.size()) < size && !few && sum_of(x, tokens) < enough)
+      tokens = heaviest(x, size, std::min<int64_t>(8 * tokens.size(), size));
     double reached = 0;
     size_t kept = 0;
     while (kept < tokens.size() && reached < enough) reached += x[tokens[kept++]];
