@@ -87,16 +87,31 @@ class Generator:
         context = self.config.sequence_length
         prompts = [fit_prompt(list(ids), context, self.config.vocabulary_size, settings, index)
                    for index, ids in enumerate(prompts)]
+        stops = self._stops(settings)
         stop_ids = frozenset([self.config.eot_id] if settings.stop_ids is None else settings.stop_ids)
         requests = []
         for index, (ids, stream) in enumerate(zip(prompts, request_generators(prompts, settings.seed), strict=True)):
             # The last token need not be read, so one more than there are positions can be generated.
             room = context - len(ids) + 1
             limit = (room, "context") if room < settings.max_new_tokens else (settings.max_new_tokens, "max_new_tokens")
-            requests.append(GenerationState(ids, Sampler(settings.rule(), stream), limit, stop_ids, settings.stop,
+            requests.append(GenerationState(ids, Sampler(settings.rule(), stream), limit, stop_ids, stops,
                                     self.tokenizer.stream() if self.tokenizer is not None else None,
                                     partial(on_text, index) if on_text is not None else None))
         return requests
+
+    def _stops(self, settings: GenerateSettings) -> list[str]:
+        """The stop strings as the tokenizer writes them: a generated text holds no full-width `：`, for example.
+
+        Raises:
+            UserError: nothing is left of one.
+        """
+        if self.tokenizer is None:
+            return settings.stop
+        stops = [self.tokenizer.normal_form(stop) for stop in settings.stop]
+        if "" in stops:
+            raise UserError("the tokenizer writes nothing of this stop string, so it would never be found",
+                            where="generate.stop", value=settings.stop[stops.index("")], hint="leave it out")
+        return stops
 
     def _steps(self, requests: list[GenerationState], settings: GenerateSettings) -> Iterator[None]:
         """Goes on by a step per iteration until all requests are done."""

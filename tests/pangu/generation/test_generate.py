@@ -31,6 +31,9 @@ class LetterTokenizer:
     def decode(self, ids) -> str:
         return "".join("<>" if number < 10 else LETTERS[number - 10] for number in ids)
 
+    def normal_form(self, text: str) -> str:
+        return text.replace("ｌ", "l").replace("！", "")
+
     def stream(self):
         return self
 
@@ -99,6 +102,12 @@ def test_eot_is_the_default_stop(model):
     ids = Generator(model, LetterTokenizer(), GenerateSettings(batch_size=2, prefill_chunk=8, max_new_tokens=6))
     made = ids.generate_ids([[11, 12], [13]])
     assert all(9 not in output.ids for output in made)
+
+
+def test_a_stop_string_is_looked_for_as_the_tokenizer_writes_it(generator):
+    assert generator._stops(GenerateSettings(stop=["ｌl", "a"])) == ["ll", "a"]
+    with pytest.raises(UserError, match="never be found"):
+        generator._stops(GenerateSettings(stop=["！"]))
 
 
 def test_stream_gives_the_text_of_generate(generator):
