@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mindspore.nn.utils import no_init_parameters
 
@@ -26,8 +26,11 @@ from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Run, Trainer
 
+if TYPE_CHECKING:
+    from pangu.settings import Run as RunSettings
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+
+def run(settings: RunSettings, arguments: argparse.Namespace) -> dict:
     """Trains, validates, saves; resumes where an earlier run of the same output folder stopped."""
     processes = start_device()
     parallel = settings.parallel.resolve(processes.ranks)
@@ -42,13 +45,13 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     return figures
 
 
-def replicated_trainer(settings: Any, processes: Processes) -> Trainer:
+def replicated_trainer(settings: RunSettings, processes: Processes) -> Trainer:
     """A trainer of which every process holds the whole model."""
     training, validation = sources(settings, (processes.rank, processes.ranks))
     return Trainer(MindSporeBackend(training_step(settings, processes)), _run(settings, training, validation))
 
 
-def sharded_trainer(settings: Any, parallel: ParallelConfig, processes: Processes) -> Trainer:
+def sharded_trainer(settings: RunSettings, parallel: ParallelConfig, processes: Processes) -> Trainer:
     """A trainer of which every process holds slices (Ascend)."""
     dtype = COMPUTE_DTYPES[settings.train.precision]
     data, _ = divmod(processes.rank % (parallel.data * parallel.op), parallel.op)
@@ -58,7 +61,7 @@ def sharded_trainer(settings: Any, parallel: ParallelConfig, processes: Processe
     return Trainer(ShardedBackend(run), _run(settings, training, validation))
 
 
-def _run(settings: Any, training: PackedDataset, validation: PackedDataset | None) -> Run:
+def _run(settings: RunSettings, training: PackedDataset, validation: PackedDataset | None) -> Run:
     tokens = settings.train.global_batch_size * settings.model.sequence_length
     return Run(training, settings.train, settings.output, validation=validation, units_per_step=tokens,
                flops_per_step=tokens * flops_per_token(settings.model), describe=settings.model_dump(mode="json"),
@@ -66,7 +69,7 @@ def _run(settings: Any, training: PackedDataset, validation: PackedDataset | Non
                is_new=is_adapter)
 
 
-def training_step(settings: Any, processes: Processes) -> TrainStep:
+def training_step(settings: RunSettings, processes: Processes) -> TrainStep:
     """The model with start values, its loss and its optimizer, as one step."""
     train = settings.train
     with no_init_parameters():
@@ -77,7 +80,7 @@ def training_step(settings: Any, processes: Processes) -> TrainStep:
                      ranks=processes.ranks)
 
 
-def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
+def sources(settings: RunSettings, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
     """Training and validation records, the `share` (number, of how many) of every batch."""
     data, model = settings.data, settings.model
     if settings.adapt is not None:
@@ -94,7 +97,7 @@ def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, Packe
     return training, PackedDataset(data.directory, split="validation", shuffle=False, repeat=False, **shared)
 
 
-def _pairs(settings: Any, share: tuple[int, int]) -> tuple[PairsDataset, PairsDataset | None]:
+def _pairs(settings: RunSettings, share: tuple[int, int]) -> tuple[PairsDataset, PairsDataset | None]:
     tokenizer, adapt = Tokenizer(settings.data.tokenizer), settings.adapt
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
     shared = {"batch_size": settings.train.global_batch_size, "seed": settings.train.seed,
@@ -117,7 +120,7 @@ def flops_per_token(model: ModelConfig) -> float:
     return 3.0 * (model.layers * layer + 2 * width * model.vocabulary_size)
 
 
-def _check_device(settings: Any, processes: Processes) -> None:
+def _check_device(settings: RunSettings, processes: Processes) -> None:
     train = settings.train
     if processes.target != "CPU":
         return

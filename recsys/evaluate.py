@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
@@ -15,8 +15,11 @@ from recsys.data.dataset import Log, prepare
 from recsys.evaluation import VOCABULARY, Evaluation
 from recsys.ranker import Ranker, Scores
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
+
+def load_model(settings: Run, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
     """The run's model with the parameters of a checkpoint (None = the newest of the run's folder), quantized if it
     is."""
     from recsys.quantization import layers as quantization
@@ -27,7 +30,7 @@ def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker,
     return model, path
 
 
-def open_log(settings: Any, checkpoint: str | None = None) -> Log:
+def open_log(settings: Run, checkpoint: str | None = None) -> Log:
     """The run's log, read with the vocabulary that the run was trained with, where there is one."""
     places = [Path(settings.output.directory) / VOCABULARY]
     if checkpoint is not None:
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", choices=["train", "validation", "test"], default="test", help="rows to evaluate on")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: exact metrics of a checkpoint on one part of the log."""
     start_device()
     log = open_log(settings, arguments.checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.folder import list_checkpoints
 from parallel.checkpoint.full import load_parameters, save_checkpoint
@@ -22,10 +22,13 @@ from recsys.evaluation import VOCABULARY, Evaluation
 from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
 
+if TYPE_CHECKING:
+    from recsys.settings import Run as RunSettings
+
 _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 
 
-def check_device(settings: Any, model: Any, processes: Processes) -> ParallelConfig:
+def check_device(settings: RunSettings, model: Any, processes: Processes) -> ParallelConfig:
     """The resolved layout; refuses layouts and types that this device does not run."""
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings, model, parallel)
@@ -42,7 +45,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     return parallel
 
 
-def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
+def finish(settings: RunSettings, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
     """Runs the trainer and evaluates the best (or last) parameters on the test rows; the run's figures."""
     rows = log.parts["validation"]
     figures = trainer.run()
@@ -57,7 +60,7 @@ def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict)
             **{key: counted[key] for key in ("parameters", "dense_parameters")}, **attainable_auc(settings, log)}
 
 
-def run_of(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) -> Run:
+def run_of(settings: RunSettings, counted: dict[str, Any], batches: Any, **more: Any) -> Run:
     """The run of a ranker for the trainer; `counted` tells its FLOPs."""
     samples = settings.train.global_batch_size
     return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
@@ -65,7 +68,7 @@ def run_of(settings: Any, counted: dict[str, Any], batches: Any, **more: Any) ->
                **more)
 
 
-def evaluation_batch(settings: Any, rows: Any) -> int:
+def evaluation_batch(settings: RunSettings, rows: Any) -> int:
     """Samples of one forward pass over `rows`."""
     return max(1, min(4 * settings.train.global_batch_size, len(rows)))
 
@@ -76,7 +79,7 @@ def keep_vocabulary(log: Log, directory: Path) -> None:
         shutil.copyfileobj(source, file)
 
 
-def attainable_auc(settings: Any, log: Log) -> dict[str, float]:
+def attainable_auc(settings: RunSettings, log: Log) -> dict[str, float]:
     """The best AUC that any model can expect on the test rows, where the truth is known."""
     data = settings.data
     if data.reader != "synthetic" or data.split.by not in ("default", "order"):
@@ -98,7 +101,7 @@ class Best:
         tables: `recsys.tables.host.HostTables` whose rows are kept beside the parameters.
     """
 
-    def __init__(self, settings: Any, network: TrainingLoss, evaluation: Evaluation, rank: int,
+    def __init__(self, settings: RunSettings, network: TrainingLoss, evaluation: Evaluation, rank: int,
                  tables: Any = None) -> None:
         self.metric, self.network, self.evaluation = settings.train.keep_best, network, evaluation
         self.directory, self.rank, self.tables = Path(settings.output.directory) / "best", rank, tables

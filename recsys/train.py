@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from parallel.common.errors import UserError
 from parallel.common.progress import table
@@ -27,8 +27,11 @@ from recsys.layers.embedding import is_sparse
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
+
+def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     processes = start_device()
     if reader(settings.data.reader).stream is not None:
@@ -54,7 +57,7 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     return figures
 
 
-def run_stream(settings: Any, processes: Processes) -> dict:
+def run_stream(settings: Run, processes: Processes) -> dict:
     """Trains on a stream (readers redis_stream, kafka, tail)."""
     from recsys.stream_training import check, reading_of, train_stream
 
@@ -70,7 +73,7 @@ def run_stream(settings: Any, processes: Processes) -> dict:
     return figures
 
 
-def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
+def train_sharded(settings: Run, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
     """Trains a ranker of which every process holds slices (Ascend); validated by its loss. AUC and the like need whole
     scores: `python -m recsys evaluate` on the merged checkpoint.
 
@@ -98,7 +101,7 @@ def train_sharded(settings: Any, log: Log, parallel: ParallelConfig, processes: 
     return trainer.run() | {key: counted[key] for key in ("parameters", "dense_parameters")}
 
 
-def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) -> dict:
+def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) -> dict:
     """Trains a network whose parameters have values; the run's figures."""
     options, model = settings.train, network.model
     optimizer = run_optimizer(network.trainable_params(), options, is_sparse)

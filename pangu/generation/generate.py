@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from pangu.generation.sampling import Sampler, request_generators
 from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
 from parallel.training.settings import COMPUTE_DTYPES
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 LOGITS, BEST = 0, 1  # what a decoder returns
 _DECODERS_KEPT = 4
@@ -198,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print the text of a single prompt as it is generated")
 
 
-def run_generate(settings: Any, arguments: argparse.Namespace) -> dict:
+def run_generate(settings: Run, arguments: argparse.Namespace) -> dict:
     """The verb `generate`: `settings` is a `pangu.settings.Run`; returns the texts and the speed.
 
     Raises:
@@ -234,7 +237,7 @@ def _stream_to_terminal(generator: Generator, prompt: str) -> str:
     return "".join(pieces)
 
 
-def load_model(settings: Any, checkpoint: str) -> Any:
+def load_model(settings: Run, checkpoint: str) -> Any:
     """The model of a run with the parameters of `checkpoint` (a run's folder means its newest), ready to generate."""
     import mindspore as ms
     from mindspore.nn.utils import no_init_parameters

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from parallel.common.errors import UserError
+from parallel.training.settings import OptimizerSettings
 from recsys.tables.dynamic import RULES, Rule
 
 _MEANT = {"adam": "lazy_adam", "adamw": "lazy_adam"}
 
 
-def learning_rate(settings: Any, step: int, steps: int) -> float:
+def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     """`parallel.training.schedules.LearningRate` outside of a graph, in float64.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.full import load_parameters
 from parallel.common.errors import UserError
@@ -24,8 +24,11 @@ from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
+
+def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     """`recsys.train.train` with tables on the host; over several processes these hold the rows of different ids.
 
     Raises:
@@ -60,7 +63,7 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     return {**figures, "parameters": counted["dense_parameters"], **tables.figures()}
 
 
-def load_hosted(settings: Any, spec: FeatureSpec, tasks: int, path: Path, batch: int,
+def load_hosted(settings: Run, spec: FeatureSpec, tasks: int, path: Path, batch: int,
                 cell_of: Callable[[Any], Any] = lambda model: model) -> tuple[Any, Hosted]:
     """A trained model with its tables read from a checkpoint, for reading only.
 
