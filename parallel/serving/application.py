@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
+from parallel.common.structured import BadText, parse_json
 from parallel.serving.bodies import Bodies
 from parallel.serving.connections import Shape
 from parallel.serving.errors import ClientGone, Refusal
-from parallel.serving.json_door import NotJson, parse_json
 from parallel.serving.metrics import HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.settings import HttpSettings
@@ -141,8 +141,8 @@ class Front:
         """
         raw = await self.bodies.read(request)
         try:
-            return parse_json(raw, self.settings.max_json_depth)
-        except NotJson as error:
+            return parse_json(raw)
+        except BadText as error:
             raise Refusal(400, f"the body is no JSON to read: {error}", code="invalid_json") from None
 
 

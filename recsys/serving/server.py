@@ -22,9 +22,9 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
+from parallel.common.structured import BadText, parse_json
 from parallel.serving.application import Front, Reloader, require, unless_gone
 from parallel.serving.errors import UNAVAILABLE, Refusal, one_line
-from parallel.serving.json_door import NotJson, parse_json
 from parallel.serving.metrics import SECONDS, HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.run import address, bind, serve
@@ -106,7 +106,7 @@ class Service:
             version, encoding_version, trained = self.engine.version, self.engine.encoding_version, self.engine.trained
             try:
                 ask = await self._understood(raw, trained)
-            except NotJson as error:
+            except BadText as error:
                 raise Refusal(400, f"the body is no JSON to read: {error}") from None
             except UserError as error:
                 raise Refusal(422, str(error)) from None
@@ -124,7 +124,7 @@ class Service:
 
     async def _understood(self, raw: bytes, trained: Any) -> Ask:
         """See `_parse`. A short body is read here at once: handing it to a thread and back would take as long."""
-        arguments = raw, trained, self.settings
+        arguments = raw, trained, self.settings.max_candidates
         if len(raw) <= _SHORT_BYTES:
             return _parse(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self.pool, _parse, *arguments)
@@ -149,9 +149,9 @@ def _busy(message: str) -> Refusal:
     return Refusal(UNAVAILABLE, message, kind="server_error", retry_after=1.0)
 
 
-def _parse(raw: bytes, trained: Any, settings: ServeSettings) -> Ask:
-    """The request in numbers; raises `NotJson`, or a `UserError` where it is no request."""
-    return read_request(parse_json(raw, settings.max_json_depth), trained, settings.max_candidates)
+def _parse(raw: bytes, trained: Any, most: int) -> Ask:
+    """The request in numbers; raises `BadText`, or a `UserError` where it is no request."""
+    return read_request(parse_json(raw), trained, most)
 
 
 def application(service: Service) -> Any:

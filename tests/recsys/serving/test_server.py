@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from parallel.common.structured import BadText
 from parallel.serving.errors import one_line
-from parallel.serving.json_door import NotJson
 from parallel.serving.queue import Busy
 from parallel.serving.run import bind, make_server
 from recsys.saved_model import describe, load
@@ -207,7 +207,7 @@ def test_long_bodies_are_read_in_a_thread_short_ones_at_once(run, monkeypatch):
     long = asyncio.run(service._understood(body, trained))
     assert readers[0] == threading.current_thread().name and readers[1].startswith("requests")
     np.testing.assert_array_equal(short.ids, long.ids)
-    with pytest.raises(NotJson):
+    with pytest.raises(BadText):
         asyncio.run(service._understood(b"{" * len(body), trained))
 
 
