@@ -5,6 +5,9 @@ Shapes: R requests (rows of U), N candidates (rows of G), T tokens of which the 
 K width of a component, S width of the state. A *component* [c, R, K] is something of the U pass that the G pass reads;
 the state of a request is all its components in one row, state_RS.
 
+Attributes named after "group" (`first_group`, `group_side`, ...) hold parameters of the candidate side, whose names in
+checkpoints they are.
+
 Source: UG-Sep (arXiv 2602.10455). The masks: a U mixed token reads U heads only, M_mix[h, j] = 0 for h < h_u, j >= c_u
 d_h; a U token takes back U mixed tokens only, M_rev[t, j] = 0 for t < c_u, j >= h_u d_h. The paper's formulas could not
 be read; these are ours (UI-MixFormer, arXiv 2602.14110 eq. 10-11, prints a mask of the same kind).

@@ -134,7 +134,7 @@ class TwoSidedSliceTokenizer(nn.Cell):
     def __init__(self, users: dict[str, int], groups: dict[str, int], counts: Shape, width: int, *,
                  layout: TokenLayout, shared: bool, compute_dtype: mstype) -> None:
         super().__init__()
-        self.user_side, self.candidate_side = (
+        self.user_side, self.group_side = (
             SliceTokenizer(list(own.values()), count, width, layout=layout, shared=shared, compute_dtype=compute_dtype)
             for own, count in ((users, counts[0]), (groups, counts[1])))
 
@@ -144,7 +144,7 @@ class TwoSidedSliceTokenizer(nn.Cell):
 
     def candidate(self, groups: tuple, components: tuple, index_N: Tensor | None) -> Tensor:
         """x_gND."""
-        return self.candidate_side(*groups)
+        return self.group_side(*groups)
 
 
 class SeparatedRankMixer(SeparatedRanker):

@@ -312,7 +312,7 @@ class TwoSidedGroupTokenizer(nn.Cell):
             # The global token in front of U tokens is an ordinary one; that of G also reads U.
             self.sides.append(GroupTokenizer(widths, [made for _, made in bundles], width,
                                              global_token=extra and own is users, **options))
-        self.user_side, self.candidate_side = self.sides
+        self.user_side, self.group_side = self.sides
         self.joins = [nn.CellList([Join(size) for size in sizes]) for sizes in self.bundles]
         self.user_joins, self.candidate_joins = self.joins
         self.bundles = tuple(self.bundles)
@@ -351,7 +351,7 @@ class TwoSidedGroupTokenizer(nn.Cell):
 
     def candidate(self, groups: tuple, components: tuple, index_N: Tensor | None) -> Tensor:
         """x_gND, the global token in front."""
-        x_gND = self.candidate_side(*self.bundled(groups, self.bundles[1], self.candidate_joins))
+        x_gND = self.group_side(*self.bundled(groups, self.bundles[1], self.candidate_joins))
         if not self.has_global:
             return x_gND
         given_ND = self.reshape(self.take.full(components[0], index_N), (-1, self.wide))
