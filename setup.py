@@ -30,7 +30,7 @@ setup(
     python_requires=">=3.10,<3.12",
     packages=find_packages(include=["pangu*", "recsys*", "parallel*", "data_tools*"]),
     package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h"],
-                  "pangu": ["kernels/*.cpp", "prompts/*.yaml", "serving/*.jinja", "serving/page/*"]},
+                  "pangu": ["kernels/*.cpp", "kernels/*.h", "prompts/*.yaml", "serving/*.jinja", "serving/page/*"]},
     install_requires=[
         "mindspore==2.9.0", "numpy<2", "sentencepiece", "jieba==0.42.1", "pyyaml", "pydantic>=2.7",
         "safetensors", "rich", "matplotlib", "tensorboardX", "zstandard", "pyarrow",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from data_tools import readers
 from data_tools.records import Document, ReadLog, ReadSettings, Split
 from parallel.common.errors import UserError
-from parallel.common.files import atomic_write
+from parallel.common.files import atomic_write, matching
 from parallel.common.json_text import dump_json, plain
 
 REMOVED_FOLDER = "removed"  # stands beside documents that we wrote, and is never read as input
@@ -43,14 +43,14 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
     found: dict[Path, str] = {}
     for text in inputs:
         root = Path(text)
-        if root.is_file():  # before it is taken for a pattern: `train[1].jsonl` is a name
+        if root.is_file():
             readers.reader_for(root)
             found[root] = root.name
             continue
         if root.is_dir():
             paths, base = sorted(root.rglob("*")), root
         else:
-            paths, base = sorted(Path().glob(text)) if not root.is_absolute() else _glob_absolute(root), None
+            paths, base = matching(root), None
         for path in paths:
             inner = path.relative_to(base) if base is not None else path
             hidden = any(part == REMOVED_FOLDER or part.startswith((".", "_")) for part in inner.parts)
@@ -60,10 +60,6 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
         raise UserError("no documents found", where="--input", value=inputs,
                         hint=f"give a file, folder or pattern of {', '.join(readers.suffixes())}")
     return sorted(found.items(), key=lambda entry: (entry[1], str(entry[0])))
-
-
-def _glob_absolute(pattern: Path) -> list[Path]:
-    return sorted(Path(pattern.anchor).glob(pattern.relative_to(pattern.anchor).as_posix()))
 
 
 def read_split(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Document]:

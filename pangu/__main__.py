@@ -29,6 +29,8 @@ VERBS = [
          arguments="pangu.generation.generate:add_arguments"),
     Verb("evaluate", "pangu.evaluation.evaluate:run", "few-shot tasks and multiple-choice questions", settings=RUN,
          arguments="pangu.evaluation.evaluate:add_arguments"),
+    Verb("quantize", "pangu.quantize:run", "make a checkpoint with int8 weights", settings=RUN,
+         arguments="pangu.quantize:add_arguments"),
     Verb("convert", "pangu.checkpoints.convert:run", "turn checkpoints of other codes into ours and back", settings=RUN,
          arguments="pangu.checkpoints.convert:add_arguments"),
 ]

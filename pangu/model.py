@@ -101,11 +101,18 @@ class PanGuAlpha(nn.Cell):
         self.norm = LayerNorm(width, compute_dtype=compute_dtype)
         self.head = TiedHead(axis="vocabulary")
         self.norm_first = config.final_norm == "before_query"
+        self.int8 = False  # see pangu/int8.py
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor) -> Tensor:
-        return self.head(self.hidden(ids_BS, positions_BS, documents_BS), self.embedding.word.table)
+        return self.logits(self.hidden(ids_BS, positions_BS, documents_BS))
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V], of what `hidden` gives."""
+        if self.int8:
+            return self.embedding.word.logits(hidden_ND)
+        return self.head(hidden_ND, self.embedding.word.table)
 
     def hidden(self, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor,
                rows_B: Tensor | None = None) -> Tensor:

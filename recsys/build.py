@@ -43,13 +43,14 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     if settings.data.tables.place == "host":
         spec = window_spec(spec, settings.train.global_batch_size, settings.data.tables.window)
     tasks = len(labels_of(settings))
+    columns = target_columns(settings)
     network = loss_network(settings, spec, tasks, compute_dtype)
     check_layout(settings, network.model, parallel)
     batch = settings.train.global_batch_size
     inputs = [Input("ids", (batch, spec.id_columns), "int32", min(spec.tables.values())),
               Input("numbers", (batch, spec.numeric_columns), "float32"),
-              Input("labels", (batch, tasks), "float32")]
-    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, tasks, seed), batch,
+              Input("labels", (batch, columns), "float32")]
+    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch,
                 {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse, scores)
     return with_sample_numbers(task, settings.model.dropout)
 
@@ -74,7 +75,20 @@ def loss_network(settings: Run, spec: FeatureSpec, tasks: int, compute_dtype: st
                         hint="set data.tables.place: host")
     with no_init_parameters():
         model = module_of(settings.model.name).MODEL(settings.model, spec, tasks, getattr(mstype, compute_dtype))
-        return TrainingLoss(model)
+        return TrainingLoss(model, label_weights(settings) if settings.data.label_weights else None)
+
+
+def label_weights(settings: Run) -> np.ndarray:
+    """bool [K, W]: which of the columns of weights each label's samples have."""
+    names, own = labels_of(settings), settings.data.label_weights
+    columns = list(dict.fromkeys(own.values()))
+    return np.array([[own.get(name) == column for column in columns] for name in names])
+
+
+def target_columns(settings: Run) -> int:
+    """T: labels, columns of weights, and one for the group where a loss compares a user's samples."""
+    return (len(labels_of(settings)) + len(set(settings.data.label_weights.values()))
+            + int(any(task.pairwise or task.listwise for task in settings.model.tasks)))
 
 
 def labels_of(settings: Run) -> list[str]:
@@ -96,6 +110,9 @@ def check_layout(settings: Run, model: Any, parallel: ParallelConfig) -> None:
     """Raises a `UserError` unless every axis divides what it cuts."""
     batch = settings.train.global_batch_size
     micro = max(parallel.pipeline.micro_batches, settings.train.accumulation)
+    if any(task.pairwise or task.listwise for task in settings.model.tasks) and (parallel.world > 1 or micro > 1):
+        raise UserError("losses that compare a user's samples need the whole batch on one device", where="model.tasks",
+                        hint="set pairwise and listwise to 0, or train on one device without micro-batches")
     divides(parallel.data * parallel.pipeline.micro_batches if parallel.pipeline.stages > 1 else parallel.data, batch,
             where="parallel.data", what="train.global_batch_size")
     if parallel.sequence:

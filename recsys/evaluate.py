@@ -6,13 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.build import loss_network
 from recsys.data.dataset import Log, prepare
+from recsys.data.features import FIRST_KNOWN
 from recsys.evaluation import VOCABULARY, Evaluation
+from recsys.metrics import segmented_ne
 from recsys.ranker import Ranker, Scores
 
 if TYPE_CHECKING:
@@ -42,8 +46,35 @@ def open_log(settings: Run, checkpoint: str | None = None) -> Log:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `evaluate`."""
+    parser.add_argument("--segments", metavar="FEATURE",
+                        help="also the NE within each value of this feature (for the first task)")
     parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
     parser.add_argument("--part", choices=["train", "validation", "test"], default="test", help="rows to evaluate on")
+
+
+def segments(evaluation: Evaluation, log: Log, name: str) -> dict[str, float | None]:
+    """NE of the first task within each value of a feature (its row, or key, where the vocabulary does not name it).
+
+    Raises:
+        UserError: there is no such feature with single values, or the first task is a number.
+    """
+    slot = log.spec.slots.get(name)
+    if slot is None or slot.length != 1 or evaluation.plan.tasks[0].kind != "binary":
+        raise UserError("segments are the values of an id feature, of a task of kind binary", where="--segments",
+                        value=name)
+    collected = [(labels[:, 0], scores[:, 0]) for labels, scores, _ in evaluation.predictions()]
+    labels, scores = (np.concatenate(part) for part in zip(*collected, strict=True))
+    own = np.asarray(evaluation.rows.ids[:len(labels), slot.start])
+    counted = ~np.isnan(labels)
+    found = segmented_ne(labels[counted], scores[counted], own[counted])
+    values = log.vocabulary.values.get(name, [])
+
+    def called(row: int) -> str:
+        known = row - slot.offset - FIRST_KNOWN
+        return values[known] if 0 <= known < len(values) else str(known)
+
+    table(f"NE by {name}", ["value", "ne"], [[called(row), value] for row, value in found.items()])
+    return {called(row): None if np.isnan(value) else value for row, value in found.items()}
 
 
 def run(settings: Run, arguments: argparse.Namespace) -> dict:
@@ -63,5 +94,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
         model, path = load_model(settings, log, arguments.checkpoint)
     evaluation = Evaluation(model, rows, log.labels, batch, show=True, scores=scores)
     metrics = evaluation(0)
+    if arguments.segments:
+        metrics |= {"segments": segments(evaluation, log, arguments.segments)}
     table(f"{settings.model.name} on {arguments.part} ({len(rows)} rows)", ["metric", "value"], metrics.items())
     return {**metrics, "samples": len(rows), "part": arguments.part, "checkpoint": str(path)}

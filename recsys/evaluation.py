@@ -10,7 +10,8 @@ from mindspore import Tensor
 from parallel.common.progress import progress
 from recsys.data.dataset import in_order
 from recsys.data.encode import Encoded
-from recsys.metrics import Accumulator
+from recsys.layers.tasks import TaskPlan
+from recsys.metrics import Accumulator, NumberAccumulator
 from recsys.ranker import Ranker, Scores
 
 VOCABULARY = "vocabulary.json"
@@ -29,21 +30,25 @@ class Evaluation:
         prefix: put before every name.
         limit: batches at most; None = all.
         scores: what gives the probabilities; None = `Scores` of the model.
+        plan: of the tasks; None = the model's.
     """
 
     def __init__(self, model: Ranker, rows: Encoded, labels: list[str], batch: int, *, limit: int | None = None,
-                 show: bool = False, scores: Any = None) -> None:
+                 show: bool = False, scores: Any = None, plan: TaskPlan | None = None) -> None:
         self.scores, self.rows, self.labels, self.batch = scores or Scores(model), rows, labels, batch
         self.limit, self.show = limit, show
+        self.plan = plan or (model.plan if model is not None else TaskPlan.of((), len(labels)))
 
     def __call__(self, step: int) -> dict[str, float]:
-        """auc, gauc, uauc, logloss, calibration, ece for each task."""
+        """`recsys.metrics.BINARY_METRICS` (or NUMBER_METRICS) for each task, on the samples that count for it."""
         if len(self.rows) == 0:
             return {}
-        collected = [Accumulator() for _ in self.labels]
+        collected = [Accumulator() if task.kind == "binary" else NumberAccumulator() for task in self.plan.tasks]
         for labels, scores, users in self.predictions():
+            counted = self.plan.counted(labels)
             for task, own in enumerate(collected):
-                own.update(labels[:, task], scores[:, task], users)
+                mine = counted[:, task]
+                own.update(labels[mine, task], scores[mine, task], users[mine])
         metrics: dict[str, float] = {}
         for task, own in enumerate(collected):
             found = own.result()

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.folder import list_checkpoints
+from parallel.checkpoint.folder import damage, list_checkpoints
 from parallel.checkpoint.full import load_parameters, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json
@@ -54,7 +54,7 @@ def finish(settings: RunSettings, log: Log, trainer: Trainer, best: Best, counte
     validation = {f"validation_{name}": figures.pop(name) for name in ("auc", "gauc", "uauc", "logloss")
                   if name in figures}
     batch = min(best.evaluation.batch, len(test)) if best.tables else evaluation_batch(settings, test)
-    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores)
+    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores, plan=best.evaluation.plan)
     metrics = last(trainer.iteration)
     return {**figures, **metrics, **validation, "best_step": best.step,
             **{key: counted[key] for key in ("parameters", "dense_parameters")}, **attainable_auc(settings, log)}
@@ -66,6 +66,11 @@ def run_of(settings: RunSettings, counted: dict[str, Any], batches: Any, **more:
     return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
                flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),
                **more)
+
+
+def compares(settings: RunSettings) -> bool:
+    """Whether a loss compares the samples of one user."""
+    return any(task.pairwise or task.listwise for task in settings.model.tasks)
 
 
 def evaluation_batch(settings: RunSettings, rows: Any) -> int:
@@ -108,8 +113,16 @@ class Best:
         self.value, self.step = None, None
         found = list_checkpoints(self.directory) if self.metric and settings.output.resume != "never" else []
         if found:
-            state = read_json(found[-1] / "state.json")
-            self.value, self.step = state.get("value"), state.get("step")
+            self._remember(found[-1])
+
+    def _remember(self, path: Path) -> None:
+        """What was best before; damage is told, since the run then takes the next validation for the best."""
+        if (error := damage(path)) is not None:
+            if self.rank == 0:
+                info(f"note: the best parameters of the run cannot be read and are looked for anew: {error}")
+            return
+        state = read_json(path / "state.json")
+        self.value, self.step = state.get("value"), state.get("step")
 
     def __call__(self, step: int) -> dict[str, float]:
         metrics = self.evaluation(step)

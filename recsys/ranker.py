@@ -6,6 +6,7 @@ Shapes: B batch, M id columns, N numeric columns, K tasks, D width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -18,7 +19,10 @@ from parallel.sharding.layout import Layer, OpSharding
 from parallel.sharding.trainable import Trainable
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Join
-from recsys.settings import RankerSettings
+from recsys.layers.heads import Calibration, MixtureOfExperts, ProgressiveExtraction
+from recsys.layers.losses import Answers, Compared, FunnelLoss
+from recsys.layers.tasks import TaskPlan
+from recsys.settings import HeadSettings, RankerSettings
 
 
 def dense(inputs: int, outputs: int, compute_dtype: mstype = mstype.float32, *, bias: bool = True,
@@ -69,18 +73,36 @@ class MLP(nn.Cell):
 
 
 class TaskHeads(nn.Cell):
-    """logits_BK: a head for each task on one shared representation. In float32."""
+    """logits_BK: a head for each task on one shared representation, or on each task's mixture of experts. In float32.
 
-    def __init__(self, width: int, hidden: list[int], tasks: int) -> None:
+    Args:
+        width: D.
+        hidden: widths of a head's hidden layers.
+        tasks: K.
+        sharing: what lies before the heads; None = nothing.
+    """
+
+    def __init__(self, width: int, hidden: list[int], tasks: int, sharing: HeadSettings | None = None) -> None:
         super().__init__()
+        self.experts = None
+        if sharing is not None and sharing.kind == "mmoe":
+            self.experts = MixtureOfExperts(width, sharing.experts, sharing.hidden, tasks)
+        elif sharing is not None and sharing.kind == "ple":
+            self.experts = ProgressiveExtraction(width, sharing.experts, sharing.hidden, tasks, sharing.levels)
+        width = sharing.hidden if self.experts is not None else width
         self.towers = nn.CellList([MLP([width, *hidden, 1], final_relu=False) for _ in range(tasks)])
         self.join, self.cast = Join(tasks), ops.Cast()
 
     def construct(self, hidden_BD: Tensor) -> Tensor:
         hidden_BD = self.cast(hidden_BD, mstype.float32)
         logits = ()
-        for head in self.towers:
-            logits += (head(hidden_BD),)
+        if self.experts is not None:
+            own = self.experts(hidden_BD)
+            for index in range(len(self.towers)):
+                logits += (self.towers[index](own[index]),)
+        else:
+            for head in self.towers:
+                logits += (head(hidden_BD),)
         return self.join(*logits)
 
 
@@ -103,6 +125,8 @@ class Ranker(nn.Cell):
             raise UserError(f"there are {tasks} labels", where="model.tasks", value=[t.name for t in settings.tasks],
                             hint="name as many tasks")
         self.settings, self.spec, self.tasks, self.compute_dtype = settings, spec, tasks, compute_dtype
+        self.plan = TaskPlan.of(settings.tasks, tasks)
+        self.calibration = None
         self.embedding = FeatureEmbedding(spec, settings.embedding_std)
         self.drop, self.drop_keys = Dropout(settings.dropout, ("batch", None)), DropoutKeys()
 
@@ -114,7 +138,15 @@ class Ranker(nn.Cell):
 
     def make_head(self, width: int) -> None:
         """Makes the task heads on a representation of `width`; a model calls it last."""
-        self.head = TaskHeads(width, self.settings.head_hidden, self.tasks)
+        self.head = TaskHeads(width, self.settings.head_hidden, self.tasks, self.settings.head)
+        if self.settings.head.calibration:
+            self.calibration = Calibration(self.tasks)
+
+    def served(self, logits_BK: Tensor) -> Tensor:
+        """The logits that are evaluated and served: calibrated, where the model is."""
+        if self.calibration is not None:
+            return self.calibration(logits_BK)
+        return logits_BK
 
     def represent(self, groups: tuple, sequences: tuple) -> tuple:
         """(hidden_BD for the heads, tuple of auxiliary logits_BK, tuple of scalar penalties)."""
@@ -133,7 +165,7 @@ class Ranker(nn.Cell):
 
     def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> Tensor:
         logits_BK, _, _ = self.outputs(ids_BM, numbers_BN)
-        return logits_BK
+        return self.served(logits_BK)
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]] | None:
         """Cells in forward order for pipeline stages; a model with a stack of blocks overrides it."""
@@ -200,7 +232,7 @@ def check_token_axes(settings: RankerSettings, parallel: ParallelConfig, batch: 
 
 
 class Scores(Layer):
-    """probabilities_BK of a ranker, float32."""
+    """probabilities_BK of a ranker, float32; products of them and numbers where tasks are such."""
 
     inputs = 2
     """It takes so many of the inputs of a `Task`: ids_BM and numbers_BN."""
@@ -208,9 +240,13 @@ class Scores(Layer):
     def __init__(self, model: Ranker) -> None:
         super().__init__(auto_prefix=False)
         self.model, self.sigmoid = model, ops.Sigmoid()
+        self.answers = None if model.plan.plain else Answers(model.plan)
 
     def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> Tensor:
-        return self.sigmoid(self.model(ids_BM, numbers_BN))
+        logits_BK = self.model(ids_BM, numbers_BN)
+        if self.answers is not None:
+            return self.answers(logits_BK)
+        return self.sigmoid(logits_BK)
 
     def sharding(self) -> list[OpSharding]:
         return [OpSharding(self.sigmoid, (("batch", None),))]
@@ -255,14 +291,19 @@ class TaskMean(Layer):
 
 
 class TrainingLoss(Trainable):
-    """Weighted sum of the tasks' mean cross-entropies, plus auxiliary heads, plus penalties: a scalar.
+    """Weighted sum of the tasks' mean losses, plus auxiliary heads, plus penalties: a scalar.
 
-    Inputs: ids_BM int32, numbers_BN float32, labels_BK float32 (0 or 1).
+    Args:
+        model: its plan says what the tasks are.
+        sample_weights: bool [K, W], which column of weights each task's samples have; None = there are none.
+
+    Inputs: ids_BM int32, numbers_BN float32, labels_BK float32 (0 or 1); where tasks are more than clicks, targets_BT
+    (see `recsys.layers.tasks`).
     """
 
     shares_graph = False  # MindSpore 2.9 loses all but the first result of SplitWithSize in a shared graph
 
-    def __init__(self, model: Ranker) -> None:
+    def __init__(self, model: Ranker, sample_weights: Any = None) -> None:
         # No prefix: a parameter is called the same in training, evaluation and on disk.
         super().__init__(auto_prefix=False)
         self.model = model
@@ -270,6 +311,15 @@ class TrainingLoss(Trainable):
         self.cross_entropy, self.mean = BinaryCrossEntropy(), TaskMean(weights)
         self.auxiliary_entropy, self.auxiliary_mean = BinaryCrossEntropy(), TaskMean(weights)
         self.auxiliary_weight = model.auxiliary_weight
+        plan = model.plan
+        self.extra, self.compared = None, None
+        if not plan.plain or sample_weights is not None:
+            self.cross_entropy = FunnelLoss(plan, sample_weights)
+            self.auxiliary_entropy = FunnelLoss(plan, sample_weights)
+        if plan.grouped:
+            self.compared = Compared(plan)
+        if model.calibration is not None:
+            self.extra = FunnelLoss(plan, sample_weights)
 
     def construct(self, ids_BM: Tensor, numbers_BN: Tensor, labels_BK: Tensor,
                   rows_B: Tensor | None = None) -> Tensor:
@@ -279,6 +329,10 @@ class TrainingLoss(Trainable):
         """The loss from what `Ranker.outputs` gives."""
         logits_BK, auxiliary, penalties = outputs
         loss = self.mean(self.cross_entropy(logits_BK, labels_BK))
+        if self.compared is not None:
+            loss = loss + self.compared(logits_BK, labels_BK)
+        if self.extra is not None:
+            loss = loss + self.mean(self.extra(self.model.served(logits_BK), labels_BK))
         if self.auxiliary_weight > 0.0:
             for other_BK in auxiliary:
                 extra = self.auxiliary_mean(self.auxiliary_entropy(other_BK, labels_BK))

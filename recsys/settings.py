@@ -20,6 +20,7 @@ from parallel.training.settings import (
 )
 from recsys.data.features import Feature
 from recsys.data.streams.settings import StreamSettings
+from recsys.live.settings import PublishSettings
 from recsys.models import module_of
 from recsys.tables.settings import TableSettings
 
@@ -71,6 +72,9 @@ class DataSettings(Settings):
     """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
+    quoted: bool = True
+    """csv: whether a cell may stand in double quotes, which then may hold delimiters and line ends; false: a quote is
+    text like any other."""
     features: list[Feature] | None = None
     """Columns that the model reads; null = those the reader knows."""
     history: int = Field(0, ge=0, le=100_000)
@@ -87,6 +91,12 @@ class DataSettings(Settings):
     """vocabulary.json to read the values with (of another run, or of `refresh`); null = made from the training rows."""
     labels: list[str] | None = None
     """Label columns (0 or 1), one task each; null = the reader's."""
+    number_labels: list[str] = Field(default_factory=list)
+    """Labels that are numbers (of tasks of kind regression) instead of 0 or 1."""
+    missing_labels: bool = False
+    """Whether an empty label is allowed: the sample does not count for that task. Otherwise it is a bad row."""
+    label_weights: dict[str, str] = Field(default_factory=dict)
+    """By label the column of its samples' weights in the loss."""
     user: str | None = None
     """Column whose values group samples for GAUC and UAUC; null = the reader's."""
     time: str | None = None
@@ -117,6 +127,48 @@ class TaskSettings(Settings):
     """Name; tasks stand in the order of data.labels."""
     weight: float = Field(1.0, ge=0.0)
     """Factor of its loss."""
+    kind: Literal["binary", "regression"] = "binary"
+    """binary: a probability; regression: a number (watch time; see data.number_labels)."""
+    given: str | None = None
+    """binary: a task without which this one cannot happen (buying without a click): the head says how probable it is
+    given that one, and what is trained on all samples and served is the product (ESMM's CTCVR)."""
+    only_where: str | None = None
+    """A task in whose positive samples alone this one is trained and measured (conversion of those who clicked)."""
+    loss: Literal["squared", "huber"] = "squared"
+    """regression: half the squared error, or Huber's beyond an error of 1."""
+    transform: Literal["none", "log"] = "none"
+    """regression: log: the head learns log(1 + value); the score is the value again."""
+    pairwise: float = Field(0.0, ge=0.0)
+    """Factor of a further loss over pairs of one user's samples in a batch (RankNet); see data.together."""
+    listwise: float = Field(0.0, ge=0.0)
+    """Factor of a further loss over the list of one user's samples in a batch (ListNet)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskSettings:
+        where = f"model.tasks.{self.name}"
+        if self.kind == "regression" and (self.given or self.listwise):
+            raise UserError("given and listwise are for binary tasks", where=where)
+        if self.kind == "binary" and (self.loss != "squared" or self.transform != "none"):
+            raise UserError("loss and transform are for regression", where=where)
+        if self.given and (self.pairwise or self.listwise):
+            raise UserError("a product along `given` has no logit to compare samples by", where=where)
+        return self
+
+
+class HeadSettings(Settings):
+    """What lies between the shared representation and each task's head."""
+
+    kind: Literal["shared", "mmoe", "ple"] = "shared"
+    """shared: nothing; mmoe: shared experts, mixed by a gate for each task; ple: levels of shared and own experts."""
+    experts: int = Field(4, ge=1)
+    """mmoe: experts; ple: experts of each task and of the shared part on every level."""
+    hidden: int = Field(64, ge=1)
+    """Width of an expert."""
+    levels: int = Field(2, ge=1)
+    """ple: levels."""
+    calibration: bool = False
+    """A rising line for each task's logit, trained beside the network without moving it: predicted clicks come to
+    agree with observed ones, the order of candidates stays."""
 
 
 class RankerSettings(Settings):
@@ -128,8 +180,10 @@ class RankerSettings(Settings):
     """Sigma of the embeddings' start."""
     head_hidden: list[int] = Field(default_factory=list)
     """Hidden widths of each task's head; empty = one linear layer."""
+    head: HeadSettings = HeadSettings()
+    """What is shared and what is not between tasks."""
     tasks: list[TaskSettings] = Field(default_factory=list)
-    """Names and loss weights of the tasks; empty = as many as there are labels, all with weight 1."""
+    """Names, loss weights and kinds of the tasks; empty = as many as there are labels, all clicks with weight 1."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Rate on the features' concatenation (embedding dropout)."""
 
@@ -203,6 +257,8 @@ class Run(Settings):
     """How the model is cut over devices."""
     output: OutputSettings = OutputSettings()
     """Where results go."""
+    publish: PublishSettings = PublishSettings()
+    """Versions for servers that follow the run."""
 
     @classmethod
     def for_file(cls, path: str | None, overrides: list[str]) -> type[Run]:

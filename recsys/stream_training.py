@@ -21,6 +21,7 @@ from recsys.data.vocabulary import Vocabulary
 from recsys.evaluation import VOCABULARY
 from recsys.fit import run_of
 from recsys.layers.embedding import is_sparse
+from recsys.live.publisher import publisher_of
 from recsys.progressive import Progressive
 from recsys.ranker import Scores, TrainingLoss
 
@@ -84,8 +85,10 @@ def train_stream(settings: Run, network: TrainingLoss, reading: tuple, processes
         companions.append(progressive)
         evaluate.append(progressive)
     counted = count(network)
-    trainer = Trainer(backend, run_of(settings, counted, source, evaluate=evaluate, companions=companions))
     if processes.rank == 0:
         vocabulary.save(Path(settings.output.directory) / VOCABULARY)
-    return {**trainer.run(), **source.figures(),
-            **{key: counted[key] for key in ("parameters", "dense_parameters")}}
+    publisher = publisher_of(settings, backend, spec, event_time=source.event_time)
+    if publisher is not None:
+        companions.append(publisher)
+    trainer = Trainer(backend, run_of(settings, counted, source, evaluate=evaluate, companions=companions))
+    return {**trainer.run(), **{key: counted[key] for key in ("parameters", "dense_parameters")}}

@@ -22,8 +22,9 @@ from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
-from recsys.fit import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
+from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
 from recsys.layers.embedding import is_sparse
+from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
@@ -109,14 +110,16 @@ def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) 
     step = TrainStep(loss, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size,
                       options.seed if settings.data.shuffle else None, processes.rank, processes.ranks, log.spec,
-                      settings.data.together)
+                      settings.data.together, compares(settings))
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
     best = Best(settings, network, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
                                               limit=options.validation_batches), processes.rank)
-    counted = count(network)
-    trainer = Trainer(MindSporeBackend(step), run_of(settings, counted, batches, evaluate=[best]))
+    counted, backend = count(network), MindSporeBackend(step)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
+    publisher = publisher_of(settings, backend, log.spec)
+    trainer = Trainer(backend, run_of(settings, counted, batches, evaluate=[best],
+                                      companions=[publisher] if publisher is not None else []))
     return finish(settings, log, trainer, best, counted)

@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from parallel.common.digests import BlockSums, CheckedRows
 from parallel.common.errors import UserError
 from parallel.common.files import inside
 from parallel.common.settings import Settings
@@ -44,6 +45,8 @@ class FlatFile(Settings):
     """Document ends in it."""
     ends_sha256: str
     """Of the file of document ends."""
+    blocks: list[int] | None = None
+    """CRC-32 of every MiB of the file of ids, for files too large to be read at once; null = written without."""
 
 
 class FlatWriter:
@@ -61,7 +64,7 @@ class FlatWriter:
         self.dtype = "uint16" if vocabulary_size <= 1 << 16 else "int32"
         self.written = self.documents = 0
         self.files: dict[str, IO[bytes]] = {}
-        self.digests = {"ids": hashlib.sha256(), "ends": hashlib.sha256()}
+        self.digests, self.blocks = {"ids": hashlib.sha256(), "ends": hashlib.sha256()}, BlockSums()
 
     def add(self, ids_NR: np.ndarray) -> None:
         """Appends records [N, record_length]."""
@@ -77,6 +80,8 @@ class FlatWriter:
         data = array.tobytes()
         self.files[kind].write(data)
         self.digests[kind].update(data)
+        if kind == "ids":
+            self.blocks.add(data)
 
     def finish(self) -> dict[str, Any]:
         """Closes the files; their entry in the index (`FlatFile`)."""
@@ -86,7 +91,8 @@ class FlatWriter:
             file.close()
         return {"ids": self.path.with_suffix(".ids").name, "dtype": self.dtype,
                 "sha256": self.digests["ids"].hexdigest(), "ends": self.path.with_suffix(".ends").name,
-                "documents": self.documents, "ends_sha256": self.digests["ends"].hexdigest()}
+                "documents": self.documents, "ends_sha256": self.digests["ends"].hexdigest(),
+                "blocks": self.blocks.sums()}
 
 
 class FlatRecords:
@@ -98,18 +104,21 @@ class FlatRecords:
         record_length: ids of a record.
 
     Raises:
-        UserError: a file is missing, cut off or (up to 64 MB, which is read at once) changed.
+        UserError: a file is missing, cut off or changed (up to 64 MB are read at once, of larger files the blocks that
+            are read).
     """
 
     def __init__(self, directory: str | Path, files: Sequence[Any], record_length: int) -> None:
         self.directory, self.record_length = Path(directory), record_length
-        self.parts: list[np.ndarray] = []
+        self.parts: list[np.ndarray | CheckedRows] = []
         self.files = list(files)
         for entry in files:
             path, shape = inside(self.directory, entry.flat.ids), (entry.records, record_length)
             dtype = np.dtype(entry.flat.dtype).newbyteorder("<")
             self._check(path, entry.records * record_length * dtype.itemsize, entry.flat.sha256)
-            self.parts.append(np.memmap(path, dtype, "r", shape=shape))
+            mapped = np.memmap(path, dtype, "r", shape=shape)
+            self.parts.append(CheckedRows(mapped, entry.flat.blocks, path, REPAIR) if mapped.nbytes > _CHECKED_BYTES
+                              else mapped)
         self.starts = np.cumsum([0, *(entry.records for entry in files)])
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from pangu.data import corpus
 from pangu.data.flat import FlatFile
+from pangu.data.mind_records import RecordChecks
 from pangu.data.packing_shards import PackTokenizer, Shard, WriterPool
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, read_json, write_json
@@ -85,6 +86,8 @@ class PackedFile(Settings):
     """Size of the file, to notice a copy that was cut off."""
     flat: FlatFile | None = None
     """The same records as flat files, if there are any."""
+    checks: RecordChecks | None = None
+    """Checksums; null = written without."""
 
 
 class PackedSplit(Settings):

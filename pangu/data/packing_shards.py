@@ -8,16 +8,20 @@ import queue
 import shutil
 import time
 import traceback
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pangu.data.flat import FlatWriter
-from pangu.data.mind_records import COLUMN
+from pangu.data.mind_records import COLUMN, HEADER_BYTES
+from parallel.common.digests import file_crc32
 from parallel.common.errors import UserError
 
-_HEADER_BYTES, _PAGE_BYTES = 1 << 20, 4 << 20  # MindRecord's defaults, 16 and 32 MB, are far above a small corpus
+_RECORDS_PER_WRITE = 256
+_PAGE_BYTES = 4 << 20  # MindRecord's defaults, 16 and 32 MB, are far above a small corpus
 _BLOCKS_WAITING = 4
 _POLL_SECONDS = 0.2
 
@@ -117,9 +121,6 @@ def _work(plans: dict[int, dict], tokenizer_factory: Callable[[], PackTokenizer]
         results.put(("error", traceback.format_exc()))
 
 
-_RECORDS_PER_WRITE = 256
-
-
 class PackTokenizer(Protocol):
     """What packing asks of a tokenizer."""
 
@@ -143,6 +144,7 @@ class Shard:
         self.documents = self.tokens = self.records = 0
         self._rest: list[int] = []
         self._writer: Any = None
+        self._sums: list[int] = []
         self._flat = FlatWriter(path, record_length, vocabulary_size, eot_id) if flat else None
 
     def add(self, texts: list[str]) -> None:
@@ -167,9 +169,10 @@ class Shard:
             for file in (self.path, self.path + ".db"):
                 os.chmod(file, 0o644)  # MindRecord's own 0600 shuts out other users of a cluster
         size = os.path.getsize(self.path) if self.records else 0
+        checks = self._checks() if self._writer is not None else None
         flat = self._flat.finish() if self._flat is not None and self.records else None
         return {"split": self.split, "file": os.path.basename(self.path), "documents": self.documents,
-                "tokens": self.tokens, "records": self.records, "bytes": size, "flat": flat}
+                "tokens": self.tokens, "records": self.records, "bytes": size, "flat": flat, "checks": checks}
 
     def _write_full_records(self) -> None:
         count = len(self._rest) // self.record_length
@@ -187,13 +190,22 @@ class Shard:
             self._call(self._writer.write_raw_data, batch)
         if self._flat is not None:
             self._flat.add(ids)
+        self._sums += [zlib.crc32(row) for row in ids.astype("<i4")]
         self.records += count
+
+    def _checks(self) -> dict[str, Any]:
+        """The entry `RecordChecks` of the file that has been closed."""
+        path = Path(self.path).with_suffix(".crc32")
+        data = np.array(self._sums, "<u4").tobytes()
+        path.write_bytes(data)
+        return {"records": path.name, "records_crc32": zlib.crc32(data), "db_crc32": file_crc32(f"{self.path}.db"),
+                "header_crc32": file_crc32(self.path, HEADER_BYTES)}
 
     def _open(self) -> Any:
         from mindspore.mindrecord import FileWriter
 
         writer = FileWriter(self.path, shard_num=1)
-        writer.set_header_size(_HEADER_BYTES)
+        writer.set_header_size(HEADER_BYTES)
         # A page must hold at least one record.
         writer.set_page_size(max(_PAGE_BYTES, 1 << (8 * self.record_length).bit_length()))
         writer.add_schema({COLUMN: {"type": "int32", "shape": [-1]}}, "packed documents")

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
+    add("--int8", action="store_true", help="quantize a float checkpoint's weights while loading")
     add("--tasks", metavar="NAMES", help=f"tasks, parted by commas, or 'all' of which data are found: "
         f"{', '.join(task_names())}")
     add("--data", metavar="DIR", default="data/evaluation", help="folder with a folder for each data set, as published "
@@ -146,7 +147,8 @@ class Evaluation:
     def _load(self) -> Any:
         from pangu.data.tokenizer import Tokenizer
         from pangu.evaluation.language_model import LanguageModel, RequestCache
-        from pangu.generation.generate import check_vocabulary, load_model
+        from pangu.generation.backend import load_model
+        from pangu.generation.generate import check_vocabulary
         from parallel.checkpoint.folder import resolve_checkpoint
 
         arguments, settings = self.arguments, self.settings
@@ -154,10 +156,10 @@ class Evaluation:
         tokenizer = Tokenizer(settings.data.tokenizer)
         check_vocabulary(tokenizer, settings.model.vocabulary_size)
         cache = RequestCache(None if arguments.no_cache else self.output / "requests",
-                             model_fingerprint(self.checkpoint, settings), self.processes.rank)
+                             model_fingerprint(self.checkpoint, settings, arguments.int8), self.processes.rank)
         batch = None if arguments.batch == "auto" else int(arguments.batch)
-        return LanguageModel(load_model(settings, str(self.checkpoint)), tokenizer, batch, not arguments.no_sharing,
-                             cache)
+        return LanguageModel(load_model(settings, self.checkpoint, arguments.int8), tokenizer, batch,
+                             not arguments.no_sharing, cache)
 
     def run(self, sources: list[Source], results: dict[str, dict]) -> dict:
         """Fills `results` and writes tables and samples; rank 0 writes, all return the same."""
@@ -225,9 +227,9 @@ class Evaluation:
         sys.stderr.flush()
 
 
-def model_fingerprint(checkpoint: Path, settings: Run) -> str:
+def model_fingerprint(checkpoint: Path, settings: Run, int8: bool = False) -> str:
     """What answers depend on: the checkpoint's checksums, the model's settings, the precision and the tokenizer."""
-    digest = hashlib.sha256((checkpoint / "layout.json").read_bytes())
+    digest = hashlib.sha256((checkpoint / "layout.json").read_bytes() + b"int8" * int8)
     digest.update(settings.model.model_dump_json().encode() + str(settings.train.precision).encode())
     digest.update(Path(settings.data.tokenizer).read_bytes())
     return digest.hexdigest()[:16]

@@ -103,7 +103,7 @@ def register() -> type:
 def _load(config: str, checkpoint: str | None, batch_size: int | str | None) -> Any:
     from pangu.data.tokenizer import Tokenizer
     from pangu.evaluation.language_model import LanguageModel
-    from pangu.generation.generate import load_model
+    from pangu.generation.backend import load_model
     from pangu.settings import Run
     from parallel.common.settings import load_settings
 

@@ -150,7 +150,7 @@ class HeadScores(nn.Cell):
 
     def construct(self, rows_MD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
         rows_MD = ops.cast(rows_MD, self.model.compute_dtype)
-        logits_MV = self.model.head(rows_MD, self.model.embedding.word.table)
+        logits_MV = self.model.logits(rows_MD)
         return self.cross_entropy(logits_MV, labels_M), self.argmax(logits_MV)
 
 

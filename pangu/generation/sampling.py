@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,11 +52,23 @@ class SamplingRule:
 
 @dataclass
 class Sampler:
-    """The state of one request: its rule, its random stream and what it has generated."""
+    """The state of one request: its rule, its random stream and what it has generated.
+
+    Args:
+        rule: how a token is drawn.
+        generator: the stream.
+        bias: added to the logits of these ids before everything else.
+    """
 
     rule: SamplingRule
     generator: np.random.Generator
+    bias: Mapping[int, float] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the model's largest logit is always the answer, so that `choose` need not be asked."""
+        return self.rule.plain_greedy and not self.bias
 
     def choose(self, logits_V: np.ndarray) -> int:
         """The next token.
@@ -70,13 +82,20 @@ class Sampler:
 
     def _choose(self, logits_V: np.ndarray) -> int:
         rule = self.rule
-        logits_V = self._penalised(logits_V)
+        logits_V = self._penalised(self._biased(logits_V))
         if rule.greedy:
             return int(np.argmax(logits_V))
         tokens, weights = candidates(logits_V, rule)
         total = np.cumsum(weights)
         place = int(np.searchsorted(total, self.generator.random() * total[-1], side="right"))
         return int(tokens[min(place, len(tokens) - 1)])
+
+    def _biased(self, logits_V: np.ndarray) -> np.ndarray:
+        if not self.bias:
+            return logits_V
+        logits_V = logits_V.copy()
+        logits_V[list(self.bias)] += np.fromiter(self.bias.values(), np.float32, len(self.bias))
+        return logits_V
 
     def _penalised(self, logits_V: np.ndarray) -> np.ndarray:
         rule = self.rule
@@ -133,15 +152,20 @@ def largest(weights_V: np.ndarray, count: int) -> np.ndarray:
     return found[np.argsort(-weights_V[found], kind="stable")]
 
 
-def request_generators(prompts: Sequence[Sequence[int]], seed: int) -> list[np.random.Generator]:
-    """One random stream per prompt: a function of `seed`, the prompt's ids and how often the same prompt came before.
+def request_stream(ids: Sequence[int], seed: int, repetition: int = 0) -> np.random.Generator:
+    """The random stream of a prompt: a function of `seed`, its ids and how often the same prompt came before.
 
     So a prompt draws the same alone, in a batch and in another order, while two equal prompts draw differently.
     """
+    return np.random.default_rng((seed, zlib.crc32(np.asarray(ids, np.int64).tobytes()), repetition))
+
+
+def request_generators(prompts: Sequence[Sequence[int]], seed: int) -> list[np.random.Generator]:
+    """One random stream per prompt (see `request_stream`)."""
     seen: Counter = Counter()
     streams = []
     for ids in prompts:
-        digest = zlib.crc32(np.asarray(ids, np.int64).tobytes())
-        streams.append(np.random.default_rng((seed, digest, seen[digest])))
-        seen[digest] += 1
+        key = zlib.crc32(np.asarray(ids, np.int64).tobytes())
+        streams.append(request_stream(ids, seed, seen[key]))
+        seen[key] += 1
     return streams

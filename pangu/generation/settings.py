@@ -34,7 +34,7 @@ class GenerateSettings(Settings):
     batch_size: int = Field(8, ge=1, le=_MAX_BATCH)
     """Prompts generated together at most."""
     prefill_chunk: int = Field(64, ge=1)
-    """Tokens of the prompts that are read at once; cache sizes are multiples of it."""
+    """Tokens of the prompts that are read at once, between two tokens of the others."""
     truncate: bool = False
     """A prompt that leaves no room for max_new_tokens loses its beginning; false: too long a prompt is an error."""
 

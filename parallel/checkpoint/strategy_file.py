@@ -6,6 +6,7 @@ A file of several stages names its parameters `<stage>-<name>`, as `merge_pipeli
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from parallel.sharding.slices import FullParameter
 
 MAX_BYTES = 64 << 20
+_MAX_RANKS = 1 << 20
+_DIGEST_FIELD = 1009
+_DIGEST_TAG = wire.varint(_DIGEST_FIELD << 3 | wire.BYTES) + wire.varint(32)
 Extent = tuple[tuple[int, int], ...]
 
 
@@ -103,8 +107,10 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
     if path.stat().st_size > MAX_BYTES:
         raise UserError("file is too large for a strategy", where=path, value=path.stat().st_size)
     layouts: dict[str, SliceLayout] = {}
+    data = path.read_bytes()
+    _compare_digest(data, path)
     try:
-        for number, item in wire.fields(path.read_bytes()):
+        for number, item in wire.fields(data):
             if number == 3:
                 name, layout = _layout(item)
                 stage, dash, rest = name.partition("-")
@@ -118,7 +124,36 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
         raise UserError("not a strategy file", where=path) from None
     if not layouts:
         raise UserError("the strategy file names no parameter", where=path)
+    _check_layouts(layouts, path)
     return layouts
+
+
+def _compare_digest(data: bytes, path: Path) -> None:
+    """The digest is the last field of a file that was written here; readers of Protocol Buffers pass over it."""
+    at = data.rfind(_DIGEST_TAG, max(0, len(data) - len(_DIGEST_TAG) - 32))
+    if at >= 0 and at + len(_DIGEST_TAG) + 32 == len(data) and hashlib.sha256(data[:at]).digest() != data[-32:]:
+        raise UserError("file is damaged: what is in it has changed since it was written", where=path,
+                        hint="use another copy")
+
+
+def _check_layouts(layouts: dict[str, SliceLayout], path: Path) -> None:
+    """What no strategy says: the published files carry no digest, so damage must show in what they mean."""
+    for name, layout in layouts.items():
+        axes, ranks = len(layout.matrix), math.prod(layout.matrix) if layout.matrix else 0
+        used = [dim for dim in layout.dims if dim >= 0]
+        wrong = (not name or not name.isprintable() or not 0 < ranks <= _MAX_RANKS or min(layout.matrix, default=0) < 1
+                 or any(not -1 <= dim < axes for dim in layout.dims) or len(set(used)) != len(used)
+                 or not 0 <= layout.step <= ranks or layout.parts < -1 or layout.parts > ranks
+                 or (layout.parts > 0 and ranks % layout.parts) or (layout.step > 0 and ranks % layout.step)
+                 or (bool(layout.slice_shape) and len(layout.slice_shape) != len(layout.dims))
+                 or any(size < 1 for size in layout.slice_shape))
+        if wrong:
+            raise UserError(f"file is damaged: no strategy slices '{name[:80]}' like this", where=path,
+                            hint="use another copy")
+    sizes = {math.prod(layout.matrix) for layout in layouts.values()}
+    if len(sizes) > 1:
+        raise UserError("file is damaged: its parameters lie on different numbers of devices", where=path,
+                        value=sorted(sizes), hint="use another copy")
 
 
 def write_strategy(path: str | Path, layouts: dict[str, SliceLayout]) -> None:
@@ -140,7 +175,8 @@ def write_strategy(path: str | Path, layouts: dict[str, SliceLayout]) -> None:
                 named = f"{stage}-{name}" if len(stages) > 1 else name
                 items.append(wire.field(3, wire.field(1, named.encode()) + wire.field(2, _encoded(layout))))
     with atomic_write(path, "wb") as file:
-        file.write(b"".join(items))
+        data = b"".join(items)
+        file.write(data + _DIGEST_TAG + hashlib.sha256(data).digest())
 
 
 def _encoded(layout: SliceLayout) -> bytes:

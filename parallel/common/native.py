@@ -64,9 +64,8 @@ def _key(compiler: str, source: Path, flags: list[str]) -> str:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=_SECONDS).stdout
     text = source.read_bytes()
     digest = hashlib.sha256(text + version + " ".join([*flags, platform.machine()]).encode())
-    for name in _INCLUDE.findall(text):
-        beside = source.parent / name.decode()
-        digest.update((beside if beside.is_file() else HEADERS / name.decode()).read_bytes())
+    for header in _headers(source):
+        digest.update(header.read_bytes())
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -74,3 +73,18 @@ def _key(compiler: str, source: Path, flags: list[str]) -> str:
     digest.update("".join(next((line for line in lines if line.startswith(name)), "")
                           for name in ("model name", "flags", "Features")).encode())
     return digest.hexdigest()[:16]
+
+
+def _headers(source: Path) -> list[Path]:
+    """Our headers that a file includes, and those that they include."""
+    found: list[Path] = []
+    pending = [source]
+    while pending:
+        file = pending.pop()
+        for name in _INCLUDE.findall(file.read_bytes()):
+            beside = file.parent / name.decode()
+            header = beside if beside.is_file() else HEADERS / name.decode()
+            if header not in found:
+                found.append(header)
+                pending.append(header)
+    return found

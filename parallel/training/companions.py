@@ -48,6 +48,10 @@ class Companion:
     def after_checkpoint(self, step: int) -> None:
         """Called when a checkpoint of `step` is complete on the disk."""
 
+    def finish(self, step: int) -> dict[str, Any]:
+        """Called once when a run ends without an error, with the number of steps done; figures for its JSON line."""
+        return {}
+
     def state(self, step: int) -> Any:
         """What a checkpoint of `step` keeps, JSON values; None = nothing."""
         return None

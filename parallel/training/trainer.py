@@ -89,6 +89,7 @@ class Trainer:
         self.early_stop: dict[str, Any] = {"best": None, "bad": 0}
         self.last: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
+        self.more_figures: dict[str, Any] = {}
         self.stop = run.stop
         self.stopped_by: str | None = None
         self.checkpoint: Path | None = None
@@ -213,6 +214,8 @@ class Trainer:
     def _finish(self) -> None:
         if self.log is not None and self.output.loss_curve:
             self.log.draw(self.directory / "loss.png", self.plan.title)
+        for companion in self.companions:
+            self.more_figures.update(companion.finish(self.iteration))
 
     def figures(self) -> dict[str, Any]:
         """The JSON line of the run: steps, last training loss, metrics, speed, MFU, newest checkpoint, where it ran."""
@@ -222,7 +225,7 @@ class Trainer:
             f"{self.plan.units}_per_second": self.clock.mean_rate(), "mfu": self.clock.mean_mfu(),
             "peak_tflops": self.clock.peak_tflops,
             "checkpoint": str(self.checkpoint) if self.checkpoint is not None else None, "stopped": self.stopped_by,
-            "backend": self.backend.name, "layout": self.plan.layout, "world": self.backend.ranks,
+            "backend": self.backend.name, "layout": self.plan.layout, "world": self.backend.ranks, **self.more_figures,
         }
 
     # -- validation and early stop ------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from typing import Any
 from mindspore import Parameter, Tensor, nn
 
 from parallel.layers import int8
-from parallel.layers.int8 import QuantizedGroupedLinear, QuantizedNetwork, count_groups, fused_swiglu
+from parallel.layers.int8 import QuantizedGroupedLinear, QuantizedNetwork, fused_swiglu
+from parallel.layers.int8_numbers import count_groups
 from recsys.models.tokenmixer_large.separated import SplitSwiGLU
 
 _LEFT = ("embedding", "head", "auxiliary", "router", "infer_router", "train_router")

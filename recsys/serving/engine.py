@@ -21,7 +21,8 @@ from mindspore import Tensor
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
-from parallel.layers.int8 import Int8Product, dequantize, panels, products
+from parallel.layers.int8 import Int8Product, products
+from parallel.layers.int8_numbers import dequantize, panels
 from parallel.serving.queue import Waiting, WorkQueue, answer
 from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe
@@ -88,8 +89,7 @@ class Scorer:
         logits = self._separated(batch) if self.separated else self._chunks(
             self.whole_pass, np.concatenate([ids for ids, _ in batch]),
             np.concatenate([numbers for _, numbers in batch]))
-        scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
-        return np.split(scores, np.cumsum(sizes)[:-1])
+        return np.split(self.model.plan.predictions(logits), np.cumsum(sizes)[:-1])
 
     def _separated(self, batch: list) -> np.ndarray:
         sides, most = self.model.sides, self.settings.requests
@@ -156,6 +156,8 @@ class Engine:
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._reloading = threading.Lock()
+        # Kept, since the folder of a version that a run published goes when newer ones come.
+        self._quantization = Checkpoint(trained.path).state.get("quantization")
 
     @property
     def version(self) -> int:
@@ -200,10 +202,19 @@ class Engine:
             UserError: it is not of the same model, features and quantization; the old one goes on.
         """
         with self._reloading:
-            trained, values = self._prepare(checkpoint)
-            rise = int(not trained.encodes_as(self.trained))
-            self._queue.change(lambda: self._put(trained, values, rise)).result()
-            return {"version": self.version, "checkpoint": str(trained.path)}
+            prepared = self.prepare(checkpoint)
+            self.change(lambda: self.put(*prepared))
+            return {"version": self.version, "checkpoint": str(self.trained.path)}
+
+    def change(self, change: Callable[[], Any]) -> Any:
+        """`change()`, called by the scoring thread between two batches."""
+        return self._queue.change(change).result()
+
+    def take_version(self, version: int, cleared: bool = True) -> None:
+        """Names the version from now on (within `change`); user states of the one before are forgotten."""
+        self.scorer.version = version
+        if cleared:
+            self.cache.clear()
 
     # -- the scoring thread -------------------------------------------------------------------------------------------
 
@@ -232,14 +243,19 @@ class Engine:
 
     # -- reloading ----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Tensor]]:
-        """The other checkpoint's description, and its values by parameter name in the order of this device."""
+    def prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Tensor], int]:
+        """The other checkpoint's description, its values by parameter name in the order of this device, and whether
+        `encoding_version` rises: what `put` takes.
+
+        Raises:
+            UserError: it is not of the same model, features and quantization.
+        """
         trained = describe(checkpoint)
         if (trained.settings.model, trained.spec) != (self.trained.settings.model, self.trained.spec):
             raise UserError("is of another model or other features", where=trained.path,
                             hint="start another server for it")
-        file, old = Checkpoint(trained.path), Checkpoint(self.trained.path)
-        if file.state.get("quantization") != old.state.get("quantization"):
+        file = Checkpoint(trained.path)
+        if file.state.get("quantization") != self._quantization:
             raise UserError("is not quantized in the same way", where=trained.path, hint="start another server for it")
         model = self.trained.model
         stored = {product.name: product for product in products(model)}
@@ -254,15 +270,15 @@ class Engine:
             if value.shape != tuple(parameter.shape):
                 raise UserError(f"'{name}' has another shape", where=trained.path)
             values[name] = Tensor(value, parameter.dtype)
-        return trained, values
+        return trained, values, int(not trained.encodes_as(self.trained))
 
     def _lasting(self, model: Any) -> list:
         """The model's parameters, without windows of tables on the host."""
         return [parameter for parameter in model.get_parameters()
                 if self.trained.tables is None or not is_sparse(parameter.name)]
 
-    def _put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
-        """`rise`: of `encoding_version`."""
+    def put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
+        """Puts the values in place, within `change`; `rise`: of `encoding_version`."""
         for parameter in self._lasting(self.trained.model):
             parameter.set_data(values[parameter.name])
         trained.model = self.trained.model

@@ -28,6 +28,7 @@ from parallel.serving.errors import UNAVAILABLE, Refusal, one_line
 from parallel.serving.metrics import SECONDS, HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.run import address, bind, serve
+from recsys.layers.tasks import Formula
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
 
@@ -52,6 +53,12 @@ class Metrics(HttpMetrics):
         self.gauge("cache_hits", "Lookups that found a user's state", lambda: engine.cache.hits)
         self.gauge("cache_misses", "Lookups that did not", lambda: engine.cache.misses)
 
+        self.versions = Counter("ranker_versions", "Versions that a run published, by outcome", ["outcome"], **kept)
+
+    def took_version(self, outcome: str) -> None:
+        """Of a follower: done or refused."""
+        self.versions.labels(outcome).inc()
+
     def observe(self, name: str, value: float) -> None:
         """Of the engine."""
         if name == "batch_candidates":
@@ -73,10 +80,24 @@ class Service:
         self.engine, self.settings, self.folder = engine, settings, folder
         self.pool = ThreadPoolExecutor(settings.threads, "requests")
         self.inside, self.most_inside = 0, settings.engine.queue + settings.engine.requests + settings.threads
+        self.fusion = Formula(settings.fusion, engine.trained.columns.labels) if settings.fusion else None
         self.metrics = Metrics(engine)
         self.front = Front(settings, self.metrics, one_line)
         self.reload = Reloader(lambda: engine.reload(folder), self.metrics)
         engine.observe = self.metrics.observe
+        self.follower: Any = None
+
+    def follow(self, follower: Any) -> None:
+        """Takes the versions of a run from now on; /reload looks for one at once."""
+        self.follower = follower
+        self.reload = Reloader(follower.reload, self.metrics)
+        follower.start()
+
+    def stop(self) -> None:
+        """Takes no more versions; what was taken is answered."""
+        if self.follower is not None:
+            self.follower.stop()
+        self.engine.stop()
 
     async def answer(self, request: Any) -> dict:
         """The answer to a call of /rank. Only a request whose body has come takes a place, and of these only so many
@@ -130,10 +151,11 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.pool, _parse, *arguments)
 
     def _ranking(self, scores_CK: np.ndarray, top_k: int) -> list[dict]:
-        """The best candidates by the first task, the earlier one first where scores are equal."""
+        """The best candidates by the first task, or the formula, the earlier one first where scores are equal."""
         labels = self.engine.trained.columns.labels
-        order = np.argsort(-scores_CK[:, 0], kind="stable")[:top_k]
-        return [{"candidate": int(index), "score": float(scores_CK[index, 0]),
+        fused_C = scores_CK[:, 0] if self.fusion is None else self.fusion(scores_CK)
+        order = np.argsort(-fused_C, kind="stable")[:top_k]
+        return [{"candidate": int(index), "score": float(fused_C[index]) if np.isfinite(fused_C[index]) else None,
                  "scores": {label: float(scores_CK[index, task]) for task, label in enumerate(labels)}}
                 for index in order]
 
@@ -142,7 +164,8 @@ class Service:
         trained = self.engine.trained
         return {"status": "ok", "version": self.engine.version, "checkpoint": str(trained.path),
                 "model": trained.settings.model.name, "separated": self.engine.scorer.separated,
-                "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4)}
+                "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4),
+                **(self.follower.figures() if self.follower is not None else {})}
 
 
 def _busy(message: str) -> Refusal:
@@ -159,7 +182,7 @@ def application(service: Service) -> Any:
     from fastapi.responses import JSONResponse, Response
 
     front = service.front
-    app = front.application("Ranker", service.reload.on_hangup, service.engine.stop)
+    app = front.application("Ranker", lambda: service.reload.on_hangup(), service.stop)
 
     async def rank(request: Any) -> Response:
         return JSONResponse(await service.answer(request))
@@ -202,12 +225,19 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
 
     listener = bind(settings)
     start_device()
-    trained = load(arguments.checkpoint, arguments.run_config,
-                   max(settings.engine.candidates[-1], settings.engine.requests))
+    rows, current = max(settings.engine.candidates[-1], settings.engine.requests), None
+    if settings.follow:
+        from recsys.serving.follow import Follower, live_folder, load_current
+
+        trained, current = load_current(live_folder(arguments.checkpoint), rows)
+    else:
+        trained = load(arguments.checkpoint, arguments.run_config, rows)
     engine = Engine(trained, settings.engine)
     engine.start(lambda graph: info(f"compiled {graph}"))
     service = Service(engine, settings, arguments.checkpoint)
+    if current is not None:
+        service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
     said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
     serve(application(service), listener, settings, one_line, lambda: info(said))
-    engine.stop()
+    service.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}

@@ -19,6 +19,7 @@ from recsys.data.dataset import Batches, Log
 from recsys.data.features import FeatureSpec
 from recsys.evaluation import Evaluation
 from recsys.layers.embedding import is_sparse
+from recsys.live.publisher import publisher_of
 from recsys.ranker import Scores
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
@@ -34,7 +35,7 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.fit import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
+    from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
 
     options = settings.train
     if options.share_users:
@@ -48,17 +49,19 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
                      rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      processes.rank, processes.ranks, log.spec, settings.data.together)
+                      processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
     rows = log.parts["validation"]
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
                             limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables))
     best = Best(settings, network, evaluation, processes.rank, tables)
     counted = count(network)
-    trainer = Trainer(HostedBackend(step, tables), run_of(settings, counted, batches, evaluate=[best],
-                                                         companions=[tables]))
+    backend = HostedBackend(step, tables)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
+    publisher = publisher_of(settings, backend, log.spec, tables=tables)
+    trainer = Trainer(backend, run_of(settings, counted, batches, evaluate=[best],
+                                      companions=[tables, *([publisher] if publisher is not None else [])]))
     figures = finish(settings, log, trainer, best, counted)
     return {**figures, "parameters": counted["dense_parameters"], **tables.figures()}
 

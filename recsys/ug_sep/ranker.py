@@ -354,7 +354,7 @@ class SeparatedRanker(Ranker):
                 taken += 1
             components += (own,)
         groups, _ = self.embedding.group(ids_Nm, numbers_Nn)
-        return self.head(self.candidate_layers(groups, components, index_N))
+        return self.served(self.head(self.candidate_layers(groups, components, index_N)))
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
 

@@ -221,8 +221,8 @@ class StreamSource(Companion):
         state = self._states.get(step)
         return state["time"] if state is not None else None
 
-    def figures(self) -> dict[str, Any]:
-        """For the JSON of the run."""
+    def finish(self, step: int) -> dict[str, Any]:
+        """What became of the events."""
         skipped = self.skipped + self.encoder.report.skipped
         if skipped:
             info("events skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))

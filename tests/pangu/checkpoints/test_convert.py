@@ -278,7 +278,7 @@ def test_round_trips_are_identities(home, capsys, tmp_path, values, layout, outp
 
 
 def test_a_converted_checkpoint_loads(home, capsys, tmp_path, model, values):
-    from pangu.generation.generate import load_model
+    from pangu.generation.backend import load_model
     from pangu.settings import Run
     from parallel.common.settings import load_settings
 

@@ -283,7 +283,7 @@ def test_the_harness_itself_runs_our_model(home, tmp_path, monkeypatch):
 
 def _model_of(home):
     from pangu.data.tokenizer import Tokenizer
-    from pangu.generation.generate import load_model
+    from pangu.generation.backend import load_model
     from pangu.settings import Run
     from parallel.common.settings import load_settings
 

@@ -10,7 +10,7 @@ import pytest
 
 from parallel.common.errors import UserError
 from parallel.layers import int8
-from parallel.layers.int8 import GROUP, dequantize, panels, quantize
+from parallel.layers.int8_numbers import GROUP, dequantize, panels, quantize
 
 PATHS = ("auto", "avx512", "avx2", "portable")
 # Tokens, rows, inputs, outputs: none a multiple of a vector, a panel or a block, some smaller than one.

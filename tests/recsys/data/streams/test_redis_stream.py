@@ -126,7 +126,7 @@ def test_bad_events_are_one_line_or_skipped_and_counted(server, words, tmp_path)
         read(make_source(tmp_path, *words), 1)
     source = make_source(tmp_path, *words, "data.on_bad_row=skip", "train.global_batch_size=19")
     batches, _ = read(source, 2)
-    assert len(batches) == 2 and source.figures()["events_skipped"] == 4  # also the id outside its table
+    assert len(batches) == 2 and source.finish(2)["events_skipped"] == 4  # also the id outside its table
 
 
 def test_a_wait_ends_when_the_stream_is_idle(server, words, tmp_path):
