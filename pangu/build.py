@@ -24,6 +24,13 @@ def settings_class(name: str) -> type[Settings]:
     return Run
 
 
+def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    """Trains on packed records, on any backend: see `pangu.train_on`."""
+    from pangu import train_on as any_backend
+
+    return any_backend.train_on(settings, backend, figures)
+
+
 def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of PanGu-alpha for one global batch, checked against the layout.
 

@@ -26,6 +26,21 @@ def settings_class(name: str) -> type[Settings]:
     return run_class(name)
 
 
+def stored_settings_class(name: str) -> type[Settings]:
+    """The settings of a run that was checked before it was stored; its model block is taken as it is, so that no model
+    (and no MindSpore) need be imported."""
+    from recsys.settings import StoredRun
+
+    return StoredRun
+
+
+def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    """Trains on an encoded log, on any backend: see `recsys.training.any_backend`."""
+    from recsys.training import any_backend
+
+    return any_backend.train_on(settings, backend, figures)
+
+
 def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of a ranker for one global batch, checked against the layout.
 
@@ -38,6 +53,7 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
         UserError: an axis does not divide what it cuts, or a vocabulary's size is neither given nor to be had.
     """
     from recsys.layers.embedding import is_sparse
+    from recsys.layers.sizes import count
 
     spec = spec_of(settings)
     if settings.data.tables.place == "host":
@@ -50,8 +66,9 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     inputs = [Input("ids", (batch, spec.id_columns), "int32", min(spec.tables.values())),
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, columns), "float32")]
-    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch,
-                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse, scores)
+    figures = {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1), **count(network)}
+    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch, figures, is_sparse,
+                scores)
     return with_sample_numbers(task, settings.model.dropout)
 
 

@@ -1,41 +1,17 @@
-"""Parameters and FLOPs of a ranker, exactly, without allocating it.
-
-FLOPs are those of the matrix products of one forward pass, two for each multiplication and addition; lookups, norms,
-activations and pooling are not counted. A cell with `flops_per_sample` (`Counted`) counts for its children, too.
-"""
+"""Verb `count`: parameters and FLOPs of a ranker, exactly, without allocating it (see `recsys.layers.sizes`)."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from mindspore import nn
-
 from parallel.common.progress import table
-from parallel.sharding.trainable import Counted, PartlyIdle
 from recsys.build import labels_of, loss_network, spec_of
 from recsys.layers.embedding import is_sparse
+from recsys.layers.sizes import count
 
 if TYPE_CHECKING:
     from recsys.settings import Run
-
-
-def flops_per_sample(cell: nn.Cell) -> int:
-    """Forward FLOPs of one sample."""
-    if isinstance(cell, Counted):
-        return cell.flops_per_sample
-    return sum(flops_per_sample(child) for child in cell.cells())
-
-
-def count(network: nn.Cell) -> dict[str, int]:
-    """parameters, dense_parameters (without tables), active_parameters (dense ones that a sample uses), flops."""
-    sizes = {p.name: p.size for p in network.trainable_params()}
-    dense = sum(size for name, size in sizes.items() if not is_sparse(name))
-    idle = sum(cell.idle_parameters for _, cell in network.cells_and_names() if isinstance(cell, PartlyIdle))
-    # Heads that only training has are not part of the forward pass that is counted.
-    auxiliary = sum(flops_per_sample(cell) for cell in network.model.auxiliary_heads())
-    return {"parameters": sum(sizes.values()), "dense_parameters": dense, "active_parameters": dense - idle,
-            "flops_per_sample": flops_per_sample(network.model) - auxiliary}
 
 
 def run(settings: Run, arguments: argparse.Namespace) -> dict:

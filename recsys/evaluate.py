@@ -13,9 +13,9 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.build import loss_network
-from recsys.data.dataset import Log, prepare
+from recsys.data.dataset import VOCABULARY, Log, prepare
 from recsys.data.features import FIRST_KNOWN
-from recsys.evaluation import VOCABULARY, Evaluation
+from recsys.evaluation import Evaluation
 from recsys.metrics import segmented_ne
 from recsys.ranker import Ranker, Scores
 

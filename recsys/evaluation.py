@@ -11,10 +11,8 @@ from parallel.common.progress import progress
 from recsys.data.dataset import in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
-from recsys.metrics import Accumulator, NumberAccumulator
 from recsys.ranker import Ranker, Scores
-
-VOCABULARY = "vocabulary.json"
+from recsys.training.validation import metrics_of
 
 
 class Evaluation:
@@ -41,21 +39,7 @@ class Evaluation:
 
     def __call__(self, step: int) -> dict[str, float]:
         """`recsys.metrics.BINARY_METRICS` (or NUMBER_METRICS) for each task, on the samples that count for it."""
-        if len(self.rows) == 0:
-            return {}
-        collected = [Accumulator() if task.kind == "binary" else NumberAccumulator() for task in self.plan.tasks]
-        for labels, scores, users in self.predictions():
-            counted = self.plan.counted(labels)
-            for task, own in enumerate(collected):
-                mine = counted[:, task]
-                own.update(labels[mine, task], scores[mine, task], users[mine])
-        metrics: dict[str, float] = {}
-        for task, own in enumerate(collected):
-            found = own.result()
-            found.pop("samples"), found.pop("users")
-            ending = f"_{self.labels[task]}" if task else ""
-            metrics.update({f"{name}{ending}": value for name, value in found.items()})
-        return metrics
+        return metrics_of(self.predictions(), self.labels, self.plan) if len(self.rows) else {}
 
     def predictions(self):
         """(labels_nK, probabilities_nK, users_n) batch by batch, in the order of the rows."""

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Literal
 
 import pydantic
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
@@ -278,3 +278,19 @@ def run_class(name: str) -> type[Run]:
     settings = module_of(name).SETTINGS
     field = pydantic.Field(default_factory=settings, description="The ranker's sizes and choices.")
     return pydantic.create_model("Run", __base__=Run, __doc__=Run.__doc__, model=(settings, field))
+
+
+class StoredModel(RankerSettings):
+    """A model block with the keys of any model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Which ranker."""
+
+
+class StoredRun(Run):
+    """A run whose settings were checked before they were stored."""
+
+    model: StoredModel
+    """Sizes and choices of the ranker, unchecked."""

@@ -12,18 +12,17 @@ from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
-from recsys.count import count
-from recsys.data.dataset import columns_of, features_of
+from recsys.data.dataset import VOCABULARY, columns_of, features_of
 from recsys.data.features import FeatureSpec, place
 from recsys.data.readers import reader
 from recsys.data.streams.source import StreamSource
 from recsys.data.vocabulary import Vocabulary
-from recsys.evaluation import VOCABULARY
-from recsys.fit import run_of
 from recsys.layers.embedding import is_sparse
+from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.progressive import Progressive
 from recsys.ranker import Scores, TrainingLoss
+from recsys.training.any_backend import run_of
 
 if TYPE_CHECKING:
     from recsys.settings import Run

@@ -116,7 +116,7 @@ def _train(settings: Run) -> dict:
 
     figures = train(settings)
     from recsys.build import labels_of, loss_network, spec_of
-    from recsys.count import count
+    from recsys.layers.sizes import count
 
     counted = count(loss_network(settings, spec_of(settings), len(labels_of(settings))))
     return {**{key: figures[key] for key in ("auc", "gauc", "uauc", "logloss", "samples_per_second")}, **counted}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from parallel.common.errors import UserError
 from parallel.common.progress import table
+from parallel.launch.session import runs_on_torch, train_on_torch
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
@@ -18,14 +19,16 @@ from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
-from recsys.count import count
 from recsys.data.dataset import Batches, Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
-from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
 from recsys.layers.embedding import is_sparse
+from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
+from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
+from recsys.training.fit import check_device, evaluation_batch, finish
+from recsys.training.validation import Best
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
+    if _is_flat(settings) and runs_on_torch(settings):
+        return train_on_torch(settings)
     processes = start_device()
     if reader(settings.data.reader).stream is not None:
         return run_stream(settings, processes)
@@ -49,13 +54,17 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     network = loss_network(settings, log.spec, len(log.labels), COMPUTE_DTYPES[settings.train.precision])
     parallel = check_device(settings, network.model, processes)
     if needs_sharding(parallel, processes):
-        figures = train_sharded(settings, log, parallel, processes)
-    else:
-        initialize(network.model, settings.train.seed)
-        figures = train(settings, network, log, processes)
+        return train_sharded(settings, parallel, processes)
+    initialize(network.model, settings.train.seed)
+    figures = train(settings, network, log, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures
+
+
+def _is_flat(settings: Run) -> bool:
+    """Whether the run is one over an encoded log with tables in the graph, which any backend runs."""
+    return settings.data.tables.place != "host" and reader(settings.data.reader).stream is None
 
 
 def run_stream(settings: Run, processes: Processes) -> dict:
@@ -74,32 +83,15 @@ def run_stream(settings: Run, processes: Processes) -> dict:
     return figures
 
 
-def train_sharded(settings: Run, log: Log, parallel: ParallelConfig, processes: Processes) -> dict:
-    """Trains a ranker of which every process holds slices (Ascend); validated by its loss. AUC and the like need whole
-    scores: `python -m recsys evaluate` on the merged checkpoint.
+def train_sharded(settings: Run, parallel: ParallelConfig, processes: Processes) -> dict:
+    """Trains a ranker of which every process holds slices, on MindSpore (Ascend).
 
     Raises:
-        UserError: the run keeps or stops by a metric that a cut run does not have.
+        UserError: the run shares users.
     """
-    options = settings.train
-    if options.keep_best is not None:
-        raise UserError("a cut run has no AUC while it trains", where="train.keep_best", value=options.keep_best,
-                        hint="set it to null, merge a checkpoint (python -m parallel merge) and evaluate it")
-    if options.share_users:
-        raise UserError("a cut run does not share users", where="train.share_users", hint="set it to false")
-    task = build(settings, parallel, COMPUTE_DTYPES[options.precision])
-    counted = count(task.network)
-    validated = len(log.parts["validation"]) >= options.global_batch_size
-    run = ShardedRun(task, options, parallel, processes, validated=validated)
-    batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      *run.rows, log.spec, settings.data.together)
-    validation = None
-    if validated:
-        validation = Batches(log.parts["validation"], options.global_batch_size, None, *run.rows)
-    trainer = Trainer(ShardedBackend(run), run_of(settings, counted, batches, validation=validation))
-    if processes.rank == 0:
-        keep_vocabulary(log, Path(settings.output.directory))
-    return trainer.run() | {key: counted[key] for key in ("parameters", "dense_parameters")}
+    task = build(settings, parallel, COMPUTE_DTYPES[settings.train.precision])
+    run = ShardedRun(task, settings.train, parallel, processes, scored=True)
+    return train_on(settings, ShardedBackend(run), task.figures)
 
 
 def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) -> dict:
@@ -114,12 +106,13 @@ def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) 
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
-    best = Best(settings, network, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
-                                              limit=options.validation_batches), processes.rank)
+    best = Best(settings, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
+                                     limit=options.validation_batches),
+                lambda: list(network.get_parameters()), processes.rank)
     counted, backend = count(network), MindSporeBackend(step)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     publisher = publisher_of(settings, backend, log.spec)
-    trainer = Trainer(backend, run_of(settings, counted, batches, evaluate=[best],
+    trainer = Trainer(backend, run_of(settings, counted, batches, ranks=processes.ranks, evaluate=[best],
                                       companions=[publisher] if publisher is not None else []))
     return finish(settings, log, trainer, best, counted)

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -87,18 +86,16 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _launch(settings: Run, arguments: argparse.Namespace) -> dict:
     """The same command as --nproc processes of msrun on this machine; rank 0's figures."""
-    from parallel.training.launch import Launcher, Plan
+    from parallel.launch.launcher import MsrunLauncher
+    from parallel.launch.plan import Plan, free_port
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = ["-m", "pangu", "evaluate"]
     for name, value in vars(arguments).items():
         if name not in ("verb", "overrides", "print_config", "print_reference") and value not in (None, False):
             command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     logs = Path(arguments.output or Path(settings.output.directory) / "evaluation") / "logs"
-    plan = Plan(1, 0, "127.0.0.1", port, arguments.nproc, _SECONDS_TO_MEET)
-    return Launcher(plan, [*command, *arguments.overrides], logs).run()
+    plan = Plan(1, 0, "127.0.0.1", free_port(), arguments.nproc, _SECONDS_TO_MEET)
+    return MsrunLauncher(plan, [*command, *arguments.overrides], logs).run()
 
 
 def _sources(arguments: argparse.Namespace) -> list[Source]:

@@ -9,12 +9,10 @@ import math
 
 from mindspore import Tensor, nn, ops
 
+from parallel.checkpoint.adapter_names import DOWN, UP, is_adapter
 from parallel.layers.linear import Linear
 from parallel.layers.parameter import parameter
 from parallel.sharding.layout import OpSharding
-
-DOWN, UP = "adapter_down", "adapter_up"
-"""Last words of the names of an adapter's parameters."""
 
 
 class AdaptedLinear(Linear):
@@ -83,8 +81,3 @@ def add_adapters(network: nn.Cell, targets: frozenset[str], rank: int, alpha: fl
         # Not by setattr, which would put the parent's prefix in front of names that are complete.
         parent._cells[name] = adapted  # noqa: SLF001
     return [item.name for item in network.get_parameters() if is_adapter(item.name)]
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is an adapter's."""
-    return name.rpartition(".")[2] in (DOWN, UP)

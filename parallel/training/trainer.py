@@ -120,6 +120,8 @@ class Trainer:
             finally:
                 if self.log is not None:
                     self.log.close()
+            # Who leaves early takes the others' collectives along.
+            self.backend.barrier()
         return self.figures()
 
     def _loop(self, bar: Bar | None) -> None:

@@ -31,6 +31,8 @@ from recsys.data.vocabulary import Statistics, Vocabulary
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 
 PARTS = ("train", "validation", "test")
+VOCABULARY = "vocabulary.json"
+"""Name of the vocabulary's file beside encoded rows and beside checkpoints."""
 _FORMAT = 5
 _WINDOW = 1 << 22
 

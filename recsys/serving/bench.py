@@ -146,7 +146,7 @@ def _model(settings: Run, spec: Any, int8: bool, group: int | None) -> tuple[Any
     from parallel.layers.int8 import prepare
     from parallel.layers.parameter import initialize
     from recsys.build import loss_network
-    from recsys.count import count
+    from recsys.layers.sizes import count
     from recsys.quantization.layers import quantize_model
 
     network = loss_network(settings, spec, 1)

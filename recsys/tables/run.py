@@ -14,16 +14,18 @@ from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.trainer import Trainer
 from recsys.build import loss_network
-from recsys.count import count
 from recsys.data.dataset import Batches, Log
 from recsys.data.features import FeatureSpec
 from recsys.evaluation import Evaluation
 from recsys.layers.embedding import is_sparse
+from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import Scores
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
+from recsys.training.any_backend import compares, keep_vocabulary, run_of
+from recsys.training.validation import Best
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -35,7 +37,7 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.fit import Best, check_device, compares, evaluation_batch, finish, keep_vocabulary, run_of
+    from recsys.training.fit import check_device, evaluation_batch, finish
 
     options = settings.train
     if options.share_users:
@@ -54,13 +56,13 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
                             limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables))
-    best = Best(settings, network, evaluation, processes.rank, tables)
+    best = Best(settings, evaluation, lambda: dense_parameters(network), processes.rank, tables=tables)
     counted = count(network)
     backend = HostedBackend(step, tables)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     publisher = publisher_of(settings, backend, log.spec, tables=tables)
-    trainer = Trainer(backend, run_of(settings, counted, batches, evaluate=[best],
+    trainer = Trainer(backend, run_of(settings, counted, batches, ranks=processes.ranks, evaluate=[best],
                                       companions=[tables, *([publisher] if publisher is not None else [])]))
     figures = finish(settings, log, trainer, best, counted)
     return {**figures, "parameters": counted["dense_parameters"], **tables.figures()}

@@ -116,11 +116,11 @@ class Trained:
         from parallel.training.optimizers import run_optimizer
         from parallel.training.step import TrainStep
         from recsys.build import loss_network
-        from recsys.count import count
         from recsys.data.dataset import prepare
         from recsys.evaluation import Evaluation
-        from recsys.fit import attainable_auc
         from recsys.layers.embedding import is_sparse
+        from recsys.layers.sizes import count
+        from recsys.training.any_backend import attainable_auc
 
         ms.set_context(mode=ms.GRAPH_MODE)
         self.settings, self.log = settings, prepare(settings.data, settings.model.embedding_size)

@@ -15,7 +15,7 @@ from parallel.sharding.config import ParallelConfig
 from parallel.task import load_run
 from recsys.__main__ import VERBS
 from recsys.build import build, loss_network, spec_of
-from recsys.count import count
+from recsys.layers.sizes import count
 from recsys.models import NAMES
 
 CONFIGS = Path("configs/recsys")

@@ -16,6 +16,7 @@ from parallel.checkpoint.sharded import Holder
 from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
 from parallel.sharding.config import ParallelConfig
+from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize
 from parallel.sharding.slices import Extent, sharded_parameters
 from parallel.sharding.trainable import is_weighted
@@ -38,9 +39,9 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
         # Sharded states and experts give the same numbers whole, so the CPU takes these for plain data parallelism.
         refused = {name: degree for name, degree in sharded.items() if name in ("op", "pipeline.stages")}
         if refused:
-            raise UserError("on the CPU only data parallelism runs", where="parallel",
+            raise UserError("on the CPU MindSpore runs data parallelism only", where="parallel",
                             value=", ".join(f"{name} {degree}" for name, degree in refused.items()),
-                            hint="prove other layouts with python -m parallel dryrun and replay")
+                            hint="parallel.backend=torch (or auto) runs the others")
         return False
     return bool(sharded)
 
@@ -56,14 +57,15 @@ class ShardedRun:
         settings: the `train:` block.
         config: resolved.
         processes: this process among all.
-        validated: whether the loss without gradients is wanted too.
+        validated, scored: whether the loss without gradients, or a ranker's scores, are wanted too.
         all_reduce: adds lists of floats over all processes; None = AllReduce on the device.
 
     Attributes: `cell`, what is called with this process's rows; `step`, the step in it; `holder`, for checkpoints.
     """
 
     def __init__(self, task: Task, settings: TrainSettings, config: ParallelConfig, processes: Processes, *,
-                 validated: bool = False, all_reduce: Callable[[list[float]], list[float]] | None = None) -> None:
+                 validated: bool = False, scored: bool = False,
+                 all_reduce: Callable[[list[float]], list[float]] | None = None) -> None:
         self.task, self.settings, self.config, self.processes = task, settings, config, processes
         self.stage, place = divmod(processes.rank, config.data * config.op)
         self.rows = (place // config.op, config.data)
@@ -81,7 +83,8 @@ class ShardedRun:
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
         # From here on parameters have the shape of their slices, which MindSpore would cut again in another graph: so
         # the loss comes first.
-        self.loss = self._compiled_loss() if validated else None
+        self.loss = self._compiled("loss") if validated else None
+        self.scores = self._compiled("scores") if scored else None
         self.cell.set_train(True)
         self.cell.compile(*self.inputs)
         self.give_start_values()
@@ -104,14 +107,11 @@ class ShardedRun:
         """Returns when all processes have called it."""
         self.all_reduce([0.0])
 
-    def _compiled_loss(self) -> nn.Cell:
-        """The loss without its gradient, on this process's rows of a batch: `ForwardLoss` on the last stage."""
-        given = [(item, tensor) for item, tensor in zip(self.task.inputs, self.inputs, strict=True)
-                 if item.name != SAMPLE_NUMBERS]
-        degree = [(self.config.data, *[1] * (len(item.shape) - 1)) for item, _ in given]
-        cell = switch_on(ForwardLoss(self.task.network), self.config, degree, False)
-        cell.set_train(False)
-        cell.compile(*(tensor for _, tensor in given))
+    def _compiled(self, graph: str) -> nn.Cell:
+        """The loss without its gradient, or the scores, on this process's rows of a batch."""
+        cell, fed = _evaluation_cell(self.task, self.config, graph)
+        given = {item.name: tensor for item, tensor in zip(self.task.inputs, self.inputs, strict=True)}
+        cell.compile(*(given[item.name] for item in fed))
         return cell
 
 
@@ -123,11 +123,16 @@ def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
         config: resolved.
         graph: "loss" (`ForwardLoss`) or "scores" (the cell that `task.scores` makes).
     """
-    network = parallelize(task.network, config)
+    parallelize(task.network, config)
+    return _evaluation_cell(task, config, graph)
+
+
+def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
     fed = [item for item in task.inputs if item.name != SAMPLE_NUMBERS]
-    cell = ForwardLoss(network)
+    cell = ForwardLoss(task.network)
     if graph == "scores":
-        cell = task.scores(network)
+        cell = task.scores(task.network)
+        cell.lay_out(Axes(config))
         fed = fed[:cell.inputs]
     ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
     cut = switch_on(cell, config, ways, False)

@@ -77,7 +77,7 @@ def test_products_are_those_of_the_rankers_own_count(name):
     with as_on_ascend():
         task, settings, _ = build_task(path, ["parallel.devices=null", "parallel.data=1", "parallel.op=1",
                                               "parallel.pipeline={}"])
-    from recsys.count import count
+    from recsys.layers.sizes import count
 
     forward = sum(part.forward.flops for part in network_cost(describe(task, 1), ParallelConfig()).costs)
     assert forward == count(task.network)["flops_per_sample"] * settings.train.global_batch_size

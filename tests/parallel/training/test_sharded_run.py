@@ -121,7 +121,7 @@ def test_the_cpu_refuses_what_it_cannot_cut():
     from parallel.training.sharded.run import needs_sharding
 
     cpu, ascend = Processes(0, 4, "group", "CPU"), Processes(0, 4, "group", "Ascend")
-    with pytest.raises(UserError, match="on the CPU only data parallelism runs"):
+    with pytest.raises(UserError, match="on the CPU MindSpore runs data parallelism only"):
         needs_sharding(ParallelConfig(op=2, data=2).resolve(), cpu)
     assert not needs_sharding(ParallelConfig(data=4).resolve(), ascend)
     assert not needs_sharding(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), cpu)

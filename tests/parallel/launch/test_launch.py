@@ -7,7 +7,7 @@ import pytest
 from parallel.__main__ import VERBS
 from parallel.common.command import main
 from parallel.common.errors import UserError
-from parallel.training import launch
+from parallel.launch import launch
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "pangu" / "tiny.yaml")
 
@@ -24,7 +24,9 @@ def started(monkeypatch):
         def run(self):
             return {"exit_code": 3, "ranks": 2}
 
-    monkeypatch.setattr(launch, "Launcher", Recorder)
+    monkeypatch.setattr(launch, "MsrunLauncher", Recorder)
+    monkeypatch.setattr(launch, "TorchLauncher", Recorder)
+    monkeypatch.setattr(launch, "exported", lambda settings, ranks, node_rank: (Path("P"), Path("S")))
     monkeypatch.setattr(launch.os, "execv", lambda *what: calls.append(what))
     return calls
 
