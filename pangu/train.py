@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pangu.config import check_layout
 from pangu.train_on import flops_per_token, sources, train_on
