@@ -27,6 +27,7 @@ from recsys.data.encode import Columns, Encoded, Encoder, RowErrors, column, id_
 from recsys.data.features import UNSEEN, Feature, FeatureSpec, expand, place
 from recsys.data.readers import Reader, reader
 from recsys.data.times import TimeReader
+from recsys.data.turns import one_at_a_time
 from recsys.data.vocabulary import Statistics, Vocabulary
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 
@@ -110,7 +111,9 @@ def prepare(data: Any, embedding_size: int, vocabulary: Path | None = None) -> L
     if vocabulary is not None and not _same(vocabulary, directory / "vocabulary.json"):
         directory = Path(data.cache) / _digest(data, vocabulary)
     if not (directory / "log.json").is_file():
-        _encode_to(directory, data, source, vocabulary)
+        with one_at_a_time(directory):
+            if not (directory / "log.json").is_file():
+                _encode_to(directory, data, source, vocabulary)
     return _map(directory, data, embedding_size)
 
 

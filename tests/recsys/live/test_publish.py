@@ -51,11 +51,12 @@ def test_delta_after_delta_is_the_full_export(tmp_path, capsys, more):
             entries = table.entries()
             mine = trained.tables.tables[name]
             assert np.array_equal(mine.gather(mine.find(entries.keys)), table.gather(table.find(entries.keys)))
-            assert len(mine) == len(table) > 5
+            assert len(mine) == len(table) >= 5
     if trained.tables is None and "adagrad" in more[0]:
         # Rows that no batch named are not written again and again.
         deltas = [read_delta(path) for _, path in current.chain[1:]]
-        assert all(len(rows) < 64 for delta in deltas for rows, _ in delta.rows.values())
+        rows = sum(len(rows) for delta in deltas for rows, _ in delta.rows.values())
+        assert rows <= 3 * 16 * 12
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run_at_its_start(tmp_path, capsys):
