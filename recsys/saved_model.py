@@ -117,7 +117,7 @@ def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) ->
 
     trained = describe(checkpoint, config)
     if trained.settings.data.tables.place == "host":
-        from recsys.tables.run import load_hosted
+        from recsys.tables.loaded import load_hosted
 
         trained.model, hosted = load_hosted(trained.settings, trained.spec, len(trained.columns.labels), trained.path,
                                             rows)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.launch.session import runs_on_torch, train_on_torch
-from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
@@ -27,7 +26,7 @@ from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
 from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
-from recsys.training.fit import check_device, evaluation_batch, finish
+from recsys.training.fit import check_device, evaluation_batch, finish, start_values
 from recsys.training.validation import Best
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
@@ -55,7 +54,7 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     parallel = check_device(settings, network.model, processes)
     if needs_sharding(parallel, processes):
         return train_sharded(settings, parallel, processes)
-    initialize(network.model, settings.train.seed)
+    start_values(settings, network, log)
     figures = train(settings, network, log, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())

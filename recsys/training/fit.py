@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from parallel.checkpoint.folder import list_checkpoints
 from parallel.common.errors import UserError
+from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes
 from parallel.training.sharded.run import needs_sharding
@@ -12,8 +15,10 @@ from parallel.training.trainer import Trainer
 from recsys.build import check_layout
 from recsys.data.dataset import Log
 from recsys.evaluation import Evaluation
+from recsys.ranker import TrainingLoss
 from recsys.training.any_backend import attainable_auc, sizes, with_test
 from recsys.training.validation import Best
+from recsys.versions.warm_start import warm_start
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -46,6 +51,22 @@ def finish(settings: Run, log: Log, trainer: Trainer, best: Best, counted: dict)
     last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores, plan=best.evaluation.plan)
     return {**with_test(figures, last(trainer.iteration)), "best_step": best.step, **sizes(counted),
             **attainable_auc(settings, log)}
+
+
+def start_values(settings: Run, network: TrainingLoss, log: Log, tables: Any = None) -> None:
+    """Gives a network its start values: those of its names, or of the checkpoint that `train.start_from` names.
+
+    Args:
+        settings: the run.
+        network: of the log's spec, or of a window's.
+        log: with spec and vocabulary.
+        tables: `recsys.tables.host.HostTables`, where they lie on the host.
+    """
+    initialize(network.model, settings.train.seed)
+    own = list_checkpoints(Path(settings.output.directory) / "checkpoints")
+    if settings.train.start_from is not None and not own:
+        warm_start(network, tables.window if tables is not None else log.spec, log.vocabulary,
+                   settings.train.start_from, tables)
 
 
 def evaluation_batch(settings: Run, rows: Any) -> int:
