@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,8 +20,11 @@ from recsys.metrics import segmented_ne
 from recsys.ranker import Ranker, Scores
 from recsys.versions.request_log import compare
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
+
+def load_model(settings: Run, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
     """The run's model with the parameters of a checkpoint (None = the newest of the run's folder), quantized if it
     is."""
     from recsys.quantization import layers as quantization
@@ -32,7 +35,7 @@ def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker,
     return model, path
 
 
-def open_log(settings: Any, checkpoint: str | None = None) -> Log:
+def open_log(settings: Run, checkpoint: str | None = None) -> Log:
     """The run's log, read with the vocabulary that the run was trained with, where there is one."""
     places = [Path(settings.output.directory) / VOCABULARY]
     if checkpoint is not None:
@@ -77,7 +80,7 @@ def segments(evaluation: Evaluation, log: Log, name: str) -> dict[str, float | N
     return {called(row): None if np.isnan(value) else value for row, value in found.items()}
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: exact metrics of a checkpoint on one part of the log."""
     start_device()
     if arguments.requests:

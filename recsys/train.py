@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from parallel.common.errors import UserError
 from parallel.common.progress import table
@@ -30,8 +30,11 @@ from recsys.training.fit import check_device, evaluation_batch, finish, start_va
 from recsys.training.validation import Best
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
+
+def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     if _is_flat(settings) and runs_on_torch(settings):
         return train_on_torch(settings)
@@ -58,12 +61,12 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     return figures
 
 
-def _is_flat(settings: Any) -> bool:
+def _is_flat(settings: Run) -> bool:
     """Whether the run is one over an encoded log with tables in the graph, which any backend runs."""
     return settings.data.tables.place != "host" and reader(settings.data.reader).stream is None
 
 
-def run_stream(settings: Any, processes: Processes) -> dict:
+def run_stream(settings: Run, processes: Processes) -> dict:
     """Trains on a stream (readers redis_stream, kafka, tail)."""
     from recsys.stream_training import check, reading_of, train_stream
 
@@ -79,7 +82,7 @@ def run_stream(settings: Any, processes: Processes) -> dict:
     return figures
 
 
-def train_sharded(settings: Any, parallel: ParallelConfig, processes: Processes) -> dict:
+def train_sharded(settings: Run, parallel: ParallelConfig, processes: Processes) -> dict:
     """Trains a ranker of which every process holds slices, on MindSpore (Ascend).
 
     Raises:
@@ -90,7 +93,7 @@ def train_sharded(settings: Any, parallel: ParallelConfig, processes: Processes)
     return train_on(settings, ShardedBackend(run), task.figures)
 
 
-def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) -> dict:
+def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) -> dict:
     """Trains a network whose parameters have values; the run's figures."""
     options, model = settings.train, network.model
     optimizer = run_optimizer(network.trainable_params(), options, is_sparse)

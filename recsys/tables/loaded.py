@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.full import load_parameters
 from parallel.layers.parameter import initialize
@@ -13,8 +13,11 @@ from recsys.data.features import FeatureSpec
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, dense_parameters
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def load_hosted(settings: Any, spec: FeatureSpec, tasks: int, path: Path, batch: int,
+
+def load_hosted(settings: Run, spec: FeatureSpec, tasks: int, path: Path, batch: int,
                 cell_of: Callable[[Any], Any] = lambda model: model) -> tuple[Any, Hosted]:
     """A trained model with its tables read from a checkpoint, for reading only.
 

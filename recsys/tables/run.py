@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from parallel.common.errors import UserError
 from parallel.training.device import Processes
@@ -23,8 +23,11 @@ from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameter
 from recsys.training.any_backend import compares, keep_vocabulary, run_of
 from recsys.training.validation import Best
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
+
+def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     """`recsys.train.train` with tables on the host; over several processes these hold the rows of different ids.
 
     Raises:

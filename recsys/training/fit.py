@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.folder import list_checkpoints
 from parallel.common.errors import UserError
@@ -20,8 +20,11 @@ from recsys.training.any_backend import attainable_auc, sizes, with_test
 from recsys.training.validation import Best
 from recsys.versions.warm_start import warm_start
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def check_device(settings: Any, model: Any, processes: Processes) -> ParallelConfig:
+
+def check_device(settings: Run, model: Any, processes: Processes) -> ParallelConfig:
     """The resolved layout; refuses layouts and types that this device does not run."""
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings, model, parallel)
@@ -38,7 +41,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     return parallel
 
 
-def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
+def finish(settings: Run, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
     """Runs the trainer and evaluates the best (or last) parameters on the test rows; the run's figures."""
     rows = log.parts["validation"]
     figures = trainer.run()
@@ -50,7 +53,7 @@ def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict)
             **attainable_auc(settings, log)}
 
 
-def start_values(settings: Any, network: TrainingLoss, log: Log, tables: Any = None) -> None:
+def start_values(settings: Run, network: TrainingLoss, log: Log, tables: Any = None) -> None:
     """Gives a network its start values: those of its names, or of the checkpoint that `train.start_from` names.
 
     Args:
@@ -66,6 +69,6 @@ def start_values(settings: Any, network: TrainingLoss, log: Log, tables: Any = N
                    settings.train.start_from, tables)
 
 
-def evaluation_batch(settings: Any, rows: Any) -> int:
+def evaluation_batch(settings: Run, rows: Any) -> int:
     """Samples of one forward pass over `rows`."""
     return max(1, min(4 * settings.train.global_batch_size, len(rows)))
