@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
 from parallel.common.progress import info, table
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 MAX_RUNS = 500
 
@@ -23,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder for sweep.json, sweep.png and the runs; points that are there are not run again")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Trains every point of the grid and every seed."""
     points = grid(arguments.grid)
     if arguments.seeds < 1 or len(points) * arguments.seeds > MAX_RUNS:
@@ -108,7 +111,7 @@ def _settings(arguments: argparse.Namespace, point: dict[str, str], seed: int, o
     return own
 
 
-def _train(settings: Any) -> dict:
+def _train(settings: Run) -> dict:
     from recsys.train import run as train
 
     figures = train(settings)
