@@ -151,7 +151,7 @@ class Engine:
                  observe: Callable[[str, float], None] = lambda name, value: None) -> None:
         self.trained, self.settings, self.observe = trained, settings, observe
         self.encoding_version = 1  # rises with every reload after which requests read as other numbers
-        self.cache = StateCache(settings.cache_users)
+        self.cache = StateCache(settings.cache_users, settings.cache_mb << 20, settings.cache_seconds)
         self.scorer = Scorer(trained.model, settings, self.cache, trained.tables)
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
