@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.vocabulary import Vocabulary
 from recsys.layers.embedding import is_sparse
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `refresh`."""
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="decayed count below which a value is evicted (none: each feature's minimum_count)")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Counts the training rows of `data`, refreshes the vocabulary, and saves the run's newest checkpoint with the rows
     of newcomers at their start values and without optimizer history."""
     if not 0.0 <= arguments.decay <= 1.0:
@@ -70,7 +73,7 @@ def refresh_feature(feature: Feature, vocabulary: Vocabulary, counts: dict[str, 
     return reset
 
 
-def move_checkpoint(settings: Any, spec: FeatureSpec, rows: dict[str, list[int]], source: Path, out: Path) -> Path:
+def move_checkpoint(settings: Run, spec: FeatureSpec, rows: dict[str, list[int]], source: Path, out: Path) -> Path:
     """The newest checkpoint of `source` with some rows of the tables, and what the optimizer knows of them, reset."""
     network = loss_network(settings, spec, len(labels_of(settings)))
     states = run_optimizer(network.trainable_params(), settings.train, is_sparse).states()

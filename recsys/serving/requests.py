@@ -28,11 +28,12 @@ _KEYS = ("user", "candidates", "top_k")
 @dataclass(frozen=True)
 class Ask:
     """A request in numbers: ids_CM int32 (int64 with dynamic features), numbers_CN float32, how many candidates are
-    wanted back."""
+    wanted back; the request as JSON where it was not that, or was filled up."""
 
     ids: np.ndarray
     numbers: np.ndarray
     top_k: int
+    body: dict | None = None
 
 
 class _RowEncoder(Encoder):

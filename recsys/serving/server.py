@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from recsys.serving.feature_store import FeatureStore, StoreAway
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
 from recsys.serving.workers import ARROW, JSON, Peers, Place, run_workers, shared_listener
+from recsys.versions.pinned import Versions
+from recsys.versions.request_log import RequestLog
 
 _SHORT_BYTES = 1 << 16  # some 2 ms
 
@@ -87,6 +91,8 @@ class Service:
         self.fusion = Formula(settings.fusion, engine.trained.columns.labels) if settings.fusion else None
         self.metrics = Metrics(engine)
         self.front = Front(settings, self.metrics, one_line)
+        self.versions = Versions(engine, folder)
+        self.log = RequestLog(settings.request_log, settings.request_log_mb << 20) if settings.request_log else None
         self.reload = Reloader(lambda: engine.reload(folder), self.metrics)
         engine.observe = self.metrics.observe
         self.follower: Any = None
@@ -170,16 +176,57 @@ class Service:
             # A request that was read with another vocabulary than that of a reload since is read again.
             if scored_by == version or encoding_version == self.engine.encoding_version:
                 break
+        if self.log is not None and scored_by == version:
+            self.log.add(raw if ask.body is None else json.dumps(ask.body, default=str).encode(), trained, scores)
         return {"ranking": self._ranking(scores, ask.top_k), "version": scored_by}
+
+    async def change_version(self, request: Any, change: str) -> dict:
+        """Pins the version that the body names, goes back to the one before, or lets go.
+
+        Raises:
+            Refusal: 400 no JSON, 409 there is no such version, or it does not fit.
+        """
+        raw = await self.front.bodies.read(request)
+        try:
+            body = parse_json(raw) if raw else {}
+            name = body.get("version") if isinstance(body, dict) else None
+            if change == "pin" and not isinstance(name, str):
+                raise UserError('the body names a version: {"version": "step_00000100"}')
+            return await self.everywhere(change, name)
+        except BadText as error:
+            raise Refusal(400, f"the body is no JSON to read: {error}") from None
+        except UserError as error:
+            raise Refusal(409, str(error)) from None
+
+    async def everywhere(self, call: str, name: str | None = None) -> dict:
+        """`control` here, and then by the other workers."""
+        told = await self.control(call, name)
+        if self.peers is not None:
+            await self.peers.tell_all({"call": call, "name": name})
+        return told
+
+    async def control(self, call: str, name: str | None) -> dict:
+        """Reloads ("reload"), or pins, goes back or lets go ("pin", "rollback", "unpin"), in this process.
+
+        Raises:
+            Refusal, UserError: it cannot be done; the model that is served goes on.
+        """
+        if call == "reload":
+            return await self.reload()
+        own = self.versions
+        work = {"pin": lambda: own.pin(name), "rollback": own.rollback, "unpin": own.release}[call]
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
     async def _understood(self, raw: bytes, trained: Any, kind: int = JSON) -> Ask:
         """See `_parse`. A short body is read here at once: handing it to a thread and back would take as long."""
         most = self.settings.max_candidates
-        if self.store is None:
+        if self.store is None and (kind == JSON or self.log is None):
             return await self._quickly(len(raw), _parse, raw, trained, most, kind)
         body = await self._quickly(len(raw), _object, raw, most, kind)
-        body = await self.store.fill(body, trained)
-        return await self._quickly(len(raw), read_request, body, trained, most)
+        if self.store is not None:
+            body = await self.store.fill(body, trained)
+        ask = await self._quickly(len(raw), read_request, body, trained, most)
+        return replace(ask, body=body) if self.log is not None else ask
 
     async def _quickly(self, size: int, work: Any, *arguments: Any) -> Any:
         if size <= _SHORT_BYTES:
@@ -244,7 +291,7 @@ def application(service: Service) -> Any:
         return JSONResponse(answer)
 
     async def reload(_: Any) -> Response:
-        return JSONResponse(await service.reload())
+        return JSONResponse(await service.everywhere("reload"))
 
     async def health(_: Any) -> Response:
         return JSONResponse(service.health())
@@ -255,6 +302,18 @@ def application(service: Service) -> Any:
 
     front.route(app, "/rank", "POST", rank, counted=True)
     front.route(app, "/reload", "POST", reload)
+    async def versions(_: Any) -> Response:
+        return JSONResponse(service.versions.state())
+
+    def changing(change: str) -> Any:
+        async def handler(request: Any) -> Response:
+            return JSONResponse(await service.change_version(request, change))
+
+        return handler
+
+    front.route(app, "/versions", "GET", versions)
+    for change in ("pin", "rollback", "unpin"):
+        front.route(app, f"/{change}", "POST", changing(change))
     front.route(app, "/health", "GET", health, is_open=True)
     front.route(app, "/metrics", "GET", metrics)
     return app
@@ -295,7 +354,7 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     engine.start(lambda graph: info(f"compiled {graph}"))
     service = Service(engine, settings, arguments.checkpoint)
     if place is not None:
-        service.peers = Peers(place, service.rank)
+        service.peers = Peers(place, service.rank, service.control)
     if current is not None:
         service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
     said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"

@@ -30,7 +30,7 @@ from parallel.serving.settings import HttpSettings
 _VARIABLE = "RANKER_WORKER"
 _HEAD = struct.Struct("<IB")
 _LONGEST = 64 << 20
-JSON, ARROW = 0, 1
+JSON, ARROW, CONTROL = 0, 1, 2
 
 
 class Place:
@@ -147,10 +147,11 @@ class Peers:
     Args:
         place: this worker's.
         rank: scores a body here: `await rank(raw, kind) -> dict`.
+        control: does here what concerns every worker: `await control(call, name)`.
     """
 
-    def __init__(self, place: Place, rank: Any) -> None:
-        self.place, self.rank = place, rank
+    def __init__(self, place: Place, rank: Any, control: Any = None) -> None:
+        self.place, self.rank, self.control = place, rank, control
         self.free: dict[int, list] = {index: [] for index in range(place.count)}
         self.server: Any = None
         self.passed_on = self.fallen_back = 0
@@ -180,6 +181,15 @@ class Peers:
             raise Refusal(status, body["message"], kind=body["kind"], retry_after=body["retry_after"])
         return body
 
+    async def tell_all(self, call: dict) -> None:
+        """`control` in every other worker; one that is away reads the newest model when it starts anew."""
+        for other in range(self.place.count):
+            if other != self.place.index:
+                with contextlib.suppress(OSError, EOFError):
+                    status, body = await self._ask(other, json.dumps(call).encode(), CONTROL)
+                    if status != 200:
+                        info(f"worker {other} did not {call['call']}: {body['message']}")
+
     async def _ask(self, owner: int, raw: bytes, kind: int) -> tuple[int, dict]:
         free = self.free[owner]
         reader, writer = free.pop() if free else await asyncio.open_unix_connection(self.place.socket(owner))
@@ -194,6 +204,17 @@ class Peers:
         free.append((reader, writer))
         return status, body
 
+    async def _told(self, raw: bytes, kind: int) -> list:
+        try:
+            if kind != CONTROL:
+                return [200, await self.rank(raw, kind)]
+            call = json.loads(raw)
+            return [200, await self.control(call["call"], call["name"])]
+        except Refusal as refusal:
+            return [refusal.status, {"message": str(refusal), "kind": refusal.kind, "retry_after": refusal.retry_after}]
+        except UserError as error:
+            return [409, {"message": str(error), "kind": "invalid_request_error", "retry_after": None}]
+
     async def _serve(self, reader: Any, writer: Any) -> None:
         try:
             while True:
@@ -201,12 +222,7 @@ class Peers:
                 if size > _LONGEST:
                     return
                 raw = await reader.readexactly(size)
-                try:
-                    told = [200, await self.rank(raw, kind)]
-                except Refusal as refusal:
-                    told = [refusal.status, {"message": str(refusal), "kind": refusal.kind,
-                                             "retry_after": refusal.retry_after}]
-                text = json.dumps(told).encode()
+                text = json.dumps(await self._told(raw, kind)).encode()
                 writer.write(_HEAD.pack(len(text), 0) + text)
                 await writer.drain()
         except (EOFError, OSError):
