@@ -61,7 +61,9 @@ def run(campaign: Campaign) -> None:
     folder = campaign.folder / "damage"
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stderr(io.StringIO()):
-        kinds = [kind for make in (checkpoints, strategies, logs, records, vocabularies, texts, reports)
+        # What takes a command to make is left out of the suite.
+        slow = () if campaign.short else (tokenizers, reports)
+        kinds = [kind for make in (checkpoints, strategies, logs, records, vocabularies, texts, *slow)
                  for kind in make(folder)]
         wanted = {kind.name: content(kind.read()) for kind in kinds}
         mind_records(campaign, folder, campaign.part("mind records"))
@@ -205,21 +207,26 @@ def records(folder: Path) -> list[Kind]:
 
 
 def vocabularies(folder: Path) -> list[Kind]:
-    """A ranker's vocabulary, a SentencePiece model, a classifier of documents."""
+    """A ranker's vocabulary, a classifier of documents."""
     from data_tools.classifier.hashed_ngrams import LinearClassifier
-    from pangu.data.tokenizer import Tokenizer
     from recsys.data.vocabulary import Vocabulary
 
     path = folder / "vocabulary.json"
     Vocabulary({"user": ["a", "b"]}, {"user": [3.0, 2.0]}, {"price": [1.0, 2.0]}, {"price": (0.5, 1.5)}).save(path)
     classifier = folder / "classifier.npz"
     LinearClassifier(np.linspace(-1, 1, 256), 0.5, 3).save(classifier)
-    kinds = [Kind("vocabulary", [path], lambda: vars(Vocabulary.load(path))),
-             Kind("classifier", [classifier], lambda: vars(LinearClassifier.load(classifier)))]
+    return [Kind("vocabulary", [path], lambda: vars(Vocabulary.load(path))),
+            Kind("classifier", [classifier], lambda: vars(LinearClassifier.load(classifier)))]
+
+
+def tokenizers(folder: Path) -> list[Kind]:
+    """A SentencePiece model."""
+    from pangu.data.tokenizer import Tokenizer
+
     model = folder / "vocabulary.model"
     if not model.exists():
         train_vocabulary(folder, model)
-    return [*kinds, Kind("tokenizer", [model], lambda: Tokenizer(model).encode("一些文字 and words\n第二行"))]
+    return [Kind("tokenizer", [model], lambda: Tokenizer(model).encode("一些文字 and words\n第二行"))]
 
 
 def train_vocabulary(folder: Path, model: Path) -> None:
