@@ -119,6 +119,7 @@ REASONS = {
     ("checkpoint", "task"): "`reshard` builds the network whose parameters it shards",
     ("training", "task"): "a verb of training builds the task that it trains",
     ("layers", "checkpoint"): "quantized layers are read out of checkpoints",
+    ("classifier", "settings"): "a verb is given the settings of the whole pipeline",
     ("classifier", "steps"): "a classifier is trained on the features of the filter that uses it",
 }
 
