@@ -13,6 +13,7 @@ import numpy as np
 
 from pangu.generation.kv_cache import CachedDecoder
 from pangu.generation.runner import LogProbabilities, Span, log_probabilities
+from pangu.generation.sampling import Draw, choose
 
 
 class GraphRunner:
@@ -72,3 +73,7 @@ class GraphRunner:
     def log_probabilities(self, logits_MV: np.ndarray, targets_M: np.ndarray, k: int) -> LogProbabilities:
         """See `Runner`."""
         return log_probabilities(logits_MV, targets_M, k)
+
+    def choose(self, logits_MV: np.ndarray, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+        """See `Runner`."""
+        return [choose(logits_MV[row], draw) for row, draw in zip(rows, draws, strict=True)]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pangu.generation.runner import LogProbabilities, Span
+from pangu.generation.sampling import Draw
 
 SLOTS = 16  # tokens of a block
 PANEL = 32
@@ -221,6 +222,18 @@ class KernelRunner:
         return found
 
 
+    def choose(self, logits_MV: np.ndarray, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+        """See `Runner`. Weights are float32 here and float64 in Python: one draw in a million may differ."""
+        rules = np.array([(draw.rule.temperature, draw.rule.top_k, draw.rule.top_p, draw.uniform) for draw in draws])
+        first = np.cumsum([0, *(len(draw.ids) for draw in draws)], dtype=np.int64)
+        ids = np.concatenate([draw.ids for draw in draws]).astype(np.int32)
+        values = np.concatenate([draw.values for draw in draws]).astype(np.float32)
+        places, chosen = np.array(rows, np.int32), np.empty(len(draws), np.int32)
+        self._library.paged_choose(_at(logits_MV), logits_MV.shape[1], len(draws), _at(places), _at(rules), _at(first),
+                                   _at(ids), _at(values), _at(chosen))
+        return chosen.tolist()
+
+
 def _at(array: np.ndarray) -> int:
     return array.ctypes.data
 
@@ -233,4 +246,6 @@ def _entries(path: Path) -> ctypes.CDLL:
     library.paged_run.argtypes = [pointer, number, *[pointer] * 5]
     library.paged_log_p.restype = None
     library.paged_log_p.argtypes = [pointer, number, number, pointer, number, *[pointer] * 4]
+    library.paged_choose.restype = None
+    library.paged_choose.argtypes = [pointer, number, number, *[pointer] * 6]
     return library

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pangu.generation.sampling import Draw
+
 
 @dataclass(frozen=True)
 class Span:
@@ -58,6 +60,9 @@ class Runner(Protocol):
 
     def log_probabilities(self, logits_MV: np.ndarray, targets_M: np.ndarray, k: int) -> LogProbabilities:
         """See `log_probabilities`."""
+
+    def choose(self, logits_MV: np.ndarray, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+        """The token that each draw takes from its row; `pangu.generation.sampling.choose` says how."""
 
 
 def log_probabilities(logits_MV: np.ndarray, targets_M: np.ndarray, k: int) -> LogProbabilities:

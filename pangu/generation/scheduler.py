@@ -13,7 +13,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -238,10 +237,10 @@ class Scheduler:
             if block is None:
                 break
             if unknown:
-                note = self.pool.notes[block]
-                if note is None or note[0] < sequence.prompt_logprobs:
+                info = self.pool.notes[block]
+                if info is None or info[0] < sequence.prompt_logprobs:
                     break
-                scores += [_shortened(score, sequence.prompt_logprobs) for score in note[1]]
+                scores += [_shortened(score, sequence.prompt_logprobs) for score in info[1]]
             found.append(block)
         return found[:-1] if unknown else found, scores, len(found)
 
@@ -320,8 +319,8 @@ class Scheduler:
             self.pool.register(sequence.table[number], digest)
             block, scores = self.pool.find(digest), sequence.scores
             if scores is not None and len(scores) >= end:
-                note = self.pool.notes[block]
-                if note is None or note[0] < sequence.prompt_logprobs:
+                info = self.pool.notes[block]
+                if info is None or info[0] < sequence.prompt_logprobs:
                     self.pool.notes[block] = sequence.prompt_logprobs, scores[number * size:end]
         sequence.registered = full
 
@@ -347,7 +346,7 @@ class Scheduler:
     def _choose(self, parts: list[_Part], logits: np.ndarray, best: np.ndarray) -> None:
         """The next token of every sequence whose tokens have all been read."""
         rows = np.cumsum([part.outputs for part in parts]) - 1
-        chosen: list[tuple[Sequence, int, int]] = []
+        choosing: list[tuple[Sequence, int]] = []
         for part, row in zip(parts, rows.tolist(), strict=True):
             sequence = part.sequence
             if not part.ends:
@@ -355,20 +354,30 @@ class Scheduler:
             if not sequence.told:
                 sequence.told = True
                 sequence.read(sequence.cached or 0, sequence.scores)
-                if sequence.done:
-                    continue
-            greedy = sequence.sampler.takes_best
-            chosen.append((sequence, row, int(best[row]) if greedy else sequence.sampler.choose(logits[row])))
-        wanted = [entry for entry in chosen if entry[0].logprobs is not None]
-        scored: dict[int, Any] = {}
-        if wanted:
-            found = self._logprobs(logits[[row for _, row, _ in wanted]], [token for _, _, token in wanted],
-                                   [sequence.logprobs for sequence, _, _ in wanted])
-            scored = {id(sequence): score for (sequence, _, _), score in zip(wanted, found, strict=True)}
-        for sequence, _, token in chosen:
+            if not sequence.done:
+                choosing.append((sequence, row))
+        tokens = self._tokens(choosing, logits, best)
+        scored = [place for place, (sequence, _) in enumerate(choosing) if sequence.logprobs is not None]
+        found = self._logprobs(logits[[choosing[place][1] for place in scored]], [tokens[place] for place in scored],
+                               [choosing[place][0].logprobs for place in scored])
+        scores = dict(zip(scored, found, strict=True))
+        for place, ((sequence, _), token) in enumerate(zip(choosing, tokens, strict=True)):
             self.counters.generated += 1
             sequence.all_ids.append(token)
-            sequence.feed(token, scored.get(id(sequence)))
+            sequence.feed(token, scores.get(place))
+
+    def _tokens(self, choosing: list[tuple[Sequence, int]], logits: np.ndarray, best: np.ndarray) -> list[int]:
+        """What each sequence takes from its row."""
+        tokens = [int(best[row]) for _, row in choosing]
+        drawing = [place for place, (sequence, _) in enumerate(choosing) if not sequence.sampler.takes_best]
+        if drawing:
+            samplers = [choosing[place][0].sampler for place in drawing]
+            chosen = self.runner.choose(logits, [choosing[place][1] for place in drawing],
+                                        [sampler.next_draw() for sampler in samplers])
+            for place, sampler, token in zip(drawing, samplers, chosen, strict=True):
+                sampler.took(token)
+                tokens[place] = token
+        return tokens
 
 
 def _shortened(score: TokenLogprob | None, count: int) -> TokenLogprob | None:

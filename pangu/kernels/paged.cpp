@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "choose.h"
 
 namespace {
 
@@ -303,6 +304,19 @@ void paged_log_p(const float *logits, int64_t rows, int64_t vocabulary, const in
       ids[at] = static_cast<int32_t>(i);
     }
     for (int64_t i = 0; i < k; ++i) top_log_p[row * k + i] = x[ids[i]] - log_sum;
+  });
+}
+
+// The next token of each of `count` requests, from row rows[i] of logits [.., V]: rules [count, 4] as temperature, top_k,
+// top_p and a uniform number; changes to the logits, ids and values, of request i at first[i] .. first[i + 1).
+void paged_choose(const float *logits, int64_t vocabulary, int64_t count, const int32_t *rows, const double *rules,
+                  const int64_t *first, const int32_t *ids, const float *values, int32_t *chosen) {
+  Team::get().run(static_cast<int>(count), [&](int i) {
+    float *x = scratch_of(vocabulary + kWide);
+    std::memcpy(x, logits + rows[i] * vocabulary, vocabulary * sizeof(float));
+    for (int64_t j = first[i]; j < first[i + 1]; ++j) x[ids[j]] += values[j];
+    const double *rule = rules + 4 * i;
+    chosen[i] = choose(x, vocabulary, {static_cast<float>(rule[0]), static_cast<int64_t>(rule[1]), rule[2], rule[3]});
   });
 }
 

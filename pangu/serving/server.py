@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pangu.serving.requests import unknown_model
 from pangu.serving.service import Service
@@ -21,6 +21,9 @@ from parallel.serving.application import require, unless_gone
 from parallel.serving.errors import openai_shape
 from parallel.serving.events import EventStream
 from parallel.serving.run import address, bind, serve
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 PAGE = Path(__file__).with_name("page")
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -145,7 +148,13 @@ def recipes() -> list[dict[str, Any]]:
     return found
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `serve`."""
+    parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to serve (default: the newest of the run)")
+    parser.add_argument("--int8", action="store_true", help="quantize float weights to int8 when they are loaded")
+
+
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `serve`: until SIGTERM or SIGINT; then what was accepted is finished.
 
     Raises:
@@ -160,7 +169,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     listener = bind(serving)
     tokenizer = Tokenizer(settings.data.tokenizer)
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
-    engine = start_engine(settings, arguments.checkpoint, arguments.int8)
+    engine = start_engine(settings, arguments.checkpoint, serving.engine, arguments.int8)
     service = Service(engine, tokenizer, serving, serving.name or settings.model.name)
     said = f"serving {service.name} of {engine.stats().checkpoint} on {address(listener)}"
     serve(application(service), listener, serving, openai_shape, lambda: info(said))

@@ -16,10 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from parallel.common.ownership import owned, owner_environment
+from parallel.common.ownership import owned, owner_environment, start_guard
 from parallel.common.progress import info
 from parallel.launch.plan import Plan, check_port
-from parallel.training.worker import WORKER
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
@@ -43,33 +42,44 @@ class Launcher:
         self.processes: dict[int, subprocess.Popen] = {}
         self.scheduler: subprocess.Popen | None = None
         self.signalled: int | bool = False
-        self.environment = {WORKER: "1"}
 
     def run(self) -> dict[str, Any]:
-        """Until all ranks have ended; the exit code is 0 or that of the first rank that failed.
+        """Until all ranks have ended; the exit code is 0 or that of the first rank that failed."""
+        if self.plan.node_rank == 0:
+            check_port(self.plan.host, self.plan.port)
+        with self._owning() as environment:
+            return self._run(environment)
 
-        Raises:
-            UserError: the port is taken, or another run has the folder above `logs`.
-        """
-        if self.plan.node_rank > 0:
-            return self._run()
-        check_port(self.plan.host, self.plan.port)
-        with owned(self.logs.parent):
-            self.environment |= owner_environment(self.logs.parent)
-            return self._run()
+    @contextmanager
+    def _owning(self) -> Iterator[dict[str, str]]:
+        """Owns the run's folder on machine 0, where something is trained; the variables by which ranks know it."""
+        directory = self.logs.parent
+        if not {"train", "rank"} & set(self.command) or self.plan.node_rank > 0:
+            yield owner_environment(None)
+        else:
+            with owned(directory, "launch"):
+                yield owner_environment(directory)
 
-    def _run(self) -> dict[str, Any]:
+    def _run(self, environment: dict[str, str]) -> dict[str, Any]:
         self.logs.mkdir(parents=True, exist_ok=True)
+        guard = None
         before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._start()
+            with _kept_environment():
+                os.environ.update(environment)
+                self._start()
+            # Ranks watch over their parent themselves; the scheduler is MindSpore's own program.
             if self.signalled is not False:
                 self._forward(self.signalled, None)  # it came before there was anybody to tell
+            guard = start_guard([item.pid for item in [*self.processes.values(), self.scheduler] if item is not None])
             first = self.plan.node_rank * self.plan.local
             info(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
             failed = self._watch()
         finally:
             self._end_all()
+            if guard is not None:
+                guard.kill()
+                guard.wait()
             for number, old in before.items():
                 signal.signal(number, old)
         return self._report(failed)
@@ -166,7 +176,6 @@ class MsrunLauncher(Launcher):
             # msrun starts "python": let that be ours.
             os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
             os.environ["RANK_SIZE"] = str(plan.ranks)
-            os.environ.update(self.environment)
             manager = _ProcessManager(argparse.Namespace(
                 worker_num=plan.ranks, local_worker_num=plan.local, master_addr=plan.host, master_port=plan.port,
                 node_rank=plan.node_rank, log_dir=str(self.logs), join=False, cluster_time_out=plan.timeout,
@@ -189,7 +198,7 @@ class TorchLauncher(Launcher):
         for local in range(plan.local):
             rank = plan.node_rank * plan.local + local
             environment = {
-                **os.environ, **self.environment, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
                 "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(plan.local), "MASTER_ADDR": plan.host,
                 "MASTER_PORT": str(plan.port), "PARALLEL_MEET_SECONDS": str(plan.timeout),
             }  # fmt: skip

@@ -10,7 +10,7 @@ from parallel.common.progress import info
 from parallel.launch.choose import choose
 from parallel.launch.programs import exported
 from parallel.training.backend import Backend
-from parallel.training.worker import begin_worker
+from parallel.training.stop import listen_early
 
 
 def ranks_here() -> int:
@@ -43,7 +43,7 @@ def train_on_torch(settings: Any) -> dict[str, Any]:
 
 def trained(make: Callable[[], Backend], train: Callable[[Backend], dict[str, Any]]) -> dict[str, Any]:
     """`train(make())` in this process; the backend is closed whatever happens."""
-    begin_worker()
+    listen_early()
     backend = make()
     try:
         return train(backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -65,8 +66,10 @@ class StopRequest:
 
 
 def listen_early() -> None:
-    """From here on SIGINT and SIGTERM ask for a stop, so that one that comes while a worker still starts is not lost
-    and does not leave the others waiting for it. Called once, first thing in a worker."""
+    """In a process that a launcher started: from here on SIGINT and SIGTERM ask for a stop, so that one that comes
+    while it still starts is not lost and does not leave the others waiting for it. Called once, first thing."""
     global _early
+    if "PARALLEL_OWNER" not in os.environ:
+        return
     _early = StopRequest()
     _early.listening().__enter__()

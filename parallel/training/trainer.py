@@ -20,16 +20,17 @@ from parallel.checkpoint.folder import checkpoint_path, list_checkpoints, resolv
 from parallel.checkpoint.full import load_checkpoint, save
 from parallel.checkpoint.newest import good_checkpoint
 from parallel.common.errors import UserError
+from parallel.common.ownership import owned
 from parallel.common.progress import Bar, info
 from parallel.training.agreement import agree
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
 from parallel.training.data_source import DataSource, NumberedSource, prefetch
 from parallel.training.metrics_log import Clock, MetricsLog
+from parallel.training.resume_notes import changed_settings
 from parallel.training.settings import OutputSettings, TrainSettings
 from parallel.training.stop import StopRequest
 from parallel.training.validation import Validation
-from parallel.training.worker import owning
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Trainer:
         """
         # A stream may be waiting for events that do not come; with other ranks it is they who end the wait together.
         interrupt = getattr(self.source, "interrupt", None) if self.backend.ranks == 1 else None
-        with self.stop.listening(interrupt), owning(self.directory, self.backend.rank):
+        with owned(self.directory, self.plan.title, self.backend.rank == 0), self.stop.listening(interrupt):
             agree(self.backend, self.plan.describe)
             self.restore()
             chief = self.backend.rank == 0
@@ -366,11 +367,11 @@ class Trainer:
             raise UserError("the checkpoint's state.json is damaged", where=path,
                             hint="use another checkpoint") from None
         self.checkpoint = path
-        was = state.get("train", {})
-        for key in ("seed", "global_batch_size"):
-            if was.get(key, getattr(self.settings, key)) != getattr(self.settings, key):
-                info(f"note: train.{key} was {was[key]} and is {getattr(self.settings, key)}: the run will differ from "
-                     "one that was never stopped")
+        was, now = state.get("run") or {"train": state.get("train", {})}, self.plan.describe
+        if self.backend.rank == 0:
+            for note in changed_settings(was, now or {"train": {
+                    key: getattr(self.settings, key) for key in ("seed", "global_batch_size")}}):
+                info(note)
 
     def _peak(self) -> float | None:
         if self.settings.peak_tflops is not None or self.plan.flops_per_step is None:

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import numpy as np
 import pytest
 
 from tests.parallel.torch_runtime.launches import Launch, assert_same_tensors, config_of, launch, packed
