@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def copy(tmp_path_factory):
 def test_the_example_works(section, copy):
     commands = [text for kind, text in BLOCK.findall(section) if kind == "bash"]
     assert len(commands) == 1, "every section has one command"
-    environment = {**os.environ, "PYTHONPATH": str(copy), "GLOG_v": "3"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(copy), "GLOG_v": "3"}
     done = subprocess.run(["bash", "-c", commands[0]], cwd=copy, env=environment, capture_output=True, text=True,
                           timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
