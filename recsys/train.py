@@ -16,6 +16,7 @@ from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
+from parallel.training.stop import listen_early
 from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
 from recsys.data.dataset import Batches, Log, prepare
@@ -38,6 +39,7 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     if _is_flat(settings) and runs_on_torch(settings):
         return train_on_torch(settings)
+    listen_early()
     processes = start_device()
     if reader(settings.data.reader).stream is not None:
         return run_stream(settings, processes)
