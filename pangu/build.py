@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
 from parallel.task import Input, Task, with_sample_numbers
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 MODELS = frozenset({"pangu_alpha"})
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
@@ -21,14 +24,14 @@ def settings_class(name: str) -> type[Settings]:
     return Run
 
 
-def train_on(settings: Any, backend: Any, figures: dict[str, Any]) -> dict[str, Any]:
+def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, Any]:
     """Trains on packed records, on any backend: see `pangu.train_on`."""
     from pangu import train_on as any_backend
 
     return any_backend.train_on(settings, backend, figures)
 
 
-def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
+def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of PanGu-alpha for one global batch, checked against the layout.
 
     Args:
@@ -58,7 +61,7 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
     return with_sample_numbers(task, settings.model.dropout)
 
 
-def training_network(settings: Any, compute_dtype: str, weighted: bool = False) -> Any:
+def training_network(settings: Run, compute_dtype: str, weighted: bool = False) -> Any:
     """The cell from the inputs to the loss: of packed records, or of answers where `settings.adapt` says so."""
     from mindspore import dtype as mstype
 
@@ -72,7 +75,7 @@ def training_network(settings: Any, compute_dtype: str, weighted: bool = False) 
     return adapted_network(model, settings.adapt, weighted)
 
 
-def sample_batch(settings: Any, seed: int) -> tuple[np.ndarray, ...]:
+def sample_batch(settings: Run, seed: int) -> tuple[np.ndarray, ...]:
     """A random batch with document ends and uneven padding: records [B, S+1], positions and documents [B, S]."""
     from pangu.data.dataset import document_positions
 

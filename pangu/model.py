@@ -20,6 +20,7 @@ from parallel.layers.feed_forward import FeedForward
 from parallel.layers.loss import CrossEntropy, MaskedMean, TiedCrossEntropy
 from parallel.layers.norm import LayerNorm
 from parallel.sharding.layout import Layer, OpSharding
+from parallel.sharding.trainable import Trainable
 
 
 class DecoderLayer(nn.Cell):
@@ -135,7 +136,7 @@ class PanGuAlpha(nn.Cell):
         return [self.embedding, *layers, [self.query_layer, self.bias], [self.query_embedding, self.norm, self.head]]
 
 
-class TrainingLoss(Layer):
+class TrainingLoss(Layer, Trainable):
     """Mean negative log-likelihood of the next token over a batch of records.
 
     Inputs: records_BR int32 with R = S + 1 ids, positions_BS, documents_BS and, in training with dropout, rows_B
@@ -143,6 +144,8 @@ class TrainingLoss(Layer):
     Tokens are records[:, :-1], labels records[:, 1:]. The loss mask looks at the *input* token (it is 0 where that is
     padding), as in the released code, so the border from one document to the next is predicted too.
     """
+
+    can_weigh = True
 
     def __init__(self, model: PanGuAlpha, weighted: bool = False) -> None:
         # No prefix: a parameter is called the same in training, generation and on disk.

@@ -6,13 +6,16 @@ import argparse
 import math
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.folder import PARAMETERS_FILE, resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import info, progress, table
 from parallel.layers.int8_numbers import GROUP
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 _TOKENS_AT_ONCE = 2048
 
@@ -27,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="held-out records for the perplexity before and after (default 64; 0: skip it)")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Quantizes and writes `<output>/checkpoints/step_*`, which the other verbs take as --checkpoint.
 
     Raises:
@@ -68,7 +71,7 @@ def _bytes(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.glob(f"{PARAMETERS_FILE.split('.')[0]}*.safetensors"))
 
 
-def perplexity(model: Any, settings: Any, records: int) -> float | None:
+def perplexity(model: Any, settings: Run, records: int) -> float | None:
     """exp of the mean loss of training (`pangu.model.TrainingLoss`) over held-out records; None for 0 records.
 
     Args:
@@ -90,7 +93,7 @@ def perplexity(model: Any, settings: Any, records: int) -> float | None:
     return math.exp(mean) if mean < 700.0 else math.inf
 
 
-def _records(settings: Any, batch: int) -> Any:
+def _records(settings: Run, batch: int) -> Any:
     from pangu.data.dataset import PackedDataset
     from pangu.data.packing import read_index
 

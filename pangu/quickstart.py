@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
@@ -22,6 +22,9 @@ from parallel.common.lines import split_lines
 from parallel.common.progress import info, table
 from parallel.common.settings import to_yaml
 from parallel.common.structured import parse_object
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 OWN_TEXT_VOCABULARY = 8000
 PROMPTS = "pangu/prompts/quickstart.yaml"
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="delete earlier results of this output folder first")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `quickstart`: runs the steps that are not finished and prints what was made and where."""
     started = time.monotonic()
     job = Job(settings, arguments)
@@ -60,7 +63,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
 class Job:
     """The steps of one quickstart in one output folder."""
 
-    def __init__(self, settings: Any, arguments: argparse.Namespace) -> None:
+    def __init__(self, settings: Run, arguments: argparse.Namespace) -> None:
         self.settings, self.arguments = settings, arguments
         self.own_text = arguments.corpus is not None
         if self.own_text and not Path(arguments.corpus).exists():

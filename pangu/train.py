@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pangu.config import check_layout
 from pangu.train_on import flops_per_token, sources, train_on
@@ -12,8 +12,10 @@ from parallel.launch.session import closing, ranks_here, runs_on_torch, train_on
 
 __all__ = ["flops_per_token", "run", "sources", "train_on", "training_step"]
 
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
-def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
+def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, validates, saves; resumes where an earlier run of the same output folder stopped."""
     check_layout(settings.model, settings.parallel.resolve(ranks_here()))
     if runs_on_torch(settings):
@@ -21,7 +23,7 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     return closing(mindspore_backend(settings), lambda backend: train_on(settings, backend, {}))
 
 
-def mindspore_backend(settings: Any) -> Any:
+def mindspore_backend(settings: Run) -> Any:
     """This process on MindSpore: the whole model, or its slices of it (Ascend)."""
     from pangu.build import build
     from parallel.training.device import set_seed, start_device
@@ -41,7 +43,7 @@ def mindspore_backend(settings: Any) -> Any:
                                      settings.train, parallel, processes, validated=validated))
 
 
-def training_step(settings: Any, processes: Any) -> Any:
+def training_step(settings: Run, processes: Any) -> Any:
     """The model with start values, its loss and its optimizer, as one `TrainStep`."""
     from mindspore.nn.utils import no_init_parameters
 
@@ -60,7 +62,7 @@ def training_step(settings: Any, processes: Any) -> Any:
                      ranks=processes.ranks)
 
 
-def _check_device(settings: Any, processes: Any) -> None:
+def _check_device(settings: Run, processes: Any) -> None:
     train = settings.train
     if processes.target != "CPU":
         return

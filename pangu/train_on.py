@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pangu.adaptation.pairs import PairsDataset
 from pangu.config import ModelConfig
@@ -14,8 +14,11 @@ from parallel.common.progress import table
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 
+if TYPE_CHECKING:
+    from pangu.settings import Run as RunSettings
 
-def train_on(settings: Any, backend: Backend, figures: dict[str, Any]) -> dict[str, Any]:
+
+def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -> dict[str, Any]:
     """Trains, validates, saves; resumes where an earlier run of the same output folder stopped. The run's figures.
 
     Args:
@@ -33,7 +36,7 @@ def train_on(settings: Any, backend: Backend, figures: dict[str, Any]) -> dict[s
     return told
 
 
-def run_of(settings: Any, training: PackedDataset, validation: PackedDataset | None, ranks: int = 1) -> Run:
+def run_of(settings: RunSettings, training: PackedDataset, validation: PackedDataset | None, ranks: int = 1) -> Run:
     """The run for the trainer."""
     tokens = settings.train.global_batch_size * settings.model.sequence_length
     return Run(training, settings.train, settings.output, validation=validation, units_per_step=tokens,
@@ -42,7 +45,7 @@ def run_of(settings: Any, training: PackedDataset, validation: PackedDataset | N
                start_from=settings.adapt.checkpoint if settings.adapt is not None else None, is_new=is_adapter)
 
 
-def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
+def sources(settings: RunSettings, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
     """Training and validation records, the `share` (number, of how many) of every batch."""
     data, model = settings.data, settings.model
     if settings.adapt is not None:
@@ -59,7 +62,7 @@ def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, Packe
     return training, PackedDataset(data.directory, split="validation", shuffle=False, repeat=False, **shared)
 
 
-def _pairs(settings: Any, share: tuple[int, int]) -> tuple[PairsDataset, PairsDataset | None]:
+def _pairs(settings: RunSettings, share: tuple[int, int]) -> tuple[PairsDataset, PairsDataset | None]:
     tokenizer, adapt = Tokenizer(settings.data.tokenizer), settings.adapt
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
     shared = {"batch_size": settings.train.global_batch_size, "seed": settings.train.seed,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from parallel.common.progress import table
 from recsys.build import labels_of, loss_network, spec_of
 from recsys.layers.embedding import is_sparse
 from recsys.layers.sizes import count
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
-    """Verb `params`."""
+
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
+    """Verb `count`."""
     spec = spec_of(settings)
     network = loss_network(settings, spec, len(labels_of(settings)))
     figures = count(network)
@@ -24,4 +27,4 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     table(f"{settings.model.name}: parameters", ["part", "tensors", "parameters"],
           [[part, len(sizes), sum(sizes)] for part, sizes in parts.items()])
     return {**figures, "batch": batch, "flops_per_batch": figures["flops_per_sample"] * batch,
-            "tokens": getattr(network.model, "tokens", getattr(settings.model, "tokens", None))}
+            "tokens": network.model.token_count}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +18,13 @@ from recsys.data.features import FIRST_KNOWN
 from recsys.evaluation import Evaluation
 from recsys.metrics import segmented_ne
 from recsys.ranker import Ranker, Scores
+from recsys.versions.request_log import compare
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 
-def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
+def load_model(settings: Run, log: Log, checkpoint: str | None) -> tuple[Ranker, Path]:
     """The run's model with the parameters of a checkpoint (None = the newest of the run's folder), quantized if it
     is."""
     from recsys.quantization import layers as quantization
@@ -31,7 +35,7 @@ def load_model(settings: Any, log: Log, checkpoint: str | None) -> tuple[Ranker,
     return model, path
 
 
-def open_log(settings: Any, checkpoint: str | None = None) -> Log:
+def open_log(settings: Run, checkpoint: str | None = None) -> Log:
     """The run's log, read with the vocabulary that the run was trained with, where there is one."""
     places = [Path(settings.output.directory) / VOCABULARY]
     if checkpoint is not None:
@@ -43,6 +47,8 @@ def open_log(settings: Any, checkpoint: str | None = None) -> Log:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `evaluate`."""
+    parser.add_argument("--requests", metavar="FILE", help="score the requests that a server logged (serve key "
+                        "request_log) again and compare, instead of a part of the log")
     parser.add_argument("--segments", metavar="FEATURE",
                         help="also the NE within each value of this feature (for the first task)")
     parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
@@ -74,16 +80,20 @@ def segments(evaluation: Evaluation, log: Log, name: str) -> dict[str, float | N
     return {called(row): None if np.isnan(value) else value for row, value in found.items()}
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: exact metrics of a checkpoint on one part of the log."""
     start_device()
+    if arguments.requests:
+        figures = compare(arguments.requests, arguments.checkpoint)
+        table("Logged requests, scored again", ["figure", "value"], figures.items())
+        return figures
     log = open_log(settings, arguments.checkpoint)
     rows = log.parts[arguments.part]
     if len(rows) == 0:
         raise UserError("this part has no rows", where="--part", value=arguments.part)
     batch, scores = min(settings.train.global_batch_size * 4, len(rows)), None
     if settings.data.tables.place == "host":
-        from recsys.tables.run import load_hosted
+        from recsys.tables.loaded import load_hosted
 
         path = resolve_checkpoint(arguments.checkpoint or settings.output.directory)
         model, scores = load_hosted(settings, log.spec, len(log.labels), path, batch, Scores)

@@ -14,7 +14,9 @@ from mindspore import dtype as mstype
 from parallel.common.errors import UserError
 from parallel.layers.dropout import Dropout, DropoutKeys
 from parallel.layers.linear import Linear
+from parallel.sharding.config import ParallelConfig, divides
 from parallel.sharding.layout import Layer, OpSharding
+from parallel.sharding.trainable import Trainable
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Join
 from recsys.layers.heads import Calibration, MixtureOfExperts, ProgressiveExtraction
@@ -24,9 +26,9 @@ from recsys.settings import HeadSettings, RankerSettings
 
 
 def dense(inputs: int, outputs: int, compute_dtype: mstype = mstype.float32, *, bias: bool = True,
-          style: str | None = None) -> Linear:
+          style: str | None = None, rows: int = 1) -> Linear:
     """A linear layer with Xavier-normal start."""
-    return Linear(inputs, outputs, style=style, std=math.sqrt(2.0 / (inputs + outputs)), bias=bias,
+    return Linear(inputs, outputs, style=style, std=math.sqrt(2.0 / (inputs + outputs)), bias=bias, rows=rows,
                   compute_dtype=compute_dtype)
 
 
@@ -128,6 +130,12 @@ class Ranker(nn.Cell):
         self.embedding = FeatureEmbedding(spec, settings.embedding_std)
         self.drop, self.drop_keys = Dropout(settings.dropout, ("batch", None)), DropoutKeys()
 
+    token_count: int | None = None  # feature tokens, in rankers that have them
+
+    def auxiliary_heads(self) -> list[nn.Cell]:
+        """Heads that only training has."""
+        return []
+
     def make_head(self, width: int) -> None:
         """Makes the task heads on a representation of `width`; a model calls it last."""
         self.head = TaskHeads(width, self.settings.head_hidden, self.tasks, self.settings.head)
@@ -159,15 +167,68 @@ class Ranker(nn.Cell):
         logits_BK, _, _ = self.outputs(ids_BM, numbers_BN)
         return self.served(logits_BK)
 
-    def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
+    def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]] | None:
         """Cells in forward order for pipeline stages; a model with a stack of blocks overrides it."""
-        raise UserError(f"{type(self).__name__} has no stack of blocks to cut into stages",
-                        where="parallel.pipeline.stages")
+        return None
+
+    def check_layout(self, parallel: ParallelConfig, batch: int) -> None:
+        """Checks that every axis divides what it shards; a model with axes of its own overrides `check_op` and
+        `check_experts`.
+
+        Args:
+            parallel: resolved.
+            batch: samples of a global batch.
+
+        Raises:
+            UserError: one does not.
+        """
+        if parallel.op > 1:
+            for width, rows in self.spec.tables.items():
+                divides(parallel.op if parallel.vocabulary else 1, rows, where="parallel.op",
+                        what=f"table of width {width}, rows")
+            self.check_op(parallel, batch)
+        if parallel.expert > 1:
+            self.check_experts(parallel)
+        layers = len(self.pipeline_cells() or [None, None]) - 2
+        if parallel.pipeline.stages > max(layers, 1):
+            raise UserError("more stages than layers" if layers else f"{type(self).__name__} has no stack of blocks to "
+                            "shard into stages", where="parallel.pipeline.stages", value=parallel.pipeline.stages)
+
+    def check_op(self, parallel: ParallelConfig, batch: int) -> None:
+        """Checks what tensor parallelism shards besides the tables: nothing in most rankers."""
+
+    def check_experts(self, parallel: ParallelConfig) -> None:
+        """Checks that routed experts are there and divide."""
+        raise UserError("the model has no routed experts to shard", where="parallel.expert", value=parallel.expert)
 
     @property
     def auxiliary_weight(self) -> float:
         """Factor of the auxiliary heads' losses."""
         return 0.0
+
+
+def check_token_axes(settings: RankerSettings, parallel: ParallelConfig, batch: int, counts: set[int]) -> None:
+    """Checks what tensor parallelism shards in a ranker of feature tokens, by its `op_sharding`.
+
+    Args:
+        settings: of a model with `op_sharding`, `moe` and `inner`, the inner width of its per-token networks.
+        parallel: resolved, op > 1.
+        batch: samples of a global batch.
+        counts: numbers of tokens (or mixing heads) that are sharded by tokens.
+
+    Raises:
+        UserError: an axis does not divide.
+    """
+    op = parallel.op
+    if settings.op_sharding == "width":
+        if settings.moe is not None:
+            raise UserError("experts are not sharded along their width", where="parallel.op", value=op,
+                            hint="choose model.op_sharding: tokens, or shard the experts with parallel.expert")
+        divides(op, settings.inner, where="parallel.op", what="inner width")
+        return
+    for count in counts:
+        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", hint="choose model.op_sharding: width")
+    divides(op * parallel.data, batch, where="parallel.op", what="train.global_batch_size")
 
 
 class Scores(Layer):
@@ -229,7 +290,7 @@ class TaskMean(Layer):
                 OpSharding(self.mean, (("batch",),))]
 
 
-class TrainingLoss(nn.Cell):
+class TrainingLoss(Trainable):
     """Weighted sum of the tasks' mean losses, plus auxiliary heads, plus penalties: a scalar.
 
     Args:
@@ -282,5 +343,8 @@ class TrainingLoss(nn.Cell):
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
         """See `Ranker.pipeline_cells`; the loss stands with the head."""
-        *rest, last = self.model.pipeline_cells()
+        units = self.model.pipeline_cells()
+        if units is None:
+            return None
+        *rest, last = units
         return [*rest, [*last, self.cross_entropy, self.mean, self.auxiliary_entropy, self.auxiliary_mean]]

@@ -1,10 +1,11 @@
-"""Verb `refresh`: admits new values into open vocabularies, evicts stale ones, and resets their rows."""
+"""Verb `refresh`: admits new values into open vocabularies (or dynamic tables), evicts stale ones, and resets their
+rows."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,10 @@ from recsys.data.dataset import VOCABULARY, count_values, features_of
 from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.vocabulary import Vocabulary
 from recsys.layers.embedding import is_sparse
+from recsys.tables.refresh import refresh_run
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="decayed count below which a value is evicted (none: each feature's minimum_count)")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Counts the training rows of `data`, refreshes the vocabulary, and saves the run's newest checkpoint with the rows
     of newcomers at their start values and without optimizer history."""
     if not 0.0 <= arguments.decay <= 1.0:
@@ -42,6 +47,8 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     out = Path(arguments.output)
     if (out / "checkpoints").exists():
         raise UserError("there are checkpoints already", where="--output", value=str(out), hint="choose another folder")
+    if settings.data.tables.place == "host":
+        return refresh_run(settings, Path(arguments.run), out, decay=arguments.decay, least=arguments.minimum_count)
     vocabulary = Vocabulary.load(Path(arguments.run) / VOCABULARY)
     features = [feature for feature in features_of(settings.data) if feature.name in vocabulary.values]
     spec = place(features_of(settings.data), settings.model.embedding_size, vocabulary.sizes())
@@ -70,7 +77,7 @@ def refresh_feature(feature: Feature, vocabulary: Vocabulary, counts: dict[str, 
     return reset
 
 
-def move_checkpoint(settings: Any, spec: FeatureSpec, rows: dict[str, list[int]], source: Path, out: Path) -> Path:
+def move_checkpoint(settings: Run, spec: FeatureSpec, rows: dict[str, list[int]], source: Path, out: Path) -> Path:
     """The newest checkpoint of `source` with some rows of the tables, and what the optimizer knows of them, reset."""
     network = loss_network(settings, spec, len(labels_of(settings)))
     states = run_optimizer(network.trainable_params(), settings.train, is_sparse).states()

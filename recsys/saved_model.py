@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint
@@ -16,6 +16,9 @@ from recsys.data.encode import Columns
 from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.readers import reader
 from recsys.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 VOCABULARY = "vocabulary.json"
 
@@ -34,7 +37,7 @@ class Trained:
     """
 
     path: Path
-    settings: Any
+    settings: Run
     features: list[Feature]
     columns: Columns
     vocabulary: Vocabulary
@@ -68,7 +71,7 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     return run_class(kept["model"].get("name", "")).model_validate(current_keys(kept))
 
 
-def vocabulary_of(checkpoint: Path, settings: Any) -> Vocabulary:
+def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:
     """The vocabulary that stands beside a checkpoint or above it, or in the run's folder.
 
     Raises:
@@ -114,7 +117,7 @@ def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) ->
 
     trained = describe(checkpoint, config)
     if trained.settings.data.tables.place == "host":
-        from recsys.tables.run import load_hosted
+        from recsys.tables.loaded import load_hosted
 
         trained.model, hosted = load_hosted(trained.settings, trained.spec, len(trained.columns.labels), trained.path,
                                             rows)

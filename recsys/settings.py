@@ -237,6 +237,9 @@ class RankerTrain(TrainSettings):
     """Steps between lines of the metrics log."""
     early_stop: EarlyStopSettings | None = None
     """Stop before `steps` when validation no longer improves; metrics: auc, gauc, uauc, logloss, validation_loss."""
+    start_from: str | None = None
+    """Checkpoint or run, perhaps of other features, from which a run without checkpoints of its own starts: parameters
+    by name, rows of tables by value, optimizer states anew; a table tells what was kept. Null = start values."""
     share_users: bool = False
     """With model.ug_sep: samples of a batch with equal user columns share one computation of the user side; the loss is
     the same. Pays with data.together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from parallel.common.errors import UserError
 from parallel.layers.parameter import initialize
@@ -24,8 +24,11 @@ from recsys.progressive import Progressive
 from recsys.ranker import Scores, TrainingLoss
 from recsys.training.any_backend import run_of
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def reading_of(settings: Any) -> tuple:
+
+def reading_of(settings: Run) -> tuple:
     """(features, columns, spec, vocabulary) of a stream: no statistics pass goes before it.
 
     Raises:
@@ -45,7 +48,7 @@ def reading_of(settings: Any) -> tuple:
     return features, columns_of(data, reader(data.reader)), spec, vocabulary
 
 
-def check(settings: Any) -> None:
+def check(settings: Run) -> None:
     """Raises a `UserError` for what does not go with a stream."""
     options = settings.train
     if options.share_users:
@@ -58,14 +61,14 @@ def check(settings: Any) -> None:
                         value="group", hint="set it to all")
 
 
-def stream_source(settings: Any, reading: tuple, processes: Processes) -> StreamSource:
+def stream_source(settings: Run, reading: tuple, processes: Processes) -> StreamSource:
     """The source of a run."""
     data = settings.data
     return StreamSource(reader(data.reader).stream(data), data.stream, reading, data.on_bad_row,
                         settings.train.global_batch_size, settings.output.directory, processes.rank, processes.ranks)
 
 
-def train_stream(settings: Any, network: TrainingLoss, reading: tuple, processes: Processes) -> dict:
+def train_stream(settings: Run, network: TrainingLoss, reading: tuple, processes: Processes) -> dict:
     """Trains as long as the stream goes on, or `train.steps`; the run's figures."""
     options, model = settings.train, network.model
     spec: FeatureSpec

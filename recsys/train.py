@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.launch.session import runs_on_torch, train_on_torch
-from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
@@ -27,12 +26,15 @@ from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
 from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
-from recsys.training.fit import check_device, evaluation_batch, finish
+from recsys.training.fit import check_device, evaluation_batch, finish, start_values
 from recsys.training.validation import Best
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
-def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
+
+def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     if _is_flat(settings) and runs_on_torch(settings):
         return train_on_torch(settings)
@@ -52,19 +54,19 @@ def run(settings: Any, arguments: argparse.Namespace | None = None) -> dict:
     parallel = check_device(settings, network.model, processes)
     if needs_sharding(parallel, processes):
         return train_sharded(settings, parallel, processes)
-    initialize(network.model, settings.train.seed)
+    start_values(settings, network, log)
     figures = train(settings, network, log, processes)
     if processes.rank == 0:
         table("Trained", ["figure", "value"], figures.items())
     return figures
 
 
-def _is_flat(settings: Any) -> bool:
+def _is_flat(settings: Run) -> bool:
     """Whether the run is one over an encoded log with tables in the graph, which any backend runs."""
     return settings.data.tables.place != "host" and reader(settings.data.reader).stream is None
 
 
-def run_stream(settings: Any, processes: Processes) -> dict:
+def run_stream(settings: Run, processes: Processes) -> dict:
     """Trains on a stream (readers redis_stream, kafka, tail)."""
     from recsys.stream_training import check, reading_of, train_stream
 
@@ -80,7 +82,7 @@ def run_stream(settings: Any, processes: Processes) -> dict:
     return figures
 
 
-def train_sharded(settings: Any, parallel: ParallelConfig, processes: Processes) -> dict:
+def train_sharded(settings: Run, parallel: ParallelConfig, processes: Processes) -> dict:
     """Trains a ranker of which every process holds slices, on MindSpore (Ascend).
 
     Raises:
@@ -91,7 +93,7 @@ def train_sharded(settings: Any, parallel: ParallelConfig, processes: Processes)
     return train_on(settings, ShardedBackend(run), task.figures)
 
 
-def train(settings: Any, network: TrainingLoss, log: Log, processes: Processes) -> dict:
+def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) -> dict:
     """Trains a network whose parameters have values; the run's figures."""
     options, model = settings.train, network.model
     optimizer = run_optimizer(network.trainable_params(), options, is_sparse)

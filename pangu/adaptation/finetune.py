@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pangu.evaluation.task import Source, TaskSettings, load_task, render
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """`train` on the pairs of the `adapt:` block, from its checkpoint; every layout and backend that `train` knows.
 
     Raises:

@@ -139,7 +139,7 @@ class FlatRecords:
         return found
 
     def document_ends(self) -> np.ndarray:
-        """OutputLayout of the document ends among all ids of the split, int64 ascending.
+        """Positions of the document ends among all ids of the split, int64 ascending.
 
         Raises:
             UserError: a file is missing, cut off or changed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from pangu.data.flat import ROWS, FlatFile, FlatWriter
 from pangu.data.mind_records import MindRecords
 from pangu.data.packing import INDEX_FILE, SPLITS, read_index
 from parallel.common.files import explain_os_error, write_json
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 
 def flatten(directory: str | Path) -> dict[str, Any]:
@@ -42,6 +45,6 @@ def flatten(directory: str | Path) -> dict[str, Any]:
     return figures
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(settings: Run, arguments: argparse.Namespace) -> dict[str, Any]:
     """Verb `flatten`: adds flat files to packed records that have none."""
     return flatten(settings.data.directory)

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from pangu.evaluation.task import Source, TaskSettings, load_task, task_names
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, write_json
 from parallel.common.progress import Bar, info, table
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 _SECONDS_TO_MEET = 300
 _COLUMNS = {"cpm_2_6b": "CPM 2.6B", "pangu_2_6b": "PanGu-α 2.6B", "pangu_13b": "PanGu-α 13B"}
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-sharing", action="store_true", help="compute common beginnings anew for every request")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: returns `results` by task or skill and `instances_per_second`.
 
     Raises:
@@ -81,7 +84,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("only tasks have a log of samples", where="--log-samples", hint="give --tasks")
 
 
-def _launch(settings: Any, arguments: argparse.Namespace) -> dict:
+def _launch(settings: Run, arguments: argparse.Namespace) -> dict:
     """The same command as --nproc processes of msrun on this machine; rank 0's figures."""
     from parallel.launch.launcher import MsrunLauncher
     from parallel.launch.plan import Plan, free_port
@@ -111,7 +114,7 @@ def _sources(arguments: argparse.Namespace) -> list[Source]:
     return sources
 
 
-def _answer_questions(settings: Any, arguments: argparse.Namespace, results: dict[str, dict]) -> dict:
+def _answer_questions(settings: Run, arguments: argparse.Namespace, results: dict[str, dict]) -> dict:
     from pangu.evaluation import questions
 
     began = time.perf_counter()
@@ -129,7 +132,7 @@ class Evaluation:
         arguments: the verb's flags.
     """
 
-    def __init__(self, settings: Any, arguments: argparse.Namespace) -> None:
+    def __init__(self, settings: Run, arguments: argparse.Namespace) -> None:
         from parallel.training.device import start_device
 
         self.arguments, self.settings = arguments, settings
@@ -221,7 +224,7 @@ class Evaluation:
         sys.stderr.flush()
 
 
-def model_fingerprint(checkpoint: Path, settings: Any, int8: bool = False) -> str:
+def model_fingerprint(checkpoint: Path, settings: Run, int8: bool = False) -> str:
     """What answers depend on: the checkpoint's checksums, the model's settings, the precision and the tokenizer."""
     digest = hashlib.sha256((checkpoint / "layout.json").read_bytes() + b"int8" * int8)
     digest.update(settings.model.model_dump_json().encode() + str(settings.train.precision).encode())

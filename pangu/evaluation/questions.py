@@ -6,11 +6,14 @@ import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.lines import json_lines
 from parallel.common.progress import table
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 _MAX_QUESTIONS = 1_000_000
 
@@ -91,7 +94,7 @@ def tally(questions: list[dict], picked: list[int]) -> dict[str, dict[str, float
     return results
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate` on a file of questions."""
     from pangu.data.tokenizer import Tokenizer
     from pangu.evaluation.scoring import Scorer

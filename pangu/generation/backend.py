@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pangu.generation.runner import Runner
 from parallel.common.errors import UserError
 from parallel.training.settings import COMPUTE_DTYPES
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 
 def kernels_for(config: Any, compute_dtype: str) -> Path | None:
@@ -72,7 +75,7 @@ class Backend:
         return self._weights
 
 
-def load_backend(settings: Any, checkpoint: str | Path, int8: bool = False) -> Backend:
+def load_backend(settings: Run, checkpoint: str | Path, int8: bool = False) -> Backend:
     """A run's model from a checkpoint (a run's folder means its newest), ready to generate, in one copy.
 
     Args:
@@ -92,7 +95,7 @@ def load_backend(settings: Any, checkpoint: str | Path, int8: bool = False) -> B
     return Backend(load_model(settings, path, int8))
 
 
-def load_model(settings: Any, checkpoint: str | Path, int8: bool = False) -> Any:
+def load_model(settings: Run, checkpoint: str | Path, int8: bool = False) -> Any:
     """The `PanGuAlpha` of a run with the parameters of a checkpoint, for scoring or for `Backend`; see `load_backend`.
 
     In half precision matrices are kept in the type that they are multiplied in, so that no call casts them.

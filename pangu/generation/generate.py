@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pangu.generation.completion import Completion, GenerationState
 from pangu.generation.sampling import Sampler, request_generators
 from pangu.generation.scheduler import Scheduler
 from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 
 class Generator:
@@ -175,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print the text of a single prompt as it is generated")
 
 
-def run_generate(settings: Any, arguments: argparse.Namespace) -> dict:
+def run_generate(settings: Run, arguments: argparse.Namespace) -> dict:
     """The verb `generate`: `settings` is a `pangu.settings.Run`; returns the texts and the speed.
 
     Raises:

@@ -10,7 +10,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pangu.generation.backend import Backend, load_backend
 from pangu.generation.runner import Runner, cache_bytes_per_token
@@ -32,6 +32,9 @@ from pangu.serving.engine_api import (
 from pangu.serving.engine_settings import EngineSettings
 from parallel.common.errors import UserError
 from parallel.common.progress import info
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 _MOST_TOP_LOGPROBS = 1000
 _SEED_BITS = 64
@@ -328,7 +331,7 @@ def _add(total: Counters, more: Counters) -> None:
         setattr(total, name, getattr(total, name) + value)
 
 
-def start_engine(settings: Any, checkpoint: str | None, engine_settings: EngineSettings,
+def start_engine(settings: Run, checkpoint: str | None, engine_settings: EngineSettings,
                  int8: bool = False) -> BatchingEngine:
     """An engine with a run's model, ready: all is compiled.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pangu.serving.requests import unknown_model
 from pangu.serving.service import Service
@@ -21,6 +21,9 @@ from parallel.serving.application import require, unless_gone
 from parallel.serving.errors import openai_shape
 from parallel.serving.events import EventStream
 from parallel.serving.run import address, bind, serve
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 PAGE = Path(__file__).with_name("page")
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -145,7 +148,7 @@ def recipes() -> list[dict[str, Any]]:
     return found
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `serve`: until SIGTERM or SIGINT; then what was accepted is finished.
 
     Raises:

@@ -148,7 +148,7 @@ class Slices:
                 tensor.pieces.append(Piece(extent, inside(self.path, entry.file), entry.crc32))
 
     def _check_cover(self, name: str, tensor: Tensor) -> None:
-        # SliceOfRank of one layout either are the same or do not touch, so their sizes must add up.
+        # Slices of one layout either are the same or do not touch, so their sizes must add up.
         covered = sum(volume(piece.extent) for piece in tensor.pieces)
         if covered != math.prod(tensor.shape):
             raise UserError(f"the slices of '{name}' do not make up the whole", where=self.path)

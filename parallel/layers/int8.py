@@ -153,15 +153,15 @@ class QuantizedLinear(nn.Cell):
     def __init__(self, linear: Linear, groups: int) -> None:
         super().__init__()
         self.inputs, self.outputs, self.has_bias = linear.inputs, linear.outputs, linear.has_bias
-        self.compute_dtype = linear.compute_dtype
+        self.rows, self.compute_dtype = linear.rows, linear.compute_dtype
         self.product = Int8Product((1, linear.inputs, linear.outputs), groups, linear.weight.name)
         self.bias = linear.bias
         self.add, self.cast, self.reshape = ops.Add(), ops.Cast(), ops.Reshape()
 
     @property
     def flops_per_sample(self) -> int:
-        """As `counting` has it for a `Linear`."""
-        return 2 * self.inputs * self.outputs * getattr(self, "rows", 1)
+        """Two for each multiplication and addition of the product."""
+        return 2 * self.inputs * self.outputs * self.rows
 
     def construct(self, x_NI: Tensor) -> Tensor:
         x_1NI = self.reshape(self.cast(x_NI, self.compute_dtype), (1, -1, self.inputs))
@@ -250,10 +250,7 @@ def replacement(cell: nn.Cell, group: int | None) -> nn.Cell | None:
     if isinstance(cell, GroupedLinear):
         return QuantizedGroupedLinear(cell, count_groups(cell.inputs, group))
     if isinstance(cell, Linear):
-        made = QuantizedLinear(cell, count_groups(cell.inputs, group))
-        if hasattr(cell, "rows"):
-            made.rows = cell.rows
-        return made
+        return QuantizedLinear(cell, count_groups(cell.inputs, group))
     if isinstance(cell, SparsePertokenMoE):
         return QuantizedMoE(cell, (count_groups(cell.width, group), count_groups(cell.inner, group)))
     return None

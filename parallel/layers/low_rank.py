@@ -30,7 +30,7 @@ class AdaptedLinear(Linear):
     def __init__(self, linear: Linear, rank: int, alpha: float) -> None:
         nn.Cell.__init__(self)
         self.inputs, self.outputs, self.style, self.axis = linear.inputs, linear.outputs, linear.style, linear.axis
-        self.compute_dtype, self.has_bias = linear.compute_dtype, linear.has_bias
+        self.rows, self.compute_dtype, self.has_bias = linear.rows, linear.compute_dtype, linear.has_bias
         self.factor = alpha / rank
         name = linear.weight.name
         self.weight, self.bias = linear.weight, linear.bias
@@ -60,16 +60,11 @@ class AdaptedLinear(Linear):
         after, summed = ("tokens", column), None
         if self.style == "row":
             after, summed = ("residual", None), (("residual", None),)
-        return [OpSharding(self.matmul, (("tokens", row), (column, row)), summed),
-                OpSharding(self.down, (("tokens", row), (None, row))),
-                OpSharding(self.up, (("tokens", None), (column, None))),
+        return [OpSharding(self.matmul, (("tokens", row), (column, row)), summed, (None, "weight")),
+                OpSharding(self.down, (("tokens", row), (None, row)), weights=(None, DOWN)),
+                OpSharding(self.up, (("tokens", None), (column, None)), weights=(None, UP)),
                 OpSharding(self.scale, (after, ())), OpSharding(self.join, (after, after)),
-                OpSharding(self.add, (after, (column,)))]
-
-    def weights(self) -> dict:
-        column, row = (self.axis if self.style == "column" else None), (self.axis if self.style == "row" else None)
-        return {**super().weights(), DOWN: (None, row), UP: (column, None)}
-
+                OpSharding(self.add, (after, (column,)), weights=(None, "bias"))]
 
 def add_adapters(network: nn.Cell, targets: frozenset[str], rank: int, alpha: float) -> list[str]:
     """Freezes every parameter of `network` and puts adapters beside its linear layers of the names `targets`.

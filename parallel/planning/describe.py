@@ -20,6 +20,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from parallel.common.errors import UserError
 from parallel.planning.shapes import INTEGER_RESULTS, RULES, Dim, Dims, Result, broadcast, reshaped
 from parallel.sharding.layout import Layer
+from parallel.sharding.trainable import pipeline_units, shared_parameters
 from parallel.task import Task
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "int8": 1, "bool": 1, "uint8": 1}
@@ -360,11 +361,7 @@ def _widest(name: str, inputs: list[SymbolicTensor]) -> str:
 
 def unit_cells(network: nn.Cell) -> list[list[nn.Cell]]:
     """Cells of each pipeline unit: before, layers, after; one unit for a network that cannot be staged."""
-    try:
-        units = network.pipeline_cells()
-    except (AttributeError, UserError):
-        return [[network]]
-    return [unit if isinstance(unit, list) else [unit] for unit in units]
+    return pipeline_units(network) or [[network]]
 
 
 @contextmanager
@@ -478,7 +475,7 @@ def _parameters(network: nn.Cell, walk: Trace) -> list[ParameterCount]:
         for cell in cells:
             for parameter in cell.get_parameters():
                 owners.setdefault(id(parameter), (number,))
-    for parameter, cells in getattr(network, "shared_parameters", list)():
+    for parameter, cells in shared_parameters(network):
         units = tuple(sorted({walk.unit_of.get(id(cell), 0) for cell in cells}))
         owners[id(parameter)] = units
     counts = []

@@ -24,6 +24,7 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import cache_folder
+from parallel.common.settings import Settings
 from parallel.proof.compile.graph import Node, attribute_value
 from parallel.proof.compile.rank_compiler import Compiled, Compilers
 from parallel.proof.dryrun.accounting import COLLECTIVES, coordinates
@@ -119,7 +120,7 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
     return folder
 
 
-def digest_of(settings: Any, kinds: Sequence[str] = ()) -> str:
+def digest_of(settings: Settings, kinds: Sequence[str] = ()) -> str:
     """Hash of everything that shapes the graphs of a run: its settings and the code."""
     tree = settings.model_dump(mode="json")
     for key, left_out in _SHAPELESS.items():
@@ -148,7 +149,7 @@ def write_program(config: str, overrides: Sequence[str], folder: Path, compilers
                  config=Path(config).name, overrides=list(overrides))
 
 
-def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Any,
+def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,
                  **more: Any) -> None:
     """Writes compiled worlds as a program.
 

@@ -16,6 +16,7 @@ from mindspore import nn
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Axes, Layer
 from parallel.sharding.parallelize import stage_of_layers
+from parallel.sharding.trainable import pipeline_units, shared_parameters
 
 Extent = tuple[tuple[int, int], ...]
 
@@ -70,20 +71,15 @@ def _operands(network: nn.Cell) -> dict[int, tuple]:
 def _stages_of_parameters(network: nn.Cell, config: ParallelConfig) -> dict[int, set[int]]:
     if config.pipeline.stages == 1:
         return {}
-    before, *layers, after = network.pipeline_cells()
-    places = stage_of_layers(len(layers), config)
+    units = pipeline_units(network)
+    places = stage_of_layers(len(units) - 2, config)
     stages: dict[int, set[int]] = {}
-
-    def add(unit: Any, stage: int) -> None:
-        for cell in unit if isinstance(unit, list) else [unit]:
+    for unit, (stage, _) in zip(units, [places[0], *places, places[-1]], strict=True):
+        for cell in unit:
             for parameter in cell.get_parameters():
                 stages.setdefault(id(parameter), set()).add(stage)
-
-    for unit, (stage, _) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
-        add(unit, stage)
-    for parameter, cells in getattr(network, "shared_parameters", list)():
-        for unit, (stage, _) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
-            if any(cell in (unit if isinstance(unit, list) else [unit]) for cell in cells):
+        for parameter, cells in shared_parameters(network):
+            if any(cell in unit for cell in cells):
                 stages.setdefault(id(parameter), set()).add(stage)
     return stages
 

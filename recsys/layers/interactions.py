@@ -147,8 +147,7 @@ class PositionLinear(nn.Cell):
                  bias: bool = True) -> None:
         super().__init__()
         self.inputs, self.outputs = inputs, outputs
-        self.linear = dense(inputs, outputs, compute_dtype, bias=bias)
-        self.linear.rows = rows
+        self.linear = dense(inputs, outputs, compute_dtype, bias=bias, rows=rows)
         self.reshape = ops.Reshape()
 
     def construct(self, x_BFI: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -26,6 +26,9 @@ from recsys.layers.embedding import is_sparse
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Values, Versions
 from recsys.tables.files import FOLDER, write_entries
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 VOCABULARY = "vocabulary.json"
 # Rows whose gradient is 0 stay as they are under these.
@@ -187,7 +190,7 @@ def _write_entries(folder: Path, entries: dict[str, Any]) -> None:
         write_entries(folder / FOLDER / f"{quote(name, safe='')}-00000-of-00001.safetensors", own)
 
 
-def publisher_of(settings: Any, backend: Backend, spec: FeatureSpec, *, tables: Any = None,
+def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: Any = None,
                  event_time: Callable[[int], float | None] = lambda step: None) -> Publisher | None:
     """The publisher of a run, where its settings want one.
 

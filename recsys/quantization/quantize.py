@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.folder import PARAMETERS_FILE, resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint, save_checkpoint
@@ -12,6 +12,9 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.saved_model import VOCABULARY, settings_of
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +72,7 @@ def _bytes(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.glob(f"{PARAMETERS_FILE.split('.')[0]}*.safetensors"))
 
 
-def _auc(model: Any, log: Any, settings: Any, arguments: argparse.Namespace) -> float | None:
+def _auc(model: Any, log: Any, settings: Run, arguments: argparse.Namespace) -> float | None:
     from recsys.evaluation import Evaluation
 
     if arguments.part == "none":

@@ -13,13 +13,16 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
 from parallel.common.progress import info, progress, table
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 SWEEP_CANDIDATES = (1, 50, 200, 500, 1000)
 SWEEP_RATIOS = ("1:2", "1:1", "3:1")
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-matmul", action="store_true", help="leave the matrix product alone out")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Measures; the JSON has the figures of --candidates and --ug-ratio.
 
     Raises:
@@ -108,7 +111,7 @@ def _matmul_ratio() -> float:
 # ---------------------------------------------------------------- variants
 
 
-def unseparated(settings: Any, spec: Any) -> Any:
+def unseparated(settings: Run, spec: Any) -> Any:
     """Settings of the model without separation and with as many tokens.
 
     Raises:
@@ -129,7 +132,7 @@ def unseparated(settings: Any, spec: Any) -> Any:
     return settings.model_copy(update={"model": model.model_copy(update=change)})
 
 
-def separated(settings: Any, ratio: str) -> Any:
+def separated(settings: Run, ratio: str) -> Any:
     """Settings of the separated model with a ratio."""
     from recsys.ug_sep.sides import UGSepSettings
 
@@ -138,7 +141,7 @@ def separated(settings: Any, ratio: str) -> Any:
     return settings.model_copy(update={"model": settings.model.model_copy(update={"ug_sep": sep})})
 
 
-def _model(settings: Any, spec: Any, int8: bool, group: int | None) -> tuple[Any, int]:
+def _model(settings: Run, spec: Any, int8: bool, group: int | None) -> tuple[Any, int]:
     """(the model with start values in inference mode, its dense parameters)."""
     from parallel.layers.int8 import prepare
     from parallel.layers.parameter import initialize
@@ -156,7 +159,7 @@ def _model(settings: Any, spec: Any, int8: bool, group: int | None) -> tuple[Any
     return network.model, dense
 
 
-def measure(settings: Any, ratios: list[str], sizes: list[int], rounds: int, group: int | None,
+def measure(settings: Run, ratios: list[str], sizes: list[int], rounds: int, group: int | None,
             most_seconds: float = math.inf) -> list[dict]:
     """A row for each ratio, number of candidates, mode and kind of weights. Rounds of a size end early after
     `most_seconds`, but not before the fifth."""

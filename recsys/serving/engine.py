@@ -153,6 +153,7 @@ class Engine:
         self.encoding_version = 1  # rises with every reload after which requests read as other numbers
         self.cache = StateCache(settings.cache_users)
         self.scorer = Scorer(trained.model, settings, self.cache, trained.tables)
+        self.pinned: str | None = None  # name of the checkpoint that no reload replaces
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._reloading = threading.Lock()
@@ -194,16 +195,26 @@ class Engine:
         """probabilities_CK: `submit` and wait."""
         return self.submit(ids_CM, numbers_CN).result()[0]
 
-    def reload(self, checkpoint: str | Path) -> dict[str, Any]:
+    def reload(self, checkpoint: str | Path, pin: bool = False) -> dict[str, Any]:
         """Takes the values of another checkpoint of the same model: read beside the scoring, put in place between two
         batches. Requests are scored by the one or the other, none is lost.
 
+        Args:
+            checkpoint: or a folder whose newest is meant.
+            pin: keep it until `pinned` is None again; other reloads are refused.
+
         Raises:
-            UserError: it is not of the same model, features and quantization; the old one goes on.
+            UserError: it is not of the same model, features and quantization, or another is pinned; the old one goes
+                on.
         """
         with self._reloading:
+            if self.pinned is not None and not pin:
+                raise UserError("the server is pinned to a version", where="version", value=self.pinned,
+                                hint="unpin it first")
             prepared = self.prepare(checkpoint)
             self.change(lambda: self.put(*prepared))
+            if pin:
+                self.pinned = Path(self.trained.path).name
             return {"version": self.version, "checkpoint": str(self.trained.path)}
 
     def change(self, change: Callable[[], Any]) -> Any:

@@ -147,6 +147,7 @@ class Follower:
         self.model = LiveModel(engine.trained)
         self.held: int | None = None
         self._refused: Current | None = None
+        self._was_pinned = False
         self._stop, self._looking = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="follow", daemon=True)
 
@@ -178,22 +179,26 @@ class Follower:
         self.counted("refused")
 
     def look(self) -> bool:
-        """Takes the newest version if it is a new one; whether it was."""
+        """Takes the newest version if it is a new one; whether it was. A pinned server takes none, and after it a whole
+        one: what is in place is then no link of the chain."""
         with self._looking:
+            if self.engine.pinned is not None:
+                self._was_pinned = True
+                return False
             return self._look()
 
     def _look(self) -> bool:
         newest = read_current(self.current.folder)
-        if newest is None or newest.version == self.current.version:
+        if newest is None or (newest.version == self.current.version and not self._was_pinned):
             return False
-        steps = newest.after(self.current.version)
+        steps = None if self._was_pinned else newest.after(self.current.version)
         if steps is None:
             self._take_whole(newest)
         else:
             delta = merged([read_delta(path) for _, path in steps])
             self.model.check(delta)
             self.engine.change(lambda: self._put(delta, newest))
-        self.current, self._refused = newest, None
+        self.current, self._refused, self._was_pinned = newest, None, False
         self.counted("done")
         return True
 

@@ -31,6 +31,8 @@ from parallel.serving.run import address, bind, serve
 from recsys.layers.tasks import Formula
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
+from recsys.versions.pinned import Versions
+from recsys.versions.request_log import RequestLog
 
 _SHORT_BYTES = 1 << 16  # some 2 ms
 
@@ -83,6 +85,8 @@ class Service:
         self.fusion = Formula(settings.fusion, engine.trained.columns.labels) if settings.fusion else None
         self.metrics = Metrics(engine)
         self.front = Front(settings, self.metrics, one_line)
+        self.versions = Versions(engine, folder)
+        self.log = RequestLog(settings.request_log, settings.request_log_mb << 20) if settings.request_log else None
         self.reload = Reloader(lambda: engine.reload(folder), self.metrics)
         engine.observe = self.metrics.observe
         self.follower: Any = None
@@ -141,7 +145,28 @@ class Service:
             # A request that was read with another vocabulary than that of a reload since is read again.
             if scored_by == version or encoding_version == self.engine.encoding_version:
                 break
+        if self.log is not None and scored_by == version:
+            self.log.add(raw, trained, scores)
         return {"ranking": self._ranking(scores, ask.top_k), "version": scored_by}
+
+    async def change_version(self, request: Any, change: str) -> dict:
+        """Pins the version that the body names, goes back to the one before, or lets go.
+
+        Raises:
+            Refusal: 400 no JSON, 409 there is no such version, or it does not fit.
+        """
+        raw, own = await self.front.bodies.read(request), self.versions
+        try:
+            body = parse_json(raw) if raw else {}
+            name = body.get("version") if isinstance(body, dict) else None
+            if change == "pin" and not isinstance(name, str):
+                raise UserError('the body names a version: {"version": "step_00000100"}')
+            call = {"pin": lambda: own.pin(name), "rollback": own.rollback, "unpin": own.release}[change]
+            return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+        except BadText as error:
+            raise Refusal(400, f"the body is no JSON to read: {error}") from None
+        except UserError as error:
+            raise Refusal(409, str(error)) from None
 
     async def _understood(self, raw: bytes, trained: Any) -> Ask:
         """See `_parse`. A short body is read here at once: handing it to a thread and back would take as long."""
@@ -199,6 +224,18 @@ def application(service: Service) -> Any:
 
     front.route(app, "/rank", "POST", rank, counted=True)
     front.route(app, "/reload", "POST", reload)
+    async def versions(_: Any) -> Response:
+        return JSONResponse(service.versions.state())
+
+    def changing(change: str) -> Any:
+        async def handler(request: Any) -> Response:
+            return JSONResponse(await service.change_version(request, change))
+
+        return handler
+
+    front.route(app, "/versions", "GET", versions)
+    for change in ("pin", "rollback", "unpin"):
+        front.route(app, f"/{change}", "POST", changing(change))
     front.route(app, "/health", "GET", health, is_open=True)
     front.route(app, "/metrics", "GET", metrics)
     return app

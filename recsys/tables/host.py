@@ -14,7 +14,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from recsys.tables.files import read_tables, stage_tables, take_staged
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY, owners
 from recsys.tables.native import add_rows, unique
 from recsys.tables.optimizer import TableOptimizer
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 _SPECIAL = np.array([MISSING_KEY, UNSEEN_KEY], np.int64)
 
@@ -55,7 +58,7 @@ class HostTables(Companion):
 
     name = "tables"
 
-    def __init__(self, settings: Any, spec: FeatureSpec, batch: int, exchange: Exchange | None = None) -> None:
+    def __init__(self, settings: Run, spec: FeatureSpec, batch: int, exchange: Exchange | None = None) -> None:
         own = settings.data.tables
         self.settings, self.spec, self.exchange = own, spec, exchange or Alone()
         self.optimizer = TableOptimizer(settings.train)

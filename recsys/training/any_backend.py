@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
@@ -16,8 +16,11 @@ from recsys.data.dataset import VOCABULARY, Batches, Log, prepare
 from recsys.layers.tasks import TaskPlan
 from recsys.training.validation import Best, RanksEvaluation
 
+if TYPE_CHECKING:
+    from recsys.settings import Run as RunSettings
 
-def train_on(settings: Any, backend: Backend, figures: dict[str, Any]) -> dict[str, Any]:
+
+def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -> dict[str, Any]:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped.
 
     Args:
@@ -50,12 +53,12 @@ def train_on(settings: Any, backend: Backend, figures: dict[str, Any]) -> dict[s
     return told
 
 
-def compares(settings: Any) -> bool:
+def compares(settings: RunSettings) -> bool:
     """Whether a loss compares the samples of one user."""
     return any(task.pairwise or task.listwise for task in settings.model.tasks)
 
 
-def prepared(settings: Any, backend: Backend) -> Log:
+def prepared(settings: RunSettings, backend: Backend) -> Log:
     """The encoded log; one process of each machine encodes it, if nobody has yet."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     log = prepare(settings.data, settings.model.embedding_size) if first else None
@@ -63,7 +66,7 @@ def prepared(settings: Any, backend: Backend) -> Log:
     return log or prepare(settings.data, settings.model.embedding_size)
 
 
-def run_of(settings: Any, counted: dict[str, Any], batches: Any, *, ranks: int = 1, **more: Any) -> Run:
+def run_of(settings: RunSettings, counted: dict[str, Any], batches: Any, *, ranks: int = 1, **more: Any) -> Run:
     """The run of a ranker for the trainer; `counted` tells its FLOPs."""
     samples = settings.train.global_batch_size
     return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
@@ -89,7 +92,7 @@ def keep_vocabulary(log: Log, directory: Path) -> None:
         shutil.copyfileobj(source, file)
 
 
-def attainable_auc(settings: Any, log: Log) -> dict[str, float]:
+def attainable_auc(settings: RunSettings, log: Log) -> dict[str, float]:
     """The best AUC that any model can expect on the test rows, where the truth is known."""
     data = settings.data
     if data.reader != "synthetic" or data.split.by not in ("default", "order"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from parallel.checkpoint.folder import list_checkpoints
 from parallel.common.errors import UserError
+from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
 from parallel.training.device import Processes
 from parallel.training.sharded.run import needs_sharding
@@ -12,11 +15,16 @@ from parallel.training.trainer import Trainer
 from recsys.build import check_layout
 from recsys.data.dataset import Log
 from recsys.evaluation import Evaluation
+from recsys.ranker import TrainingLoss
 from recsys.training.any_backend import attainable_auc, sizes, with_test
 from recsys.training.validation import Best
+from recsys.versions.warm_start import warm_start
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 
-def check_device(settings: Any, model: Any, processes: Processes) -> ParallelConfig:
+def check_device(settings: Run, model: Any, processes: Processes) -> ParallelConfig:
     """The resolved layout; refuses layouts and types that this device does not run."""
     parallel = settings.parallel.resolve(processes.ranks)
     check_layout(settings, model, parallel)
@@ -33,7 +41,7 @@ def check_device(settings: Any, model: Any, processes: Processes) -> ParallelCon
     return parallel
 
 
-def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
+def finish(settings: Run, log: Log, trainer: Trainer, best: Best, counted: dict) -> dict:
     """Runs the trainer and evaluates the best (or last) parameters on the test rows; the run's figures."""
     rows = log.parts["validation"]
     figures = trainer.run()
@@ -45,6 +53,22 @@ def finish(settings: Any, log: Log, trainer: Trainer, best: Best, counted: dict)
             **attainable_auc(settings, log)}
 
 
-def evaluation_batch(settings: Any, rows: Any) -> int:
+def start_values(settings: Run, network: TrainingLoss, log: Log, tables: Any = None) -> None:
+    """Gives a network its start values: those of its names, or of the checkpoint that `train.start_from` names.
+
+    Args:
+        settings: the run.
+        network: of the log's spec, or of a window's.
+        log: with spec and vocabulary.
+        tables: `recsys.tables.host.HostTables`, where they lie on the host.
+    """
+    initialize(network.model, settings.train.seed)
+    own = list_checkpoints(Path(settings.output.directory) / "checkpoints")
+    if settings.train.start_from is not None and not own:
+        warm_start(network, tables.window if tables is not None else log.spec, log.vocabulary,
+                   settings.train.start_from, tables)
+
+
+def evaluation_batch(settings: Run, rows: Any) -> int:
     """Samples of one forward pass over `rows`."""
     return max(1, min(4 * settings.train.global_batch_size, len(rows)))

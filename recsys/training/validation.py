@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from recsys.data.dataset import in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
 from recsys.metrics import Accumulator, NumberAccumulator
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -93,7 +96,7 @@ class Best:
         tables: `recsys.tables.host.HostTables` whose rows are kept beside the parameters.
     """
 
-    def __init__(self, settings: Any, evaluation: Any, parameters: Callable[[], list], rank: int, *,
+    def __init__(self, settings: Run, evaluation: Any, parameters: Callable[[], list], rank: int, *,
                  holder: Holder | None = None, tables: Any = None) -> None:
         self.metric, self.evaluation, self.parameters = settings.train.keep_best, evaluation, parameters
         self.directory, self.rank = Path(settings.output.directory) / "best", rank

@@ -23,6 +23,7 @@ from parallel.common.errors import UserError
 from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
 from parallel.sharding.layout import Layer, OpSharding
 from recsys.layers.mixing import TokenMixing
+from recsys.settings import RankerSettings
 from recsys.ug_sep.ranker import Beside, Compensation, Mask, Repeat, Shape, Take, TwoSidedBlock, Widths
 from recsys.ug_sep.sides import pair
 
@@ -78,7 +79,8 @@ class PyramidBlock(TwoSidedBlock):
         inner: its inner width over its input's.
     """
 
-    def __init__(self, settings: Any, before: Shape, after: Shape, layout: TokenLayout, compute_dtype: mstype, *,
+    def __init__(self, settings: RankerSettings, before: Shape, after: Shape, layout: TokenLayout,
+                 compute_dtype: mstype, *,
                  norm: Callable, network: Callable, inner: float, prenorm: bool) -> None:
         super().__init__()
         separation, width = settings.ug_sep, settings.width

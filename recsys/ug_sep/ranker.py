@@ -5,14 +5,15 @@ Shapes: R requests (rows of U), N candidates (rows of G), T tokens of which the 
 K width of a component, S width of the state. A *component* [c, R, K] is something of the U pass that the G pass reads;
 the state of a request is all its components in one row, state_RS.
 
+Attributes named after "group" (`first_group`, `group_side`, ...) hold parameters of the candidate side, whose names in
+checkpoints they are.
+
 Source: UG-Sep (arXiv 2602.10455). The masks: a U mixed token reads U heads only, M_mix[h, j] = 0 for h < h_u, j >= c_u
 d_h; a U token takes back U mixed tokens only, M_rev[t, j] = 0 for t < c_u, j >= h_u d_h. The paper's formulas could not
 be read; these are ours (UI-MixFormer, arXiv 2602.14110 eq. 10-11, prints a mask of the same kind).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -22,11 +23,13 @@ from mindspore.ops.auto_generate import SplitWithSize
 from parallel.common.errors import UserError
 from parallel.layers.grouped import GroupedLinear, TokenLayout
 from parallel.layers.parameter import parameter
+from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer, Operand, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Table
 from recsys.layers.tokenization import MeanPool
-from recsys.ranker import Ranker
+from recsys.ranker import Ranker, check_token_axes
+from recsys.settings import RankerSettings
 from recsys.ug_sep.sides import UserCandidateSplit
 
 Shape = tuple[int, int]
@@ -292,7 +295,8 @@ class SeparatedRanker(Ranker):
         UserError: a side without features, or tokens that do not divide by the ratio.
     """
 
-    def __init__(self, settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: mstype = mstype.float32) -> None:
+    def __init__(self, settings: RankerSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
         self.ug_sep, self.sides = settings.ug_sep, UserCandidateSplit.of(spec)
         self.embedding = TwoSidedEmbedding(spec, self.sides, settings.embedding_std)
@@ -307,7 +311,7 @@ class SeparatedRanker(Ranker):
         """Called by a model last: (U, G) tokens into each layer and out of the last one; (c, K) of the tokenizer's
         components."""
         self.token_counts = tuple(counts)
-        self.tokens = sum(counts[0])
+        self.tokens = self.token_count = sum(counts[0])
         self.pool_user, self.pool_candidate = MeanPool(self.layout), MeanPool(self.layout)
         self.shared_mean = SharedMean("batch" if self.layout.kind == "width" else "rows")
         self.join_tokens = Beside(0, self.layout.stream)
@@ -460,6 +464,12 @@ class SeparatedRanker(Ranker):
         user, group = self.embedding(ids_BM, numbers_BN)
         x_TBD, _, _ = self.masked_layers(user, group)
         return x_TBD[:self.token_counts[-1][0]]
+
+    def check_op(self, parallel: ParallelConfig, batch: int) -> None:
+        if self.settings.op_sharding != "width":
+            raise UserError("tokens of a separated ranker are not sharded", where="model.op_sharding",
+                            value=self.settings.op_sharding, hint="choose model.op_sharding: width")
+        check_token_axes(self.settings, parallel, batch, set())
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
         last = [self.pool_user, self.pool_candidate, self.head, *([self.norm] if self.norm is not None else [])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor
@@ -18,6 +18,9 @@ from recsys.data.dataset import Batches
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.ranker import SeparatedRanker
 from recsys.ug_sep.sides import UserCandidateSplit
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 # R is filled up to one of these shares of B, so that few graphs are compiled.
 BUCKETS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
@@ -72,7 +75,7 @@ class SharedUsersLoss(TrainingLoss):
         return self.total(outputs, labels_BK)
 
 
-def sharing_loss(network: TrainingLoss, settings: Any) -> SharedUsersLoss:
+def sharing_loss(network: TrainingLoss, settings: Run) -> SharedUsersLoss:
     """The loss to train with under `train.share_users`.
 
     Raises:

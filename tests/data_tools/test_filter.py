@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data_tools.classifier.hashed_ngrams import LinearClassifier, hashed_counts
-from data_tools.classifier.train import TrainClassifierSettings, judge, read_examples, train_local, train_spark
+from data_tools.classifier.settings import TrainClassifierSettings
+from data_tools.classifier.train import judge, read_examples, train_local, train_spark
 from data_tools.documents import plan_splits
 from data_tools.engines.local import LocalEngine
 from data_tools.parts import OutputLayout, run_step

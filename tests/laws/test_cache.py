@@ -113,3 +113,58 @@ def test_batches_of_different_lengths_equal_single_prompts(case, monkeypatch):
             grown.append(int(recompute(grown)[-1].argmax()))
         slow.append(grown[len(ids):])
     assert together == alone == slow
+
+
+def test_scores_of_prompts_and_of_tokens_equal_recomputation(case, runner):
+    """Through the scheduler, with arrivals while others run: log p of every token and the likeliest ones."""
+    from pangu.generation.sampling import SamplingRule
+    from pangu.generation.scheduler import Scheduler
+    from tests.laws.test_batching import Listed
+
+    _, _, recompute = case
+    rng = np.random.default_rng(3)
+    scheduler = Scheduler(runner, 3, CHUNK)
+    requests = [Listed(rng.integers(0, VOCABULARY, length).tolist(), SamplingRule(0.5), 0, 6, 2, 3, {})
+                for length in (30, 1, 17, 45, 17)]
+    for request in requests:
+        scheduler.add(request)
+        scheduler.step()
+    while not scheduler.idle:
+        scheduler.step()
+    for request in requests:
+        logits = recompute(request.all_ids).astype(np.float64)
+        log_p = logits - logits.max(-1, keepdims=True)
+        log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+        scores = [*request.read_scores[1:], *(score for _, score in request.tokens)]
+        for place, (token, score) in enumerate(zip(request.all_ids[1:], scores, strict=True)):
+            assert score.id == token and score.logprob == pytest.approx(log_p[place, token], abs=ROUNDING)
+            assert [chance for _, chance in score.top] == pytest.approx(
+                np.sort(log_p[place])[::-1][:len(score.top)], abs=ROUNDING)
+    assert scheduler.pool.used == 0
+
+
+def test_half_precision_keeps_its_matrices_in_the_type_of_the_products():
+    """No cast at each call, and the same logits as with the cast."""
+    from mindspore import Tensor
+    from mindspore import dtype as mstype
+    from mindspore.nn.utils import no_init_parameters
+
+    from pangu.config import ModelConfig
+    from pangu.generation.backend import keep_in_compute_dtype
+    from pangu.model import PanGuAlpha
+    from parallel.layers.parameter import initialize
+
+    with no_init_parameters():
+        model = PanGuAlpha(ModelConfig(layers=2, hidden_size=36, heads=3, vocabulary_size=VOCABULARY,
+                                       sequence_length=CONTEXT, dropout=0.0), mstype.float16)
+    initialize(model, 2)
+    model.set_train(False)
+    inputs = (Tensor(np.arange(CONTEXT, dtype=np.int32)[None]), Tensor(np.arange(CONTEXT, dtype=np.int32)[None]),
+              Tensor(np.zeros((1, CONTEXT), np.int32)))
+    before, names = model(*inputs).asnumpy(), [item.name for item in model.get_parameters()]
+    keep_in_compute_dtype(model)
+    kept = {item.name: item.dtype for item in model.get_parameters()}
+    assert list(kept) == names
+    assert kept["layers.0.attention.query.weight"] == kept["embedding.word.table"] == mstype.float16
+    assert kept["layers.0.norm1.gamma"] == kept["embedding.position.table"] == mstype.float32
+    np.testing.assert_allclose(model(*inputs).asnumpy(), before, atol=2e-3 * np.abs(before).max())

@@ -57,7 +57,8 @@ def test_a_quantized_model_is_the_model_of_its_widened_weights(group, kernel, mo
 @pytest.mark.parametrize("group", [None, GROUP])
 def test_scores_and_texts_are_those_of_the_widened_weights(group):
     from pangu.evaluation.scoring import Scorer
-    from pangu.generation.generate import GenerateSettings, Generator
+    from pangu.generation.generate import Generator
+    from pangu.generation.settings import GenerateSettings
     from tests.pangu.numpy_model import token_scores
 
     model, expected, _ = quantized(group)

@@ -10,6 +10,7 @@ from mindspore.communication import create_group, get_rank
 
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
+from parallel.sharding.trainable import is_weighted
 
 
 class MicroBatch(nn.Cell):
@@ -132,7 +133,7 @@ class LossAndWeight(Wrapper):
 
     def __init__(self, network: nn.Cell, size: float) -> None:
         super().__init__(network)
-        self.weighted, self.share = getattr(network, "weighted", False), 1.0 / size
+        self.weighted, self.share = is_weighted(network), 1.0 / size
         self.one = Tensor([1.0], mstype.float32)
         self.cast, self.reshape = ops.Cast(), ops.Reshape()
         self.join = ops.Concat().shard(((1,), (1,)))

@@ -19,6 +19,7 @@ from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize
 from parallel.sharding.slices import Extent, sharded_parameters
+from parallel.sharding.trainable import is_weighted
 from parallel.task import SAMPLE_NUMBERS, Input, Task
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
@@ -144,7 +145,7 @@ class ForwardLoss(nn.Cell):
 
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
-        self.network, self.weighted = network, getattr(network, "weighted", False)
+        self.network, self.weighted = network, is_weighted(network)
         self.cast, self.reshape, self.join = ops.Cast(), ops.Reshape(), ops.Concat()
 
     def construct(self, *batch: Tensor) -> Tensor:

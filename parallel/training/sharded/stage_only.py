@@ -15,6 +15,7 @@ from parallel.layers.embedding import Residual
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import has_stack
+from parallel.sharding.trainable import pipeline_units
 
 
 class PlaceholderLayer(nn.Cell):
@@ -49,8 +50,8 @@ def leave_out_other_stages(network: nn.Cell, config: ParallelConfig, stage: int)
     """
     if config.pipeline.stages == 1 or config.pipeline.interleave > 1 or not has_stack(network):
         return
-    _, _, *units, _, _ = network.pipeline_cells()
-    layers = [unit[0] if isinstance(unit, list) else unit for unit in units]
+    _, _, *units, _, _ = pipeline_units(network)
+    layers = [unit[0] for unit in units]
     left_out = {id(layer) for layer in layers if layer.pipeline_stage != stage and _residual(layer) is not None}
     axes = Axes(config)
     for _, parent in list(network.cells_and_names()):

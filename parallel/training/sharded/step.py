@@ -19,6 +19,7 @@ from mindspore.parallel.auto_parallel import AutoParallel
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig, divides
 from parallel.sharding.parallelize import parallelize
+from parallel.sharding.trainable import shared_parameters
 from parallel.task import Input, Task
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import TrainSettings
@@ -157,7 +158,7 @@ def borrowed(network: nn.Cell, parameters: ParameterTuple, config: ParallelConfi
     where they are added. What the others keep is a copy that nobody reads; its partial gradient must not enter the
     norm a second time (found by replay).
     """
-    shared = getattr(network, "shared_parameters", list)()
+    shared = shared_parameters(network)
     if config.pipeline.stages == 1 or not shared:
         return ()
     stage = get_rank() // (config.data * config.op)
@@ -239,7 +240,7 @@ def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelCo
         wrapped = Interleaved.of(len(inputs), wrapped, parts, dims, config.data)
     if count == 1:
         return FullGradient(wrapped, parameters)
-    if reuse and getattr(network, "shares_graph", True):
+    if reuse and network.shares_graph:
         wrapped.cell_init_args = f"lazy_inline_{type(wrapped).__name__}"
     return PipelineGradient(wrapped, parameters, config, count, dims)
 

@@ -8,19 +8,17 @@ first matrix keeps all its rows; all that G needs of U are the heads of the U to
 
 from __future__ import annotations
 
-from typing import Any
-
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
-from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
+from parallel.layers.grouped import Add, TokenLayout
 from parallel.layers.norm import LayerNorm
-from parallel.layers.relu_moe import ReluMoE
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
 from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import SliceTokenizer
+from recsys.models.rankmixer.model import RankMixerSettings, network
 from recsys.models.tokenmixer_large.separated import TwoSidedGroupTokenizer
 from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
 from recsys.ug_sep.ranker import (
@@ -38,21 +36,10 @@ from recsys.ug_sep.ranker import (
 from recsys.ug_sep.sides import tokens_of_ratio
 
 
-def network(settings: Any, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
-            compute_dtype: mstype) -> nn.Cell:
-    """A per-token network from `inputs` to `outputs`: dense, or ReLU-routed experts."""
-    moe = settings.moe
-    if moe is None:
-        return GroupedFeedForward(tokens, inputs, inner, layout=layout, outputs=outputs, compute_dtype=compute_dtype)
-    return ReluMoE(tokens, inputs, inner, experts=moe.experts, router=moe.router, budget=moe.budget,
-                   penalty=moe.penalty, penalty_step=moe.penalty_step, layout=layout, outputs=outputs,
-                   compute_dtype=compute_dtype)
-
-
 class SeparatedBlock(TwoSidedBlock):
     """S = LN(Mix(X) M_mix + X), X' = LN(PFFN(S) + S), each side with networks of its own and the norms in common."""
 
-    def __init__(self, settings: Any, counts: Shape, layout: TokenLayout, compute_dtype: mstype) -> None:
+    def __init__(self, settings: RankMixerSettings, counts: Shape, layout: TokenLayout, compute_dtype: mstype) -> None:
         super().__init__()
         width, separation, (c_u, c_g) = settings.width, settings.ug_sep, counts
         tokens, stream = c_u + c_g, layout.stream
@@ -147,7 +134,7 @@ class TwoSidedSliceTokenizer(nn.Cell):
     def __init__(self, users: dict[str, int], groups: dict[str, int], counts: Shape, width: int, *,
                  layout: TokenLayout, shared: bool, compute_dtype: mstype) -> None:
         super().__init__()
-        self.user_side, self.candidate_side = (
+        self.user_side, self.group_side = (
             SliceTokenizer(list(own.values()), count, width, layout=layout, shared=shared, compute_dtype=compute_dtype)
             for own, count in ((users, counts[0]), (groups, counts[1])))
 
@@ -157,13 +144,14 @@ class TwoSidedSliceTokenizer(nn.Cell):
 
     def candidate(self, groups: tuple, components: tuple, index_N: Tensor | None) -> Tensor:
         """x_gND."""
-        return self.candidate_side(*groups)
+        return self.group_side(*groups)
 
 
 class SeparatedRankMixer(SeparatedRanker):
     """RankMixer in two passes; settings as for the unseparated model, with `ug_sep`."""
 
-    def __init__(self, settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: mstype = mstype.float32) -> None:
+    def __init__(self, settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
         separation, width = settings.ug_sep, settings.width
         if separation.user_heads is not None:

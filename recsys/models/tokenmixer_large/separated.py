@@ -20,13 +20,14 @@ from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.fused import FusedLinear, library
-from parallel.layers.grouped import Add, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE
+from parallel.layers.grouped import Add, GroupedLinear, Swish, TokenLayout
 from parallel.layers.norm import RMSNorm
+from parallel.sharding.config import ParallelConfig
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import Join, group_widths
 from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import GroupTokenizer, Stack
+from recsys.models.tokenmixer_large.model import TokenMixerLargeSettings, check_routed_experts, network
 from recsys.ranker import ReLU, TaskHeads, dense
 from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
 from recsys.ug_sep.ranker import (
@@ -43,17 +44,6 @@ from recsys.ug_sep.ranker import (
     Widths,
 )
 from recsys.ug_sep.sides import allot, heads_of, tokens_of_ratio
-
-
-def network(settings: Any, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
-            compute_dtype: mstype) -> nn.Cell:
-    """A per-token network from `inputs` to `outputs`: dense SwiGLU, or its sparse cut."""
-    moe, shared = settings.moe, {"layout": layout, "down_gain": settings.down_gain, "outputs": outputs,
-                                 "compute_dtype": compute_dtype}
-    if moe is None:
-        return GroupedSwiGLU(tokens, inputs, inner, **shared)
-    return SparsePertokenMoE(tokens, inputs, inner, experts=moe.experts, active=moe.active, alpha=moe.alpha,
-                             dispatch=moe.dispatch, capacity_factor=moe.capacity_factor, **shared)
 
 
 class SplitSwiGLU(nn.Cell):
@@ -103,7 +93,8 @@ class SeparatedBlock(TwoSidedBlock):
         heads: (h_u, h_g).
     """
 
-    def __init__(self, settings: Any, counts: Shape, heads: Shape, layout: TokenLayout, compute_dtype: mstype) -> None:
+    def __init__(self, settings: TokenMixerLargeSettings, counts: Shape, heads: Shape, layout: TokenLayout,
+                 compute_dtype: mstype) -> None:
         super().__init__()
         width, separation = settings.width, settings.ug_sep
         self.counts, self.heads, self.variant = counts, heads, settings.block_variant
@@ -145,7 +136,8 @@ class SeparatedBlock(TwoSidedBlock):
         self.mask_reverting = Mask((tokens, width), c_u, own, separation.reverting_mask)
         self.join_tokens, self.fill_before = Beside(0, stream), Fill(self.from_user, 0, stream)
 
-    def _make_networks(self, settings: Any, wide: int, d: int, layout: TokenLayout, compute_dtype: mstype) -> None:
+    def _make_networks(self, settings: TokenMixerLargeSettings, wide: int, d: int, layout: TokenLayout,
+                       compute_dtype: mstype) -> None:
         separation, width, (c_u, c_g), (h_u, h_g) = settings.ug_sep, settings.width, self.counts, self.heads
         figure, postnorm = self.variant == "figure_prenorm", self.variant == "equation_postnorm"
         inner, inner2 = round(settings.ratio * wide), round(settings.ratio * width)
@@ -320,7 +312,7 @@ class TwoSidedGroupTokenizer(nn.Cell):
             # The global token in front of U tokens is an ordinary one; that of G also reads U.
             self.sides.append(GroupTokenizer(widths, [made for _, made in bundles], width,
                                              global_token=extra and own is users, **options))
-        self.user_side, self.candidate_side = self.sides
+        self.user_side, self.group_side = self.sides
         self.joins = [nn.CellList([Join(size) for size in sizes]) for sizes in self.bundles]
         self.user_joins, self.candidate_joins = self.joins
         self.bundles = tuple(self.bundles)
@@ -359,7 +351,7 @@ class TwoSidedGroupTokenizer(nn.Cell):
 
     def candidate(self, groups: tuple, components: tuple, index_N: Tensor | None) -> Tensor:
         """x_gND, the global token in front."""
-        x_gND = self.candidate_side(*self.bundled(groups, self.bundles[1], self.candidate_joins))
+        x_gND = self.group_side(*self.bundled(groups, self.bundles[1], self.candidate_joins))
         if not self.has_global:
             return x_gND
         given_ND = self.reshape(self.take.full(components[0], index_N), (-1, self.wide))
@@ -372,7 +364,8 @@ class TwoSidedGroupTokenizer(nn.Cell):
 class SeparatedTokenMixerLarge(SeparatedRanker):
     """TokenMixer-Large in two passes; settings as for the unseparated model, with `ug_sep`."""
 
-    def __init__(self, settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: mstype = mstype.float32) -> None:
+    def __init__(self, settings: TokenMixerLargeSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
         separation = settings.ug_sep
         users, groups = group_widths(self.sides.user.spec), group_widths(self.sides.candidate.spec)
@@ -385,19 +378,22 @@ class SeparatedTokenMixerLarge(SeparatedRanker):
         self.layers = nn.CellList([self._block(before, after, compute_dtype)
                                    for before, after in zip(path[:-1], path[1:], strict=True)])
         self.gap = settings.inter_residual or 0
-        self.sources = tuple(range(self.gap, settings.layers - 1, self.gap)) if self.gap else ()
         # A lower layer's tokens can be added where they are still as many.
-        self.sources = tuple(i for i in self.sources if path[i - self.gap + 1] == path[i + 1])
+        self.sources = tuple(i for i in settings.residual_sources if path[i - self.gap + 1] == path[i + 1])
         adds = [Add(self.layout.stream) for _ in range(2 * settings.layers)]
         self.adds_user, self.adds_candidate = nn.CellList(adds[::2]), nn.CellList(adds[1::2])
-        step = settings.inter_residual or 2
-        if settings.auxiliary_weight > 0.0:
-            self.auxiliary_layers = tuple(range(step - 1, settings.layers - 1, step))
+        self.auxiliary_layers = settings.auxiliary_layers
         self.auxiliary = nn.CellList([TaskHeads(settings.width, settings.head_hidden, tasks)
                                       for _ in self.auxiliary_layers])
         if settings.final_norm:
             self.norm = RMSNorm(settings.width, compute_dtype=compute_dtype, stream=self.layout.stream)
         self.finish(path, self.tokenize.components)
+
+    def auxiliary_heads(self) -> list[nn.Cell]:
+        return list(self.auxiliary)
+
+    def check_experts(self, parallel: ParallelConfig) -> None:
+        check_routed_experts(self.settings.moe, parallel)
 
     def _counts(self, users: dict[str, int], groups: dict[str, int], place: str) -> Shape:
         settings, extra = self.settings, int(place != "none")

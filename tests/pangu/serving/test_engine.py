@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pangu.generation.backend import Backend
-from pangu.generation.generate import GenerateSettings, Generator
+from pangu.generation.generate import Generator
+from pangu.generation.settings import GenerateSettings
 from pangu.native import kernel_library
 from pangu.serving.engine import BatchingEngine
 from pangu.serving.engine_api import (

@@ -20,6 +20,7 @@ from parallel.layers.norm import LayerNorm
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer
 from parallel.sharding.slices import extent_shape, sharded_parameters, slice_of_mindspore
+from parallel.sharding.trainable import Trainable
 
 
 class Block(Layer):
@@ -30,7 +31,7 @@ class Block(Layer):
         self.projection = Linear(32, 16, style="row", std=0.1)
 
 
-class Model(Layer):
+class Model(Layer, Trainable):
     """A table used first and last, three blocks: what a pipeline needs to know."""
 
     def __init__(self):

@@ -193,7 +193,7 @@ class Net(nn.Cell):
 
 for groups in (1, 2):
     product = Int8Product((3, 256, 64), groups, "weight")
-    product.settle()
+    product.prepare()
     assert product.mode == "ascend"
     net = Net(product).set_train(False)
     _cell_graph_executor.compile(net, Tensor(np.ones((3, 5, 256)), ms.float16), phase="predict")

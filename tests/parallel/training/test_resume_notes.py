@@ -22,8 +22,8 @@ def test_nothing_is_said_where_nothing_differs():
 
 
 def test_a_longer_run_bends_a_schedule_that_ends_with_it():
-    note, = changed_settings(run(), run(steps=20))
-    assert "train.steps was 10 and is 20" in note and "decay_steps to 10" in note
+    info, = changed_settings(run(), run(steps=20))
+    assert "train.steps was 10 and is 20" in info and "decay_steps to 10" in info
     assert changed_settings(run(schedule="constant"), run(steps=20, schedule="constant")) == []
     assert changed_settings(run(decay_steps=10), run(steps=20, decay_steps=10)) == []
 
@@ -31,6 +31,6 @@ def test_a_longer_run_bends_a_schedule_that_ends_with_it():
 def test_another_optimizer_and_other_sizes_are_told():
     notes = changed_settings(run(), run(name="lamb", rate=2e-3))
     assert "moments that adamw made go on in lamb" in notes[0]
-    assert any("train.optimizer.learning_rate was 0.001 and is 0.002" in note for note in notes)
-    note, = changed_settings(run(data={"seed": 1}), run(data={"seed": 2}))
-    assert note.startswith("note: data.seed was 1 and is 2")
+    assert any("train.optimizer.learning_rate was 0.001 and is 0.002" in info for info in notes)
+    info, = changed_settings(run(data={"seed": 1}), run(data={"seed": 2}))
+    assert info.startswith("note: data.seed was 1 and is 2")

@@ -425,3 +425,25 @@ def test_histories_of_a_log_out_of_order_are_refused():
     columns = pa.array(["u", "u"]), pa.array(["1", "2"]), np.array([5, 4]), np.array([1, 1])
     with pytest.raises(UserError, match="order of time"):
         histories.add(pa.table({"x": [1, 2]}), *columns, "log.csv")
+
+
+def test_frappe_as_published(tmp_path):
+    """The three libfm files by their published names, in the published form: label 1 or -1, ten one-hot fields in the
+    order of the converter, indices running on over the fields; nothing is renamed or rewritten."""
+    generator, sizes = np.random.default_rng(1), [30, 60, 7, 7, 2, 3, 2, 9, 8, 20]
+    starts = np.cumsum([0, *sizes[:-1]])
+    for part, count in (("train", 60), ("validation", 20), ("test", 20)):
+        lines = []
+        for _ in range(count):
+            fields = [start + generator.integers(size) for start, size in zip(starts, sizes, strict=True)]
+            lines.append(f"{generator.choice(['1', '-1'])} " + " ".join(f"{field}:1" for field in fields))
+        (tmp_path / f"frappe.{part}.libfm").write_text("\n".join(lines) + ("\n" if part != "test" else ""))
+    split = {"by": "files", "validation_path": str(tmp_path / "frappe.validation.libfm"),
+             "test_path": str(tmp_path / "frappe.test.libfm")}
+    log = prepare(DataSettings(reader="frappe", path=str(tmp_path / "frappe.train.libfm"), split=split,
+                               cache=str(tmp_path / "cache")), 4)
+    assert {name: len(part) for name, part in log.parts.items()} == {"train": 60, "validation": 20, "test": 20}
+    assert set(np.unique(log.parts["train"].labels)) == {0.0, 1.0} and len(log.spec.slots) == 10
+    for name, start, size in zip(("user", "item", "daytime"), starts, sizes, strict=False):
+        assert {int(value) for value in log.vocabulary.values[name]} <= set(range(start, start + size))
+    assert len(np.unique(log.parts["train"].users)) > 10

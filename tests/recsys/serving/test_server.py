@@ -108,6 +108,17 @@ def test_over_http(run, server):
         code, answer = ask(address, "/rank", body)
         assert code == expected and "\n" not in answer["error"], (body[:20], answer)
     version = health["version"]
+    code, answer = ask(address, "/versions")
+    assert code == 200 and answer["versions"] == [answer["current"]] and answer["pinned"] is None
+    for path, body, what in (("/rollback", b"", "no version before"), ("/pin", b'{"version": "x"}', "no such version"),
+                             ("/pin", b"{}", "names a version")):
+        code, said = ask(address, path, body)
+        assert code == 409 and what in json.dumps(said)
+    name = answer["current"]
+    assert ask(address, "/pin", json.dumps({"version": name}).encode())[1]["pinned"] == name
+    assert ask(address, "/reload", b"")[0] == 409
+    assert ask(address, "/unpin", b"")[1]["pinned"] is None
+    version += 1
     code, answer = ask(address, "/reload", b"")
     assert code == 200 and answer["version"] == version + 1
     process.send_signal(signal.SIGHUP)

@@ -67,7 +67,7 @@ def scores_of_log(folder, settings, spec, encoded) -> np.ndarray:
     from parallel.checkpoint.folder import resolve_checkpoint
     from recsys.evaluation import Evaluation
     from recsys.ranker import Scores
-    from recsys.tables.run import load_hosted
+    from recsys.tables.loaded import load_hosted
 
     model, scores = load_hosted(settings, spec, encoded.labels.shape[1], resolve_checkpoint(folder), 16, Scores)
     found = Evaluation(model, encoded, ["click"], 16, scores=scores).predictions()
