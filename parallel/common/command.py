@@ -20,6 +20,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.json_text import dump_json
+from parallel.common.ownership import end_with_launcher
 from parallel.common.renamed import FLAGS, VERBS
 from parallel.common.settings import Settings, load_settings, reference, to_yaml
 
@@ -47,6 +48,7 @@ class Verb:
             user types this verb).
         run_file: for verbs that take a config file of any model: adds `--config` and lets overrides through as the list
             `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
+        overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings lie elsewhere.
         config: the config file taken when the user names none; None = the defaults of the settings class.
     """
 
@@ -56,6 +58,7 @@ class Verb:
     settings: type[Settings] | str | None = None
     arguments: Callable[[argparse.ArgumentParser], None] | str | None = None
     run_file: bool = False
+    overrides: bool = False
     config: str | None = None
 
 
@@ -65,13 +68,14 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
     # Before MindSpore is imported: its warnings are for its developers and would drown ours.
     os.environ.setdefault("GLOG_v", "3")
+    end_with_launcher()
     try:
         return _main(package, verbs, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         print(f"error: {error.filename or 'output'}: {error.strerror}; free some space or choose another place",
               file=sys.stderr)
@@ -88,7 +92,7 @@ def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     verb = next(verb for verb in verbs if verb.name == arguments.verb)
     overrides = [word for word in rest if _OVERRIDE.match(word)]
     unknown = [word for word in rest if not _OVERRIDE.match(word)]
-    if unknown or (overrides and verb.settings is None and not verb.run_file):
+    if unknown or (overrides and verb.settings is None and not verb.run_file and not verb.overrides):
         raise _unknown_word(parser, verb, (unknown or overrides)[0])
     arguments.overrides = overrides
     settings = None

@@ -7,6 +7,7 @@ the log is, batch i is a function of (seed, i), and a run can resume at any step
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -283,9 +284,12 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
                     data = np.ascontiguousarray(getattr(rows, field)).tobytes()
                     files[name, field].write(data)
                     sums[name, field].add(data)
-    finally:
         for file in files.values():
             file.close()
+    finally:
+        for file in files.values():
+            with contextlib.suppress(OSError):  # of a full disk, which has been told
+                file.close()
     if counts["train"] == 0:
         raise UserError("no row is left for training", where=passes.data.path or passes.data.reader,
                         hint="the log is empty, or every row was skipped")
@@ -443,9 +447,14 @@ def gather(rows: Encoded, index: np.ndarray | slice) -> tuple[np.ndarray, np.nda
 def in_order(rows: Encoded, batch: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, int]]:
     """Every row once, in order: ((ids, numbers, labels) filled up to `batch` rows, users, how many are real)."""
     for begin in range(0, len(rows), batch):
-        part = slice(begin, min(begin + batch, len(rows)))
-        real = part.stop - begin
-        arrays = gather(rows, part)
-        if real < batch:
-            arrays = tuple(np.concatenate([array, np.repeat(array[-1:], batch - real, 0)]) for array in arrays)
-        yield arrays, np.asarray(rows.users[part]), real
+        yield filled_batch(rows, begin, batch)
+
+
+def filled_batch(rows: Encoded, begin: int, batch: int) -> tuple[tuple[np.ndarray, ...], np.ndarray, int]:
+    """The batch that begins at a row; see `in_order`."""
+    part = slice(begin, min(begin + batch, len(rows)))
+    real = part.stop - begin
+    arrays = gather(rows, part)
+    if real < batch:
+        arrays = tuple(np.concatenate([array, np.repeat(array[-1:], batch - real, 0)]) for array in arrays)
+    return arrays, np.asarray(rows.users[part]), real
