@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from data_tools.engines.base import Engine, EngineSettings
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar
-from parallel.common.spark_session import explain, in_this_process, start_session
+from parallel.common.spark.session import explain, in_this_process, start_session
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from parallel.common.digests import BlockSums
 from parallel.common.errors import UserError
-from parallel.common.spark_session import explain, start_session
+from parallel.common.spark.session import explain, start_session
 from recsys.data.encode import Encoder, Report
 from recsys.data.features import Feature, FeatureSpec
 from recsys.data.passes import FIELDS, PARTS, Passes, Unit, Written, rank, whole_parts

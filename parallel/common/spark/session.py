@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.java import find_java
 from parallel.common.progress import info
+from parallel.common.spark.java import find_java
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _TRIES = 4  # a part whose worker died is done again; Spark's local mode would give up at once
 
 
