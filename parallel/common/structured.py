@@ -37,14 +37,15 @@ class BadText(ValueError):
 
 
 def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict: bool = True,
-               foreign_numbers: Literal["refuse", "null"] = "refuse", max_bytes: int = MAX_JSON_BYTES) -> Any:
+               foreign_numbers: Literal["refuse", "null", "keep"] = "refuse", max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text.
 
     Args:
         text: UTF-8, with or without a byte order mark.
         surrogates: an escape that is half of a pair: refuse it, read it as U+FFFD, or keep it as it is.
         strict: refuse control characters inside strings, as the standard does.
-        foreign_numbers: NaN, Infinity and numbers that no float64 holds: refuse them, or read them as null.
+        foreign_numbers: NaN, Infinity and numbers that no float64 holds: refuse them, read them as null, or keep
+            them as Python writes them (files of our own).
         max_bytes: longest text.
 
     Raises:
@@ -54,7 +55,7 @@ def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict:
         raise BadText(f"longer than the {max_bytes} bytes allowed")
     text = _decoded(text)
     try:
-        value = _decoder(strict, foreign_numbers == "null").decode(text)
+        value = _decoder(strict, foreign_numbers).decode(text)
     except RecursionError:
         raise BadText(f"nested deeper than {MAX_DEPTH}") from None
     except BadText:
@@ -83,9 +84,11 @@ def _decoded(text: str | bytes) -> str:
         raise BadText(f"not UTF-8 (byte {error.start})") from None
 
 
-@functools.lru_cache(maxsize=4)
-def _decoder(strict: bool, lenient: bool) -> json.JSONDecoder:
-    if lenient:
+@functools.lru_cache(maxsize=6)
+def _decoder(strict: bool, foreign_numbers: str) -> json.JSONDecoder:
+    if foreign_numbers == "keep":
+        return json.JSONDecoder(strict=strict)
+    if foreign_numbers == "null":
         return json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite_or_none,
                                 parse_int=lambda text: int(text) if len(text) <= MAX_DIGITS else None, strict=strict)
     return json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, strict=strict)
