@@ -184,6 +184,14 @@ def _digest(value: dict) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name; False too for a name that no file can have (too long, a null character)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(path: str | Path, shape: Any = None, *, sealed: bool = False, max_bytes: int = MAX_JSON_BYTES,
               hint: str = "make it anew") -> Any:
     """Reads a JSON file; where it carries its digest (`files.write_json`), that is compared and taken off.
@@ -199,7 +207,7 @@ def read_json(path: str | Path, shape: Any = None, *, sealed: bool = False, max_
         UserError: missing, too large, damaged, changed since it was written, or of another shape.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError("no such file", where=path, hint="check the path")
     data = _read_bytes(path, max_bytes)
     try:
@@ -217,7 +225,7 @@ def read_yaml(path: str | Path, *, max_bytes: int = MAX_YAML_BYTES, what: str = 
         UserError: missing, too large, not YAML, or with a value that YAML 1.1 and 1.2 read differently; names the line.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"no such {what}", where=path, hint="check the path")
     data = _read_bytes(path, max_bytes, what)
     try:
