@@ -40,14 +40,6 @@ _ATTRIBUTES = ("axis", "paddings", "output_num", "begin_mask", "end_mask", "elli
                "shrink_axis_mask", "epsilon", "reverse", "exclusive", "equation", "op", "split_dim", "concat_dim",
                "root_rank")
 _MARKS = ("micro", "mirror_user_id", "pipeline_param")
-# Settings that shape no graph.
-_SHAPELESS = {
-    "output": True, "generate": True, "evaluate": True, "serve": True,
-    "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
-              "data_sink", "keep_best"},
-    "data": {"directory", "corpus", "shuffle", "together"},
-    "parallel": {"backend"},
-}  # fmt: skip
 _SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parallel/proof/compile",
             "parallel/proof/export.py", "parallel/torch_runtime/program.py")
 
@@ -122,12 +114,7 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
 
 def digest_of(settings: Settings, kinds: Sequence[str] = ()) -> str:
     """Hash of everything that shapes the graphs of a run: its settings and the code."""
-    tree = settings.model_dump(mode="json")
-    for key, left_out in _SHAPELESS.items():
-        if left_out is True:
-            tree.pop(key, None)
-        elif isinstance(tree.get(key), dict):
-            tree[key] = {name: value for name, value in tree[key].items() if name not in left_out}
+    tree = portable.shaping(settings.model_dump(mode="json"))
     found = hashlib.sha256(json.dumps([portable.VERSION, list(kinds), tree], sort_keys=True).encode())
     found.update(importlib.metadata.version("mindspore").encode())
     package = type(settings).__module__.partition(".")[0]

@@ -12,6 +12,7 @@ from parallel.common.files import read_json
 from parallel.common.settings import validate
 from parallel.task import package_of
 from parallel.torch_runtime.program import Program
+from parallel.training.stop import listen_early
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timeout")
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Verb `rank`: one process of a run; variables of the launcher say which."""
+    listen_early()
     path = Path(arguments.settings)
     tree = read_json(path, dict, hint="launch the run again")
     return run_rank(Path(arguments.program), stored_settings(tree, str(path)), device=arguments.device)

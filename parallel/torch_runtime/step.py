@@ -85,6 +85,7 @@ class TorchStep:
         if self.ranks > 1:
             self.communicator = Communicator(rank, self.ranks, self.device, *program.groups)
         self.state = self._start()
+        self.copies_are_old = True
         self.bound: dict[str, Bound] = {}
 
     # -- what the trainer asks --------------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ class TorchStep:
     def step(self, batch: Sequence[np.ndarray]) -> dict[str, Any]:
         """Forward, backward, update; `batch` is this rank's rows. See `Backend.step`."""
         results = self.run("step", batch)
+        self.copies_are_old = True
         names = ("loss", "global_norm", "finite", "loss_scale", "learning_rate")
         # One transfer for all five.
         told = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
@@ -100,6 +102,7 @@ class TorchStep:
 
     def loss(self, batch: Sequence[np.ndarray]) -> tuple[float, float]:
         """(loss x weight, weight) of the whole batch on one rank, (0, 0) on the others. See `Backend.loss`."""
+        self._refresh_copies()
         result = self.run("loss", batch)
         if not self.is_last or self.own.data or self.own.op:
             return 0.0, 0.0
@@ -108,10 +111,20 @@ class TorchStep:
 
     def scores(self, batch: Sequence[np.ndarray]) -> np.ndarray | None:
         """Probabilities [rows, tasks] of this rank's rows; None where another rank tells them. See `Backend.scores`."""
+        self._refresh_copies()
         result = self.run("scores", batch)
         if not self.is_last or self.own.op:
             return None
         return result.float().cpu().numpy()
+
+    def _refresh_copies(self) -> None:
+        """Gives stages that borrow a parameter its values of now. A step sends them along; the graphs without gradients
+        do not, and read what the borrower keeps."""
+        if self.copies_are_old and self.communicator is not None:
+            for name, owner, borrower in self.program.borrowed:
+                if self.rank in (owner, borrower):
+                    self.communicator.give(self.state[name], owner, borrower)
+        self.copies_are_old = False
 
     def run(self, kind: str, batch: Sequence[np.ndarray]) -> Any:
         """The result of a kind of graph on this rank's rows of a batch."""
@@ -150,9 +163,9 @@ class TorchStep:
     def holder(self) -> Holder | None:
         """Which slices this rank holds; None where every rank holds everything."""
         tensors = [tensor for tensor in self.program.tensors if tensor.kind == "parameter"]
-        extents = {tensor.name: self.own.extents[tensor.name] for tensor in tensors if self._holds(tensor)}
         if self.ranks == 1:
             return None
+        extents = {tensor.name: self.own.extents[tensor.name] for tensor in tensors if self._holds(tensor)}
         return Holder(self.rank, self.ranks, extents, {tensor.name: tensor.shape for tensor in tensors}, self.barrier)
 
     def exchange(self, values: list[float]) -> list[float]:
@@ -184,7 +197,8 @@ class TorchStep:
         owner = tensor.name.partition(".")[2] if tensor.kind == "state" else tensor.name
         if owner in self.own.copies or tensor.name in self.own.copies:
             return False
-        return tensor.kind == "counter" or tensor.name in self.own.extents
+        # A world of one has no extents: everything is held whole.
+        return tensor.kind == "counter" or self.ranks == 1 or tensor.name in self.own.extents
 
     def _start(self) -> dict[str, Tensor]:
         """Everything that the rank's graphs hold, at its start."""
