@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 from pydantic import ConfigDict, Field, model_validator
@@ -38,6 +38,18 @@ class SyntheticSettings(Settings):
     """Seed of users, items and clicks."""
     strength: float = Field(1.0, ge=0.0)
     """How far the features decide: multiplies the log-odds."""
+
+
+class SparkSettings(Settings):
+    """Where Spark runs."""
+
+    master: str = "local[*]"
+    """Spark master: local[*], spark://host:7077, yarn, ... The log and data.cache must be visible to all its workers,
+    and the project be installed there."""
+    driver_memory: str = "2g"
+    """Memory of the Spark driver (with a local master: of everything in the JVM)."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further Spark options, such as spark.executor.memory."""
 
 
 class SplitSettings(Settings):
@@ -112,6 +124,11 @@ class DataSettings(Settings):
     users (see train.share_users)."""
     cache: str = "runs/data"
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
+    engine: Literal["local", "spark"] = "local"
+    """Who counts and encodes a log: this process, or Spark, a task for each of its files (readers csv, parquet, criteo,
+    avazu; any other log is one task). The result is the same, row for row."""
+    spark: SparkSettings = SparkSettings()
+    """engine spark: where it runs (needs the extra `data`)."""
     synthetic: SyntheticSettings = SyntheticSettings()
     """Sizes of the generated log."""
     stream: StreamSettings = StreamSettings()
@@ -160,11 +177,11 @@ class HeadSettings(Settings):
 
     kind: Literal["shared", "mmoe", "ple"] = "shared"
     """shared: nothing; mmoe: shared experts, mixed by a gate for each task; ple: levels of shared and own experts."""
-    experts: int = Field(4, ge=1)
+    experts: int = Field(4, ge=1, le=10_000)
     """mmoe: experts; ple: experts of each task and of the shared part on every level."""
     hidden: int = Field(64, ge=1)
     """Width of an expert."""
-    levels: int = Field(2, ge=1)
+    levels: int = Field(2, ge=1, le=10_000)
     """ple: levels."""
     calibration: bool = False
     """A rising line for each task's logit, trained beside the network without moving it: predicted clicks come to
@@ -186,6 +203,8 @@ class LookupSettings(Settings):
 
 class RankerSettings(Settings):
     """What every ranker has."""
+
+    largest_integer: ClassVar[int] = 1 << 24
 
     embedding_size: int = Field(16, ge=1)
     """Width of the embeddings of features that name none."""
@@ -272,7 +291,7 @@ class Run(Settings):
     train: RankerTrain = RankerTrain()
     """Batch, steps, optimizers: `optimizer` for the dense part, `sparse_optimizer` for the tables."""
     parallel: ParallelConfig = ParallelConfig()
-    """How the model is cut over devices."""
+    """How the model is sharded over devices."""
     output: OutputSettings = OutputSettings()
     """Where results go."""
     publish: PublishSettings = PublishSettings()

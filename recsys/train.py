@@ -107,10 +107,10 @@ def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) 
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
-    best = Best(settings, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
-                                     limit=options.validation_batches),
-                lambda: list(network.get_parameters()), processes.rank)
     counted, backend = count(network), MindSporeBackend(step)
+    best = Best(settings, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
+                                     limit=options.validation_batches, backend=backend),
+                lambda: list(network.get_parameters()), processes.rank)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     publisher = publisher_of(settings, backend, log.spec)
