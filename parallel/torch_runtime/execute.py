@@ -91,13 +91,13 @@ class Binder:
         device: where to compute.
         floating: "declared", or "float64": every floating type becomes this one (exact mode).
         communicator: None in a world of one.
-        rules: beside RULES, those of fused nodes.
+        rules: beside RULES and UPDATES, those of fused nodes.
     """
 
     def __init__(self, graph: Graph, state: dict[str, Tensor], device: torch.device, *, floating: str = "declared",
                  communicator: Communicator | None = None, rules: dict[str, Callable] | None = None) -> None:
         self.graph, self.device, self.floating, self.communicator = graph, device, floating, communicator
-        self.rules = {**RULES, **(rules or {})}
+        self.rules = {**RULES, **UPDATES, **(rules or {})}
         self.values: list[Any] = [None] * (graph.first_node + len(graph.nodes))
         self.state = state
         for number, (name, _) in enumerate(graph.parameters, graph.first_parameter):
@@ -150,7 +150,7 @@ class Binder:
 
     def _fold(self, node: Node) -> bool:
         """Computes a node of constants alone, once; whether it was."""
-        if node.op in UPDATES or node.op in COLLECTIVES or any(number not in self.known for number in node.inputs):
+        if node.op in WRITES or node.op in COLLECTIVES or any(number not in self.known for number in node.inputs):
             return False
         inputs = [self._tensor(self.values[number]) for number in node.inputs]
         if node.op in ("Range", "Zeros", "Ones", "FillV2", "Full", "MakeTuple", "TupleGetItem", "Shape", "Reshape"):
@@ -198,7 +198,7 @@ class Binder:
         return result
 
     def _function(self, node: Node, aliases: dict[int, int], copied: bool) -> Callable[[list], Any]:
-        if node.op in UPDATES:
+        if node.op in WRITES:
             return self._update(node, aliases, copied)
         if node.op in COLLECTIVES:
             return self._collective(node)
@@ -222,7 +222,7 @@ class Binder:
         return (lambda values: call(values).clone()) if copied else call
 
     def _update(self, node: Node, aliases: dict[int, int], copied: bool) -> Callable[[list], Any]:
-        rule, inputs = UPDATES[node.op], tuple(node.inputs)
+        rule, inputs = self._rule(node), tuple(node.inputs)
         target = aliases.get(inputs[0], inputs[0])
         if not self.graph.is_parameter(target):
             raise UserError(f"{node.op} writes what is no parameter", where=node.scope)
@@ -293,9 +293,7 @@ def aliases_of(graph: Graph) -> dict[int, int]:
 
 def written_by(graph: Graph, node: Node, aliases: dict[int, int]) -> tuple[int, ...]:
     """Numbers of the parameters that a node writes."""
-    if node.op not in UPDATES:
-        return ()
-    return tuple(aliases.get(number, number) for number in node.inputs[:WRITES.get(node.op, 1)])
+    return tuple(aliases.get(number, number) for number in node.inputs[:WRITES.get(node.op, 0)])
 
 
 def hazards(graph: Graph, aliases: dict[int, int]) -> tuple[dict[int, set], set[int]]:

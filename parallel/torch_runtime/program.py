@@ -67,7 +67,7 @@ class Literal:
             dtype = "float32" if self.kind.dtype == "bfloat16" else self.kind.dtype
             return np.full(self.kind.shape, self.fill, dtype)
         if self.kind.dtype == "bfloat16":
-            return (self.data.astype(np.uint32) << 16).view(np.float32).reshape(self.kind.shape)
+            return np.left_shift(self.data.astype(np.uint32), np.uint32(16)).view(np.float32).reshape(self.kind.shape)
         return self.data.reshape(self.kind.shape)
 
 
