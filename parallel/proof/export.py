@@ -177,13 +177,15 @@ def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllR
     writer = portable.Writer(folder)
     tensors = [portable.Tensor(name, kind, tuple(shape), dtype, tuple(start))
                for name, kind, shape, dtype, start in step["tensors"]]
-    ranks, groups = [], {"groups": set(), "messages": set()}
-    for number in range(len(read["step"].programs)):
+    ranks, groups, structures = [], {"groups": set(), "messages": set()}, []
+    for number, program in enumerate(read["step"].programs):
         ranks.append(_rank(number, read, writer, groups))
+        structures.append(portable.structure(converted(program, number)))
     writer.finish(
         tensors=tensors, inputs=step["whole_inputs"], ranks=ranks, parallel=step["parallel"],
         settings=settings.model_dump(mode="json"), micro_batches=step["micro_batches"], tokens=step["tokens"],
-        figures=step["figures"], **{key: sorted(listed) for key, listed in groups.items()},
+        figures=step["figures"], structures=structures,
+        **{key: sorted(listed) for key, listed in groups.items()},
         mindspore=importlib.metadata.version("mindspore"),
         ordered_messages={kind: ordered_messages(world.programs) for kind, world in read.items()}, **more,
     )

@@ -28,13 +28,14 @@ _FREE_OF_TENSORS = {"UpdateState"}
 
 @dataclass
 class Step:
-    """A bound node: `function(values)` gives the result."""
+    """A bound node: `function(values)` gives the result, or a list of results for the places `more`."""
 
     node: Node
     function: Callable[[list], Any]
     place: int
     waits: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
+    more: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -69,7 +70,11 @@ class Bound:
             for place in step.waits:
                 values[place] = values[place].wait()
             result = step.function(values)
-            values[step.place] = result
+            if step.more is None:
+                values[step.place] = result
+            else:
+                for place, item in zip(step.more, result, strict=True):
+                    values[place] = item
             if self.observer is not None:
                 self.observer(step.node, result)
             for place in step.frees:
@@ -204,8 +209,7 @@ class Binder:
             return self._collective(node)
         rule, inputs = self._rule(node), tuple(node.inputs)
         if all(number in self.known for number in inputs):  # too large to be kept: made at every step, on the device
-            device = self.device
-            return lambda values: self._declared(node, rule(node, *(values[i] for i in inputs))).to(device)
+            return lambda values: self._made_on_device(node, [values[i] for i in inputs])
         if len(node.outputs) == 1:
             dtype, shape = self.dtype(node.outputs[0].dtype), node.outputs[0].shape
 
@@ -220,6 +224,10 @@ class Binder:
             def call(values: list) -> Any:
                 return rule(node, *[values[i] for i in inputs])
         return (lambda values: call(values).clone()) if copied else call
+
+    def _made_on_device(self, node: Node, inputs: list) -> Any:
+        with self.device:
+            return self._declared(node, self._rule(node)(node, *inputs)).to(self.device)
 
     def _update(self, node: Node, aliases: dict[int, int], copied: bool) -> Callable[[list], Any]:
         rule, inputs = self._rule(node), tuple(node.inputs)
@@ -259,7 +267,8 @@ class Binder:
                     del begun[number]
             if step.node.op in COLLECTIVES:
                 begun[step.place] = place
-            last.setdefault(step.place, place)
+            for number in step.more if step.more is not None else (step.place,):
+                last.setdefault(number, place)
         freed: list[list[int]] = [[] for _ in steps]
         for number, place in last.items():
             if number >= self.graph.first_node and number != self.graph.result and number not in self.known \

@@ -246,6 +246,13 @@ class Program:
         """All groups of collectives in the world, and all directions of messages (sender, receiver)."""
         return [tuple(item) for item in self.tree["groups"]], [tuple(item) for item in self.tree["messages"]]
 
+    @property
+    def free_groups(self) -> frozenset[tuple[int, ...]]:
+        """Groups whose ranks have the same graphs but for constants, so that any order of their collectives that is
+        made from the graph alone is the same on all of them."""
+        structures = self.tree["structures"]
+        return frozenset(group for group in self.groups[0] if len({structures[rank] for rank in group}) == 1)
+
     def has(self, kind: str) -> bool:
         """Whether there are graphs of this kind ("step", "loss", "scores")."""
         return kind in self.ranks[0].graphs
@@ -341,6 +348,12 @@ class Writer:
         hidden.replace(self.folder / name)
         self.files[name] = hashlib.sha256(data).hexdigest()
         self.bytes += len(data)
+
+
+def structure(graph: Graph) -> str:
+    """Hash of a graph's nodes without the constants' values."""
+    told = [[node.op, node.inputs, [(kind.shape, kind.dtype) for kind in node.outputs]] for node in graph.nodes]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _zipped(data: bytes) -> bytes:
