@@ -171,7 +171,7 @@ def _adam_scalars(node: Node, *values: Any) -> Tensor:
 
 def _adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient: Tensor, *_: Any) -> None:
     rate, beta1, beta2, epsilon, decay, factor, skipped = scalars.unbind()
-    gradient = torch.where(skipped > 0, 0.0, gradient * factor)
+    gradient = torch.where(skipped > 0, 0.0, gradient.float() * factor)
     new_m = beta1 * m + (1.0 - beta1) * gradient
     new_v = beta2 * v + (1.0 - beta2) * gradient * gradient
     p.copy_(p - rate * (new_m / (new_v.sqrt() + epsilon) + decay * p))

@@ -45,7 +45,7 @@ def plain_items(editor: Editor) -> None:
         if node.op == "TupleGetItem":
             index = editor.constant(node.inputs[1])
             if isinstance(index, int):
-                editor.change(node, "Item", node.inputs[:1], index=index)
+                editor.change(node, "Item", node.inputs[:1], {"index": index})
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def _replace_cross_entropy(editor: Editor, shift: Node, pattern: dict) -> None:
     for user in editor.users(wide):
         if user.op == "ReduceMax" and logits != wide:
             # The largest of the rounded logits is one of them: exact before the cast, too.
-            editor.change(user, user.op, [logits, *user.inputs[1:]], **user.attributes)
+            editor.change(user, user.op, [logits, *user.inputs[1:]], user.attributes)
     sums = editor.add("RowSums", [logits, largest, labels], [], pattern["exp"])
     editor.replace(pattern["total"].number, editor.item(sums, 0, rows, pattern["total"]))
     editor.replace(pattern["chosen"].number, editor.item(sums, 1, pattern["chosen"].outputs[0], pattern["chosen"]))
@@ -349,7 +349,7 @@ def fuse_layer_norm(editor: Editor) -> int:
         readers = [user for item in items if item.attributes["index"] == 2 for user in editor.users(item.number)]
         if any(user.op != "LayerNormGrad" or user.inputs[0] != node.inputs[0] for user in readers):
             continue
-        editor.change(node, "FusedLayerNorm", node.inputs[:3], epsilon=_number(editor.constant(node.inputs[5])))
+        editor.change(node, "FusedLayerNorm", node.inputs[:3], {"epsilon": _number(editor.constant(node.inputs[5]))})
         for user in readers:
             editor.change(user, "FusedLayerNormGrad", user.inputs[:5])
         found += 1
@@ -390,6 +390,9 @@ def fuse_adam(editor: Editor) -> int:
             by = editor.kind(scaled.inputs[1])
             if by is not None and by.shape == ():
                 gradient, factor, skipped = scaled.inputs[0], scaled.inputs[1], fill.inputs[1]
+        cast = editor.maker(gradient, "Cast")
+        if cast is not None and editor.kind(cast.inputs[0]) is not None and cast.outputs[0].dtype == "float32":
+            gradient = cast.inputs[0]  # widened in passing
         listed = [number for number in (*node.inputs[3:8], factor, skipped) if number is not None]
         key = tuple(str(editor.constant(number) or number) for number in listed)
         if key not in scalars:

@@ -57,6 +57,8 @@ class RegionBinder(Binder):
                 self.values[node.number] = self.values[self.aliases[node.number]]
             elif node.op != "UpdateState" and not self._fold(node):
                 nodes.append(node)
+        self.for_others = {number for node in nodes if node.op in COLLECTIVES or node.op in WRITES
+                           for number in read_by(node)}
         plan = self._plan(_items_first(nodes))
         steps = self._steps(plan)
         unread = self._lifetimes(steps)
@@ -69,6 +71,8 @@ class RegionBinder(Binder):
         if node.number in self.copied or any(root in self.copied for _, root in self.sharing.get(node.number, ())):
             return False
         if node.op == "Cast":
+            if node.number in self.for_others:
+                return False
             before, after = self.kinds.get(node.inputs[0]), node.outputs[0]
             return before is not None and _SIZES.get(after.dtype, 1) > _SIZES.get(before.dtype, 1)
         return node.op in _PULLED
@@ -104,8 +108,7 @@ class RegionBinder(Binder):
                     behind.add(node.number)
                 continue
             if node.op in COLLECTIVES or node.op in WRITES:
-                if blocked and not all(self._after_updates(item, later) for item in waits[node.number] & behind):
-                    close()
+                # Behind the region, in this order, whatever they wait for: no node of the region does.
                 later.append(node)
                 behind.add(node.number)
                 continue
@@ -119,11 +122,6 @@ class RegionBinder(Binder):
                     close()
         close()
         return plan
-
-    def _after_updates(self, number: int, later: list[Node]) -> bool:
-        """Whether what a deferred update waits for is another deferred update, which comes before it anyway."""
-        node = self.by_number.get(number)
-        return node is not None and node in later and node.op in WRITES
 
     # -- from the plan to steps -------------------------------------------------------------------------------------
 
@@ -144,15 +142,22 @@ class RegionBinder(Binder):
             if isinstance(item, Node):
                 needed.update(read_by(item))
         steps: list[Step] = []
+        apart: list[Step] = []  # what splits joined collectives, each to come before its first reader
         for group in _joined(drafts, self.graph, self.communicator is not None):
             if isinstance(group, Node):
-                steps.append(Step(group, self._function(group, self.aliases, group.number in self.copied),
-                                  group.number))
+                step = Step(group, self._function(group, self.aliases, group.number in self.copied), group.number)
             elif isinstance(group, list):
-                steps += self._together(group)
+                step, split = self._together(group)
+                apart.append(split)
             else:
-                steps.append(self._region(*group, needed))
-        return steps
+                step = self._region(*group, needed)
+            read = set(read_by(step.node))
+            due = [split for split in apart if split.more and read.intersection(split.more)]
+            if isinstance(group, list):
+                due = [item for item in due if item is not split]
+            apart = [item for item in apart if all(item is not other for other in due)]
+            steps += [*due, step]
+        return [*steps, *apart]
 
     def _closed(self, own: list[Node]) -> tuple[list[Node], list[int]]:
         """A region's nodes with those that it pulls, in order, and the values that come from outside."""
@@ -216,8 +221,8 @@ class RegionBinder(Binder):
             lines.append([node.op, read, [(kind.shape, kind.dtype) for kind in node.outputs], node.attributes])
         return json.dumps([lines, [local[number] for number in outputs]], default=str)
 
-    def _together(self, nodes: list[Node]) -> list[Step]:
-        """Collectives of one kind and group as one: their tensors are laid side by side."""
+    def _together(self, nodes: list[Node]) -> tuple[Step, Step]:
+        """Collectives of one kind and group as one, their tensors side by side: what begins it and what splits it."""
         communicator, first = self.communicator, nodes[0]
         members = tuple(self.graph.groups[first.attributes["group"]])
         sources, count = [node.inputs[0] for node in nodes], len(members)
@@ -238,7 +243,7 @@ class RegionBinder(Binder):
         finish = _Parts(nodes, shared, count)
         spread = Step(Node("Spread", [first.number], [], {}, first.scope, {}, nodes[0].number), finish,
                       nodes[0].number, more=tuple(node.number for node in nodes))
-        return [lead, spread]
+        return lead, spread
 
 
 def _items_first(nodes: list[Node]) -> list[Node]:

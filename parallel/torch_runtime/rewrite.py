@@ -38,12 +38,12 @@ class Editor:
         """The nodes that read a value, in order."""
         return [self.nodes[item] for item in self._users.get(number, ())]
 
-    def change(self, node: Node, op: str, inputs: list[int], **attributes: Any) -> None:
-        """Makes a node another one with the same result."""
+    def change(self, node: Node, op: str, inputs: list[int], attributes: dict[str, Any] | None = None) -> None:
+        """Makes a node another one with the same result; attributes None = none."""
         for item in node.inputs:
             self._users[item].pop(node.number, None)
         self._read(node.number, inputs)
-        node.op, node.inputs, node.attributes = op, list(inputs), attributes
+        node.op, node.inputs, node.attributes = op, list(inputs), attributes or {}
 
     def _read(self, number: int, inputs: list[int]) -> None:
         for item in inputs:
@@ -90,7 +90,7 @@ class Editor:
     def replace(self, old: int, new: int) -> None:
         """Everything that reads `old` reads `new`."""
         for node in self.users(old):
-            self.change(node, node.op, [new if item == old else item for item in node.inputs], **node.attributes)
+            self.change(node, node.op, [new if item == old else item for item in node.inputs], node.attributes)
         if self.result == old:
             self.result = new
 
@@ -139,9 +139,12 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
     place = {node.number: float(number) for number, node in enumerate(graph.nodes)}
     key = dict(place)
     if early:
-        late = _only_for_the_update(graph, waits)
+        late, behind = _only_for_the_update(graph, waits), set()
         for node in graph.nodes:
-            if node.number in late:
+            # What reads a collective's result stays where it is: the longer it waits the less it has to.
+            if any(item in behind or (item in late and nodes[item].op in COLLECTIVES) for item in waits[node.number]):
+                behind.add(node.number)
+            elif node.number in late:
                 key[node.number] = max((key[item] for item in waits[node.number]), default=key[node.number])
     after: dict[int, list[int]] = defaultdict(list)
     missing = {}
