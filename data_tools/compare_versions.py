@@ -11,38 +11,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.sign_part import node_digest
-from data_tools.documents import Document, ReadLog, ReadSettings, RecordWriter, plan_splits, read_split
+from data_tools.documents import RecordWriter, plan_splits, read_split
 from data_tools.flags import need
 from data_tools.pangu_call import call_pangu
+from data_tools.records import Document, ReadLog, ReadSettings
+from data_tools.settings import ComparisonSettings, DataSettings
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
-from parallel.common.progress import note, progress, table
-from parallel.common.settings import Settings
+from parallel.common.progress import info, progress, table
 
 
-class ComparisonSettings(Settings):
-    """The comparison of cleaned versions."""
-
-    pangu_config: str = "configs/pangu/tiny.yaml"
-    """Config of the model: configs/pangu/350m.yaml as in the paper, or tiny.yaml."""
-    pangu: dict[str, Any] = {}
-    """Further keys of that config, such as {train.steps: 1000}; the same for all versions."""
-    characters: int = pydantic.Field(2_000_000, ge=1)
-    """Characters sampled from each version; a version with fewer is an error, so that sizes stay equal."""
-    vocabulary_size: int | None = None
-    """Pieces of the vocabulary trained on all samples together; null = what the config says."""
-    tokenizer: str | None = None
-    """A finished vocabulary to use in place of one trained on the samples."""
-    seed: int = 1
-    """Of the samples."""
-
-
-def run_compare_versions(settings: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_compare_versions(settings: DataSettings, arguments: argparse.Namespace) -> dict[str, Any]:
     """`compare-versions`: one perplexity a version; a version that is done is not trained again."""
     need(arguments, "versions", "development", "output")
     quality, output = settings.quality, Path(arguments.output).resolve()
@@ -58,7 +40,7 @@ def run_compare_versions(settings: Any, arguments: argparse.Namespace) -> dict[s
     best = min(perplexity, key=lambda name: perplexity[name])
     table("perplexity on the development set", ["version", "characters", "perplexity"],
           [[name, samples[name], value] for name, value in perplexity.items()])
-    note(f"the better version: {best}")
+    info(f"the better version: {best}")
     return {"perplexity": perplexity, "better": best, "characters": quality.characters, "output": str(output)}
 
 
@@ -158,7 +140,7 @@ def _train(quality: ComparisonSettings, common: dict[str, Any], output: Path, na
               "sample": _sample_path(output, name).stat().st_size}
     marker = folder / "perplexity.json"
     if marker.is_file() and (done := read_json(marker))["wanted"] == wanted:
-        note(f"{name}: trained already")
+        info(f"{name}: trained already")
         return done["perplexity"]
     _pack(quality, common, folder)
     figures = call_pangu("train", quality.pangu_config, {

@@ -9,7 +9,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.lines import split_lines
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.common.structured import BadText, parse_object
 from parallel.common.yaml_core import dump_yaml
 
@@ -26,7 +26,7 @@ def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict
     """
     words = [sys.executable, "-m", "pangu", verb, *(["--config", config] if config else [])]
     words += [f"{key}={dump_yaml(value, flow=True)}" for key, value in overrides.items()]
-    note(f"pangu {verb} ...")
+    info(f"pangu {verb} ...")
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", cwd=_ROOT, check=False)
     if done.returncode != 0:
         raise UserError(f"python -m pangu {verb} failed", value=f"exit code {done.returncode}",

@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.documents import Document, OutputFormat, ReadLog, ReadSettings, RecordWriter, Split, read_split
+from data_tools.documents import OutputFormat, RecordWriter, read_split
 from data_tools.engines.base import Engine
+from data_tools.records import Document, ReadLog, ReadSettings, Split
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
-from parallel.common.progress import note
+from parallel.common.progress import info
 
 _FORMAT_VERSION = 1  # part of every digest: raised when the output of a step changes with the same settings
 _PART = re.compile(r"^part-\d{5,}\.(jsonl|jsonl\.gz|jsonl\.zst|parquet)$")
@@ -109,7 +110,7 @@ def histogram_bin(characters: int) -> str:
 
 
 @dataclass(frozen=True)
-class Places:
+class OutputLayout:
     """Where a step writes documents, removed documents and markers."""
 
     documents: str
@@ -117,10 +118,10 @@ class Places:
     state: str
 
     @staticmethod
-    def under(output: str | Path, step: str) -> Places:
+    def under(output: str | Path, step: str) -> OutputLayout:
         """The places of a verb of one step."""
         output = Path(output).absolute()  # workers may stand in another folder
-        return Places(str(output), f"{output}/removed", f"{output}/.state/{step}")
+        return OutputLayout(str(output), f"{output}/removed", f"{output}/.state/{step}")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class PartTask:
 
     step: Step
     split: Split
-    places: Places
+    places: OutputLayout
     format: OutputFormat
     read: ReadSettings
 
@@ -224,7 +225,7 @@ def split_identity(split: Split) -> list[Any]:
     return [*asdict(split).values(), status.st_size, status.st_mtime_ns]
 
 
-def run_step(step: Step, splits: list[Split], places: Places, engine: Engine, format: OutputFormat,
+def run_step(step: Step, splits: list[Split], places: OutputLayout, engine: Engine, format: OutputFormat,
              read: ReadSettings) -> PartFigures:
     """Runs `step` over all parts with `engine` and adds up their figures.
 
@@ -237,7 +238,7 @@ def run_step(step: Step, splits: list[Split], places: Places, engine: Engine, fo
     for figures in engine.map(_run, tasks, step.name):
         total.add(figures)
     if total.parts_reused:
-        note(f"{step.name}: {total.parts_reused} of {len(tasks)} parts were done already")
+        info(f"{step.name}: {total.parts_reused} of {len(tasks)} parts were done already")
     return total
 
 
@@ -245,7 +246,7 @@ def _run(task: PartTask) -> PartFigures:
     return task()
 
 
-def clear_stale(places: Places, expected: set[str]) -> None:
+def clear_stale(places: OutputLayout, expected: set[str]) -> None:
     """Makes the folders and clears what an earlier run with more parts left; other people's files are left alone.
 
     Raises:

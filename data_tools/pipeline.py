@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.dedup.step import run_dedup
-from data_tools.documents import OutputFormat, Split, find_files, plan_splits
+from data_tools.documents import OutputFormat, find_files, plan_splits
 from data_tools.engines.base import Engine
-from data_tools.parts import PartFigures, Places, digest_of, run_step, split_identity
+from data_tools.parts import OutputLayout, PartFigures, digest_of, run_step, split_identity
+from data_tools.records import Split
 from data_tools.rules import discover
 from data_tools.settings import DataSettings
 from data_tools.steps.clean import CleanStep
@@ -21,7 +22,7 @@ from data_tools.steps.mix import run_mix
 from data_tools.steps.paragraphs import run_paragraphs
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
-from parallel.common.progress import note
+from parallel.common.progress import info
 
 
 @dataclass
@@ -60,7 +61,7 @@ def active_steps(settings: DataSettings) -> list[str]:
     return steps
 
 
-def run_one(name: str, settings: DataSettings, splits: list[Split], places: Places, work: Path, engine: Engine,
+def run_one(name: str, settings: DataSettings, splits: list[Split], places: OutputLayout, work: Path, engine: Engine,
             format: OutputFormat) -> StepResult:
     """One step by its name."""
     read = settings.read
@@ -93,14 +94,14 @@ def run_pipeline(settings: DataSettings, inputs: list[str], output: str | Path, 
     marker, digest = output / ".state" / "run.json", _run_digest(settings, splits)
     done = _finished(marker, digest, output)
     if done is not None:
-        note("run: everything was done already")
+        info("run: everything was done already")
         return done
     results = []
     for name in steps:
         last = name == steps[-1]
         folder = output / ".work" / name
         documents = output if last else folder / "documents"
-        places = Places(str(documents), str(output / "removed" / name), str(output / ".state" / name))
+        places = OutputLayout(str(documents), str(output / "removed" / name), str(output / ".state" / name))
         results.append(run_one(name, settings, splits, places, folder / "work", engine,
                                settings.format if last else "jsonl"))
         if not last:

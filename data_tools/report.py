@@ -115,7 +115,7 @@ def _clusters(more: dict[str, Any]) -> str:
     axes.loglog(list(sizes), list(sizes.values()), "o")
     axes.set(xlabel="documents in a cluster (1000 = 1000 or more)", ylabel="clusters")
     figures = [[name.replace("_", " "), more[name]] for name in
-               ("clusters", "largest_cluster", "candidate_pairs", "verified_pairs", "cut_buckets")]
+               ("clusters", "largest_cluster", "candidate_pairs", "verified_pairs", "split_buckets")]
     return _table(["figure", "value"], figures) + _image(figure, "sizes of the clusters")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+import pydantic
 
 from data_tools import rules
-from data_tools.classifier.train import TrainClassifierSettings
-from data_tools.compare_versions import ComparisonSettings
+from data_tools.classifier.settings import TrainClassifierSettings
 from data_tools.dedup.plan import DedupSettings
-from data_tools.documents import OutputFormat, ReadSettings
+from data_tools.documents import OutputFormat
 from data_tools.engines.base import EngineSettings
+from data_tools.records import ReadSettings
 from data_tools.steps.decontaminate import DecontaminateSettings
 from data_tools.steps.filter import FilterSettings
 from data_tools.steps.mix import MixSettings
@@ -27,6 +29,23 @@ class RunSettings(Settings):
     """Steps in their order; one that has nothing to do (no word list, no weights, ...) is left out."""
     keep_intermediate: bool = False
     """Keep the documents after every step (under .work), not of the last one only."""
+
+
+class ComparisonSettings(Settings):
+    """The comparison of cleaned versions."""
+
+    pangu_config: str = "configs/pangu/tiny.yaml"
+    """Config of the model: configs/pangu/350m.yaml as in the paper, or tiny.yaml."""
+    pangu: dict[str, Any] = {}
+    """Further keys of that config, such as {train.steps: 1000}; the same for all versions."""
+    characters: int = pydantic.Field(2_000_000, ge=1)
+    """Characters sampled from each version; a version with fewer is an error, so that sizes stay equal."""
+    vocabulary_size: int | None = None
+    """Pieces of the vocabulary trained on all samples together; null = what the config says."""
+    tokenizer: str | None = None
+    """A finished vocabulary to use in place of one trained on the samples."""
+    seed: int = 1
+    """Of the samples."""
 
 
 class DataSettings(Settings):

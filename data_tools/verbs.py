@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.documents import plan_splits
-from data_tools.engines.base import open_engine
+from data_tools.engines import open_engine
 from data_tools.flags import need
-from data_tools.parts import Places
+from data_tools.parts import OutputLayout
 from data_tools.pipeline import StepResult, run_one, run_pipeline, total_by_rule
 from data_tools.report import load_results, write_report
 from data_tools.settings import DataSettings
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 
 
 def apply_flags(settings: DataSettings, arguments: argparse.Namespace) -> DataSettings:
@@ -109,7 +109,7 @@ def run_step_verb(name: str, settings: DataSettings, arguments: argparse.Namespa
     """One step over the inputs; its figures for the JSON line."""
     splits = plan_splits(arguments.input, settings.read)
     claim_output(arguments.output, name)
-    places, work = Places.under(arguments.output, name), Path(arguments.output).absolute() / ".work" / name
+    places, work = OutputLayout.under(arguments.output, name), Path(arguments.output).absolute() / ".work" / name
     started = time.perf_counter()
     with open_engine(settings.engine) as engine:
         result = run_one(name, settings, splits, places, work, engine, settings.format)
@@ -128,7 +128,7 @@ def run_all(settings: DataSettings, arguments: argparse.Namespace) -> dict[str, 
     seconds = time.perf_counter() - started
     lines = [report_step(result, result.figures.worker_seconds) for result in results]
     page = write_report(arguments.output)
-    note(f"report {page}")
+    info(f"report {page}")
     size = results[0].figures.bytes_in
     return {
         "documents_in": results[0].figures.documents_in, "documents_out": results[-1].figures.documents_out,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from parallel.common.progress import table
 
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `params`: the exact number of parameters and where they are.
 
     The network itself is built, its parameters without data, so the count is that of the code and not of a formula.

@@ -20,6 +20,7 @@ from parallel.layers.feed_forward import FeedForward
 from parallel.layers.loss import CrossEntropy, MaskedMean, TiedCrossEntropy
 from parallel.layers.norm import LayerNorm
 from parallel.sharding.layout import Layer, OpSharding
+from parallel.sharding.trainable import Trainable
 
 
 class DecoderLayer(nn.Cell):
@@ -100,11 +101,18 @@ class PanGuAlpha(nn.Cell):
         self.norm = LayerNorm(width, compute_dtype=compute_dtype)
         self.head = TiedHead(axis="vocabulary")
         self.norm_first = config.final_norm == "before_query"
+        self.int8 = False  # see pangu/int8.py
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor) -> Tensor:
-        return self.head(self.hidden(ids_BS, positions_BS, documents_BS), self.embedding.word.table)
+        return self.logits(self.hidden(ids_BS, positions_BS, documents_BS))
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V], of what `hidden` gives."""
+        if self.int8:
+            return self.embedding.word.logits(hidden_ND)
+        return self.head(hidden_ND, self.embedding.word.table)
 
     def hidden(self, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor,
                rows_B: Tensor | None = None) -> Tensor:
@@ -128,7 +136,7 @@ class PanGuAlpha(nn.Cell):
         return [self.embedding, *layers, [self.query_layer, self.bias], [self.query_embedding, self.norm, self.head]]
 
 
-class TrainingLoss(Layer):
+class TrainingLoss(Layer, Trainable):
     """Mean negative log-likelihood of the next token over a batch of records.
 
     Inputs: records_BR int32 with R = S + 1 ids, positions_BS, documents_BS and, in training with dropout, rows_B
@@ -136,6 +144,8 @@ class TrainingLoss(Layer):
     Tokens are records[:, :-1], labels records[:, 1:]. The loss mask looks at the *input* token (it is 0 where that is
     padding), as in the released code, so the border from one document to the next is predicted too.
     """
+
+    can_weigh = True
 
     def __init__(self, model: PanGuAlpha, weighted: bool = False) -> None:
         # No prefix: a parameter is called the same in training, generation and on disk.
@@ -152,19 +162,23 @@ class TrainingLoss(Layer):
 
     def construct(self, records_BR: Tensor, positions_BS: Tensor, documents_BS: Tensor,
                   rows_B: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        ids_BS = self.inputs(records_BR, (0, 0), (records_BR.shape[0], self.length), (1, 1))
+        nll_N = self.token_nll(records_BR, ids_BS, positions_BS, documents_BS, rows_B)
+        counted_BS = self.cast(self.differs(ids_BS, self.pad_id), mstype.float32)
+        loss, weight = self.mean(nll_N, self.reshape(counted_BS, (-1,)))
+        return (loss, weight) if self.weighted else loss
+
+    def token_nll(self, records_BR: Tensor, ids_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor,
+                  rows_B: Tensor | None) -> Tensor:
+        """float32 [N]: negative log-likelihood of the next token at every position."""
         batch = records_BR.shape[0]
-        ids_BS = self.inputs(records_BR, (0, 0), (batch, self.length), (1, 1))
         labels_BS = self.labels(records_BR, (0, 1), (batch, self.length + 1), (1, 1))
         hidden_ND = self.model.hidden(ids_BS, positions_BS, documents_BS, rows_B)
         table_VD = self.model.embedding.word.table
         logits_NV, labels_N = self.model.head(hidden_ND, table_VD), self.reshape(labels_BS, (-1,))
         if self.together is not None:
-            nll_N = self.together(ops.stop_gradient(logits_NV), hidden_ND, table_VD, labels_N)
-        else:
-            nll_N = self.cross_entropy(logits_NV, labels_N)
-        counted_BS = self.cast(self.differs(ids_BS, self.pad_id), mstype.float32)
-        loss, weight = self.mean(nll_N, self.reshape(counted_BS, (-1,)))
-        return (loss, weight) if self.weighted else loss
+            return self.together(ops.stop_gradient(logits_NV), hidden_ND, table_VD, labels_N)
+        return self.cross_entropy(logits_NV, labels_N)
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
         """See `PanGuAlpha.pipeline_cells`; the loss stands with the head."""

@@ -14,14 +14,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
 from parallel.common.lines import split_lines
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.common.settings import to_yaml
 from parallel.common.structured import parse_object
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 OWN_TEXT_VOCABULARY = 8000
 PROMPTS = "pangu/prompts/quickstart.yaml"
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="delete earlier results of this output folder first")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `quickstart`: runs the steps that are not finished and prints what was made and where."""
     started = time.monotonic()
     job = Job(settings, arguments)
@@ -60,7 +63,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
 class Job:
     """The steps of one quickstart in one output folder."""
 
-    def __init__(self, settings: Any, arguments: argparse.Namespace) -> None:
+    def __init__(self, settings: Run, arguments: argparse.Namespace) -> None:
         self.settings, self.arguments = settings, arguments
         self.own_text = arguments.corpus is not None
         if self.own_text and not Path(arguments.corpus).exists():
@@ -139,9 +142,9 @@ class Job:
         made_from = {"command": command, "settings": {key: _at(blocks, key) for key in BLOCKS[name]}}
         kept = self.output / "figures" / f"{name}.json"
         if kept.is_file() and (earlier := read_json(kept))["made_from"] == made_from:
-            note(f"-- {name}: finished earlier")
+            info(f"-- {name}: finished earlier")
             return earlier["figures"]
-        note(f"-- {name}: python -m {' '.join(command)}")
+        info(f"-- {name}: python -m {' '.join(command)}")
         figures = run_command(command)
         write_json(kept, {"made_from": made_from, "figures": figures})
         # What follows was made from an older result of this step.
@@ -167,7 +170,7 @@ class Job:
             ("model", train["checkpoint"], f"validation perplexity {perplexity:.2f}" if perplexity else ""),
             ("loss curve", out / "train" / "loss.png", f"{train['tokens_per_second']:,.0f} tokens/s"),
         ])
-        note(f"Generate more: python -m pangu generate --config {self.config} --prompt 你好")
+        info(f"Generate more: python -m pangu generate --config {self.config} --prompt 你好")
 
 
 def _results(figures: dict[str, dict]) -> dict[str, dict]:

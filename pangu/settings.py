@@ -6,10 +6,11 @@ from typing import Any
 
 import pydantic
 
+from pangu.adaptation.settings import AdaptSettings
 from pangu.config import ModelConfig
 from pangu.data.packing import PackOptions
 from pangu.data.train_vocabulary import VocabularyOptions
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from pangu.serving.settings import ServeSettings
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
@@ -52,6 +53,8 @@ class Run(Settings):
     """Where results go."""
     generate: GenerateSettings = GenerateSettings()
     """Decoding."""
+    adapt: AdaptSettings | None = None
+    """Pairs of prompt and answer to train a trained model on (`finetune`); null = `train` trains on packed records."""
     serve: ServeSettings = ServeSettings()
     """The HTTP server."""
 

@@ -1,113 +1,75 @@
-"""Verb `train`: PanGu-alpha on packed records."""
+"""Verb `train`: PanGu-alpha on packed records, on MindSpore or torch."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mindspore import dtype as mstype
-from mindspore.nn.utils import no_init_parameters
-
-from pangu.build import build
-from pangu.config import ModelConfig, check_layout
-from pangu.data.dataset import PackedDataset
-from pangu.model import PanGuAlpha, TrainingLoss
+from pangu.config import check_layout
+from pangu.train_on import flops_per_token, sources, train_on
 from parallel.common.errors import UserError
-from parallel.common.progress import table
-from parallel.layers.parameter import initialize
-from parallel.sharding.config import ParallelConfig
-from parallel.training.device import Processes, set_seed, start_device
-from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
-from parallel.training.optimizers import Optimizer
-from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded_run import ShardedRun, needs_sharding
-from parallel.training.step import TrainStep
-from parallel.training.trainer import Run, Trainer
+from parallel.launch.session import closing, ranks_here, runs_on_torch, train_on_torch
 
+__all__ = ["flops_per_token", "run", "sources", "train_on", "training_step"]
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+if TYPE_CHECKING:
+    from pangu.settings import Run
+
+def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, validates, saves; resumes where an earlier run of the same output folder stopped."""
+    check_layout(settings.model, settings.parallel.resolve(ranks_here()))
+    if runs_on_torch(settings):
+        return train_on_torch(settings)
+    return closing(mindspore_backend(settings), lambda backend: train_on(settings, backend, {}))
+
+
+def mindspore_backend(settings: Run) -> Any:
+    """This process on MindSpore: the whole model, or its slices of it (Ascend)."""
+    from pangu.build import build
+    from parallel.training.device import set_seed, start_device
+    from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
+    from parallel.training.settings import COMPUTE_DTYPES
+    from parallel.training.sharded.run import ShardedRun, needs_sharding
+
     processes = start_device()
     parallel = settings.parallel.resolve(processes.ranks)
-    check_layout(settings.model, parallel)
     sharded = needs_sharding(parallel, processes)
     _check_device(settings, processes)
     set_seed(settings.train.seed)
-    trainer = sharded_trainer(settings, parallel, processes) if sharded else replicated_trainer(settings, processes)
-    figures = trainer.run()
-    if processes.rank == 0:
-        table("Trained", ["figure", "value"], figures.items())
-    return figures
+    if not sharded:
+        return MindSporeBackend(training_step(settings, processes))
+    validated = sources(settings, (0, 1))[1] is not None
+    return ShardedBackend(ShardedRun(build(settings, parallel, COMPUTE_DTYPES[settings.train.precision]),
+                                     settings.train, parallel, processes, validated=validated))
 
 
-def replicated_trainer(settings: Any, processes: Processes) -> Trainer:
-    """A trainer of which every process holds the whole model."""
-    training, validation = sources(settings, (processes.rank, processes.ranks))
-    return Trainer(MindSporeBackend(training_step(settings, processes)), _run(settings, training, validation))
+def training_step(settings: Run, processes: Any) -> Any:
+    """The model with start values, its loss and its optimizer, as one `TrainStep`."""
+    from mindspore.nn.utils import no_init_parameters
 
+    from pangu.build import training_network
+    from parallel.layers.parameter import initialize
+    from parallel.training.optimizers import Optimizer
+    from parallel.training.settings import COMPUTE_DTYPES
+    from parallel.training.step import TrainStep
 
-def sharded_trainer(settings: Any, parallel: ParallelConfig, processes: Processes) -> Trainer:
-    """A trainer of which every process holds slices (Ascend)."""
-    dtype = COMPUTE_DTYPES[settings.train.precision]
-    data, _ = divmod(processes.rank % (parallel.data * parallel.op), parallel.op)
-    training, validation = sources(settings, (data, parallel.data))
-    run = ShardedRun(build(settings, parallel, dtype), settings.train, parallel, processes,
-                 validated=validation is not None)
-    return Trainer(ShardedBackend(run), _run(settings, training, validation))
-
-
-def _run(settings: Any, training: PackedDataset, validation: PackedDataset | None) -> Run:
-    tokens = settings.train.global_batch_size * settings.model.sequence_length
-    return Run(training, settings.train, settings.output, validation=validation, units_per_step=tokens,
-               flops_per_step=tokens * flops_per_token(settings.model), describe=settings.model_dump(mode="json"))
-
-
-def training_step(settings: Any, processes: Processes) -> TrainStep:
-    """The model with start values, its loss and its optimizer, as one step."""
     train = settings.train
     with no_init_parameters():
-        model = PanGuAlpha(settings.model, getattr(mstype, COMPUTE_DTYPES[train.precision]))
-    initialize(model, train.seed)
-    network = TrainingLoss(model, weighted=True)
+        network = training_network(settings, COMPUTE_DTYPES[train.precision], weighted=True)
+    initialize(network.model, train.seed)
     optimizer = Optimizer(network.trainable_params(), train.optimizer, train.steps)
     return TrainStep(network, optimizer, train, weighted=True, group=processes.group, rank=processes.rank,
                      ranks=processes.ranks)
 
 
-def sources(settings: Any, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
-    """Training and validation records, the `share` (number, of how many) of every batch."""
-    data, model = settings.data, settings.model
-    shared = {"batch_size": settings.train.global_batch_size, "sequence_length": model.sequence_length,
-              "vocabulary_size": model.vocabulary_size, "shard": share,
-              "eod_reset": data.eod_reset, "seed": settings.train.seed}
-    training = PackedDataset(data.directory, shuffle=data.shuffle, **shared)
-    if data.validation_directory is not None:
-        return training, PackedDataset(data.validation_directory, shuffle=False, repeat=False, **shared)
-    if not training.index.validation.records:
-        return training, None
-    # One pass, filled up with padding that has no weight: the perplexity is exactly that of the records.
-    return training, PackedDataset(data.directory, split="validation", shuffle=False, repeat=False, **shared)
-
-
-def flops_per_token(model: ModelConfig) -> float:
-    """Model FLOPs of one token, forward and backward: three times the forward matmuls.
-
-    Forward: 2 for each weight of the layers and of the head, and 4 S D a layer for scores and mixing. The attention is
-    counted whole, not halved for the causal mask; recomputation, norms and lookups are not counted. (Megatron-LM's
-    convention.)
-    """
-    width, inner, length = model.hidden_size, model.ffn, model.sequence_length
-    layer = 2 * (4 * width * width + 2 * width * inner) + 4 * length * width
-    return 3.0 * (model.layers * layer + 2 * width * model.vocabulary_size)
-
-
-def _check_device(settings: Any, processes: Processes) -> None:
+def _check_device(settings: Run, processes: Any) -> None:
     train = settings.train
     if processes.target != "CPU":
         return
     if train.precision != "fp32":
-        raise UserError("half precision is for Ascend; on the CPU it is slower and untested", where="train.precision",
-                        value=train.precision, hint="train.precision=fp32")
+        raise UserError("half precision is for Ascend and torch; MindSpore's CPU kernels lack it",
+                        where="train.precision", value=train.precision,
+                        hint="train.precision=fp32, or parallel.backend=torch")
     if train.global_batch_size % (processes.ranks * train.accumulation):
         raise UserError(f"{processes.ranks} processes x accumulation {train.accumulation} do not divide it",
                         where="train.global_batch_size", value=train.global_batch_size)

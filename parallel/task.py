@@ -5,6 +5,9 @@ A package that has models holds a module `build` with
     MODELS: the names that `model.name` may take in its config files
     settings_class(name) -> type[Settings], with at least the blocks model, train and parallel
     build(settings, parallel, compute_dtype) -> Task
+    train_on(settings, backend, figures) -> dict: trains on any backend; imports no framework
+    stored_settings_class(name) -> type[Settings] of settings that were checked before they were stored, if importing
+        those of `settings_class` takes a framework
 
 and is found by name, so the proofs (dry run, replay, estimate) take config files of every model alike.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,8 +11,12 @@ from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig, divides
 from parallel.task import Input, Task, with_sample_numbers
 from recsys.data.features import FeatureSpec
-from recsys.models import NAMES, module_of, run_class
+from recsys.models import NAMES, module_of
+from recsys.settings import run_class
 from recsys.tables.columns import window_spec
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 MODELS = NAMES
 
@@ -22,7 +26,22 @@ def settings_class(name: str) -> type[Settings]:
     return run_class(name)
 
 
-def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
+def stored_settings_class(name: str) -> type[Settings]:
+    """The settings of a run that was checked before it was stored; its model block is taken as it is, so that no model
+    (and no MindSpore) need be imported."""
+    from recsys.settings import StoredRun
+
+    return StoredRun
+
+
+def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    """Trains on an encoded log, on any backend: see `recsys.training.any_backend`."""
+    from recsys.training import any_backend
+
+    return any_backend.train_on(settings, backend, figures)
+
+
+def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of a ranker for one global batch, checked against the layout.
 
     Args:
@@ -34,19 +53,22 @@ def build(settings: Any, parallel: ParallelConfig, compute_dtype: str = "float32
         UserError: an axis does not divide what it cuts, or a vocabulary's size is neither given nor to be had.
     """
     from recsys.layers.embedding import is_sparse
+    from recsys.layers.sizes import count
 
     spec = spec_of(settings)
     if settings.data.tables.place == "host":
         spec = window_spec(spec, settings.train.global_batch_size, settings.data.tables.window)
     tasks = len(labels_of(settings))
+    columns = target_columns(settings)
     network = loss_network(settings, spec, tasks, compute_dtype)
     check_layout(settings, network.model, parallel)
     batch = settings.train.global_batch_size
     inputs = [Input("ids", (batch, spec.id_columns), "int32", min(spec.tables.values())),
               Input("numbers", (batch, spec.numeric_columns), "float32"),
-              Input("labels", (batch, tasks), "float32")]
-    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, tasks, seed), batch,
-                {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1)}, is_sparse, scores)
+              Input("labels", (batch, columns), "float32")]
+    figures = {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1), **count(network)}
+    task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch, figures, is_sparse,
+                scores)
     return with_sample_numbers(task, settings.model.dropout)
 
 
@@ -57,7 +79,7 @@ def scores(network: Any) -> Any:
     return Scores(network.model)
 
 
-def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: str = "float32") -> Any:
+def loss_network(settings: Run, spec: FeatureSpec, tasks: int, compute_dtype: str = "float32") -> Any:
     """The model under its loss, without parameter values."""
     from mindspore import dtype as mstype
     from mindspore.nn.utils import no_init_parameters
@@ -70,28 +92,44 @@ def loss_network(settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: st
                         hint="set data.tables.place: host")
     with no_init_parameters():
         model = module_of(settings.model.name).MODEL(settings.model, spec, tasks, getattr(mstype, compute_dtype))
-        return TrainingLoss(model)
+        return TrainingLoss(model, label_weights(settings) if settings.data.label_weights else None)
 
 
-def labels_of(settings: Any) -> list[str]:
+def label_weights(settings: Run) -> np.ndarray:
+    """bool [K, W]: which of the columns of weights each label's samples have."""
+    names, own = labels_of(settings), settings.data.label_weights
+    columns = list(dict.fromkeys(own.values()))
+    return np.array([[own.get(name) == column for column in columns] for name in names])
+
+
+def target_columns(settings: Run) -> int:
+    """T: labels, columns of weights, and one for the group where a loss compares a user's samples."""
+    return (len(labels_of(settings)) + len(set(settings.data.label_weights.values()))
+            + int(any(task.pairwise or task.listwise for task in settings.model.tasks)))
+
+
+def labels_of(settings: Run) -> list[str]:
     """Label columns of the run."""
     from recsys.data.readers import reader
 
     return settings.data.labels or reader(settings.data.reader).labels
 
 
-def spec_of(settings: Any) -> FeatureSpec:
-    """Places of the features; reads the log only where a vocabulary's size is not given."""
+def spec_of(settings: Run) -> FeatureSpec:
+    """Where the features are in rows and tables; reads the log only where a vocabulary's size is not given."""
     from recsys.data.dataset import prepare, spec_without_data
 
     spec = spec_without_data(settings.data, settings.model.embedding_size)
     return spec or prepare(settings.data, settings.model.embedding_size).spec
 
 
-def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
+def check_layout(settings: Run, model: Any, parallel: ParallelConfig) -> None:
     """Raises a `UserError` unless every axis divides what it cuts."""
-    batch, sizes = settings.train.global_batch_size, settings.model
+    batch = settings.train.global_batch_size
     micro = max(parallel.pipeline.micro_batches, settings.train.accumulation)
+    if any(task.pairwise or task.listwise for task in settings.model.tasks) and (parallel.world > 1 or micro > 1):
+        raise UserError("losses that compare a user's samples need the whole batch on one device", where="model.tasks",
+                        hint="set pairwise and listwise to 0, or train on one device without micro-batches")
     divides(parallel.data * parallel.pipeline.micro_batches if parallel.pipeline.stages > 1 else parallel.data, batch,
             where="parallel.data", what="train.global_batch_size")
     if parallel.sequence:
@@ -103,39 +141,7 @@ def check_layout(settings: Any, model: Any, parallel: ParallelConfig) -> None:
     if parallel.optimizer_shard > 1 and parallel.optimizer.level > 1 and micro > 1:
         raise UserError("gradients of a ranker's micro-batches are not kept cut", where="parallel.optimizer.level",
                         value=parallel.optimizer.level, hint="set it to 1, or train without micro-batches")
-    if parallel.op > 1:
-        check_op(settings, model, parallel)
-    moe = getattr(sizes, "moe", None)
-    if parallel.expert > 1:
-        if moe is None or sizes.name != "tokenmixer_large":
-            raise UserError("the model has no routed experts to cut", where="parallel.expert", value=parallel.expert)
-        divides(parallel.expert, moe.experts - 1, where="parallel.expert", what="routed experts")
-    layers = getattr(sizes, "layers", None)
-    if parallel.pipeline.stages > (layers or 1):
-        raise UserError("more stages than layers" if layers else "the model has no stack of blocks to cut into stages",
-                        where="parallel.pipeline.stages", value=parallel.pipeline.stages)
-
-
-def check_op(settings: Any, model: Any, parallel: ParallelConfig) -> None:
-    """Raises a `UserError` unless the op axis divides the tables and what `model.op_sharding` cuts."""
-    batch, sizes, op = settings.train.global_batch_size, settings.model, parallel.op
-    for width, rows in model.spec.tables.items():
-        divides(op if parallel.vocabulary else 1, rows, where="parallel.op", what=f"table of width {width}, rows")
-    if not hasattr(sizes, "op_sharding"):
-        return
-    if sizes.op_sharding == "width":
-        if getattr(sizes, "moe", None) is not None:
-            raise UserError("experts are not cut along their width", where="parallel.op", value=op,
-                            hint="choose model.op_sharding: tokens, or cut the experts with parallel.expert")
-        inner = round(getattr(sizes, "ratio", getattr(sizes, "ffn_ratio", 1)) * sizes.width)
-        divides(op, inner, where="parallel.op", what="inner width")
-        return
-    if getattr(sizes, "ug_sep", None) is not None:
-        raise UserError("tokens of a separated ranker are not cut", where="model.op_sharding", value=sizes.op_sharding,
-                        hint="choose model.op_sharding: width")
-    for count in {getattr(model, "tokens", sizes.tokens), getattr(model, "heads", sizes.tokens)}:
-        divides(op, count, where="parallel.op", what="tokens (or mixing heads)", hint="choose model.op_sharding: width")
-    divides(op * parallel.data, batch, where="parallel.op", what="train.global_batch_size")
+    model.check_layout(parallel, batch)
 
 
 def sample_batch(spec: FeatureSpec, batch: int, tasks: int, seed: int) -> tuple[np.ndarray, ...]:

@@ -1,46 +1,21 @@
-"""Parameters and FLOPs of a ranker, exactly, without allocating it.
-
-FLOPs are those of the matrix products of one forward pass, two for each multiplication and addition; lookups, norms,
-activations and pooling are not counted. A cell that says `flops_per_sample` is believed, its children with it; a
-`Linear` counts for each of its `rows` (positions of a list, 1 unless said).
-"""
+"""Verb `count`: parameters and FLOPs of a ranker, exactly, without allocating it (see `recsys.layers.sizes`)."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
-
-from mindspore import nn
+from typing import TYPE_CHECKING
 
 from parallel.common.progress import table
-from parallel.layers.linear import Linear
 from recsys.build import labels_of, loss_network, spec_of
 from recsys.layers.embedding import is_sparse
+from recsys.layers.sizes import count
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 
-def flops_per_sample(cell: nn.Cell) -> int:
-    """Forward FLOPs of one sample."""
-    own = getattr(cell, "flops_per_sample", None)
-    if own is not None:
-        return own
-    if isinstance(cell, Linear):
-        return 2 * cell.inputs * cell.outputs * getattr(cell, "rows", 1)
-    return sum(flops_per_sample(child) for child in cell.cells())
-
-
-def count(network: nn.Cell) -> dict[str, int]:
-    """parameters, dense_parameters (without tables), active_parameters (dense ones that a sample uses), flops."""
-    sizes = {p.name: p.size for p in network.trainable_params()}
-    dense = sum(size for name, size in sizes.items() if not is_sparse(name))
-    idle = sum(getattr(cell, "idle_parameters", 0) for _, cell in network.cells_and_names())
-    # Heads that only training has are not part of the forward pass that is counted.
-    auxiliary = sum(flops_per_sample(cell) for cell in getattr(network.model, "auxiliary", ()))
-    return {"parameters": sum(sizes.values()), "dense_parameters": dense, "active_parameters": dense - idle,
-            "flops_per_sample": flops_per_sample(network.model) - auxiliary}
-
-
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
-    """Verb `params`."""
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
+    """Verb `count`."""
     spec = spec_of(settings)
     network = loss_network(settings, spec, len(labels_of(settings)))
     figures = count(network)
@@ -52,4 +27,4 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     table(f"{settings.model.name}: parameters", ["part", "tensors", "parameters"],
           [[part, len(sizes), sum(sizes)] for part, sizes in parts.items()])
     return {**figures, "batch": batch, "flops_per_batch": figures["flops_per_sample"] * batch,
-            "tokens": getattr(network.model, "tokens", getattr(settings.model, "tokens", None))}
+            "tokens": network.model.token_count}

@@ -14,6 +14,9 @@ import numpy as np
 from parallel.common.errors import UserError
 
 CLIP = 1e-7
+BINARY_METRICS = ("auc", "gauc", "uauc", "logloss", "calibration", "ece", "ne", "calibration_free_ne")
+NUMBER_METRICS = ("mse", "mae", "xauc", "rauc")
+"""Names that logs, settings and dashboards rely on: they are added to, never changed."""
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -113,6 +116,81 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, bi
     return float(np.abs(np.bincount(index, p, bins) - clicks).sum() / len(p))
 
 
+def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Logloss over that of always predicting the observed click rate (He et al., ADKDD 2014, eq. 1). Below 1 is better
+    than knowing the rate alone. NaN where only one class is present."""
+    rate = float(np.mean(np.asarray(labels) > 0)) if len(labels) else 0.0
+    if not 0.0 < rate < 1.0:
+        return float("nan")
+    return logloss(labels, probabilities) / -(rate * np.log(rate) + (1.0 - rate) * np.log1p(-rate))
+
+
+def calibration_free_ne(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """NE after one number is added to all logits so that as many clicks are predicted as observed: what remains once
+    calibration is put right. Others divide the entropies in other ways; this definition is ours."""
+    if len(labels) == 0 or not 0 < np.sum(np.asarray(labels) > 0) < len(labels):
+        return float("nan")
+    p = np.clip(np.asarray(probabilities, np.float64), CLIP, 1.0 - CLIP)
+    logits, rate = np.log(p) - np.log1p(-p), float(np.mean(np.asarray(labels) > 0))
+    low, high = -60.0, 60.0
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        if np.mean(1.0 / (1.0 + np.exp(-np.clip(logits + middle, -700, 700)))) < rate:
+            low = middle
+        else:
+            high = middle
+    return normalized_entropy(labels, 1.0 / (1.0 + np.exp(-np.clip(logits + low, -700, 700))))
+
+
+def segmented_ne(labels: np.ndarray, probabilities: np.ndarray, segments: np.ndarray) -> dict[int, float]:
+    """NE within each segment (an integer a sample), by segment; NaN where a segment has one class only."""
+    labels, probabilities, segments = np.asarray(labels), np.asarray(probabilities), np.asarray(segments)
+    return {int(segment): normalized_entropy(labels[segments == segment], probabilities[segments == segment])
+            for segment in np.unique(segments)}
+
+
+def inversions(values: np.ndarray) -> int:
+    """Pairs i < j with values[i] > values[j]: O(n log n), bit by bit of the ranks, without a loop over n."""
+    _, ranks = np.unique(np.asarray(values), return_inverse=True)
+    total = 0
+    for bit in reversed(range(max(1, int(ranks.max(initial=0)).bit_length()))):
+        # Within each run of equal higher bits (kept together, in order): ones that stand before a zero.
+        high, one = ranks >> (bit + 1), (ranks >> bit) & 1
+        order = np.argsort(high, kind="stable")
+        high, one = high[order], one[order]
+        before = np.cumsum(one) - one
+        first = np.concatenate([[True], high[1:] != high[:-1]]) if len(high) else np.zeros(0, bool)
+        base = before[np.flatnonzero(first)][np.cumsum(first) - 1] if len(high) else before
+        total += int(((before - base) * (1 - one)).sum())
+    return total
+
+
+def xauc(values: np.ndarray, predictions: np.ndarray) -> float:
+    """Share of pairs with different values that the predictions rank right, tied predictions counted half; NaN without
+    such a pair. For labels of 0 and 1 it is the AUC (Zhan et al., KDD 2022, for watch time)."""
+    values, predictions = np.asarray(values, np.float64), np.asarray(predictions, np.float64)
+    n = len(values)
+    order = np.lexsort((predictions, values))  # of equal values the smaller prediction first: no inversion among them
+    wrong = inversions(predictions[order])
+    pairs = n * (n - 1) // 2 - _tied_pairs(values)
+    both = np.unique(np.stack([values, predictions], 1), axis=0, return_counts=True)[1].astype(np.int64)
+    tied = _tied_pairs(predictions) - int((both * (both - 1) // 2).sum())
+    return float((pairs - wrong - 0.5 * tied) / pairs) if pairs else float("nan")
+
+
+def _tied_pairs(values: np.ndarray) -> int:
+    counts = np.unique(values, return_counts=True)[1].astype(np.int64)
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def rauc(values: np.ndarray, predictions: np.ndarray) -> float:
+    """1 - inversions / all pairs: the share of pairs, ties included, that the predictions do not turn round."""
+    n = len(values)
+    order = np.lexsort((np.asarray(predictions), np.asarray(values)))
+    pairs = n * (n - 1) // 2
+    return 1.0 - inversions(np.asarray(predictions)[order]) / pairs if pairs else float("nan")
+
+
 def bayes_auc(probabilities: np.ndarray) -> float:
     """Expected AUC of ranking by the true click probabilities: the highest that any model can expect.
 
@@ -176,7 +254,7 @@ class Accumulator:
         return np.memmap(Path(self._file.name), self.TYPE, "r")
 
     def result(self) -> dict[str, float]:
-        """auc, gauc, uauc, logloss, calibration, ece, samples, users.
+        """BINARY_METRICS, samples, users.
 
         Raises:
             UserError: a prediction was not finite; a model that diverged has no metrics.
@@ -189,4 +267,35 @@ class Accumulator:
         groups = group_auc(labels, scores, rows["user"])
         return {"auc": auc(labels, scores), "gauc": groups.gauc, "uauc": groups.uauc,
                 "logloss": logloss(labels, scores), "calibration": calibration(labels, scores),
-                "ece": expected_calibration_error(labels, scores), "samples": len(rows), "users": groups.users}
+                "ece": expected_calibration_error(labels, scores), "ne": normalized_entropy(labels, scores),
+                "calibration_free_ne": calibration_free_ne(labels, scores),
+                "samples": len(rows), "users": groups.users}
+
+
+class NumberAccumulator:
+    """Collects predicted numbers batch by batch; `result` gives NUMBER_METRICS on all of them."""
+
+    def __init__(self) -> None:
+        self.values: list[np.ndarray] = []
+        self.predictions: list[np.ndarray] = []
+
+    def update(self, labels: np.ndarray, predictions: np.ndarray, users: np.ndarray | None = None) -> None:
+        """Adds a batch of n samples; `users` is not used."""
+        self.values.append(np.asarray(labels, np.float64))
+        self.predictions.append(np.asarray(predictions, np.float64))
+
+    def result(self) -> dict[str, float]:
+        """NUMBER_METRICS, samples, users (0).
+
+        Raises:
+            UserError: a prediction was not finite.
+        """
+        values, found = np.concatenate(self.values), np.concatenate(self.predictions)
+        if not np.isfinite(found).all():
+            raise UserError("predictions that are not finite: the model has diverged", where="evaluation",
+                            value=int((~np.isfinite(found)).sum()), hint="lower the learning rate")
+        error = found - values
+        empty = len(values) == 0
+        return {"mse": float("nan") if empty else float((error**2).mean()),
+                "mae": float("nan") if empty else float(np.abs(error).mean()),
+                "xauc": xauc(values, found), "rauc": rauc(values, found), "samples": len(values), "users": 0}

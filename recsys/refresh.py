@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.checkpoint.full import load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.layers.parameter import start_value
 from parallel.training.device import start_device
 from parallel.training.optimizers import run_optimizer
 from recsys.build import labels_of, loss_network
-from recsys.data.dataset import count_values, features_of
+from recsys.data.dataset import VOCABULARY, count_values, features_of
 from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.vocabulary import Vocabulary
-from recsys.evaluate import VOCABULARY
 from recsys.layers.embedding import is_sparse
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="decayed count below which a value is evicted (none: each feature's minimum_count)")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Counts the training rows of `data`, refreshes the vocabulary, and saves the run's newest checkpoint with the rows
     of newcomers at their start values and without optimizer history."""
     if not 0.0 <= arguments.decay <= 1.0:
@@ -62,7 +64,7 @@ def refresh_feature(feature: Feature, vocabulary: Vocabulary, counts: dict[str, 
     """Rows to start anew of one feature; adds a line to `figures`."""
     before = sum(not value.startswith("\x00") for value in vocabulary.values[feature.name])
     if feature.rows is None:
-        note(f"{feature.name}: left as it is, since its table has no free rows (give it rows in data.features)")
+        info(f"{feature.name}: left as it is, since its table has no free rows (give it rows in data.features)")
         return []
     least = feature.minimum_count if arguments.minimum_count is None else arguments.minimum_count
     reset = vocabulary.refresh(feature.name, counts, feature.rows, decay=arguments.decay, minimum_count=least)
@@ -71,7 +73,7 @@ def refresh_feature(feature: Feature, vocabulary: Vocabulary, counts: dict[str, 
     return reset
 
 
-def move_checkpoint(settings: Any, spec: FeatureSpec, rows: dict[str, list[int]], source: Path, out: Path) -> Path:
+def move_checkpoint(settings: Run, spec: FeatureSpec, rows: dict[str, list[int]], source: Path, out: Path) -> Path:
     """The newest checkpoint of `source` with some rows of the tables, and what the optimizer knows of them, reset."""
     network = loss_network(settings, spec, len(labels_of(settings)))
     states = run_optimizer(network.trainable_params(), settings.train, is_sparse).states()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint
@@ -16,6 +16,9 @@ from recsys.data.encode import Columns
 from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.readers import reader
 from recsys.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 VOCABULARY = "vocabulary.json"
 
@@ -34,7 +37,7 @@ class Trained:
     """
 
     path: Path
-    settings: Any
+    settings: Run
     features: list[Feature]
     columns: Columns
     vocabulary: Vocabulary
@@ -42,13 +45,13 @@ class Trained:
     model: Any = None
     tables: Any = None
 
-    def reads_as(self, other: Trained) -> bool:
+    def encodes_as(self, other: Trained) -> bool:
         """Whether a request becomes the same numbers by both."""
-        def reading(one: Trained) -> tuple:
+        def encoding_version(one: Trained) -> tuple:
             known = one.vocabulary
             return one.features, one.columns, one.spec, known.values, known.boundaries, known.moments
 
-        return reading(self) == reading(other)
+        return encoding_version(self) == encoding_version(other)
 
 
 def settings_of(checkpoint: Path, config: str | None = None) -> Any:
@@ -57,8 +60,7 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     Raises:
         UserError: neither is there.
     """
-    from recsys.models import run_class
-    from recsys.settings import Run
+    from recsys.settings import Run, run_class
 
     if config is not None:
         return load_settings(Run.for_file(config, []), config, [])
@@ -69,7 +71,7 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     return run_class(kept["model"].get("name", "")).model_validate(current_keys(kept))
 
 
-def vocabulary_of(checkpoint: Path, settings: Any) -> Vocabulary:
+def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:
     """The vocabulary that stands beside a checkpoint or above it, or in the run's folder.
 
     Raises:
@@ -115,7 +117,7 @@ def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) ->
 
     trained = describe(checkpoint, config)
     if trained.settings.data.tables.place == "host":
-        from recsys.tables.run import load_hosted
+        from recsys.tables.loaded import load_hosted
 
         trained.model, hosted = load_hosted(trained.settings, trained.spec, len(trained.columns.labels), trained.path,
                                             rows)

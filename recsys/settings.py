@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
-from pydantic import Field, model_validator
+import pydantic
+from pydantic import ConfigDict, Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
@@ -17,6 +19,9 @@ from parallel.training.settings import (
     TrainSettings,
 )
 from recsys.data.features import Feature
+from recsys.data.streams.settings import StreamSettings
+from recsys.live.settings import PublishSettings
+from recsys.models import module_of
 from recsys.tables.settings import TableSettings
 
 
@@ -62,11 +67,14 @@ class DataSettings(Settings):
     """The click log and what its columns mean."""
 
     reader: str = "synthetic"
-    """Which file under recsys/readers/ reads the log."""
+    """Which file under recsys/data/readers/ reads the log."""
     path: str | None = None
-    """File, folder of shards or glob pattern; not for synthetic."""
+    """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
+    quoted: bool = True
+    """csv: whether a cell may stand in double quotes, which then may hold delimiters and line ends; false: a quote is
+    text like any other."""
     features: list[Feature] | None = None
     """Columns that the model reads; null = those the reader knows."""
     history: int = Field(0, ge=0, le=100_000)
@@ -83,6 +91,12 @@ class DataSettings(Settings):
     """vocabulary.json to read the values with (of another run, or of `refresh`); null = made from the training rows."""
     labels: list[str] | None = None
     """Label columns (0 or 1), one task each; null = the reader's."""
+    number_labels: list[str] = Field(default_factory=list)
+    """Labels that are numbers (of tasks of kind regression) instead of 0 or 1."""
+    missing_labels: bool = False
+    """Whether an empty label is allowed: the sample does not count for that task. Otherwise it is a bad row."""
+    label_weights: dict[str, str] = Field(default_factory=dict)
+    """By label the column of its samples' weights in the loss."""
     user: str | None = None
     """Column whose values group samples for GAUC and UAUC; null = the reader's."""
     time: str | None = None
@@ -100,6 +114,8 @@ class DataSettings(Settings):
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
     synthetic: SyntheticSettings = SyntheticSettings()
     """Sizes of the generated log."""
+    stream: StreamSettings = StreamSettings()
+    """redis_stream, kafka, tail: how events are read."""
     tables: TableSettings = TableSettings()
     """Where the embedding tables lie."""
 
@@ -111,6 +127,48 @@ class TaskSettings(Settings):
     """Name; tasks stand in the order of data.labels."""
     weight: float = Field(1.0, ge=0.0)
     """Factor of its loss."""
+    kind: Literal["binary", "regression"] = "binary"
+    """binary: a probability; regression: a number (watch time; see data.number_labels)."""
+    given: str | None = None
+    """binary: a task without which this one cannot happen (buying without a click): the head says how probable it is
+    given that one, and what is trained on all samples and served is the product (ESMM's CTCVR)."""
+    only_where: str | None = None
+    """A task in whose positive samples alone this one is trained and measured (conversion of those who clicked)."""
+    loss: Literal["squared", "huber"] = "squared"
+    """regression: half the squared error, or Huber's beyond an error of 1."""
+    transform: Literal["none", "log"] = "none"
+    """regression: log: the head learns log(1 + value); the score is the value again."""
+    pairwise: float = Field(0.0, ge=0.0)
+    """Factor of a further loss over pairs of one user's samples in a batch (RankNet); see data.together."""
+    listwise: float = Field(0.0, ge=0.0)
+    """Factor of a further loss over the list of one user's samples in a batch (ListNet)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskSettings:
+        where = f"model.tasks.{self.name}"
+        if self.kind == "regression" and (self.given or self.listwise):
+            raise UserError("given and listwise are for binary tasks", where=where)
+        if self.kind == "binary" and (self.loss != "squared" or self.transform != "none"):
+            raise UserError("loss and transform are for regression", where=where)
+        if self.given and (self.pairwise or self.listwise):
+            raise UserError("a product along `given` has no logit to compare samples by", where=where)
+        return self
+
+
+class HeadSettings(Settings):
+    """What lies between the shared representation and each task's head."""
+
+    kind: Literal["shared", "mmoe", "ple"] = "shared"
+    """shared: nothing; mmoe: shared experts, mixed by a gate for each task; ple: levels of shared and own experts."""
+    experts: int = Field(4, ge=1)
+    """mmoe: experts; ple: experts of each task and of the shared part on every level."""
+    hidden: int = Field(64, ge=1)
+    """Width of an expert."""
+    levels: int = Field(2, ge=1)
+    """ple: levels."""
+    calibration: bool = False
+    """A rising line for each task's logit, trained beside the network without moving it: predicted clicks come to
+    agree with observed ones, the order of candidates stays."""
 
 
 class RankerSettings(Settings):
@@ -120,10 +178,12 @@ class RankerSettings(Settings):
     """Width of the embeddings of features that name none."""
     embedding_std: float = Field(0.01, gt=0)
     """Sigma of the embeddings' start."""
-    tower: list[int] = Field(default_factory=list)
-    """Hidden widths of each task's tower; empty = one linear layer."""
+    head_hidden: list[int] = Field(default_factory=list)
+    """Hidden widths of each task's head; empty = one linear layer."""
+    head: HeadSettings = HeadSettings()
+    """What is shared and what is not between tasks."""
     tasks: list[TaskSettings] = Field(default_factory=list)
-    """Names and loss weights of the tasks; empty = as many as there are labels, all with weight 1."""
+    """Names, loss weights and kinds of the tasks; empty = as many as there are labels, all clicks with weight 1."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Rate on the features' concatenation (embedding dropout)."""
 
@@ -177,6 +237,9 @@ class RankerTrain(TrainSettings):
     """Steps between lines of the metrics log."""
     early_stop: EarlyStopSettings | None = None
     """Stop before `steps` when validation no longer improves; metrics: auc, gauc, uauc, logloss, validation_loss."""
+    start_from: str | None = None
+    """Checkpoint or run, perhaps of other features, from which a run without checkpoints of its own starts: parameters
+    by name, rows of tables by value, optimizer states anew; a table tells what was kept. Null = start values."""
     share_users: bool = False
     """With model.ug_sep: samples of a batch with equal user columns share one computation of the user side; the loss is
     the same. Pays with data.together."""
@@ -197,15 +260,40 @@ class Run(Settings):
     """How the model is cut over devices."""
     output: OutputSettings = OutputSettings()
     """Where results go."""
+    publish: PublishSettings = PublishSettings()
+    """Versions for servers that follow the run."""
 
     @classmethod
     def for_file(cls, path: str | None, overrides: list[str]) -> type[Run]:
         """This class with the `model` block of the model that the file (or an override) names."""
         from parallel.common.settings import apply_override, read_yaml_tree
-        from recsys.models import run_class
 
         tree = read_yaml_tree(path) if path is not None else {}
         for override in overrides:
             apply_override(tree, override)
         model = tree.get("model")
         return run_class(model.get("name", "rankmixer") if isinstance(model, dict) else "rankmixer")
+
+
+@cache
+def run_class(name: str) -> type[Run]:
+    """`Run` whose `model` block is that of the model `name`."""
+    settings = module_of(name).SETTINGS
+    field = pydantic.Field(default_factory=settings, description="The ranker's sizes and choices.")
+    return pydantic.create_model("Run", __base__=Run, __doc__=Run.__doc__, model=(settings, field))
+
+
+class StoredModel(RankerSettings):
+    """A model block with the keys of any model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Which ranker."""
+
+
+class StoredRun(Run):
+    """A run whose settings were checked before they were stored."""
+
+    model: StoredModel
+    """Sizes and choices of the ranker, unchecked."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 MAX_RUNS = 500
 
@@ -23,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder for sweep.json, sweep.png and the runs; points that are there are not run again")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Trains every point of the grid and every seed."""
     points = grid(arguments.grid)
     if arguments.seeds < 1 or len(points) * arguments.seeds > MAX_RUNS:
@@ -36,15 +41,19 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
              for seed in range(1, arguments.seeds + 1)]
     for point, seed, own in plans:
         if any(done["point"] == point and done["seed"] == seed for done in results):
-            note(f"{_name(point)} seed {seed}: done before")
+            info(f"{_name(point)} seed {seed}: done before")
             continue
         results.append({"point": point, "seed": seed, **_train(own)})
         write_json(out / "sweep.json", {**about, "points": results})
     rows = summary(points, results)
     table("Sweep", list(rows[0]), [row.values() for row in rows])
+    laws = scaling_laws(rows)
+    if laws:
+        table("logloss = factor * size ^ exponent", ["size", "exponent", "factor", "R^2"],
+              [[key, *(f"{value:.4g}" for value in law.values())] for key, law in laws.items()])
     draw(rows, out / "sweep.png", settings.model.name)
     best = max(rows, key=lambda row: row["auc"])
-    return {"points": len(rows), "best": best["point"], "best_auc": best["auc"], "table": rows,
+    return {"points": len(rows), "best": best["point"], "best_auc": best["auc"], "table": rows, "scaling": laws,
             "picture": str(out / "sweep.png")}
 
 
@@ -108,12 +117,12 @@ def _settings(arguments: argparse.Namespace, point: dict[str, str], seed: int, o
     return own
 
 
-def _train(settings: Any) -> dict:
+def _train(settings: Run) -> dict:
     from recsys.train import run as train
 
     figures = train(settings)
     from recsys.build import labels_of, loss_network, spec_of
-    from recsys.count import count
+    from recsys.layers.sizes import count
 
     counted = count(loss_network(settings, spec_of(settings), len(labels_of(settings))))
     return {**{key: figures[key] for key in ("auc", "gauc", "uauc", "logloss", "samples_per_second")}, **counted}
@@ -134,6 +143,28 @@ def summary(points: list[dict], results: list[dict]) -> list[dict]:
     return rows
 
 
+SIZES = ("dense_parameters", "flops_per_sample")
+
+
+def scaling_laws(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """For parameters and for FLOPs the power law logloss = factor * size^exponent that fits best: a straight line
+    through (log size, log loss) by least squares, with its R^2. Empty where there are fewer than three sizes.
+
+    The papers show such lines without saying how they were fitted; that no constant is taken off the loss is ours.
+    """
+    laws = {}
+    for key in SIZES:
+        if len({row[key] for row in rows}) < 3:
+            continue
+        x, y = (np.log([row[name] for row in rows]) for name in (key, "logloss"))
+        exponent, constant = np.polyfit(x, y, 1)
+        spread = ((y - y.mean())**2).sum()
+        left = ((y - constant - exponent * x)**2).sum()
+        laws[key] = {"exponent": float(exponent), "factor": float(np.exp(constant)),
+                     "r2": float(1.0 - left / spread) if spread > 0 else float("nan")}
+    return laws
+
+
 def draw(rows: list[dict], path: Path, title: str) -> None:
     """AUC against dense parameters and against FLOPs, one point a size, bars one standard deviation."""
     import matplotlib
@@ -142,7 +173,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, planes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for plane, key in zip(planes, ("dense_parameters", "flops_per_sample"), strict=True):
+    for plane, key in zip(planes, SIZES, strict=True):
         plane.errorbar([row[key] for row in rows], [row["auc"] for row in rows],
                        yerr=[row["auc_std"] for row in rows], fmt="o", capsize=3)
         for row in rows:

@@ -8,4 +8,4 @@ set -u
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 case " $* " in *" --help "* | *" -h "*) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;; esac
 prepare_environment evaluate || exit $?
-cd "$ROOT" && exec python -m pangu evaluate "$@"
+exec python -m pangu evaluate "$@"

@@ -5,4 +5,4 @@ set -u
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 case " $* " in *" --help "* | *" -h "*) sed -n '2,3s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;; esac
 prepare_environment || exit $?
-cd "$ROOT" && exec python -m parallel launch --nproc 1 "$@"
+exec python -m parallel launch --nproc 1 "$@"

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("parallel", "pangu", "recsys", "data_tools")
 ALLOWED = {"parallel": set(), "pangu": {"parallel"}, "recsys": {"parallel"}, "data_tools": {"parallel"}}
 LONGEST_FILE = 520
+MOST_MODULES = 16  # of a folder that is no registry
+REGISTRIES = {"pangu/tasks", "recsys/data/readers", "recsys/models", "data_tools/readers", "data_tools/rules"}
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -57,3 +59,92 @@ def test_top_level_is_what_the_user_fixed():
     top = {name.split("/")[0] for name in listed.split("\n") if name}
     assert top <= {"setup.py", *PACKAGES, "configs", "tests", "scripts", "README.md", "docs", ".ci", "pyproject.toml",
                    ".gitignore", "LICENSE"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports(name: str) -> set[str]:
+    """Modules of ours that a module imports anywhere: at the top, within functions, under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {item if item in MODULES else node.module for item in inner}
+    return (found & set(MODULES)) - {name}
+
+
+ARROWS = {name: imports(name) for name in MODULES}
+
+
+def reached(start: str, arrows: dict[str, set[str]]) -> set[str]:
+    """Everything that can be reached from `start` by one arrow or more."""
+    found: set[str] = set()
+    waiting = list(arrows[start])
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += arrows[name]
+    return found
+
+
+def test_no_circle_between_files():
+    assert not sorted(name for name in ARROWS if name in reached(name, ARROWS))
+
+
+def test_no_crowded_folder():
+    crowded = {}
+    for path in SOURCES:
+        folder = str(path.parent.relative_to(ROOT))
+        if path.name != "__init__.py" and folder not in REGISTRIES:
+            crowded.setdefault(folder, []).append(path.name)
+    assert not {folder: len(names) for folder, names in crowded.items() if len(names) > MOST_MODULES}
+
+
+# Rooms from the foundation up: a room imports those before it and itself. Arrows that point up have a reason.
+FLOORS = {
+    "parallel": ["common", "sharding", "kernels", "layers", "checkpoint", "training", "task", "planning", "proof"],
+    "data_tools": ["records", "readers", "rules", "documents", "engines", "parts", "dedup", "classifier", "steps",
+                   "synthetic", "settings", "pipeline"],
+}
+REASONS = {
+    ("planning", "proof"): "`plan` confirms its best layouts by compiling them",
+    ("checkpoint", "task"): "`reshard` builds the network whose parameters it shards",
+    ("training", "task"): "a verb of training builds the task that it trains",
+    ("layers", "checkpoint"): "quantized layers are read out of checkpoints",
+    ("classifier", "settings"): "a verb is given the settings of the whole pipeline",
+    ("classifier", "steps"): "a classifier is trained on the features of the filter that uses it",
+}
+
+
+def test_the_foundation_imports_nothing_of_ours():
+    for name in MODULES:
+        if name.startswith("parallel.common"):
+            assert all(other.startswith("parallel.common") for other in ARROWS[name]), name
+            assert "mindspore" not in {item.split(".")[0] for item in all_imports(name)}, name
+
+
+def all_imports(name: str) -> set[str]:
+    """Every module that a module imports, ours or not."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    return {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names} | {
+        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_arrows_point_down():
+    up = set()
+    for name, others in ARROWS.items():
+        for other in others:
+            package, own, *_ = f"{name}..".split(".")
+            its_package, theirs, *_ = f"{other}..".split(".")
+            floors = FLOORS.get(package, [])
+            if package == its_package and {own, theirs} <= set(floors) and floors.index(theirs) > floors.index(own):
+                up.add((own, theirs))
+    assert up == set(REASONS), "an arrow up needs a reason, and a reason an arrow"

@@ -10,36 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 
 from data_tools.classifier.hashed_ngrams import LinearClassifier, hashed_counts
-from data_tools.documents import ReadLog, ReadSettings, plan_splits, read_split
-from data_tools.engines.base import EngineSettings, open_engine
+from data_tools.classifier.settings import TrainClassifierSettings
+from data_tools.documents import plan_splits, read_split
+from data_tools.engines import open_engine
+from data_tools.engines.base import EngineSettings
 from data_tools.flags import need
+from data_tools.records import ReadLog, ReadSettings
+from data_tools.settings import DataSettings
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
-from parallel.common.progress import note, progress, table
-from parallel.common.settings import Settings
-
-
-class TrainClassifierSettings(Settings):
-    """Logistic regression on hashed character n-grams."""
-
-    buckets: int = pydantic.Field(1 << 18, ge=16, le=1 << 24)
-    """Number of hashed features."""
-    longest: int = pydantic.Field(2, ge=1, le=5)
-    """n-grams of 1 to this many characters."""
-    regularization: float = pydantic.Field(1e-4, ge=0)
-    """Weight of half the squared length of the weights, against the mean loss."""
-    iterations: int = pydantic.Field(200, ge=1)
-    """Most steps of L-BFGS."""
-    held_out: float = pydantic.Field(0.2, gt=0, lt=1)
-    """Share of the documents of either class kept for the report."""
-    balance: bool = True
-    """Give both classes the same total weight."""
-    seed: int = 1
-    """Decides which documents are held out."""
+from parallel.common.progress import info, progress, table
 
 
 @dataclass(frozen=True)
@@ -157,7 +140,7 @@ def judge(scores: np.ndarray, labels: np.ndarray) -> HeldOutReport:
     return HeldOutReport(recall, precision, ordered[last], average, auc, float(np.mean((scores >= 0.5) == labels)))
 
 
-def run_train_classifier(settings: Any, arguments: Any) -> dict[str, Any]:
+def run_train_classifier(settings: DataSettings, arguments: Any) -> dict[str, Any]:
     """`train-classifier`: the model file and, beside it, an HTML report with the precision-recall curve."""
     need(arguments, "positives", "negatives", "output")
     output = Path(arguments.output)
@@ -179,7 +162,7 @@ def run_train_classifier(settings: Any, arguments: Any) -> dict[str, Any]:
                "average_precision": round(report.average_precision, 6), "roc_auc": round(report.roc_auc, 6),
                "accuracy": round(report.accuracy, 6)}
     table("held-out documents", list(figures), [list(figures.values())])
-    note(f"classifier {output}, report {page}")
+    info(f"classifier {output}, report {page}")
     return {**figures, "model": str(output), "report": str(page), "engine": settings.engine.name}
 
 

@@ -94,7 +94,7 @@ class Bucketer:
                  limit: int) -> None:
         self.keys, self.digest_low, self.signatures = keys, digest_low, signatures
         self.floor, self.neighbours, self.limit = floor, neighbours, limit
-        self.cut_buckets = 0
+        self.split_buckets = 0
         self._pairs: list[np.ndarray] = []
 
     def pairs(self) -> np.ndarray:
@@ -129,7 +129,7 @@ class Bucketer:
 
     def _cut(self, members: np.ndarray, band: int) -> None:
         """A bucket above the limit: its members that share another band too, each such group a bucket of its own."""
-        self.cut_buckets += 1
+        self.split_buckets += 1
         for other in range(self.keys.shape[1]):
             if other == band:
                 continue

@@ -14,7 +14,7 @@ from data_tools.dedup.components import connected_components
 from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
-from data_tools.documents import Split
+from data_tools.records import Split
 from parallel.common.files import atomic_write
 
 if TYPE_CHECKING:
@@ -53,18 +53,18 @@ def find_duplicates(plan: DedupPlan, engine: Engine) -> dict[str, Any]:
     """Writes the decision files of all parts; returns counts (clusters, pairs, edges)."""
     documents = _load_documents(plan)
     nodes = _collapse_exact(documents)
-    pairs, cut_buckets = _candidate_pairs(plan, documents, nodes)
+    pairs, split_buckets = _candidate_pairs(plan, documents, nodes)
     shingles = _ShingleStore.write(plan, engine, documents, nodes, np.unique(pairs))
     similarity = _verify(plan, engine, shingles, pairs, plan.settings.threshold)
     edges = pairs[similarity >= plan.settings.threshold]
     labels = connected_components(len(nodes.best), edges)
-    keeper = _keepers(documents, nodes, labels)
-    to_keeper = _similarity_to_keeper(plan, engine, shingles, keeper)
-    _write_decisions(plan, documents, nodes, keeper, to_keeper)
+    representative = _representatives(documents, nodes, labels)
+    to_representative = _similarity_to_representative(plan, engine, shingles, representative)
+    _write_decisions(plan, documents, nodes, representative, to_representative)
     shingles.remove()
-    sizes = np.bincount(np.unique(keeper[nodes.of_document], return_inverse=True)[1])
+    sizes = np.bincount(np.unique(representative[nodes.of_document], return_inverse=True)[1])
     return {**cluster_figures(sizes), "candidate_pairs": len(pairs), "verified_pairs": len(edges),
-            "cut_buckets": cut_buckets}
+            "split_buckets": split_buckets}
 
 
 def cluster_figures(sizes: np.ndarray) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _candidate_pairs(plan: DedupPlan, documents: _Documents, nodes: _Nodes) -> t
     settings = plan.settings
     bucketer = Bucketer(keys, documents.node[best, 1], signatures, plan.estimate_floor(), settings.neighbours,
                         settings.bucket_limit)
-    return signed[bucketer.pairs()], bucketer.cut_buckets
+    return signed[bucketer.pairs()], bucketer.split_buckets
 
 
 @dataclass(frozen=True)
@@ -225,41 +225,42 @@ def _call(task: Any) -> Any:
     return task()
 
 
-def _keepers(documents: _Documents, nodes: _Nodes, labels: np.ndarray) -> np.ndarray:
+def _representatives(documents: _Documents, nodes: _Nodes, labels: np.ndarray) -> np.ndarray:
     """For each node the node of its component that is kept."""
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.concatenate([[True], np.diff(labels[order]) != 0]))
     ends = np.append(starts[1:], len(order))
-    keeper = np.arange(len(labels))
+    representative = np.arange(len(labels))
     for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
         members = order[start:end]
-        keeper[members] = min(members, key=lambda node: documents.keep_order(nodes.best[node]))
-    return keeper
+        representative[members] = min(members, key=lambda node: documents.keep_order(nodes.best[node]))
+    return representative
 
 
-def _similarity_to_keeper(plan: DedupPlan, engine: Engine, shingles: _ShingleStore, keeper: np.ndarray) -> np.ndarray:
+def _similarity_to_representative(plan: DedupPlan, engine: Engine, shingles: _ShingleStore,
+                                  representative: np.ndarray) -> np.ndarray:
     """Real Jaccard similarity of each node to the one kept for it: float64 [nodes]; 1 for those kept."""
-    similarity = np.ones(len(keeper))
-    removed = np.flatnonzero(keeper != np.arange(len(keeper)))
-    pairs = np.stack([keeper[removed], removed], axis=1)
+    similarity = np.ones(len(representative))
+    removed = np.flatnonzero(representative != np.arange(len(representative)))
+    pairs = np.stack([representative[removed], removed], axis=1)
     order = np.argsort(pairs[:, 0], kind="stable")
     similarity[removed[order]] = _verify(plan, engine, shingles, pairs[order], 0.0)
     return similarity
 
 
-def _write_decisions(plan: DedupPlan, documents: _Documents, nodes: _Nodes, keeper: np.ndarray,
-                     to_keeper: np.ndarray) -> None:
+def _write_decisions(plan: DedupPlan, documents: _Documents, nodes: _Nodes, representative: np.ndarray,
+                     to_representative: np.ndarray) -> None:
     part_starts = np.searchsorted(documents.part, [split.index for split in plan.splits])
     ends = np.append(part_starts[1:], len(documents.part))
     node = nodes.of_document
-    kept_document = nodes.best[keeper[node]]
+    kept_document = nodes.best[representative[node]]
     goes = kept_document != np.arange(len(node))
     for split, start, end in zip(plan.splits, part_starts, ends, strict=True):
         with atomic_write(plan.decision_path(split.index)) as file:
             for index in start + np.flatnonzero(goes[start:end]):
-                same = keeper[node[index]] == node[index]
+                same = representative[node[index]] == node[index]
                 decision = {"row": int(documents.row[index]), "kept_id": documents.ids[kept_document[index]],
-                            "similarity": float(to_keeper[node[index]]), "rule": decision_rule(same)}
+                            "similarity": float(to_representative[node[index]]), "rule": decision_rule(same)}
                 file.write(json.dumps(decision, ensure_ascii=False) + "\n")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pydantic
 
 from data_tools.dedup.signature import Bands, Signer, plan_bands
-from data_tools.documents import ReadSettings, Split
+from data_tools.records import ReadSettings, Split
 from parallel.common.settings import Settings
 
 

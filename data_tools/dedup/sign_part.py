@@ -11,7 +11,8 @@ import numpy as np
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.signature import band_keys, shingle_set, text_digest
-from data_tools.documents import Document, ReadLog, Split, read_split
+from data_tools.documents import read_split
+from data_tools.records import Document, ReadLog, Split
 from parallel.common.files import atomic_write
 
 _BATCH_CHARACTERS = 1 << 20

@@ -35,7 +35,7 @@ def find_duplicates(plan: DedupPlan, engine: SparkEngine, driver_edges: int = DR
     session = engine.session
     documents = session.read.parquet(*[f"file://{plan.signature_path(split.index)}" for split in plan.splits])
     nodes = _nodes(documents).persist(StorageLevel.MEMORY_AND_DISK)
-    pairs, cut_buckets = _candidate_pairs(plan, engine, nodes)
+    pairs, split_buckets = _candidate_pairs(plan, engine, nodes)
     pairs = pairs.persist(StorageLevel.MEMORY_AND_DISK)
     shingles = _shingles(plan, engine, nodes, pairs).persist(StorageLevel.DISK_ONLY)
     threshold = plan.settings.threshold
@@ -46,7 +46,7 @@ def find_duplicates(plan: DedupPlan, engine: SparkEngine, driver_edges: int = DR
     removed = _removed_nodes(engine, nodes, labels, shingles).persist(StorageLevel.MEMORY_AND_DISK)
     _write_decisions(plan, engine, documents, nodes, removed)
     figures = {**_cluster_figures(nodes, removed), "candidate_pairs": pairs.count(), "verified_pairs": edge_count,
-               "cut_buckets": cut_buckets}
+               "split_buckets": split_buckets}
     for frame in (nodes, pairs, shingles, edges, removed):
         frame.unpersist()
     return figures
@@ -70,20 +70,20 @@ def _candidate_pairs(plan: DedupPlan, engine: SparkEngine, nodes: Any) -> tuple[
     signed = nodes.where(-f.col("negative_size") >= plan.settings.ngram)
     keyed = signed.select("node", f.posexplode("bands").alias("band", "key"))
     counts = keyed.groupBy("band", "key").count().where("count > 1").persist()
-    cut_buckets = counts.where(f.col("count") > limit).count()
+    split_buckets = counts.where(f.col("count") > limit).count()
     members = keyed.join(counts, ["band", "key"])
     signatures = signed.select("node", "signature")
     small = members.where(f.col("count") <= limit).select(f.struct("band", "key").alias("bucket"), "node")
     buckets = _grouped(small.join(signatures, "node"))
-    if cut_buckets:
+    if split_buckets:
         large = members.where(f.col("count") > limit).select("band", "key", "node")
-        buckets = buckets.union(_cut_buckets(large, keyed, signatures, limit))
+        buckets = buckets.union(_split_buckets(large, keyed, signatures, limit))
     floor, neighbours = plan.estimate_floor(), plan.settings.neighbours
     pairs = buckets.flatMap(lambda bucket: _pairs_of_bucket(bucket[1], floor, neighbours))
-    return engine.session.createDataFrame(pairs, "u binary, v binary").distinct(), cut_buckets
+    return engine.session.createDataFrame(pairs, "u binary, v binary").distinct(), split_buckets
 
 
-def _cut_buckets(large: Any, keyed: Any, signatures: Any, limit: int) -> Any:
+def _split_buckets(large: Any, keyed: Any, signatures: Any, limit: int) -> Any:
     """Buckets above the limit: cut by the keys of the other bands, then by digest (see `candidates`)."""
     from pyspark.sql import functions as f
 
@@ -212,8 +212,8 @@ def _removed_nodes(engine: SparkEngine, nodes: Any, labels: Any, shingles: Any) 
     key = f.struct("source_rank", "negative_size", "id", "record", "part", "row", "node")
     members = labels.join(nodes, "node").select("node", "label", key.alias("key"))
     best = members.groupBy("label").agg(f.min("key").alias("best"))
-    keepers = best.select("label", f.col("best.node").alias("keeper"), f.col("best.id").alias("kept_id"))
-    removed = members.join(keepers, "label").where("node != keeper").select("node", "keeper", "kept_id")
+    representatives = best.select("label", f.col("best.node").alias("keeper"), f.col("best.id").alias("kept_id"))
+    removed = members.join(representatives, "label").where("node != keeper").select("node", "keeper", "kept_id")
     pairs = removed.select(f.col("keeper").alias("u"), f.col("node").alias("v"))
     similarity = _similarities(engine, shingles, pairs, 0.0).select(f.col("v").alias("node"), "similarity")
     return removed.join(similarity, "node")

@@ -9,12 +9,13 @@ from typing import Any
 
 from data_tools.dedup.plan import DedupPlan, DedupSettings
 from data_tools.dedup.sign_part import SignTask
-from data_tools.documents import Document, OutputFormat, ReadSettings, Split
+from data_tools.documents import OutputFormat
 from data_tools.engines.base import Engine
-from data_tools.parts import Drop, PartFigures, Places, Step, digest_of, run_step, split_identity
+from data_tools.parts import Drop, OutputLayout, PartFigures, Step, digest_of, run_step, split_identity
+from data_tools.records import Document, ReadSettings, Split
 from parallel.common.files import read_json, write_json
 from parallel.common.lines import json_lines
-from parallel.common.progress import note
+from parallel.common.progress import info
 
 
 class RemoveDuplicates(Step):
@@ -41,7 +42,18 @@ class RemoveDuplicates(Step):
         yield document
 
 
-def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], places: Places, work: str | Path,
+def _find_duplicates(plan: DedupPlan, engine: Engine) -> dict[str, Any]:
+    """Writes which rows of which parts are duplicates of what (`DedupPlan.decision_path`); returns its figures."""
+    if engine.name == "spark":
+        from data_tools.dedup import spark
+
+        return spark.find_duplicates(plan, engine)
+    from data_tools.dedup import local
+
+    return local.find_duplicates(plan, engine)
+
+
+def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], places: OutputLayout, work: str | Path,
               engine: Engine, format: OutputFormat) -> tuple[PartFigures, dict[str, Any]]:
     """Deduplicates all parts together; returns the figures of the step and of the clusters.
 
@@ -50,7 +62,7 @@ def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], 
     """
     if not splits:
         return PartFigures(), {"clusters": 0, "largest_cluster": 0, "cluster_sizes": {}, "candidate_pairs": 0,
-                               "verified_pairs": 0, "cut_buckets": 0}
+                               "verified_pairs": 0, "split_buckets": 0}
     plan = DedupPlan(settings, read, tuple(splits), str(work))
     clusters = decide(plan, engine)
     return run_step(RemoveDuplicates(plan), splits, places, engine, format, read), clusters
@@ -64,10 +76,10 @@ def decide(plan: DedupPlan, engine: Engine) -> dict[str, Any]:
     if marker.is_file():
         done = read_json(marker)
         if done["digest"] == digest and all(plan.decision_path(split.index).is_file() for split in plan.splits):
-            note("dedup: the duplicates were found already")
+            info("dedup: the duplicates were found already")
             return done["figures"]
     _sign(plan, engine)
-    figures = engine.find_duplicates(plan)
+    figures = _find_duplicates(plan, engine)
     write_json(marker, {"digest": digest, "figures": figures})
     shutil.rmtree(plan.signature_path(0).parent, ignore_errors=True)
     return figures

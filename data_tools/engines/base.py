@@ -1,15 +1,12 @@
-"""What carries parts to workers: processes of this machine, or Spark. Both run the same functions on the same parts."""
+"""The executor: what runs the same functions on the same parts by processes of this machine or by Spark."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from parallel.common.settings import Settings
-
-if TYPE_CHECKING:
-    from data_tools.dedup.plan import DedupPlan
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -31,17 +28,13 @@ class EngineSettings(Settings):
 
 
 class Engine(abc.ABC):
-    """Runs functions over parts and finds duplicates among their signatures."""
+    """Runs functions over parts."""
 
     name: str
 
     @abc.abstractmethod
     def map(self, function: Callable[[_Item], _Result], items: list[_Item], description: str) -> Iterator[_Result]:
         """Results of `function` for all items, in any order. A worker that dies is replaced and its item done again."""
-
-    @abc.abstractmethod
-    def find_duplicates(self, plan: DedupPlan) -> dict[str, Any]:
-        """Writes which rows of which parts are duplicates of what (`DedupPlan.decision_path`); returns its figures."""
 
     def __enter__(self) -> Engine:
         return self
@@ -51,14 +44,3 @@ class Engine(abc.ABC):
 
     def close(self) -> None:  # noqa: B027 - an engine that holds nothing has nothing to give back
         """Gives workers back."""
-
-
-def open_engine(settings: EngineSettings) -> Engine:
-    """The engine that the settings name; use it as a context."""
-    if settings.name == "spark":
-        from data_tools.engines.spark import SparkEngine
-
-        return SparkEngine(settings)
-    from data_tools.engines.local import LocalEngine
-
-    return LocalEngine(settings.workers)

@@ -1,4 +1,4 @@
-"""The engine without Spark: processes of this machine; duplicates found in NumPy arrays."""
+"""The engine without Spark: processes of this machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from data_tools.dedup.plan import DedupPlan
 from data_tools.engines.base import Engine
 from parallel.common.errors import UserError
-from parallel.common.progress import Bar, note
+from parallel.common.progress import Bar, info
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -62,11 +61,6 @@ class LocalEngine(Engine):
         for worker in self._started:
             worker.stop()
         self._started = []
-
-    def find_duplicates(self, plan: DedupPlan) -> dict[str, Any]:
-        from data_tools.dedup.local import find_duplicates
-
-        return find_duplicates(plan, self)
 
 
 class _Worker:
@@ -139,4 +133,4 @@ def _tell_death(description: str, number: int, deaths: int) -> None:
     if deaths >= _MAX_DEATHS:
         raise UserError(f"part {number} killed {deaths} workers", where=description,
                         hint="look for lack of memory; try fewer workers or a smaller read.split_bytes")
-    note(f"{description}: a worker died; part {number} is done again")
+    info(f"{description}: a worker died; part {number} is done again")

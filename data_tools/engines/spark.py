@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_tools.dedup.plan import DedupPlan
 from data_tools.engines.base import Engine, EngineSettings
 from data_tools.engines.java import find_java
 from parallel.common.errors import UserError
-from parallel.common.progress import Bar, note
+from parallel.common.progress import Bar, info
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -54,11 +53,6 @@ class SparkEngine(Engine):
             bar.advance(len(items))
         yield from results
 
-    def find_duplicates(self, plan: DedupPlan) -> dict[str, Any]:
-        from data_tools.dedup.spark import find_duplicates
-
-        return find_duplicates(plan, self)
-
     def close(self) -> None:
         if self._owned:
             self.session.stop()
@@ -74,7 +68,7 @@ def _start(settings: EngineSettings) -> Any:
     from pyspark.sql import SparkSession
 
     home, origin = find_java()
-    note(f"spark: {origin} ({home}), master {settings.master}")
+    info(f"spark: {origin} ({home}), master {settings.master}")
     os.environ["JAVA_HOME"] = home
     os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

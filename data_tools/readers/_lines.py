@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from data_tools import readers
+from data_tools.records import ReadLog, Split
 from parallel.common.files import open_binary
 
 if TYPE_CHECKING:
-    from data_tools.documents import ReadLog, Split
+    from data_tools.records import ReadLog, Split
 
 _CHUNK = 1 << 20
 

@@ -11,7 +11,7 @@ from data_tools.readers._lines import decode, read_lines
 from parallel.common.structured import BadText, parse_object
 
 if TYPE_CHECKING:
-    from data_tools.documents import Document, ReadLog, ReadSettings, Split
+    from data_tools.records import Document, ReadLog, ReadSettings, Split
 
 SUFFIXES = (".jsonl", ".json", ".ndjson")
 _ESCAPE_ROOM = 2  # a text may be longer as JSON than as UTF-8
@@ -28,7 +28,7 @@ def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
 
 def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Document]:
     """The documents of the lines that begin in the split."""
-    from data_tools.documents import build_document, default_source
+    from data_tools.readers._build import build_document, default_source
 
     source = default_source(split, settings)
     for offset, line in read_lines(split, _ESCAPE_ROOM * settings.maximum_document_bytes, log):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from parallel.common.structured import BadText, parse_object
 
 if TYPE_CHECKING:
-    from data_tools.documents import Document, ReadLog, ReadSettings, Split
+    from data_tools.records import Document, ReadLog, ReadSettings, Split
 
 SUFFIXES = (".parquet",)
 _BATCH_ROWS = 256
@@ -33,7 +33,7 @@ def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Documen
     """The documents of the row groups of the split."""
     from pyarrow import parquet
 
-    from data_tools.documents import build_document, default_source
+    from data_tools.readers._build import build_document, default_source
 
     if os.path.getsize(split.path) == 0:
         log.damaged("empty_file", split.path, "0 bytes")

@@ -12,7 +12,7 @@ from data_tools.readers._lines import decode, read_lines
 from parallel.common.files import open_binary
 
 if TYPE_CHECKING:
-    from data_tools.documents import Document, ReadLog, ReadSettings, Split
+    from data_tools.records import Document, ReadLog, ReadSettings, Split
 
 SUFFIXES = (".txt", ".text")
 
@@ -24,7 +24,7 @@ def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
 
 def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Document]:
     """The documents of the file, empty ones left out."""
-    from data_tools.documents import build_document, default_source
+    from data_tools.readers._build import build_document, default_source
 
     pieces = _whole(split, settings, log) if settings.text_unit == "file" else _pieces(split, settings, log)
     for offset, data in pieces:

@@ -15,7 +15,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import open_binary
 
 if TYPE_CHECKING:
-    from data_tools.documents import Document, ReadLog, ReadSettings, Split
+    from data_tools.records import Document, ReadLog, ReadSettings, Split
 
 SUFFIXES = (".warc", ".wet")
 _UNTYPED = "untyped"
@@ -29,7 +29,7 @@ def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
 
 def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Document]:
     """The documents of all HTML and text records."""
-    from data_tools.documents import build_document
+    from data_tools.readers._build import build_document
 
     if os.path.getsize(split.path) == 0:
         log.damaged("empty_file", split.path, "0 bytes")

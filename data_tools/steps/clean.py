@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from data_tools.documents import Document, Split
 from data_tools.parts import Drop, PartFigures, Step, digest_of
+from data_tools.records import Document, Split
 from data_tools.rules import Removal, discover
 from data_tools.rules._aho_corasick import read_word_list
 from parallel.common.settings import Settings

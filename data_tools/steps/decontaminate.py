@@ -16,14 +16,14 @@ import pydantic
 
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.signature import shingle_hashes
-from data_tools.documents import Document, Split
 from data_tools.parts import Drop, PartFigures, Step
 from data_tools.readers._lines import decode
+from data_tools.records import Document, Split
 from data_tools.steps.filter import file_digest
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, open_binary
 from parallel.common.lines import split_lines
-from parallel.common.progress import note, progress
+from parallel.common.progress import info, progress
 from parallel.common.settings import Settings
 from parallel.common.structured import BadText, parse_json
 
@@ -58,7 +58,7 @@ def build_index(settings: DecontaminateSettings, path: Path) -> int:
                         value=settings.ngram, hint="lower decontaminate.ngram")
     with atomic_write(path, "wb") as out:
         np.save(out, found[0])
-    note(f"decontaminate: {len(found[0]):,} n-grams of {settings.ngram} characters")
+    info(f"decontaminate: {len(found[0]):,} n-grams of {settings.ngram} characters")
     return len(found[0])
 
 
@@ -81,7 +81,7 @@ def _known(path: Path) -> bool:
 
 def evaluation_texts(path: Path) -> Iterator[str]:
     """Every text in a file: all strings of its JSON (one value, or one a line), else its lines."""
-    from data_tools.documents import ReadLog
+    from data_tools.records import ReadLog
 
     with open_binary(path) as file:
         data = file.read(_MAX_FILE_BYTES + 1)
@@ -137,7 +137,7 @@ class DecontaminateStep(Step):
 
 
 def _shared(hashes: np.ndarray, path: str, changed: int) -> np.ndarray:
-    """Places of the n-grams that stand in the index."""
+    """Positions of the n-grams that stand in the index."""
     index, bits = _index(path, changed)
     likely = np.flatnonzero(bits[hashes >> np.uint64(64 - _FILTER_BITS)])
     places = np.minimum(np.searchsorted(index, hashes[likely]), len(index) - 1)

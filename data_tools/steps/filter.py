@@ -12,8 +12,8 @@ from typing import Any, Literal
 import pydantic
 
 from data_tools.classifier.hashed_ngrams import LinearClassifier
-from data_tools.documents import Document, Split
 from data_tools.parts import Drop, PartFigures, Step, digest_of
+from data_tools.records import Document, Split
 from data_tools.rules._aho_corasick import KeywordFinder, read_word_list
 from parallel.common.settings import Settings
 

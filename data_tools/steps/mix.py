@@ -17,14 +17,15 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from data_tools.documents import Document, OutputFormat, ReadLog, ReadSettings, RecordWriter, Split, read_split
+from data_tools.documents import OutputFormat, RecordWriter, read_split
 from data_tools.engines.base import Engine
-from data_tools.parts import PartFigures, Places, clear_stale, digest_of, histogram_bin, split_identity
+from data_tools.parts import OutputLayout, PartFigures, clear_stale, digest_of, histogram_bin, split_identity
+from data_tools.records import Document, ReadLog, ReadSettings, Split
 from data_tools.steps.filter import uniform
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
 from parallel.common.json_text import dump_json
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.common.settings import Settings
 from parallel.common.structured import parse_object
 
@@ -174,7 +175,7 @@ class _SortTask:
     plan: MixPlan
     shard: int
     parts: tuple[int, ...]
-    places: Places
+    places: OutputLayout
     format: OutputFormat
 
     def __call__(self) -> PartFigures:
@@ -199,7 +200,7 @@ class _SortTask:
         return figures
 
 
-def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], places: Places, work: str | Path,
+def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], places: OutputLayout, work: str | Path,
             engine: Engine, format: OutputFormat) -> tuple[PartFigures, dict[str, Any]]:
     """Counts, draws, shuffles; returns the figures and, for each category, epochs, characters and share.
 
@@ -234,14 +235,14 @@ def _count(settings: MixSettings, read: ReadSettings, splits: list[Split], engin
     return totals
 
 
-def _draw_and_sort(plan: MixPlan, splits: list[Split], places: Places, engine: Engine, format: OutputFormat,
+def _draw_and_sort(plan: MixPlan, splits: list[Split], places: OutputLayout, engine: Engine, format: OutputFormat,
                    digest: str) -> PartFigures:
     marker = Path(places.state) / "done.json"
     outputs = [Path(places.documents) / f"part-{shard:05d}.{format}" for shard in range(plan.shards)]
     if marker.is_file() and all(path.is_file() for path in outputs):
         done = read_json(marker)
         if done.get("digest") == digest:
-            note("mix: the mixture was made already")
+            info("mix: the mixture was made already")
             return PartFigures.from_json(done["figures"])
     list(engine.map(_call, [_DrawTask(plan, split) for split in splits], "mix: drawing"))
     parts, total = tuple(split.index for split in splits), PartFigures()

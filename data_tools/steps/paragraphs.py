@@ -18,9 +18,10 @@ import pydantic
 
 from data_tools.dedup.normalise import normalise
 from data_tools.dedup.sign_part import record_digest
-from data_tools.documents import Document, OutputFormat, ReadLog, ReadSettings, Split, read_split
+from data_tools.documents import OutputFormat, read_split
 from data_tools.engines.base import Engine
-from data_tools.parts import Drop, PartFigures, Places, Step, digest_of, run_step, split_identity
+from data_tools.parts import Drop, OutputLayout, PartFigures, Step, digest_of, run_step, split_identity
+from data_tools.records import Document, ReadLog, ReadSettings, Split
 from parallel.common.files import atomic_write
 from parallel.common.settings import Settings
 
@@ -145,7 +146,7 @@ class ParagraphStep(Step):
         yield document
 
 
-def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list[Split], places: Places,
+def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list[Split], places: OutputLayout,
                    work: str | Path, engine: Engine, format: OutputFormat) -> PartFigures:
     """The three passes."""
     digest = digest_of([settings.model_dump(mode="json"), [split_identity(split) for split in splits]])

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,10 @@ from parallel.checkpoint.sharded import Slices
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, write_json
 from parallel.common.folders import sweep, temporary_name
-from parallel.common.progress import Bar, note, table
+from parallel.common.progress import Bar, info, table
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 SLICED = "mindspore-512"
 LAYOUTS = ("pangu", SLICED, "mindspore", "mindformers", "huggingface", "megatron")
@@ -67,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-unmapped", action="store_true", help="go on when the source has keys that the model does not know")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `convert`: returns `parameters` (numbers), `mapped` and `unmapped` (tensors), `seconds`, `peak_rss_gb`.
 
     Raises:
@@ -277,7 +280,7 @@ class Mapping:
             row[-1] += 1
         table("Mapped", ["ours", "source", "our shape", "", "tensors"], rows.values())
         for line in self.notes:
-            note(line)
+            info(line)
 
 
 # ---- writing

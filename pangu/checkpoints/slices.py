@@ -129,18 +129,18 @@ class SlicedCheckpoint:
         layout, shape = self.layouts[name], self.shapes[name]
         full, covered, seen = None, 0, set()
         for rank, file in enumerate(self.files):
-            box = layout.box(rank, shape)
-            if box in seen:
+            extent = layout.extent(rank, shape)
+            if extent in seen:
                 continue
             part = file.read(name)
-            if part.shape != tuple(stop - start for start, stop in box):
+            if part.shape != tuple(stop - start for start, stop in extent):
                 raise UserError(f"'{name}' has shape {list(part.shape)}, the strategy says "
-                                f"{[stop - start for start, stop in box]}", where=file.path,
+                                f"{[stop - start for start, stop in extent]}", where=file.path,
                                 hint="give the config of this model's size")
             if full is None:
                 full = np.empty(shape, part.dtype)
-            full[tuple(slice(*span) for span in box)] = part
-            seen.add(box)
+            full[tuple(slice(*span) for span in extent)] = part
+            seen.add(extent)
             covered += part.size
         if full is None or covered != full.size:
             raise UserError(f"the slices do not cover '{name}'", where=self.folder)
@@ -177,6 +177,6 @@ def _slice(layouts: dict[str, SliceLayout], rank: int, name: str, dtype: str, sh
            read: Callable[[], np.ndarray]) -> tuple[str, str, tuple[int, ...], Callable[[], np.ndarray]]:
     if name not in layouts:
         raise UserError(f"the strategy lacks {name}", where="--strategy")
-    box = layouts[name].box(rank, shape)
-    where = tuple(slice(*span) for span in box)
-    return name, dtype, tuple(stop - start for start, stop in box), lambda: read()[where]
+    extent = layouts[name].extent(rank, shape)
+    where = tuple(slice(*span) for span in extent)
+    return name, dtype, tuple(stop - start for start, stop in extent), lambda: read()[where]

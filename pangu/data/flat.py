@@ -10,7 +10,6 @@ both little-endian without a header; index.json holds their sizes, types and SHA
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -20,13 +19,14 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from parallel.common.digests import BlockSums, CheckedRows
 from parallel.common.errors import UserError
-from parallel.common.files import explain_os_error, inside, write_json
+from parallel.common.files import inside
 from parallel.common.settings import Settings
 
 _CHECKED_BYTES = 64 << 20
 _BLOCK_BYTES = 4 << 20
-_ROWS = 256
+ROWS = 256
 REPAIR = "make the records anew with `python -m pangu pack`, or the flat files with `python -m pangu flatten`"
 
 
@@ -45,6 +45,8 @@ class FlatFile(Settings):
     """Document ends in it."""
     ends_sha256: str
     """Of the file of document ends."""
+    blocks: list[int] | None = None
+    """CRC-32 of every MiB of the file of ids, for files too large to be read at once; null = written without."""
 
 
 class FlatWriter:
@@ -62,7 +64,7 @@ class FlatWriter:
         self.dtype = "uint16" if vocabulary_size <= 1 << 16 else "int32"
         self.written = self.documents = 0
         self.files: dict[str, IO[bytes]] = {}
-        self.digests = {"ids": hashlib.sha256(), "ends": hashlib.sha256()}
+        self.digests, self.blocks = {"ids": hashlib.sha256(), "ends": hashlib.sha256()}, BlockSums()
 
     def add(self, ids_NR: np.ndarray) -> None:
         """Appends records [N, record_length]."""
@@ -78,6 +80,8 @@ class FlatWriter:
         data = array.tobytes()
         self.files[kind].write(data)
         self.digests[kind].update(data)
+        if kind == "ids":
+            self.blocks.add(data)
 
     def finish(self) -> dict[str, Any]:
         """Closes the files; their entry in the index (`FlatFile`)."""
@@ -87,7 +91,8 @@ class FlatWriter:
             file.close()
         return {"ids": self.path.with_suffix(".ids").name, "dtype": self.dtype,
                 "sha256": self.digests["ids"].hexdigest(), "ends": self.path.with_suffix(".ends").name,
-                "documents": self.documents, "ends_sha256": self.digests["ends"].hexdigest()}
+                "documents": self.documents, "ends_sha256": self.digests["ends"].hexdigest(),
+                "blocks": self.blocks.sums()}
 
 
 class FlatRecords:
@@ -99,18 +104,21 @@ class FlatRecords:
         record_length: ids of a record.
 
     Raises:
-        UserError: a file is missing, cut off or (up to 64 MB, which is read at once) changed.
+        UserError: a file is missing, cut off or changed (up to 64 MB are read at once, of larger files the blocks that
+            are read).
     """
 
     def __init__(self, directory: str | Path, files: Sequence[Any], record_length: int) -> None:
         self.directory, self.record_length = Path(directory), record_length
-        self.parts: list[np.ndarray] = []
+        self.parts: list[np.ndarray | CheckedRows] = []
         self.files = list(files)
         for entry in files:
             path, shape = inside(self.directory, entry.flat.ids), (entry.records, record_length)
             dtype = np.dtype(entry.flat.dtype).newbyteorder("<")
             self._check(path, entry.records * record_length * dtype.itemsize, entry.flat.sha256)
-            self.parts.append(np.memmap(path, dtype, "r", shape=shape))
+            mapped = np.memmap(path, dtype, "r", shape=shape)
+            self.parts.append(CheckedRows(mapped, entry.flat.blocks, path, REPAIR) if mapped.nbytes > _CHECKED_BYTES
+                              else mapped)
         self.starts = np.cumsum([0, *(entry.records for entry in files)])
 
     def __len__(self) -> int:
@@ -131,7 +139,7 @@ class FlatRecords:
         return found
 
     def document_ends(self) -> np.ndarray:
-        """Places of the document ends among all ids of the split, int64 ascending.
+        """Positions of the document ends among all ids of the split, int64 ascending.
 
         Raises:
             UserError: a file is missing, cut off or changed.
@@ -161,39 +169,3 @@ def file_digest(path: Path) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def flatten(directory: str | Path) -> dict[str, Any]:
-    """Writes the flat form of every file of records of a folder, and an index that names them.
-
-    Returns:
-        figures: directory, records, documents (their ends), bytes.
-    Raises:
-        UserError: no records, damaged ones, no space on the disk.
-    """
-    from pangu.data.mind_records import MindRecords
-    from pangu.data.packing import INDEX_FILE, SPLITS, read_index
-
-    directory, index = Path(directory), read_index(directory)
-    figures = {"directory": str(directory), "records": 0, "documents": 0, "bytes": 0}
-    try:
-        for split in SPLITS:
-            for entry in getattr(index, split).files:
-                writer = FlatWriter(directory / entry.file, index.sequence_length + 1, index.vocabulary_size,
-                                    index.eot_id)
-                records = MindRecords(directory, [entry], index.sequence_length + 1)
-                for ids_NR in records.read(np.arange(len(records)), _ROWS):
-                    writer.add(ids_NR)
-                entry.flat = FlatFile(**writer.finish())
-                figures["records"] += entry.records
-                figures["documents"] += entry.flat.documents
-                figures["bytes"] += (directory / entry.flat.ids).stat().st_size
-        write_json(directory / INDEX_FILE, index.model_dump())
-    except OSError as error:
-        raise explain_os_error(error, directory) from error
-    return figures
-
-
-def run(settings: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Verb `flatten`: adds flat files to packed records that have none."""
-    return flatten(settings.data.directory)

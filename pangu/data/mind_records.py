@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from parallel.common.digests import check_file
 from parallel.common.errors import UserError
 from parallel.common.files import inside
+from parallel.common.settings import Settings
 
 COLUMN = "input_ids"
+HEADER_BYTES = 1 << 20
 REPAIR = "make the records anew with `python -m pangu pack`"
+
+
+class RecordChecks(Settings):
+    """Checksums of a MindRecord file, in the index."""
+
+    records: str
+    """Name of the file with the CRC-32 of every record, uint32 little-endian."""
+    records_crc32: int
+    """Of that file."""
+    db_crc32: int
+    """Of the `.db` file beside the records."""
+    header_crc32: int
+    """Of the file's header, its first MiB."""
 
 
 class MindRecords:
@@ -38,6 +55,7 @@ class MindRecords:
                             hint="write flat files with `python -m pangu flatten` where MindSpore is installed") \
                 from None
         found = self._guarded(lambda: self._reader([0]) and self._size())
+        self._sums = self._record_sums(files)
         if found != self._records:
             raise UserError(f"files are damaged: the index speaks of {self._records} records", where=self.directory,
                             value=found, hint=REPAIR)
@@ -57,8 +75,10 @@ class MindRecords:
         iterator = self._guarded(lambda: self._reader(numbers.tolist()).batch(rows).create_tuple_iterator(
             num_epochs=1, output_numpy=True))
         try:
-            for _ in range(-(-numbers.size // rows)):
-                yield self._guarded(lambda: next(iterator))[0]
+            for first in range(0, numbers.size, rows):
+                ids = self._guarded(lambda: next(iterator))[0]
+                self._compare(ids, numbers[first:first + rows])
+                yield ids
         except StopIteration:
             raise UserError("files are damaged: records are missing", where=self.directory, hint=REPAIR) from None
         finally:
@@ -71,7 +91,33 @@ class MindRecords:
         if path.stat().st_size != entry.bytes:
             raise UserError(f"file is damaged: {entry.bytes} bytes were written", where=path,
                             value=path.stat().st_size, hint=REPAIR)
+        if entry.checks is not None:
+            # Before MindSpore opens them: a changed byte in the index of a file (SQLite) or its header can crash it.
+            check_file(f"{path}.db", entry.checks.db_crc32, hint=REPAIR)
+            check_file(path, entry.checks.header_crc32, hint=REPAIR, nbytes=HEADER_BYTES)
         return path
+
+    def _record_sums(self, files: Sequence[Any]) -> np.ndarray | None:
+        """CRC-32 of every record, as they were written; None where a file was written without."""
+        found = []
+        for entry in files:
+            if entry.checks is None:
+                return None
+            path = inside(self.directory, entry.checks.records)
+            if not path.is_file():
+                raise UserError("a file of packed records is missing", where=path, hint=REPAIR)
+            check_file(path, entry.checks.records_crc32, hint=REPAIR)
+            found.append(np.fromfile(path, "<u4"))
+        return np.concatenate(found) if found else None
+
+    def _compare(self, ids: np.ndarray, numbers: np.ndarray) -> None:
+        if self._sums is None:
+            return
+        wrong = [number for row, number in zip(ids, numbers, strict=False)
+                 if zlib.crc32(np.ascontiguousarray(row, "<i4")) != self._sums[number]]
+        if wrong:
+            raise UserError("files are damaged: a record has changed since it was written", where=self.directory,
+                            value=int(wrong[0]), hint=REPAIR)
 
     def _reader(self, numbers: list[int]) -> Any:
         import mindspore.dataset as ds

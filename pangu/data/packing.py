@@ -13,14 +13,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from pangu.data import corpus
-from pangu.data.flat import FlatFile, FlatWriter
-from pangu.data.mind_records import COLUMN
+from pangu.data.flat import FlatFile
+from pangu.data.mind_records import RecordChecks
+from pangu.data.packing_shards import PackTokenizer, Shard, WriterPool
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error, read_json, write_json
 from parallel.common.folders import put_in_place, sweep, temporary_name
@@ -32,22 +32,7 @@ INDEX_FORMAT, INDEX_VERSION = "pangu packed records", 1
 SPLITS = ("train", "validation")
 
 _BLOCK_CHARACTERS = 64 << 10  # texts travel to the writers in blocks of about this size
-_RECORDS_PER_WRITE = 256
-_HEADER_BYTES, _PAGE_BYTES = 1 << 20, 4 << 20  # MindRecord's defaults, 16 and 32 MB, are far above a small corpus
 _COMPRESSION = 4  # a guess of how much larger a compressed corpus is when read; only chooses the number of shards
-
-
-class PackTokenizer(Protocol):
-    """What packing asks of a tokenizer."""
-
-    eot_id: int
-    pad_id: int
-    vocabulary_size: int
-    fingerprint: str
-    """SHA-256 of the model file: what the ids depend on."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
 
 
 class PackOptions(Settings):
@@ -101,6 +86,8 @@ class PackedFile(Settings):
     """Size of the file, to notice a copy that was cut off."""
     flat: FlatFile | None = None
     """The same records as flat files, if there are any."""
+    checks: RecordChecks | None = None
+    """Checksums; null = written without."""
 
 
 class PackedSplit(Settings):
@@ -269,7 +256,7 @@ def _deal(texts: Iterable[str], shards: int, validation_fraction: float) -> Iter
 
 def _plan(folder: Path, shards: int, settings: PackOptions, sequence_length: int,
           tokenizer: PackTokenizer) -> list[dict]:
-    """Arguments of every `_Shard`: the training shards, then the one for validation."""
+    """Arguments of every `Shard`: the training shards, then the one for validation."""
     names = [("train", f"train-{number:05d}-of-{shards:05d}") for number in range(shards)]
     names.append(("validation", "validation-00000-of-00001"))
     return [{"split": split, "path": str(folder / f"{name}.mindrecord"), "record_length": sequence_length + 1,
@@ -308,83 +295,6 @@ def _refuse_occupied(output: Path, overwrite: bool) -> None:
 
 # ---------------------------------------------------------------- one shard
 
-class _Shard:
-    """One MindRecord file: documents in, records out. Args as `_plan` gives them."""
-
-    def __init__(self, encode: Callable[[str], list[int]], *, split: str, path: str, record_length: int, eot_id: int,
-                 pad_id: int, pad: bool, vocabulary_size: int, flat: bool = True) -> None:
-        self.encode, self.split, self.path, self.record_length = encode, split, path, record_length
-        self.eot_id, self.pad_id, self.pad, self.vocabulary_size = eot_id, pad_id, pad, vocabulary_size
-        self.documents = self.tokens = self.records = 0
-        self._rest: list[int] = []
-        self._writer: Any = None
-        self._flat = FlatWriter(path, record_length, vocabulary_size, eot_id) if flat else None
-
-    def add(self, texts: list[str]) -> None:
-        """Appends documents, each followed by the end-of-document id, and writes the records that they fill."""
-        for text in texts:
-            ids = self.encode(text)
-            self._rest += ids
-            self._rest.append(self.eot_id)
-            self.documents += 1
-            self.tokens += len(ids) + 1
-            if len(self._rest) >= self.record_length * _RECORDS_PER_WRITE:
-                self._write_full_records()
-        self._write_full_records()
-
-    def finish(self) -> dict:
-        """Writes what is left, closes the file and returns its entry in the index."""
-        if self._rest and self.pad:
-            self._rest += [self.pad_id] * (self.record_length - len(self._rest))
-            self._write_full_records()
-        if self._writer is not None:
-            self._call(self._writer.commit)
-            for file in (self.path, self.path + ".db"):
-                os.chmod(file, 0o644)  # MindRecord's own 0600 shuts out other users of a cluster
-        size = os.path.getsize(self.path) if self.records else 0
-        flat = self._flat.finish() if self._flat is not None and self.records else None
-        return {"split": self.split, "file": os.path.basename(self.path), "documents": self.documents,
-                "tokens": self.tokens, "records": self.records, "bytes": size, "flat": flat}
-
-    def _write_full_records(self) -> None:
-        count = len(self._rest) // self.record_length
-        if count == 0:
-            return
-        ids = np.asarray(self._rest[: count * self.record_length], np.int32).reshape(count, self.record_length)
-        del self._rest[: count * self.record_length]
-        if ids.min() < 0 or ids.max() >= self.vocabulary_size:
-            raise UserError("the tokenizer gave an id outside its vocabulary", where="tokenizer", value=int(ids.max()),
-                            hint=f"ids lie below {self.vocabulary_size}")
-        if self._writer is None:
-            self._writer = self._open()
-        for start in range(0, count, _RECORDS_PER_WRITE):
-            batch = [{COLUMN: row} for row in ids[start : start + _RECORDS_PER_WRITE]]
-            self._call(self._writer.write_raw_data, batch)
-        if self._flat is not None:
-            self._flat.add(ids)
-        self.records += count
-
-    def _open(self) -> Any:
-        from mindspore.mindrecord import FileWriter
-
-        writer = FileWriter(self.path, shard_num=1)
-        writer.set_header_size(_HEADER_BYTES)
-        # A page must hold at least one record.
-        writer.set_page_size(max(_PAGE_BYTES, 1 << (8 * self.record_length).bit_length()))
-        writer.add_schema({COLUMN: {"type": "int32", "shape": [-1]}}, "packed documents")
-        return writer
-
-    def _call(self, function: Callable, *arguments: Any) -> None:
-        """Calls the MindRecord writer, whose errors are all RuntimeError, and tells a full disk from the rest."""
-        try:
-            function(*arguments)
-        except RuntimeError as error:
-            free = shutil.disk_usage(os.path.dirname(self.path)).free
-            if "free disk" not in str(error) and free > _PAGE_BYTES:
-                raise
-            raise UserError("no space left on the disk; nothing was written", where=os.path.dirname(self.path),
-                            value=f"{free} bytes free", hint="free some space") from None
-
 
 # ---------------------------------------------------------------- processes
 
@@ -392,12 +302,10 @@ def _write_all(plans: list[dict], blocks: Iterator[tuple[int, list[str]]], worke
                tokenizer_factory: Callable[[], PackTokenizer], tokenizer: PackTokenizer) -> list[dict]:
     """Sends every block to its shard and returns the index entries in the order of `plans`."""
     if workers <= 1:
-        shards = [_Shard(tokenizer.encode, **plan) for plan in plans]
+        shards = [Shard(tokenizer.encode, **plan) for plan in plans]
         for number, block in blocks:
             shards[number].add(block)
         return [shard.finish() for shard in shards]
-    from pangu.data.packing_shards import WriterPool
-
     with WriterPool(plans, workers, tokenizer_factory) as pool:
         for number, block in blocks:
             pool.send(number, block)

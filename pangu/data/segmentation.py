@@ -27,7 +27,7 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import cache_folder
-from parallel.common.progress import note
+from parallel.common.progress import info
 
 SPACE_MARK = "\u2582"
 NEWLINE_MARK = "\u2583"
@@ -242,4 +242,4 @@ _said: set[str] = set()
 def _say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
-        note(text)
+        info(text)

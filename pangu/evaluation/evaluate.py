@@ -6,11 +6,10 @@ import argparse
 import hashlib
 import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +18,10 @@ from pangu.evaluation.metrics import assign, begins_with, bootstrap, exact_match
 from pangu.evaluation.task import Source, TaskSettings, load_task, task_names
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, write_json
-from parallel.common.progress import Bar, note, table
+from parallel.common.progress import Bar, info, table
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 _SECONDS_TO_MEET = 300
 _COLUMNS = {"cpm_2_6b": "CPM 2.6B", "pangu_2_6b": "PanGu-α 2.6B", "pangu_13b": "PanGu-α 13B"}
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
+    add("--int8", action="store_true", help="quantize a float checkpoint's weights while loading")
     add("--tasks", metavar="NAMES", help=f"tasks, parted by commas, or 'all' of which data are found: "
         f"{', '.join(task_names())}")
     add("--data", metavar="DIR", default="data/evaluation", help="folder with a folder for each data set, as published "
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-sharing", action="store_true", help="compute common beginnings anew for every request")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: returns `results` by task or skill and `instances_per_second`.
 
     Raises:
@@ -81,20 +84,18 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("only tasks have a log of samples", where="--log-samples", hint="give --tasks")
 
 
-def _launch(settings: Any, arguments: argparse.Namespace) -> dict:
+def _launch(settings: Run, arguments: argparse.Namespace) -> dict:
     """The same command as --nproc processes of msrun on this machine; rank 0's figures."""
-    from parallel.training.launch import Launcher, Plan
+    from parallel.launch.launcher import MsrunLauncher
+    from parallel.launch.plan import Plan, free_port
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = ["-m", "pangu", "evaluate"]
     for name, value in vars(arguments).items():
         if name not in ("verb", "overrides", "print_config", "print_reference") and value not in (None, False):
             command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     logs = Path(arguments.output or Path(settings.output.directory) / "evaluation") / "logs"
-    plan = Plan(1, 0, "127.0.0.1", port, arguments.nproc, _SECONDS_TO_MEET)
-    return Launcher(plan, [*command, *arguments.overrides], logs).run()
+    plan = Plan(1, 0, "127.0.0.1", free_port(), arguments.nproc, _SECONDS_TO_MEET)
+    return MsrunLauncher(plan, [*command, *arguments.overrides], logs).run()
 
 
 def _sources(arguments: argparse.Namespace) -> list[Source]:
@@ -107,13 +108,13 @@ def _sources(arguments: argparse.Namespace) -> list[Source]:
         try:
             sources.append(Source(load_task(name), arguments.data))
         except UserError as error:
-            note(str(error))
+            info(str(error))
     if not sources:
         raise UserError("no data of any task", where="--data", value=arguments.data)
     return sources
 
 
-def _answer_questions(settings: Any, arguments: argparse.Namespace, results: dict[str, dict]) -> dict:
+def _answer_questions(settings: Run, arguments: argparse.Namespace, results: dict[str, dict]) -> dict:
     from pangu.evaluation import questions
 
     began = time.perf_counter()
@@ -131,7 +132,7 @@ class Evaluation:
         arguments: the verb's flags.
     """
 
-    def __init__(self, settings: Any, arguments: argparse.Namespace) -> None:
+    def __init__(self, settings: Run, arguments: argparse.Namespace) -> None:
         from parallel.training.device import start_device
 
         self.arguments, self.settings = arguments, settings
@@ -143,7 +144,8 @@ class Evaluation:
     def _load(self) -> Any:
         from pangu.data.tokenizer import Tokenizer
         from pangu.evaluation.language_model import LanguageModel, RequestCache
-        from pangu.generation.generate import check_vocabulary, load_model
+        from pangu.generation.backend import load_model
+        from pangu.generation.generate import check_vocabulary
         from parallel.checkpoint.folder import resolve_checkpoint
 
         arguments, settings = self.arguments, self.settings
@@ -151,10 +153,10 @@ class Evaluation:
         tokenizer = Tokenizer(settings.data.tokenizer)
         check_vocabulary(tokenizer, settings.model.vocabulary_size)
         cache = RequestCache(None if arguments.no_cache else self.output / "requests",
-                             model_fingerprint(self.checkpoint, settings), self.processes.rank)
+                             model_fingerprint(self.checkpoint, settings, arguments.int8), self.processes.rank)
         batch = None if arguments.batch == "auto" else int(arguments.batch)
-        return LanguageModel(load_model(settings, str(self.checkpoint)), tokenizer, batch, not arguments.no_sharing,
-                             cache)
+        return LanguageModel(load_model(settings, self.checkpoint, arguments.int8), tokenizer, batch,
+                             not arguments.no_sharing, cache)
 
     def run(self, sources: list[Source], results: dict[str, dict]) -> dict:
         """Fills `results` and writes tables and samples; rank 0 writes, all return the same."""
@@ -179,7 +181,7 @@ class Evaluation:
         instances = builder.instances(arguments.limit)
         truncated = sum(instance.truncated > 0 for instance in instances)
         if truncated and self.first:
-            note(f"{task.name}: {truncated} of {len(instances)} instances did not fit into {builder.room} tokens; "
+            info(f"{task.name}: {truncated} of {len(instances)} instances did not fit into {builder.room} tokens; "
                  f"fields {', '.join(task.shorten)} lost characters (see `truncated` in --log-samples)")
         mine = list(range(self.processes.rank, len(instances), self.processes.ranks))
         answers = self._answers(task, [instances[index] for index in mine])
@@ -203,7 +205,7 @@ class Evaluation:
         return [[-next(scores)[0] / len(scored) for _, scored in instance.requests] for instance in instances]
 
     def _decoding(self, task: TaskSettings) -> Any:
-        from pangu.generation.generate import GenerateSettings
+        from pangu.generation.settings import GenerateSettings
 
         return GenerateSettings(**task.decoding.model_dump(), seed=self.arguments.seed)
 
@@ -222,9 +224,9 @@ class Evaluation:
         sys.stderr.flush()
 
 
-def model_fingerprint(checkpoint: Path, settings: Any) -> str:
+def model_fingerprint(checkpoint: Path, settings: Run, int8: bool = False) -> str:
     """What answers depend on: the checkpoint's checksums, the model's settings, the precision and the tokenizer."""
-    digest = hashlib.sha256((checkpoint / "layout.json").read_bytes())
+    digest = hashlib.sha256((checkpoint / "layout.json").read_bytes() + b"int8" * int8)
     digest.update(settings.model.model_dump_json().encode() + str(settings.train.precision).encode())
     digest.update(Path(settings.data.tokenizer).read_bytes())
     return digest.hexdigest()[:16]

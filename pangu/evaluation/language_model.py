@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pangu.evaluation.scoring import Scorer
-from pangu.generation.generate import GenerateSettings, Generator
+from pangu.generation.generate import Generator
+from pangu.generation.settings import GenerateSettings
 from parallel.common.files import explain_os_error, open_text
 from parallel.common.structured import BadText, parse_json
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pangu.evaluation.instances import split_request
 from pangu.evaluation.questions import common_prefix
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
 
 DEFAULT_TOKENS = 256
@@ -103,7 +103,7 @@ def register() -> type:
 def _load(config: str, checkpoint: str | None, batch_size: int | str | None) -> Any:
     from pangu.data.tokenizer import Tokenizer
     from pangu.evaluation.language_model import LanguageModel
-    from pangu.generation.generate import load_model
+    from pangu.generation.backend import load_model
     from pangu.settings import Run
     from parallel.common.settings import load_settings
 

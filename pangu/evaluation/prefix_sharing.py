@@ -21,40 +21,40 @@ from parallel.layers.attention import MASKED
 from parallel.layers.loss import CrossEntropy
 
 _SMALLEST_SAVING = 8  # tokens of one request; below it a tree of its own is as good
-_SHORTEST_TRUNK = 16
-_FEWEST_ON_TRUNK = 16  # requests; a tree serves fewer as well
+_SHORTEST_PREFIX = 16
+_FEWEST_ON_PREFIX = 16  # requests; a tree serves fewer as well
 
 Item = tuple[np.ndarray, int]  # all ids of a request, place of its first scored one
 
 
 @dataclass
 class Tree:
-    """Requests that share a stem: `members` are their numbers, `stem` the length of what they share."""
+    """Requests that share a stem: `members` are their numbers, `shared` the length of what they share."""
 
     members: list[int]
-    stem: int
+    shared: int
     tokens: int
     """Tokens of the row, counted from position 0."""
     shortest: int = 0
-    rests: list[int] = field(default_factory=list)
+    suffixes: list[int] = field(default_factory=list)
 
 
-def group_by_trunk(items: Sequence[Item]) -> list[list[int]]:
+def group_by_prefix(items: Sequence[Item]) -> list[list[int]]:
     """Numbers of the items in groups that begin alike; in the last one are those that share too little with others.
 
     Examples that did not fit are left out in front, so instances with other numbers of examples begin otherwise.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
-    rest: list[int] = []
+    suffix: list[int] = []
     for index, (ids, first) in enumerate(items):
-        begin = tuple(ids[:_SHORTEST_TRUNK].tolist())
-        (groups.setdefault(begin, []) if first > _SHORTEST_TRUNK else rest).append(index)
-    large = [members for members in groups.values() if len(members) >= _FEWEST_ON_TRUNK]
-    rest += [index for members in groups.values() if len(members) < _FEWEST_ON_TRUNK for index in members]
-    return [*large, sorted(rest)] if rest else large
+        begin = tuple(ids[:_SHORTEST_PREFIX].tolist())
+        (groups.setdefault(begin, []) if first > _SHORTEST_PREFIX else suffix).append(index)
+    large = [members for members in groups.values() if len(members) >= _FEWEST_ON_PREFIX]
+    suffix += [index for members in groups.values() if len(members) < _FEWEST_ON_PREFIX for index in members]
+    return [*large, sorted(suffix)] if suffix else large
 
 
-def trunk_length(items: Sequence[Item]) -> int:
+def prefix_length(items: Sequence[Item]) -> int:
     """How many leading ids all items share and none scores; 0 where keeping their states does not pay.
 
     A token that predicts a scored one stays out of the trunk, of which only keys and values are kept.
@@ -65,12 +65,12 @@ def trunk_length(items: Sequence[Item]) -> int:
     head = items[0][0]
     for ids, _ in items[1:]:
         shared = min(shared, _common(head, ids))
-        if shared < _SHORTEST_TRUNK:
+        if shared < _SHORTEST_PREFIX:
             return 0
-    return shared if shared >= _SHORTEST_TRUNK else 0
+    return shared if shared >= _SHORTEST_PREFIX else 0
 
 
-def plan_trees(items: Sequence[Item], longest: int, trunk: int = 0) -> list[Tree]:
+def plan_trees(items: Sequence[Item], longest: int, prefix: int = 0) -> list[Tree]:
     """Puts items that begin alike into trees of at most `longest` tokens after the trunk.
 
     The last id of an item is only scored, never read, so an item of n ids takes n - 1 places. Every item is in just
@@ -80,24 +80,24 @@ def plan_trees(items: Sequence[Item], longest: int, trunk: int = 0) -> list[Tree
     trees: list[Tree] = []
     for index in order:
         length = len(items[index][0]) - 1
-        if trees and (grown := _grown(trees[-1], items, index, longest, trunk)) is not None:
+        if trees and (grown := _grown(trees[-1], items, index, longest, prefix)) is not None:
             trees[-1] = grown
         else:
             trees.append(Tree([index], length, length, length, [length]))
     return trees
 
 
-def _grown(tree: Tree, items: Sequence[Item], index: int, longest: int, trunk: int) -> Tree | None:
+def _grown(tree: Tree, items: Sequence[Item], index: int, longest: int, prefix: int) -> Tree | None:
     """`tree` with one more item, or None when that saves little or is too long."""
     length = len(items[index][0]) - 1
     # A stem must leave each member at least nothing, but never holds a token that is not common to all.
-    stem = min(tree.stem, _common(items[tree.members[0]][0], items[index][0]), length)
-    rests = [*tree.rests, length]
-    tokens = stem + sum(rest - stem for rest in rests)
-    saved = tree.tokens + (length - trunk) - tokens
-    if saved < _SMALLEST_SAVING or tokens - trunk > longest:
+    shared = min(tree.shared, _common(items[tree.members[0]][0], items[index][0]), length)
+    suffixes = [*tree.suffixes, length]
+    tokens = shared + sum(suffix - shared for suffix in suffixes)
+    saved = tree.tokens + (length - prefix) - tokens
+    if saved < _SMALLEST_SAVING or tokens - prefix > longest:
         return None
-    return Tree([*tree.members, index], stem, tokens, min(tree.shortest, length), rests)
+    return Tree([*tree.members, index], shared, tokens, min(tree.shortest, length), suffixes)
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:
@@ -119,21 +119,21 @@ class Row:
     labels: list[np.ndarray]
 
 
-def lay_row(tree: Tree, items: Sequence[Item], trunk: int = 0) -> Row:
+def lay_row(tree: Tree, items: Sequence[Item], prefix: int = 0) -> Row:
     """Stem and rests of a tree in one row."""
-    stem = tree.stem
-    parts = [(items[tree.members[0]][0][trunk:stem], np.arange(trunk, stem), np.zeros(stem - trunk, np.int64))]
+    shared = tree.shared
+    parts = [(items[tree.members[0]][0][prefix:shared], np.arange(prefix, shared), np.zeros(shared - prefix, np.int64))]
     places, labels = [], []
-    begin = stem - trunk  # where the next rest begins in the row
+    begin = shared - prefix  # where the next rest begins in the row
     for number, index in enumerate(tree.members, start=1):
         ids, first = items[index]
         length = len(ids) - 1
-        parts.append((ids[stem:length], np.arange(stem, length), np.full(length - stem, number)))
+        parts.append((ids[shared:length], np.arange(shared, length), np.full(length - shared, number)))
         # Token t predicts token t + 1; those before the stem's end lie in the stem, the others in this rest.
         predicting = np.arange(first - 1, length)
-        places.append(np.where(predicting < stem, predicting - trunk, predicting - stem + begin))
+        places.append(np.where(predicting < shared, predicting - prefix, predicting - shared + begin))
         labels.append(ids[first:])
-        begin += length - stem
+        begin += length - shared
     ids, positions, segments = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Row(ids, positions, segments, places, labels)
 
@@ -150,11 +150,11 @@ class HeadScores(nn.Cell):
 
     def construct(self, rows_MD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
         rows_MD = ops.cast(rows_MD, self.model.compute_dtype)
-        logits_MV = self.model.head(rows_MD, self.model.embedding.word.table)
+        logits_MV = self.model.logits(rows_MD)
         return self.cross_entropy(logits_MV, labels_M), self.argmax(logits_MV)
 
 
-class TrunkStates(nn.Cell):
+class PrefixStates(nn.Cell):
     """Keys and values of a trunk in every layer: ids_1P -> keys_LHPK, values_LHPK."""
 
     def __init__(self, model: PanGuAlpha) -> None:
@@ -202,7 +202,7 @@ class TreeHidden(nn.Cell):
         if keys_LHPK is None:
             hidden_ND = self.model.hidden(ids_BS, positions_BS, visible_BSS)
         else:
-            hidden_ND = self.hidden_after_trunk(ids_BS, positions_BS, visible_BSS, length_1, keys_LHPK, values_LHPK)
+            hidden_ND = self.hidden_after_prefix(ids_BS, positions_BS, visible_BSS, length_1, keys_LHPK, values_LHPK)
         return ops.cast(hidden_ND, mstype.float32)
 
     def visible(self, segments_BS: Tensor) -> Tensor:
@@ -214,14 +214,14 @@ class TreeHidden(nn.Cell):
         related_BSS = ops.logical_or(seen_B1S == 0, seen_B1S == segments_BS.reshape((batch, length, 1)))
         return ops.cast(ops.logical_and(earlier_1SS, related_BSS), mstype.float32)
 
-    def hidden_after_trunk(self, ids_BS: Tensor, positions_BS: Tensor, visible_BSS: Tensor, length_1: Tensor,
+    def hidden_after_prefix(self, ids_BS: Tensor, positions_BS: Tensor, visible_BSS: Tensor, length_1: Tensor,
                            keys_LHPK: Tensor, values_LHPK: Tensor) -> Tensor:
         """`PanGuAlpha.hidden` whose attention also sees the trunk's first `length_1` slots."""
         model, (batch, length) = self.model, ids_BS.shape
         slots = keys_LHPK.shape[2]
         kept_P = ops.cast(Tensor(np.arange(slots, dtype=np.int32)) < length_1, mstype.float32)
-        trunk_BSP = ops.broadcast_to(kept_P.reshape((1, 1, slots)), (batch, length, slots))
-        hidden_BST = 1.0 - ops.concat((trunk_BSP, visible_BSS), 2)
+        prefix_BSP = ops.broadcast_to(kept_P.reshape((1, 1, slots)), (batch, length, slots))
+        hidden_BST = 1.0 - ops.concat((prefix_BSP, visible_BSS), 2)
         bias_B1ST = (hidden_BST * MASKED).reshape((batch, 1, length, slots + length))
         hidden_ND = model.embedding(ids_BS, positions_BS)
         for number, layer in enumerate(model.layers):

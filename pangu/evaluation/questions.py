@@ -6,11 +6,14 @@ import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.lines import json_lines
 from parallel.common.progress import table
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 _MAX_QUESTIONS = 1_000_000
 
@@ -91,17 +94,18 @@ def tally(questions: list[dict], picked: list[int]) -> dict[str, dict[str, float
     return results
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate` on a file of questions."""
     from pangu.data.tokenizer import Tokenizer
     from pangu.evaluation.scoring import Scorer
-    from pangu.generation.generate import load_model
+    from pangu.generation.backend import load_model
 
     questions = limit_each_skill(list(read_questions(arguments.questions)), arguments.limit)
     if not questions:
         raise UserError("there is no question in the file", where=arguments.questions)
     tokenizer = Tokenizer(settings.data.tokenizer)
-    scorer = Scorer(load_model(settings, arguments.checkpoint or settings.output.directory))
+    scorer = Scorer(load_model(settings, arguments.checkpoint or settings.output.directory,
+                               getattr(arguments, "int8", False)))
     results = tally(questions, answer(questions, scorer, tokenizer))
     table("Accuracy", ["skill", "accuracy", "chance", "questions", "standard error"],
           [(skill, row["accuracy"], row["chance"], row["instances"], row["stderr"]) for skill, row in results.items()])

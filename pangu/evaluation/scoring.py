@@ -16,14 +16,14 @@ from mindspore import dtype as mstype
 from pangu.evaluation.prefix_sharing import (
     HeadScores,
     Item,
+    PrefixStates,
     Row,
     Tree,
     TreeHidden,
-    TrunkStates,
-    group_by_trunk,
+    group_by_prefix,
     lay_row,
     plan_trees,
-    trunk_length,
+    prefix_length,
 )
 from pangu.model import PanGuAlpha
 from parallel.common.errors import UserError
@@ -113,11 +113,11 @@ class Scorer:
 
         `on_scored(numbers of requests, their answers)` is called after every batch.
         """
-        def tell(members: list[int], scores: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        def report(members: list[int], scores: list[tuple[np.ndarray, np.ndarray]]) -> None:
             if on_scored is not None:
                 on_scored(members, [_total(*pair) for pair in scores])
 
-        return [_total(*pair) for pair in self.token_scores(requests, tell)]
+        return [_total(*pair) for pair in self.token_scores(requests, report)]
 
     def token_scores(self, requests: Sequence[ScoreRequest],
                      on_scored: Callable[[list[int], list], None] = lambda *_: None
@@ -126,7 +126,7 @@ class Scorer:
         items = [_item(prefix, continuation, self.config, index)
                  for index, (prefix, continuation) in enumerate(requests)]
         results: list[Any] = [None] * len(items)
-        for group in group_by_trunk(items) if self.share else [list(range(len(items)))]:
+        for group in group_by_prefix(items) if self.share else [list(range(len(items)))]:
             for members, scores in self._group([items[index] for index in group]):
                 numbers = [group[member] for member in members]
                 for number, pair in zip(numbers, scores, strict=True):
@@ -138,17 +138,17 @@ class Scorer:
         """Yields (members, their scores) of each batch of items with one trunk; each length of row comes once."""
         if not items:
             return
-        trunk = trunk_length(items) if self.share else 0
-        states = self._trunk_states(items[0][0][:trunk])
-        trees = plan_trees(items, _LONGEST_TREE if self.share else 0, trunk)
-        rows = sorted(((lay_row(tree, items, trunk), tree) for tree in trees), key=lambda pair: -len(pair[0].ids))
+        prefix = prefix_length(items) if self.share else 0
+        states = self._prefix_states(items[0][0][:prefix])
+        trees = plan_trees(items, _LONGEST_TREE if self.share else 0, prefix)
+        rows = sorted(((lay_row(tree, items, prefix), tree) for tree in trees), key=lambda pair: -len(pair[0].ids))
         while rows:
             length = length_bucket(len(rows[0][0].ids), _NO_LIMIT)
             count = self.batch_size or self.graphs.rows_at_once(length, _slots(states))
             batch, rows = rows[:count], rows[count:]
             yield [member for _, tree in batch for member in tree.members], self._score(batch, count, length, states)
 
-    def _trunk_states(self, ids: np.ndarray) -> tuple[Tensor, ...]:
+    def _prefix_states(self, ids: np.ndarray) -> tuple[Tensor, ...]:
         """Length, keys and values of the trunk; nothing when there is none."""
         if not len(ids):
             return ()
@@ -156,7 +156,7 @@ class Scorer:
         padded_P = np.full(slots, self.config.pad_id, np.int32)
         padded_P[:len(ids)] = ids
         return (Tensor([len(ids)], mstype.int32),
-                *self.graphs.get(TrunkStates, 1, slots)(Tensor(padded_P.reshape(1, -1))))
+                *self.graphs.get(PrefixStates, 1, slots)(Tensor(padded_P.reshape(1, -1))))
 
     def _score(self, rows: list[tuple[Row, Tree]], batch: int, length: int,
                states: tuple[Tensor, ...]) -> list[tuple[np.ndarray, np.ndarray]]:

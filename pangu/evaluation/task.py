@@ -203,6 +203,7 @@ class Source:
     def _read(self, path: Path) -> Iterator[dict]:
         reader = read_json_lines if self.task.reader == "json_lines" else importlib.import_module(
             f"pangu.tasks.{self.task.reader}").read
+        number = -1
         try:
             for number, record in enumerate(reader(path)):
                 if number >= MAX_RECORDS:
@@ -211,10 +212,31 @@ class Source:
                 if self.task.label is not None and str(record.get(self.task.label)) == "-":
                     continue
                 if self.task.skill is None or record.get("skill") == self.task.skill:
+                    self._check(record, path)
                     yield record
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise UserError(f"not the published format of {self.task.name}: {type(error).__name__} {error}",
-                            where=path, hint=f"the data are published by {self.task.published}") from None
+            what = f"has no key {error}" if isinstance(error, KeyError) else f"{type(error).__name__} {error}"
+            raise UserError(f"not the published format of {self.task.name}: {what}",
+                            where=f"{path}, record {number + 1}" if number >= 0 else path,
+                            hint=f"the data are published by {self.task.published}") from None
+
+    def _check(self, record: dict, path: Path) -> None:
+        """Raises a `UserError` unless the record has all that the task reads of it."""
+        where, task = f"{path}, record {record.get('id')}", self.task
+        wanted = {*_FIELD.findall(task.prefix), *_FIELD.findall(task.scored)} - {"label"}
+        wanted |= {task.label} if task.label is not None else set()
+        if task.kind == "generation":
+            wanted.add("answers")
+        elif task.kind != "continuation" and task.label is None:
+            wanted |= {"candidates", "answer"}
+        for name in sorted(wanted):
+            if name not in record:
+                raise UserError(f"a record has no field '{name}'", where=where,
+                                hint=f"is it of another data set or version? ({task.published})")
+        if "candidates" in wanted and not 0 <= int(record["answer"]) < len(record["candidates"]):
+            raise UserError("the answer is no candidate", where=where, value=record["answer"])
+        if "answers" in wanted and not record["answers"]:
+            raise UserError("a record has no answer", where=where)
 
 
 def _one_of(names: list[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pangu.generation import scheduler
 from pangu.generation.sampling import Sampler
 
 
@@ -65,7 +66,7 @@ class StopScanner:
         return 0
 
 
-class Request:
+class GenerationState(scheduler.Sequence):
     """One prompt on its way.
 
     Args:
@@ -80,7 +81,8 @@ class Request:
 
     def __init__(self, prompt: list[int], sampler: Sampler, limit: tuple[int, str], stop_ids: frozenset[int],
                  stops: Sequence[str], decoder: Any = None, on_text: Callable[[str], None] | None = None) -> None:
-        self.prompt, self.sampler, self.stop_ids = prompt, sampler, stop_ids
+        super().__init__(prompt, sampler)
+        self.stop_ids = stop_ids
         self.room, self._at_limit = limit
         self._decoder, self._scanner, self._on_text = decoder, StopScanner(stops), on_text
         self._pieces: list[str] = []
@@ -92,18 +94,7 @@ class Request:
     def done(self) -> bool:
         return bool(self.reason)
 
-    @property
-    def last(self) -> int:
-        """The newest token, which the model has not seen yet."""
-        return self.ids[-1]
-
-    @property
-    def position(self) -> int:
-        """Position of `last`."""
-        return len(self.prompt) + len(self.ids) - 1
-
-    def feed(self, token: int) -> None:
-        """Takes the next token."""
+    def feed(self, token: int, logprob: scheduler.TokenLogprob | None = None) -> None:
         self.generated += 1
         if token in self.stop_ids:
             self._finish("stop_id")

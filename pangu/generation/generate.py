@@ -1,4 +1,4 @@
-"""Text from prompts: batches of prompts of different lengths through the cached decoder, token by token.
+"""Text from prompts: prompts of different lengths share a running batch, which the next joins when one is done.
 
 Nothing here imports MindSpore before a `Generator` is made, so that settings can be read without it.
 """
@@ -10,67 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from pydantic import Field, field_validator
-
-from pangu.generation.completion import Completion, Request
-from pangu.generation.sampling import Sampler, SamplingRule, request_generators
+from pangu.generation.completion import Completion, GenerationState
+from pangu.generation.sampling import Sampler, request_generators
+from pangu.generation.scheduler import Scheduler
+from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
-from parallel.common.settings import Settings
-from parallel.training.settings import COMPUTE_DTYPES
 
-LOGITS, BEST = 0, 1  # what a decoder returns
-_DECODERS_KEPT = 4
-_MAX_BATCH = 256
-
-
-class GenerateSettings(Settings):
-    """How text is generated."""
-
-    max_new_tokens: int = Field(128, ge=1)
-    """Tokens generated per prompt at most; the model's sequence_length is a limit too."""
-    temperature: float = Field(1.0, ge=0.0)
-    """Logits are divided by this before sampling; 0 = greedy."""
-    top_k: int = Field(0, ge=0)
-    """Only the k most likely tokens may be drawn; 0 = all, 1 = greedy."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Only the fewest tokens whose probability reaches p may be drawn (after top_k); 1 = all."""
-    frequency_penalty: float = 0.0
-    """Taken from a token's logit for every time it was already generated (prompt not counted; paper's code: 1.5)."""
-    presence_penalty: float = 0.0
-    """Taken once from the logits of tokens already generated (prompt not counted; paper's code: 0.3)."""
-    stop_ids: list[int] | None = None
-    """Tokens that end the text and are not part of it; null = model.eot_id."""
-    stop: list[str] = []
-    """Strings that end the text and are not part of it."""
-    seed: int = Field(1, ge=0)
-    """Seed of the sampling; each prompt has a random stream of its own."""
-    batch_size: int = Field(8, ge=1, le=_MAX_BATCH)
-    """Prompts generated together at most."""
-    prefill_chunk: int = Field(64, ge=1)
-    """Tokens of the prompts that are read at once; cache sizes are multiples of it."""
-    truncate: bool = False
-    """A prompt that leaves no room for max_new_tokens loses its beginning; false: too long a prompt is an error."""
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, stop: list[str]) -> list[str]:
-        if "" in stop:
-            raise ValueError("an empty string would end every text at once")
-        return stop
-
-    def rule(self) -> SamplingRule:
-        """The part that chooses tokens."""
-        return SamplingRule(self.temperature, self.top_k, self.top_p, self.frequency_penalty, self.presence_penalty)
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 
 class Generator:
-    """Generates with one model; compiled graphs and caches are kept between calls.
+    """Generates with one model; what was compiled and what was read of a prompt are kept between calls.
 
     Args:
-        model: a `pangu.model.PanGuAlpha`.
+        source: a `pangu.generation.backend.Backend`, or a `pangu.model.PanGuAlpha` (its parameters are taken when the
+            first text is generated).
         tokenizer: a `pangu.data.tokenizer.Tokenizer`; None if only ids are generated.
         settings: defaults for every call.
 
@@ -78,13 +35,17 @@ class Generator:
         UserError: the tokenizer has another size than the model's vocabulary.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: GenerateSettings | None = None) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings or GenerateSettings()
-        self.config = model.config
+    def __init__(self, source: Any, tokenizer: Any, settings: GenerateSettings | None = None) -> None:
+        from pangu.generation.backend import Backend
+
+        if not isinstance(source, Backend):
+            source.set_train(False)
+            source = Backend(source)
+        self.backend, self.tokenizer, self.settings = source, tokenizer, settings or GenerateSettings()
+        self.config = source.config
         if tokenizer is not None:
             check_vocabulary(tokenizer, self.config.vocabulary_size)
-        model.set_train(False)
-        self._decoders: dict[tuple[int, ...], Any] = {}
+        self._scheduler: Scheduler | None = None
         self.tokens_generated, self.seconds = 0, 0.0
 
     @property
@@ -106,11 +67,8 @@ class Generator:
         settings = settings or self.settings
         began = time.perf_counter()
         requests = self._requests(prompts, settings, on_text)
-        # Beside its like in length a prompt waits least for others.
-        order = sorted(requests, key=lambda request: len(request.prompt))
-        for first in range(0, len(order), settings.batch_size):
-            for _ in self._steps(order[first:first + settings.batch_size], settings):
-                pass
+        for _ in self._steps(requests, settings):
+            pass
         self.tokens_generated += sum(request.generated for request in requests)
         self.seconds += time.perf_counter() - began
         return [request.completion() for request in requests]
@@ -128,72 +86,60 @@ class Generator:
         self.seconds += time.perf_counter() - began
 
     def _requests(self, prompts: Sequence[Sequence[int]], settings: GenerateSettings,
-                  on_text: Callable[[int, str], None] | None) -> list[Request]:
+                  on_text: Callable[[int, str], None] | None) -> list[GenerationState]:
         context = self.config.sequence_length
         prompts = [fit_prompt(list(ids), context, self.config.vocabulary_size, settings, index)
                    for index, ids in enumerate(prompts)]
+        stops = self._stops(settings)
         stop_ids = frozenset([self.config.eot_id] if settings.stop_ids is None else settings.stop_ids)
         requests = []
         for index, (ids, stream) in enumerate(zip(prompts, request_generators(prompts, settings.seed), strict=True)):
             # The last token need not be read, so one more than there are positions can be generated.
             room = context - len(ids) + 1
             limit = (room, "context") if room < settings.max_new_tokens else (settings.max_new_tokens, "max_new_tokens")
-            requests.append(Request(ids, Sampler(settings.rule(), stream), limit, stop_ids, settings.stop,
+            requests.append(GenerationState(ids, Sampler(settings.rule(), stream), limit, stop_ids, stops,
                                     self.tokenizer.stream() if self.tokenizer is not None else None,
                                     partial(on_text, index) if on_text is not None else None))
         return requests
 
-    def _steps(self, requests: list[Request], settings: GenerateSettings) -> Iterator[None]:
-        """Reads the prompts of one batch, then generates a token for each per iteration until all are done."""
+    def _stops(self, settings: GenerateSettings) -> list[str]:
+        """The stop strings as the tokenizer writes them: a generated text holds no full-width `：`, for example.
+
+        Raises:
+            UserError: nothing is left of one.
+        """
+        if self.tokenizer is None:
+            return settings.stop
+        stops = [self.tokenizer.normal_form(stop) for stop in settings.stop]
+        if "" in stops:
+            raise UserError("the tokenizer writes nothing of this stop string, so it would never be found",
+                            where="generate.stop", value=settings.stop[stops.index("")], hint="leave it out")
+        return stops
+
+    def _steps(self, requests: list[GenerationState], settings: GenerateSettings) -> Iterator[None]:
+        """Goes on by a step per iteration until all requests are done."""
+        if not requests:
+            return
+        scheduler = self._prepared(requests, settings)
+        try:
+            for request in requests:
+                scheduler.add(request)
+            while not scheduler.idle:
+                scheduler.step()
+                yield
+        finally:
+            for request in requests:
+                scheduler.abort(request)
+
+    def _prepared(self, requests: list[GenerationState], settings: GenerateSettings) -> Scheduler:
+        """A scheduler whose cache holds as many of these requests as run at once, to their ends."""
+        together = 1 if len(requests) == 1 else settings.batch_size
         longest = max(len(request.prompt) + request.room - 1 for request in requests)
-        batch = 1 if len(requests) == 1 else settings.batch_size
-        chunk = settings.prefill_chunk
-        decoder = self._decoder(batch, cache_capacity(longest, chunk), chunk)
-        # A greedy choice comes from the graph itself; only a draw needs the logits on the host.
-        wanted = BEST if settings.rule().plain_greedy else LOGITS
-        result = self._prefill(decoder, requests, wanted)
-        while True:
-            for row, request in enumerate(requests):
-                if not request.done:
-                    request.feed(int(result[row]) if wanted == BEST else request.sampler.choose(result[row]))
-            yield
-            if all(request.done for request in requests):
-                return
-            ids_B1, start_B = np.zeros((batch, 1), np.int32), np.zeros(batch, np.int32)
-            for row, request in enumerate(requests):
-                if not request.done:
-                    ids_B1[row], start_B[row] = request.last, request.position
-            result = decoder.read(ids_B1, start_B)[wanted].asnumpy()
-
-    def _prefill(self, decoder: Any, requests: list[Request], wanted: int) -> np.ndarray:
-        """Fills the cache with the prompts; logits or argmax after each prompt's last token."""
-        chunk, lengths = decoder.chunk, np.array([len(request.prompt) for request in requests])
-        last_chunk = (lengths - 1) // chunk
-        ids_BP = np.full((decoder.batch, (last_chunk.max() + 1) * chunk), self.config.pad_id, np.int32)
-        for row, request in enumerate(requests):
-            ids_BP[row, :lengths[row]] = request.prompt
-        result = None
-        for part in range(last_chunk.max() + 1):
-            last_B = np.zeros(decoder.batch, np.int32)
-            last_B[:len(requests)] = np.clip(lengths - 1 - part * chunk, 0, chunk - 1)
-            ids_BS = np.ascontiguousarray(ids_BP[:, part * chunk:(part + 1) * chunk])
-            outputs = decoder.read(ids_BS, np.full(decoder.batch, part * chunk, np.int32), last_B)
-            ended = np.flatnonzero(last_chunk == part)
-            if len(ended):
-                output = outputs[wanted].asnumpy()
-                result = output.copy() if result is None else result
-                result[ended] = output[ended]
-        return result
-
-    def _decoder(self, *sizes: int) -> Any:
-        """The decoder for (batch, capacity, chunk); the one unused for longest goes when there are too many."""
-        from pangu.generation.kv_cache import CachedDecoder
-
-        decoder = self._decoders.pop(sizes, None) or CachedDecoder(self.model, *sizes)
-        self._decoders[sizes] = decoder
-        while len(self._decoders) > _DECODERS_KEPT:
-            self._decoders.pop(next(iter(self._decoders)))
-        return decoder
+        runner = self.backend.runner(together, longest, settings.prefill_chunk)
+        if self._scheduler is None or self._scheduler.runner is not runner:
+            self._scheduler = Scheduler(runner, together, settings.prefill_chunk)
+        self._scheduler.most_running, self._scheduler.prefill_chunk = together, settings.prefill_chunk
+        return self._scheduler
 
 
 def check_vocabulary(tokenizer: Any, vocabulary_size: int) -> None:
@@ -223,30 +169,23 @@ def fit_prompt(ids: list[int], context: int, vocabulary_size: int, settings: Gen
     return ids
 
 
-def cache_capacity(slots: int, chunk: int) -> int:
-    """The smallest of chunk x (1, 2, 3, 4, 6, 8, 12, 16, ...) that holds `slots`: few sizes, so few compilations."""
-    double = chunk
-    while double < slots:
-        double *= 2
-    middle = double // 4 * 3
-    return middle if double >= 4 * chunk and middle >= slots else double
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `generate`."""
     parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to load (none: the newest of output.directory)")
+    parser.add_argument("--int8", action="store_true", help="quantize a float checkpoint's weights while loading")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help="file of prompts: a recipe or one prompt a line")
     parser.add_argument("--stream", action="store_true", help="print the text of a single prompt as it is generated")
 
 
-def run_generate(settings: Any, arguments: argparse.Namespace) -> dict:
+def run_generate(settings: Run, arguments: argparse.Namespace) -> dict:
     """The verb `generate`: `settings` is a `pangu.settings.Run`; returns the texts and the speed.
 
     Raises:
         UserError: no prompt, too long a prompt, no or another model's checkpoint, another vocabulary.
     """
     from pangu.data.tokenizer import Tokenizer
+    from pangu.generation.backend import load_backend
     from pangu.generation.prompts import read_prompts
 
     texts, rules = read_prompts(arguments.prompts, arguments.prompt, settings.generate)
@@ -254,8 +193,9 @@ def run_generate(settings: Any, arguments: argparse.Namespace) -> dict:
         raise UserError("--stream shows one prompt", where="--stream", value=f"{len(texts)} prompts")
     tokenizer = Tokenizer(getattr(arguments, "tokenizer", None) or settings.data.tokenizer)
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
-    model = load_model(settings, arguments.checkpoint or settings.output.directory)
-    generator = Generator(model, tokenizer, rules)
+    backend = load_backend(settings, arguments.checkpoint or settings.output.directory,
+                           getattr(arguments, "int8", False))
+    generator = Generator(backend, tokenizer, rules)
     if arguments.stream:
         outputs = [_stream_to_terminal(generator, texts[0])]
     else:
@@ -274,21 +214,3 @@ def _stream_to_terminal(generator: Generator, prompt: str) -> str:
         pieces.append(piece)
     print(file=sys.stderr)
     return "".join(pieces)
-
-
-def load_model(settings: Any, checkpoint: str) -> Any:
-    """The model of a run with the parameters of `checkpoint` (a run's folder means its newest), ready to generate."""
-    import mindspore as ms
-    from mindspore.nn.utils import no_init_parameters
-
-    from pangu.model import PanGuAlpha
-    from parallel.checkpoint.folder import resolve_checkpoint
-    from parallel.checkpoint.full import load_parameters
-
-    path = resolve_checkpoint(checkpoint)
-    ms.set_context(mode=ms.GRAPH_MODE)
-    with no_init_parameters():
-        model = PanGuAlpha(settings.model, getattr(ms, COMPUTE_DTYPES[settings.train.precision]))
-    load_parameters(path, list(model.get_parameters()))
-    model.set_train(False)
-    return model

@@ -9,30 +9,12 @@ Shapes: B batch, S new tokens, C cache slots, D hidden width, H heads, K = D / H
 
 from __future__ import annotations
 
-import mindspore
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from pangu.model import DecoderLayer, PanGuAlpha
-from pangu.native import kernel_library
 from parallel.layers.attention import MASKED
-
-_LARGEST_KERNEL_BATCH = 32  # above it the step is a matrix product like any other
-
-
-def step_kernel(model: PanGuAlpha, batch: int) -> ops.Custom | None:
-    """The whole single step as one C++ primitive (pangu/kernels/decode.cpp), where it applies: on the CPU, in float32,
-    for a few sequences, if it can be built. Same arithmetic, without the time between kernels."""
-    config = model.config
-    fits = (mindspore.get_context("device_target") == "CPU" and model.compute_dtype == mstype.float32
-            and config.softmax_dtype == "float32" and batch <= _LARGEST_KERNEL_BATCH)
-    library = kernel_library() if fits else None
-    if library is None:
-        return None
-    return ops.Custom(f"{library}:step_{config.gelu}_{config.final_norm}",
-                      lambda ids, position, words, *_: ([ids[0], words[0]], [ids[0]]),
-                      lambda ids, position, words, *_: (words, ids), "aot")
 
 
 class LayerCache(nn.Cell):
@@ -82,15 +64,6 @@ class CachedLayer(nn.Cell):
         hidden_ND = layer.add1(hidden_ND, attention.output(attention.from_heads(mixed_BHSK)))
         return layer.add2(hidden_ND, layer.feed_forward(layer.norm2(hidden_ND)))
 
-    def tensors(self) -> list[Parameter]:
-        """Everything that a step reads or writes, in the order of the kernel's `Layer`."""
-        layer, attention, feed_forward = self.layer, self.layer.attention, self.layer.feed_forward
-        linears = [[linear.weight, linear.bias] for linear in (
-            attention.query, attention.key, attention.value, attention.output, feed_forward.mapping,
-            feed_forward.projection)]
-        return [layer.norm1.gamma, layer.norm1.beta, *sum(linears[:4], []), layer.norm2.gamma, layer.norm2.beta,
-                *sum(linears[4:], []), self.cache.keys, self.cache.values]
-
 
 class CachedDecoder(nn.Cell):
     """Logits of the token after each sequence's last new one, from the new tokens and the cache.
@@ -102,7 +75,8 @@ class CachedDecoder(nn.Cell):
         chunk: S of the calls that read a prompt; other calls have S = 1.
 
     Inputs: ids_BS int32; start_B int32, the position of each sequence's first new token; last_B int32, which of the S
-    new tokens is the last real one (the rest is padding). Outputs: logits_BV float32 and their argmax_B.
+    new tokens is the last real one (the rest is padding). Outputs: logits_BV float32 and their argmax_B; with `every`,
+    those of all new tokens, [B S, V] and [B S].
 
     The query table is indexed by the absolute position, as the position table is (state reuse of the released code).
     Padding may run past the position tables; it is then looked up in their last row and never seen.
@@ -112,17 +86,12 @@ class CachedDecoder(nn.Cell):
         super().__init__(auto_prefix=False)
         config = model.config
         self.model, self.batch, self.capacity, self.chunk = model, batch, capacity, chunk
-        self.last_position = config.sequence_length - 1
+        self.last_position, self.every = config.sequence_length - 1, False
         cells = [CachedLayer(layer, LayerCache(f"cache.{index}", batch, config.heads, capacity,
                                                config.hidden_size // config.heads, model.compute_dtype))
                  for index, layer in enumerate([*model.layers, model.query_layer])]
         self.layers = nn.CellList(cells[:-1], auto_prefix=False)
         self.query_layer = cells[-1]
-        self.kernel = step_kernel(model, batch)
-        self.fast = self.kernel is not None
-        self.step_tensors = ParameterTuple([
-            model.embedding.word.table, model.embedding.position.table, model.query_embedding.table, model.norm.gamma,
-            model.norm.beta, *sum((cell.tensors() for cell in cells), [])])
         self.slots_C = Tensor(np.arange(capacity, dtype=np.int32))
         # Row of the first slot of every sequence and head.
         self.first_BH1 = Tensor(np.arange(batch * config.heads, dtype=np.int32).reshape(batch, -1, 1) * capacity)
@@ -132,8 +101,6 @@ class CachedDecoder(nn.Cell):
 
     def construct(self, ids_BS: Tensor, start_B: Tensor, last_B: Tensor) -> tuple[Tensor, Tensor]:
         model, length = self.model, ids_BS.shape[1]
-        if self.fast and length == 1:
-            return self.kernel(ids_BS.reshape((-1,)), start_B, *self.step_tensors)
         slots_BS = start_B.reshape((-1, 1)) + self.slots_C[:length]
         rows = (self.first_BH1 + slots_BS.reshape((self.batch, 1, length))).reshape((-1,))
         bias_B1SC = self.bias(slots_BS)
@@ -145,23 +112,25 @@ class CachedDecoder(nn.Cell):
             hidden_ND = model.norm(hidden_ND)
         query_ND = ops.cast(model.query_embedding(positions_BS), model.compute_dtype)
         hidden_ND = self.query_layer(hidden_ND, bias_B1SC, rows, query_ND)
-        if length > 1:
+        if length > 1 and not self.every:
             hidden_ND = self.gather(hidden_ND, last_B + Tensor(np.arange(self.batch, dtype=np.int32) * length), 0)
         if not model.norm_first:
             hidden_ND = model.norm(hidden_ND)
-        logits_BV = ops.cast(model.head(hidden_ND, model.embedding.word.table), mstype.float32)
+        logits_BV = ops.cast(model.logits(hidden_ND), mstype.float32)
         return logits_BV, self.argmax(logits_BV)
 
-    def read(self, ids_BS: np.ndarray, start_B: np.ndarray, last_B: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, ids_BS: np.ndarray, start_B: np.ndarray, last_B: np.ndarray | None = None,
+             every: bool = False) -> tuple[Tensor, Tensor]:
         """The cell called on int32 arrays, S = chunk or 1.
 
         MindSpore looks through every child cell before each call to see whether the graph still fits, which takes as
-        long as the products of a small model; under these two names of a phase it does not. So there must be one
-        shape per phase.
+        long as the products of a small model; under names of a phase it does not. So there must be one shape and one
+        kind of result per phase.
         """
         if ids_BS.shape not in ((self.batch, 1), (self.batch, self.chunk)):
             raise ValueError(f"{ids_BS.shape} is neither one token nor {self.chunk} for each of {self.batch} sequences")
-        self.phase = "increment" if ids_BS.shape[1] == 1 else "prefill"
+        self.phase = "increment" if ids_BS.shape[1] == 1 else "score" if every else "prefill"
+        self.every = every
         last_B = np.zeros(self.batch, np.int32) if last_B is None else last_B
         return self(Tensor(ids_BS), Tensor(start_B), Tensor(last_B))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import field_validator
 
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
 from parallel.common.lines import text_lines
 from parallel.common.settings import Settings, load_settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,13 +50,62 @@ class SamplingRule:
         return self.greedy and not self.frequency_penalty and not self.presence_penalty
 
 
+@dataclass(frozen=True)
+class Draw:
+    """All that the choice of one token depends on beside the logits.
+
+    Args:
+        rule: temperature, top_k and top_p of it are used.
+        uniform: in [0, 1).
+        ids, values: what is added to the logits of which tokens, one after the other.
+    """
+
+    rule: SamplingRule
+    uniform: float
+    ids: np.ndarray
+    values: np.ndarray
+
+
+_NOTHING = np.empty(0, np.int32), np.empty(0, np.float32)
+
+
 @dataclass
 class Sampler:
-    """The state of one request: its rule, its random stream and what it has generated."""
+    """The state of one request: its rule, its random stream and what it has generated.
+
+    Args:
+        rule: how a token is drawn.
+        generator: the stream.
+        bias: added to the logits of these ids before everything else.
+    """
 
     rule: SamplingRule
     generator: np.random.Generator
+    bias: Mapping[int, float] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the model's largest logit is always the answer, so that nothing need be drawn."""
+        return self.rule.plain_greedy and not self.bias
+
+    def next_draw(self) -> Draw:
+        """How the next token is chosen; takes a number from the stream unless the choice is greedy."""
+        rule = self.rule
+        ids, values = [_NOTHING[0]], [_NOTHING[1]]
+        if self.bias:
+            ids.append(np.fromiter(self.bias, np.int32, len(self.bias)))
+            values.append(np.fromiter(self.bias.values(), np.float32, len(self.bias)))
+        if self.counts and (rule.frequency_penalty or rule.presence_penalty):
+            counts = np.fromiter(self.counts.values(), np.float32, len(self.counts))
+            ids.append(np.fromiter(self.counts, np.int32, len(self.counts)))
+            values.append(-(counts * np.float32(rule.frequency_penalty) + np.float32(rule.presence_penalty)))
+        return Draw(rule, 0.0 if rule.greedy else float(self.generator.random()), np.concatenate(ids),
+                    np.concatenate(values))
+
+    def took(self, token: int) -> None:
+        """The token that was chosen."""
+        self.counts[token] += 1
 
     def choose(self, logits_V: np.ndarray) -> int:
         """The next token.
@@ -64,29 +113,22 @@ class Sampler:
         Args:
             logits_V: float [V].
         """
-        chosen = self._choose(logits_V)
-        self.counts[chosen] += 1
+        chosen = choose(logits_V, self.next_draw())
+        self.took(chosen)
         return chosen
 
-    def _choose(self, logits_V: np.ndarray) -> int:
-        rule = self.rule
-        logits_V = self._penalised(logits_V)
-        if rule.greedy:
-            return int(np.argmax(logits_V))
-        tokens, weights = candidates(logits_V, rule)
-        total = np.cumsum(weights)
-        place = int(np.searchsorted(total, self.generator.random() * total[-1], side="right"))
-        return int(tokens[min(place, len(tokens) - 1)])
 
-    def _penalised(self, logits_V: np.ndarray) -> np.ndarray:
-        rule = self.rule
-        if not self.counts or not (rule.frequency_penalty or rule.presence_penalty):
-            return logits_V
+def choose(logits_V: np.ndarray, draw: Draw) -> int:
+    """The token that a draw takes from logits [V]."""
+    if len(draw.ids):
         logits_V = logits_V.copy()
-        tokens = np.fromiter(self.counts, np.int64, len(self.counts))
-        counts = np.fromiter(self.counts.values(), np.float32, len(self.counts))
-        logits_V[tokens] -= counts * rule.frequency_penalty + rule.presence_penalty
-        return logits_V
+        np.add.at(logits_V, draw.ids, draw.values)
+    if draw.rule.greedy:
+        return int(np.argmax(logits_V))
+    tokens, weights = candidates(logits_V, draw.rule)
+    total = np.cumsum(weights)
+    place = int(np.searchsorted(total, draw.uniform * total[-1], side="right"))
+    return int(tokens[min(place, len(tokens) - 1)])
 
 
 def candidates(logits_V: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, np.ndarray]:
@@ -133,15 +175,20 @@ def largest(weights_V: np.ndarray, count: int) -> np.ndarray:
     return found[np.argsort(-weights_V[found], kind="stable")]
 
 
-def request_generators(prompts: Sequence[Sequence[int]], seed: int) -> list[np.random.Generator]:
-    """One random stream per prompt: a function of `seed`, the prompt's ids and how often the same prompt came before.
+def request_stream(ids: Sequence[int], seed: int, repetition: int = 0) -> np.random.Generator:
+    """The random stream of a prompt: a function of `seed`, its ids and how often the same prompt came before.
 
     So a prompt draws the same alone, in a batch and in another order, while two equal prompts draw differently.
     """
+    return np.random.default_rng((seed, zlib.crc32(np.asarray(ids, np.int64).tobytes()), repetition))
+
+
+def request_generators(prompts: Sequence[Sequence[int]], seed: int) -> list[np.random.Generator]:
+    """One random stream per prompt (see `request_stream`)."""
     seen: Counter = Counter()
     streams = []
     for ids in prompts:
-        digest = zlib.crc32(np.asarray(ids, np.int64).tobytes())
-        streams.append(np.random.default_rng((seed, digest, seen[digest])))
-        seen[digest] += 1
+        key = zlib.crc32(np.asarray(ids, np.int64).tobytes())
+        streams.append(request_stream(ids, seed, seen[key]))
+        seen[key] += 1
     return streams

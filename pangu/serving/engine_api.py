@@ -2,7 +2,8 @@
 
 A request is ids and sampling settings; text, templates and stop strings are the server's. The answer is a `Handle`: a
 stream of events that begins with one `PromptEvent`, goes on with a `TokenEvent` a token and ends with an event whose
-`finish_reason` is set. Handles may be read from any thread, or from an event loop with `async for`.
+`finish_reason` is set. Handles may be read from any thread, or from an event loop with `async for`. What is known of a
+token's probability is a `pangu.generation.scheduler.TokenLogprob`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from pangu.generation.scheduler import TokenLogprob
 from parallel.common.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -61,20 +63,6 @@ class EngineRequest:
     prompt_ids: Sequence[int]
     params: SamplingParams = SamplingParams()
     id: str = ""
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token's log-probability (nats), its rank (1 = likeliest) and the likeliest tokens in its place, best first.
-
-    The token itself is among `top` only if it is one of them. Equal tokens have equal floats, so that
-    `logprob == top[0][1]` says whether the token is the greedy one (two tokens may tie).
-    """
-
-    id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

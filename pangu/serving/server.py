@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pangu.serving.requests import unknown_model
 from pangu.serving.service import Service
 from pangu.serving.settings import ServeSettings
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.serving.application import require, unless_gone
 from parallel.serving.errors import openai_shape
 from parallel.serving.events import EventStream
 from parallel.serving.run import address, bind, serve
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
 
 PAGE = Path(__file__).with_name("page")
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -145,7 +148,7 @@ def recipes() -> list[dict[str, Any]]:
     return found
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `serve`: until SIGTERM or SIGINT; then what was accepted is finished.
 
     Raises:
@@ -163,7 +166,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     engine = start_engine(settings, arguments.checkpoint, arguments.int8)
     service = Service(engine, tokenizer, serving, serving.name or settings.model.name)
     said = f"serving {service.name} of {engine.stats().checkpoint} on {address(listener)}"
-    serve(application(service), listener, serving, openai_shape, lambda: note(said))
+    serve(application(service), listener, serving, openai_shape, lambda: info(said))
     stats = engine.stats()
     return {"version": stats.version, "requests": stats.requests_total, "prompt_tokens": stats.prompt_tokens_total,
             "generated_tokens": stats.generation_tokens_total}

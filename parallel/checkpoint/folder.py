@@ -11,7 +11,7 @@ from pathlib import Path
 from parallel.common.errors import UserError
 from parallel.common.files import inside, json_with_digest, read_json
 from parallel.common.folders import remove_folder
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.common.structured import DIGEST_KEY
 
 FORMAT = "parallel.checkpoint"
@@ -64,10 +64,10 @@ def newest_whole(found: Sequence[Path], damaged: Callable[[Path], UserError | No
         error = (damaged or damage)(path)
         if error is None:
             if first is not None:
-                note(f"taking {path} instead")
+                info(f"taking {path} instead")
             return path
         first = first or error
-        note(f"{path.name} is damaged and passed over: {error}")
+        info(f"{path.name} is damaged and passed over: {error}")
     raise first
 
 

@@ -124,7 +124,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequence[Any] = (),
-                    boxes: dict[str, tuple] | None = None) -> dict[str, Any]:
+                    extents: dict[str, tuple] | None = None) -> dict[str, Any]:
     """Fills parameters and moments and returns the JSON state; compares all names and shapes before it changes any.
 
     The checkpoint may be whole or in the slices of any layout.
@@ -134,23 +134,23 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequenc
         parameters: the network's, `NamedTensor`s or MindSpore parameters; each must be in the checkpoint and the other
             way round.
         states: the optimizer's; () leaves moments alone.
-        boxes: by parameter name the part that this process holds; parameters without one are on another stage and
+        extents: by parameter name the part that this process holds; parameters without one are on another stage and
             left alone. None: everything is whole.
 
     Raises:
         UserError: missing, extra, of another shape or type, damaged; the parameter is named.
     """
     checkpoint, parameters, states = Slices(path), named(parameters), named(states)
-    if boxes is not None:
-        parameters, states = ([p for p in many if parameter_of(p.name) in boxes] for many in (parameters, states))
-    _compare(checkpoint, PARAMETERS_FILE, parameters, boxes or {})
+    if extents is not None:
+        parameters, states = ([p for p in many if parameter_of(p.name) in extents] for many in (parameters, states))
+    _compare(checkpoint, PARAMETERS_FILE, parameters, extents or {})
     if states:
         if not checkpoint.names(OPTIMIZER_FILE):
             raise UserError("the checkpoint has no optimizer state, so training cannot go on from it",
                             where=checkpoint.path, hint="use one saved with output.save_optimizer")
-        _compare(checkpoint, OPTIMIZER_FILE, states, boxes or {})
+        _compare(checkpoint, OPTIMIZER_FILE, states, extents or {})
     for parameter in [*parameters, *states]:
-        parameter.assign(checkpoint.read(parameter.name, (boxes or {}).get(parameter_of(parameter.name))))
+        parameter.assign(checkpoint.read(parameter.name, (extents or {}).get(parameter_of(parameter.name))))
     return checkpoint.state
 
 
@@ -159,18 +159,18 @@ def load_parameters(path: str | Path, parameters: Sequence[Any]) -> dict[str, An
     return load_checkpoint(path, parameters)
 
 
-def _compare(checkpoint: Slices, kind: str, parameters: Sequence[NamedTensor], boxes: dict[str, tuple]) -> None:
+def _compare(checkpoint: Slices, kind: str, parameters: Sequence[NamedTensor], extents: dict[str, tuple]) -> None:
     wanted = {p.name: p for p in parameters}
     missing = [name for name in wanted if name not in checkpoint.tensors]
     extra = [name for name in checkpoint.names(kind) if name not in wanted]
-    for what, names in (("lacks", missing), ("has the unknown", [] if boxes else extra)):
+    for what, names in (("lacks", missing), ("has the unknown", [] if extents else extra)):
         if names:
             more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
             raise UserError(f"the checkpoint {what} parameter {', '.join(names[:_MAX_SHOWN])}{more}",
                             where=checkpoint.path, hint="is it of another model or optimizer?")
     for name, parameter in wanted.items():
-        saved, box = checkpoint.tensors[name], boxes.get(parameter_of(name))
-        shape = saved.shape if box is None else tuple(stop - start for start, stop in box)
+        saved, extent = checkpoint.tensors[name], extents.get(parameter_of(name))
+        shape = saved.shape if extent is None else tuple(stop - start for start, stop in extent)
         if shape != tuple(parameter.shape):
             raise UserError(f"'{name}' has shape {list(parameter.shape)} in the model and {list(shape)} in the "
                             "checkpoint", where=checkpoint.path,

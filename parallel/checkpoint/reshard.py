@@ -73,15 +73,15 @@ def rank_plan(slices: Slices, full_parameters: dict[str, Any], rank: int) -> lis
     """What a rank holds: (name, kind of file, dtype, full shape, box); moments are cut as their parameters."""
     plan = []
     for name, tensor in slices.tensors.items():
-        box = full_parameters[parameter_of(name)].box_of_rank(rank)
-        if box is not None:
-            plan.append((name, tensor.kind, tensor.dtype, tensor.shape, box))
+        extent = full_parameters[parameter_of(name)].slice_of_rank(rank)
+        if extent is not None:
+            plan.append((name, tensor.kind, tensor.dtype, tensor.shape, extent))
     return plan
 
 
 def plan_bytes(plan: list[tuple]) -> int:
     """Bytes of a rank's slices (four a number)."""
-    return sum(4 * volume(box) for *_, box in plan)
+    return sum(4 * volume(extent) for *_, extent in plan)
 
 
 def slices_bytes(slices: Slices) -> int:

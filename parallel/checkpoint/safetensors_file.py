@@ -163,9 +163,10 @@ class SafetensorsFile:
             raise self._damaged(f"the data of '{name}' have changed")
         return array
 
-    def copy_box(self, name: str, box: Iterable[tuple[int, int]], into: np.ndarray, place: tuple[slice, ...]) -> None:
-        """`into[place] = tensor[box]`, rows of at most 16 MB at a time."""
-        entry, box = self.entries[name], tuple(box)
+    def copy_extent(self, name: str, extent: Iterable[tuple[int, int]], into: np.ndarray,
+                    place: tuple[slice, ...]) -> None:
+        """`into[place] = tensor[extent]`, rows of at most 16 MB at a time."""
+        entry, extent = self.entries[name], tuple(extent)
         if not entry.nbytes:
             return
         if not entry.shape:
@@ -173,17 +174,17 @@ class SafetensorsFile:
             return
         target = into[place]
         row_bytes = entry.nbytes // entry.shape[0]
-        rest = tuple(slice(start, stop) for start, stop in box[1:])
+        rest = tuple(slice(start, stop) for start, stop in extent[1:])
         block = max(1, _BLOCK_BYTES // row_bytes)
         with open(self.path, "rb") as file:
-            for first in range(box[0][0], box[0][1], block):
-                last = min(first + block, box[0][1])
+            for first in range(extent[0][0], extent[0][1], block):
+                last = min(first + block, extent[0][1])
                 file.seek(self._data_start + entry.start + first * row_bytes)
                 rows = np.fromfile(file, DTYPES[entry.dtype], (last - first) * row_bytes // into.itemsize)
                 if rows.size * into.itemsize != (last - first) * row_bytes:
                     raise self._damaged(f"it ends within '{name}'")
                 rows = rows.reshape((last - first, *entry.shape[1:]))
-                target[first - box[0][0]:last - box[0][0]] = rows[(slice(None), *rest)]
+                target[first - extent[0][0]:last - extent[0][0]] = rows[(slice(None), *rest)]
 
     def map(self, name: str) -> np.ndarray:
         """A tensor as it lies in the file, read-only and without reading it into memory."""
@@ -193,9 +194,9 @@ class SafetensorsFile:
         mapped = np.memmap(self.path, DTYPES[entry.dtype], "r", self._data_start + entry.start, entry.shape or (1,))
         return mapped.reshape(entry.shape)
 
-    def read_box(self, name: str, box: Iterable[tuple[int, int]]) -> np.ndarray:
+    def read_extent(self, name: str, extent: Iterable[tuple[int, int]]) -> np.ndarray:
         """The part `[start:stop, ...]` of a tensor, without reading the rest into memory."""
-        return np.array(self.map(name)[tuple(slice(start, stop) for start, stop in box)])
+        return np.array(self.map(name)[tuple(slice(start, stop) for start, stop in extent)])
 
     def check(self, name: str, crc32: int | None) -> None:
         """Compares a tensor's data with its checksum, block by block.

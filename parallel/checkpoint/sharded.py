@@ -2,10 +2,10 @@
 
     step_00001000/
         parameters-00003-of-00008.safetensors, optimizer-00003-of-00008.safetensors
-        layout-00003-of-00008.json     for every tensor: file, dtype, shape and crc32 of the slice, `full_shape`, `box`
+        layout-00003-of-00008.json    for every tensor: file, dtype, shape and crc32 of the slice, `full_shape`, `box`
         state.json
 
-A whole checkpoint (`parallel.checkpoint.full`) is the special case without boxes; both are read by `Slices`.
+A full checkpoint (`parallel.checkpoint.full`) is the special case without slices; both are read by `Slices`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from parallel.common.files import explain_os_error, inside
 from parallel.common.folders import put_in_place, sweep, temporary_name
 from parallel.common.structured import typed
 
-Box = tuple[tuple[int, int], ...]
+Extent = tuple[tuple[int, int], ...]
 _RANK_LAYOUT = re.compile(r"^layout-(\d{5,})-of-(\d{5,})\.json$")
 _MOMENT = re.compile(r"^(?:adam_m|adam_v|adagrad_a|rmsprop_s|rmsprop_u)\.")
 
@@ -70,7 +70,7 @@ class _Entry(pydantic.BaseModel):
 class Piece:
     """A slice on the disk: its place in the whole tensor, its file and checksum."""
 
-    box: Box
+    extent: Extent
     file: Path
     crc32: int | None
 
@@ -91,7 +91,7 @@ class Tensor:
 
 
 class Slices:
-    """A checkpoint, whole or in slices, opened for reading: `tensors` by name and `read(name, box)`.
+    """A checkpoint, whole or in slices, opened for reading: `tensors` by name and `read(name, extent)`.
 
     Raises:
         UserError: no checkpoint, damaged, a rank's file missing, or slices that leave a gap.
@@ -136,25 +136,26 @@ class Slices:
     def _add(self, layout: dict[str, _Entry]) -> None:
         for name, entry in layout.items():
             shape = tuple(entry.shape if entry.full_shape is None else entry.full_shape)
-            box = tuple(entry.box) if entry.box is not None else tuple((0, size) for size in shape)
-            if entry.dtype not in DTYPES or len(box) != len(shape) or any(
-                    not start <= stop <= size for (start, stop), size in zip(box, shape, strict=True)):
+            extent = tuple(entry.box) if entry.box is not None else tuple((0, size) for size in shape)
+            if entry.dtype not in DTYPES or len(extent) != len(shape) or any(
+                    not start <= stop <= size for (start, stop), size in zip(extent, shape, strict=True)):
                 raise UserError(f"the layout of '{name}' is damaged", where=self.path, hint="use another checkpoint")
             kind = OPTIMIZER_FILE if entry.file.startswith("optimizer") else PARAMETERS_FILE
             tensor = self.tensors.setdefault(name, Tensor(kind, entry.dtype, shape, []))
             if (tensor.shape, tensor.dtype) != (shape, entry.dtype):
                 raise UserError(f"the ranks disagree on the shape of '{name}'", where=self.path)
-            if all(piece.box != box for piece in tensor.pieces):
-                tensor.pieces.append(Piece(box, inside(self.path, entry.file), entry.crc32))
+            if all(piece.extent != extent for piece in tensor.pieces):
+                tensor.pieces.append(Piece(extent, inside(self.path, entry.file), entry.crc32))
 
     def _check_cover(self, name: str, tensor: Tensor) -> None:
-        # Boxes of one layout either are the same or do not touch, so their sizes must add up.
-        covered = sum(volume(piece.box) for piece in tensor.pieces)
+        # Slices of one layout either are the same or do not touch, so their sizes must add up.
+        covered = sum(volume(piece.extent) for piece in tensor.pieces)
         if covered != math.prod(tensor.shape):
             raise UserError(f"the slices of '{name}' do not make up the whole", where=self.path)
 
-    def read(self, name: str, box: Box | None = None) -> np.ndarray:
-        """The part `box` (None = all) of a tensor, put together from the slices; each slice's checksum is checked once.
+    def read(self, name: str, extent: Extent | None = None) -> np.ndarray:
+        """The part `extent` (None = all) of a tensor, put together from the slices; each slice's checksum is checked
+        once.
 
         Raises:
             UserError: no such tensor, or damaged data.
@@ -162,23 +163,23 @@ class Slices:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise UserError(f"the checkpoint has no parameter '{name}'", where=self.path)
-        box = box if box is not None else tuple((0, size) for size in tensor.shape)
-        part = np.empty([stop - start for start, stop in box], DTYPES[tensor.dtype])
+        extent = extent if extent is not None else tuple((0, size) for size in tensor.shape)
+        part = np.empty([stop - start for start, stop in extent], DTYPES[tensor.dtype])
         for piece in tensor.pieces:
-            shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, piece.box, strict=True))
+            shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(extent, piece.extent, strict=True))
             if all(start < stop for start, stop in shared):
-                self._copy(name, piece, shared, box, part)
+                self._copy(name, piece, shared, extent, part)
         return part
 
-    def _copy(self, name: str, piece: Piece, shared: Box, box: Box, part: np.ndarray) -> None:
+    def _copy(self, name: str, piece: Piece, shared: Extent, extent: Extent, part: np.ndarray) -> None:
         file = self._files.setdefault(piece.file, SafetensorsFile(piece.file))
         if (piece.file, name) not in self._checked:
             self._check_piece(name, piece, file)
-        place = tuple(slice(*pair) for pair in _relative(shared, box))
-        file.copy_box(name, _relative(shared, piece.box), part, place)
+        place = tuple(slice(*pair) for pair in _relative(shared, extent))
+        file.copy_extent(name, _relative(shared, piece.extent), part, place)
 
     def _check_piece(self, name: str, piece: Piece, file: SafetensorsFile) -> None:
-        shape, tensor = tuple(stop - start for start, stop in piece.box), self.tensors[name]
+        shape, tensor = tuple(stop - start for start, stop in piece.extent), self.tensors[name]
         entry = file.entries.get(name)
         if entry is not None and (entry.shape, entry.dtype) != (shape, tensor.dtype):
             raise UserError(f"checkpoint file is damaged: '{name}' is {entry.dtype} {list(entry.shape)} there and "
@@ -203,8 +204,8 @@ class Slices:
 
 
 def write_rank(folder: Path, rank: int, ranks: int,
-               tensors: Iterable[tuple[str, str, str, tuple[int, ...], Box]],
-               read: Callable[[str, Box], np.ndarray]) -> None:
+               tensors: Iterable[tuple[str, str, str, tuple[int, ...], Extent]],
+               read: Callable[[str, Extent], np.ndarray]) -> None:
     """Writes one rank's files into `folder`.
 
     Args:
@@ -220,12 +221,13 @@ def write_rank(folder: Path, rank: int, ranks: int,
         if not own:
             continue
         file = rank_file(kind, rank, ranks)
-        plan = [(name, dtype, tuple(stop - start for start, stop in box), lambda name=name, box=box: read(name, box))
-                for name, _, dtype, _, box in own]
+        plan = [(name, dtype, tuple(stop - start for start, stop in extent), lambda name=name,
+                 extent=extent: read(name, extent))
+                for name, _, dtype, _, extent in own]
         checksums = write_safetensors(folder / file, plan)
-        for (name, _, dtype, full, box), (_, _, shape, _) in zip(own, plan, strict=True):
+        for (name, _, dtype, full, extent), (_, _, shape, _) in zip(own, plan, strict=True):
             layout[name] = {"file": file, "dtype": dtype, "shape": list(shape), "crc32": checksums[name],
-                            "full_shape": list(full), "box": [list(pair) for pair in box]}
+                            "full_shape": list(full), "box": [list(pair) for pair in extent]}
     write_plain_json(folder / rank_file("layout.json", rank, ranks),
                      {"format": FORMAT, "version": VERSION, "rank": rank, "ranks": ranks, "tensors": layout})
 
@@ -252,7 +254,7 @@ class Holder:
 
     rank: int
     ranks: int
-    boxes: dict[str, Box]
+    extents: dict[str, Extent]
     shapes: dict[str, tuple[int, ...]]
     barrier: Callable[[], None]
 
@@ -279,10 +281,10 @@ def save_slices(directory: str | Path, step: int, parameters: Sequence[Any], sta
         for kind, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
             for tensor in named(tensors):
                 owner = parameter_of(tensor.name)
-                if owner in holder.boxes:
-                    entries.append((tensor.name, kind, tensor.dtype, holder.shapes[owner], holder.boxes[owner]))
+                if owner in holder.extents:
+                    entries.append((tensor.name, kind, tensor.dtype, holder.shapes[owner], holder.extents[owner]))
                     arrays[tensor.name] = tensor
-        write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, box: arrays[name].read())
+        write_rank(hidden, holder.rank, holder.ranks, entries, lambda name, extent: arrays[name].read())
         holder.barrier()
         if holder.rank == 0:
             if add_files is not None:
@@ -322,10 +324,10 @@ def write_checkpoint(target: str | Path, needed: int, write: Callable[[Path], No
     return target
 
 
-def volume(box: Sequence[tuple[int, int]]) -> int:
+def volume(extent: Sequence[tuple[int, int]]) -> int:
     """Elements in a box."""
-    return math.prod(stop - start for start, stop in box)
+    return math.prod(stop - start for start, stop in extent)
 
 
-def _relative(box: Box, origin: Box) -> Box:
-    return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, origin, strict=True))
+def _relative(extent: Extent, origin: Extent) -> Extent:
+    return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(extent, origin, strict=True))

@@ -6,6 +6,7 @@ A file of several stages names its parameters `<stage>-<name>`, as `merge_pipeli
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from parallel.sharding.slices import FullParameter
 
 MAX_BYTES = 64 << 20
-Box = tuple[tuple[int, int], ...]
+_MAX_RANKS = 1 << 20
+_DIGEST_FIELD = 1009
+_DIGEST_TAG = wire.varint(_DIGEST_FIELD << 3 | wire.BYTES) + wire.varint(32)
+Extent = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -49,21 +53,21 @@ class SliceLayout:
         """How many ranks a stage has."""
         return math.prod(self.matrix)
 
-    def box(self, rank: int, shape: tuple[int, ...]) -> Box:
+    def extent(self, rank: int, shape: tuple[int, ...]) -> Extent:
         """[start, stop) of each dim that `rank` of a stage holds of a parameter of `shape`.
 
         Raises:
             UserError: a dim does not divide.
         """
         places = np.unravel_index(rank, self.matrix)
-        box = []
+        extent = []
         for dim, axis in zip(shape, self.dims, strict=True):
             parts, index = (1, 0) if axis < 0 else (self.matrix[-1 - axis], int(places[-1 - axis]))
-            box.append(_part((0, dim), parts, index))
+            extent.append(_part((0, dim), parts, index))
         if self.step:
             parts = self.parts if self.parts > 0 else self.ranks // self.step
-            box[0] = _part(box[0], parts, rank // self.step % parts)
-        return tuple(box)
+            extent[0] = _part(extent[0], parts, rank // self.step % parts)
+        return tuple(extent)
 
 
 def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
@@ -79,15 +83,15 @@ def layouts_of(full_parameters: list[FullParameter]) -> dict[str, SliceLayout]:
     """Cuts of all parameters of a network, from `parallel.sharding.slices.sharded_parameters`."""
     layouts = {}
     for full in full_parameters:
-        boxes = full.box_of_rank
-        mesh = {axis: degree for axis, degree in boxes.mesh.items() if axis != "expert" or degree > 1}
+        extents = full.slice_of_rank
+        mesh = {axis: degree for axis, degree in extents.mesh.items() if axis != "expert" or degree > 1}
         axes = list(mesh)
-        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in boxes.mesh_axes)
+        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in extents.mesh_axes)
         slice_shape = tuple(size // (mesh[axis] if axis else 1)
-                            for size, axis in zip(boxes.shape, boxes.mesh_axes, strict=True))
-        sharded = boxes.shard > 1
-        layouts[full.name] = SliceLayout(tuple(mesh.values()), dims, boxes.shard_step if sharded else 0,
-                               boxes.shard if sharded else 0, tuple(sorted(boxes.stages or {0})), slice_shape)
+                            for size, axis in zip(extents.shape, extents.mesh_axes, strict=True))
+        sharded = extents.shard > 1
+        layouts[full.name] = SliceLayout(tuple(mesh.values()), dims, extents.shard_step if sharded else 0,
+                               extents.shard if sharded else 0, tuple(sorted(extents.stages or {0})), slice_shape)
     return layouts
 
 
@@ -103,8 +107,10 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
     if path.stat().st_size > MAX_BYTES:
         raise UserError("file is too large for a strategy", where=path, value=path.stat().st_size)
     layouts: dict[str, SliceLayout] = {}
+    data = path.read_bytes()
+    _compare_digest(data, path)
     try:
-        for number, item in wire.fields(path.read_bytes()):
+        for number, item in wire.fields(data):
             if number == 3:
                 name, layout = _layout(item)
                 stage, dash, rest = name.partition("-")
@@ -118,7 +124,36 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
         raise UserError("not a strategy file", where=path) from None
     if not layouts:
         raise UserError("the strategy file names no parameter", where=path)
+    _check_layouts(layouts, path)
     return layouts
+
+
+def _compare_digest(data: bytes, path: Path) -> None:
+    """The digest is the last field of a file that was written here; readers of Protocol Buffers pass over it."""
+    at = data.rfind(_DIGEST_TAG, max(0, len(data) - len(_DIGEST_TAG) - 32))
+    if at >= 0 and at + len(_DIGEST_TAG) + 32 == len(data) and hashlib.sha256(data[:at]).digest() != data[-32:]:
+        raise UserError("file is damaged: what is in it has changed since it was written", where=path,
+                        hint="use another copy")
+
+
+def _check_layouts(layouts: dict[str, SliceLayout], path: Path) -> None:
+    """What no strategy says: the published files carry no digest, so damage must show in what they mean."""
+    for name, layout in layouts.items():
+        axes, ranks = len(layout.matrix), math.prod(layout.matrix) if layout.matrix else 0
+        used = [dim for dim in layout.dims if dim >= 0]
+        wrong = (not name or not name.isprintable() or not 0 < ranks <= _MAX_RANKS or min(layout.matrix, default=0) < 1
+                 or any(not -1 <= dim < axes for dim in layout.dims) or len(set(used)) != len(used)
+                 or not 0 <= layout.step <= ranks or layout.parts < -1 or layout.parts > ranks
+                 or (layout.parts > 0 and ranks % layout.parts) or (layout.step > 0 and ranks % layout.step)
+                 or (bool(layout.slice_shape) and len(layout.slice_shape) != len(layout.dims))
+                 or any(size < 1 for size in layout.slice_shape))
+        if wrong:
+            raise UserError(f"file is damaged: no strategy slices '{name[:80]}' like this", where=path,
+                            hint="use another copy")
+    sizes = {math.prod(layout.matrix) for layout in layouts.values()}
+    if len(sizes) > 1:
+        raise UserError("file is damaged: its parameters lie on different numbers of devices", where=path,
+                        value=sorted(sizes), hint="use another copy")
 
 
 def write_strategy(path: str | Path, layouts: dict[str, SliceLayout]) -> None:
@@ -140,7 +175,8 @@ def write_strategy(path: str | Path, layouts: dict[str, SliceLayout]) -> None:
                 named = f"{stage}-{name}" if len(stages) > 1 else name
                 items.append(wire.field(3, wire.field(1, named.encode()) + wire.field(2, _encoded(layout))))
     with atomic_write(path, "wb") as file:
-        file.write(b"".join(items))
+        data = b"".join(items)
+        file.write(data + _DIGEST_TAG + hashlib.sha256(data).digest())
 
 
 def _encoded(layout: SliceLayout) -> bytes:

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
@@ -94,11 +95,11 @@ def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     if verb.settings is not None:
         cls = _resolve(verb.settings)
         if hasattr(cls, "for_file"):
-            cls = cls.for_file(arguments.config or verb.config, overrides)
+            cls = cls.for_file(arguments.config or own_file(verb.config), overrides)
         if arguments.print_reference:
             print(reference(cls))
             return 0
-        settings = load_settings(cls, arguments.config or verb.config, overrides)
+        settings = load_settings(cls, arguments.config or own_file(verb.config), overrides)
         if arguments.print_config:
             print(to_yaml(settings), end="")
             return 0
@@ -142,8 +143,8 @@ def _refuse_old_names(package: str, argv: list[str]) -> None:
         raise UserError(f"the verb '{argv[0]}' is called '{new}'", where=f"python -m {package}", hint=f"type {new}")
     for word in argv[1:]:
         flag = word.partition("=")[0]
-        if (argv[0], flag) in FLAGS:
-            new = FLAGS[argv[0], flag]
+        if (package, argv[0], flag) in FLAGS:
+            new = FLAGS[package, argv[0], flag]
             raise UserError(f"the flag '{flag}' is called '{new}'", where=argv[0], hint=f"type {new}")
 
 
@@ -153,6 +154,14 @@ def _unknown_word(parser: argparse.ArgumentParser, verb: Verb, word: str) -> Use
     near = difflib.get_close_matches(word.split("=")[0], list(sub._option_string_actions), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"see python -m ... {verb.name} --help"
     return UserError(f"unknown argument '{word}'", where=verb.name, hint=hint)
+
+
+def own_file(name: str | None) -> str | None:
+    """A file of this repository that nobody named, from whatever folder the command is typed in."""
+    if name is None or Path(name).exists():
+        return name
+    ours = Path(__file__).resolve().parents[2] / name
+    return str(ours) if ours.exists() else name
 
 
 def _resolve(target: Any) -> Any:

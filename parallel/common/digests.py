@@ -109,6 +109,13 @@ class CheckedRows:
             self.check(rows)
         return self.array[key]
 
+    def __getattr__(self, name: str) -> Any:
+        """Anything else that an array has, of the whole array."""
+        if name.startswith("_") or name == "array":
+            raise AttributeError(name)
+        self.check(slice(None))
+        return getattr(self.array, name)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         self.check(slice(None))
         return np.array(self.array, dtype) if copy else np.asarray(self.array, dtype)

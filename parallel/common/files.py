@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import gzip
 import io
 import lzma
@@ -18,7 +19,7 @@ from parallel.common.folders import sweep_once, temporary_name
 from parallel.common.json_text import dump_json
 from parallel.common.structured import MAX_JSON_BYTES, read_json, seal
 
-__all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside",
+__all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside", "matching",
            "open_binary", "open_text", "read_json", "write_json"]
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
@@ -188,6 +189,21 @@ def write_json(path: str | Path, value: Any, *, sealed: bool = True) -> None:
 def json_with_digest(value: Any) -> str:
     """The text that `write_json` writes."""
     return dump_json(seal(value) if isinstance(value, dict) else value, indent=1) + "\n"
+
+
+def matching(path: str | Path) -> list[Path]:
+    """What a path stands for: itself if it exists, else what it matches as a pattern (`*`, `?`, `[...]`, `**`), sorted.
+
+    Names that exist are taken as they are, also above the first wildcard: `logs [2024]/*.csv` looks into that folder.
+    """
+    path = Path(path)
+    if path.exists():
+        return [path]
+    if not any(mark in str(path) for mark in "*?["):
+        return []
+    root = next((parent for parent in path.parents if parent.is_dir()), Path())
+    pattern = str(path.relative_to(root)) if root in path.parents else str(path)
+    return sorted(root / name for name in glob.glob(pattern, root_dir=root, recursive=True))
 
 
 def inside(root: str | Path, path: str | Path) -> Path:

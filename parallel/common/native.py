@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from parallel.common.files import cache_folder
-from parallel.common.progress import note
+from parallel.common.progress import info
 
 HEADERS = Path(__file__).resolve().parents[1] / "kernels"
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", f"-I{HEADERS}"]
@@ -33,13 +33,13 @@ def build_library(source: Path, *, does: str, flags: tuple[str, ...] = ("-march=
     """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        note(f"no C++ compiler: {does} (install g++ for the faster ones)")
+        info(f"no C++ compiler: {does} (install g++ for the faster ones)")
         return None
     try:
         return _build(compiler, source, [*_FLAGS, *flags])
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "stderr", None) or str(error)
-        note(f"{does}, since the faster ones cannot be built: {reason.strip()[:200]}")
+        info(f"{does}, since the faster ones cannot be built: {reason.strip()[:200]}")
         return None
 
 
@@ -64,9 +64,8 @@ def _key(compiler: str, source: Path, flags: list[str]) -> str:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=_SECONDS).stdout
     text = source.read_bytes()
     digest = hashlib.sha256(text + version + " ".join([*flags, platform.machine()]).encode())
-    for name in _INCLUDE.findall(text):
-        beside = source.parent / name.decode()
-        digest.update((beside if beside.is_file() else HEADERS / name.decode()).read_bytes())
+    for header in _headers(source):
+        digest.update(header.read_bytes())
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -74,3 +73,18 @@ def _key(compiler: str, source: Path, flags: list[str]) -> str:
     digest.update("".join(next((line for line in lines if line.startswith(name)), "")
                           for name in ("model name", "flags", "Features")).encode())
     return digest.hexdigest()[:16]
+
+
+def _headers(source: Path) -> list[Path]:
+    """Our headers that a file includes, and those that they include."""
+    found: list[Path] = []
+    pending = [source]
+    while pending:
+        file = pending.pop()
+        for name in _INCLUDE.findall(file.read_bytes()):
+            beside = file.parent / name.decode()
+            header = beside if beside.is_file() else HEADERS / name.decode()
+            if header not in found:
+                found.append(header)
+                pending.append(header)
+    return found

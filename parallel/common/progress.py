@@ -93,7 +93,7 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None
     _console().print(drawn)
 
 
-def note(text: str) -> None:
+def info(text: str) -> None:
     """One line for the reader on stderr."""
     print(text, file=sys.stderr, flush=True)
 

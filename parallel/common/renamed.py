@@ -10,10 +10,13 @@ from typing import Any
 
 KEYS = {
     "op_cut": "op_sharding",
+    "tower": "head_hidden",
 }
 """Last part of a config key: old name -> new name. An old name is not used for anything else."""
 
-VALUES: dict[tuple[str, Any], Any] = {}
+VALUES: dict[tuple[str, Any], Any] = {
+    ("global_token", "group"): "candidate",
+}
 """(config key, old value) -> new value."""
 
 VERBS: dict[tuple[str, str], str] = {
@@ -29,15 +32,15 @@ VERBS: dict[tuple[str, str], str] = {
 }
 """(package, old verb) -> what to type."""
 
-FLAGS: dict[tuple[str, str], str] = {
-    ("launch", "--dry-run"): "--compile-only",
-    ("quantize", "--config"): "--run-config",
-    ("quantize", "--out"): "--output",
-    ("refresh", "--out"): "--output",
-    ("sweep", "--out"): "--output",
-    ("bench", "--out"): "--output",
+FLAGS: dict[tuple[str, str, str], str] = {
+    ("parallel", "launch", "--dry-run"): "--compile-only",
+    ("recsys", "quantize", "--config"): "--run-config",
+    ("recsys", "quantize", "--out"): "--output",
+    ("recsys", "refresh", "--out"): "--output",
+    ("recsys", "sweep", "--out"): "--output",
+    ("recsys", "bench", "--out"): "--output",
 }
-"""(verb, old flag) -> new flag."""
+"""(package, verb, old flag) -> new flag."""
 
 
 TASKS = {f"world_{skill}": f"synthetic_{skill}" for skill in ("arithmetic", "context", "sentiment")}

@@ -334,6 +334,14 @@ int64_t keys_unique(const int64_t *keys, int64_t n, int64_t *distinct, int32_t *
   return count;
 }
 
+// out_UW += gradients_NW of each of which_N, in their order.
+void rows_add(const float *gradients, const int32_t *which, int64_t n, int64_t width, float *out) {
+  for (int64_t i = 0; i < n; ++i) {
+    float *to = out + which[i] * width;
+    for (int64_t j = 0; j < width; ++j) to[j] += gradients[i * width + j];
+  }
+}
+
 // Rows of distinct keys, -1 where a key has none. Changes nothing.
 void table_find(void *handle, const int64_t *keys, int64_t n, int32_t *rows) {
   const Table &table = *static_cast<Table *>(handle);

@@ -32,6 +32,9 @@ class Team {
     return *team;
   }
 
+  // Threads that share the work, the caller's own included.
+  int size() const { return helpers_ + 1; }
+
   template <typename Body>
   void run(int blocks, const Body &body) {
     // A forked child has no helpers; a second caller finds them busy.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, ops
 
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Axes, Layer, Operand, OpSharding
+from parallel.sharding.layout import Axes, Layer, OpSharding
 
 
 class Embedding(Layer):
@@ -33,11 +33,7 @@ class Embedding(Layer):
         return self.reshape(self.gather(self.table, ids_BS, 0), (-1, self.width))
 
     def sharding(self) -> list[OpSharding]:
-        return [OpSharding(self.gather, ((self.axis, None), ("batch", None)))]
-
-    def weights(self) -> dict[str, Operand]:
-        return {"table": (self.axis, None)}
-
+        return [OpSharding(self.gather, ((self.axis, None), ("batch", None)), weights=("table",))]
 
 class TiedHead(Layer):
     """logits_NV = hidden_ND table_VD^T: the head that shares the word embedding's table, without a bias.

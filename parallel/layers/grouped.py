@@ -116,14 +116,8 @@ class GroupedLinear(Layer):
     def sharding(self) -> list[OpSharding]:
         tokens, width = self.layout.tokens, self.layout.width
         column, row = (width if self.style == "column" else None), (width if self.style == "row" else None)
-        return [OpSharding(self.matmul, ((tokens, "batch", row), (tokens, row, column))),
-                OpSharding(self.add, ((tokens, "batch", column), (tokens, None, column)))]
-
-    def weights(self) -> dict[str, Operand]:
-        tokens, width = self.layout.tokens, self.layout.width
-        column, row = (width if self.style == "column" else None), (width if self.style == "row" else None)
-        return {"weight": (tokens, row, column), "bias": (tokens, None, column)}
-
+        return [OpSharding(self.matmul, ((tokens, "batch", row), (tokens, row, column)), weights=(None, "weight")),
+                OpSharding(self.add, ((tokens, "batch", column), (tokens, None, column)), weights=(None, "bias"))]
 
 class GroupedFeedForward(Layer):
     """GELU(x W1 + b1) W2 + b2 with weights for each token (RankMixer eq. 6-9).

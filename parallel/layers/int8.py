@@ -1,9 +1,7 @@
 """W8A16: int8 weights with float16 or float32 activations, in the place of layers that were trained in float32.
 
-Symmetric, one scale s for each output channel (or for each 128 inputs of it): q = round(w / s) in -127 .. 127 with
-s = max |w| / 127, so |q s - w| <= s / 2 and an output moves by at most s / 2 * ||x||_1. The scale is applied after the
-sum, which is exact. Neither symmetry nor granularity of the paper (UG-Sep, arXiv 2602.10455) could be read: both are
-ours. What a model leaves in float32 (routers, whose choice is not smooth, norms, biases) it says itself (`swap`).
+How weights become int8: int8_numbers.py. What a model leaves in float32 (routers, whose choice is not smooth, norms,
+biases) it says itself (`swap`).
 
 Shapes: T tokens, R routed experts, M rows, K inputs, O outputs, G groups of inputs (1 without groups), P panels.
 """
@@ -24,55 +22,14 @@ from mindspore import dtype as mstype
 from parallel.checkpoint.full import Checkpoint, load_parameters
 from parallel.common.errors import UserError
 from parallel.common.native import build_library
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU, Swish
+from parallel.layers.int8_numbers import GROUP, SCALE, count_groups, dequantize, error_of, panels, quantize
 from parallel.layers.linear import Linear
 from parallel.layers.moe import Permutation, SparsePertokenMoE
 
-GROUP = 128
-PANEL = 32  # columns of a panel in parallel/kernels/w8a16.cpp
 SOURCE = Path(__file__).parents[1] / "kernels" / "w8a16.cpp"
-SCALE = "_scale"
 _EXPERT_WEIGHTS = ("gate_weight", "up_weight", "down_weight")
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def quantize(weight: np.ndarray, group: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(q int8 [.., K, O], scale float32 [.., G, O]) of weights [.., K, O].
-
-    Raises:
-        UserError: a weight is not finite.
-    """
-    if not np.isfinite(weight).all():
-        raise UserError("a weight is infinite or not a number", hint="use an earlier checkpoint")
-    *lead, inputs, outputs = weight.shape
-    size = group or inputs
-    quantized, scales = np.empty(weight.shape, np.int8), []
-    for begin in range(0, inputs, size):
-        part = weight[..., begin:begin + size, :]
-        scale = (np.abs(part).max(-2, keepdims=True) / np.float32(127.0)).astype(np.float32)
-        scale[scale == 0.0] = 1.0
-        quantized[..., begin:begin + size, :] = np.clip(np.rint(part / scale), -127, 127)
-        scales.append(scale)
-    return quantized, np.ascontiguousarray(np.concatenate(scales, -2)).reshape(*lead, len(scales), outputs)
-
-
-def dequantize(quantized: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """float32 [.., K, O]."""
-    if scale.shape[-2] > 1:
-        scale = np.repeat(scale, GROUP, -2)[..., :quantized.shape[-2], :]
-    return quantized * scale
-
-
-def panels(quantized: np.ndarray) -> np.ndarray:
-    """[.., P, K, PANEL]: PANEL columns side by side, in the order in which the kernel reads; the last filled with 0."""
-    *lead, inputs, outputs = quantized.shape
-    count = -(-outputs // PANEL)
-    filled = np.zeros((*lead, inputs, count * PANEL), np.int8)
-    filled[..., :outputs] = quantized
-    return np.ascontiguousarray(np.moveaxis(filled.reshape(*lead, inputs, count, PANEL), -2, -3))
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,7 +49,7 @@ def library() -> Path | None:
 class Int8Product(nn.Cell):
     """y_TMO = x_TMK times int8 weights; with experts, rows of each expert (see `GroupedMatMul`) times that expert's.
 
-    Made with the weights in the order of a checkpoint; `settle` brings them into the order of the device: panels for
+    Made with the weights in the order of a checkpoint; `prepare` brings them into the order of the device: panels for
     the kernel on the CPU, float32 where there is no compiler, as they are on Ascend.
 
     Args:
@@ -116,12 +73,12 @@ class Int8Product(nn.Cell):
         self.weight.set_data(Tensor(quantized))
         self.scale.set_data(Tensor(scale))
 
-    def settle(self) -> None:
+    def prepare(self) -> None:
         """Brings the weights into the order of the device; called once, after they are loaded."""
         if self.mode != "stored":
             return
         if mindspore.get_context("device_target") != "CPU":
-            self._settle_on_ascend()
+            self._prepare_on_ascend()
             return
         quantized, kernels = self.weight.asnumpy(), library()
         if kernels is not None:
@@ -135,7 +92,7 @@ class Int8Product(nn.Cell):
         del self.weight
         self.weight = Parameter(Tensor(made), name=name, requires_grad=False)
 
-    def _settle_on_ascend(self) -> None:
+    def _prepare_on_ascend(self) -> None:
         if self.experts:
             raise UserError("int8 experts run on the CPU only so far", where="quantized checkpoint",
                             hint="serve the float checkpoint on this device")
@@ -196,15 +153,15 @@ class QuantizedLinear(nn.Cell):
     def __init__(self, linear: Linear, groups: int) -> None:
         super().__init__()
         self.inputs, self.outputs, self.has_bias = linear.inputs, linear.outputs, linear.has_bias
-        self.compute_dtype = linear.compute_dtype
+        self.rows, self.compute_dtype = linear.rows, linear.compute_dtype
         self.product = Int8Product((1, linear.inputs, linear.outputs), groups, linear.weight.name)
         self.bias = linear.bias
         self.add, self.cast, self.reshape = ops.Add(), ops.Cast(), ops.Reshape()
 
     @property
     def flops_per_sample(self) -> int:
-        """As `counting` has it for a `Linear`."""
-        return 2 * self.inputs * self.outputs * getattr(self, "rows", 1)
+        """Two for each multiplication and addition of the product."""
+        return 2 * self.inputs * self.outputs * self.rows
 
     def construct(self, x_NI: Tensor) -> Tensor:
         x_1NI = self.reshape(self.cast(x_NI, self.compute_dtype), (1, -1, self.inputs))
@@ -286,11 +243,6 @@ class QuantizedMoE(nn.Cell):
 # ---------------------------------------------------------------- networks
 
 
-def count_groups(inputs: int, group: int | None) -> int:
-    """Scales of an output channel."""
-    return 1 if group is None or inputs <= group else -(-inputs // group)
-
-
 def replacement(cell: nn.Cell, group: int | None) -> nn.Cell | None:
     """The cell with int8 weights for one of parallel.layers; None for what has none."""
     if isinstance(cell, GroupedSwiGLU):
@@ -298,10 +250,7 @@ def replacement(cell: nn.Cell, group: int | None) -> nn.Cell | None:
     if isinstance(cell, GroupedLinear):
         return QuantizedGroupedLinear(cell, count_groups(cell.inputs, group))
     if isinstance(cell, Linear):
-        made = QuantizedLinear(cell, count_groups(cell.inputs, group))
-        if hasattr(cell, "rows"):
-            made.rows = cell.rows
-        return made
+        return QuantizedLinear(cell, count_groups(cell.inputs, group))
     if isinstance(cell, SparsePertokenMoE):
         return QuantizedMoE(cell, (count_groups(cell.width, group), count_groups(cell.inner, group)))
     return None
@@ -390,22 +339,21 @@ def quantize_model(model: nn.Cell, gone: dict[str, Parameter]) -> dict[str, floa
 
 
 def relative_error(weight: np.ndarray, product: Int8Product) -> float:
-    """||W - q s|| / ||W||, Frobenius norms; product not settled yet."""
-    change = dequantize(product.weight.asnumpy(), product.scale.asnumpy()) - weight
-    return float(np.linalg.norm(change) / max(np.linalg.norm(weight), np.finfo(np.float32).tiny))
+    """See `error_of`; product not settled yet."""
+    return error_of(weight, product.weight.asnumpy(), product.scale.asnumpy())
 
 
-def settle(model: nn.Cell) -> str | None:
+def prepare(model: nn.Cell) -> str | None:
     """Brings all int8 weights into the order of the device; "kernel", "float32", "ascend", or None without any."""
     modes = set()
     for product in products(model):
-        product.settle()
+        product.prepare()
         modes.add(product.mode)
     for _, cell in model.cells_and_names():
         if isinstance(cell, QuantizedNetwork):
             cell.fuse()
     if "float32" in modes and library() is None and os.environ.get("PANGU_KERNELS", "1") == "0":
-        note("PANGU_KERNELS=0: int8 weights are widened to float32 when they are loaded")
+        info("PANGU_KERNELS=0: int8 weights are widened to float32 when they are loaded")
     return next(iter(modes), None)
 
 
@@ -427,5 +375,5 @@ def load(path: str | Path, model: nn.Cell, swapping: Callable[[nn.Cell, int | No
         raise UserError("unknown kind of quantization", where=path, value=kind)
     swapping(model, kind["group"])
     state = load_parameters(path, list(model.get_parameters()))
-    settle(model)
+    prepare(model)
     return state

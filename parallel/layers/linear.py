@@ -11,7 +11,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Axes, Layer, Operand, OpSharding
+from parallel.sharding.layout import Axes, Layer, OpSharding
 
 
 class Linear(Layer):
@@ -26,16 +26,17 @@ class Linear(Layer):
         axis: the named axis that cuts.
         std: sigma of the weight's normal start.
         bias: whether there is a bias (starts at 0).
+        rows: of x for one sample (positions of a list); only counts FLOPs.
         compute_dtype: type of the matmul; the weight is stored in float32 and cast.
 
     Source: PanGu-alpha section 4 and Fig. 7 (strategies ((dp,1),(mp,1)) and ((dp,mp),(1,mp))).
     """
 
     def __init__(self, inputs: int, outputs: int, *, style: Literal["column", "row"] | None, std: float,
-                 axis: str = "width", bias: bool = True, compute_dtype: mstype = mstype.float32) -> None:
+                 axis: str = "width", bias: bool = True, rows: int = 1, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         self.inputs, self.outputs, self.style, self.axis = inputs, outputs, style, axis
-        self.compute_dtype = compute_dtype
+        self.rows, self.compute_dtype = rows, compute_dtype
         self.weight = parameter((outputs, inputs), "normal", std)
         # After a row cut every device of the op axis adds the same whole bias, so it is not worth cutting further.
         self.bias = parameter((outputs,), "zeros", shard_optimizer=style != "row") if bias else None
@@ -50,6 +51,11 @@ class Linear(Layer):
             y_NO = self.add(y_NO, self.cast(self.bias, self.compute_dtype))
         return y_NO
 
+    @property
+    def flops_per_sample(self) -> int:
+        """Two for each multiplication and addition of the product."""
+        return 2 * self.rows * self.inputs * self.outputs
+
     def redistributes(self, axes: Axes) -> bool:
         return axes.sequence and self.style == "column"  # from the cut residual stream
 
@@ -57,9 +63,6 @@ class Linear(Layer):
         column, row = (self.axis if self.style == "column" else None), (self.axis if self.style == "row" else None)
         after = "residual" if self.style == "row" else "tokens"
         summed = (("residual", None),) if self.style == "row" else None
-        return [OpSharding(self.matmul, (("tokens", row), (column, row)), summed),
-                OpSharding(self.add, ((after, column), (column,)))]
+        return [OpSharding(self.matmul, (("tokens", row), (column, row)), summed, (None, "weight")),
+                OpSharding(self.add, ((after, column), (column,)), weights=(None, "bias"))]
 
-    def weights(self) -> dict[str, Operand]:
-        column, row = (self.axis if self.style == "column" else None), (self.axis if self.style == "row" else None)
-        return {"weight": (column, row), "bias": (column,)}

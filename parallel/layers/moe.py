@@ -130,6 +130,11 @@ class GroupedExperts(nn.Cell):
         return self.total(self.weigh(y_TBAD, self.reshape(gates_TBA, (tokens, batch, active, 1))), 2)
 
 
+def routed_weight(layout: TokenLayout) -> Operand:
+    """How a weight [T, E, ., .] of the routed experts is sharded."""
+    return (layout.tokens, "experts", None, None)
+
+
 class CapacityExperts(Layer):
     """As `GroupedExperts` with static shapes: each expert takes at most C rows of each data-parallel part.
 
@@ -209,7 +214,7 @@ class CapacityExperts(Layer):
     def sharding(self) -> list[OpSharding]:
         token, after = self.layout.tokens, self.layout.tokens_after_batch
         row, plane, cube = (("batch", after) + (None,) * dims for dims in (1, 2, 3))
-        expert, weight = (token, "experts", "data_in_expert", None), (token, "experts", None, None)
+        expert, weight = (token, "experts", "data_in_expert", None), routed_weight(self.layout)
         return [OpSharding(self.turn_chosen, ((token, "batch", None),)),
                 OpSharding(self.turn_rows, ((token, "batch", None, None),)), OpSharding(self.turn_back, (plane,)),
                 OpSharding(self.there, (cube,)), OpSharding(self.back, ((token, None, "batch", None, None),)),
@@ -303,8 +308,8 @@ class SparsePertokenMoE(Layer):
         return 2 * self.tokens * self.width * self.routed + one * self.active
 
     def weights(self) -> dict[str, Operand]:
-        routed = (self.layout.tokens, "experts", None, None)
-        return {"gate_weight": routed, "up_weight": routed, "down_weight": routed}
+        """Of the routed experts, whose products belong to `CapacityExperts`."""
+        return dict.fromkeys(("gate_weight", "up_weight", "down_weight"), routed_weight(self.layout))
 
     @property
     def idle_parameters(self) -> int:

@@ -16,7 +16,7 @@ from parallel.layers.activation import GELU
 from parallel.layers.fused import FusedGatedExperts, library
 from parallel.layers.grouped import WIDTH_LAYOUT, GroupedLinear, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Layer, Operand, OpSharding
+from parallel.sharding.layout import Layer, OpSharding
 
 
 class ReluMoE(Layer):
@@ -108,9 +108,6 @@ class ReluMoE(Layer):
         penalty = factor * self.sum(infer_TBE) / infer_TBE.shape[1]
         return ops.depend(penalty, ops.assign(self.factor, moved))
 
-    def weights(self) -> dict[str, Operand]:
-        return {"expert_bias": (self.layout.tokens, None, None)}
-
     @property
     def flops_per_sample(self) -> int:
         """Of inference at the budget: routers and the active share of the experts."""
@@ -129,5 +126,6 @@ class ReluMoE(Layer):
         return [OpSharding(self.relu1, (row,)), OpSharding(self.relu2, (row,)), OpSharding(self.blend, (row, row)),
                 OpSharding(self.expand, (row,)), OpSharding(self.halve, (row, ())),
                 OpSharding(self.weigh, (plane, plane)), OpSharding(self.add, (row, row)),
-                OpSharding(self.bias, (row, (tokens, None, None))), OpSharding(self.sum, (row,)),
+                OpSharding(self.bias, (row, (tokens, None, None)), weights=(None, "expert_bias")),
+                OpSharding(self.sum, (row,)),
                 OpSharding(self.active, (row, ())), OpSharding(self.mean, (row,))]

@@ -129,23 +129,23 @@ class Network:
         return [math.prod(min(self.mesh.degree_of[factor], max(1, devices // self.strides[factor])) if devices else
                           self.mesh.degree_of[factor] for factor in factors) for devices, _ in self.levels]
 
-    def seconds_of(self, said: Collective) -> float:
+    def seconds_of(self, collective: Collective) -> float:
         """Time of one collective: rings inside the closest level, then across the next with a part for each device."""
-        key = (said.kind, said.factors, said.bytes)
+        key = (collective.kind, collective.factors, collective.bytes)
         if key not in self._known:
-            self._known[key] = self._collective(said)
+            self._known[key] = self._collective(collective)
         return self._known[key]
 
-    def _collective(self, said: Collective) -> float:
-        if said.kind in ("Send", "Receive"):
-            return self.transfer(said.bytes)
-        if not said.factors:
+    def _collective(self, collective: Collective) -> float:
+        if collective.kind in ("Send", "Receive"):
+            return self.transfer(collective.bytes)
+        if not collective.factors:
             return 2 * self.cluster.across.latency_us * 1e-6 * math.log2(max(2, self.mesh.config.pipeline.stages))
         seconds, inside = 0.0, 1
-        for (_, link), ranks in zip(self.levels, self.members(said.factors), strict=True):
-            seconds += self._ring(said.bytes / inside, ranks // inside, link)
+        for (_, link), ranks in zip(self.levels, self.members(collective.factors), strict=True):
+            seconds += self._ring(collective.bytes / inside, ranks // inside, link)
             inside = ranks
-        return (2 if said.kind == "AllReduce" else 1) * seconds
+        return (2 if collective.kind == "AllReduce" else 1) * seconds
 
     def _ring(self, size: float, ranks: int, link: LinkSettings) -> float:
         if ranks <= 1:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from parallel.planning.describe import WIDTH, Description, Item, Operation, axes_in_order
+from parallel.planning.describe import WIDTH, Description, Op, SymbolicTensor, axes_in_order
 from parallel.planning.mesh import Mesh, redistribution
 from parallel.planning.shapes import PRODUCTS, VIEWS, Dim, Dims
 from parallel.sharding.config import ParallelConfig
@@ -88,7 +88,7 @@ class SegmentCost:
         kept_recomputed: the same if the unit is recomputed: what reaches it from outside.
         kept_selective, selective: what is kept, and worked out again, if only the cells named in the config are.
         arrivals: (number, collective) of the redistributions of tensors that come from outside.
-        came: for each (tensor, layout) in `kept` that was brought into this layout from outside, how it came.
+        arrived_from: for each (tensor, layout) in `kept` that was brought into this layout from outside, how it came.
         largest: bytes of the largest result.
         divides: whether every axis divides what it cuts.
         outputs: layouts of the tensors that it makes.
@@ -103,7 +103,7 @@ class SegmentCost:
     kept_selective: dict[tuple, int] = field(default_factory=dict)
     selective: Work = field(default_factory=Work)
     arrivals: Counter = field(default_factory=Counter)
-    came: dict[tuple, Dims] = field(default_factory=dict)
+    arrived_from: dict[tuple, Dims] = field(default_factory=dict)
     largest: int = 0
     divides: bool = True
     outputs: dict[int, Dims] = field(default_factory=dict)
@@ -114,8 +114,8 @@ class Segment:
     """Consecutive operations of one unit, with its tensors numbered in order of appearance."""
 
     unit: int
-    operations: list[Operation]
-    items: list[Item] = field(default_factory=list)
+    operations: list[Op]
+    items: list[SymbolicTensor] = field(default_factory=list)
     number: dict[int, int] = field(default_factory=dict)
     outside: list[int] = field(default_factory=list)
     alike: int = 0
@@ -204,15 +204,15 @@ class _Evaluation:
     def __init__(self, mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused: tuple[str, ...]) -> None:
         self.mesh, self.segment, self.fused, self.cost = mesh, segment, fused, SegmentCost()
         self.layout: dict[int, Dims] = dict(zip(segment.outside, arriving, strict=True))
-        self.relaid: set[tuple] = set()
+        self.redistributed: set[tuple] = set()
         self.maker: dict[int, int] = {}
         self.reads: list[tuple[int, tuple]] = []
         self.masks: list[tuple[int, tuple]] = []
         # What each operation communicates forward: filled while walking, read again for the recomputation.
-        self.spoken: dict[int, list[Collective]] = {}
+        self.emitted: dict[int, list[Collective]] = {}
         self.works: list[Work] = []
         self.divides = True
-        self.leaving: set[int] | None = None
+        self.leaves_fused: set[int] | None = None
 
     def run(self) -> SegmentCost:
         for place, operation in enumerate(self.segment.operations):
@@ -223,7 +223,7 @@ class _Evaluation:
         self.cost.outputs = {number: self.layout[number] for number in self.maker}
         return self.cost
 
-    def _operation(self, place: int, operation: Operation) -> None:
+    def _operation(self, place: int, operation: Op) -> None:
         number = self.segment.number
         operands = []
         placed = self.mesh.place(list(axes_in_order(operation)))
@@ -246,11 +246,11 @@ class _Evaluation:
                 self.masks.append((number[id(operation.inputs[1])], operands[1]))
         self.divides &= all(dim.size % self.mesh.degree(dim.axis) == 0 for dims in operands for dim in dims if dim.axis)
 
-    def _one_hot_axis(self, operation: Operation, placed: dict) -> tuple[int, ...]:
+    def _one_hot_axis(self, operation: Op, placed: dict) -> tuple[int, ...]:
         name = operation.one_hot_axis
         return placed.get(name, ()) if name else ()
 
-    def _arrive(self, place: int, operation: Operation, item: Item, axes: tuple | None, placed: dict) -> Dims:
+    def _arrive(self, place: int, operation: Op, item: SymbolicTensor, axes: tuple | None, placed: dict) -> Dims:
         """The operand as the primitive wants it; whatever brings it there is noted."""
         number = self.segment.number[id(item)]
         here = self.layout.get(number, item.dims)
@@ -261,17 +261,17 @@ class _Evaluation:
         if target == here or item.parameter is not None or (item.producer < 0 and number not in self.layout):
             return target
         key = (self._before_views(number), target)
-        if key not in self.relaid:
-            self.relaid.add(key)
+        if key not in self.redistributed:
+            self.redistributed.add(key)
             back = operation.needed and item.differentiable
             for kind, factors, elements in redistribution(self.mesh, here, target):
-                said = self._speak(place, kind, factors, elements * WIDTH[item.dtype], back)
+                collective = self._emit(place, kind, factors, elements * WIDTH[item.dtype], back)
                 if key[0] not in self.maker:
-                    self.cost.arrivals[key[0], said] += 1
-                    self.cost.came[key] = here
+                    self.cost.arrivals[key[0], collective] += 1
+                    self.cost.arrived_from[key] = here
         return target
 
-    def _sum(self, place: int, operation: Operation, dims: Dims, summed: tuple[int, ...]) -> None:
+    def _sum(self, place: int, operation: Op, dims: Dims, summed: tuple[int, ...]) -> None:
         item = operation.outputs[0]
         size = self.mesh.local(dims) * WIDTH[item.dtype]
         kind = "AllReduce"
@@ -286,21 +286,21 @@ class _Evaluation:
             # With the ids whole on every rank a lookup in a cut table is scattered; who needs it whole gathers it.
             kind = "ReduceScatter"
             self.layout[self.segment.number[id(item)]] = (Dim(dims[0].size, summed), *dims[1:])
-        self._speak(place, kind, summed, size, operation.needed, "loss" if not dims else "activation")
+        self._emit(place, kind, summed, size, operation.needed, "loss" if not dims else "activation")
 
-    def _speak(self, place: int, kind: str, factors: tuple[int, ...], size: int, back: bool,
+    def _emit(self, place: int, kind: str, factors: tuple[int, ...], size: int, back: bool,
                purpose: str = "activation") -> Collective:
         dimension = self.mesh.kind(factors)
         if kind == "AlltoAll" and self.mesh.config.expert > 1:
             dimension = "expert"
         forward = Collective(kind, factors, size, dimension, "forward", purpose)
         self.cost.collectives[forward] += 1
-        self.spoken.setdefault(place, []).append(forward)
+        self.emitted.setdefault(place, []).append(forward)
         if back:
             self.cost.collectives[Collective(BACK[kind], factors, size, dimension, "backward", purpose)] += 1
         return forward
 
-    def _work(self, operation: Operation, operands: list[Dims], outputs: tuple[Dims, ...]) -> None:
+    def _work(self, operation: Op, operands: list[Dims], outputs: tuple[Dims, ...]) -> None:
         forward, cost = Work(), self.cost
         inside = self._fused_in(operation)
         out_bytes = sum(self.mesh.local(dims) * WIDTH[item.dtype]
@@ -323,7 +323,7 @@ class _Evaluation:
         cost.forward.add(forward)
         self.works.append(forward)
 
-    def _fused_in(self, operation: Operation) -> str:
+    def _fused_in(self, operation: Op) -> str:
         """Path of the cell that runs as one kernel with this operation inside; "" for none."""
         path = f".{operation.scope}."
         for name in self.fused:
@@ -331,16 +331,16 @@ class _Evaluation:
                 return path[:path.index(f".{name}.") + len(name) + 1]
         return ""
 
-    def _is_made_in(self, item: Item, cell: str) -> bool:
+    def _is_made_in(self, item: SymbolicTensor, cell: str) -> bool:
         place = self.maker.get(self.segment.number[id(item)])
         return place is not None and self._fused_in(self.segment.operations[place]) == cell
 
-    def _moves(self, operation: Operation) -> bool:
+    def _moves(self, operation: Op) -> bool:
         """Whether a primitive reads and writes memory of its own."""
         # Weights are cast once a step, not once a micro-batch: that is counted with the update.
         return not (operation.primitive in VIEWS | _NOTHING or _is_weight_copy(operation) or _is_same_cast(operation))
 
-    def _product(self, operation: Operation, operands: list[Dims], outputs: tuple[Dims, ...], forward: Work,
+    def _product(self, operation: Op, operands: list[Dims], outputs: tuple[Dims, ...], forward: Work,
                  moved: int) -> None:
         rows = self.mesh.local(outputs[0])
         inner = self.mesh.local((_contracted(operation, operands[0]),))
@@ -350,7 +350,7 @@ class _Evaluation:
         if operation.needed:
             self.cost.backward.products[product] += sum(item.differentiable for item in operation.inputs)
 
-    def _read(self, operation: Operation, operands: list[Dims]) -> None:
+    def _read(self, operation: Op, operands: list[Dims]) -> None:
         """Notes which forward results this operation's gradient reads."""
         rule = _READS.get(operation.primitive, ())
         items = operation.inputs
@@ -404,9 +404,10 @@ class _Evaluation:
                      if item.parameter is None]
         for place in again:
             cost.recompute.add(self.works[place])
-            for said in self.spoken.get(place, ()):
-                cost.collectives[Collective(said.kind, said.factors, said.bytes, said.dimension, "recompute",
-                                            said.purpose)] += 1
+            for collective in self.emitted.get(place, ()):
+                cost.collectives[Collective(collective.kind, collective.factors, collective.bytes,
+                                            collective.dimension, "recompute",
+                                            collective.purpose)] += 1
 
     def _keep_selective(self) -> None:
         """As `_keep` where only some cells are recomputed: their inputs are kept instead of what they make inside."""
@@ -440,14 +441,14 @@ class _Evaluation:
 
     def _leaving_fused(self) -> set[int]:
         """Results of fused cells that others read: such a kernel keeps and writes these and nothing else of its own."""
-        if self.leaving is None:
-            made, self.leaving = {}, set()
+        if self.leaves_fused is None:
+            made, self.leaves_fused = {}, set()
             for operation in self.segment.operations:
                 cell = self._fused_in(operation)
-                self.leaving |= {number for number in (self.segment.number[id(item)] for item in operation.inputs)
+                self.leaves_fused |= {number for number in (self.segment.number[id(item)] for item in operation.inputs)
                                  if made.get(number, cell) != cell}
                 made |= {self.segment.number[id(item)]: cell for item in operation.outputs}
-        return self.leaving
+        return self.leaves_fused
 
     def _before_views(self, number: int) -> int:
         """The tensor whose node the graph has: casts to the same type and markers are not in it."""
@@ -459,15 +460,15 @@ class _Evaluation:
         return number
 
 
-def _is_weight_copy(operation: Operation) -> bool:
+def _is_weight_copy(operation: Op) -> bool:
     return operation.primitive == "Cast" and operation.inputs[0].parameter is not None
 
 
-def _is_same_cast(operation: Operation) -> bool:
+def _is_same_cast(operation: Op) -> bool:
     return operation.primitive == "Cast" and operation.inputs[0].dtype == operation.outputs[0].dtype
 
 
-def _contracted(operation: Operation, a: Dims) -> Dim:
+def _contracted(operation: Op, a: Dims) -> Dim:
     """The dim that a product sums over: the one of its first operand that its result lacks."""
     out = operation.outputs[0].dims
     return a[-1] if a[-2].size == out[-2].size else a[-2]

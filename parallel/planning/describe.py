@@ -20,6 +20,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from parallel.common.errors import UserError
 from parallel.planning.shapes import INTEGER_RESULTS, RULES, Dim, Dims, Result, broadcast, reshaped
 from parallel.sharding.layout import Layer
+from parallel.sharding.trainable import pipeline_units, shared_parameters
 from parallel.task import Task
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "int8": 1, "bool": 1, "uint8": 1}
@@ -32,7 +33,7 @@ _FUNCTIONS = {"cast": "Cast", "reshape": "Reshape", "stop_gradient": "StopGradie
               "select": "Select", "zeros_like": "ZerosLike", "ones_like": "OnesLike", "assign": "Depend"}
 
 
-class Item:
+class SymbolicTensor:
     """A tensor of the walk: dims, element type and where it comes from.
 
     Args:
@@ -45,7 +46,7 @@ class Item:
     """
 
     def __init__(self, dims: Dims, dtype: str, parameter: str | None = None, differentiable: bool = False,
-                 producer: int = -1, walk: Walk | None = None) -> None:
+                 producer: int = -1, walk: Trace | None = None) -> None:
         self.dims, self.dtype, self.parameter = tuple(dims), dtype, parameter
         self.differentiable, self.producer, self.walk = differentiable, producer, walk
         self.value: object = self
@@ -68,7 +69,7 @@ class Item:
         """Number of dims."""
         return len(self.dims)
 
-    def __getitem__(self, key: Any) -> Item:
+    def __getitem__(self, key: Any) -> SymbolicTensor:
         keys = key if isinstance(key, tuple) else (key,)
 
         def rule(operands: list[Dims]) -> Result:
@@ -76,33 +77,33 @@ class Item:
                     for part, dim in zip(keys, operands[0], strict=False) if isinstance(part, slice)]
             return Result(((*dims, *operands[0][len(keys):]),))
 
-        return self.walk.note("StridedSlice", [self], rule)[0]
+        return self.walk.record("StridedSlice", [self], rule)[0]
 
-    def tile(self, times: tuple[int, ...]) -> Item:
+    def tile(self, times: tuple[int, ...]) -> SymbolicTensor:
         """As Tensor.tile."""
-        return self.walk.note("Tile", [self], lambda operands: Result((tuple(
+        return self.walk.record("Tile", [self], lambda operands: Result((tuple(
             Dim(dim.size * number, dim.axis) for dim, number in zip(operands[0], times, strict=True)),)))[0]
 
-    def reshape(self, *shape: Any) -> Item:
+    def reshape(self, *shape: Any) -> SymbolicTensor:
         """As Tensor.reshape."""
         return self.walk.functional("Reshape", self, shape[0] if isinstance(shape[0], tuple) else shape)
 
 
 def _arithmetic(primitive: str) -> Any:
-    def method(self: Item, other: Any) -> Item:
+    def method(self: SymbolicTensor, other: Any) -> SymbolicTensor:
         return self.walk.functional(primitive, self, other)
 
     return method
 
 
 for _name, _primitive in _ARITHMETIC.items():
-    setattr(Item, f"__{_name}__", _arithmetic(_primitive))
+    setattr(SymbolicTensor, f"__{_name}__", _arithmetic(_primitive))
     if _name in ("add", "sub", "mul", "truediv"):
-        setattr(Item, f"__r{_name}__", _arithmetic(_primitive))
+        setattr(SymbolicTensor, f"__r{_name}__", _arithmetic(_primitive))
 
 
 @dataclass
-class Operation:
+class Op:
     """One primitive of the forward pass.
 
     Args:
@@ -124,8 +125,8 @@ class Operation:
     primitive: str
     scope: str
     unit: int
-    inputs: list[Item]
-    outputs: list[Item]
+    inputs: list[SymbolicTensor]
+    outputs: list[SymbolicTensor]
     rule: Callable[[list[Dims]], Result]
     wanted: tuple[tuple[str | None, ...] | None, ...]
     declared: bool = False
@@ -168,12 +169,12 @@ class ParameterCount:
 class Description:
     """A network as counts. Batch sizes are those of one micro-batch over all data-parallel ranks."""
 
-    operations: list[Operation]
+    operations: list[Op]
     parameters: list[ParameterCount]
     units: int
     scopes: list[list[str]]
     tokens: int
-    inputs: list[Item] = field(default_factory=list)
+    inputs: list[SymbolicTensor] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -182,11 +183,11 @@ class Description:
         return sum(_product(item.shape) for item in self.parameters)
 
     @cached_property
-    def crossings(self) -> list[tuple[Item, int, set[int]]]:
+    def crossings(self) -> list[tuple[SymbolicTensor, int, set[int]]]:
         """(tensor, unit that makes it, other units that use it): what travels if they are on different stages."""
         made: dict[int, int] = {}
         users: dict[int, set[int]] = {}
-        tensors: dict[int, Item] = {}
+        tensors: dict[int, SymbolicTensor] = {}
         for operation in self.operations:
             for item in operation.inputs:
                 home = made.get(id(item))
@@ -205,11 +206,11 @@ def _product(shape: tuple[int, ...]) -> int:
     return total
 
 
-class Walk:
+class Trace:
     """State of one walk: the operations so far, the cell that runs, tensors of parameters."""
 
     def __init__(self, network: nn.Cell) -> None:
-        self.operations: list[Operation] = []
+        self.operations: list[Op] = []
         self.sharding, self.names = {}, {}
         for name, cell in network.cells_and_names():
             self.names.setdefault(id(cell), name)
@@ -219,10 +220,10 @@ class Walk:
         self.unit_of = {id(cell): number for number, cells in enumerate(self.units) for cell in cells}
         self.first_cells = {id(cells[0]) for cells in self.units}
         self.stack: list[tuple[str, int, bool]] = [("", _NO_UNIT, False)]
-        self.parameters: dict[int, Item] = {}
-        self.values: dict[tuple, Item] = {}
+        self.parameters: dict[int, SymbolicTensor] = {}
+        self.values: dict[tuple, SymbolicTensor] = {}
         # The tensor beside its item: it must not die, or another one could get its id.
-        self.constants: dict[int, tuple[Tensor, Item]] = {}
+        self.constants: dict[int, tuple[Tensor, SymbolicTensor]] = {}
         self.first_use: dict[str, tuple] = {}
 
     def enter(self, cell: nn.Cell) -> None:
@@ -235,19 +236,20 @@ class Walk:
         """It ends."""
         self.stack.pop()
 
-    def item(self, value: Any) -> Item | None:
+    def item(self, value: Any) -> SymbolicTensor | None:
         """The walk's tensor for an argument, or None for plain values."""
-        if isinstance(value, Item):
+        if isinstance(value, SymbolicTensor):
             return value
         if isinstance(value, Parameter):
             if id(value) not in self.parameters:
                 dims = tuple(Dim(size) for size in value.shape)
                 name = value.name if value.requires_grad else None
-                self.parameters[id(value)] = Item(dims, _dtype(value.dtype), name, value.requires_grad, walk=self)
+                self.parameters[id(value)] = SymbolicTensor(dims, _dtype(value.dtype), name, value.requires_grad,
+                                                            walk=self)
             return self.parameters[id(value)]
         if isinstance(value, Tensor):
             if id(value) not in self.constants:
-                item = Item(tuple(Dim(size) for size in value.shape), _dtype(value.dtype), walk=self)
+                item = SymbolicTensor(tuple(Dim(size) for size in value.shape), _dtype(value.dtype), walk=self)
                 self.constants[id(value)] = (value, item)
             return self.constants[id(value)][1]
         return None
@@ -268,28 +270,29 @@ class Walk:
             return RULES[name](operands, primitive, rest)
 
         dtype = _dtype(arguments[1]) if name == "Cast" else None
-        outputs = self.note(name, tensors, rule, _wanted(layout, items, name), layout is not None,
+        outputs = self.record(name, tensors, rule, _wanted(layout, items, name), layout is not None,
                             layout.outputs[0] if layout is not None and layout.outputs is not None else None, dtype,
                             repr(rest))
         if name == "OneHot" and layout is not None:
             self.operations[-1].one_hot_axis = layout.inputs[0][-1]
         return outputs[0] if len(outputs) == 1 and name != "SplitWithSize" else tuple(outputs)
 
-    def functional(self, name: str, *arguments: Any) -> Item:
+    def functional(self, name: str, *arguments: Any) -> SymbolicTensor:
         """A function or operator outside any layer; it stays as its inputs are cut."""
         items = [item for item in map(self.item, arguments) if item is not None]
         if not items:
             return arguments[0]
         if name == "Reshape":
             shape = tuple(arguments[1])
-            return self.note(name, items, lambda operands: Result((reshaped(operands[0], shape),)))[0]
+            return self.record(name, items, lambda operands: Result((reshaped(operands[0], shape),)))[0]
         if name in ("Cast", "StopGradient", "Depend", "ZerosLike", "OnesLike"):
             dtype = _dtype(arguments[1]) if name == "Cast" else None
-            return self.note(name, items[:1], lambda operands: Result((operands[0],)), dtype=dtype)[0]
-        return self.note(name, items, lambda operands: Result((broadcast(operands),)))[0]
+            return self.record(name, items[:1], lambda operands: Result((operands[0],)), dtype=dtype)[0]
+        return self.record(name, items, lambda operands: Result((broadcast(operands),)))[0]
 
-    def note(self, name: str, inputs: list[Item], rule: Callable, wanted: tuple | None = None, declared: bool = False,
-             out_wanted: tuple | None = None, dtype: str | None = None, plain: str = "") -> list[Item]:
+    def record(self, name: str, inputs: list[SymbolicTensor], rule: Callable, wanted: tuple | None = None,
+               declared: bool = False,
+             out_wanted: tuple | None = None, dtype: str | None = None, plain: str = "") -> list[SymbolicTensor]:
         """Adds an operation and makes its results."""
         number, (scope, unit, layer) = len(self.operations), self.stack[-1]
         if dtype is None:
@@ -297,7 +300,7 @@ class Walk:
         differentiable = any(item.differentiable for item in inputs) and name not in (
             *INTEGER_RESULTS, "OneHot", "StopGradient", "ZerosLike", "OnesLike")
         parameter = inputs[0].parameter if name == "Cast" else None
-        made = [Item(dims, "int32" if name == "TopK" and place else dtype, parameter,
+        made = [SymbolicTensor(dims, "int32" if name == "TopK" and place else dtype, parameter,
                      differentiable and not (name == "TopK" and place), number, self)
                 for place, dims in enumerate(rule([item.dims for item in inputs]).outputs)]
         if plain:
@@ -305,7 +308,7 @@ class Walk:
                 key = (name, tuple(id(other.value) for other in inputs), plain, dtype, item.dims, place)
                 item.value = self.values.setdefault(key, item)
         wanted = wanted or (None,) * len(inputs)
-        operation = Operation(name, scope, unit, list(inputs), made, rule, wanted, declared, out_wanted, plain,
+        operation = Op(name, scope, unit, list(inputs), made, rule, wanted, declared, out_wanted, plain,
                               layer=layer)
         for item, axes in zip(inputs, wanted, strict=True):
             if item.parameter is not None and name != "Cast":
@@ -314,7 +317,7 @@ class Walk:
         return made
 
 
-def _wanted(layout: Any, items: list[Item | None], name: str) -> tuple | None:
+def _wanted(layout: Any, items: list[SymbolicTensor | None], name: str) -> tuple | None:
     """The declared axes of each tensor among the arguments (a strategy has one entry for each, plain numbers ())."""
     if layout is None:
         return tuple(None for item in items if item is not None)
@@ -330,7 +333,7 @@ def _wanted(layout: Any, items: list[Item | None], name: str) -> tuple | None:
     return tuple(wanted)
 
 
-def axes_in_order(operation: Operation) -> tuple[str, ...]:
+def axes_in_order(operation: Op) -> tuple[str, ...]:
     """Named axes of a primitive in the order of its device matrix."""
     sides = [axes for axes in operation.wanted if axes]
     if operation.primitive == "Gather":
@@ -347,7 +350,7 @@ def _dtype(kind: Any) -> str:
     return str(kind).lower().replace("mindspore.", "")
 
 
-def _widest(name: str, inputs: list[Item]) -> str:
+def _widest(name: str, inputs: list[SymbolicTensor]) -> str:
     if name == "OneHot":
         return "float32"
     if name == "Gather" or len({item.dtype for item in inputs}) == 1:
@@ -358,11 +361,7 @@ def _widest(name: str, inputs: list[Item]) -> str:
 
 def unit_cells(network: nn.Cell) -> list[list[nn.Cell]]:
     """Cells of each pipeline unit: before, layers, after; one unit for a network that cannot be staged."""
-    try:
-        units = network.pipeline_cells()
-    except (AttributeError, UserError):
-        return [[network]]
-    return [unit if isinstance(unit, list) else [unit] for unit in units]
+    return pipeline_units(network) or [[network]]
 
 
 @contextmanager
@@ -370,10 +369,10 @@ def as_on_ascend() -> Iterator[None]:
     """Layers built within take the forms that they have on Ascend (several have another one for the CPU)."""
     real = mindspore.get_context
 
-    def told(key: str) -> Any:
+    def cpu_target(key: str) -> Any:
         return "Ascend" if key == "device_target" else real(key)
 
-    mindspore.get_context = told
+    mindspore.get_context = cpu_target
     try:
         yield
     finally:
@@ -389,7 +388,7 @@ def _primitive_classes(cls: type) -> Iterator[type]:
 
 
 @contextmanager
-def _noting(walk: Walk) -> Iterator[None]:
+def _noting(walk: Trace) -> Iterator[None]:
     """Within, calling cells and primitives notes instead of computing."""
 
     def call_primitive(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -430,14 +429,14 @@ def describe(task: Task, micro_batches: int = 1) -> Description:
     """
     network = task.network
     network.set_train(True)
-    walk = Walk(network)
+    walk = Trace(network)
     inputs = []
     for item in task.inputs:
         if item.shape[0] % micro_batches:
             raise UserError(f"the global batch {item.shape[0]} does not divide into micro-batches",
                             where="parallel.pipeline.micro_batches", value=micro_batches)
         rows = item.shape[0] // micro_batches
-        inputs.append(Item((Dim(rows), *map(Dim, item.shape[1:])), item.dtype, walk=walk))
+        inputs.append(SymbolicTensor((Dim(rows), *map(Dim, item.shape[1:])), item.dtype, walk=walk))
     with _noting(walk):
         loss = network(*inputs)
     _mark_needed(walk, loss)
@@ -448,7 +447,7 @@ def describe(task: Task, micro_batches: int = 1) -> Description:
                        task.tokens // micro_batches, inputs, dict(task.figures))
 
 
-def _mark_needed(walk: Walk, loss: Any) -> None:
+def _mark_needed(walk: Trace, loss: Any) -> None:
     """Marks the operations that a gradient flows through, from the loss down."""
     losses = loss if isinstance(loss, tuple) else (loss,)
     wanted = {id(item) for item in losses[:1]}
@@ -458,7 +457,7 @@ def _mark_needed(walk: Walk, loss: Any) -> None:
             wanted |= {id(item) for item in operation.inputs if item.differentiable}
 
 
-def _place_free(walk: Walk) -> None:
+def _place_free(walk: Trace) -> None:
     """Gives operations outside all units (the loss's own slices, say) the unit of whoever uses them first."""
     first: dict[int, int] = {}
     for operation in reversed(walk.operations):
@@ -470,13 +469,13 @@ def _place_free(walk: Walk) -> None:
             first[id(item)] = operation.unit
 
 
-def _parameters(network: nn.Cell, walk: Walk) -> list[ParameterCount]:
+def _parameters(network: nn.Cell, walk: Trace) -> list[ParameterCount]:
     owners: dict[int, tuple[int, ...]] = {}
     for number, cells in enumerate(walk.units):
         for cell in cells:
             for parameter in cell.get_parameters():
                 owners.setdefault(id(parameter), (number,))
-    for parameter, cells in getattr(network, "shared_parameters", list)():
+    for parameter, cells in shared_parameters(network):
         units = tuple(sorted({walk.unit_of.get(id(cell), 0) for cell in cells}))
         owners[id(parameter)] = units
     counts = []

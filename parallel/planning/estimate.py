@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note, table
+from parallel.common.progress import info, table
 from parallel.planning.hints import hints
 from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.planning.report import write_report
@@ -37,10 +37,10 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     figures = figures_of(estimate, planner)
     hours = tokens / estimate.tokens * estimate.step_seconds / 3600
     figures |= {"tokens": tokens, "days": hours / 24, "device_hours": hours * estimate.devices}
-    note(f"{tokens:.3g} tokens: {hours / 24:.1f} days, {hours * estimate.devices:,.0f} device-hours")
+    info(f"{tokens:.3g} tokens: {hours / 24:.1f} days, {hours * estimate.devices:,.0f} device-hours")
     if estimate.missing > 0:
         figures["hint"] = hints(planner, config)
-        note(f"does not fit: {estimate.missing / 1e9:.1f} GB too much on the fullest stage; {figures['hint']}")
+        info(f"does not fit: {estimate.missing / 1e9:.1f} GB too much on the fullest stage; {figures['hint']}")
     if arguments.html:
         write_report(Path(arguments.html), planner, estimate, title=Path(arguments.config).name)
     return figures
@@ -68,7 +68,7 @@ def show(estimate: Estimate, planner: Planner) -> None:
     table("one step (slowest stage)", ["what", "ms"], [[name, 1e3 * value] for name, value in estimate.parts.items()])
     table("communication of one rank in a step", ["dimension", "MB"],
           [[name, size / 1e6] for name, size in estimate.communication_bytes.items() if size])
-    note(f"{planner.parameters:,} parameters, {planner.model_flops / estimate.tokens:.3g} FLOPs per token (forward "
+    info(f"{planner.parameters:,} parameters, {planner.model_flops / estimate.tokens:.3g} FLOPs per token (forward "
          f"products x 3), "
          f"step {estimate.step_seconds:.4g} s, MFU {estimate.mfu:.1%} of {planner.cluster.peak_tflops:g} "
          f"TFLOP/s, {estimate.tokens_per_second_per_device:.4g} tokens/s per device, bubble {estimate.bubble:.1%}")

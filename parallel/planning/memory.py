@@ -199,8 +199,8 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
         figures.parameters += total.parameters
         if stage == min(shared) or config.optimizer_shard > 1:
             # Else a borrower sends its part as it is: the owner sums over the ranks once they are added.
-            for said, times in total.collectives.items():
-                figures.collectives[said] += times * _times_a_step(said, config, micro_batches)
+            for collective, times in total.collectives.items():
+                figures.collectives[collective] += times * _times_a_step(collective, config, micro_batches)
         if len(shared) > 1:
             there, back = ("Send", "Receive") if stage == min(shared) else ("Receive", "Send")
             for item in members:
@@ -208,12 +208,12 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
                 figures.collectives[Collective(back, (), item.full, "pipeline", "backward", "parameter")] += 1
 
 
-def _times_a_step(said: Collective, config: ParallelConfig, micro_batches: int) -> int:
+def _times_a_step(collective: Collective, config: ParallelConfig, micro_batches: int) -> int:
     """How often weights or gradients travel: level 2 scatters the gradients of every micro-batch, level 3 gathers the
     weights for every micro-batch as well."""
-    if said.dimension != "optimizer" or config.optimizer.level == 1:
+    if collective.dimension != "optimizer" or config.optimizer.level == 1:
         return 1
-    return micro_batches if said.kind == "ReduceScatter" or config.optimizer.level == 3 else 1
+    return micro_batches if collective.kind == "ReduceScatter" or config.optimizer.level == 3 else 1
 
 
 def _gradient(figures: Stage, item: Slice, mesh: Mesh) -> None:
@@ -248,14 +248,14 @@ def _activations(figures: Stage, description: Description, cost: NetworkCost, co
             if again and size < cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]:
                 figures.collectives[_gather_back(cost.mesh, size)] += micro_batches
         figures.memory.workspace = max(figures.memory.workspace, _workspace(part, again))
-        for said, times in part.collectives.items():
-            if said.phase != "recompute" or (again and config.recompute.communication):
-                figures.collectives[said] += times * micro_batches
-        for (number, said), times in part.arrivals.items():
+        for collective, times in part.collectives.items():
+            if collective.phase != "recompute" or (again and config.recompute.communication):
+                figures.collectives[collective] += times * micro_batches
+        for (number, collective), times in part.arrivals.items():
             # A redistribution belongs to the cell whose result it brings on, and is run again with that cell.
             made_again = _is_made_again(segment.items[number].producer, description, config)
             if made_again and not again and config.recompute.communication:
-                figures.collectives[replace(said, phase="recompute")] += times * micro_batches
+                figures.collectives[replace(collective, phase="recompute")] += times * micro_batches
     figures.memory.activations = most_held([sum(chunk.values()) for chunk in kept], config.pipeline.schedule,
                                            config.pipeline.stages, stage, micro_batches)
 
@@ -267,9 +267,9 @@ def _kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description
     for (number, dims), size in kept_of(part, again, config).items():
         producer = segment.items[number].producer
         from_recomputed = _is_made_again(producer, description, config)
-        if from_recomputed and not again and (number, dims) in part.came:
+        if from_recomputed and not again and (number, dims) in part.arrived_from:
             # What brings it here is run again, so it waits as it was made.
-            dims = part.came[number, dims]
+            dims = part.arrived_from[number, dims]
             size = cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]
         if (from_recomputed and again and config.recompute.slice_activations and _can_be_sliced(cost.mesh, dims)
                 and homes[description.operations[producer].unit] == homes[segment.unit]):

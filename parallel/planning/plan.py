@@ -16,7 +16,7 @@ import yaml
 
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
-from parallel.common.progress import Bar, note, table
+from parallel.common.progress import Bar, info, table
 from parallel.planning.estimate import figures_of, show
 from parallel.planning.hints import hints, size_text
 from parallel.planning.planner import Estimate, Planner, planner_for
@@ -249,7 +249,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if devices < 1:
         raise UserError("must be at least 1", where="--devices", value=devices)
     found = search(planner, devices, own)
-    note(f"{found.tried} layouts in {found.seconds:.1f} s; lost by: "
+    info(f"{found.tried} layouts in {found.seconds:.1f} s; lost by: "
          + ", ".join(f"{name} {count}" for name, count in found.lost.most_common()))
     if not found.best:
         raise nothing_fits(planner, found, devices)
@@ -258,10 +258,10 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     show(best, planner)
     if own.world == devices:
         paper = planner.evaluate(own)
-        note(f"the config file's own layout: step {paper.step_seconds:.4g} s, {paper.fullest.total / 1e9:.1f} GB"
+        info(f"the config file's own layout: step {paper.step_seconds:.4g} s, {paper.fullest.total / 1e9:.1f} GB"
              + (", does not fit" if paper.missing > 0 else "") + f"; it loses by {main_loss(paper, best)}")
     text = yaml.safe_dump({"parallel": block(best.config)}, sort_keys=False)
-    note(text)
+    info(text)
     if arguments.output:
         with atomic_write(Path(arguments.output)) as file:
             file.write(text)
@@ -316,13 +316,13 @@ def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
 
     started = time.monotonic()
     for place, item in enumerate(found.best[:_MOST_COMPILED], 1):
-        note(f"dry run of layout {place} (compiled, not run): {block(item.config)}")
+        info(f"dry run of layout {place} (compiled, not run): {block(item.config)}")
         words = [*overrides, *_words("parallel", item.config.model_dump(mode="json"))]
         try:
             report = dry_run(Request(item.config.world, 0, str(Path(config).resolve()), words,
                                      own_stage=True))[0]
         except UserError as error:
-            note(f"layout {place} is not confirmed: {error}")
+            info(f"layout {place} is not confirmed: {error}")
             continue
         result = _compared(item, report)
         table("first stage: here and in the dry run", ["what", "planner", "dry run"],
@@ -334,8 +334,9 @@ def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
 def _compared(item: Estimate, report: Any) -> dict[str, list[int]]:
     ours, dry = item.memory[0], report.memory
     result = {name: [getattr(ours, name), getattr(dry, name)] for name in _COMPARED}
-    mine = sum(said.bytes * times for said, times in item.stages[0].collectives.items())
-    return result | {"communication": [mine, sum(said.bytes * said.times for said in report.collectives)]}
+    mine = sum(collective.bytes * times for collective, times in item.stages[0].collectives.items())
+    return result | {"communication": [mine,
+                                       sum(collective.bytes * collective.times for collective in report.collectives)]}
 
 
 def _words(prefix: str, tree: dict[str, Any]) -> list[str]:

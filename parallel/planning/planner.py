@@ -172,8 +172,8 @@ class _Times:
     """Seconds of one layout."""
 
     def __init__(self, cluster: ClusterSettings, found: Description, cost: NetworkCost, config: ParallelConfig,
-                 figures: list[Stage], stages_told: list[int]) -> None:
-        self.cluster, self.config, self.figures, self.stages_told = cluster, config, figures, stages_told
+                 figures: list[Stage], stages_given: list[int]) -> None:
+        self.cluster, self.config, self.figures, self.stages_given = cluster, config, figures, stages_given
         self.network = Network(cluster, cost.mesh)
         self.transfer = self._transfer(cost, found)
         stages, chunks = config.pipeline.stages, config.pipeline.interleave
@@ -198,30 +198,31 @@ class _Times:
         recompute = cluster.seconds_of(part.recompute) if again else 0.0
         if self.config.recompute.policy == "selective":
             recompute = cluster.seconds_of(part.selective)
-        speech = Counter()
-        for said, times in part.collectives.items():
-            if said.phase != "recompute" or (again and self.config.recompute.communication):
-                speech[said.phase] += times * self.network.seconds_of(said)
-        forward, exposed_forward = self._overlapped(compute[0], speech["forward"])
-        backward, exposed_backward = self._overlapped(compute[1] + recompute, speech["backward"] + speech["recompute"])
+        communication = Counter()
+        for collective, times in part.collectives.items():
+            if collective.phase != "recompute" or (again and self.config.recompute.communication):
+                communication[collective.phase] += times * self.network.seconds_of(collective)
+        forward, exposed_forward = self._overlapped(compute[0], communication["forward"])
+        backward, exposed_backward = self._overlapped(compute[1] + recompute,
+                                                      communication["backward"] + communication["recompute"])
         shares = {"compute": compute[0] + compute[1], "recompute": recompute,
                   "op": exposed_forward + exposed_backward}
         return forward, backward, shares
 
-    def _overlapped(self, compute: float, speech: float) -> tuple[float, float]:
+    def _overlapped(self, compute: float, communication: float) -> tuple[float, float]:
         """(time, exposed communication): with k interleaved parts all but the first part's can hide under compute,
         and a share of it where the software runs products piece by piece."""
         share = 1 - 1 / self.config.micro_batch_interleave
         if self.cluster.overlapped:
             share = max(share, self.cluster.efficiency.op_overlap)
-        hidden = min(speech, compute) * share
-        return compute + speech - hidden, speech - hidden
+        hidden = min(communication, compute) * share
+        return compute + communication - hidden, communication - hidden
 
     def _transfer(self, cost: NetworkCost, found: Description) -> float:
         if self.config.pipeline.stages == 1:
             return 0.0
-        sizes = [said.bytes for stage in self.figures for said in stage.collectives
-                 if said.kind == "Send" and said.purpose == "stage"]
+        sizes = [collective.bytes for stage in self.figures for collective in stage.collectives
+                 if collective.kind == "Send" and collective.purpose == "stage"]
         return self.network.transfer(max(sizes, default=0))
 
     def estimate(self, count: int, planner: Planner, exact: bool) -> Estimate:
@@ -235,7 +236,8 @@ class _Times:
             passes = line.end
         else:
             passes = bound(loads, count, chunks) + 2 * (stages - 1) * self.transfer
-        ends = [self._end(stage, figures, count) for stage, figures in zip(self.stages_told, self.figures, strict=True)]
+        ends = [self._end(stage, figures, count) for stage,
+                figures in zip(self.stages_given, self.figures, strict=True)]
         gradients, update = max(ends, key=sum)
         work, factor, beyond = passes + gradients + update, 1.0, config.world / self.cluster.devices_per_node
         while beyond > 1:
@@ -246,11 +248,11 @@ class _Times:
         parts = {name: seconds * count for name, seconds in self.shares[slowest].items()}
         parts |= {"bubble": max(0.0, passes - loads[slowest] * count), "gradients": gradients, "update": update,
                   "waiting": step - work}
-        said = [Counter() for _ in self.figures]
-        for counter, stage in zip(said, self.figures, strict=True):
+        collective = [Counter() for _ in self.figures]
+        for counter, stage in zip(collective, self.figures, strict=True):
             for entry, times in stage.collectives.items():
                 counter[entry.dimension] += entry.bytes * times
-        largest = {name: max(counter[name] for counter in said) for name in
+        largest = {name: max(counter[name] for counter in collective) for name in
                    ("data", "op", "pipeline", "optimizer", "expert", "norm")}
         mfu = planner.model_flops / (step * config.world * self.cluster.peak_tflops * 1e12)
         idle = 1 - sum(loads) * count / (passes * stages) if passes else 0.0
@@ -263,12 +265,12 @@ class _Times:
         Weights are gathered under the forward passes that come first, gradients summed under the backward passes that
         come last: those of one micro-batch, and with several chunks those of the other chunks' last round too.
         """
-        speech: Counter = Counter()
-        for said, times in figures.collectives.items():
-            if said.purpose in ("gradient", "parameter") and said.kind not in ("Send", "Receive"):
-                speech[said.kind, said.factors, said.dimension] += said.bytes * times
+        communication: Counter = Counter()
+        for collective, times in figures.collectives.items():
+            if collective.purpose in ("gradient", "parameter") and collective.kind not in ("Send", "Receive"):
+                communication[collective.kind, collective.factors, collective.dimension] += collective.bytes * times
         seconds = Counter()
-        for (kind, factors, dimension), size in speech.items():
+        for (kind, factors, dimension), size in communication.items():
             way = "forward" if kind == "AllGather" else "backward"
             seconds[way] += self.network.seconds_of(Collective(kind, factors, size, dimension, way))
         pipeline = self.config.pipeline

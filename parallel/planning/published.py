@@ -130,8 +130,8 @@ def check(points: list[Point]) -> list[dict]:
     rows = []
     for point, planner, config in planners(points):
         found = estimate(planner, config, {})
-        told = point.mfu if point.mfu is not None else point.tokens_per_second
-        rows.append({"point": point.name, "published": told, "planner": told * ratio(point, found),
+        value = point.mfu if point.mfu is not None else point.tokens_per_second
+        rows.append({"point": point.name, "published": value, "planner": value * ratio(point, found),
                      "ratio": ratio(point, found), "fitted": point.fitted, "source": point.source,
                      "memory_gb": found.fullest.total / 1e9})
     return rows

@@ -24,6 +24,7 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import cache_folder
+from parallel.common.settings import Settings
 from parallel.proof.compile.graph import Node, attribute_value
 from parallel.proof.compile.rank_compiler import Compiled, Compilers
 from parallel.proof.dryrun.accounting import COLLECTIVES, coordinates
@@ -125,7 +126,7 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
     return folder
 
 
-def digest_of(settings: Any, kinds: Sequence[str] = ()) -> str:
+def digest_of(settings: Settings, kinds: Sequence[str] = ()) -> str:
     """Hash of everything that shapes the graphs of a run: its settings and the code."""
     tree = settings.model_dump(mode="json")
     for key, left_out in _SHAPELESS.items():
@@ -154,7 +155,7 @@ def write_program(config: str, overrides: Sequence[str], folder: Path, compilers
                  config=Path(config).name, overrides=list(overrides))
 
 
-def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Any,
+def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,
                  **more: Any) -> None:
     """Writes compiled worlds as a program.
 
@@ -197,7 +198,7 @@ def _first(compiled: dict[int, Compiled]) -> dict[str, Any]:
 
 def _rank(number: int, worlds: dict[str, AllRanks], writer: portable.Writer, known: dict[str, set]) -> portable.Rank:
     """Writes a rank's graphs and adds their groups to the `known` ones of the world."""
-    graphs, groups, boxes = {}, {}, {}
+    graphs, groups, extents = {}, {}, {}
     for kind, world in worlds.items():
         made = converted(world.programs[number], number)
         for node in made.nodes:
@@ -205,9 +206,9 @@ def _rank(number: int, worlds: dict[str, AllRanks], writer: portable.Writer, kno
                 key = "messages" if node.op in ("Send", "Receive") else "groups"
                 known[key].add(made.groups[node.attributes["group"]])
         graphs[kind], groups[kind] = writer.add(made), made.groups
-        boxes = {**world.boxes[number], **boxes}
+        extents = {**world.extents[number], **extents}
     stage, data, op = coordinates(number, worlds["step"].config)
-    return portable.Rank(number, stage, data, op, graphs, groups, boxes,
+    return portable.Rank(number, stage, data, op, graphs, groups, extents,
                          tuple(sorted(worlds["step"].programs[number].copies)))
 
 

@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
+from parallel.common.structured import BadText, parse_json
 from parallel.serving.bodies import Bodies
 from parallel.serving.connections import Shape
 from parallel.serving.errors import ClientGone, Refusal
-from parallel.serving.json_door import NotJson, parse_json
 from parallel.serving.metrics import HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.settings import HttpSettings
@@ -100,7 +100,7 @@ class Front:
 
                 response = Response(status_code=_CLIENT_GONE)
             except Exception:  # noqa: BLE001 - a defect of ours: told in the log, and to the client in its own shape
-                note(f"a defect of the server:\n{traceback.format_exc()}")
+                info(f"a defect of the server:\n{traceback.format_exc()}")
                 response = self.refused(Refusal(500, "the server failed", kind="server_error", code="internal_error"))
             response.headers["x-request-id"] = uuid.uuid4().hex
             if counted:
@@ -141,8 +141,8 @@ class Front:
         """
         raw = await self.bodies.read(request)
         try:
-            return parse_json(raw, self.settings.max_json_depth)
-        except NotJson as error:
+            return parse_json(raw)
+        except BadText as error:
             raise Refusal(400, f"the body is no JSON to read: {error}", code="invalid_json") from None
 
 
@@ -193,10 +193,10 @@ class Reloader:
             figures = await asyncio.get_running_loop().run_in_executor(self._thread, self._reload)
         except (UserError, Busy) as error:
             self._metrics.reloads.labels("refused").inc()
-            note(f"not reloaded: {error}")
+            info(f"not reloaded: {error}")
             raise Refusal(409, str(error), code="not_reloaded") from None
         self._metrics.reloads.labels("done").inc()
-        note("reloaded: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+        info("reloaded: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
         return figures
 
     def on_hangup(self) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.serving.application import hung_up
 from parallel.serving.connections import Shape
 from parallel.serving.errors import Refusal
@@ -56,7 +56,7 @@ class EventStream:
         except Refusal as refusal:
             await send({"type": "http.response.body", "body": event(self.shape(refusal)), "more_body": True})
         except Exception as error:  # noqa: BLE001 - the head is sent, so only an event can tell
-            note(f"a defect ended a stream: {error!r}")
+            info(f"a defect ended a stream: {error!r}")
             failure = Refusal(500, "the server failed", kind="server_error", code="internal_error")
             await send({"type": "http.response.body", "body": event(self.shape(failure)), "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})

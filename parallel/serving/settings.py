@@ -22,8 +22,6 @@ class HttpSettings(Settings):
     server's own."""
     max_body_bytes: int = Field(4 << 20, ge=1024)
     """Longest request that is read."""
-    max_json_depth: int = Field(32, ge=4, le=200)
-    """Objects and lists inside each other at most."""
     bodies: int = Field(64, ge=1)
     """Bodies that are read at the same time. When another one comes, the one that has been coming the longest is turned
     away (408), so that slow clients never keep out good ones."""

@@ -79,6 +79,9 @@ class ParallelConfig(Settings):
     """Cut word embedding and head over the op axis along the vocabulary; false keeps them whole on every device."""
     micro_batch_interleave: int = Field(1, ge=1)
     """Parts a micro-batch is cut into so that the op communication of one overlaps the computation of another."""
+    backend: Literal["auto", "mindspore", "torch"] = "auto"
+    """What runs the graphs. auto: MindSpore where it can run the layout (everything on Ascend; one device and data
+    parallelism on the CPU), and torch elsewhere, over gloo on CPUs and NCCL on NVIDIA GPUs."""
     gradient_fusion_groups: int = Field(4, ge=1)
     """Groups of layers whose gradient communication is fused into one call each."""
 
@@ -91,6 +94,17 @@ class ParallelConfig(Settings):
     def optimizer_shard(self) -> int:
         """The optimizer shard size with -1 resolved to the data axis."""
         return self.data if self.optimizer.shard == -1 else self.optimizer.shard
+
+    def layout(self) -> str:
+        """The layout in words, of a resolved block: "data 2 x op 2 x stages 2, optimizer shard 2"."""
+        axes = {"data": self.data, "op": self.op, "stages": self.pipeline.stages}
+        more = {"optimizer shard": self.optimizer_shard, "expert": self.expert,
+                "micro-batches": self.pipeline.micro_batches}
+        words = [" x ".join(f"{name} {degree}" for name, degree in axes.items() if degree > 1) or "one device"]
+        words += [f"{name} {degree}" for name, degree in more.items() if degree > 1]
+        words += ["sequence parallel"] if self.sequence and self.op > 1 else []
+        words += [f"recompute {self.recompute.policy}"] if self.recompute.policy != "none" else []
+        return ", ".join(words)
 
     def resolve(self, devices: int | None = None) -> ParallelConfig:
         """A copy with -1 filled in, checked against the number of devices.

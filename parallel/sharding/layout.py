@@ -28,11 +28,13 @@ class OpSharding:
         inputs: one tuple of axis names for each tensor operand.
         outputs: the same for the results; only where MindSpore would choose another, which sequence parallelism alone
             needs (a row-cut matmul whose result is to be cut by tokens becomes ReduceScatter instead of AllReduce).
+        weights: for each operand the attribute of the layer's own parameter that it is; None or missing = no parameter.
     """
 
     primitive: ops.Primitive
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...] | None = None
+    weights: tuple[str | None, ...] = ()
 
 
 class Axes:
@@ -91,9 +93,10 @@ class Layer(nn.Cell):
         return []
 
     def weights(self) -> dict[str, Operand]:
-        """How this layer's own parameters are cut, by attribute; those not named lie whole on every device. It must say
-        what `sharding` says about the same operands: checkpoints are cut by it where no graph is compiled."""
-        return {}
+        """How this layer's own parameters are sharded, by attribute; those not named are replicated. Checkpoints are
+        sharded by it where no graph is compiled."""
+        return {name: operand for op in self.sharding() for name, operand in zip(op.weights, op.inputs, strict=False)
+                if name is not None}
 
     def redistributes(self, axes: Axes) -> bool:
         """Whether this layer means to take or hand on tensors in another layout than its own (mixing tokens, sending

@@ -10,13 +10,12 @@ the sharing of parameters between stages. A network may say more about itself th
 
 from __future__ import annotations
 
-from typing import Any
-
 from mindspore import nn
 
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import lay_out
+from parallel.sharding.trainable import pipeline_units, shared_parameters
 
 _MANY_STAGES_GROUP = 2
 
@@ -54,19 +53,16 @@ def stage_of_layers(layers: int, config: ParallelConfig) -> list[tuple[int, int]
 
 
 def has_stack(network: nn.Cell) -> bool:
-    """Whether the network says how its cells follow each other: a model without a stack of blocks has no
-    `pipeline_cells()`, or one that says so by a `UserError`."""
-    try:
-        return hasattr(network, "pipeline_cells") and bool(network.pipeline_cells())
-    except UserError:
-        return False
+    """Whether the network says how its cells follow each other (`Trainable.pipeline_cells`)."""
+    return pipeline_units(network) is not None
 
 
 def layers_of_stages(network: nn.Cell, config: ParallelConfig) -> list[int]:
     """Number of layers on each stage; one entry, 0, for a network without a stack of layers."""
-    if not has_stack(network):
+    units = pipeline_units(network)
+    if units is None:
         return [0]
-    places = stage_of_layers(len(network.pipeline_cells()) - 2, config)
+    places = stage_of_layers(len(units) - 2, config)
     return [sum(place[0] == stage for place in places) for stage in range(config.pipeline.stages)]
 
 
@@ -77,11 +73,11 @@ def place_on_stages(network: nn.Cell, config: ParallelConfig) -> None:
     before, *layers, after = _units(network)
     places = stage_of_layers(len(layers), config)
     for unit, (stage, chunk) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
-        for cell in unit if isinstance(unit, list) else [unit]:
+        for cell in unit:
             cell.pipeline_stage = stage
             if config.pipeline.interleave > 1:
                 cell.pipeline_segment = chunk
-    for parameter, cells in getattr(network, "shared_parameters", list)():
+    for parameter, cells in shared_parameters(network):
         for cell in cells:
             parameter.add_pipeline_stage(cell.pipeline_stage)
 
@@ -96,7 +92,7 @@ def fuse_gradients(network: nn.Cell, config: ParallelConfig) -> None:
     numbers = [_MANY_STAGES_GROUP + (0 if config.pipeline.stages > 1 else i * groups // len(layers))
                for i in range(len(layers))]
     for unit, number in zip([before, *layers, after], [1, *numbers, numbers[-1]], strict=True):
-        for cell in unit if isinstance(unit, list) else [unit]:
+        for cell in unit:
             for parameter in cell.get_parameters():
                 parameter.comm_fusion = number
 
@@ -114,7 +110,7 @@ def recompute(network: nn.Cell, config: ParallelConfig) -> None:
         raise UserError("this model has no stack of layers to compute again", where="parallel.recompute.policy",
                         value=settings.policy, hint="set it to none")
     _, *units, _ = _units(network)
-    layers = [unit[0] if isinstance(unit, list) else unit for unit in units]
+    layers = [unit[0] for unit in units]
     how = {"mp_comm_recompute": settings.communication, "recompute_slice_activation": settings.slice_activations}
     for layer in layers:
         if settings.policy == "full":
@@ -128,9 +124,10 @@ def recompute(network: nn.Cell, config: ParallelConfig) -> None:
             cells[name].recompute(**how)
 
 
-def _units(network: nn.Cell) -> list[Any]:
-    if not hasattr(network, "pipeline_cells"):
+def _units(network: nn.Cell) -> list[list[nn.Cell]]:
+    units = pipeline_units(network)
+    if units is None:
         raise UserError("this model does not say how its cells follow each other, so it has no stages and no layers to "
                         "recompute", where="parallel", value=type(network).__name__,
                         hint="give it pipeline_cells(), or set pipeline.stages: 1 and recompute.policy: none")
-    return network.pipeline_cells()
+    return units

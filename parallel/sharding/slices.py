@@ -16,8 +16,9 @@ from mindspore import nn
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Axes, Layer
 from parallel.sharding.parallelize import stage_of_layers
+from parallel.sharding.trainable import pipeline_units, shared_parameters
 
-Box = tuple[tuple[int, int], ...]
+Extent = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class FullParameter:
 
     name: str
     shape: tuple[int, ...]
-    box_of_rank: Callable[[int], Box | None]
+    slice_of_rank: Callable[[int], Extent | None]
 
 
-def box_shape(box: Box) -> tuple[int, ...]:
+def extent_shape(extent: Extent) -> tuple[int, ...]:
     """Sizes of a box."""
-    return tuple(stop - start for start, stop in box)
+    return tuple(stop - start for start, stop in extent)
 
 
 def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullParameter]:
@@ -49,9 +50,9 @@ def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullPar
         operand = operands.get(id(parameter)) or (None,) * len(parameter.shape)
         # A tuple of mesh axes would be needed only by an activation; a weight is cut over one at a time.
         mesh_axes = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
-        boxes = Boxes(tuple(parameter.shape), mesh_axes, stages.get(id(parameter)), config,
+        extents = SliceOfRank(tuple(parameter.shape), mesh_axes, stages.get(id(parameter)), config,
                       parameter.parallel_optimizer)
-        found.append(FullParameter(parameter.name, tuple(parameter.shape), boxes))
+        found.append(FullParameter(parameter.name, tuple(parameter.shape), extents))
     return found
 
 
@@ -70,26 +71,21 @@ def _operands(network: nn.Cell) -> dict[int, tuple]:
 def _stages_of_parameters(network: nn.Cell, config: ParallelConfig) -> dict[int, set[int]]:
     if config.pipeline.stages == 1:
         return {}
-    before, *layers, after = network.pipeline_cells()
-    places = stage_of_layers(len(layers), config)
+    units = pipeline_units(network)
+    places = stage_of_layers(len(units) - 2, config)
     stages: dict[int, set[int]] = {}
-
-    def add(unit: Any, stage: int) -> None:
-        for cell in unit if isinstance(unit, list) else [unit]:
+    for unit, (stage, _) in zip(units, [places[0], *places, places[-1]], strict=True):
+        for cell in unit:
             for parameter in cell.get_parameters():
                 stages.setdefault(id(parameter), set()).add(stage)
-
-    for unit, (stage, _) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
-        add(unit, stage)
-    for parameter, cells in getattr(network, "shared_parameters", list)():
-        for unit, (stage, _) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
-            if any(cell in (unit if isinstance(unit, list) else [unit]) for cell in cells):
+        for parameter, cells in shared_parameters(network):
+            if any(cell in unit for cell in cells):
                 stages.setdefault(id(parameter), set()).add(stage)
     return stages
 
 
 @dataclass(frozen=True)
-class Boxes:
+class SliceOfRank:
     """rank -> box of one parameter.
 
     Args:
@@ -112,17 +108,17 @@ class Boxes:
         config = self.config
         return {"replica": config.data // config.expert, "expert": config.expert, "op": config.op}
 
-    def __call__(self, rank: int) -> Box | None:
+    def __call__(self, rank: int) -> Extent | None:
         stage, place = divmod(rank, self.config.data * self.config.op)
         if self.stages is not None and stage not in self.stages:
             return None
         at = self._coordinates(place)
-        box = tuple(_part(size, self.mesh[axis], at[axis]) if axis else (0, size)
+        extent = tuple(_part(size, self.mesh[axis], at[axis]) if axis else (0, size)
                     for size, axis in zip(self.shape, self.mesh_axes, strict=True))
         shard = self.shard
         if shard == 1:
-            return box
-        (start, stop), *rest = box
+            return extent
+        (start, stop), *rest = extent
         first, last = _part(stop - start, shard, self._number_among_same(at) % shard)
         return ((start + first, start + last), *rest)
 
@@ -170,7 +166,7 @@ def _part(size: int, degree: int, number: int) -> tuple[int, int]:
     return number * step, (number + 1) * step
 
 
-def box_of_mindspore(layout: Sequence[Any], rank: int, same_slice: Sequence[int] = ()) -> Box:
+def slice_of_mindspore(layout: Sequence[Any], rank: int, same_slice: Sequence[int] = ()) -> Extent:
     """The box of `rank` from an entry of `cell.parameter_layout_dict` of a compiled cell.
 
     Args:
@@ -184,12 +180,12 @@ def box_of_mindspore(layout: Sequence[Any], rank: int, same_slice: Sequence[int]
     for size in reversed(matrix):
         coordinates.insert(0, place % size)
         place //= size
-    box = []
+    extent = []
     for size, axis in zip(slice_shape, tensor_map, strict=True):
         number = coordinates[len(matrix) - 1 - axis] if axis >= 0 else 0
-        box.append((number * size, (number + 1) * size))
+        extent.append((number * size, (number + 1) * size))
     if same_slice:
-        (start, stop), *rest = box
+        (start, stop), *rest = extent
         first, last = _part(stop - start, len(same_slice), list(same_slice).index(rank))
-        box = [(start + first, start + last), *rest]
-    return tuple(box)
+        extent = [(start + first, start + last), *rest]
+    return tuple(extent)

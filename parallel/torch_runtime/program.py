@@ -36,7 +36,7 @@ INLINE = 64
 """Constants of at most so many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
-Box = tuple[tuple[int, int], ...]
+Extent = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Rank:
         stage, data, op: its coordinates.
         graphs: number of the graph file of each kind.
         groups: for each kind, the ranks of every group of its graph.
-        boxes: which part of each tensor it holds; what is missing is not held (another stage's).
+        extents: which part of each tensor it holds; what is missing is not held (another stage's).
         copies: tensors that another stage owns and sends here at every step; not to be saved.
     """
 
@@ -177,7 +177,7 @@ class Rank:
     op: int
     graphs: dict[str, int]
     groups: dict[str, list[tuple[int, ...]]]
-    boxes: dict[str, Box]
+    extents: dict[str, Extent]
     copies: tuple[str, ...] = ()
 
 
@@ -285,15 +285,15 @@ class Program:
             raise UserError("a file of the program is missing or damaged", where=path, hint="export it again")
 
 
-def start_of(tensor: Tensor, box: Box | None, seed: int) -> np.ndarray:
-    """Start value of the part `box` of a tensor, float32 (or the tensor's integer type)."""
-    shape = tensor.shape if box is None else tuple(stop - start for start, stop in box)
+def start_of(tensor: Tensor, extent: Extent | None, seed: int) -> np.ndarray:
+    """Start value of the part `extent` of a tensor, float32 (or the tensor's integer type)."""
+    shape = tensor.shape if extent is None else tuple(stop - start for start, stop in extent)
     distribution, scale = tensor.start
     dtype = tensor.dtype if tensor.dtype.startswith(("int", "uint", "bool")) else "float32"
     if distribution == "fill":
         return np.full(shape, scale, dtype)
     whole = start_value(tensor.name, tensor.shape, (distribution, scale), seed)
-    return whole if box is None else np.ascontiguousarray(whole[tuple(slice(*pair) for pair in box)])
+    return whole if extent is None else np.ascontiguousarray(whole[tuple(slice(*pair) for pair in extent)])
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ class Writer:
             "format": FORMAT, "version": VERSION, "digest": digest, "files": self.files, **more,
             "tensors": [[item.name, item.kind, item.shape, item.dtype, item.start] for item in tensors],
             "inputs": [list(item) for item in inputs],
-            "ranks": [[rank.stage, rank.data, rank.op, rank.graphs, rank.groups, rank.boxes, rank.copies]
+            "ranks": [[rank.stage, rank.data, rank.op, rank.graphs, rank.groups, rank.extents, rank.copies]
                       for rank in ranks],
         }  # fmt: skip
         self._write(FILE, _zipped(json.dumps(tree, separators=(",", ":")).encode()))
@@ -372,10 +372,10 @@ def _read_json(path: Path) -> Any:
 
 
 def _rank(number: int, item: Sequence) -> Rank:
-    stage, data, op, graphs, groups, boxes, copies = item
+    stage, data, op, graphs, groups, extents, copies = item
     return Rank(number, stage, data, op, graphs,
                 {kind: [tuple(group) for group in own] for kind, own in groups.items()},
-                {name: tuple((int(a), int(b)) for a, b in box) for name, box in boxes.items()}, tuple(copies))
+                {name: tuple((int(a), int(b)) for a, b in extent) for name, extent in extents.items()}, tuple(copies))
 
 
 def _graph_tree(graph: Graph) -> tuple[dict, dict[str, np.ndarray]]:

@@ -159,10 +159,10 @@ class TorchStep:
     def holder(self) -> Holder | None:
         """Which slices this rank holds; None where every rank holds everything."""
         tensors = [tensor for tensor in self.program.tensors if tensor.kind == "parameter"]
-        boxes = {tensor.name: self.own.boxes[tensor.name] for tensor in tensors if self._holds(tensor)}
+        extents = {tensor.name: self.own.extents[tensor.name] for tensor in tensors if self._holds(tensor)}
         if self.ranks == 1:
             return None
-        return Holder(self.rank, self.ranks, boxes, {tensor.name: tensor.shape for tensor in tensors}, self.barrier)
+        return Holder(self.rank, self.ranks, extents, {tensor.name: tensor.shape for tensor in tensors}, self.barrier)
 
     def exchange(self, values: list[float]) -> list[float]:
         """Adds lists of equal length over all ranks."""
@@ -193,7 +193,7 @@ class TorchStep:
         owner = tensor.name.partition(".")[2] if tensor.kind == "state" else tensor.name
         if owner in self.own.copies or tensor.name in self.own.copies:
             return False
-        return tensor.kind == "counter" or tensor.name in self.own.boxes
+        return tensor.kind == "counter" or tensor.name in self.own.extents
 
     def _start(self) -> dict[str, Tensor]:
         """Everything that the rank's graphs hold, at its start."""
@@ -218,7 +218,7 @@ class TorchStep:
             raise UserError("a parameter of the graph is none of the run's", where=f"rank {self.rank}", value=name)
         if held.start[0] == "fill":
             return torch.full(shape, held.start[1], dtype=wanted, device=self.device)
-        value = start_of(held, self.own.boxes.get(name), self.program.seed)
+        value = start_of(held, self.own.extents.get(name), self.program.seed)
         return torch.from_numpy(value.reshape(shape)).to(self.device, wanted)
 
     def _bound(self, kind: str, batch: Sequence[np.ndarray]) -> Bound:

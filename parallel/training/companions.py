@@ -3,7 +3,7 @@ state of its own in the checkpoints (a stream's offsets, windows of metrics, row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ class Companion:
     """
 
     name = "companion"
+    save: Callable[[], Any] = staticmethod(lambda: None)
+    """Set by the trainer: writes a checkpoint of the steps done; for use between two steps."""
+    go_back: Callable[[int], Any] = staticmethod(lambda step: None)
+    """Set by the trainer: returns to the checkpoint of a step; for use between two steps."""
 
     def before_step(self, step: int, batch: Sequence[np.ndarray]) -> None:
         """Called with the number of steps done and this process's rows of the next batch."""
@@ -43,6 +47,10 @@ class Companion:
 
     def after_checkpoint(self, step: int) -> None:
         """Called when a checkpoint of `step` is complete on the disk."""
+
+    def finish(self, step: int) -> dict[str, Any]:
+        """Called once when a run ends without an error, with the number of steps done; figures for its JSON line."""
+        return {}
 
     def state(self, step: int) -> Any:
         """What a checkpoint of `step` keeps, JSON values; None = nothing."""

@@ -18,8 +18,9 @@ _PREFETCHED = 2
 class DataSource(Protocol):
     """What the trainer reads from. Batch i depends only on the source's seed and i.
 
-    A stream has two more members: `ends` (True: its batches may end, and the run with them) and `interrupt()` (ends a
-    wait for events; called by the handler of a signal).
+    A stream has more members: `ends` (True: its batches may end, and the run with them), `interrupt()` (ends a wait for
+    events; called by the handler of a signal) and, where batches must not be read before the step that takes them,
+    `read_ahead` (False).
     """
 
     columns: Sequence[str]
@@ -45,7 +46,7 @@ class NumberedSource:
     def __init__(self, source: DataSource, part: int, parts: int) -> None:
         self.source, self.part, self.parts = source, part, parts
         self.columns, self.steps_per_epoch = (*source.columns, SAMPLE_NUMBERS), source.steps_per_epoch
-        self.ends = getattr(source, "ends", False)
+        self.ends, self.read_ahead = getattr(source, "ends", False), getattr(source, "read_ahead", True)
 
     def interrupt(self) -> None:
         """See `DataSource`."""

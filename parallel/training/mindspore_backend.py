@@ -16,7 +16,7 @@ from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
 from parallel.training.backend import Batch, Outputs
 from parallel.training.device import DeviceSum
-from parallel.training.sharded_run import ShardedRun
+from parallel.training.sharded.run import ShardedRun
 from parallel.training.step import TrainStep
 
 
@@ -138,7 +138,7 @@ class ShardedBackend(MindSporeBackend):
     """
 
     def __init__(self, run: ShardedRun) -> None:
-        super().__init__(run.step, all_reduce=run.all_reduce)
+        super().__init__(run.step, scorer=run.scores, all_reduce=run.all_reduce)
         self.run, self.holder, self.mean_loss = run, run.holder, run.loss
 
     @property
@@ -151,6 +151,17 @@ class ShardedBackend(MindSporeBackend):
         self._mode(False)
         loss, weight = self.mean_loss(*map(Tensor, batch)).asnumpy().tolist()
         return (loss * weight, weight) if self.run.tells else (0.0, 0.0)
+
+    def scores(self, batch: Batch) -> np.ndarray | None:
+        """See `Backend`."""
+        self._mode(False)
+        scores = self.scorer(*map(Tensor, batch)).asnumpy()
+        own, parts = self.share
+        if len(scores) > len(batch[0]):  # every process knows all rows
+            scores = np.array_split(scores, parts)[own]
+        config = self.run.config
+        is_last = self.run.stage == config.pipeline.stages - 1
+        return scores if is_last and self.rank % config.op == 0 else None
 
 
 def _outputs(results: tuple) -> Outputs:

@@ -19,13 +19,14 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from parallel.layers.dropout import connect_dropout
 from parallel.layers.fused import squares_kernel
+from parallel.sharding.trainable import Trainable
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import LossScaleSettings, TrainSettings
 
 
-def weighs(network: nn.Cell) -> bool:
+def enable_weighted_loss(network: nn.Cell) -> bool:
     """Makes a network that can tell its weight return (loss, weight); whether it can."""
-    if not hasattr(network, "weighted"):
+    if not isinstance(network, Trainable) or not network.can_weigh:
         return False
     network.weighted = True
     return True

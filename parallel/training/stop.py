@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from parallel.common.progress import note
+from parallel.common.progress import info
 from parallel.training.backend import Backend
 
 _REASONS = ("SIGTERM", "SIGINT", "early_stop")
@@ -46,7 +46,7 @@ class StopRequest:
             if self.asked is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.ask(signal.Signals(number).name)
-            note(f"{self.asked}: stopping after this step; a checkpoint will be saved")
+            info(f"{self.asked}: stopping after this step; a checkpoint will be saved")
             if interrupt is not None:
                 interrupt()
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from parallel.checkpoint.folder import list_checkpoints, resolve_checkpoint
+from parallel.checkpoint.folder import checkpoint_path, list_checkpoints, resolve_checkpoint
 from parallel.checkpoint.full import load_checkpoint, save
 from parallel.common.errors import UserError
-from parallel.common.progress import Bar, note
+from parallel.common.progress import Bar, info
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
 from parallel.training.data_source import DataSource, NumberedSource, prefetch
@@ -48,6 +48,8 @@ class Run:
         on_step: called as `on_step(step, outputs)` after every step.
         stop: what has asked for a stop before the trainer listens.
         companions: what goes along with the run (see `parallel.training.companions`).
+        start_from: a checkpoint whose parameters a run that begins takes, or a folder of such; None = start values.
+        is_new: by name, parameters that such a checkpoint does not have.
     """
 
     source: DataSource
@@ -64,6 +66,8 @@ class Run:
     on_step: Callable[[int, dict], None] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     companions: Sequence[Companion] = ()
+    start_from: str | None = None
+    is_new: Callable[[str], bool] = lambda name: False
 
 
 class Trainer:
@@ -74,6 +78,8 @@ class Trainer:
         self.settings, self.output = run.settings, run.output
         self.source = NumberedSource(run.source, *backend.share) if backend.numbered else run.source
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
+        for companion in self.companions:
+            companion.save, companion.go_back = self.save, self.go_back
         if run.validation is not None:
             self.evaluators.insert(0, Validation(backend, run.validation, run.settings.validation_batches))
         self.on_step = run.on_step
@@ -83,6 +89,7 @@ class Trainer:
         self.early_stop: dict[str, Any] = {"best": None, "bad": 0}
         self.last: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
+        self.more_figures: dict[str, Any] = {}
         self.stop = run.stop
         self.stopped_by: str | None = None
         self.checkpoint: Path | None = None
@@ -113,6 +120,8 @@ class Trainer:
             finally:
                 if self.log is not None:
                     self.log.close()
+            # Who leaves early takes the others' collectives along.
+            self.backend.barrier()
         return self.figures()
 
     def _loop(self, bar: Bar | None) -> None:
@@ -139,7 +148,9 @@ class Trainer:
         if self.settings.data_sink:
             yield from self._sunk_outputs()
             return
-        batches = prefetch(itertools.islice(self.source.batches(self.iteration), self.settings.steps - self.iteration))
+        batches = self.source.batches(self.iteration)
+        if getattr(self.source, "read_ahead", True):
+            batches = prefetch(itertools.islice(batches, self.settings.steps - self.iteration))
         try:
             for batch in batches:
                 for companion in self.companions:
@@ -205,6 +216,8 @@ class Trainer:
     def _finish(self) -> None:
         if self.log is not None and self.output.loss_curve:
             self.log.draw(self.directory / "loss.png", self.plan.title)
+        for companion in self.companions:
+            self.more_figures.update(companion.finish(self.iteration))
 
     def figures(self) -> dict[str, Any]:
         """The JSON line of the run: steps, last training loss, metrics, speed, MFU, newest checkpoint, where it ran."""
@@ -214,7 +227,7 @@ class Trainer:
             f"{self.plan.units}_per_second": self.clock.mean_rate(), "mfu": self.clock.mean_mfu(),
             "peak_tflops": self.clock.peak_tflops,
             "checkpoint": str(self.checkpoint) if self.checkpoint is not None else None, "stopped": self.stopped_by,
-            "backend": self.backend.name, "layout": self.plan.layout, "world": self.backend.ranks,
+            "backend": self.backend.name, "layout": self.plan.layout, "world": self.backend.ranks, **self.more_figures,
         }
 
     # -- validation and early stop ------------------------------------------------------------------------------------
@@ -288,13 +301,32 @@ class Trainer:
         else:
             path = found[-1] if found else None
         if path is not None:
-            boxes = self.backend.holder.boxes if self.backend.holder is not None else None
-            state = load_checkpoint(path, self.backend.parameters(), self.backend.states(), boxes)
-            self._take_state(state, path)
-            restore_all(self.companions, state.get("companions", {}), path)
+            self._load(path)
+        elif self.plan.start_from is not None:
+            self._start_from(resolve_checkpoint(self.plan.start_from))
         self._same_on_all_ranks()
         if path is not None and self.backend.rank == 0:
-            note(f"going on from {path} (step {self.iteration})")
+            info(f"going on from {path} (step {self.iteration})")
+
+    def _load(self, path: Path) -> None:
+        extents = self.backend.holder.extents if self.backend.holder is not None else None
+        state = load_checkpoint(path, self.backend.parameters(), self.backend.states(), extents)
+        self._take_state(state, path)
+        restore_all(self.companions, state.get("companions", {}), path)
+
+    def go_back(self, step: int) -> None:
+        """Returns to the checkpoint of an earlier step of this run."""
+        self._load(checkpoint_path(self.checkpoints, step))
+        if self.log is not None:
+            self.log.close()
+            self.log = MetricsLog(self.directory, self.iteration, self.output.tensorboard)
+
+    def _start_from(self, path: Path) -> None:
+        extents = self.backend.holder.extents if self.backend.holder is not None else None
+        known = [item for item in self.backend.parameters() if not self.plan.is_new(item.name)]
+        load_checkpoint(path, known, (), extents)
+        if self.backend.rank == 0:
+            info(f"starting from the parameters of {path}")
 
     def _same_on_all_ranks(self) -> None:
         """Refuses to go on when the ranks stand at different steps, each knowing its own disk only."""
@@ -324,7 +356,7 @@ class Trainer:
         was = state.get("train", {})
         for key in ("seed", "global_batch_size"):
             if was.get(key, getattr(self.settings, key)) != getattr(self.settings, key):
-                note(f"note: train.{key} was {was[key]} and is {getattr(self.settings, key)}: the run will differ from "
+                info(f"note: train.{key} was {was[key]} and is {getattr(self.settings, key)}: the run will differ from "
                      "one that was never stopped")
 
     def _peak(self) -> float | None:

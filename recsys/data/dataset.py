@@ -7,7 +7,6 @@ the log is, batch i is a function of (seed, i), and a run can resume at any step
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import math
@@ -19,18 +18,23 @@ from typing import Any
 
 import numpy as np
 
+from parallel.common.digests import BlockSums, CheckedRows
 from parallel.common.errors import UserError
-from parallel.common.files import explain_os_error, read_json, write_json
+from parallel.common.files import explain_os_error, matching, read_json, write_json
 from parallel.common.folders import put_in_place, sweep, temporary_name
-from parallel.common.progress import note
-from recsys.data.encode import Columns, Encoded, Encoder, Report, column, id_type, numbers
+from parallel.common.progress import info
+from recsys.data.encode import Columns, Encoded, Encoder, RowErrors, column, id_type
 from recsys.data.features import UNSEEN, Feature, FeatureSpec, expand, place
 from recsys.data.readers import Reader, reader
+from recsys.data.times import TimeReader
+from recsys.data.turns import one_at_a_time
 from recsys.data.vocabulary import Statistics, Vocabulary
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 
 PARTS = ("train", "validation", "test")
-_FORMAT = 4
+VOCABULARY = "vocabulary.json"
+"""Name of the vocabulary's file beside encoded rows and beside checkpoints."""
+_FORMAT = 5
 _WINDOW = 1 << 22
 
 
@@ -53,7 +57,13 @@ class Log:
 
 def columns_of(data: Any, source: Reader) -> Columns:
     """Label and bookkeeping columns, the reader's where the file names none."""
-    return Columns(data.labels or source.labels, data.user or source.user, data.time or source.time)
+    labels = data.labels or source.labels
+    for key, names in (("number_labels", data.number_labels), ("label_weights", list(data.label_weights))):
+        if unknown := set(names) - set(labels):
+            raise UserError("is no label", where=f"data.{key}", value=sorted(unknown)[0],
+                            hint=f"labels: {', '.join(labels)}")
+    return Columns(labels, data.user or source.user, data.time or source.time, tuple(data.number_labels),
+                   data.missing_labels, tuple(dict.fromkeys(data.label_weights.values())))
 
 
 def features_of(data: Any) -> list:
@@ -101,7 +111,9 @@ def prepare(data: Any, embedding_size: int, vocabulary: Path | None = None) -> L
     if vocabulary is not None and not _same(vocabulary, directory / "vocabulary.json"):
         directory = Path(data.cache) / _digest(data, vocabulary)
     if not (directory / "log.json").is_file():
-        _encode_to(directory, data, source, vocabulary)
+        with one_at_a_time(directory):
+            if not (directory / "log.json").is_file():
+                _encode_to(directory, data, source, vocabulary)
     return _map(directory, data, embedding_size)
 
 
@@ -111,7 +123,7 @@ def _same(one: Path, other: Path) -> bool:
 
 def _digest(data: Any, vocabulary: Path | None) -> str:
     """Name of the encoded log: of its settings, features, and the sizes and times of its files."""
-    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables"})
+    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables", "stream"})
     tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
                                                                           "unseen_rate", "admission_share",
                                                                           "expire_after", "expire_unit",
@@ -131,9 +143,8 @@ def _digest(data: Any, vocabulary: Path | None) -> str:
 
 def _files_of(path: str) -> Iterator[Path]:
     """All that a file, a folder or a glob pattern stands for."""
-    if any(mark in path for mark in "*?[") and not Path(path).exists():
-        return map(Path, glob.iglob(path))
-    return iter([Path(path)]) if Path(path).is_file() else Path(path).rglob("*")
+    for found in matching(path):
+        yield from found.rglob("*") if found.is_dir() else [found]
 
 
 class _Passes:
@@ -158,22 +169,22 @@ class _Passes:
             first_row, last = first_row + len(table), where
 
     def _look_ahead(self) -> None:
-        """Counts the rows and, for a split by time, ranks them."""
-        times = []
-        for table, where, _ in self._tables(self.data.path):
+        """Counts the rows and, for a split by time, ranks those that have one; the others are bad rows."""
+        found, reader_ = [], TimeReader()
+        for table, where, first in self._tables(self.data.path):
             self.total += len(table)
             if self.by == "time":
                 name = self.encoder.columns.time
                 if name is None:
                     raise UserError("split by time needs a time column", where="data.time")
-                from recsys.data.encode import RowErrors
-
-                errors = RowErrors(len(table), where, 0, "skip", Report())
-                times.append(np.nan_to_num(numbers(column(table, name, where), name, errors)))
+                errors = RowErrors(len(table), where, first, self.data.on_bad_row, self.encoder.report)
+                found.append(reader_.read(column(table, name, where), name, errors))
         if self.by == "time":
-            ranks = np.empty(self.total, np.int64)
-            ranks[np.argsort(np.concatenate(times) if times else np.zeros(0), kind="stable")] = np.arange(self.total)
-            self.order = ranks
+            times = np.concatenate(found) if found else np.zeros(0)
+            known = np.flatnonzero(~np.isnan(times))
+            self.order = np.full(self.total, -1, np.int64)
+            self.order[known[np.argsort(times[known], kind="stable")]] = np.arange(len(known))
+            self.total = len(known)
 
     def parts(self) -> Iterator[tuple[Any, str, int, np.ndarray]]:
         """(table, where, its first row in the file, part index of every row)."""
@@ -198,7 +209,8 @@ class _Passes:
                 bounds = [round(bound) for bound in bounds]
             # A share of 0 gives a part without rows even where a cut lies on a rounding error.
             last = (rank >= bounds[1]) & (self.data.split.fractions[2] > 0)
-            yield table, where, first, ((rank >= bounds[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
+            part = ((rank >= bounds[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
+            yield table, where, first, np.where(rank < 0, np.int8(-1), part)  # -1: a row without a time
 
 
 def _uniform(rows: np.ndarray) -> np.ndarray:
@@ -238,8 +250,9 @@ def _statistics(features: list[Feature], passes: _Passes, encoder: Encoder) -> S
     """What the training rows hold."""
     statistics = Statistics(features)
     for table, where, first, part in passes.parts():
-        training = table.take(np.flatnonzero(part == 0)) if part.any() else table
-        encoder.count(training, statistics, where, first)
+        rows = np.flatnonzero(part == 0)
+        training = table.take(rows) if part.any() else table
+        encoder.count(training, statistics, where, rows + first)
     return statistics
 
 
@@ -259,6 +272,7 @@ _FIELDS = ("ids", "numbers", "labels", "users")
 def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
     counts = dict.fromkeys(PARTS, 0)
     files = {(part, field): (directory / f"{part}.{field}").open("wb") for part in PARTS for field in _FIELDS}
+    sums = {place: BlockSums() for place in files}
     try:
         for table, where, first, part in passes.parts():
             encoded, good = encoder.encode(table, spec, vocabulary, where, first)
@@ -266,7 +280,9 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
                 rows = encoded.take(np.flatnonzero(part[good] == index))
                 counts[name] += len(rows)
                 for field in _FIELDS:
-                    getattr(rows, field).tofile(files[name, field])
+                    data = np.ascontiguousarray(getattr(rows, field)).tobytes()
+                    files[name, field].write(data)
+                    sums[name, field].add(data)
     finally:
         for file in files.values():
             file.close()
@@ -278,14 +294,18 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
     write_json(directory / "log.json", {"rows": counts, "report": {**report, "user": encoder.columns.user},
                                         "id_columns": spec.id_columns, "numeric_columns": spec.numeric_columns,
                                         "id_type": np.dtype(id_type(spec)).name,
-                                        "labels": encoder.columns.labels})
+                                        "labels": encoder.columns.labels,
+                                        "label_columns": len(encoder.columns.labels) + len(encoder.columns.weights),
+                                        "blocks": {f"{part}.{field}": found.sums()
+                                                   for (part, field), found in sums.items()}})
 
 
 def _map(directory: Path, data: Any, embedding_size: int) -> Log:
-    header = read_json(directory / "log.json")
+    hint = f"delete {directory}"
+    header = read_json(directory / "log.json", sealed=True, hint=hint)
     if skipped := header["report"]["skipped"]:
         # Told by every run, not only by the one that encoded the log.
-        note("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
+        info("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
     vocabulary = Vocabulary.load(directory / "vocabulary.json")
     features = features_of(data)
     sizes = vocabulary.sizes()
@@ -294,7 +314,7 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
     shift = _row_shift(flat, spec)
     shapes = {"ids": (np.dtype(header["id_type"]), header["id_columns"]),
               "numbers": (np.float32, header["numeric_columns"]),
-              "labels": (np.float32, len(header["labels"])), "users": (np.int64, None)}
+              "labels": (np.float32, header["label_columns"]), "users": (np.int64, None)}
     parts = {}
     for part in PARTS:
         arrays = {}
@@ -302,8 +322,9 @@ def _map(directory: Path, data: Any, embedding_size: int) -> Log:
             shape = (header["rows"][part],) if width is None else (header["rows"][part], width)
             path = directory / f"{part}.{field}"
             if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise UserError("encoded log is damaged", where=path, hint=f"delete {directory}")
-            arrays[field] = np.memmap(path, dtype, "r", shape=shape) if math.prod(shape) else np.zeros(shape, dtype)
+                raise UserError("encoded log is damaged", where=path, hint=hint)
+            arrays[field] = np.zeros(shape, dtype) if not math.prod(shape) else CheckedRows(
+                np.memmap(path, dtype, "r", shape=shape), header["blocks"][path.name], path, hint)
         parts[part] = Encoded(**arrays)
         parts[part].shift = shift
     return Log(parts, spec, vocabulary, header["labels"], header["report"], directory)
@@ -328,16 +349,17 @@ class Batches:
         rank, ranks: this data-parallel process's share of every batch.
         spec: places of the features, for those with an unseen_rate.
         together: up to so many samples of a user stand one after the other in a drawn order.
+        groups: whether the labels end in a column that says which samples are of one user.
     """
 
     columns = ("ids", "numbers", "labels")
 
     def __init__(self, rows: Encoded, batch: int, seed: int | None, rank: int = 0, ranks: int = 1,
-                 spec: FeatureSpec | None = None, together: int = 1) -> None:
+                 spec: FeatureSpec | None = None, together: int = 1, groups: bool = False) -> None:
         if len(rows) < batch:
             raise UserError(f"there are only {len(rows)} rows for a batch", where="train.global_batch_size",
                             value=batch, hint="make it smaller")
-        self.rows, self.batch, self.seed, self.together = rows, batch, seed, together
+        self.rows, self.batch, self.seed, self.together, self.groups = rows, batch, seed, together, groups
         self.hidden = [slot for slot in spec.slots.values() if slot.feature.unseen_rate] if spec is not None else []
         self.steps_per_epoch = len(rows) // batch
         share = batch // ranks
@@ -351,6 +373,10 @@ class Batches:
             for index in self._order(epoch, first):
                 ids, numbers_, labels = gather(self.rows, index[self.mine])
                 self._hide(ids, step)
+                if self.groups:
+                    # Numbers that float32 holds exactly.
+                    users = np.asarray(self.rows.users[index[self.mine]]) & (2**24 - 1)
+                    labels = np.concatenate([labels, users[:, None].astype(np.float32)], 1)
                 yield ids, numbers_, labels
                 step += 1
             epoch, first = epoch + 1, 0

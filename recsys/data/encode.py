@@ -17,21 +17,26 @@ from recsys.tables.keys import MISSING_KEY, keys_of
 
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$|^\s*[+-]?([nN][aA][nN]|[iI]nf(inity)?)\s*$"
 _MAX_WHOLE = 2.0**53
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass
 class Columns:
-    """Which columns are no features: labels, the user for GAUC, the time for splitting, a mark of the split."""
+    """Which columns are no features: labels (those that are numbers among them; whether one may be missing; columns of
+    their weights), the user for GAUC, the time for splitting."""
 
     labels: list[str]
     user: str | None = None
     time: str | None = None
+    numbers: tuple[str, ...] = ()
+    missing: bool = False
+    weights: tuple[str, ...] = ()
 
 
 @dataclass
 class Encoded:
     """n rows: ids_nM int32 (int64 where a feature is dynamic: its columns hold keys), numbers_nN float32, labels_nK
-    float32, users int64 (0 without a user column)."""
+    float32 (then their weights), users int64 (0 without a user column)."""
 
     ids: np.ndarray
     numbers: np.ndarray
@@ -70,8 +75,10 @@ def id_type(spec: FeatureSpec) -> type:
 class RowErrors:
     """Marks bad rows of one chunk: raises at the first under "error", collects a mask under "skip"."""
 
-    def __init__(self, rows: int, where: str, first_row: int, on_bad_row: str, report: Report) -> None:
-        self.bad, self.where, self.first_row = np.zeros(rows, bool), where, first_row
+    def __init__(self, rows: int, where: str, first_row: int | np.ndarray, on_bad_row: str, report: Report) -> None:
+        self.bad, self.where = np.zeros(rows, bool), where
+        # Numbers of the rows in their file, where the chunk is a selection of them.
+        self.rows = first_row if isinstance(first_row, np.ndarray) else np.arange(first_row, first_row + rows)
         self.strict, self.report = on_bad_row == "error", report
 
     def mark(self, bad: np.ndarray, column: str, what: str, values: pa.Array | np.ndarray) -> None:
@@ -81,7 +88,7 @@ class RowErrors:
         if self.strict:
             index = int(np.flatnonzero(bad)[0])
             value = values[index].as_py() if isinstance(values, (pa.Array, pa.ChunkedArray)) else values[index]
-            raise UserError(f"{what} in column '{column}'", where=f"{self.where}, row {self.first_row + index + 1}",
+            raise UserError(f"{what} in column '{column}'", where=f"{self.where}, row {int(self.rows[index]) + 1}",
                             value=value, hint="repair the row, or set data.on_bad_row: skip")
         self.report.skipped[f"{column}: {what}"] += int((bad & ~self.bad).sum())
         self.bad |= bad
@@ -135,11 +142,14 @@ def numbers(values: pa.Array, name: str, errors: RowErrors) -> np.ndarray:
         values = pc.if_else(pa.array(bad), pa.scalar(None, pa.string()), pc.utf8_trim_whitespace(values))
         values = values.cast(pa.float64())
     try:
-        return values.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    except pa.ArrowInvalid:
+        if pa.types.is_integer(values.type):  # Arrow refuses to round an integer above 2^53
+            values = values.cast(pa.float64(), safe=False)
+        found = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise UserError(f"column '{name}' is not numeric", where=errors.where, value=str(values.type)) from None
-    except pa.ArrowNotImplementedError:
-        raise UserError(f"column '{name}' is not numeric", where=errors.where, value=str(values.type)) from None
+    beyond = np.isfinite(found) & (np.abs(found) > _LARGEST)
+    errors.mark(beyond, name, "number that float32 does not hold", found)
+    return np.where(beyond, np.nan, found) if beyond.any() else found
 
 
 def lists(values: pa.Array, feature: Feature, where: str) -> tuple[np.ndarray, pa.Array]:
@@ -167,8 +177,8 @@ class Encoder:
         self.features, self.columns, self.on_bad_row = features, columns, on_bad_row
         self.report = Report()
 
-    def count(self, table: pa.Table, statistics: Statistics, where: str, first_row: int) -> None:
-        """Feeds a table to the statistics pass."""
+    def count(self, table: pa.Table, statistics: Statistics, where: str, first_row: int | np.ndarray) -> None:
+        """Feeds a table to the statistics pass; `first_row` as in `RowErrors`."""
         errors = RowErrors(len(table), where, first_row, self.on_bad_row, Report())
         for feature in self.features:
             values = column(table, feature.source, where)
@@ -214,14 +224,23 @@ class Encoder:
         return Encoded(ids, values, labels, self._users(table, where)).take(good), good
 
     def _labels(self, table: pa.Table, where: str, errors: RowErrors) -> np.ndarray:
-        labels = np.zeros((len(table), len(self.columns.labels)), np.float32)
-        for index, name in enumerate(self.columns.labels):
+        """Labels, NaN where one is missing and may be, then the columns of weights."""
+        own, names = self.columns, [*self.columns.labels, *self.columns.weights]
+        labels = np.zeros((len(table), len(names)), np.float32)
+        for index, name in enumerate(names):
             cells = column(table, name, where)
             if pa.types.is_boolean(cells.type):
                 cells = cells.cast(pa.int8())
             found = numbers(cells, name, errors)
-            errors.mark(~np.isin(found, (0.0, 1.0)), name, "label that is not 0 or 1", cells)
-            labels[:, index] = np.nan_to_num(found)
+            if index >= len(own.labels):
+                errors.mark(~(np.isfinite(found) & (found >= 0.0)), name, "weight that is no number from 0 on", cells)
+                labels[:, index] = np.nan_to_num(found)
+                continue
+            allowed = np.isnan(found) & own.missing
+            good = np.isfinite(found) if name in own.numbers else np.isin(found, (0.0, 1.0))
+            errors.mark(~(good | allowed), name, "label that is no number" if name in own.numbers
+                        else "label that is not 0 or 1", cells)
+            labels[:, index] = np.where(allowed, np.nan, np.nan_to_num(found))
         return labels
 
     def _users(self, table: pa.Table, where: str) -> np.ndarray:

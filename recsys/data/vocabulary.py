@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
-from parallel.common.progress import note
+from parallel.common.progress import info
 from recsys.data.features import FIRST_KNOWN, UNSEEN, Feature
 
 RESERVOIR = 100_000
@@ -199,7 +199,7 @@ class Statistics:
         result.values[feature.name] = [value for _, value in admitted]
         result.counts[feature.name] = [float(-count) for count, _ in admitted]
         if feature.name in self.forgotten:
-            note(f"{feature.name}: more than {self.tracked} distinct values; those seen at most about "
+            info(f"{feature.name}: more than {self.tracked} distinct values; those seen at most about "
                  f"{self.forgotten[feature.name]} times may be missing from the vocabulary")
 
     def _edges(self, feature: Feature) -> list[float]:

@@ -13,7 +13,7 @@ from mindspore.ops.auto_generate import SplitWithSize
 
 from parallel.layers.linear import Linear
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Layer, Operand, OpSharding
+from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import Feature, FeatureSpec, NumericSlot, Slot
 
 
@@ -37,11 +37,7 @@ class Table(Layer):
         return self.gather(self.table, ids_BM, 0)
 
     def sharding(self) -> list[OpSharding]:
-        return [OpSharding(self.gather, (("vocabulary", None), ("batch", None)))]
-
-    def weights(self) -> dict[str, Operand]:
-        return {"table": ("vocabulary", None)}
-
+        return [OpSharding(self.gather, (("vocabulary", None), ("batch", None)), weights=("table",))]
 
 class Pieces(Layer):
     """Cuts dim 1 into pieces of given sizes; its gradient is one concatenation (slices would add full-size zeros)."""
@@ -161,9 +157,8 @@ class TargetAttention(Layer):
         super().__init__()
         self.width, self.length = width, length
         self.present = Present(missing_row)
-        self.first = Linear(4 * width, hidden, style=None, std=math.sqrt(2.0 / (4 * width + hidden)))
-        self.second = Linear(hidden, 1, style=None, std=math.sqrt(2.0 / (hidden + 1)))
-        self.first.rows = self.second.rows = length
+        self.first = Linear(4 * width, hidden, style=None, std=math.sqrt(2.0 / (4 * width + hidden)), rows=length)
+        self.second = Linear(hidden, 1, style=None, std=math.sqrt(2.0 / (hidden + 1)), rows=length)
         self.expand, self.tile, self.minus, self.times = ops.ExpandDims(), ops.Tile(), ops.Sub(), ops.Mul()
         self.concat, self.reshape = ops.Concat(axis=-1), ops.Reshape()
         self.sigmoid, self.swish = ops.Sigmoid(), ops.Mul()

@@ -147,8 +147,7 @@ class PositionLinear(nn.Cell):
                  bias: bool = True) -> None:
         super().__init__()
         self.inputs, self.outputs = inputs, outputs
-        self.linear = dense(inputs, outputs, compute_dtype, bias=bias)
-        self.linear.rows = rows
+        self.linear = dense(inputs, outputs, compute_dtype, bias=bias, rows=rows)
         self.reshape = ops.Reshape()
 
     def construct(self, x_BFI: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ class AddRelu(Layer):
         return [OpSharding(self.add, (self.stream, self.stream)), OpSharding(self.relu, (self.stream,))]
 
 
-class FieldStack(Ranker):
+class InteractionRanker(Ranker):
     """hidden = MLP(flatten(layers(fields))): what models of stacked field interactions share; a model's file calls
     `make_stack`."""
 
@@ -194,7 +193,7 @@ class FieldStack(Ranker):
 
     def make_stack(self, layers: list[nn.Cell], size: int, hidden: list[int]) -> None:
         """Takes layers [B, F, W] -> [B, F', W'], of which the last makes F' W' = `size`, and makes what follows: an MLP
-        of the widths `hidden`, and the towers."""
+        of the widths `hidden`, and the heads."""
         self.layers = nn.CellList(layers)
         self.flat = Flat(size)
         self.network = MLP([size, *hidden], self.compute_dtype)

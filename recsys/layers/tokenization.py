@@ -54,10 +54,8 @@ class SliceTokenizer(Layer):
         self.pad = ops.Pad(((0, 0), (0, self.fill)))
         self.reshape, self.transpose, self.transpose_back = ops.Reshape(), ops.Transpose(), ops.Transpose()
         self.shared = shared
-        self.projection = dense(self.slice, width, compute_dtype) if shared else GroupedLinear(
+        self.projection = dense(self.slice, width, compute_dtype, rows=tokens) if shared else GroupedLinear(
             tokens, self.slice, width, layout=layout, compute_dtype=compute_dtype)
-        if shared:
-            self.projection.rows = tokens
 
     def construct(self, *groups: Tensor) -> Tensor:
         flat_BE = self.join(*groups)

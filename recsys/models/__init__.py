@@ -6,13 +6,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from functools import cache
 from typing import Any
 
-import pydantic
-
 from parallel.common.errors import UserError
-from recsys.settings import Run
 
 NAMES = frozenset(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
@@ -28,11 +24,3 @@ def module_of(name: str) -> Any:
         raise UserError("no such model", where="model.name", value=name,
                         hint=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(NAMES))}")
     return importlib.import_module(f"{__name__}.{name}")
-
-
-@cache
-def run_class(name: str) -> type[Run]:
-    """`Run` whose `model` block is that of the model `name`."""
-    settings = module_of(name).SETTINGS
-    field = pydantic.Field(default_factory=settings, description="The ranker's sizes and choices.")
-    return pydantic.create_model("Run", __base__=Run, __doc__=Run.__doc__, model=(settings, field))

@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from pydantic import Field
 
 from recsys.data.features import FeatureSpec
-from recsys.layers.interactions import AddRelu, Attend, FieldStack, Heads, PositionLinear
+from recsys.layers.interactions import AddRelu, Attend, Heads, InteractionRanker, PositionLinear
 from recsys.settings import RankerSettings
 
 
@@ -44,7 +44,7 @@ class InteractingLayer(nn.Cell):
         return self.add(self.heads(mixed, True), self.shortcut(x_BFI))
 
 
-class AutoInt(FieldStack):
+class AutoInt(InteractionRanker):
     """hidden = MLP(flatten(interacting layers(fields)))."""
 
     def __init__(self, settings: AutoIntSettings, spec: FeatureSpec, tasks: int,

@@ -19,9 +19,9 @@ from recsys.layers.interactions import (
     Cross,
     CubeNorm,
     FieldLinear,
-    FieldStack,
     Flat,
     Heads,
+    InteractionRanker,
     PositionLinear,
 )
 from recsys.ranker import MLP
@@ -126,7 +126,7 @@ class EnsembleLayer(nn.Cell):
         return self.norm(total)
 
 
-class DHEN(FieldStack):
+class DHEN(InteractionRanker):
     """hidden = MLP(flatten(ensemble layers(fields)))."""
 
     def __init__(self, settings: DHENSettings, spec: FeatureSpec, tasks: int,

@@ -13,7 +13,7 @@ from parallel.layers.parameter import parameter
 from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import Join
-from recsys.layers.interactions import CUBE, AddRelu, CubeNorm, FieldLinear, FieldStack, Flat
+from recsys.layers.interactions import CUBE, AddRelu, CubeNorm, FieldLinear, Flat, InteractionRanker
 from recsys.ranker import MLP
 from recsys.settings import RankerSettings
 
@@ -78,7 +78,7 @@ class WukongLayer(nn.Cell):
         return self.last_norm(self.add(both, kept))
 
 
-class Wukong(FieldStack):
+class Wukong(InteractionRanker):
     """hidden = MLP(flatten(Wukong layers(fields)))."""
 
     def __init__(self, settings: WukongSettings, spec: FeatureSpec, tasks: int,

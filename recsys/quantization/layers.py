@@ -11,7 +11,8 @@ from typing import Any
 from mindspore import Parameter, Tensor, nn
 
 from parallel.layers import int8
-from parallel.layers.int8 import QuantizedGroupedLinear, QuantizedNetwork, count_groups, fused_swiglu
+from parallel.layers.int8 import QuantizedGroupedLinear, QuantizedNetwork, fused_swiglu
+from parallel.layers.int8_numbers import count_groups
 from recsys.models.tokenmixer_large.separated import SplitSwiGLU
 
 _LEFT = ("embedding", "head", "auxiliary", "router", "infer_router", "train_router")
@@ -36,7 +37,7 @@ class QuantizedSplitSwiGLU(QuantizedNetwork):
         """U's part of both first products, [T, R, F] each."""
         return self.gate_user(u_TRI), self.up_user(u_TRI)
 
-    def group(self, gate_TRF: Tensor, up_TRF: Tensor, g_TNI: Tensor, index_N: Tensor | None) -> Tensor:
+    def candidate(self, gate_TRF: Tensor, up_TRF: Tensor, g_TNI: Tensor, index_N: Tensor | None) -> Tensor:
         """[T, N, outputs]."""
         gate_TNF, up_TNF = self.take(gate_TRF, index_N), self.take(up_TRF, index_N)
         if self.fused is not None:

@@ -52,7 +52,7 @@ def measure(rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...] = SHAPES,
         for weight in weights:
             product = Int8Product((1, inputs, outputs), 1, "weight")
             product.fill(weight[None])
-            product.settle()
+            product.prepare()
             eights.append(product)
         if eights[0].mode != "kernel":
             raise UserError("there is no kernel for int8 weights here", where="bench", hint="install g++")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.folder import PARAMETERS_FILE, resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint, save_checkpoint
@@ -12,6 +12,9 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.saved_model import VOCABULARY, settings_of
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +36,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
     Raises:
         UserError: nothing to quantize, the checkpoint is quantized already or damaged, or the log cannot be read.
     """
-    from parallel.layers.int8 import products, settle
+    from parallel.layers.int8 import prepare, products
     from recsys.evaluate import load_model, open_log
     from recsys.quantization.layers import quantize_model
 
@@ -55,7 +58,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
                              list(model.get_parameters()), (),
                              {**kept, "quantization": {"bits": 8, "group": arguments.group}})
     log.vocabulary.save(Path(arguments.output) / VOCABULARY)
-    mode = settle(model)
+    mode = prepare(model)
     after = _auc(model, log, run_settings, arguments)
     table("Relative error of each weight, ||W - qs|| / ||W||", ["weight", "shape", "error"],
           [[name, " x ".join(map(str, shapes[name])), f"{error:.5f}"] for name, error in errors.items()])
@@ -69,8 +72,8 @@ def _bytes(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.glob(f"{PARAMETERS_FILE.split('.')[0]}*.safetensors"))
 
 
-def _auc(model: Any, log: Any, settings: Any, arguments: argparse.Namespace) -> float | None:
-    from recsys.evaluate import Evaluation
+def _auc(model: Any, log: Any, settings: Run, arguments: argparse.Namespace) -> float | None:
+    from recsys.evaluation import Evaluation
 
     if arguments.part == "none":
         return None

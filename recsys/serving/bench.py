@@ -1,7 +1,8 @@
-"""Verb `bench`: what one request costs: entangled, separated, separated with the user cached; float32 and int8 weights.
+"""Verb `bench`: what one request costs: unseparated, separated, separated with the user cached; float32 and int8
+weights.
 
 All variants score the same random request in turns, from encoded rows to probabilities, without HTTP. Weights are start
-values: time does not depend on what was learned. The entangled model has as many tokens, widths and layers.
+values: time does not depend on what was learned. The unseparated model has as many tokens, widths and layers.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
-from parallel.common.progress import note, progress, table
+from parallel.common.progress import info, progress, table
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 SWEEP_CANDIDATES = (1, 50, 200, 500, 1000)
 SWEEP_RATIOS = ("1:2", "1:1", "3:1")
-MODES = ("entangled", "separated", "cached")
+MODES = ("unseparated", "separated", "cached")
 PRECISIONS = ("float32", "int8")
 SWEEP_SECONDS = 6.0  # of rounds for one ratio and number of candidates
 
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-matmul", action="store_true", help="leave the matrix product alone out")
 
 
-def run(settings: Any, arguments: argparse.Namespace) -> dict:
+def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Measures; the JSON has the figures of --candidates and --ug-ratio.
 
     Raises:
@@ -57,7 +61,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> dict:
     ratio = "{}:{}".format(*pair(arguments.ug_ratio, "--ug-ratio"))
     ratios = list(dict.fromkeys([ratio, *(SWEEP_RATIOS if arguments.sweep else ())]))
     sizes = sorted({arguments.candidates, *(SWEEP_CANDIDATES if arguments.sweep else ())})
-    note(f"threads {len(os.sched_getaffinity(0))}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', '-')}, "
+    info(f"threads {len(os.sched_getaffinity(0))}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', '-')}, "
          + ", ".join(f"{name} {os.environ.get(name, '-')}" for name in MALLOC))
     rows = measure(settings, ratios, sizes, arguments.rounds, arguments.group,
                    SWEEP_SECONDS if arguments.sweep else math.inf)
@@ -85,12 +89,12 @@ def _figures(rows: list[dict], ratio: str, candidates: int) -> dict:
         return next(row for row in rows if (row["ratio"], row["candidates"], row["mode"], row["weights"])
                     == (ratio, candidates, mode, weights))
 
-    base = p50("entangled", "float32")
-    return {"entangled_ms": base, "separated_ms": p50("separated", "float32"),
+    base = p50("unseparated", "float32")
+    return {"unseparated_ms": base, "separated_ms": p50("separated", "float32"),
             "ratio": p50("separated", "float32") / base, "cached_ratio": p50("cached", "float32") / base,
-            "int8_ratio": p50("entangled", "int8") / base, "end_to_end_ratio": p50("separated", "int8") / base,
+            "int8_ratio": p50("unseparated", "int8") / base, "end_to_end_ratio": p50("separated", "int8") / base,
             "p99_ms": one("separated", "int8")["p99_ms"], "candidates": candidates, "ug_ratio": ratio,
-            "dense_parameters": one("entangled", "float32")["dense_parameters"],
+            "dense_parameters": one("unseparated", "float32")["dense_parameters"],
             "separated_dense_parameters": one("separated", "float32")["dense_parameters"]}
 
 
@@ -107,7 +111,7 @@ def _matmul_ratio() -> float:
 # ---------------------------------------------------------------- variants
 
 
-def entangled(settings: Any, spec: Any) -> Any:
+def unseparated(settings: Run, spec: Any) -> Any:
     """Settings of the model without separation and with as many tokens.
 
     Raises:
@@ -128,7 +132,7 @@ def entangled(settings: Any, spec: Any) -> Any:
     return settings.model_copy(update={"model": model.model_copy(update=change)})
 
 
-def separated(settings: Any, ratio: str) -> Any:
+def separated(settings: Run, ratio: str) -> Any:
     """Settings of the separated model with a ratio."""
     from recsys.ug_sep.sides import UGSepSettings
 
@@ -137,12 +141,12 @@ def separated(settings: Any, ratio: str) -> Any:
     return settings.model_copy(update={"model": settings.model.model_copy(update={"ug_sep": sep})})
 
 
-def _model(settings: Any, spec: Any, int8: bool, group: int | None) -> tuple[Any, int]:
+def _model(settings: Run, spec: Any, int8: bool, group: int | None) -> tuple[Any, int]:
     """(the model with start values in inference mode, its dense parameters)."""
-    from parallel.layers.int8 import settle
+    from parallel.layers.int8 import prepare
     from parallel.layers.parameter import initialize
     from recsys.build import loss_network
-    from recsys.count import count
+    from recsys.layers.sizes import count
     from recsys.quantization.layers import quantize_model
 
     network = loss_network(settings, spec, 1)
@@ -150,12 +154,12 @@ def _model(settings: Any, spec: Any, int8: bool, group: int | None) -> tuple[Any
     initialize(network.model, 1)
     if int8:
         quantize_model(network.model, group)
-        settle(network.model)
+        prepare(network.model)
     network.model.set_train(False)
     return network.model, dense
 
 
-def measure(settings: Any, ratios: list[str], sizes: list[int], rounds: int, group: int | None,
+def measure(settings: Run, ratios: list[str], sizes: list[int], rounds: int, group: int | None,
             most_seconds: float = math.inf) -> list[dict]:
     """A row for each ratio, number of candidates, mode and kind of weights. Rounds of a size end early after
     `most_seconds`, but not before the fifth."""
@@ -171,8 +175,8 @@ def measure(settings: Any, ratios: list[str], sizes: list[int], rounds: int, gro
         return Scorer(model, shapes, StateCache(0)), dense
 
     # Separated and cached are one scorer, hence the same graphs, with another cache.
-    plain = entangled(settings, spec)
-    scorers = {("entangled", kind): scorer(plain, kind) for kind in PRECISIONS}
+    plain = unseparated(settings, spec)
+    scorers = {("unseparated", kind): scorer(plain, kind) for kind in PRECISIONS}
     rows = []
     for ratio in ratios:
         for kind in PRECISIONS:
@@ -187,10 +191,10 @@ def _one_size(scorers: dict, spec: Any, size: int, rounds: int, most_seconds: fl
     from recsys.build import sample_batch
     from recsys.serving.state_cache import StateCache
 
-    caches = {"entangled": StateCache(0), "separated": StateCache(0), "cached": StateCache(len(PRECISIONS))}
+    caches = {"unseparated": StateCache(0), "separated": StateCache(0), "cached": StateCache(len(PRECISIONS))}
 
     def score(mode: str, kind: str) -> float:
-        scorer, _ = scorers["entangled" if mode == "entangled" else "separated", kind]
+        scorer, _ = scorers["unseparated" if mode == "unseparated" else "separated", kind]
         scorer.cache, scorer.version = caches[mode], PRECISIONS.index(kind)
         begun = time.perf_counter()
         scorer.score([(ids, numbers)])
@@ -216,14 +220,14 @@ def _row(mode: str, kind: str, size: int, times: list[float], scorers: dict) -> 
     return {"mode": mode, "weights": kind, "p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99),
             "min_ms": min(times), "mean_ms": statistics.fmean(times), "candidates_per_s": 1e3 * size / float(p50),
             "rounds": len(times),
-            "dense_parameters": scorers["entangled" if mode == "entangled" else "separated", kind][1]}
+            "dense_parameters": scorers["unseparated" if mode == "unseparated" else "separated", kind][1]}
 
 
 def _one_user(spec: Any, ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows with the first one's user columns."""
-    from recsys.ug_sep.sides import Sides
+    from recsys.ug_sep.sides import UserCandidateSplit
 
-    user = Sides.of(spec).user
+    user = UserCandidateSplit.of(spec).user
     ids[:, list(user.ids)] = ids[:1, list(user.ids)]
     numbers[:, list(user.numbers)] = numbers[:1, list(user.numbers)]
     return ids, numbers

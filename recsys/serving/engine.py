@@ -1,7 +1,7 @@
 """Scoring of ranking requests: a request is one user and its candidates; several requests share a batch.
 
 Separated models (UG-Sep) compute a request's user once, or find it in the cache, and then only the candidates' side;
-entangled ones compute a whole row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
+unseparated ones compute a whole row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
 one thread runs them all. What a request gets does not depend on what was in its batch.
 
 Shapes: R requests, C candidates of one, N candidates of a batch, M, m id columns (all, of one side), K tasks, S state.
@@ -21,13 +21,14 @@ from mindspore import Tensor
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
-from parallel.layers.int8 import Int8Product, dequantize, panels, products
+from parallel.layers.int8 import Int8Product, products
+from parallel.layers.int8_numbers import dequantize, panels
 from parallel.serving.queue import Waiting, WorkQueue, answer
 from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
-from recsys.ug_sep.ranker import GroupPass, SeparatedRanker, UserPass
+from recsys.ug_sep.ranker import CandidatePass, SeparatedRanker, UserPass
 
 
 class Rows(NamedTuple):
@@ -52,7 +53,7 @@ class Scorer:
         self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
         self.whole_pass = model
         if self.separated:
-            self.user_pass, self.group_pass = UserPass(model), GroupPass(model)
+            self.user_pass, self.candidate_pass = UserPass(model), CandidatePass(model)
         if tables is not None:
             self._read_from(tables)
         model.set_train(False)
@@ -65,7 +66,8 @@ class Scorer:
         if self.separated:
             sides = self.model.sides
             self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
-            self.group_pass = Hosted(self.group_pass, self.model, tables, np.array(sides.group.ids, np.int64), place=2)
+            self.candidate_pass = Hosted(self.candidate_pass, self.model, tables,
+                                         np.array(sides.candidate.ids, np.int64), place=2)
 
     def warm(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
         """Compiles and runs every graph once."""
@@ -87,20 +89,19 @@ class Scorer:
         logits = self._separated(batch) if self.separated else self._chunks(
             self.whole_pass, np.concatenate([ids for ids, _ in batch]),
             np.concatenate([numbers for _, numbers in batch]))
-        scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
-        return np.split(scores, np.cumsum(sizes)[:-1])
+        return np.split(self.model.plan.predictions(logits), np.cumsum(sizes)[:-1])
 
     def _separated(self, batch: list) -> np.ndarray:
         sides, most = self.model.sides, self.settings.requests
         if len(batch) > most:
             raise ValueError(f"{len(batch)} requests where {most} are one batch")
         states_RS = self._states([sides.user.take(ids[:1], numbers[:1]) for ids, numbers in batch])
-        rows = [sides.group.take(ids, numbers) for ids, numbers in batch]
+        rows = [sides.candidate.take(ids, numbers) for ids, numbers in batch]
         if len(batch) > 1:
             states_RS = np.concatenate([states_RS, np.repeat(states_RS[-1:], most - len(batch), 0)])
         index_N = np.repeat(np.arange(len(batch), dtype=np.int32), [len(ids) for ids, _ in rows])
         states = Tensor(states_RS)
-        return self._chunks(lambda index, ids, numbers: self.group_pass(states, index, ids, numbers), index_N,
+        return self._chunks(lambda index, ids, numbers: self.candidate_pass(states, index, ids, numbers), index_N,
                             np.concatenate([ids for ids, _ in rows]), np.concatenate([numbers for _, numbers in rows]))
 
     def _states(self, users: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -149,12 +150,15 @@ class Engine:
     def __init__(self, trained: Trained, settings: EngineSettings,
                  observe: Callable[[str, float], None] = lambda name, value: None) -> None:
         self.trained, self.settings, self.observe = trained, settings, observe
-        self.reading = 1  # rises with every reload after which requests read as other numbers
+        self.encoding_version = 1  # rises with every reload after which requests read as other numbers
         self.cache = StateCache(settings.cache_users)
         self.scorer = Scorer(trained.model, settings, self.cache, trained.tables)
+        self.pinned: str | None = None  # name of the checkpoint that no reload replaces
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._reloading = threading.Lock()
+        # Kept, since the folder of a version that a run published goes when newer ones come.
+        self._quantization = Checkpoint(trained.path).state.get("quantization")
 
     @property
     def version(self) -> int:
@@ -191,18 +195,37 @@ class Engine:
         """probabilities_CK: `submit` and wait."""
         return self.submit(ids_CM, numbers_CN).result()[0]
 
-    def reload(self, checkpoint: str | Path) -> dict[str, Any]:
+    def reload(self, checkpoint: str | Path, pin: bool = False) -> dict[str, Any]:
         """Takes the values of another checkpoint of the same model: read beside the scoring, put in place between two
         batches. Requests are scored by the one or the other, none is lost.
 
+        Args:
+            checkpoint: or a folder whose newest is meant.
+            pin: keep it until `pinned` is None again; other reloads are refused.
+
         Raises:
-            UserError: it is not of the same model, features and quantization; the old one goes on.
+            UserError: it is not of the same model, features and quantization, or another is pinned; the old one goes
+                on.
         """
         with self._reloading:
-            trained, values = self._prepare(checkpoint)
-            rise = int(not trained.reads_as(self.trained))
-            self._queue.change(lambda: self._put(trained, values, rise)).result()
-            return {"version": self.version, "checkpoint": str(trained.path)}
+            if self.pinned is not None and not pin:
+                raise UserError("the server is pinned to a version", where="version", value=self.pinned,
+                                hint="unpin it first")
+            prepared = self.prepare(checkpoint)
+            self.change(lambda: self.put(*prepared))
+            if pin:
+                self.pinned = Path(self.trained.path).name
+            return {"version": self.version, "checkpoint": str(self.trained.path)}
+
+    def change(self, change: Callable[[], Any]) -> Any:
+        """`change()`, called by the scoring thread between two batches."""
+        return self._queue.change(change).result()
+
+    def take_version(self, version: int, cleared: bool = True) -> None:
+        """Names the version from now on (within `change`); user states of the one before are forgotten."""
+        self.scorer.version = version
+        if cleared:
+            self.cache.clear()
 
     # -- the scoring thread -------------------------------------------------------------------------------------------
 
@@ -231,14 +254,19 @@ class Engine:
 
     # -- reloading ----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Tensor]]:
-        """The other checkpoint's description, and its values by parameter name in the order of this device."""
+    def prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Tensor], int]:
+        """The other checkpoint's description, its values by parameter name in the order of this device, and whether
+        `encoding_version` rises: what `put` takes.
+
+        Raises:
+            UserError: it is not of the same model, features and quantization.
+        """
         trained = describe(checkpoint)
         if (trained.settings.model, trained.spec) != (self.trained.settings.model, self.trained.spec):
             raise UserError("is of another model or other features", where=trained.path,
                             hint="start another server for it")
-        file, old = Checkpoint(trained.path), Checkpoint(self.trained.path)
-        if file.state.get("quantization") != old.state.get("quantization"):
+        file = Checkpoint(trained.path)
+        if file.state.get("quantization") != self._quantization:
             raise UserError("is not quantized in the same way", where=trained.path, hint="start another server for it")
         model = self.trained.model
         stored = {product.name: product for product in products(model)}
@@ -253,15 +281,15 @@ class Engine:
             if value.shape != tuple(parameter.shape):
                 raise UserError(f"'{name}' has another shape", where=trained.path)
             values[name] = Tensor(value, parameter.dtype)
-        return trained, values
+        return trained, values, int(not trained.encodes_as(self.trained))
 
     def _lasting(self, model: Any) -> list:
         """The model's parameters, without windows of tables on the host."""
         return [parameter for parameter in model.get_parameters()
                 if self.trained.tables is None or not is_sparse(parameter.name)]
 
-    def _put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
-        """`rise`: of `reading`."""
+    def put(self, trained: Trained, values: dict[str, Tensor], rise: int) -> None:
+        """Puts the values in place, within `change`; `rise`: of `encoding_version`."""
         for parameter in self._lasting(self.trained.model):
             parameter.set_data(values[parameter.name])
         trained.model = self.trained.model
@@ -270,13 +298,13 @@ class Engine:
             trained.tables = self.trained.tables  # the passes know this one
         # In this order: who takes version and reading first never has an older `trained` than they say.
         self.trained = trained
-        self.reading += rise
+        self.encoding_version += rise
         self.scorer.version += 1
         self.cache.clear()
 
 
 def _in_order(file: Checkpoint, product: Int8Product) -> np.ndarray:
-    """Int8 values of a checkpoint as `Int8Product.settle` keeps them."""
+    """Int8 values of a checkpoint as `Int8Product.prepare` keeps them."""
     stored = file.read(product.name)
     if product.mode == "kernel":
         return panels(stored)

@@ -209,12 +209,17 @@ def _quick_numbers(feature: Feature, values: list, trained: Trained) -> np.ndarr
     if found is None or found.dtype not in (np.int64, np.float64) or (int in kinds and np.abs(found).max() > 2**53):
         return None
     found, vocabulary = found.astype(np.float64), trained.vocabulary
+    if (np.isfinite(found) & (np.abs(found) > np.finfo(np.float32).max)).any():
+        return None
     if feature.is_value:
         mean, deviation = vocabulary.moments.get(feature.name, (0.0, 1.0))
         found = np.where(np.isfinite(found), found, np.nan)
         return np.nan_to_num((transformed(feature, found) - mean) / deviation)
     edges = vocabulary.boundaries.get(feature.name, feature.boundaries or [])
     return (np.searchsorted(np.asarray(edges, np.float64), found, side="left") + FIRST_KNOWN)[:, None]
+
+
+_FAR = 10**300  # what is beyond is refused like it, and no float holds it
 
 
 # ---------------------------------------------------------------- columns for Arrow
@@ -226,6 +231,11 @@ def _column(feature: Feature, values: list, where: str) -> pa.Array:
         for index, value in enumerate(values):
             if value is not None and not isinstance(value, list):
                 raise UserError(f"feature '{name}' must be a list", where=f"{where}[{index}]", value=value)
+        for index, value in enumerate(values):
+            wrong = next((item for item in value or () if isinstance(item, (list, dict))), None)
+            if wrong is not None:
+                raise UserError(f"feature '{name}' must be a list of single values", where=f"{where}[{index}]",
+                                value=wrong)
         values = [None if value is None else [None if item is None else str(item) for item in value]
                   for value in values]
         return _array(values, name, where, pa.list_(pa.string()))
@@ -233,6 +243,9 @@ def _column(feature: Feature, values: list, where: str) -> pa.Array:
         raise UserError(f"feature '{name}' must be a single value", where=where)
     kinds = {type(value) for value in values if value is not None}
     large = feature.type != "numeric" and any(type(value) is int and not -2**63 <= value < 2**63 for value in values)
+    if int in kinds and feature.type == "numeric":
+        values = [float(min(max(value, -_FAR), _FAR)) if type(value) is int and abs(value) > 2**53 else value
+                  for value in values]
     if (str in kinds and len(kinds) > 1) or large:
         values = [None if value is None else str(value) for value in values]
     made = _array(values, name, where)

@@ -21,15 +21,18 @@ from typing import Any
 import numpy as np
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
+from parallel.common.structured import BadText, parse_json
 from parallel.serving.application import Front, Reloader, require, unless_gone
 from parallel.serving.errors import UNAVAILABLE, Refusal, one_line
-from parallel.serving.json_door import NotJson, parse_json
 from parallel.serving.metrics import SECONDS, HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.run import address, bind, serve
+from recsys.layers.tasks import Formula
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
+from recsys.versions.pinned import Versions
+from recsys.versions.request_log import RequestLog
 
 _SHORT_BYTES = 1 << 16  # some 2 ms
 
@@ -52,6 +55,12 @@ class Metrics(HttpMetrics):
         self.gauge("cache_hits", "Lookups that found a user's state", lambda: engine.cache.hits)
         self.gauge("cache_misses", "Lookups that did not", lambda: engine.cache.misses)
 
+        self.versions = Counter("ranker_versions", "Versions that a run published, by outcome", ["outcome"], **kept)
+
+    def took_version(self, outcome: str) -> None:
+        """Of a follower: done or refused."""
+        self.versions.labels(outcome).inc()
+
     def observe(self, name: str, value: float) -> None:
         """Of the engine."""
         if name == "batch_candidates":
@@ -73,10 +82,26 @@ class Service:
         self.engine, self.settings, self.folder = engine, settings, folder
         self.pool = ThreadPoolExecutor(settings.threads, "requests")
         self.inside, self.most_inside = 0, settings.engine.queue + settings.engine.requests + settings.threads
+        self.fusion = Formula(settings.fusion, engine.trained.columns.labels) if settings.fusion else None
         self.metrics = Metrics(engine)
         self.front = Front(settings, self.metrics, one_line)
+        self.versions = Versions(engine, folder)
+        self.log = RequestLog(settings.request_log, settings.request_log_mb << 20) if settings.request_log else None
         self.reload = Reloader(lambda: engine.reload(folder), self.metrics)
         engine.observe = self.metrics.observe
+        self.follower: Any = None
+
+    def follow(self, follower: Any) -> None:
+        """Takes the versions of a run from now on; /reload looks for one at once."""
+        self.follower = follower
+        self.reload = Reloader(follower.reload, self.metrics)
+        follower.start()
+
+    def stop(self) -> None:
+        """Takes no more versions; what was taken is answered."""
+        if self.follower is not None:
+            self.follower.stop()
+        self.engine.stop()
 
     async def answer(self, request: Any) -> dict:
         """The answer to a call of /rank. Only a request whose body has come takes a place, and of these only so many
@@ -103,10 +128,10 @@ class Service:
         seconds = self.settings.engine.timeout_seconds
         for _ in range(2):
             # In this order, since a reload sets them the other way round.
-            version, reading, trained = self.engine.version, self.engine.reading, self.engine.trained
+            version, encoding_version, trained = self.engine.version, self.engine.encoding_version, self.engine.trained
             try:
                 ask = await self._understood(raw, trained)
-            except NotJson as error:
+            except BadText as error:
                 raise Refusal(400, f"the body is no JSON to read: {error}") from None
             except UserError as error:
                 raise Refusal(422, str(error)) from None
@@ -118,22 +143,44 @@ class Service:
             except asyncio.TimeoutError:
                 raise _busy(f"not done within {seconds} seconds") from None
             # A request that was read with another vocabulary than that of a reload since is read again.
-            if scored_by == version or reading == self.engine.reading:
+            if scored_by == version or encoding_version == self.engine.encoding_version:
                 break
+        if self.log is not None and scored_by == version:
+            self.log.add(raw, trained, scores)
         return {"ranking": self._ranking(scores, ask.top_k), "version": scored_by}
+
+    async def change_version(self, request: Any, change: str) -> dict:
+        """Pins the version that the body names, goes back to the one before, or lets go.
+
+        Raises:
+            Refusal: 400 no JSON, 409 there is no such version, or it does not fit.
+        """
+        raw, own = await self.front.bodies.read(request), self.versions
+        try:
+            body = parse_json(raw) if raw else {}
+            name = body.get("version") if isinstance(body, dict) else None
+            if change == "pin" and not isinstance(name, str):
+                raise UserError('the body names a version: {"version": "step_00000100"}')
+            call = {"pin": lambda: own.pin(name), "rollback": own.rollback, "unpin": own.release}[change]
+            return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+        except BadText as error:
+            raise Refusal(400, f"the body is no JSON to read: {error}") from None
+        except UserError as error:
+            raise Refusal(409, str(error)) from None
 
     async def _understood(self, raw: bytes, trained: Any) -> Ask:
         """See `_parse`. A short body is read here at once: handing it to a thread and back would take as long."""
-        arguments = raw, trained, self.settings
+        arguments = raw, trained, self.settings.max_candidates
         if len(raw) <= _SHORT_BYTES:
             return _parse(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self.pool, _parse, *arguments)
 
     def _ranking(self, scores_CK: np.ndarray, top_k: int) -> list[dict]:
-        """The best candidates by the first task, the earlier one first where scores are equal."""
+        """The best candidates by the first task, or the formula, the earlier one first where scores are equal."""
         labels = self.engine.trained.columns.labels
-        order = np.argsort(-scores_CK[:, 0], kind="stable")[:top_k]
-        return [{"candidate": int(index), "score": float(scores_CK[index, 0]),
+        fused_C = scores_CK[:, 0] if self.fusion is None else self.fusion(scores_CK)
+        order = np.argsort(-fused_C, kind="stable")[:top_k]
+        return [{"candidate": int(index), "score": float(fused_C[index]) if np.isfinite(fused_C[index]) else None,
                  "scores": {label: float(scores_CK[index, task]) for task, label in enumerate(labels)}}
                 for index in order]
 
@@ -142,16 +189,17 @@ class Service:
         trained = self.engine.trained
         return {"status": "ok", "version": self.engine.version, "checkpoint": str(trained.path),
                 "model": trained.settings.model.name, "separated": self.engine.scorer.separated,
-                "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4)}
+                "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4),
+                **(self.follower.figures() if self.follower is not None else {})}
 
 
 def _busy(message: str) -> Refusal:
     return Refusal(UNAVAILABLE, message, kind="server_error", retry_after=1.0)
 
 
-def _parse(raw: bytes, trained: Any, settings: ServeSettings) -> Ask:
-    """The request in numbers; raises `NotJson`, or a `UserError` where it is no request."""
-    return read_request(parse_json(raw, settings.max_json_depth), trained, settings.max_candidates)
+def _parse(raw: bytes, trained: Any, most: int) -> Ask:
+    """The request in numbers; raises `BadText`, or a `UserError` where it is no request."""
+    return read_request(parse_json(raw), trained, most)
 
 
 def application(service: Service) -> Any:
@@ -159,7 +207,7 @@ def application(service: Service) -> Any:
     from fastapi.responses import JSONResponse, Response
 
     front = service.front
-    app = front.application("Ranker", service.reload.on_hangup, service.engine.stop)
+    app = front.application("Ranker", lambda: service.reload.on_hangup(), service.stop)
 
     async def rank(request: Any) -> Response:
         return JSONResponse(await service.answer(request))
@@ -176,6 +224,18 @@ def application(service: Service) -> Any:
 
     front.route(app, "/rank", "POST", rank, counted=True)
     front.route(app, "/reload", "POST", reload)
+    async def versions(_: Any) -> Response:
+        return JSONResponse(service.versions.state())
+
+    def changing(change: str) -> Any:
+        async def handler(request: Any) -> Response:
+            return JSONResponse(await service.change_version(request, change))
+
+        return handler
+
+    front.route(app, "/versions", "GET", versions)
+    for change in ("pin", "rollback", "unpin"):
+        front.route(app, f"/{change}", "POST", changing(change))
     front.route(app, "/health", "GET", health, is_open=True)
     front.route(app, "/metrics", "GET", metrics)
     return app
@@ -202,12 +262,19 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
 
     listener = bind(settings)
     start_device()
-    trained = load(arguments.checkpoint, arguments.run_config,
-                   max(settings.engine.candidates[-1], settings.engine.requests))
+    rows, current = max(settings.engine.candidates[-1], settings.engine.requests), None
+    if settings.follow:
+        from recsys.serving.follow import Follower, live_folder, load_current
+
+        trained, current = load_current(live_folder(arguments.checkpoint), rows)
+    else:
+        trained = load(arguments.checkpoint, arguments.run_config, rows)
     engine = Engine(trained, settings.engine)
-    engine.start(lambda graph: note(f"compiled {graph}"))
+    engine.start(lambda graph: info(f"compiled {graph}"))
     service = Service(engine, settings, arguments.checkpoint)
+    if current is not None:
+        service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
     said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
-    serve(application(service), listener, settings, one_line, lambda: note(said))
-    engine.stop()
+    serve(application(service), listener, settings, one_line, lambda: info(said))
+    service.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}

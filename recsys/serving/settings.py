@@ -39,5 +39,17 @@ class ServeSettings(HttpSettings):
     """Candidates of one request at most."""
     threads: int = Field(2, ge=1)
     """Threads that turn long requests (above 64 KB) into numbers; shorter ones are read at once."""
+    fusion: str | None = None
+    """Formula of one score out of the tasks' scores, by which candidates are ranked: "click ** 0.7 * (1 + watch)", say
+    (+ - * / **, log, log1p, exp, sqrt, abs, min, max); null = the first task's score."""
+    request_log: str | None = None
+    """File to which every request is appended as it came, with its scores: `recsys evaluate --requests FILE` scores
+    them again. It holds what users sent; null = nothing is kept."""
+    request_log_mb: int = Field(1024, ge=1)
+    """Megabytes after which nothing more is written to it."""
     engine: EngineSettings = EngineSettings()
     """How requests are scored."""
+    follow: bool = False
+    """Serve the versions that a run publishes (block `publish`) as they come: --checkpoint names the run's folder."""
+    follow_seconds: float = Field(0.2, gt=0.0)
+    """Between two looks for a new version."""

@@ -14,7 +14,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +26,11 @@ from recsys.tables.dynamic import DynamicTable
 from recsys.tables.exchange import Alone, Exchange
 from recsys.tables.files import read_tables, stage_tables, take_staged
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY, owners
-from recsys.tables.native import unique
+from recsys.tables.native import add_rows, unique
 from recsys.tables.optimizer import TableOptimizer
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 _SPECIAL = np.array([MISSING_KEY, UNSEEN_KEY], np.int64)
 
@@ -55,7 +58,7 @@ class HostTables(Companion):
 
     name = "tables"
 
-    def __init__(self, settings: Any, spec: FeatureSpec, batch: int, exchange: Exchange | None = None) -> None:
+    def __init__(self, settings: Run, spec: FeatureSpec, batch: int, exchange: Exchange | None = None) -> None:
         own = settings.data.tables
         self.settings, self.spec, self.exchange = own, spec, exchange or Alone()
         self.optimizer = TableOptimizer(settings.train)
@@ -254,12 +257,12 @@ class HostTables(Companion):
         received = [_unpack(message, [np.uint8, np.float32] * len(self._asked)) for message in received]
         for number, name in enumerate(self._asked):
             rows, pieces, _ = self._exchanged[name]
-            total = np.zeros((len(rows), self.tables[name].width), np.float32)
+            used = np.concatenate([piece[message[2 * number] > 0]
+                                   for piece, message in zip(pieces, received, strict=True)])
+            total = add_rows(np.concatenate([message[2 * number + 1] for message in received]).reshape(
+                -1, self.tables[name].width), used, len(rows))
             touched = np.zeros(len(rows), bool)
-            for piece, message in zip(pieces, received, strict=True):
-                mine = piece[message[2 * number] > 0]
-                total[mine] += message[2 * number + 1].reshape(-1, total.shape[1])  # distinct within one message
-                touched[mine] = True
+            touched[used] = True
             self.tables[name].update(np.where(touched, rows, -1), total, rule)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ _SIGNATURES = {
     "table_free": (None, [_POINTER]),
     "table_sizes": (None, [_POINTER] * 2),
     "keys_unique": (_LONG, [_POINTER, _LONG] + [_POINTER] * 3),
+    "rows_add": (None, [_POINTER] * 2 + [_LONG] * 2 + [_POINTER]),
     "table_find": (None, [_POINTER] * 2 + [_LONG, _POINTER]),
     "table_meet": (_LONG, [_POINTER] * 3 + [_LONG, _UNSIGNED, _DOUBLE, _DOUBLE, _LONG, _POINTER]),
     "table_gather": (None, [_POINTER] * 3 + [_LONG, _POINTER]),
@@ -64,3 +65,12 @@ def unique(keys_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     times = np.empty(len(keys_N), np.float32)
     count = library().keys_unique(address(keys_N), len(keys_N), address(distinct), address(which), address(times))
     return distinct[:count], which, times[:count]
+
+
+def add_rows(gradients_NW: np.ndarray, which_N: np.ndarray, count: int) -> np.ndarray:
+    """float32 [count, W]: gradients added by `which_N` (int32), in their order."""
+    gradients_NW = np.ascontiguousarray(gradients_NW, np.float32)
+    which_N = np.ascontiguousarray(which_N, np.int32)
+    out = np.zeros((count, gradients_NW.shape[1]), np.float32)
+    library().rows_add(address(gradients_NW), address(which_N), len(which_N), out.shape[1], address(out))
+    return out

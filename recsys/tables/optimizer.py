@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from parallel.common.errors import UserError
+from parallel.training.settings import OptimizerSettings
+from recsys.settings import RankerTrain
 from recsys.tables.dynamic import RULES, Rule
 
 _MEANT = {"adam": "lazy_adam", "adamw": "lazy_adam"}
 
 
-def learning_rate(settings: Any, step: int, steps: int) -> float:
+def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     """`parallel.training.schedules.LearningRate` outside of a graph, in float64.
 
     Args:
@@ -39,7 +40,7 @@ class TableOptimizer:
         UserError: the optimizer has no form that touches only the rows of a step.
     """
 
-    def __init__(self, train: Any) -> None:
+    def __init__(self, train: RankerTrain) -> None:
         self.settings, self.steps = train.sparse_optimizer or train.optimizer, train.steps
         self.name = _MEANT.get(self.settings.name, self.settings.name)
         if self.name not in RULES:

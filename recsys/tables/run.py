@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from parallel.checkpoint.full import load_parameters
 from parallel.common.errors import UserError
-from parallel.layers.parameter import initialize
 from parallel.training.device import Processes
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.trainer import Trainer
 from recsys.build import loss_network
-from recsys.count import count
 from recsys.data.dataset import Batches, Log
-from recsys.data.features import FeatureSpec
-from recsys.evaluate import Evaluation, Scores
+from recsys.evaluation import Evaluation
 from recsys.layers.embedding import is_sparse
+from recsys.layers.sizes import count
+from recsys.live.publisher import publisher_of
+from recsys.ranker import Scores
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
+from recsys.training.any_backend import compares, keep_vocabulary, run_of
+from recsys.training.validation import Best
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 
-def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
+def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     """`recsys.train.train` with tables on the host; over several processes these hold the rows of different ids.
 
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.train import Best, check_device, evaluation_batch, finish, keep_vocabulary, run_of
+    from recsys.training.fit import check_device, evaluation_batch, finish, start_values
 
     options = settings.train
     if options.share_users:
@@ -39,47 +42,23 @@ def train_hosted(settings: Any, log: Log, processes: Processes) -> dict:
     tables = HostTables(settings, log.spec, batch, exchange_of(processes, settings.data.tables.exchange_kb << 10))
     network = loss_network(settings, tables.window, len(log.labels), COMPUTE_DTYPES[options.precision])
     check_device(settings, network.model, processes)
-    initialize(network.model, options.seed)
+    start_values(settings, network, log, tables)
     dense = [parameter for parameter in network.trainable_params() if not is_sparse(parameter.name)]
     step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
                      rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      processes.rank, processes.ranks, log.spec, settings.data.together)
+                      processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
     rows = log.parts["validation"]
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
                             limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables))
-    best = Best(settings, network, evaluation, processes.rank, tables)
+    best = Best(settings, evaluation, lambda: dense_parameters(network), processes.rank, tables=tables)
     counted = count(network)
-    trainer = Trainer(HostedBackend(step, tables), run_of(settings, counted, batches, evaluate=[best],
-                                                         companions=[tables]))
+    backend = HostedBackend(step, tables)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
+    publisher = publisher_of(settings, backend, log.spec, tables=tables)
+    trainer = Trainer(backend, run_of(settings, counted, batches, ranks=processes.ranks, evaluate=[best],
+                                      companions=[tables, *([publisher] if publisher is not None else [])]))
     figures = finish(settings, log, trainer, best, counted)
     return {**figures, "parameters": counted["dense_parameters"], **tables.figures()}
-
-
-def load_hosted(settings: Any, spec: FeatureSpec, tasks: int, path: Path, batch: int,
-                cell_of: Callable[[Any], Any] = lambda model: model) -> tuple[Any, Hosted]:
-    """A trained model with its tables read from a checkpoint, for reading only.
-
-    Args:
-        settings: of the run.
-        spec: places of the features in the log.
-        tasks: K.
-        path: the checkpoint.
-        batch: samples of one call at most.
-        cell_of: makes what is called from the model.
-    """
-    tables = HostTables(settings.model_copy(update={"data": _in_memory(settings.data)}), spec, batch)
-    network = loss_network(settings, tables.window, tasks)
-    initialize(network.model, 0)
-    load_parameters(path, dense_parameters(network))
-    tables.restore_files(path)
-    network.set_train(False)
-    return network.model, Hosted(cell_of(network.model), network.model, tables)
-
-
-def _in_memory(data: Any) -> Any:
-    """Settings under which a reader does not touch the files of a run that trains."""
-    return data.model_copy(update={"tables": data.tables.model_copy(update={"folder": None, "window": None})})

@@ -6,7 +6,6 @@ Shapes: B samples, M id columns, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -15,6 +14,7 @@ from mindspore import dtype as mstype
 from parallel.checkpoint.tensors import NamedTensor
 from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.optimizers import Optimizer, pick
+from parallel.training.settings import TrainSettings
 from parallel.training.step import GlobalNorm, MeanGradient, TrainStep, times
 from recsys.layers.embedding import is_sparse
 from recsys.tables.host import HostTables
@@ -70,7 +70,7 @@ class TableStep(TrainStep):
         optimizer: of the dense parameters.
     """
 
-    def __init__(self, network: nn.Cell, optimizer: Optimizer, settings: Any, *, group: str | None = None,
+    def __init__(self, network: nn.Cell, optimizer: Optimizer, settings: TrainSettings, *, group: str | None = None,
                  rank: int = 0, ranks: int = 1) -> None:
         super().__init__(network, optimizer, settings, group=group, rank=rank, ranks=ranks)
         dense = [not is_sparse(parameter.name) for parameter in network.trainable_params()]

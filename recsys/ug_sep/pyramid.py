@@ -23,7 +23,8 @@ from parallel.common.errors import UserError
 from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
 from parallel.sharding.layout import Layer, OpSharding
 from recsys.layers.mixing import TokenMixing
-from recsys.ug_sep.ranker import Beside, Compensation, Mask, Repeat, Shape, SidedBlock, Take, Widths
+from recsys.settings import RankerSettings
+from recsys.ug_sep.ranker import Beside, Compensation, Mask, Repeat, Shape, Take, TwoSidedBlock, Widths
 from recsys.ug_sep.sides import pair
 
 
@@ -65,7 +66,7 @@ class Attend(Layer):
                 OpSharding(self.mix, (cube, cube)), OpSharding(self.turn_back, (cube,))]
 
 
-class PyramidBlock(SidedBlock):
+class PyramidBlock(TwoSidedBlock):
     """From T tokens to P: O = network(Mix(X)), X' = O + attention of O to X.
 
     With `prenorm` (TokenMixer-Large) X is normalised first and a second per-token network follows, X' + F2(norm X');
@@ -78,7 +79,8 @@ class PyramidBlock(SidedBlock):
         inner: its inner width over its input's.
     """
 
-    def __init__(self, settings: Any, before: Shape, after: Shape, layout: TokenLayout, compute_dtype: mstype, *,
+    def __init__(self, settings: RankerSettings, before: Shape, after: Shape, layout: TokenLayout,
+                 compute_dtype: mstype, *,
                  norm: Callable, network: Callable, inner: float, prenorm: bool) -> None:
         super().__init__()
         separation, width = settings.ug_sep, settings.width
@@ -103,7 +105,7 @@ class PyramidBlock(SidedBlock):
         self.second_group = make(p_g, width, round(inner * width)) if prenorm else None
         self.heads_apart = Widths((p_u * d, p_g * d), layout.stream)
         self.mix_own, self.mix_given = (TokenMixing(c_u, p, p * d, layout=layout) for p in after)
-        self.mix_group = TokenMixing(c_g, p_g, p_g * d, layout=layout)
+        self.mix_candidate = TokenMixing(c_g, p_g, p_g * d, layout=layout)
         self.beside, self.take, self.join_tokens = Beside(2, layout.stream), Take(), Beside(0, layout.stream)
         self.join_keys, self.join_values = Beside(0, layout.stream), Beside(0, layout.stream)
         self._make_attention(separation, width, layout, compute_dtype)
@@ -114,7 +116,7 @@ class PyramidBlock(SidedBlock):
         if separation.compensation != "none":
             self.compensation = Compensation(separation.compensation, p_u, self.rows, p_g, width,
                                              separation.compensation_rank or width, compute_dtype)
-        self.pieces = [(p_g, c_u * d), (c_u, separation.attention_size), (c_u, width),
+        self.components = [(p_g, c_u * d), (c_u, separation.attention_size), (c_u, width),
                        *([self.compensation.shape] if self.compensation is not None else [])]
 
     def _make_attention(self, separation: Any, width: int, layout: TokenLayout, compute_dtype: mstype) -> None:
@@ -122,7 +124,7 @@ class PyramidBlock(SidedBlock):
         self.query_user, self.query_group, self.key_user, self.key_group = (
             GroupedLinear(count, width, size, layout=layout, bias=False, compute_dtype=compute_dtype)
             for count in (p_u, p_g, c_u, c_g))
-        self.attend_user, self.attend_group = Attend(size), Attend(size)
+        self.attend_user, self.attend_candidate = Attend(size), Attend(size)
         bias = np.zeros((1, p_u + p_g, c_u + c_g), np.float32)
         if separation.residual_mask:
             bias[:, :p_u, c_u:] = -math.inf
@@ -135,32 +137,32 @@ class PyramidBlock(SidedBlock):
         return network(x_TBD), 0.0
 
     def user(self, x_uRD: Tensor, index_N: Tensor | None = None) -> tuple:
-        """(x_pRD; pieces: U's part of the G mixed tokens, keys and values of the U tokens, compensation if any;
+        """(x_pRD; components: U's part of the G mixed tokens, keys and values of the U tokens, compensation if any;
         penalty)."""
         n_uRD = self.norm1(x_uRD) if self.prenorm else x_uRD
         own, given = self.heads_apart(n_uRD)
         own = self.mix_own(own)
         o_pRD, penalty = self.applied(self.first_user, own, index_N)
         keys = self.key_user(n_uRD)
-        pieces = (self.mix_given(given), keys, n_uRD)
+        components = (self.mix_given(given), keys, n_uRD)
         if self.compensation is not None:
-            pieces += (self.compensation(own),)
+            components += (self.compensation(own),)
         o_pRD = self.adds[0](o_pRD, self.attend_user(self.query_user(o_pRD), keys, n_uRD))
         if not self.prenorm:
-            return self.norm1(o_pRD), pieces, penalty
-        return self.adds[1](o_pRD, self.second_user(self.norm2(o_pRD))), pieces, penalty
+            return self.norm1(o_pRD), components, penalty
+        return self.adds[1](o_pRD, self.second_user(self.norm2(o_pRD))), components, penalty
 
-    def group(self, x_gND: Tensor, pieces: tuple, index_N: Tensor | None) -> tuple:
+    def candidate(self, x_gND: Tensor, components: tuple, index_N: Tensor | None) -> tuple:
         """(x_pND, penalty)."""
         n_gND = self.norm1(x_gND) if self.prenorm else x_gND
         _, heads = self.heads_apart(n_gND)
-        h_pNM = self.beside(self.take.full(pieces[0], index_N), self.mix_group(heads))
+        h_pNM = self.beside(self.take.full(components[0], index_N), self.mix_candidate(heads))
         o_pND, penalty = self.applied(self.first_group, h_pNM)
-        keys = self.join_keys(self.take.full(pieces[1], index_N), self.key_group(n_gND))
-        values = self.join_values(self.take.full(pieces[2], index_N), n_gND)
-        o_pND = self.adds[2](o_pND, self.attend_group(self.query_group(o_pND), keys, values))
+        keys = self.join_keys(self.take.full(components[1], index_N), self.key_group(n_gND))
+        values = self.join_values(self.take.full(components[2], index_N), n_gND)
+        o_pND = self.adds[2](o_pND, self.attend_candidate(self.query_group(o_pND), keys, values))
         if self.compensation is not None:
-            o_pND = self.adds[3](o_pND, self.take.full(self.wide(pieces[3]), index_N))
+            o_pND = self.adds[3](o_pND, self.take.full(self.wide(components[3]), index_N))
         if not self.prenorm:
             return self.norm1(o_pND), penalty
         return self.adds[4](o_pND, self.second_group(self.norm2(o_pND))), penalty
@@ -174,7 +176,7 @@ class PyramidBlock(SidedBlock):
         other, more = self.applied(self.first_group, h_PBM[p_u:])
         queries = self.join_keys(self.query_user(own), self.query_group(other))
         keys = self.join_keys(self.key_user(n_TBD[:c_u]), self.key_group(n_TBD[c_u:]))
-        o_PBD = self.join_tokens(own, other) + self.attend_group(queries, keys, n_TBD, self.bias)
+        o_PBD = self.join_tokens(own, other) + self.attend_candidate(queries, keys, n_TBD, self.bias)
         if self.compensation is not None:
             extra = self.wide(self.compensation(h_PBM[:p_u, :, :self.rows]))
             o_PBD = self.join_tokens(o_PBD[:p_u], o_PBD[p_u:] + extra)

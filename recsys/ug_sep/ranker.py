@@ -1,9 +1,12 @@
-"""UG-Sep: the parts of a ranker whose user tokens (U) know nothing of the candidate (G: group), so that they are
+"""UG-Sep: the parts of a ranker whose user tokens (U) know nothing of the candidate (G), so that they are
 computed once a request.
 
 Shapes: R requests (rows of U), N candidates (rows of G), T tokens of which the first are U, H mixing heads, D width,
-K width of a piece, S width of the state. A *piece* [c, R, K] is something of the U pass that the G pass reads; the
-state of a request is all its pieces in one row, state_RS.
+K width of a component, S width of the state. A *component* [c, R, K] is something of the U pass that the G pass reads;
+the state of a request is all its components in one row, state_RS.
+
+Attributes named after "group" (`first_group`, `group_side`, ...) hold parameters of the candidate side, whose names in
+checkpoints they are.
 
 Source: UG-Sep (arXiv 2602.10455). The masks: a U mixed token reads U heads only, M_mix[h, j] = 0 for h < h_u, j >= c_u
 d_h; a U token takes back U mixed tokens only, M_rev[t, j] = 0 for t < c_u, j >= h_u d_h. The paper's formulas could not
@@ -11,8 +14,6 @@ be read; these are ours (UI-MixFormer, arXiv 2602.14110 eq. 10-11, prints a mask
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -22,12 +23,14 @@ from mindspore.ops.auto_generate import SplitWithSize
 from parallel.common.errors import UserError
 from parallel.layers.grouped import GroupedLinear, TokenLayout
 from parallel.layers.parameter import parameter
+from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer, Operand, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Table
 from recsys.layers.tokenization import MeanPool
-from recsys.ranker import Ranker
-from recsys.ug_sep.sides import Sides
+from recsys.ranker import Ranker, check_token_axes
+from recsys.settings import RankerSettings
+from recsys.ug_sep.sides import UserCandidateSplit
 
 Shape = tuple[int, int]
 
@@ -46,22 +49,22 @@ class Columns(Layer):
         return [OpSharding(self.gather, (("batch", None), (None,)))]
 
 
-class SidedEmbedding(nn.Cell):
+class TwoSidedEmbedding(nn.Cell):
     """One embedding for each side out of common tables. Called with whole rows it gives the groups of both."""
 
-    def __init__(self, spec: FeatureSpec, sides: Sides, std: float) -> None:
+    def __init__(self, spec: FeatureSpec, sides: UserCandidateSplit, std: float) -> None:
         super().__init__()
         tables = {width: Table(rows, width, std) for width, rows in spec.tables.items()}
         self.tables = nn.CellList(list(tables.values()))
         self.user = FeatureEmbedding(sides.user.spec, std, tables)
-        self.group = FeatureEmbedding(sides.group.spec, std, tables)
+        self.group = FeatureEmbedding(sides.candidate.spec, std, tables)
         self.user_ids, self.user_numbers = Columns(sides.user.ids), Columns(sides.user.numbers)
-        self.group_ids, self.group_numbers = Columns(sides.group.ids), Columns(sides.group.numbers)
+        self.candidate_ids, self.group_numbers = Columns(sides.candidate.ids), Columns(sides.candidate.numbers)
 
     def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> tuple:
         """(U groups, G groups)."""
         user, _ = self.user(self.user_ids(ids_BM), self.user_numbers(numbers_BN))
-        group, _ = self.group(self.group_ids(ids_BM), self.group_numbers(numbers_BN))
+        group, _ = self.group(self.candidate_ids(ids_BM), self.group_numbers(numbers_BN))
         return user, group
 
 
@@ -186,20 +189,20 @@ class SharedMean(Layer):
 
     def __init__(self, batch: str) -> None:
         super().__init__()
-        self.batch, self.weigh_user, self.weigh_group, self.add = batch, ops.Mul(), ops.Mul(), ops.Add()
+        self.batch, self.weigh_user, self.weigh_candidate, self.add = batch, ops.Mul(), ops.Mul(), ops.Add()
 
-    def construct(self, user_ND: Tensor, group_ND: Tensor, share: float) -> Tensor:
+    def construct(self, user_ND: Tensor, candidate_ND: Tensor, share: float) -> Tensor:
         """`share`: that of U among the tokens."""
-        return self.add(self.weigh_user(user_ND, share), self.weigh_group(group_ND, 1.0 - share))
+        return self.add(self.weigh_user(user_ND, share), self.weigh_candidate(candidate_ND, 1.0 - share))
 
     def sharding(self) -> list[OpSharding]:
         row = (self.batch, None)
-        return [OpSharding(self.weigh_user, (row, ())), OpSharding(self.weigh_group, (row, ())),
+        return [OpSharding(self.weigh_user, (row, ())), OpSharding(self.weigh_candidate, (row, ())),
                 OpSharding(self.add, (row, row))]
 
 
 class Compensation(Layer):
-    """piece_gRD: what G tokens get of U mixed tokens u_hRK; zero at the start. See `UGSepSettings.compensation`.
+    """component_gRD: what G tokens get of U mixed tokens u_hRK; zero at the start. See `UGSepSettings.compensation`.
 
     Args:
         form: token_mixing, low_rank or mean.
@@ -231,7 +234,7 @@ class Compensation(Layer):
 
     @property
     def shape(self) -> Shape:
-        """(c, K) of the piece."""
+        """(c, K) of the component."""
         return (1 if self.form == "mean" else self.targets), self.outputs
 
     def construct(self, u_hRK: Tensor) -> Tensor:
@@ -264,27 +267,27 @@ class Compensation(Layer):
         return self.sources * self.project.flops_per_sample + 2 * self.targets * self.sources * self.outputs
 
 
-class SidedBlock(nn.Cell):
+class TwoSidedBlock(nn.Cell):
     """Base of a separated ranker's blocks.
 
-        pieces                            (c, K) of what its `user` gives to its `group`
-        user(x_uRD, index) -> (x_uRD, pieces, penalty)
-        group(x_gND, pieces, index) -> (x_gND, penalty)
+        components                        (c, K) of what its `user` gives to its `candidate`
+        user(x_uRD, index) -> (x_uRD, components, penalty)
+        candidate(x_gND, components, index) -> (x_gND, penalty)
         masked(x_TBD) -> (x_TBD, penalty) the same with masks instead of slices
     """
 
     def construct(self, x_uRD: Tensor, x_gND: Tensor, index_N: Tensor | None = None) -> tuple:
         """(x_uRD, x_gND, U's penalty, G's penalty): one layer of both passes."""
-        x_uRD, pieces, own = self.user(x_uRD, index_N)
-        x_gND, other = self.group(x_gND, pieces, index_N)
+        x_uRD, components, own = self.user(x_uRD, index_N)
+        x_gND, other = self.candidate(x_gND, components, index_N)
         return x_uRD, x_gND, own, other
 
 
 class SeparatedRanker(Ranker):
-    """Base of separated rankers: `user_pass` once a request, `group_pass` for its candidates, both together the
+    """Base of separated rankers: `user_pass` once a request, `candidate_pass` for its candidates, both together the
     forward pass.
 
-    A model makes `tokenize`, `layers` (`SidedBlock`s), `pool_user`, `pool_group` and says `token_counts`.
+    A model makes `tokenize`, `layers` (`TwoSidedBlock`s), `pool_user`, `pool_candidate` and says `token_counts`.
 
     Inputs of the plain call: ids_BM int32, numbers_BN float32. Output: logits_BK float32.
 
@@ -292,10 +295,11 @@ class SeparatedRanker(Ranker):
         UserError: a side without features, or tokens that do not divide by the ratio.
     """
 
-    def __init__(self, settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: mstype = mstype.float32) -> None:
+    def __init__(self, settings: RankerSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
-        self.ug_sep, self.sides = settings.ug_sep, Sides.of(spec)
-        self.embedding = SidedEmbedding(spec, self.sides, settings.embedding_std)
+        self.ug_sep, self.sides = settings.ug_sep, UserCandidateSplit.of(spec)
+        self.embedding = TwoSidedEmbedding(spec, self.sides, settings.embedding_std)
         self.layout = TokenLayout(settings.op_sharding)
         self.in_slices = self.ug_sep.form == "slices" and self.ug_sep.separated
         self.take, self.reshape, self.transpose = Take(), ops.Reshape(), ops.Transpose()
@@ -305,15 +309,15 @@ class SeparatedRanker(Ranker):
 
     def finish(self, counts: list[Shape], shapes: list[Shape]) -> None:
         """Called by a model last: (U, G) tokens into each layer and out of the last one; (c, K) of the tokenizer's
-        pieces."""
+        components."""
         self.token_counts = tuple(counts)
-        self.tokens = sum(counts[0])
-        self.pool_user, self.pool_group = MeanPool(self.layout), MeanPool(self.layout)
+        self.tokens = self.token_count = sum(counts[0])
+        self.pool_user, self.pool_candidate = MeanPool(self.layout), MeanPool(self.layout)
         self.shared_mean = SharedMean("batch" if self.layout.kind == "width" else "rows")
         self.join_tokens = Beside(0, self.layout.stream)
-        self.piece_shapes = (tuple(shapes), *(tuple(layer.pieces) for layer in self.layers),
+        self.component_shapes = (tuple(shapes), *(tuple(layer.components) for layer in self.layers),
                              ((1, self.settings.width),))
-        self.sizes = tuple(c * k for shapes in self.piece_shapes for c, k in shapes)
+        self.sizes = tuple(c * k for shapes in self.component_shapes for c, k in shapes)
         self.make_head(self.settings.width)
 
     @property
@@ -333,24 +337,24 @@ class SeparatedRanker(Ranker):
         """state_RS: all that candidates need of each request's user. Inputs: the columns of `sides.user`."""
         groups, _ = self.embedding.user(ids_Rm, numbers_Rn)
         rows, flat = ids_Rm.shape[0], ()
-        for layer in self.walk_user(groups):
-            for piece in layer:
-                flat += (self.reshape(self.transpose(piece, (1, 0, 2)), (rows, -1)),)
+        for layer in self.user_layers(groups):
+            for component in layer:
+                flat += (self.reshape(self.transpose(component, (1, 0, 2)), (rows, -1)),)
         return self.pack(flat)
 
-    def group_pass(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:
+    def candidate_pass(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:
         """logits_NK of candidates; `index_N` int32 is each one's row of the state (not read if R = 1). Inputs: the
-        columns of `sides.group`."""
-        rows, taken, pieces = state_RS.shape[0], 0, ()
+        columns of `sides.candidate`."""
+        rows, taken, components = state_RS.shape[0], 0, ()
         flat = self.unpack(state_RS, self.sizes, 1)
-        for shapes in self.piece_shapes:
+        for shapes in self.component_shapes:
             own = ()
             for c, k in shapes:
                 own += (self.transpose(self.reshape(flat[taken], (rows, c, k)), (1, 0, 2)),)
                 taken += 1
-            pieces += (own,)
+            components += (own,)
         groups, _ = self.embedding.group(ids_Nm, numbers_Nn)
-        return self.head(self.walk_group(groups, pieces, index_N))
+        return self.served(self.head(self.candidate_layers(groups, components, index_N)))
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
 
@@ -358,24 +362,24 @@ class SeparatedRanker(Ranker):
         user, group = self.embedding(ids_BM, numbers_BN)
         user, group = self.dropped(user, rows_B), self.dropped(group, rows_B)
         if self.in_slices:
-            return self.walk_both(user, group, None)
-        x_TBD, auxiliary, penalties = self.walk_masked(user, group)
+            return self.both_layers(user, group, None)
+        x_TBD, auxiliary, penalties = self.masked_layers(user, group)
         if self.norm is not None:
             x_TBD = self.norm(x_TBD)
         return self.head(self.pool_user(x_TBD)), auxiliary, penalties
 
-    def aggregated_outputs(self, user_ids: Tensor, user_numbers: Tensor, index_N: Tensor, group_ids: Tensor,
+    def aggregated_outputs(self, user_ids: Tensor, user_numbers: Tensor, index_N: Tensor, candidate_ids: Tensor,
                            group_numbers: Tensor) -> tuple:
         """As `outputs` for a batch whose users' rows are given once each; `index_N` is each sample's user. There must
         be no dropout, which would not differ between a user's samples."""
         user, _ = self.embedding.user(user_ids, user_numbers)
-        group, _ = self.embedding.group(group_ids, group_numbers)
-        return self.walk_both(user, group, index_N)
+        group, _ = self.embedding.group(candidate_ids, group_numbers)
+        return self.both_layers(user, group, index_N)
 
-    def walk_both(self, user: tuple, group: tuple, index_N: Tensor | None) -> tuple:
+    def both_layers(self, user: tuple, group: tuple, index_N: Tensor | None) -> tuple:
         """(logits, auxiliary logits, penalties): both passes at once, layer by layer."""
         x_uRD, first = self.tokenize.user(user)
-        x_gND = self.tokenize.group(group, first, index_N)
+        x_gND = self.tokenize.candidate(group, first, index_N)
         inputs, auxiliary, penalties = (), (), ()
         for index in range(len(self.layers)):
             inputs += ((x_uRD, x_gND),)
@@ -384,7 +388,7 @@ class SeparatedRanker(Ranker):
                 penalties += (own, other)
             if index in self.sources:
                 number, below = index // self.gap - 1, inputs[index - self.gap + 1]
-                x_uRD, x_gND = self.adds_user[number](x_uRD, below[0]), self.adds_group[number](x_gND, below[1])
+                x_uRD, x_gND = self.adds_user[number](x_uRD, below[0]), self.adds_candidate[number](x_gND, below[1])
             if index in self.auxiliary_layers:
                 hidden_ND = self.pooled_over_all(self.mean(x_uRD), x_gND, index_N, self.token_counts[index + 1])
                 auxiliary += (self.auxiliary[len(auxiliary)](hidden_ND),)
@@ -402,46 +406,46 @@ class SeparatedRanker(Ranker):
             result += (self.drop(group, keys),)
         return result
 
-    def walk_user(self, groups: tuple) -> tuple:
+    def user_layers(self, groups: tuple) -> tuple:
         """Pieces: the tokenizer's, each layer's, the mean of the U tokens."""
         x_uRD, first = self.tokenize.user(groups)
-        pieces, inputs = (first,), ()
+        components, inputs = (first,), ()
         for index in range(len(self.layers)):
             inputs += (x_uRD,)
             x_uRD, own, _ = self.layers[index].user(x_uRD)
-            pieces += (own,)
+            components += (own,)
             if index in self.sources:
                 x_uRD = self.adds_user[index // self.gap - 1](x_uRD, inputs[index - self.gap + 1])
         if self.norm is not None:
             x_uRD = self.norm(x_uRD)
-        return pieces + ((self.mean(x_uRD),),)
+        return components + ((self.mean(x_uRD),),)
 
     def mean(self, x_uRD: Tensor) -> Tensor:
-        """[1, R, D]: the mean over the U tokens, as a piece."""
+        """[1, R, D]: the mean over the U tokens, as a component."""
         return self.reshape(self.pool_user(x_uRD), (1, -1, self.settings.width))
 
-    def walk_group(self, groups: tuple, pieces: tuple, index_N: Tensor | None) -> Tensor:
+    def candidate_layers(self, groups: tuple, components: tuple, index_N: Tensor | None) -> Tensor:
         """hidden_ND."""
-        x_gND = self.tokenize.group(groups, pieces[0], index_N)
+        x_gND = self.tokenize.candidate(groups, components[0], index_N)
         inputs = ()
         for index in range(len(self.layers)):
             inputs += (x_gND,)
-            x_gND, _ = self.layers[index].group(x_gND, pieces[index + 1], index_N)
+            x_gND, _ = self.layers[index].candidate(x_gND, components[index + 1], index_N)
             if index in self.sources:
-                x_gND = self.adds_group[index // self.gap - 1](x_gND, inputs[index - self.gap + 1])
+                x_gND = self.adds_candidate[index // self.gap - 1](x_gND, inputs[index - self.gap + 1])
         if self.norm is not None:
             x_gND = self.norm(x_gND)
-        return self.pooled_over_all(pieces[-1][0], x_gND, index_N, self.token_counts[-1])
+        return self.pooled_over_all(components[-1][0], x_gND, index_N, self.token_counts[-1])
 
     def pooled_over_all(self, user_1RD: Tensor, x_gND: Tensor, index_N: Tensor | None, counts: Shape) -> Tensor:
         """hidden_ND: the mean over U and G tokens, the former's given."""
         user_ND = self.reshape(self.take(user_1RD, index_N), (-1, self.settings.width))
-        return self.shared_mean(user_ND, self.pool_group(x_gND), counts[0] / sum(counts))
+        return self.shared_mean(user_ND, self.pool_candidate(x_gND), counts[0] / sum(counts))
 
-    def walk_masked(self, user: tuple, group: tuple) -> tuple:
+    def masked_layers(self, user: tuple, group: tuple) -> tuple:
         """(x_TBD after all layers; auxiliary logits; penalties): `represent` with masks instead of slices."""
         x_uBD, first = self.tokenize.user(user)
-        x_TBD = self.join_tokens(x_uBD, self.tokenize.group(group, first, None))
+        x_TBD = self.join_tokens(x_uBD, self.tokenize.candidate(group, first, None))
         inputs, auxiliary, penalties = (), (), ()
         for index in range(len(self.layers)):
             inputs += (x_TBD,)
@@ -458,11 +462,17 @@ class SeparatedRanker(Ranker):
         """[c_u, B, D]: what the U tokens are in the end, computed with all others: the same for every candidate, if
         the masks hold."""
         user, group = self.embedding(ids_BM, numbers_BN)
-        x_TBD, _, _ = self.walk_masked(user, group)
+        x_TBD, _, _ = self.masked_layers(user, group)
         return x_TBD[:self.token_counts[-1][0]]
 
+    def check_op(self, parallel: ParallelConfig, batch: int) -> None:
+        if self.settings.op_sharding != "width":
+            raise UserError("tokens of a separated ranker are not sharded", where="model.op_sharding",
+                            value=self.settings.op_sharding, hint="choose model.op_sharding: width")
+        check_token_axes(self.settings, parallel, batch, set())
+
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
-        last = [self.pool_user, self.pool_group, self.head, *([self.norm] if self.norm is not None else [])]
+        last = [self.pool_user, self.pool_candidate, self.head, *([self.norm] if self.norm is not None else [])]
         return [[self.embedding, self.drop, self.tokenize], *self.layers, last]
 
 
@@ -478,8 +488,8 @@ class UserPass(nn.Cell):
         return self.model.user_pass(ids_Rm, numbers_Rn)
 
 
-class GroupPass(nn.Cell):
-    """`SeparatedRanker.group_pass` as a graph of its own."""
+class CandidatePass(nn.Cell):
+    """`SeparatedRanker.candidate_pass` as a graph of its own."""
 
     def __init__(self, model: SeparatedRanker) -> None:
         super().__init__(auto_prefix=False)
@@ -487,4 +497,4 @@ class GroupPass(nn.Cell):
         self.model = model
 
     def construct(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:
-        return self.model.group_pass(state_RS, index_N, ids_Nm, numbers_Nn)
+        return self.model.candidate_pass(state_RS, index_N, ids_Nm, numbers_Nn)

@@ -1,4 +1,4 @@
-"""Which features, columns and tokens belong to the user (U) and which to the group (G: the candidate). No MindSpore.
+"""Which features, columns and tokens belong to the user (U) and which to the candidate (G). No MindSpore.
 
 Shapes: B batch, M id columns, N numeric columns; m and n those of one side.
 
@@ -21,8 +21,8 @@ from recsys.data.features import FeatureSpec
 
 
 class UGSepSettings(Settings):
-    """Separation of user (U) and group (G) tokens. The formulas of the paper could not be read: what follows is ours,
-    and every choice that others may make differently is a key."""
+    """Separation of user (U) and candidate (G) tokens. The formulas of the paper could not be read: what follows is
+    ours, and every choice that others may make differently is a key."""
 
     ratio: str | None = "1:1"
     """U tokens : G tokens, of model.tokens in all (a global token counted on its side); null = what the groups make
@@ -38,9 +38,9 @@ class UGSepSettings(Settings):
     user_heads: int | None = Field(None, ge=1)
     """TokenMixer-Large: mixing heads that are U, layers that keep their tokens only; null = about the share that U has
     of the tokens. Fewer let G tokens mix more of every token, for more work a candidate (ours)."""
-    global_token: Literal["group", "per_side"] = "group"
-    """TokenMixer-Large: group: one global token of all groups, a G token; per_side: U has one of its own besides, made
-    of user groups. model.global_token: false = none."""
+    global_token: Literal["candidate", "per_side"] = "candidate"
+    """TokenMixer-Large: candidate: one global token of all groups, a G token; per_side: U has one of its own besides,
+    made of user groups. model.global_token: false = none."""
     compensation: Literal["none", "token_mixing", "low_rank", "mean"] = "none"
     """What brings U mixed tokens to the G tokens in place of the heads that the mask drops; starts at zero.
     token_mixing: weights over U tokens for each G token, after one projection; low_rank: one linear map from all U
@@ -141,14 +141,14 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Sides:
+class UserCandidateSplit:
     """Both sides of a spec."""
 
     user: Side
-    group: Side
+    candidate: Side
 
     @classmethod
-    def of(cls, spec: FeatureSpec) -> Sides:
+    def of(cls, spec: FeatureSpec) -> UserCandidateSplit:
         """Divides a spec by `FeatureSpec.sides()`.
 
         Raises:
@@ -164,7 +164,7 @@ class Sides:
 
     def split(self, ids_BM: np.ndarray, numbers_BN: np.ndarray) -> tuple[tuple, tuple]:
         """((ids, numbers) of the user, (ids, numbers) of the candidate) out of whole encoded rows."""
-        return self.user.take(ids_BM, numbers_BN), self.group.take(ids_BM, numbers_BN)
+        return self.user.take(ids_BM, numbers_BN), self.candidate.take(ids_BM, numbers_BN)
 
 
 def _side(spec: FeatureSpec, groups: set[str]) -> Side:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor
@@ -17,7 +17,10 @@ from parallel.common.errors import UserError
 from recsys.data.dataset import Batches
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.ranker import SeparatedRanker
-from recsys.ug_sep.sides import Sides
+from recsys.ug_sep.sides import UserCandidateSplit
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 # R is filled up to one of these shares of B, so that few graphs are compiled.
 BUCKETS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
@@ -46,7 +49,7 @@ class SharedUsers:
 
     columns = ("ids", "numbers", "labels", "index", "user_ids", "user_numbers")
 
-    def __init__(self, source: Batches, sides: Sides) -> None:
+    def __init__(self, source: Batches, sides: UserCandidateSplit) -> None:
         self.source, self.sides, self.steps_per_epoch = source, sides, source.steps_per_epoch
 
     def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
@@ -55,7 +58,8 @@ class SharedUsers:
             yield share(self.sides, ids, numbers, labels)
 
 
-def share(sides: Sides, ids: np.ndarray, numbers: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+def share(sides: UserCandidateSplit, ids: np.ndarray, numbers: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
+                                                                                                        ...]:
     """A whole-row batch as `SharedUsers` gives it."""
     user, group = sides.split(ids, numbers)
     user_ids, user_numbers, index = distinct_users(*user)
@@ -71,7 +75,7 @@ class SharedUsersLoss(TrainingLoss):
         return self.total(outputs, labels_BK)
 
 
-def sharing_loss(network: TrainingLoss, settings: Any) -> SharedUsersLoss:
+def sharing_loss(network: TrainingLoss, settings: Run) -> SharedUsersLoss:
     """The loss to train with under `train.share_users`.
 
     Raises:

@@ -128,13 +128,14 @@ def our_dedup(path: Path) -> int:
     """The whole step: read the file, sign, find, verify by real Jaccard, write both sides."""
     from data_tools.dedup.plan import DedupSettings
     from data_tools.dedup.step import run_dedup
-    from data_tools.documents import ReadSettings, plan_splits
+    from data_tools.documents import plan_splits
     from data_tools.engines.local import LocalEngine
-    from data_tools.parts import Places
+    from data_tools.parts import OutputLayout
+    from data_tools.records import ReadSettings
 
     with tempfile.TemporaryDirectory() as folder:
         figures, _ = run_dedup(DedupSettings(threshold=THRESHOLD, ngram=NGRAM, hashes=HASHES), ReadSettings(),
-                               plan_splits([str(path)], ReadSettings()), Places.under(folder, "dedup"),
+                               plan_splits([str(path)], ReadSettings()), OutputLayout.under(folder, "dedup"),
                                Path(folder) / ".work", LocalEngine(1), "jsonl")
     return figures.documents_out
 
@@ -224,7 +225,8 @@ def sign(path: str, folder: str) -> dict[str, object]:
     """Dedup's first pass alone, in this process: reads the file, writes the signature files."""
     from data_tools.dedup.plan import DedupPlan, DedupSettings
     from data_tools.dedup.sign_part import SignTask
-    from data_tools.documents import ReadLog, ReadSettings, plan_splits, read_split
+    from data_tools.documents import plan_splits, read_split
+    from data_tools.records import ReadLog, ReadSettings
 
     splits, read = plan_splits([path], ReadSettings()), ReadSettings()
     plan = DedupPlan(DedupSettings(threshold=THRESHOLD, ngram=NGRAM, hashes=HASHES), read, (), folder)

@@ -116,11 +116,11 @@ class Trained:
         from parallel.training.optimizers import run_optimizer
         from parallel.training.step import TrainStep
         from recsys.build import loss_network
-        from recsys.count import count
         from recsys.data.dataset import prepare
-        from recsys.evaluate import Evaluation
+        from recsys.evaluation import Evaluation
         from recsys.layers.embedding import is_sparse
-        from recsys.train import _limit
+        from recsys.layers.sizes import count
+        from recsys.training.any_backend import attainable_auc
 
         ms.set_context(mode=ms.GRAPH_MODE)
         self.settings, self.log = settings, prepare(settings.data, settings.model.embedding_size)
@@ -133,7 +133,7 @@ class Trained:
                             for part in ("validation", "test")}
         self.evaluations["test"].scores = self.evaluations["validation"].scores
         self.dense_parameters = count(self.network)["dense_parameters"]
-        self.bayes_auc = _limit(settings, self.log).get("bayes_auc")
+        self.bayes_auc = attainable_auc(settings, self.log).get("bayes_auc")
 
     def train(self, seed: int) -> dict:
         """Metrics on the test rows of the parameters that were best on the validation rows."""

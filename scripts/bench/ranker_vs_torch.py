@@ -131,7 +131,7 @@ def our_side(tokens: int, width: int, x: np.ndarray, y: np.ndarray, start: Path,
     from parallel.training.step import TrainStep
     from recsys.layers.tokenization import MeanPool
     from recsys.models.rankmixer.model import RankMixerBlock, RankMixerSettings
-    from recsys.ranker import BinaryCrossEntropy, TaskTowers
+    from recsys.ranker import BinaryCrossEntropy, TaskHeads
     from recsys.settings import RankerOptimizer, RankerTrain
 
     settings = RankMixerSettings(tokens=tokens, width=width, ffn_ratio=RATIOS.get(width, 4.0))
@@ -141,7 +141,7 @@ def our_side(tokens: int, width: int, x: np.ndarray, y: np.ndarray, start: Path,
             super().__init__()
             layout = TokenLayout()
             self.blocks = nn.CellList([RankMixerBlock(settings, layout, ms.float32) for _ in range(LAYERS)])
-            self.pool, self.head = MeanPool(layout), TaskTowers(width, [], 1)
+            self.pool, self.head = MeanPool(layout), TaskHeads(width, [], 1)
 
         def construct(self, x):
             for block in self.blocks:

@@ -52,11 +52,12 @@ class Side:
         script: the bench.
         name: what `serve` is told.
         arguments: further words on its command line.
+        python: the interpreter, where another environment has the peer.
     """
 
-    def __init__(self, script: str, name: str, *arguments: str) -> None:
+    def __init__(self, script: str, name: str, *arguments: str, python: str = sys.executable) -> None:
         self.name = name
-        self.process = subprocess.Popen([sys.executable, script, "--side", name, *arguments], env=environment(),
+        self.process = subprocess.Popen([python, script, "--side", name, *arguments], env=environment(),
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         self.about = self._read()
 

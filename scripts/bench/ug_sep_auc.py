@@ -1,7 +1,7 @@
-"""Test AUC of separated (UG-Sep) against entangled rankers over several seeds: a table like the paper's Table 3.
+"""Test AUC of separated (UG-Sep) against unseparated rankers over several seeds: a table like the paper's Table 3.
 
 For each model and ratio of user to group tokens variants are trained on the same tokens, with the same seeds and
-learning rate: entangled (no mask), separated, and separated with information compensation; TokenMixer-Large also with
+learning rate: unseparated (no mask), separated, and separated with information compensation; TokenMixer-Large also with
 2 U mixing heads. A difference is taken seed by seed. Parameters of the best validation are kept.
 
     python scripts/bench/ug_sep_auc.py [--models tokenmixer_large,rankmixer] [--seeds 5] [--ratios 1:1] [--variants ...]
@@ -14,7 +14,7 @@ docs/ug_sep.md), and on 12,000 test rows differences of 0.1 % cannot be told fro
 
 `--runs` keeps finished runs in a file of JSON lines and reads it when started again; `--minutes` stops beginning new
 ones, so that a table can be made piece by piece. Last line of stdout: JSON with the table; `ratio` is the mean over
-models of separated (the first of `--variants` that is not entangled) over entangled AUC at the first of `--ratios`.
+models of separated (the first of `--variants` that is not unseparated) over unseparated AUC at the first of `--ratios`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 # 12 tokens divide by every ratio of the paper.
 SIZES = {"tokenmixer_large": [], "rankmixer": ["model.tokens=12", "model.width=60"]}
-VARIANTS = {"entangled": ["model.ug_sep.mixing_mask=false", "model.ug_sep.reverting_mask=false"], "separated": [],
+VARIANTS = {"unseparated": ["model.ug_sep.mixing_mask=false", "model.ug_sep.reverting_mask=false"], "separated": [],
             "compensated": ["model.ug_sep.compensation={compensation}"], "heads": ["model.ug_sep.user_heads=2"]}
 
 
@@ -95,12 +95,12 @@ KEYS = ("data", "model", "ratio", "variant", "seed", "steps")
 
 
 def tabulate(found: list[dict]) -> list[dict]:
-    """A row for each model, ratio and variant: mean AUC, and the mean difference to entangled with its standard error,
-    in points of 1 % of AUC, over the seeds that have both."""
+    """A row for each model, ratio and variant: mean AUC, and the mean difference to unseparated with its standard
+    error, in points of 1 % of AUC, over the seeds that have both."""
     table = []
     for place in sorted({tuple(row[key] for key in KEYS[:4]) for row in found}):
         base = {row["seed"]: row["auc"] for row in found
-                if tuple(row[key] for key in KEYS[:4]) == (*place[:3], "entangled")}
+                if tuple(row[key] for key in KEYS[:4]) == (*place[:3], "unseparated")}
         own = {row["seed"]: row for row in found
                if tuple(row[key] for key in KEYS[:4]) == place and row["seed"] in base}
         if not own:
@@ -136,10 +136,10 @@ def main() -> None:
               f"{row['std']:.4f}, {row['delta_percent']:+.3f} +- {row['delta_error']:.3f} % over {row['seeds']} seeds",
               file=sys.stderr)
     first = [row for row in table if row["ratio"] == arguments.ratios.split(",")[0]]
-    own = next((name for name in arguments.variants.split(",") if name != "entangled"), "entangled")
+    own = next((name for name in arguments.variants.split(",") if name != "unseparated"), "unseparated")
     both = [row for row in first if row["variant"] == own]
     if not both:
-        raise SystemExit(f"error: there is no seed with finished runs of both, entangled and {own}")
+        raise SystemExit(f"error: there is no seed with finished runs of both, unseparated and {own}")
     ratio, ours = (statistics.mean(values) for values in zip(
         *((1 + row["relative_percent"] / 100, row["auc"]) for row in both), strict=True))
     print(json.dumps({"ratio": ratio, "ours": ours, "peer": ours / ratio, "unit": "AUC", "table": table}))

@@ -1,6 +1,6 @@
-"""Training speed of a separated ranker with and without shared users, and of the entangled one: samples/s, in turns.
+"""Training speed of a separated ranker with and without shared users, and of the unseparated one: samples/s, in turns.
 
-One process trains the same model three ways on the same batches of the generated log: entangled (same tokens, no
+One process trains the same model three ways on the same batches of the generated log: unseparated (same tokens, no
 masks), separated, and separated with the samples of a user sharing the user side's computation. A step is forward,
 backward and update.
 
@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace, ratio: str, cache: str) -> dict:
 
     words = [*SIZES, f"data.cache={cache}", f"data.together={arguments.together}", f"model.ug_sep.ratio={ratio}",
              *arguments.words]
-    ways = {"entangled": trainer(arguments.config, [*words, *OFF], False)[0],
+    ways = {"unseparated": trainer(arguments.config, [*words, *OFF], False)[0],
             "separated": trainer(arguments.config, words, False)[0]}
     ways["shared"], batches, sides, settings = trainer(arguments.config, words, True)
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -92,9 +92,9 @@ def measure(arguments: argparse.Namespace, ratio: str, cache: str) -> dict:
     row = {"ratio": ratio, "batch": size, "user_rows": most, **{name: size / float(np.median(found))
                                                                for name, found in times.items()}}
     row["shared_over_separated"] = row["shared"] / row["separated"]
-    row["shared_over_entangled"] = row["shared"] / row["entangled"]
-    row["separated_over_entangled"] = row["separated"] / row["entangled"]
-    print(f"{ratio}: entangled {row['entangled']:,.0f}/s, separated {row['separated']:,.0f}/s, shared "
+    row["shared_over_unseparated"] = row["shared"] / row["unseparated"]
+    row["separated_over_unseparated"] = row["separated"] / row["unseparated"]
+    print(f"{ratio}: unseparated {row['unseparated']:,.0f}/s, separated {row['separated']:,.0f}/s, shared "
           f"{row['shared']:,.0f}/s with {most} user rows for {size} samples", file=sys.stderr)
     return row
 

@@ -12,8 +12,9 @@ import pytest
 
 from data_tools import compare_versions
 from data_tools.__main__ import VERBS
-from data_tools.compare_versions import ComparisonSettings, draw_sample
-from data_tools.documents import ReadSettings
+from data_tools.compare_versions import draw_sample
+from data_tools.records import ReadSettings
+from data_tools.settings import ComparisonSettings
 from parallel.common.command import main
 from parallel.common.errors import UserError
 from tests.data_tools.planted import make_text, read_jsonl, write_jsonl

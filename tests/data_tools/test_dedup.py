@@ -12,9 +12,10 @@ import pytest
 
 from data_tools.dedup.plan import DedupSettings
 from data_tools.dedup.step import run_dedup
-from data_tools.documents import ReadSettings, plan_splits
+from data_tools.documents import plan_splits
 from data_tools.engines.local import LocalEngine
-from data_tools.parts import Places
+from data_tools.parts import OutputLayout
+from data_tools.records import ReadSettings
 from tests.data_tools.planted import (
     edit,
     make_text,
@@ -31,7 +32,7 @@ THRESHOLD, MARGIN = 0.8, 0.05
 def dedup(inputs: list[Path], output: Path, engine=None, read: ReadSettings | None = None, **settings):
     read = read or ReadSettings()
     splits = plan_splits([str(path) for path in inputs], read)
-    return run_dedup(DedupSettings(**settings), read, splits, Places.under(output, "dedup"), output / ".work",
+    return run_dedup(DedupSettings(**settings), read, splits, OutputLayout.under(output, "dedup"), output / ".work",
                      engine or LocalEngine(1), "jsonl")
 
 
@@ -124,7 +125,7 @@ def test_spark_cuts_skewed_buckets_as_local_does(spark_engine, tmp_path):
                  for n in range(230)]
     path = write_jsonl(tmp_path / "in.jsonl", documents)
     local, clusters = dedup([path], tmp_path / "local", bucket_limit=70)
-    assert clusters["cut_buckets"] > 0
+    assert clusters["split_buckets"] > 0
     spark, spark_clusters = dedup([path], tmp_path / "spark", spark_engine, bucket_limit=70)
     assert rows(tmp_path / "local") == rows(tmp_path / "spark") and spark_clusters == clusters
     whole, _ = dedup([path], tmp_path / "whole")

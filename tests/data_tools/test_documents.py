@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.documents import ReadLog, ReadSettings, plan_splits, read_split
+from data_tools.documents import plan_splits, read_split
 from data_tools.engines.local import LocalEngine
-from data_tools.parts import PartFigures, Places, Step, run_step
+from data_tools.parts import OutputLayout, PartFigures, Step, run_step
+from data_tools.records import ReadLog, ReadSettings
 from parallel.common.errors import UserError
 from tests.data_tools.planted import read_jsonl, write_jsonl
 
@@ -33,7 +34,7 @@ class Pass(Step):
 
 
 def run_pass(splits, output, format):
-    return run_step(Pass(), splits, Places.under(output, "pass"), LocalEngine(1), format, ReadSettings())
+    return run_step(Pass(), splits, OutputLayout.under(output, "pass"), LocalEngine(1), format, ReadSettings())
 
 
 def read_all(paths, **settings) -> tuple[list, ReadLog]:
@@ -207,7 +208,8 @@ def test_damaged_input_is_counted_and_the_rest_goes_through(tmp_path, engine, re
 
     read = ReadSettings(maximum_document_bytes=1 << 20)
     splits = plan_splits([str(folder)], read)
-    figures = run_step(Pass(), splits, Places.under(tmp_path / "out", "pass"), request.getfixturevalue(engine), "jsonl",
+    figures = run_step(Pass(), splits, OutputLayout.under(tmp_path / "out", "pass"), request.getfixturevalue(engine),
+                       "jsonl",
                        read)
     kept = {d["id"]: d["text"] for d in read_jsonl(tmp_path / "out")}
     assert {"good", "repaired", "nulls", "surrogate"} <= set(kept) and kept["nulls"] == "abc"

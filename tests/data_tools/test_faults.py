@@ -12,8 +12,9 @@ import time
 import pytest
 
 from data_tools.__main__ import VERBS
-from data_tools.documents import ReadLog, ReadSettings, plan_splits, read_split
+from data_tools.documents import plan_splits, read_split
 from data_tools.readers._html import decode_html, extract_html
+from data_tools.records import ReadLog, ReadSettings
 from data_tools.rules.special_symbols import SpecialSymbols
 from data_tools.steps.decontaminate import evaluation_texts
 from parallel.common.command import main

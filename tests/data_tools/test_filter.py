@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from data_tools.classifier.hashed_ngrams import LinearClassifier, hashed_counts
-from data_tools.classifier.train import TrainClassifierSettings, judge, read_examples, train_local, train_spark
-from data_tools.documents import Document, ReadSettings, plan_splits
+from data_tools.classifier.settings import TrainClassifierSettings
+from data_tools.classifier.train import judge, read_examples, train_local, train_spark
+from data_tools.documents import plan_splits
 from data_tools.engines.local import LocalEngine
-from data_tools.parts import Places, run_step
+from data_tools.parts import OutputLayout, run_step
+from data_tools.records import Document, ReadSettings
 from data_tools.rules._aho_corasick import KeywordFinder
 from data_tools.steps.filter import FilterSettings, FilterStep, keep_by_pareto, lomax, uniform
 from parallel.common.errors import UserError
@@ -23,7 +25,7 @@ from tests.data_tools.planted import make_text, read_jsonl, write_jsonl
 def run_filter(tmp_path: Path, documents: list[dict], settings: FilterSettings):
     path = write_jsonl(tmp_path / "in.jsonl", documents)
     step = FilterStep(settings)
-    figures = run_step(step, plan_splits([str(path)], ReadSettings()), Places.under(tmp_path / "out", "filter"),
+    figures = run_step(step, plan_splits([str(path)], ReadSettings()), OutputLayout.under(tmp_path / "out", "filter"),
                        LocalEngine(1), "jsonl", ReadSettings())
     return figures, [d["id"] for d in read_jsonl(tmp_path / "out")], read_jsonl(tmp_path / "out" / "removed")
 

@@ -8,9 +8,10 @@ from collections import Counter
 
 import pytest
 
-from data_tools.documents import ReadSettings, plan_splits
+from data_tools.documents import plan_splits
 from data_tools.engines.local import LocalEngine
-from data_tools.parts import Places, run_step
+from data_tools.parts import OutputLayout, run_step
+from data_tools.records import ReadSettings
 from data_tools.steps.decontaminate import DecontaminateSettings, DecontaminateStep, build_index, evaluation_texts
 from data_tools.steps.mix import PRESETS, MixSettings, plan_epochs, run_mix
 from data_tools.steps.paragraphs import ParagraphSettings, run_paragraphs
@@ -20,7 +21,7 @@ from tests.data_tools.planted import make_text, read_jsonl, write_jsonl
 
 def mix(folder, output, read=None, engine=None, **settings):
     read = read or ReadSettings()
-    return run_mix(MixSettings(**settings), read, plan_splits([str(folder)], read), Places.under(output, "mix"),
+    return run_mix(MixSettings(**settings), read, plan_splits([str(folder)], read), OutputLayout.under(output, "mix"),
                    output / ".work", engine or LocalEngine(1), "jsonl")
 
 
@@ -81,7 +82,7 @@ def decontaminate(folder, evaluation, output, **settings):
     index = output / ".work" / "index.npy"
     build_index(settings, index)
     return run_step(DecontaminateStep(settings, index), plan_splits([str(folder)], ReadSettings()),
-                    Places.under(output, "decontaminate"), LocalEngine(1), "jsonl", ReadSettings())
+                    OutputLayout.under(output, "decontaminate"), LocalEngine(1), "jsonl", ReadSettings())
 
 
 def test_documents_with_evaluation_texts_go(tmp_path):
@@ -121,7 +122,8 @@ def test_a_paragraph_stays_in_one_document(tmp_path):
         path = write_jsonl(tmp_path / name / "in.jsonl", order)
         splits = plan_splits([str(path)], read)
         output = tmp_path / name / "out"
-        figures = run_paragraphs(ParagraphSettings(sources=["book"]), read, splits, Places.under(output, "paragraphs"),
+        figures = run_paragraphs(ParagraphSettings(sources=["book"]), read, splits,
+                                 OutputLayout.under(output, "paragraphs"),
                                  output / ".work", LocalEngine(1), "jsonl")
         found = {d["id"]: d["text"] for d in read_jsonl(output)}
         assert found == {"web1": f"{own[0]}\n短句", "web2": f"{own[1]}\n短句", "book": documents[2]["text"]}

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 NODE = """
 import sys
 from pathlib import Path
-from parallel.training.launch import Launcher, Plan
+from parallel.launch.launcher import MsrunLauncher
+from parallel.launch.plan import Plan
 plan = Plan(nodes={nodes}, node_rank={node_rank}, host="127.0.0.2", port={port}, local={local}, timeout=120)
-report = Launcher(plan, {command!r}, Path({logs!r})).run()
+report = MsrunLauncher(plan, {command!r}, Path({logs!r})).run()
 import json; print(json.dumps(report)); sys.exit(report["exit_code"])
 """
 
@@ -108,11 +109,12 @@ def test_a_signal_reaches_all_ranks(tmp_path):
 
 
 def test_what_is_started_after_a_launch_is_no_worker(tmp_path):
-    from parallel.training.launch import Launcher, Plan
+    from parallel.launch.launcher import MsrunLauncher
+    from parallel.launch.plan import Plan
 
     before = dict(os.environ)
     script = "import os, sys; print(os.environ['MS_ROLE'], os.environ['RANK_SIZE'])"
-    figures = Launcher(Plan(1, 0, "127.0.0.1", free_port(), 2, 60), ["-c", script], tmp_path / "logs").run()
+    figures = MsrunLauncher(Plan(1, 0, "127.0.0.1", free_port(), 2, 60), ["-c", script], tmp_path / "logs").run()
     assert figures["exit_code"] == 0 and dict(os.environ) == before
     assert all("MS_WORKER 2" in (tmp_path / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1))
 

@@ -112,7 +112,7 @@ class TestTable:
         assert SCRIPT_NAMES["report"](cells, 2) == 0
 
     def test_only_the_model_may_refuse(self):
-        known = self.cell("stages", refused="DCNv2 has no stack of blocks to cut into stages")
+        known = self.cell("stages", refused="DCNv2 has no stack of blocks to shard into stages")
         strange = self.cell("op", refused="MindSpore did not compile this layout")
         assert SCRIPT_NAMES["report"]({("x", "one"): self.cell("one"), ("x", "stages"): known}, 2) == 0
         assert SCRIPT_NAMES["report"]({("x", "one"): self.cell("one"), ("x", "op"): strange}, 2) == 1
@@ -149,7 +149,7 @@ def test_ranks_made_from_others_are_those_that_compile(grid, model, name):
     for one, other in zip(few.programs, every.programs, strict=True):
         assert one.graph.parameters == other.graph.parameters
         assert all(alike(*nodes) for nodes in zip(one.graph.main.nodes, other.graph.main.nodes, strict=True))
-    assert few.boxes == every.boxes
+    assert few.extents == every.extents
 
 
 @pytest.mark.slow

@@ -29,14 +29,14 @@ def train(folder, stop_at=None):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     return folder, *train(folder)
 
 
 @pytest.mark.parametrize("stops", [(5,), (3, 7)], ids=["within a log window", "twice, after a skipped step"])
-def test_resumed_equals_straight(straight, tmp_path, stops):
-    folder, figures, expected = straight
+def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, stops):
+    folder, figures, expected = uninterrupted
     for stop_at in stops:
         stopped, _ = train(tmp_path, stop_at)
         assert stopped["stopped"] == "SIGTERM" and stopped["steps"] == stop_at

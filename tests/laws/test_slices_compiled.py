@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.sharding.slices import box_shape, sharded_parameters
+from parallel.sharding.slices import extent_shape, sharded_parameters
 from parallel.task import build_task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,7 +24,7 @@ LAYOUTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_boxes_are_those_of_the_compiled_graph(name, tmp_path):
+def test_slices_are_those_of_the_compiled_graph(name, tmp_path):
     from parallel.proof.compile.rank_compiler import Request, compile_rank
 
     file, *words = LAYOUTS[name] if isinstance(LAYOUTS[name][0], Path) else [CONFIG, *LAYOUTS[name]]
@@ -33,12 +33,12 @@ def test_boxes_are_those_of_the_compiled_graph(name, tmp_path):
     task, _, config = build_task(file, words)
     rank = config.world - 3
     layouts = compile_rank(Request(config.world, rank, str(file), words)).layouts
-    ours = {full.name: full.box_of_rank(rank) for full in sharded_parameters(task.network, config)}
-    assert {key for key, box in ours.items() if box is not None} == {key for key in layouts if key in ours}
-    for key, box in ours.items():
-        if box is not None:
+    ours = {full.name: full.slice_of_rank(rank) for full in sharded_parameters(task.network, config)}
+    assert {key for key, extent in ours.items() if extent is not None} == {key for key in layouts if key in ours}
+    for key, extent in ours.items():
+        if extent is not None:
             # Slice shape before the optimizer's cut, and the group that cuts dim 0 again: "<size>-<hash>", or all.
             shape, group = list(layouts[key][2]), layouts[key][5]
             if group:
                 shape[0] //= config.world if group == "hccl_world_group" else int(group.partition("-")[0])
-            assert shape == list(box_shape(box)), key
+            assert shape == list(extent_shape(extent)), key

@@ -118,7 +118,7 @@ def test_empty_prompt(home, capsys):
 
 @pytest.mark.parametrize(("word", "part"), [
     ("model.head=2", "'heads'"), ("model.heads=3", "hidden_size"), ("train.optimiser.name=x", "'optimizer'"),
-    ("model.dropout=1.5", "model.dropout"), ("parallel.op=2", "parallel"), ("train.precision=fp16", "train.precision")])
+    ("model.dropout=1.5", "model.dropout"), ("parallel.op=2", "parallel"), ("train.precision=fp8", "train.precision")])
 def test_settings(home, capsys, tmp_path, word, part):
     assert part in refused(capsys, home, "train", word, f"output.directory={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()

@@ -108,7 +108,7 @@ def test_the_quickstarts_model_is_above_chance_and_scores_as_the_slow_scorer(tmp
 
 def _model_of(where: list[str]):
     from pangu.data.tokenizer import Tokenizer
-    from pangu.generation.generate import load_model
+    from pangu.generation.backend import load_model
     from pangu.settings import Run
     from parallel.common.settings import load_settings
 

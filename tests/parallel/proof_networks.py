@@ -10,6 +10,7 @@ from mindspore import Tensor, nn, ops
 from parallel.layers.grouped import Add, GroupedFeedForward
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer, OpSharding
+from parallel.sharding.trainable import Trainable
 from parallel.task import Input, Task
 from parallel.training.settings import TrainSettings
 
@@ -74,7 +75,7 @@ class SquaredError(Layer):
                 OpSharding(self.square, (rows,)), OpSharding(self.mean, (rows,))]
 
 
-class RankerBlocks(nn.Cell):
+class RankerBlocks(Trainable):
     """Blocks x + FFN_t(x), each token with its own FFN, and a squared error. Inputs [B, T, D] and [B]."""
 
     def __init__(self, tokens: int, width: int, inner: int, blocks: int, wrong: bool = False) -> None:

@@ -67,7 +67,7 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     from parallel.task import build_task
     from parallel.training.device import Processes
     from parallel.training.mindspore_backend import ShardedBackend
-    from parallel.training.sharded_run import ShardedRun, needs_sharding
+    from parallel.training.sharded.run import ShardedRun, needs_sharding
     from parallel.training.trainer import Run, Trainer
 
     processes = Processes(rank, world, "hccl_world_group", "Ascend")
@@ -90,7 +90,7 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     told = {"figures": figures, "rows": [[int(item.reshape(len(item), -1)[i, 0]) for i in range(len(item))]
                                          for item in seen[0]] if seen else [],
             "shapes": {item.name: list(item.shape) for item in backend.parameters()},
-            "boxes": {name: [list(pair) for pair in box] for name, box in cut.holder.boxes.items()},
+            "boxes": {name: [list(pair) for pair in extent] for name, extent in cut.holder.extents.items()},
             "validated": cut.loss is not None}
     (Path(order["folder"]) / f"rank_{rank}.json").write_text(json.dumps(told, default=str), encoding="utf-8")
 
@@ -101,7 +101,7 @@ def main(path: Path) -> int:
     from parallel.proof.compile.rank_compiler import _import_early
 
     _import_early()
-    import parallel.training.sharded_run
+    import parallel.training.sharded.run
     import parallel.training.trainer  # noqa: F401
 
     add, forks = SharedSum(order["world"]), []

@@ -5,7 +5,24 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from parallel.common.errors import UserError
-from recsys.metrics import Accumulator, auc, bayes_auc, calibration, expected_calibration_error, group_auc, logloss
+from recsys.metrics import (
+    BINARY_METRICS,
+    NUMBER_METRICS,
+    Accumulator,
+    NumberAccumulator,
+    auc,
+    bayes_auc,
+    calibration,
+    calibration_free_ne,
+    expected_calibration_error,
+    group_auc,
+    inversions,
+    logloss,
+    normalized_entropy,
+    rauc,
+    segmented_ne,
+    xauc,
+)
 
 
 def random_log(seed, n=3000, users=40, levels=None):
@@ -93,3 +110,52 @@ def test_a_diverged_model_has_no_metrics():
     collected.update(np.array([1, 0]), np.array([np.nan, 0.5]))
     with pytest.raises(UserError, match="not finite"):
         collected.result()
+
+
+def test_names_of_metrics_are_frozen():
+    """Dashboards and settings rely on them: add names, change none."""
+    assert BINARY_METRICS == ("auc", "gauc", "uauc", "logloss", "calibration", "ece", "ne", "calibration_free_ne")
+    assert NUMBER_METRICS == ("mse", "mae", "xauc", "rauc")
+    labels, scores, who = random_log(0)
+    for own, names in ((Accumulator(), BINARY_METRICS), (NumberAccumulator(), NUMBER_METRICS)):
+        own.update(labels, scores, who)
+        assert tuple(own.result()) == (*names, "samples", "users")
+
+
+def test_normalized_entropy():
+    labels, scores, _ = random_log(1)
+    rate = labels.mean()
+    assert normalized_entropy(labels, np.full(len(labels), rate)) == pytest.approx(1.0)
+    assert normalized_entropy(labels, scores) == pytest.approx(
+        log_loss(labels, scores) / log_loss(labels, np.full(len(labels), rate)))
+    assert np.isnan(normalized_entropy(np.ones(3), scores[:3]))
+    odds = scores / (1 - scores)
+    shifted = odds * np.exp(1.5) / (1 + odds * np.exp(1.5))
+    assert normalized_entropy(labels, shifted) > normalized_entropy(labels, scores)
+    assert calibration_free_ne(labels, shifted) == pytest.approx(calibration_free_ne(labels, scores), abs=1e-6)
+    assert calibration_free_ne(labels, scores) <= normalized_entropy(labels, scores)
+    found = segmented_ne(labels, scores, labels * 0 + (scores > 0.5))
+    assert found[1] == pytest.approx(normalized_entropy(labels[scores > 0.5], scores[scores > 0.5]))
+
+
+@pytest.mark.parametrize(("seed", "levels"), [(0, None), (1, 4), (2, 1)])
+def test_xauc_and_rauc_equal_loops_over_pairs(seed, levels):
+    generator = np.random.default_rng(seed)
+    values, found = generator.random(60), generator.random(60)
+    if levels:
+        values, found = np.round(values * levels), np.round(found * levels)
+    right = pairs = turned = 0.0
+    for i in range(60):
+        for j in range(i):
+            product = np.sign(values[i] - values[j]) * np.sign(found[i] - found[j])
+            turned += product < 0
+            if values[i] != values[j]:
+                pairs, right = pairs + 1, right + (0.5 if product == 0 else product > 0)
+    assert xauc(values, found) == pytest.approx(right / pairs, abs=1e-12)
+    assert rauc(values, found) == pytest.approx(1 - turned / (60 * 59 / 2), abs=1e-12)
+    assert inversions(found) == sum(found[j] > found[i] for i in range(60) for j in range(i))
+
+
+def test_xauc_of_clicks_is_auc():
+    labels, scores, _ = random_log(3, levels=9)
+    assert xauc(labels, scores) == pytest.approx(auc(labels, scores), abs=1e-12)

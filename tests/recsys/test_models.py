@@ -15,7 +15,7 @@ from parallel.sharding.config import ParallelConfig
 from parallel.task import load_run
 from recsys.__main__ import VERBS
 from recsys.build import build, loss_network, spec_of
-from recsys.count import count
+from recsys.layers.sizes import count
 from recsys.models import NAMES
 
 CONFIGS = Path("configs/recsys")
@@ -130,7 +130,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     ("tokenmixer_large", {"data": 2, "expert": 2}, "no routed experts"),
     ("dlrm_mlp", {"pipeline": {"stages": 2, "micro_batches": 2}}, "no stack of blocks"),
     ("rankmixer", {"pipeline": {"stages": 4, "micro_batches": 4}}, "more stages than layers"),
-    ("tokenmixer_large_moe", {"op": 2}, "not cut along their width"),
+    ("tokenmixer_large_moe", {"op": 2}, "not sharded along their width"),
 ])
 def test_layouts_that_do_not_fit_are_refused(name, parallel, message):
     _, settings = load_run(CONFIGS / f"{name}.yaml")

@@ -11,7 +11,7 @@ from parallel.common.settings import load_settings
 from recsys.__main__ import VERBS
 from recsys.build import loss_network, spec_of
 from recsys.data.dataset import prepare
-from recsys.evaluate import Evaluation
+from recsys.evaluation import Evaluation
 from recsys.metrics import auc
 from recsys.settings import Run
 
@@ -60,7 +60,7 @@ def test_it_learns_and_says_so(trained):
     assert figures["best_step"] in (30, 60) and figures["steps"] == 60
 
 
-def test_a_stopped_and_resumed_run_is_the_straight_run(trained):
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_run(trained):
     networks = []
     for folder, settings, figures in trained.values():
         network = loss_network(settings, spec_of(settings), 2)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint
@@ -103,3 +104,18 @@ def test_refresh_says_what_is_wrong(tmp_path, capsys):
     assert len(error) == 1 and "nowhere.json" in error[0]
 
 
+
+
+def test_scaling_laws_find_the_exponent_of_a_power_law():
+    from recsys.sweep import scaling_laws
+
+    sizes = [1e5, 3e5, 1e6, 1e7]
+    rows = [{"dense_parameters": size, "flops_per_sample": 7 * size, "logloss": 2.0 * size**-0.05} for size in sizes]
+    laws = scaling_laws(rows)
+    for law in laws.values():
+        assert law["exponent"] == pytest.approx(-0.05) and law["r2"] == pytest.approx(1.0)
+    assert laws["dense_parameters"]["factor"] == pytest.approx(2.0)
+    noisy = scaling_laws([{**row, "logloss": row["logloss"] * (1.1 if index % 2 else 1.0)}
+                          for index, row in enumerate(rows)])
+    assert noisy["dense_parameters"]["r2"] < 0.95
+    assert scaling_laws(rows[:2]) == {}

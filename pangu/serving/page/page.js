@@ -36,7 +36,12 @@ function choose(chosen) {
   $("inputs").replaceChildren();
   $("about").textContent = recipe?.about ?? "Any beginning, without a recipe.";
   clear();
-  if (!recipe) { set(DEFAULTS, []); return; }
+  if (!recipe) {
+    $("prompt").textContent = "";
+    set(DEFAULTS, []);
+    changed();
+    return;
+  }
   const inputs = recipe.inputs.length ? recipe.inputs[example % recipe.inputs.length] : {};
   const plain = recipe.names.length === 1 && recipe.template === `{${recipe.names[0]}}`;
   if (plain) {

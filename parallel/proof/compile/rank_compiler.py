@@ -231,12 +231,12 @@ def _failure(request: Request, place: Path, code: int) -> Exception:
     error, log = place / "error.json", place / "log.txt"
     where = f"rank {request.rank} of {request.world}"
     if error.is_file():
-        told = json.loads(error.read_text(encoding="utf-8"))
-        if told["kind"] == "UserError":
-            return UserError(told["what"], where=told["where"], value=told["value"], hint=told["hint"])
-        if told["kind"] in _DEFECTS:
-            return RuntimeError(f"{where}: {told['kind']}: {told['what']}")
-        return UserError(f"MindSpore did not compile this layout: {told['what']}", where=where)
+        message = json.loads(error.read_text(encoding="utf-8"))
+        if message["kind"] == "UserError":
+            return UserError(message["what"], where=message["where"], value=message["value"], hint=message["hint"])
+        if message["kind"] in _DEFECTS:
+            return RuntimeError(f"{where}: {message['kind']}: {message['what']}")
+        return UserError(f"MindSpore did not compile this layout: {message['what']}", where=where)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:] if log.is_file() else []
     return UserError(f"the compiling process ended with code {code}: {' | '.join(lines)[-600:]}", where=where)
 
@@ -293,7 +293,7 @@ def _import_early() -> None:
     """Everything a compile imports, so that the forks share it; nothing that starts a device."""
     import mindspore.communication  # noqa: F401
 
-    import parallel.training.sharded_step  # noqa: F401
+    import parallel.training.sharded.step  # noqa: F401
     from parallel.task import build_task  # noqa: F401
 
 
@@ -313,9 +313,9 @@ def _answer(place: Path) -> int:
     try:
         _compile(request, place)
     except UserError as error:
-        told = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
+        message = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
                 "hint": error.hint}
-        (place / "error.json").write_text(json.dumps(told, default=str), encoding="utf-8")
+        (place / "error.json").write_text(json.dumps(message, default=str), encoding="utf-8")
         return 2
     except Exception as error:
         reason = str(error).split("\n----")[0].strip()
@@ -340,8 +340,8 @@ def _compile(request: Request, place: Path) -> None:
     from parallel.proof.dryrun.accounting import coordinates
     from parallel.sharding.layout import redistributing
     from parallel.sharding.parallelize import layers_of_stages
-    from parallel.training.sharded_run import evaluation_graph
-    from parallel.training.sharded_step import input_shapes, micro_batches, sharded_step
+    from parallel.training.sharded.run import evaluation_graph
+    from parallel.training.sharded.step import input_shapes, micro_batches, sharded_step
 
     task, settings, config = _build(request)
     trainable = [parameter.name for parameter in task.network.trainable_params()]
@@ -376,14 +376,14 @@ def _compile(request: Request, place: Path) -> None:
 
 def _tensors(step: Any) -> list[list]:
     """Name, kind, whole shape, type and start of everything that the run of a step keeps (`torch_runtime.program`)."""
-    def told(item: Any, kind: str, start: list) -> list:
+    def entry(item: Any, kind: str, start: list) -> list:
         return [item.name, kind, list(item.shape), str(item.dtype).lower(), start]
 
     counters = {parameter.name for parameter in step.counters()}
-    return [*(told(item, "parameter", list(item.start)) for item in step.network.get_parameters()
+    return [*(entry(item, "parameter", list(item.start)) for item in step.network.get_parameters()
               if item.name not in counters),
-            *(told(item, "state", ["fill", float(item.init_mode.init.value)]) for item in step.optimizer.states()),
-            *(told(item, "counter", ["fill", item.asnumpy().item()]) for item in step.counters())]
+            *(entry(item, "state", ["fill", float(item.init_mode.init.value)]) for item in step.optimizer.states()),
+            *(entry(item, "counter", ["fill", item.asnumpy().item()]) for item in step.counters())]
 
 
 def _build(request: Request) -> tuple[Any, Any, Any]:

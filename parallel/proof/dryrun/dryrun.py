@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note, progress, table
-from parallel.proof.compile.graph import Graph, read_graph
+from parallel.common.progress import info, progress, table
+from parallel.proof.compile.graph import read_graph
 from parallel.proof.compile.rank_compiler import Compiled, Compilers, Request
-from parallel.proof.dryrun.accounting import Collective, Memory, collectives, coordinates, memory, summary
+from parallel.proof.dryrun.accounting import collectives, coordinates, memory
+from parallel.proof.dryrun.rank_report import RankReport
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.topology import Node, mesh_rows, place_nodes
-
-
-@dataclass
-class RankReport:
-    """One compiled rank, read and counted."""
-
-    request: Request
-    result: dict[str, Any]
-    config: ParallelConfig
-    graph: Graph
-    layouts: dict[str, list]
-    collectives: list[Collective]
-    memory: Memory
-
-    @property
-    def rank(self) -> int:
-        """The rank that was compiled."""
-        return self.request.rank
-
-    @property
-    def stage(self) -> int:
-        """Its pipeline stage."""
-        return coordinates(self.rank, self.config)[0]
-
-    def figures(self) -> dict[str, Any]:
-        """The rank's JSON object."""
-        held = self.memory
-        return {
-            "world": self.request.world, "rank": self.rank, "stage": self.stage,
-            "seconds": round(self.result["seconds"], 2), "compile_seconds": round(self.result["compile_seconds"], 2),
-            "cpu_seconds": round(self.result["cpu_seconds"], 2),
-            "peak_rss_gb": round(self.result["peak_rss_gb"], 3), "parameter_bytes": held.parameters,
-            "optimizer_bytes": held.optimizer, "gradient_bytes": held.gradients, "activation_bytes": held.activations,
-            **summary(self.collectives),
-        }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +56,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"the layout has ranks 0 to {config.world - 1}", where="--rank", value=first)
     request = Request(config.world, first, str(Path(arguments.config).resolve()), list(arguments.overrides),
                       reuse=not arguments.flat, own_stage=not arguments.all_stages)
-    note(f"compiling rank {first} of {config.world}: data {config.data}, op {config.op}, "
+    info(f"compiling rank {first} of {config.world}: data {config.data}, op {config.op}, "
          f"stages {config.pipeline.stages} (compiled, not run)")
     reports = dry_run(request, all_distinct=everything, keep=Path(arguments.keep) if arguments.keep else None)
     nodes = _nodes(arguments, config)

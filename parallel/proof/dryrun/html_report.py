@@ -16,7 +16,7 @@ from parallel.sharding.config import ParallelConfig
 from parallel.sharding.topology import Node, mesh_rows, rack_rows, reach
 
 if TYPE_CHECKING:
-    from parallel.proof.dryrun.dryrun import RankReport
+    from parallel.proof.dryrun.rank_report import RankReport
 
 _MIB = 2**20
 _MOST_ROWS = 400

@@ -23,10 +23,9 @@ from parallel.proof.dryrun.accounting import COLLECTIVES, coordinates
 from parallel.proof.replay.executor import Program, run_step
 from parallel.proof.replay.ranks import AllRanks
 from parallel.proof.replay.reference import OneDevice
-from parallel.proof.replay.tolerances import PARAMETER_TOLERANCE, Difference
+from parallel.proof.replay.tolerances import FLOAT32, FLOAT64, Bounds, Difference
 from parallel.sharding.config import ParallelConfig
 
-_NODE_TOLERANCE = 1e-3
 _SUMS = {"AllReduce", "ReduceScatter"}
 _MOVING = ("Depend", "Load", "TupleGetItem", "MakeTuple", "UpdateState", "Receive", "Send", "AllGather")
 _REPLACED = ("Gather", "OneHot")  # where these are cut the partitioner puts nodes of its own in their place
@@ -69,7 +68,7 @@ class Divergence:
 
 
 def locate(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference], *,
-           forward: bool = True) -> Divergence:
+           forward: bool = True, exact: bool = True) -> Divergence:
     """Runs both sides again up to `step` and finds the first forward node that differs, else the parameter.
 
     Args:
@@ -78,16 +77,17 @@ def locate(world: AllRanks, reference: OneDevice, step: int, differences: Sequen
         step: the first step that differed.
         differences: of that step's parameters and states, largest first.
         forward: whether the loss of that step differs; if not, the forward pass is not looked at.
+        exact: whether both sides compute in float64.
     """
-    found = None
+    found, bounds = None, FLOAT64 if exact else FLOAT32
     if forward:
-        found = _first_node(world, reference, step, _whole_values(world, reference, step))
+        found = _first_node(world, reference, step, _full_values(world, reference, step, exact), exact, bounds)
     if found is not None:
         rank, node, difference, ranks = found
         line = source_line(reference.task.network, node)
         return Divergence(step, rank, f"{node.op} in {cell_path(node.scope)}", line,
                           _parameter_of(world.programs[rank], node), difference, ranks)
-    return _first_parameter(world, reference, step, differences)
+    return _first_parameter(world, reference, step, differences, bounds)
 
 
 def cell_path(scope: str) -> str:
@@ -119,7 +119,7 @@ def _line_in(cell: Any, node: Node) -> str:
     return f"{shown}:{first + number}"
 
 
-def _whole_values(world: AllRanks, reference: OneDevice, step: int) -> dict[tuple, np.ndarray]:
+def _full_values(world: AllRanks, reference: OneDevice, step: int, exact: bool) -> dict[tuple, np.ndarray]:
     """Values of the forward nodes of the network compiled for one device."""
     single = reference.compiled()
     numbers, values = Numbering(), {}
@@ -130,8 +130,9 @@ def _whole_values(world: AllRanks, reference: OneDevice, step: int) -> dict[tupl
 
     order = world.order(reference.batch(0)[0].shape[0])
     # The step before is not run here: the partitioner does not gather gradients of micro-batches in a world of 1.
-    before = reference.run(step + 1, order).values[step - 1] if step else reference.start
-    run_step(single.start(before), single.inputs([item[order] for item in reference.batch(step)]), observe)
+    history = reference.exact(step + 1, order) if exact else reference.run(step + 1, order)
+    before = history.values[step - 1] if step else reference.start
+    run_step(single.start(before, exact), single.inputs([item[order] for item in reference.batch(step)]), observe)
     return values
 
 
@@ -161,7 +162,8 @@ def is_forward(node: Node) -> bool:
     return not node.backward and not node.recomputed and "TrainingLoss" in node.scope and node.op not in _MOVING
 
 
-def _first_node(world: AllRanks, reference: OneDevice, step: int, full: dict[tuple, np.ndarray]) -> tuple | None:
+def _first_node(world: AllRanks, reference: OneDevice, step: int, full: dict[tuple, np.ndarray], exact: bool,
+                bounds: Bounds) -> tuple | None:
     """(rank, node, difference, ranks) of the earliest forward node, in the order of the graph, that differs."""
     skipped = [unfinished(program, full) for program in world.programs]
     # Each stage numbers only its own micro-batches' nodes, and cells live on one stage.
@@ -178,10 +180,10 @@ def _first_node(world: AllRanks, reference: OneDevice, step: int, full: dict[tup
         key = replaced or key
         if key in full:
             far = distance(result, full[key], rank, world.config)
-            if far > _NODE_TOLERANCE:
+            if far > bounds.node:
                 wrong[rank][node.name] = (node, far)
 
-    ranks = world.start(reference.start)
+    ranks = world.start(reference.start, exact)
     for number in range(step + 1):
         run_step(ranks, world.inputs(reference.batch(number)), observe if number == step else None)
     if not wrong:
@@ -259,7 +261,8 @@ def _parameter_of(program: Program, node: Node) -> str:
     return str(node.marks.get("mirror_user_id", ""))
 
 
-def _first_parameter(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference]) -> Divergence:
+def _first_parameter(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference],
+                     bounds: Bounds) -> Divergence:
     """The parameter whose gradient or update differs, by its update's place in the graph of the backward pass."""
     trainable = [item.name for item in reference.task.network.trainable_params()]
 
@@ -267,7 +270,7 @@ def _first_parameter(world: AllRanks, reference: OneDevice, step: int, differenc
         return next((item for item in trainable if name == item or name.endswith("." + item)), name)
 
     # A wrong norm makes every clipped gradient a little wrong: only what is about as wrong as the worst is looked at.
-    least = max(PARAMETER_TOLERANCE, _COMPARABLE * min(differences[0].relative, 10.0))
+    least = max(bounds.parameter, _COMPARABLE * min(differences[0].relative, 10.0))
     wrong = [item for item in differences if item.relative > least] or list(differences[:1])
     names = {owner(item.name) for item in wrong}
     # Gradients spread wrongness towards the first layer: of the wrong parameters the one nearest to the loss is named.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.common.errors import UserError
-from parallel.common.progress import Bar, note, table
+from parallel.common.progress import Bar, info, table
 from parallel.proof.compile.rank_compiler import Compilers
 from parallel.proof.replay.lockstep import Replay
 from parallel.proof.replay.ranks import AllRanks, compile_ranks
@@ -191,7 +191,7 @@ def run_grid(arguments: argparse.Namespace) -> dict[str, Any]:
         cells = []
         with Bar(len(layouts), "layouts") as bar:
             for cell in replay_all(arguments.config, arguments.overrides, layouts, compilers, arguments.steps,
-                                   every_rank=arguments.every_rank):
+                                   every_rank=arguments.every_rank, exact=not arguments.float32):
                 cells.append(cell)
                 bar.advance(last=cell.layout.name)
     show(cells, arguments.config)
@@ -200,7 +200,7 @@ def run_grid(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout], compilers: Compilers, steps: int = 3,
                *, sizes: Sequence[str] = (), references: References | None = None,
-               every_rank: bool = False, trust: bool = False) -> Iterator[Cell]:
+               every_rank: bool = False, trust: bool = False, exact: bool = True) -> Iterator[Cell]:
     """Replays `config` under each layout; one is compiled while the one before is executed.
 
     Args:
@@ -212,8 +212,9 @@ def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout],
         steps: training steps to compare.
         references: one-device runs of this file that are already there.
         every_rank, trust: see `compile_ranks`.
+        exact: see `Replay`.
     """
-    references = references or References(config)
+    references = references or References(config, compilers)
 
     def keys_of(layout: Layout) -> list[str]:
         return with_defaults(config, [*sizes, *layout.keys.split(), *overrides])
@@ -230,7 +231,7 @@ def replay_all(config: str, overrides: Sequence[str], layouts: Sequence[Layout],
             for layout, future in zip(layouts, pending, strict=True):
                 try:
                     world = future.result()
-                    replay = Replay(world, references.of(keys_of(layout)), steps, quiet=True)
+                    replay = Replay(world, references.of(keys_of(layout)), steps, quiet=True, exact=exact)
                     yield Cell(layout, replay.run(), replay.digest())
                 except UserError as error:
                     yield Cell(layout, None, refused=str(error))
@@ -243,21 +244,22 @@ class References:
 
     Args:
         config: YAML file of a run.
+        compilers: see `OneDevice`.
     """
 
-    def __init__(self, config: str) -> None:
-        self.config, self.known = config, {}
+    def __init__(self, config: str, compilers: Compilers | None = None) -> None:
+        self.config, self.compilers, self.known = config, compilers, {}
 
     def of(self, overrides: Sequence[str]) -> OneDevice:
         """The run for these overrides."""
         from parallel.task import load_run
-        from parallel.training.sharded_step import micro_batches
+        from parallel.training.sharded.step import micro_batches
 
         settings = load_run(self.config, list(overrides))[1]
-        told = settings.model_dump(mode="json", exclude={"parallel": True, "train": {"accumulation": True}})
-        key = json.dumps([told, micro_batches(settings.train, settings.parallel.resolve())], sort_keys=True)
+        described = settings.model_dump(mode="json", exclude={"parallel": True, "train": {"accumulation": True}})
+        key = json.dumps([described, micro_batches(settings.train, settings.parallel.resolve())], sort_keys=True)
         if key not in self.known:
-            self.known[key] = OneDevice(self.config, overrides)
+            self.known[key] = OneDevice(self.config, overrides, self.compilers)
         return self.known[key]
 
 
@@ -284,7 +286,7 @@ def show(cells: Sequence[Cell], title: str) -> None:
           ["layout", "", "world", "loss", "parameters", "bit for bit", "s a step"], rows)
     for cell in cells:
         if cell.figures is None:
-            note(f"{cell.layout.name} is refused: {cell.refused}")
+            info(f"{cell.layout.name} is refused: {cell.refused}")
 
 
 def summary(cells: Sequence[Cell]) -> dict[str, Any]:

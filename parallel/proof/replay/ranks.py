@@ -17,7 +17,7 @@ from parallel.proof.replay.executor import Program, Rank, data_inputs, prepare
 from parallel.proof.replay.inline import flat
 from parallel.proof.replay.representatives import derived, representative_of, representatives, same_but_for_groups
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.slices import Box, box_of_mindspore, box_shape
+from parallel.sharding.slices import Extent, extent_shape, slice_of_mindspore
 from parallel.training.settings import TrainSettings
 
 
@@ -28,14 +28,14 @@ class AllRanks:
     Args:
         config: resolved.
         programs: by rank.
-        boxes: for each rank, which part of every parameter, state and input it holds.
+        extents: for each rank, which part of every parameter, state and input it holds.
         count: micro-batches of a step.
         compiled_ranks: the ranks that were compiled; the others' graphs are those but for their groups (`distinct`).
     """
 
     config: ParallelConfig
     programs: list[Program]
-    boxes: list[dict[str, Box]]
+    extents: list[dict[str, Extent]]
     count: int
     compiled_ranks: list[int]
 
@@ -50,14 +50,14 @@ class AllRanks:
             UserError: a parameter of a graph has no start value.
         """
         ranks = []
-        for number, (program, boxes) in enumerate(zip(self.programs, self.boxes, strict=True)):
+        for number, (program, extents) in enumerate(zip(self.programs, self.extents, strict=True)):
             state = {}
             for name, kind in program.graph.parameters.items():
                 dtype = np.dtype("float64" if exact and np.dtype(kind.dtype).kind == "f" else kind.dtype)
                 if name.startswith("accu_grads."):
                     state[name] = np.zeros(kind.shape, dtype)
                 elif name in values:
-                    state[name] = np.array(part_of(values[name], boxes.get(name)), dtype).reshape(kind.shape)
+                    state[name] = np.array(part_of(values[name], extents.get(name)), dtype).reshape(kind.shape)
                 else:
                     raise UserError("a parameter of the compiled graph is not one of the one-device step",
                                     where=f"rank {number}", value=name)
@@ -67,9 +67,9 @@ class AllRanks:
     def inputs(self, batch: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """Each rank's rows of a global batch."""
         rows = []
-        for program, boxes in zip(self.programs, self.boxes, strict=True):
+        for program, extents in zip(self.programs, self.extents, strict=True):
             names = data_inputs(program)
-            rows.append([part_of(item, boxes.get(name)) for name, item in zip(names, batch, strict=True)])
+            rows.append([part_of(item, extents.get(name)) for name, item in zip(names, batch, strict=True)])
         return rows
 
     def order(self, rows: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def compile_graphs(config: str, overrides: Sequence[str], compilers: Compilers, 
 
 def needs_sharing(train: TrainSettings, layout: ParallelConfig) -> bool:
     """Whether MindSpore compiles the layout only with micro-batches that share one copy of the network's graph."""
-    from parallel.training.sharded_step import micro_batches
+    from parallel.training.sharded.step import micro_batches
 
     scheduled = layout.pipeline.stages > 1 and layout.pipeline.schedule != "1f1b"
     return scheduled or (layout.optimizer.level > 1 and micro_batches(train, layout) > 1)
@@ -138,16 +138,17 @@ def read_ranks(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> AllRa
     """Makes the ranks' programs and finds which part of every parameter each holds."""
     result = next(iter(compiled.values())).result
     config = ParallelConfig.model_validate(result["parallel"])
-    programs, boxes = [], []
+    programs, extents = [], []
     for rank in range(config.world):
         source = rank if rank in compiled else representative_of(rank, config)
         graph = graphs[rank] if rank in compiled else derived(graphs[source], rank, config)
         programs.append(prepare(graph))
-        boxes.append(parameter_boxes(rank, compiled[source].layouts, programs[-1], config))
-    return AllRanks(config, programs, boxes, result["micro_batches"], sorted(compiled))
+        extents.append(parameter_extents(rank, compiled[source].layouts, programs[-1], config))
+    return AllRanks(config, programs, extents, result["micro_batches"], sorted(compiled))
 
 
-def parameter_boxes(rank: int, layouts: dict[str, list], program: Program, config: ParallelConfig) -> dict[str, Box]:
+def parameter_extents(rank: int, layouts: dict[str, list], program: Program, config: ParallelConfig) -> dict[str,
+                                                                                                             Extent]:
     """The part of every parameter, state and input that a rank holds: op slices first, then the optimizer's cut.
 
     Args:
@@ -162,20 +163,20 @@ def parameter_boxes(rank: int, layouts: dict[str, list], program: Program, confi
     stage = coordinates(rank, config)[0]
     first = stage * config.data * config.op
     groups = {node.attributes.get("group"): group_ranks(node) for node in program.nodes if "group" in node.attributes}
-    boxes = {}
+    extents = {}
     for name, layout in layouts.items():
         held = program.graph.parameters.get(name)
         if not layout[6] and held is None:
             continue
         sharers = tuple(member - first for member in groups.get(layout[5], ())) if layout[5] else ()
-        box = box_of_mindspore(layout, rank - first, sharers)
-        if held is not None and box_shape(box) != held.shape:
-            raise UserError(f"the graph holds shape {list(held.shape)}, its layout says {list(box_shape(box))}",
+        extent = slice_of_mindspore(layout, rank - first, sharers)
+        if held is not None and extent_shape(extent) != held.shape:
+            raise UserError(f"the graph holds shape {list(held.shape)}, its layout says {list(extent_shape(extent))}",
                             where=f"rank {rank}", value=name)
-        boxes[name] = box
-    return boxes
+        extents[name] = extent
+    return extents
 
 
-def part_of(full: np.ndarray, box: Box | None) -> np.ndarray:
-    """The elements of `full` in `box`; all of them where there is none (nothing is cut)."""
-    return full if box is None else full[tuple(slice(*pair) for pair in box)]
+def part_of(full: np.ndarray, extent: Extent | None) -> np.ndarray:
+    """The elements of `full` in `extent`; all of them where there is none (nothing is cut)."""
+    return full if extent is None else full[tuple(slice(*pair) for pair in extent)]

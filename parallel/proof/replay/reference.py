@@ -1,4 +1,5 @@
-"""The plain run that a replay is compared with: the training step on one CPU device."""
+"""The one-device runs that a replay is compared with: the training step on MindSpore's CPU kernels in float32, and the
+graph of one rank executed in float64 as the ranks of the layout are."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from parallel.proof.compile.graph import read_graph
 from parallel.proof.compile.rank_compiler import Compilers, Request
+from parallel.proof.replay.executor import run_step
 from parallel.proof.replay.ranks import AllRanks, read_ranks
 from parallel.sharding.config import ParallelConfig
 
@@ -38,20 +40,23 @@ class OneDevice:
     Args:
         config: YAML file of a run.
         overrides: key.sub=value.
+        compilers: what compiles the graph of one rank; None starts processes of its own.
 
     Raises:
         UserError: the settings do not fit together.
     """
 
-    def __init__(self, config: str, overrides: Sequence[str]) -> None:
+    def __init__(self, config: str, overrides: Sequence[str], compilers: Compilers | None = None) -> None:
         from parallel.task import load_run
         from parallel.training.device import start_device
-        from parallel.training.sharded_step import micro_batches
+        from parallel.training.sharded.step import micro_batches
 
         start_device("CPU")
         self.config, self.overrides = config, list(overrides)
-        self.single: AllRanks | None = None
+        self.compilers = compilers
+        self.single: dict[int, AllRanks] = {}
         self.histories: dict[bytes, History] = {}
+        self.exact_histories: dict[bytes, History] = {}
         self.module, self.settings = load_run(config, self.overrides)
         self.count = micro_batches(self.settings.train, self.settings.parallel.resolve())
         self._build()
@@ -61,24 +66,54 @@ class OneDevice:
         """The network at its start values and its step, not compiled yet."""
         from parallel.layers.parameter import initialize
         from parallel.training.optimizers import run_optimizer
-        from parallel.training.step import TrainStep, weighs
+        from parallel.training.step import TrainStep, enable_weighted_loss
 
         train = self.settings.train.model_copy(update={"accumulation": self.count})
         self.task = self.module.build(self.settings, ParallelConfig(), "float32")
         initialize(self.task.network, train.seed)
         optimizer = run_optimizer(self.task.network.trainable_params(), train, self.task.is_sparse)
-        self.step = TrainStep(self.task.network, optimizer, train, weighted=weighs(self.task.network))
+        self.step = TrainStep(self.task.network, optimizer, train, weighted=enable_weighted_loss(self.task.network))
 
-    def compiled(self) -> AllRanks:
-        """The same network as a world of one rank, compiled like a layout; compiled when first asked for."""
-        if self.single is None:
+    def compiled(self, count: int | None = None) -> AllRanks:
+        """The same network as a world of one rank, compiled like a layout; compiled when first asked for.
+
+        Args:
+            count: micro-batches; None = those of the layout. Their gradients are not gathered in a world of one rank,
+                so only forward nodes are of use where there are several.
+        """
+        count = self.count if count is None else count
+        if count not in self.single:
             request = Request(1, 0, str(Path(self.config).resolve()),
-                              [*self.overrides, *_ONE_DEVICE, f"train.accumulation={self.count}"],
+                              [*self.overrides, *_ONE_DEVICE, f"train.accumulation={count}"],
                               compute_dtype="float32", reuse=False)
-            with Compilers() as compilers:
-                compiled = compilers.compile([request])[0]
-            self.single = read_ranks({0: compiled}, {0: read_graph(compiled.graph)})
-        return self.single
+            if self.compilers is not None:
+                compiled = self.compilers.compile([request])[0]
+            else:
+                with Compilers() as compilers:
+                    compiled = compilers.compile([request])[0]
+            self.single[count] = read_ranks({0: compiled}, {0: read_graph(compiled.graph)})
+        return self.single[count]
+
+    def exact(self, steps: int, order: np.ndarray) -> History:
+        """`run` by the graph of one rank, executed in float64.
+
+        It takes the batch as a whole: the loss is a sum over samples divided by their weights, which several
+        micro-batches give as well, but for rounding.
+        """
+        known = self.exact_histories.get(order.tobytes())
+        if known is not None and len(known.losses) >= steps:
+            return known
+        world, history = self.compiled(1), History()
+        ranks = world.start(self.start, exact=True)
+        for number in range(steps):
+            begin = time.monotonic()
+            loss, norm, *_ = run_step(ranks, world.inputs([item[order] for item in self.batch(number)]))[0]
+            history.losses.append([float(loss)])
+            history.norms.append([float(norm)])
+            history.seconds.append(time.monotonic() - begin)
+            history.values.append({name: value.copy() for name, value in ranks[0].state.items()})
+        self.exact_histories[order.tobytes()] = history
+        return history
 
     def reach(self, name: str) -> float:
         """How far one step can move an element of a parameter, roughly: the learning rate of its optimizer."""

@@ -1,9 +1,10 @@
 """`python -m parallel replay`: all ranks of a layout executed here, in lock-step, against a plain one-device run.
 
 Every rank's training step is compiled as for a cluster (`child`), the partitioned graphs are executed by NumPy
-(`executor`, `rules`), collectives by combining the ranks' tensors (`collectives`). The one-device run is
-`parallel.training.step.TrainStep` on the CPU with the same start values and the same data, which shares no code
-with the partitioner.
+(`executor`, `rules`), collectives by combining the ranks' tensors (`collectives`). One device is the graph of one rank,
+executed the same way; both in float64, so that nothing but a mistake makes a difference. That graph is held against
+`parallel.training.step.TrainStep` on MindSpore's CPU kernels in float32, which shares no code with the partitioner and
+none with the rules.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", metavar="LIST",
                         help="replay many layouts and print a table: all, or names with commas between (see "
                              "docs/replay.md); overrides of the parallel block come on top of each")
+    parser.add_argument("--float32", action="store_true",
+                        help="execute the ranks in float32 and compare them with MindSpore's own step alone (default: "
+                             "ranks and one device in float64)")
     parser.add_argument("--keep", metavar="DIR", help="keep graphs, layouts and logs of all compiled ranks there")
     parser.add_argument("--every-rank", action="store_true",
                         help="compile every rank, also those whose graphs differ from others in their groups only")
@@ -62,8 +66,8 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
             with ThreadPoolExecutor(1) as pool:
                 compiling = pool.submit(compile_ranks, arguments.config, overrides, compilers, keep=arguments.keep,
                                         every_rank=arguments.every_rank)
-                reference = OneDevice(arguments.config, overrides)
+                reference = OneDevice(arguments.config, overrides, compilers)
                 world = compiling.result()
-        outcome = Replay(world, reference, arguments.steps).run()
+            outcome = Replay(world, reference, arguments.steps, exact=not arguments.float32).run()
     outcome["seconds"] = round(time.monotonic() - started, 2)
     return outcome

@@ -66,13 +66,13 @@ def _nameless(layouts: dict[str, list]) -> dict[str, list]:
 def alike(one: Node, other: Node) -> bool:
     """Whether two nodes are the same computation among the same ranks."""
 
-    def told(node: Node) -> tuple:
+    def signature(node: Node) -> tuple:
         kept = [{key: value for key, value in items.items() if key not in _NOT_COMPARED}
                 for items in (node.attributes, node.marks)]
         value = node.value.SerializeToString() if node.value is not None else None
         return node.name, node.op, node.inputs, node.outputs, node.scope, node.callee, value, kept
 
-    return told(one) == told(other)
+    return signature(one) == signature(other)
 
 
 def derived(graph: Graph, rank: int, config: ParallelConfig) -> Graph:

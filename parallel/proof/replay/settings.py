@@ -50,7 +50,7 @@ def check_size(config: str, overrides: Sequence[str]) -> None:
     """Raises a `UserError` if the settings are wrong or the layout has too many ranks for one process, or nothing that
     is cut."""
     from parallel.task import load_run
-    from parallel.training.sharded_step import micro_batches
+    from parallel.training.sharded.step import micro_batches
 
     settings = load_run(config, list(overrides))[1]
     layout = settings.parallel.resolve()
@@ -69,7 +69,7 @@ def check_layout(config: str, overrides: Sequence[str]) -> None:
     """Raises a `UserError` if the layout does not fit the network or the batch, before anything is compiled."""
     from parallel.sharding.parallelize import parallelize
     from parallel.task import build_task
-    from parallel.training.sharded_step import input_shapes
+    from parallel.training.sharded.step import input_shapes
 
     task, settings, layout = build_task(config, list(overrides))
     input_shapes(task, settings.train, layout)

@@ -4,9 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LOSS_TOLERANCE = 1e-5
-PARAMETER_TOLERANCE = 1e-4
-STATE_TOLERANCE = 1e-3
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative differences that still count as equal.
+
+    Args:
+        loss, norm, parameter, state: of a step's figures and what it leaves.
+        node: of a single node's tensor, where the first wrong one is looked for.
+    """
+
+    loss: float
+    norm: float
+    parameter: float
+    state: float
+    node: float
+
+    def hold(self, now: dict[str, float]) -> bool:
+        """Whether the differences of a step are within."""
+        return all(now[name] <= getattr(self, name) for name in ("loss", "norm", "parameter", "state"))
+
+
+FLOAT64 = Bounds(1e-9, 1e-9, 1e-9, 1e-9, 1e-9)
+"""Both sides in float64: sums in another order differ by 1e-15 of the summands, which leaves six digits for what
+cancels and for what an optimizer amplifies; a mistake of a millionth in one rank is a thousand times the bound."""
+FLOAT32 = Bounds(1e-5, 1e-4, 1e-4, 1e-3, 1e-3)
+"""Both sides in float32."""
+STEP = Bounds(1e-5, 1e-4, float("inf"), float("inf"), float("inf"))
+"""The one-rank graph in float64 against MindSpore's own float32 step: what is compared is the loss and the norm."""
 # The smallest scale of a moment, in largest first moments.
 STATE_FLOOR = 1e-3
 

@@ -31,6 +31,8 @@ class Reader:
         split_by: default way to split ("order", "time" or "random").
         needs_path: whether `data.path` must be given.
         histories: whether it adds the columns that `data.history`, `passed` and `like_rate` ask for.
+        stream: for a stream, what makes its `recsys.data.streams.events.Transport` of the data settings; `read` then
+            refuses, or reads what there is.
     """
 
     read: Callable[[Any, Path | None], Iterator[tuple[Any, str]]]
@@ -41,6 +43,7 @@ class Reader:
     split_by: str = "order"
     needs_path: bool = True
     histories: bool = False
+    stream: Callable[[Any], Any] | None = None
 
 
 def known_readers() -> list[str]:

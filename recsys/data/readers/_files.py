@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import glob
+import codecs
+import csv as python_csv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import pyarrow.csv as csv
 import pyarrow.parquet as parquet
 
 from parallel.common.errors import UserError
-from parallel.common.files import COMPRESSED_SUFFIXES, open_binary
-from parallel.common.progress import note
+from parallel.common.files import COMPRESSED_SUFFIXES, matching, open_binary
+from parallel.common.progress import info
 from recsys.data.features import Feature
+from recsys.data.readers._records import Place, whole_records
 
 ROWS_AT_ONCE = 65536
-_BLOCK_BYTES = 8 << 20
 
 
 def shards(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
@@ -25,12 +26,9 @@ def shards(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     Raises:
         UserError: nothing is there.
     """
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes)
-    elif any(mark in str(path) for mark in "*?["):
-        found = sorted(Path(name) for name in glob.glob(str(path)))
-    else:
-        found = [path] if path.is_file() else []
+    found = [file for place in matching(path) for file in (
+        sorted(file for file in place.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes)
+        if place.is_dir() else [place])]
     if not found:
         raise UserError(f"no {' or '.join(suffixes)} file here", where="data.path", value=str(path),
                         hint="check the path")
@@ -47,38 +45,61 @@ def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = No
     """Tables of a text file with a header line (or `names`), every cell as text, in pieces of a few MB.
 
     Raises:
-        UserError: not UTF-8, rows of different lengths, a damaged archive.
+        UserError: not UTF-8, rows of different lengths, quotes that do not balance, a damaged archive; names the row.
     """
-    try:
-        with open_binary(file) as stream:
-            head = stream.read(1)
-        if not head:
-            note(f"{file}: empty, left out")
-            return
-        columns = names or _header(file, delimiter)
-        reader = csv.open_csv(
-            pa.PythonFile(open_binary(file), "r"),
-            read_options=csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=names, use_threads=False),
-            parse_options=csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()),
-                                               strings_can_be_null=True, null_values=["", "NULL", "\\N"]))
-        for batch in reader:
-            yield pa.Table.from_batches([batch]), str(file)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"not a well-formed table: {error}", where=file, hint="check delimiter and quotes") from None
-    except (EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise UserError(f"cannot be read to its end: {error}", where=file, hint="fetch it again") from None
-
-
-def _header(file: Path, delimiter: str) -> list[str]:
     with open_binary(file) as stream:
-        line = stream.readline(1 << 20)
+        if not stream.peek(1):
+            info(f"{file}: empty, left out")
+            return
+        if stream.peek(3)[:3] == codecs.BOM_UTF8:
+            stream.read(3)
+        columns, place = names, Place(file, delimiter, names is None)
+        for data in whole_records(stream, place, quoted):
+            table = _table(data, columns, place, quoted)
+            columns = columns or table.column_names
+            place.row = max(place.row, 0) + len(table)
+            if len(table):
+                yield table, str(file)
+
+
+def _table(data: bytes, columns: list[str] | None, place: Place, quoted: bool) -> pa.Table:
+    """Whole records as a table of text; without `columns` the first is the header."""
+    wrong: list[csv.InvalidRow] = []
+
+    def refuse(row: csv.InvalidRow) -> str:
+        wrong.append(row)
+        return "error"
+
+    delimiter = place.delimiter
     try:
-        return [name.strip().strip('"') for name in line.decode("utf-8-sig").rstrip("\r\n").split(delimiter)]
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8 text", where=file) from None
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise place.error("not UTF-8 text", data, error.start) from None
+    names = columns or _header(data, delimiter, quoted)
+    kept = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True,
+                              null_values=["", "NULL", "\\N"])
+    try:
+        return csv.read_csv(
+            pa.BufferReader(data), convert_options=kept,
+            read_options=csv.ReadOptions(block_size=len(data) + 1, column_names=columns, use_threads=False),
+            parse_options=csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False,
+                                           newlines_in_values=quoted, invalid_row_handler=refuse))
+    except pa.ArrowInvalid as error:
+        if wrong:
+            # Arrow counts from 1, the header too.
+            raise UserError(f"{wrong[0].actual_columns} cells where the table has {wrong[0].expected_columns} columns",
+                            where=f"{place.file}, row {place.row + (wrong[0].number or 1)}", value=wrong[0].text,
+                            hint="not a well-formed table: check delimiter and quotes") from None
+        raise UserError(f"not a well-formed table: {error}", where=f"{place.file}, behind row {max(place.row, 0)}",
+                        hint="check delimiter and quotes") from None
+
+
+def _header(data: bytes, delimiter: str, quoted: bool) -> list[str]:
+    line = data[:data.find(b"\n")] if b"\n" in data else data
+    text = line.decode().rstrip("\r")
+    if quoted and '"' in text:
+        return next(python_csv.reader([text], delimiter=delimiter))
+    return text.split(delimiter)
 
 
 def parquet_tables(file: Path) -> Iterator[tuple[pa.Table, str]]:
@@ -88,13 +109,13 @@ def parquet_tables(file: Path) -> Iterator[tuple[pa.Table, str]]:
         UserError: damaged, or not parquet.
     """
     if file.stat().st_size == 0:
-        note(f"{file}: empty, left out")
+        info(f"{file}: empty, left out")
         return
     try:
         source = parquet.ParquetFile(file)
         for batch in source.iter_batches(ROWS_AT_ONCE):
             yield pa.Table.from_batches([batch]), str(file)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         raise UserError(f"not a whole parquet file: {error}", where=file, hint="fetch it again") from None
 
 

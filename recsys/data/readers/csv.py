@@ -13,7 +13,7 @@ from recsys.data.readers._files import csv_tables, no_default_features, shards
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of all shards in order of their names; `data.delimiter` parts the cells."""
     for file in shards(path, (".csv", ".tsv", ".txt")):
-        yield from csv_tables(file, delimiter=data.delimiter)
+        yield from csv_tables(file, delimiter=data.delimiter, quoted=data.quoted)
 
 
 READER = Reader(read, no_default_features)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from parallel.common.errors import UserError
-from parallel.common.files import open_text
+from parallel.common.lines import text_lines
 from recsys.data.features import Feature
 from recsys.data.readers import Reader
 from recsys.data.readers._files import ROWS_AT_ONCE, ids, shards
@@ -38,28 +38,22 @@ def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
         UserError: a line of another form, a damaged archive, not UTF-8.
     """
     for file in shards(path, (".libfm", ".txt")):
-        try:
-            yield from _tables(file)
-        except UnicodeDecodeError:
-            raise UserError("not UTF-8 text", where=file) from None
-        except (EOFError, OSError) as error:
-            raise UserError(f"cannot be read to its end: {error}", where=file, hint="fetch it again") from None
+        yield from _tables(file)
 
 
 def _tables(file: Path) -> Iterator[tuple[Any, str]]:
     columns: list[list[str]] = [[] for _ in range(len(FIELDS) + 1)]
-    with open_text(file) as lines:
-        for number, line in enumerate(lines, 1):
-            cells = line.split()
-            if len(cells) != len(FIELDS) + 1:
-                raise UserError(f"a line has a label and {len(FIELDS)} fields", where=f"{file}, line {number}",
-                                value=line.strip())
-            columns[0].append("0" if cells[0] in ("-1", "0", "-1.0", "0.0") else cells[0])
-            for place, cell in enumerate(cells[1:], 1):
-                columns[place].append(cell.partition(":")[0])
-            if len(columns[0]) == ROWS_AT_ONCE:
-                yield pa.table(dict(zip(["label", *FIELDS], columns, strict=True))), str(file)
-                columns = [[] for _ in columns]
+    for number, line in text_lines(file):
+        cells = line.split()
+        if len(cells) != len(FIELDS) + 1:
+            raise UserError(f"a line has a label and {len(FIELDS)} fields", where=f"{file}, line {number}",
+                            value=line.strip())
+        columns[0].append("0" if cells[0] in ("-1", "0", "-1.0", "0.0") else cells[0])
+        for place, cell in enumerate(cells[1:], 1):
+            columns[place].append(cell.partition(":")[0])
+        if len(columns[0]) == ROWS_AT_ONCE:
+            yield pa.table(dict(zip(["label", *FIELDS], columns, strict=True))), str(file)
+            columns = [[] for _ in columns]
     if columns[0]:
         yield pa.table(dict(zip(["label", *FIELDS], columns, strict=True))), str(file)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from parallel.common.errors import UserError
-from parallel.common.progress import note
+from parallel.common.progress import info
 from recsys.data.features import Feature
 from recsys.data.readers import Reader
 from recsys.data.readers._files import parquet_tables, shards
@@ -46,7 +46,7 @@ def features(data: Any) -> list[Feature]:
         elif not field.name.startswith("label") and field.name != "timestamp":
             left_out.append(field.name)
     if left_out:
-        note(f"columns without a known prefix are left out: {', '.join(left_out)}")
+        info(f"columns without a known prefix are left out: {', '.join(left_out)}")
     return found
 
 

@@ -16,11 +16,12 @@ from parallel.common.settings import Settings
 from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
 from parallel.layers.norm import LayerNorm
 from parallel.layers.relu_moe import ReluMoE
+from parallel.sharding.config import ParallelConfig
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
 from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import GroupTokenizer, MeanPool, SliceTokenizer, tokens_of_groups
-from recsys.ranker import Ranker
+from recsys.ranker import Ranker, check_token_axes
 from recsys.settings import RankerSettings
 from recsys.ug_sep.sides import UGSepSettings
 
@@ -72,7 +73,7 @@ class RankMixerSettings(RankerSettings):
     op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
-    """User and group tokens separated, so that a request's user is computed once; null = entangled."""
+    """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
 
     @property
     def inner(self) -> int:
@@ -86,6 +87,17 @@ class RankMixerSettings(RankerSettings):
         return self
 
 
+def network(settings: RankMixerSettings, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
+            compute_dtype: mstype) -> nn.Cell:
+    """A per-token network from `inputs` to `outputs`: dense, or ReLU-routed experts."""
+    moe = settings.moe
+    if moe is None:
+        return GroupedFeedForward(tokens, inputs, inner, layout=layout, outputs=outputs, compute_dtype=compute_dtype)
+    return ReluMoE(tokens, inputs, inner, experts=moe.experts, router=moe.router, budget=moe.budget,
+                   penalty=moe.penalty, penalty_step=moe.penalty_step, layout=layout, outputs=outputs,
+                   compute_dtype=compute_dtype)
+
+
 class RankMixerBlock(nn.Cell):
     """S = LN(TokenMixing(X) + X); X' = LN(PFFN(S) + S), norm after the residual (eq. 1)."""
 
@@ -96,14 +108,8 @@ class RankMixerBlock(nn.Cell):
         self.norm1 = LayerNorm(width, compute_dtype=compute_dtype, stream=layout.stream) if settings.norm else None
         self.norm2 = LayerNorm(width, compute_dtype=compute_dtype, stream=layout.stream) if settings.norm else None
         self.add1, self.add2 = Add(layout.stream), Add(layout.stream)
-        moe = settings.moe
-        if moe is None:
-            self.network = GroupedFeedForward(tokens, width, settings.inner, layout=layout, compute_dtype=compute_dtype)
-        else:
-            self.network = ReluMoE(tokens, width, settings.inner, experts=moe.experts, router=moe.router,
-                                   budget=moe.budget, penalty=moe.penalty, penalty_step=moe.penalty_step,
-                                   layout=layout, compute_dtype=compute_dtype)
-        self.residual, self.sparse = settings.residual, moe is not None
+        self.network = network(settings, tokens, width, settings.inner, width, layout, compute_dtype)
+        self.residual, self.sparse = settings.residual, settings.moe is not None
 
     def construct(self, x_TBD: Tensor) -> tuple:
         """(x_TBD, penalty): the penalty is 0 without experts."""
@@ -127,7 +133,7 @@ class RankMixerBlock(nn.Cell):
 
 
 class RankMixer(Ranker):
-    """Tokens, L blocks, mean over the tokens, task towers."""
+    """Tokens, L blocks, mean over the tokens, task heads."""
 
     def __init__(self, settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
                  compute_dtype: mstype = mstype.float32) -> None:
@@ -146,7 +152,7 @@ class RankMixer(Ranker):
                                 value=settings.tokens, hint=f"set it to {self.tokenize.tokens}, or name group_tokens")
         self.layers = nn.CellList([RankMixerBlock(settings, layout, compute_dtype) for _ in range(settings.layers)])
         self.pool = MeanPool(layout)
-        self.sparse = settings.moe is not None
+        self.sparse, self.token_count = settings.moe is not None, settings.tokens
         self.make_head(settings.width)
 
     def represent(self, groups: tuple, sequences: tuple) -> tuple:
@@ -158,18 +164,8 @@ class RankMixer(Ranker):
                 penalties += (penalty,)
         return self.pool(x_TBD), (), penalties
 
+    def check_op(self, parallel: ParallelConfig, batch: int) -> None:
+        check_token_axes(self.settings, parallel, batch, {self.settings.tokens})
+
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
         return [[self.embedding, self.drop, self.tokenize], *self.layers, [self.pool, self.head]]
-
-
-def ranker(settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
-           compute_dtype: mstype = mstype.float32) -> Ranker:
-    """RankMixer, separated if the settings say so."""
-    if settings.ug_sep is None:
-        return RankMixer(settings, spec, tasks, compute_dtype)
-    from recsys.models.rankmixer.separated import SeparatedRankMixer
-
-    return SeparatedRankMixer(settings, spec, tasks, compute_dtype)
-
-
-SETTINGS, MODEL = RankMixerSettings, ranker

@@ -1,4 +1,4 @@
-"""RankMixer with user and group tokens separated (UG-Sep, arXiv 2602.10455).
+"""RankMixer with user and candidate tokens separated (UG-Sep, arXiv 2602.10455).
 
 Shapes: R rows of U, N rows of G, T = c_u + c_g tokens = mixing heads, D width, d = D / T.
 
@@ -8,20 +8,18 @@ first matrix keeps all its rows; all that G needs of U are the heads of the U to
 
 from __future__ import annotations
 
-from typing import Any
-
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
-from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
+from parallel.layers.grouped import Add, TokenLayout
 from parallel.layers.norm import LayerNorm
-from parallel.layers.relu_moe import ReluMoE
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
 from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import SliceTokenizer
-from recsys.models.tokenmixer_large.separated import SidedGroupTokenizer
+from recsys.models.rankmixer.model import RankMixerSettings, network
+from recsys.models.tokenmixer_large.separated import TwoSidedGroupTokenizer
 from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
 from recsys.ug_sep.ranker import (
     Beside,
@@ -31,28 +29,17 @@ from recsys.ug_sep.ranker import (
     Repeat,
     SeparatedRanker,
     Shape,
-    SidedBlock,
     Take,
+    TwoSidedBlock,
     Widths,
 )
 from recsys.ug_sep.sides import tokens_of_ratio
 
 
-def network(settings: Any, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
-            compute_dtype: mstype) -> nn.Cell:
-    """A per-token network from `inputs` to `outputs`: dense, or ReLU-routed experts."""
-    moe = settings.moe
-    if moe is None:
-        return GroupedFeedForward(tokens, inputs, inner, layout=layout, outputs=outputs, compute_dtype=compute_dtype)
-    return ReluMoE(tokens, inputs, inner, experts=moe.experts, router=moe.router, budget=moe.budget,
-                   penalty=moe.penalty, penalty_step=moe.penalty_step, layout=layout, outputs=outputs,
-                   compute_dtype=compute_dtype)
-
-
-class SeparatedBlock(SidedBlock):
+class SeparatedBlock(TwoSidedBlock):
     """S = LN(Mix(X) M_mix + X), X' = LN(PFFN(S) + S), each side with networks of its own and the norms in common."""
 
-    def __init__(self, settings: Any, counts: Shape, layout: TokenLayout, compute_dtype: mstype) -> None:
+    def __init__(self, settings: RankMixerSettings, counts: Shape, layout: TokenLayout, compute_dtype: mstype) -> None:
         super().__init__()
         width, separation, (c_u, c_g) = settings.width, settings.ug_sep, counts
         tokens, stream = c_u + c_g, layout.stream
@@ -61,7 +48,7 @@ class SeparatedBlock(SidedBlock):
         self.sparse, inner = settings.moe is not None, settings.inner
         self.heads_apart = Widths((c_u * d, c_g * d), stream)
         self.mix_own, self.mix_given = (TokenMixing(c_u, count, count * d, layout=layout) for count in counts)
-        self.mix_group = TokenMixing(c_g, c_g, c_g * d, layout=layout)
+        self.mix_candidate = TokenMixing(c_g, c_g, c_g * d, layout=layout)
         self.blank, self.beside, self.beside_rest = Blank(stream), Beside(2, stream), Beside(2, stream)
         self.take = Take()
         norm = {"compute_dtype": compute_dtype, "stream": stream}
@@ -75,7 +62,7 @@ class SeparatedBlock(SidedBlock):
         if separation.compensation != "none":
             self.compensation = Compensation(separation.compensation, c_u, self.rows, c_g, width,
                                              separation.compensation_rank or width, compute_dtype)
-        self.pieces = [*([(c_g, c_u * d)] if self.mixing else []),
+        self.components = [*([(c_g, c_u * d)] if self.mixing else []),
                        *([self.compensation.shape] if self.compensation is not None else [])]
         # Of the form with masks.
         self.mix, self.join_tokens = TokenMixing(tokens, tokens, width, layout=layout), Beside(0, stream)
@@ -97,30 +84,30 @@ class SeparatedBlock(SidedBlock):
         return y_TBD, penalty
 
     def user(self, x_uRD: Tensor, index_N: Tensor | None = None) -> tuple:
-        """(x_uRD, pieces: U heads of the G mixed tokens [c_g, R, c_u d], compensation if any; penalty)."""
-        s_uRD, pieces = x_uRD, ()
+        """(x_uRD, components: U heads of the G mixed tokens [c_g, R, c_u d], compensation if any; penalty)."""
+        s_uRD, components = x_uRD, ()
         if self.mixing:
             first, rest = self.heads_apart(x_uRD)
             own = self.mix_own(first)
-            pieces += (self.mix_given(rest),)
+            components += (self.mix_given(rest),)
             # The mixed token ends where the mask begins.
             s_uRD = (self.beside_rest(self.adds[2](own, first), rest) if self.residual
                      else self.beside_rest(own, self.blank(rest)))
         if self.compensation is not None:
-            pieces += (self.compensation(own if self.mixing else self.heads_apart(x_uRD)[0]),)
+            components += (self.compensation(own if self.mixing else self.heads_apart(x_uRD)[0]),)
         x_uRD, penalty = self.half(s_uRD, self.network_user, index_N, 0)
-        return x_uRD, pieces, penalty
+        return x_uRD, components, penalty
 
-    def group(self, x_gND: Tensor, pieces: tuple, index_N: Tensor | None) -> tuple:
+    def candidate(self, x_gND: Tensor, components: tuple, index_N: Tensor | None) -> tuple:
         """(x_gND, penalty)."""
         s_gND = x_gND
         if self.mixing:
             _, heads = self.heads_apart(x_gND)
-            s_gND = self.beside(self.take.full(pieces[0], index_N), self.mix_group(heads))
+            s_gND = self.beside(self.take.full(components[0], index_N), self.mix_candidate(heads))
             if self.residual:
                 s_gND = self.adds[3](s_gND, x_gND)
         if self.compensation is not None:
-            s_gND = self.adds[4](s_gND, self.take.full(self.wide(pieces[-1]), index_N))
+            s_gND = self.adds[4](s_gND, self.take.full(self.wide(components[-1]), index_N))
         return self.half(s_gND, self.network_group, None, 1)
 
     def masked(self, x_TBD: Tensor) -> tuple:
@@ -139,10 +126,10 @@ class SeparatedBlock(SidedBlock):
         return self.join_tokens(own, other), (penalty, more)
 
 
-class SidedSliceTokenizer(nn.Cell):
+class TwoSidedSliceTokenizer(nn.Cell):
     """Each side's concatenation cut into equal slices, one a token (RankMixer eq. 2)."""
 
-    pieces: tuple = ()
+    components: tuple = ()
 
     def __init__(self, users: dict[str, int], groups: dict[str, int], counts: Shape, width: int, *,
                  layout: TokenLayout, shared: bool, compute_dtype: mstype) -> None:
@@ -152,36 +139,37 @@ class SidedSliceTokenizer(nn.Cell):
             for own, count in ((users, counts[0]), (groups, counts[1])))
 
     def user(self, groups: tuple) -> tuple:
-        """(x_uRD, no pieces)."""
+        """(x_uRD, no components)."""
         return self.user_side(*groups), ()
 
-    def group(self, groups: tuple, pieces: tuple, index_N: Tensor | None) -> Tensor:
+    def candidate(self, groups: tuple, components: tuple, index_N: Tensor | None) -> Tensor:
         """x_gND."""
         return self.group_side(*groups)
 
 
 class SeparatedRankMixer(SeparatedRanker):
-    """RankMixer in two passes; settings as for the entangled model, with `ug_sep`."""
+    """RankMixer in two passes; settings as for the unseparated model, with `ug_sep`."""
 
-    def __init__(self, settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: mstype = mstype.float32) -> None:
+    def __init__(self, settings: RankMixerSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
         separation, width = settings.ug_sep, settings.width
         if separation.user_heads is not None:
             raise UserError("RankMixer has a mixing head for each token", where="model.ug_sep.user_heads",
                             value=separation.user_heads, hint="leave it out")
-        users, groups = group_widths(self.sides.user.spec), group_widths(self.sides.group.spec)
+        users, groups = group_widths(self.sides.user.spec), group_widths(self.sides.candidate.spec)
         counts = self._counts(users, groups)
         if settings.tokenization == "slices":
-            self.tokenize = SidedSliceTokenizer(users, groups, counts, width, layout=self.layout,
+            self.tokenize = TwoSidedSliceTokenizer(users, groups, counts, width, layout=self.layout,
                                                 shared=settings.shared_projection, compute_dtype=compute_dtype)
         else:
-            self.tokenize = SidedGroupTokenizer(users, groups, counts, width, named=settings.group_tokens,
+            self.tokenize = TwoSidedGroupTokenizer(users, groups, counts, width, named=settings.group_tokens,
                                                 global_token="none", hidden=None, compute_dtype=compute_dtype)
         path = count_pairs(counts, separation.layers, settings.layers)
         self.layers = nn.CellList([self._block(before, after, compute_dtype)
                                    for before, after in zip(path[:-1], path[1:], strict=True)])
         self.sparse = settings.moe is not None
-        self.finish(path, list(self.tokenize.pieces))
+        self.finish(path, list(self.tokenize.components))
 
     def _counts(self, users: dict[str, int], groups: dict[str, int]) -> Shape:
         settings = self.settings

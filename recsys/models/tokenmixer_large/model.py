@@ -16,11 +16,12 @@ from parallel.common.settings import Settings
 from parallel.layers.grouped import Add, GroupedSwiGLU, TokenLayout
 from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import RMSNorm
+from parallel.sharding.config import ParallelConfig, divides
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
 from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import GroupTokenizer, MeanPool, tokens_of_groups
-from recsys.ranker import Ranker, TaskTowers
+from recsys.ranker import Ranker, TaskHeads, check_token_axes
 from recsys.settings import RankerSettings
 from recsys.ug_sep.sides import UGSepSettings
 
@@ -82,7 +83,24 @@ class TokenMixerLargeSettings(RankerSettings):
     op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
-    """User and group tokens separated, so that a request's user is computed once; null = entangled."""
+    """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
+
+    @property
+    def inner(self) -> int:
+        """F of the networks of tokens, rounded to a whole number."""
+        return round(self.ratio * self.width)
+
+    @property
+    def residual_sources(self) -> tuple[int, ...]:
+        """Layers i that add the output of layer i - inter_residual."""
+        gap = self.inter_residual or 0
+        return tuple(range(gap, self.layers - 1, gap)) if gap else ()
+
+    @property
+    def auxiliary_layers(self) -> tuple[int, ...]:
+        """Layers whose outputs have a head of their own: every `inter_residual`-th one (2nd without) but the last."""
+        gap = self.inter_residual or 2
+        return tuple(range(gap - 1, self.layers - 1, gap)) if self.auxiliary_weight > 0.0 else ()
 
     @model_validator(mode="after")
     def _check(self) -> TokenMixerLargeSettings:
@@ -105,8 +123,8 @@ class TokenMixerBlock(nn.Cell):
         self.variant, self.inner_residual = settings.block_variant, settings.inner_residual
         self.mix = TokenMixing(tokens, heads, width, layout=layout)
         self.revert = TokenMixing(tokens, heads, width, reverting=True, layout=layout)
-        self.first = network(settings, heads, mixed, layout, compute_dtype)
-        self.second = network(settings, tokens, width, layout, compute_dtype)
+        self.first = network(settings, heads, mixed, round(settings.ratio * mixed), mixed, layout, compute_dtype)
+        self.second = network(settings, tokens, width, settings.inner, width, layout, compute_dtype)
         figure = self.variant == "figure_prenorm"
         self.norm1 = RMSNorm(width if figure else mixed, compute_dtype=compute_dtype, stream=layout.stream)
         self.norm2 = RMSNorm(width, compute_dtype=compute_dtype, stream=layout.stream)
@@ -132,21 +150,26 @@ class TokenMixerBlock(nn.Cell):
         return self.norm2(self.add2(self.second(self.revert(h_HBM)), x_TBD))
 
 
-def network(settings: TokenMixerLargeSettings, tokens: int, width: int, layout: TokenLayout,
+def network(settings: TokenMixerLargeSettings, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
             compute_dtype: mstype) -> nn.Cell:
-    """The per-token network of a sublayer: dense SwiGLU, or its sparse cut."""
-    inner = round(settings.ratio * width)
-    moe = settings.moe
+    """A per-token network from `inputs` to `outputs`: dense SwiGLU, or its sparse cut."""
+    moe, shared = settings.moe, {"layout": layout, "down_gain": settings.down_gain, "outputs": outputs,
+                                 "compute_dtype": compute_dtype}
     if moe is None:
-        return GroupedSwiGLU(tokens, width, inner, layout=layout, down_gain=settings.down_gain,
-                             compute_dtype=compute_dtype)
-    return SparsePertokenMoE(tokens, width, inner, experts=moe.experts, active=moe.active, alpha=moe.alpha,
-                             layout=layout, dispatch=moe.dispatch, capacity_factor=moe.capacity_factor,
-                             down_gain=settings.down_gain, compute_dtype=compute_dtype)
+        return GroupedSwiGLU(tokens, inputs, inner, **shared)
+    return SparsePertokenMoE(tokens, inputs, inner, experts=moe.experts, active=moe.active, alpha=moe.alpha,
+                             dispatch=moe.dispatch, capacity_factor=moe.capacity_factor, **shared)
+
+
+def check_routed_experts(moe: SparseMoESettings | None, parallel: ParallelConfig) -> None:
+    """Raises a `UserError` unless there are routed experts and expert parallelism divides them."""
+    if moe is None:
+        raise UserError("the model has no routed experts to shard", where="parallel.expert", value=parallel.expert)
+    divides(parallel.expert, moe.experts - 1, where="parallel.expert", what="routed experts")
 
 
 class TokenMixerLarge(Ranker):
-    """Tokens and global token, L blocks with inter-layer residuals, final norm, mean over the tokens, towers."""
+    """Tokens and global token, L blocks with inter-layer residuals, final norm, mean over the tokens, heads."""
 
     def __init__(self, settings: TokenMixerLargeSettings, spec: FeatureSpec, tasks: int,
                  compute_dtype: mstype = mstype.float32) -> None:
@@ -157,7 +180,7 @@ class TokenMixerLarge(Ranker):
         self.tokenize = GroupTokenizer(list(groups.values()), counts, settings.width,
                                        global_token=settings.global_token, hidden=settings.tokenizer_hidden,
                                        compute_dtype=compute_dtype)
-        self.tokens = self.tokenize.tokens
+        self.tokens = self.token_count = self.tokenize.tokens
         if settings.tokens not in (None, self.tokens):
             raise UserError(f"the groups make {self.tokens} tokens with the global one", where="model.tokens",
                             value=settings.tokens, hint=f"set it to {self.tokens}, or name group_tokens")
@@ -166,21 +189,16 @@ class TokenMixerLarge(Ranker):
                                    for _ in range(settings.layers)])
         self.gap = settings.inter_residual or 0
         # Layer i adds the output of layer i - gap, which is the input of layer i - gap + 1.
-        self.sources = tuple(range(self.gap, settings.layers - 1, self.gap)) if self.gap else ()
+        self.sources = settings.residual_sources
         self.adds = nn.CellList([Add(self.layout.stream) for _ in self.sources])
-        self.auxiliary_layers = self._auxiliary_layers() if settings.auxiliary_weight > 0.0 else ()
-        self.auxiliary = nn.CellList([TaskTowers(settings.width, settings.tower, tasks)
+        self.auxiliary_layers = settings.auxiliary_layers
+        self.auxiliary = nn.CellList([TaskHeads(settings.width, settings.head_hidden, tasks)
                                       for _ in self.auxiliary_layers])
         self.auxiliary_pools = nn.CellList([MeanPool(self.layout) for _ in self.auxiliary])
         self.norm = RMSNorm(settings.width, compute_dtype=compute_dtype,
                             stream=self.layout.stream) if settings.final_norm else None
         self.pool = MeanPool(self.layout)
         self.make_head(settings.width)
-
-    def _auxiliary_layers(self) -> tuple[int, ...]:
-        """Layers (their outputs) that have a head of their own: every `gap`-th one but the last."""
-        gap, layers = self.settings.inter_residual or 2, self.settings.layers
-        return tuple(index for index in range(gap - 1, layers - 1, gap))
 
     @property
     def auxiliary_weight(self) -> float:
@@ -202,19 +220,15 @@ class TokenMixerLarge(Ranker):
             x_TBD = self.norm(x_TBD)
         return self.pool(x_TBD), auxiliary, ()
 
+    def check_op(self, parallel: ParallelConfig, batch: int) -> None:
+        check_token_axes(self.settings, parallel, batch, {self.tokens, self.heads})
+
+    def auxiliary_heads(self) -> list[nn.Cell]:
+        return list(self.auxiliary)
+
+    def check_experts(self, parallel: ParallelConfig) -> None:
+        check_routed_experts(self.settings.moe, parallel)
+
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
         last = [self.pool, self.head, *([self.norm] if self.norm is not None else [])]
         return [[self.embedding, self.drop, self.tokenize], *self.layers, last]
-
-
-def ranker(settings: TokenMixerLargeSettings, spec: FeatureSpec, tasks: int,
-           compute_dtype: mstype = mstype.float32) -> Ranker:
-    """TokenMixer-Large, separated if the settings say so."""
-    if settings.ug_sep is None:
-        return TokenMixerLarge(settings, spec, tasks, compute_dtype)
-    from recsys.models.tokenmixer_large.separated import SeparatedTokenMixerLarge
-
-    return SeparatedTokenMixerLarge(settings, spec, tasks, compute_dtype)
-
-
-SETTINGS, MODEL = TokenMixerLargeSettings, ranker

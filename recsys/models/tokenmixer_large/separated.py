@@ -1,4 +1,4 @@
-"""TokenMixer-Large with user and group tokens separated (UG-Sep, arXiv 2602.10455).
+"""TokenMixer-Large with user and candidate tokens separated (UG-Sep, arXiv 2602.10455).
 
 Shapes: R rows of U, N rows of G, T = c_u + c_g tokens, H = h_u + h_g mixing heads (and mixed tokens), D width, d = D /
 H, M = T d width of a mixed token, F inner width. A mixed token's columns are T slices of d, U tokens' first; a token's
@@ -7,7 +7,7 @@ columns are H slices of d, U heads first.
 Which work the masks take away (figure_prenorm): U mixed tokens are 0 from column c_u d on, so their first matrices have
 c_u d rows only; of G mixed tokens' results the first c_u d columns would go back to U tokens, so their last matrices
 have c_g d columns only; and the share of U heads in G mixed tokens' first products is the same for all candidates of a
-request, so it is a piece of the state.
+request, so it is a component of the state.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.fused import FusedLinear, library
-from parallel.layers.grouped import Add, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE
+from parallel.layers.grouped import Add, GroupedLinear, Swish, TokenLayout
 from parallel.layers.norm import RMSNorm
+from parallel.sharding.config import ParallelConfig
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import Join, group_widths
 from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import GroupTokenizer, Stack
-from recsys.ranker import Rectifier, TaskTowers, dense
+from recsys.models.tokenmixer_large.model import TokenMixerLargeSettings, check_routed_experts, network
+from recsys.ranker import ReLU, TaskHeads, dense
 from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
 from recsys.ug_sep.ranker import (
     Beside,
@@ -38,28 +39,17 @@ from recsys.ug_sep.ranker import (
     Repeat,
     SeparatedRanker,
     Shape,
-    SidedBlock,
     Take,
+    TwoSidedBlock,
     Widths,
 )
 from recsys.ug_sep.sides import allot, heads_of, tokens_of_ratio
 
 
-def network(settings: Any, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
-            compute_dtype: mstype) -> nn.Cell:
-    """A per-token network from `inputs` to `outputs`: dense SwiGLU, or its sparse cut."""
-    moe, shared = settings.moe, {"layout": layout, "down_gain": settings.down_gain, "outputs": outputs,
-                                 "compute_dtype": compute_dtype}
-    if moe is None:
-        return GroupedSwiGLU(tokens, inputs, inner, **shared)
-    return SparsePertokenMoE(tokens, inputs, inner, experts=moe.experts, active=moe.active, alpha=moe.alpha,
-                             dispatch=moe.dispatch, capacity_factor=moe.capacity_factor, **shared)
-
-
 class SplitSwiGLU(nn.Cell):
     """A per-token SwiGLU whose input stands in two parts: what U gives, and what comes from the candidate.
 
-    The first products are sums over both parts; `user` gives U's summands, `group` the result.
+    The first products are sums over both parts; `user` gives U's summands, `candidate` the result.
     """
 
     def __init__(self, tokens: int, user: int, group: int, inner: int, outputs: int, *, layout: TokenLayout,
@@ -84,7 +74,7 @@ class SplitSwiGLU(nn.Cell):
         """U's part of both first products, [T, R, F] each."""
         return self.gate_user(u_TRI), self.up_user(u_TRI)
 
-    def group(self, gate_TRF: Tensor, up_TRF: Tensor, g_TNI: Tensor, index_N: Tensor | None) -> Tensor:
+    def candidate(self, gate_TRF: Tensor, up_TRF: Tensor, g_TNI: Tensor, index_N: Tensor | None) -> Tensor:
         """[T, N, outputs]."""
         if self.fused is not None and index_N is not None and gate_TRF.shape[1] == 1:
             # What one user adds to all rows is a bias.
@@ -95,7 +85,7 @@ class SplitSwiGLU(nn.Cell):
         return self.down(self.swish(gate, up))
 
 
-class SeparatedBlock(SidedBlock):
+class SeparatedBlock(TwoSidedBlock):
     """A block whose tokens stay as many as they are; the variants are those of `TokenMixerLargeSettings`.
 
     Args:
@@ -103,13 +93,14 @@ class SeparatedBlock(SidedBlock):
         heads: (h_u, h_g).
     """
 
-    def __init__(self, settings: Any, counts: Shape, heads: Shape, layout: TokenLayout, compute_dtype: mstype) -> None:
+    def __init__(self, settings: TokenMixerLargeSettings, counts: Shape, heads: Shape, layout: TokenLayout,
+                 compute_dtype: mstype) -> None:
         super().__init__()
         width, separation = settings.width, settings.ug_sep
         self.counts, self.heads, self.variant = counts, heads, settings.block_variant
         tokens, mixed = sum(counts), sum(heads)
         d = width // mixed
-        self.from_user, self.from_group, wide = counts[0] * d, counts[1] * d, tokens * d
+        self.from_user, self.from_candidate, wide = counts[0] * d, counts[1] * d, tokens * d
         self.inner_residual = settings.inner_residual
         self._make_mixing(width, d, layout, separation)
         figure = self.variant == "figure_prenorm"
@@ -121,19 +112,19 @@ class SeparatedBlock(SidedBlock):
         if separation.compensation != "none":
             self.compensation = Compensation(separation.compensation, heads[0], self.user_rows, counts[1], width,
                                              separation.compensation_rank or width, compute_dtype)
-        self.pieces = self._pieces(heads[0] * d)
+        self.components = self._components(heads[0] * d)
 
     def _make_mixing(self, width: int, d: int, layout: TokenLayout, separation: Any) -> None:
         (c_u, c_g), (h_u, h_g), stream = self.counts, self.heads, layout.stream
         own, other = h_u * d, h_g * d
         self.heads_apart, self.heads_again = Widths((own, other), stream), Widths((own, other), stream)
         self.mix_own, self.mix_given = (TokenMixing(c_u, h, h * d, layout=layout) for h in (h_u, h_g))
-        self.mix_group = TokenMixing(c_g, h_g, other, layout=layout)
-        self.tokens_apart = Widths((self.from_user, self.from_group), stream)
+        self.mix_candidate = TokenMixing(c_g, h_g, other, layout=layout)
+        self.tokens_apart = Widths((self.from_user, self.from_candidate), stream)
         self.revert_own, self.revert_given = (TokenMixing(c, h_u, own, reverting=True, layout=layout)
                                               for c in (c_u, c_g))
-        self.revert_group = TokenMixing(c_g, h_g, other, reverting=True, layout=layout)
-        self.blank, self.fill_mixed = Blank(stream), Fill(0, self.from_group, stream)
+        self.revert_candidate = TokenMixing(c_g, h_g, other, reverting=True, layout=layout)
+        self.blank, self.fill_mixed = Blank(stream), Fill(0, self.from_candidate, stream)
         self.beside, self.beside_given, self.beside_rest = Beside(2, stream), Beside(2, stream), Beside(2, stream)
         self.take = Take()
         self.wide, self.adds = Repeat(c_g), nn.CellList([Add(stream) for _ in range(7)])
@@ -145,18 +136,19 @@ class SeparatedBlock(SidedBlock):
         self.mask_reverting = Mask((tokens, width), c_u, own, separation.reverting_mask)
         self.join_tokens, self.fill_before = Beside(0, stream), Fill(self.from_user, 0, stream)
 
-    def _make_networks(self, settings: Any, wide: int, d: int, layout: TokenLayout, compute_dtype: mstype) -> None:
+    def _make_networks(self, settings: TokenMixerLargeSettings, wide: int, d: int, layout: TokenLayout,
+                       compute_dtype: mstype) -> None:
         separation, width, (c_u, c_g), (h_u, h_g) = settings.ug_sep, settings.width, self.counts, self.heads
         figure, postnorm = self.variant == "figure_prenorm", self.variant == "equation_postnorm"
         inner, inner2 = round(settings.ratio * wide), round(settings.ratio * width)
         self.user_rows = self.from_user if separation.mixing_mask else wide
         # equation_postnorm takes the norm over the whole mixed token, so there all columns are needed.
         self.short = separation.reverting_mask and not postnorm
-        outputs = self.from_group if self.short else wide
+        outputs = self.from_candidate if self.short else wide
         self.first_user = network(settings, h_u, self.user_rows, inner, wide, layout, compute_dtype)
         self.split = figure and not self.inner_residual and settings.moe is None
         if self.split:
-            self.first_group = SplitSwiGLU(h_g, self.from_user, self.from_group, inner, outputs, layout=layout,
+            self.first_group = SplitSwiGLU(h_g, self.from_user, self.from_candidate, inner, outputs, layout=layout,
                                            down_gain=settings.down_gain, compute_dtype=compute_dtype)
         else:
             self.first_group = network(settings, h_g, wide, inner, outputs, layout, compute_dtype)
@@ -165,31 +157,31 @@ class SeparatedBlock(SidedBlock):
         self.second_user = network(settings, c_u, self.second_rows, inner2, width, layout, compute_dtype)
         self.second_group = network(settings, c_g, width, inner2, width, layout, compute_dtype)
 
-    def _pieces(self, own: int) -> list[Shape]:
+    def _components(self, own: int) -> list[Shape]:
         (_, c_g), (_, h_g) = self.counts, self.heads
         if self.split:
             inner = self.first_group.gate_user.outputs
-            pieces = [(h_g, inner), (h_g, inner)]
+            components = [(h_g, inner), (h_g, inner)]
         else:
-            pieces = [(h_g, self.from_user)]
-        return [*pieces, (c_g, own), *([self.compensation.shape] if self.compensation is not None else [])]
+            components = [(h_g, self.from_user)]
+        return [*components, (c_g, own), *([self.compensation.shape] if self.compensation is not None else [])]
 
     # -- U ------------------------------------------------------------------------------------------------------------
 
     def user(self, x_uRD: Tensor, index_N: Tensor | None = None) -> tuple:
-        """(x_uRD, pieces: U's part of the G mixed tokens (or of their first products), U mixed tokens' results for G
-        tokens [c_g, R, h_u d], compensation if any; 0)."""
+        """(x_uRD, components: U's part of the G mixed tokens (or of their first products), U mixed tokens' results for
+        G tokens [c_g, R, h_u d], compensation if any; 0)."""
         n_uRD = self.norm1(x_uRD) if self.variant == "figure_prenorm" else x_uRD
         own, given = self.heads_apart(n_uRD)
         own_huRK, given_hgRK = self.mix_own(own), self.mix_given(given)
-        pieces = (given_hgRK,)
+        components = (given_hgRK,)
         if self.split:
-            pieces = self.first_group.user(given_hgRK)
+            components = self.first_group.user(given_hgRK)
         mine, theirs = self.tokens_apart(self.user_mixed(own_huRK))
-        pieces += (self.revert_given(theirs),)
+        components += (self.revert_given(theirs),)
         if self.compensation is not None:
-            pieces += (self.compensation(own_huRK),)
-        return self.user_tokens(x_uRD, self.revert_own(mine), given), pieces, 0.0
+            components += (self.compensation(own_huRK),)
+        return self.user_tokens(x_uRD, self.revert_own(mine), given), components, 0.0
 
     def user_mixed(self, own_huRK: Tensor) -> Tensor:
         """[h_u, R, M]: what becomes of the U mixed tokens, whose columns from c_u d on are zero."""
@@ -216,22 +208,22 @@ class SeparatedBlock(SidedBlock):
 
     # -- G ------------------------------------------------------------------------------------------------------------
 
-    def group(self, x_gND: Tensor, pieces: tuple, index_N: Tensor | None) -> tuple:
-        """(x_gND, 0): a candidate's tokens, given the user's pieces."""
+    def candidate(self, x_gND: Tensor, components: tuple, index_N: Tensor | None) -> tuple:
+        """(x_gND, 0): a candidate's tokens, given the user's components."""
         n_gND = self.norm1(x_gND) if self.variant == "figure_prenorm" else x_gND
         _, heads = self.heads_apart(n_gND)
-        g_hgNK = self.mix_group(heads)
+        g_hgNK = self.mix_candidate(heads)
         if self.split:
-            back = self.first_group.group(pieces[0], pieces[1], g_hgNK, index_N)
+            back = self.first_group.candidate(components[0], components[1], g_hgNK, index_N)
         else:
-            back = self.group_mixed(self.beside(self.take.full(pieces[0], index_N), g_hgNK), g_hgNK)
-        given = self.take.full(pieces[2 if self.split else 1], index_N)
-        y_gND = self.beside_given(given, self.revert_group(back))
+            back = self.candidate_mixed(self.beside(self.take.full(components[0], index_N), g_hgNK), g_hgNK)
+        given = self.take.full(components[2 if self.split else 1], index_N)
+        y_gND = self.beside_given(given, self.revert_candidate(back))
         if self.compensation is not None:
-            x_gND = self.adds[3](x_gND, self.take.full(self.wide(pieces[-1]), index_N))
+            x_gND = self.adds[3](x_gND, self.take.full(self.wide(components[-1]), index_N))
         return self.group_tokens(x_gND, y_gND), 0.0
 
-    def group_mixed(self, h_hgNM: Tensor, g_hgNK: Tensor) -> Tensor:
+    def candidate_mixed(self, h_hgNM: Tensor, g_hgNK: Tensor) -> Tensor:
         """[h_g, N, c_g d]: what becomes of the G mixed tokens, only the columns that G tokens take back."""
         if self.variant == "equation_postnorm":
             _, back = self.tokens_apart(self.norm1(self.adds[4](self.first_group(h_hgNM), h_hgNM)))
@@ -283,7 +275,7 @@ class SeparatedBlock(SidedBlock):
         if self.split:
             given, g = self.tokens_apart(h_HBM[h_u:])
             gate, up = self.first_group.user(given)
-            back = self.first_group.group(gate, up, g, None)
+            back = self.first_group.candidate(gate, up, g, None)
         else:
             back = self.first_group(h_HBM[h_u:])
         return self.join_tokens(own, self.fill_before(back) if self.short else back)
@@ -294,16 +286,16 @@ class SeparatedBlock(SidedBlock):
         return self.join_tokens(self.second_user(x_TBD[:c_u, :, :self.second_rows]), self.second_group(x_TBD[c_u:]))
 
 
-class SidedGroupTokenizer(nn.Cell):
+class TwoSidedGroupTokenizer(nn.Cell):
     """Tokens by semantic groups for each side, and the global token.
 
     A global token of all groups is a G token; U's groups enter its first layer by a product of their own, which is a
-    piece of the state.
+    component of the state.
 
     Args:
         users, groups: widths of each side's groups.
         counts: (U, G) tokens, global tokens counted.
-        global_token: none, group or per_side.
+        global_token: none, candidate or per_side.
     """
 
     def __init__(self, users: dict[str, int], groups: dict[str, int], counts: Shape, width: int, *,
@@ -322,7 +314,7 @@ class SidedGroupTokenizer(nn.Cell):
                                              global_token=extra and own is users, **options))
         self.user_side, self.group_side = self.sides
         self.joins = [nn.CellList([Join(size) for size in sizes]) for sizes in self.bundles]
-        self.user_joins, self.group_joins = self.joins
+        self.user_joins, self.candidate_joins = self.joins
         self.bundles = tuple(self.bundles)
         del self.sides, self.joins
         self.has_global = global_token != "none"
@@ -333,13 +325,13 @@ class SidedGroupTokenizer(nn.Cell):
             for linear in (self.global_user, self.global_group):
                 linear.weight.start = ("normal", math.sqrt(2.0 / (total + wide)))
             self.global_out = dense(hidden, width, compute_dtype) if hidden else None
-            self.relu, self.join_users, self.join_groups = Rectifier(), Join(len(users)), Join(len(groups))
+            self.relu, self.join_users, self.join_candidate = ReLU(), Join(len(users)), Join(len(groups))
             self.add, self.beside = Add(("batch", None)), Beside(0, (None, "batch", None))
         self.wide, self.take, self.stack, self.reshape = hidden or width, Take(), Stack(1), ops.Reshape()
 
     @property
-    def pieces(self) -> list[Shape]:
-        """(c, K) of what `user` gives to `group`."""
+    def components(self) -> list[Shape]:
+        """(c, K) of what `user` gives to `candidate`."""
         return [(1, self.wide)] if self.has_global else []
 
     def bundled(self, groups: tuple, sizes: tuple, joins: nn.CellList) -> tuple:
@@ -351,53 +343,57 @@ class SidedGroupTokenizer(nn.Cell):
         return result
 
     def user(self, groups: tuple) -> tuple:
-        """(x_uRD, pieces)."""
-        x_uRD, pieces = self.user_side(*self.bundled(groups, self.bundles[0], self.user_joins)), ()
+        """(x_uRD, components)."""
+        x_uRD, components = self.user_side(*self.bundled(groups, self.bundles[0], self.user_joins)), ()
         if self.has_global:
-            pieces += (self.reshape(self.global_user(self.join_users(*groups)), (1, -1, self.wide)),)
-        return x_uRD, pieces
+            components += (self.reshape(self.global_user(self.join_users(*groups)), (1, -1, self.wide)),)
+        return x_uRD, components
 
-    def group(self, groups: tuple, pieces: tuple, index_N: Tensor | None) -> Tensor:
+    def candidate(self, groups: tuple, components: tuple, index_N: Tensor | None) -> Tensor:
         """x_gND, the global token in front."""
-        x_gND = self.group_side(*self.bundled(groups, self.bundles[1], self.group_joins))
+        x_gND = self.group_side(*self.bundled(groups, self.bundles[1], self.candidate_joins))
         if not self.has_global:
             return x_gND
-        given_ND = self.reshape(self.take.full(pieces[0], index_N), (-1, self.wide))
-        made_ND = self.add(self.global_group(self.join_groups(*groups)), given_ND)
+        given_ND = self.reshape(self.take.full(components[0], index_N), (-1, self.wide))
+        made_ND = self.add(self.global_group(self.join_candidate(*groups)), given_ND)
         if self.global_out is not None:
             made_ND = self.global_out(self.relu(made_ND))
         return self.beside(self.stack(made_ND), x_gND)
 
 
 class SeparatedTokenMixerLarge(SeparatedRanker):
-    """TokenMixer-Large in two passes; settings as for the entangled model, with `ug_sep`."""
+    """TokenMixer-Large in two passes; settings as for the unseparated model, with `ug_sep`."""
 
-    def __init__(self, settings: Any, spec: FeatureSpec, tasks: int, compute_dtype: mstype = mstype.float32) -> None:
+    def __init__(self, settings: TokenMixerLargeSettings, spec: FeatureSpec, tasks: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
         separation = settings.ug_sep
-        users, groups = group_widths(self.sides.user.spec), group_widths(self.sides.group.spec)
+        users, groups = group_widths(self.sides.user.spec), group_widths(self.sides.candidate.spec)
         place = separation.global_token if settings.global_token else "none"
         counts = self._counts(users, groups, place)
-        self.tokenize = SidedGroupTokenizer(users, groups, counts, settings.width, named=settings.group_tokens,
+        self.tokenize = TwoSidedGroupTokenizer(users, groups, counts, settings.width, named=settings.group_tokens,
                                             global_token=place, hidden=settings.tokenizer_hidden,
                                             compute_dtype=compute_dtype)
         path = count_pairs(counts, separation.layers, settings.layers)
         self.layers = nn.CellList([self._block(before, after, compute_dtype)
                                    for before, after in zip(path[:-1], path[1:], strict=True)])
         self.gap = settings.inter_residual or 0
-        self.sources = tuple(range(self.gap, settings.layers - 1, self.gap)) if self.gap else ()
         # A lower layer's tokens can be added where they are still as many.
-        self.sources = tuple(i for i in self.sources if path[i - self.gap + 1] == path[i + 1])
+        self.sources = tuple(i for i in settings.residual_sources if path[i - self.gap + 1] == path[i + 1])
         adds = [Add(self.layout.stream) for _ in range(2 * settings.layers)]
-        self.adds_user, self.adds_group = nn.CellList(adds[::2]), nn.CellList(adds[1::2])
-        step = settings.inter_residual or 2
-        if settings.auxiliary_weight > 0.0:
-            self.auxiliary_layers = tuple(range(step - 1, settings.layers - 1, step))
-        self.auxiliary = nn.CellList([TaskTowers(settings.width, settings.tower, tasks)
+        self.adds_user, self.adds_candidate = nn.CellList(adds[::2]), nn.CellList(adds[1::2])
+        self.auxiliary_layers = settings.auxiliary_layers
+        self.auxiliary = nn.CellList([TaskHeads(settings.width, settings.head_hidden, tasks)
                                       for _ in self.auxiliary_layers])
         if settings.final_norm:
             self.norm = RMSNorm(settings.width, compute_dtype=compute_dtype, stream=self.layout.stream)
-        self.finish(path, self.tokenize.pieces)
+        self.finish(path, self.tokenize.components)
+
+    def auxiliary_heads(self) -> list[nn.Cell]:
+        return list(self.auxiliary)
+
+    def check_experts(self, parallel: ParallelConfig) -> None:
+        check_routed_experts(self.settings.moe, parallel)
 
     def _counts(self, users: dict[str, int], groups: dict[str, int], place: str) -> Shape:
         settings, extra = self.settings, int(place != "none")

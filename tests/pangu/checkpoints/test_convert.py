@@ -89,8 +89,8 @@ def test_names_are_those_of_the_published_strategy():
               "output.mapping.weight": ((2560, 10240), (40, 1280)), "output.mapping.bias": ((10240,), (20,)),
               "output.projection.weight": ((10240, 2560), (20, 2560)), "output.projection.bias": ((2560,), (2560,))}
     for name, (full, part) in slices.items():
-        box = layouts[f"backbone.blocks.7.{name}"].box(13, full)
-        assert tuple(stop - start for start, stop in box) == part
+        extent = layouts[f"backbone.blocks.7.{name}"].extent(13, full)
+        assert tuple(stop - start for start, stop in extent) == part
 
 
 # ---- MindSpore's file ---------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_slices_of_the_published_layout_cover_everything():
     for dims, step, parts in (((0, -1), 8, -1), ((-1, 0), 8, -1), ((-1, -1), 0, 0)):
         layout, held = SliceLayout((64, 8), dims, step, parts), np.zeros((512, 512), np.int32)
         for rank in range(512):
-            held[tuple(slice(*span) for span in layout.box(rank, held.shape))] += 1
+            held[tuple(slice(*span) for span in layout.extent(rank, held.shape))] += 1
         assert (held == (1 if step else 512)).all()
 
 
@@ -278,7 +278,7 @@ def test_round_trips_are_identities(home, capsys, tmp_path, values, layout, outp
 
 
 def test_a_converted_checkpoint_loads(home, capsys, tmp_path, model, values):
-    from pangu.generation.generate import load_model
+    from pangu.generation.backend import load_model
     from pangu.settings import Run
     from parallel.common.settings import load_settings
 

@@ -23,7 +23,8 @@ import numpy as np
 ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
 from mindformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, pipeline
 from mindformers.tools.register import MindFormerConfig
-from pangu.generation.generate import GenerateSettings, Generator
+from pangu.generation.generate import Generator
+from pangu.generation.settings import GenerateSettings
 from pangu.checkpoints.mindformers import register, to_model_config
 from pangu.data.tokenizer import Tokenizer
 from tests.pangu.numpy_model import forward

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pangu.data.dataset import PackedDataset, document_positions, plain_positions, shuffled
-from pangu.data.flat import flatten
+from pangu.data.flatten import flatten
 from pangu.data.packing import INDEX_FILE, PackOptions, pack, read_index
 from parallel.common.errors import UserError
 

@@ -18,11 +18,11 @@ from pangu.evaluation.evaluate import markdown
 from pangu.evaluation.instances import InstanceBuilder
 from pangu.evaluation.language_model import LanguageModel, RequestCache
 from pangu.evaluation.lm_eval_adapter import HarnessModel
-from pangu.evaluation.prefix_sharing import group_by_trunk, lay_row, plan_trees, trunk_length
+from pangu.evaluation.prefix_sharing import group_by_prefix, lay_row, plan_trees, prefix_length
 from pangu.evaluation.questions import common_prefix
 from pangu.evaluation.scoring import Scorer
 from pangu.evaluation.task import Source, load_task
-from pangu.generation.generate import GenerateSettings
+from pangu.generation.settings import GenerateSettings
 from parallel.common.command import main
 from parallel.common.errors import UserError
 from tests.pangu.numpy_model import forward, is_greedy, token_scores
@@ -55,8 +55,8 @@ def requests_of_all_shapes(seed=0):
     examples = draw(rng, 30, 31)
     requests = []
     for _ in range(4):
-        stem = examples + draw(rng, 9, 20)
-        requests += [(stem + draw(rng, 0, 4), draw(rng, 1, 9)) for _ in range(4)]
+        shared = examples + draw(rng, 9, 20)
+        requests += [(shared + draw(rng, 0, 4), draw(rng, 1, 9)) for _ in range(4)]
     # Whole texts that begin alike are scored from early on; one is the beginning of another; two are equal.
     text = examples + draw(rng, 12, 13)
     requests += [(text[:31], text[31:40]), (text[:31], text[31:]), (text[:31], text[31:]), (text[:35], [11]),
@@ -98,16 +98,16 @@ def test_greedy_continuations_are_told_from_others(model, share):
 def test_planning_reads_common_beginnings_once():
     together, apart = requests_of_all_shapes()
     items = [(np.array([*a, *b]), len(a)) for a, b in together]
-    trunk = trunk_length(items)
-    assert trunk == 30
-    assert trunk_length(items + [(np.array([*a, *b]), len(a)) for a, b in apart]) == 0
-    trees = plan_trees(items, 512, trunk)
+    prefix = prefix_length(items)
+    assert prefix == 30
+    assert prefix_length(items + [(np.array([*a, *b]), len(a)) for a, b in apart]) == 0
+    trees = plan_trees(items, 512, prefix)
     assert sorted(index for tree in trees for index in tree.members) == list(range(len(items)))
-    read = trunk + sum(len(lay_row(tree, items, trunk).ids) for tree in trees)
+    read = prefix + sum(len(lay_row(tree, items, prefix).ids) for tree in trees)
     assert read < sum(len(ids) - 1 for ids, _ in items) / 3
     # Each scored token of each request has its place and label once.
     for tree in trees:
-        row = lay_row(tree, items, trunk)
+        row = lay_row(tree, items, prefix)
         for index, places, labels in zip(tree.members, row.places, row.labels, strict=True):
             ids, first = items[index]
             assert labels.tolist() == ids[first:].tolist()
@@ -123,9 +123,9 @@ def test_instances_with_fewer_examples_have_a_trunk_of_their_own(model, referenc
     requests = [(front + draw(rng, 2, 6), draw(rng, 2, 5)) for front in (far + near, near) for _ in range(18)]
     requests.append((draw(rng, 40, 41), draw(rng, 2, 5)))
     items = [(np.array([*a, *b]), len(a)) for a, b in requests]
-    groups = group_by_trunk(items)
+    groups = group_by_prefix(items)
     assert sorted(index for group in groups for index in group) == list(range(len(items)))
-    assert [trunk_length([items[index] for index in group]) for group in groups] == [45, 25, 0]
+    assert [prefix_length([items[index] for index in group]) for group in groups] == [45, 25, 0]
     for request, (got, _) in zip(requests, Scorer(model).token_scores(requests), strict=True):
         assert got == pytest.approx(reference(*request), abs=2e-4)
 
@@ -283,7 +283,7 @@ def test_the_harness_itself_runs_our_model(home, tmp_path, monkeypatch):
 
 def _model_of(home):
     from pangu.data.tokenizer import Tokenizer
-    from pangu.generation.generate import load_model
+    from pangu.generation.backend import load_model
     from pangu.settings import Run
     from parallel.common.settings import load_settings
 

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 
 from pangu.generation.completion import StopScanner
-from pangu.generation.generate import (
-    GenerateSettings,
-    Generator,
-    cache_capacity,
-    check_vocabulary,
-    fit_prompt,
-    run_generate,
-)
+from pangu.generation.generate import Generator, check_vocabulary, fit_prompt, run_generate
 from pangu.generation.prompts import RECIPES, Recipe, find_recipe, read_prompts
+from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
 from parallel.common.settings import load_settings
 
@@ -36,6 +30,9 @@ class LetterTokenizer:
 
     def decode(self, ids) -> str:
         return "".join("<>" if number < 10 else LETTERS[number - 10] for number in ids)
+
+    def normal_form(self, text: str) -> str:
+        return text.replace("ｌ", "l").replace("！", "")
 
     def stream(self):
         return self
@@ -107,6 +104,12 @@ def test_eot_is_the_default_stop(model):
     assert all(9 not in output.ids for output in made)
 
 
+def test_a_stop_string_is_looked_for_as_the_tokenizer_writes_it(generator):
+    assert generator._stops(GenerateSettings(stop=["ｌl", "a"])) == ["ll", "a"]
+    with pytest.raises(UserError, match="never be found"):
+        generator._stops(GenerateSettings(stop=["！"]))
+
+
 def test_stream_gives_the_text_of_generate(generator):
     settings = with_(generator, stop=["zzzz"])
     pieces = list(generator.stream("hello", settings))
@@ -162,12 +165,6 @@ def test_scanner_holds_back_what_may_become_a_stop():
     assert scanner.feed("更多") == ""
     open_end = StopScanner(["abc"])
     assert (open_end.feed("xab"), open_end.finish(), open_end.found) == ("x", "ab", False)
-
-
-@pytest.mark.parametrize(("slots", "capacity"), [(1, 64), (64, 64), (65, 128), (129, 192), (193, 256), (257, 384),
-                                                 (528, 768), (1024, 1024)])
-def test_capacities_come_in_few_sizes(slots, capacity):
-    assert cache_capacity(slots, 64) == capacity
 
 
 @pytest.mark.parametrize(("ids", "message"), [([], "empty"), ([11] * (CONTEXT + 1), "longer than the model's context"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pangu.generation.sampling import Sampler, SamplingRule, candidates, largest, request_generators
+from pangu.generation.sampling import Sampler, SamplingRule, candidates, choose, largest, request_generators
+from tests.pangu.kernel_model import runner
 
 
 def softmax(logits):
@@ -79,3 +80,32 @@ def test_streams_do_not_depend_on_the_batch():
     assert together[:2] == alone
     assert together[2] != together[0]
     assert request_generators([first], 4)[0].random() != alone[0]
+
+
+@pytest.mark.parametrize("rule", [
+    SamplingRule(), SamplingRule(0.7), SamplingRule(1.3, top_k=5), SamplingRule(1.0, top_p=0.5),
+    SamplingRule(0.9, top_k=50, top_p=0.8), SamplingRule(3.0, top_p=0.999), SamplingRule(0.0),
+    SamplingRule(1.0, top_k=1),
+    SamplingRule(1.0, top_k=10_000), SamplingRule(0.8, frequency_penalty=1.5, presence_penalty=0.3)],
+    ids=lambda rule: f"{rule.temperature}-{rule.top_k}-{rule.top_p}-{rule.frequency_penalty}")
+def test_the_kernel_draws_what_python_draws(rule):
+    """Weights of float32 against float64: both may part only where a number falls upon a border."""
+    made = runner(blocks=7)
+    generator, vocabulary = np.random.default_rng(5), 1003
+    logits = generator.normal(0, 3, (40, vocabulary)).astype(np.float32)
+    logits[3] = 1.0  # all alike
+    logits[4, 17] = 300.0  # one alone
+    logits[5, 20:40] = logits[5, 0]  # ties
+    samplers = [Sampler(rule, np.random.default_rng(number), {7: 2.5, 9: -100.0} if number % 3 == 0 else {})
+                for number in range(40)]
+    for number, sampler in enumerate(samplers):
+        for token in generator.integers(0, vocabulary, number % 5):
+            sampler.took(int(token))
+    differing = 0
+    for _ in range(12):
+        draws = [sampler.next_draw() for sampler in samplers]
+        rows = generator.integers(0, 40, 40).tolist()
+        found = made.choose(logits, rows, draws)
+        expected = [choose(logits[row], draw) for row, draw in zip(rows, draws, strict=True)]
+        differing += sum(a != b for a, b in zip(found, expected, strict=True))
+    assert differing <= 1

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pangu.generation.scheduler import TokenLogprob
 from pangu.serving.engine_api import (
     Draining,
     EngineRequest,
@@ -21,7 +22,6 @@ from pangu.serving.engine_api import (
     QueueFull,
     SamplingParams,
     TokenEvent,
-    TokenLogprob,
 )
 from parallel.common.errors import UserError
 

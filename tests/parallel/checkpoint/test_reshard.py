@@ -19,7 +19,8 @@ from parallel.layers.linear import Linear
 from parallel.layers.norm import LayerNorm
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer
-from parallel.sharding.slices import box_of_mindspore, box_shape, sharded_parameters
+from parallel.sharding.slices import extent_shape, sharded_parameters, slice_of_mindspore
+from parallel.sharding.trainable import Trainable
 
 
 class Block(Layer):
@@ -30,7 +31,7 @@ class Block(Layer):
         self.projection = Linear(32, 16, style="row", std=0.1)
 
 
-class Model(Layer):
+class Model(Layer, Trainable):
     """A table used first and last, three blocks: what a pipeline needs to know."""
 
     def __init__(self):
@@ -116,41 +117,41 @@ def assert_same_file(one, other):
     assert all(np.array_equal(first.read(name), second.read(name)) for name in first.entries)
 
 
-def boxes(model, layout, name):
+def extents(model, layout, name):
     full = {w.name: w for w in sharded_parameters(model, layout)}[name]
-    return [full.box_of_rank(rank) for rank in range(layout.world)]
+    return [full.slice_of_rank(rank) for rank in range(layout.world)]
 
 
 def test_boxes_of_op_and_data(model):
     layout = LAYOUTS["dp2 op4"]
     columns = [((8 * op, 8 * op + 8), (0, 16)) for op in range(4)]
-    assert boxes(model, layout, "first.mapping.weight") == columns * 2
-    assert boxes(model, layout, "first.projection.weight")[5] == ((0, 16), (8, 16))
-    assert boxes(model, layout, "first.projection.bias") == [((0, 16),)] * 8
-    assert boxes(model, layout, "embedding.table")[3] == ((18, 24), (0, 16))
+    assert extents(model, layout, "first.mapping.weight") == columns * 2
+    assert extents(model, layout, "first.projection.weight")[5] == ((0, 16), (8, 16))
+    assert extents(model, layout, "first.projection.bias") == [((0, 16),)] * 8
+    assert extents(model, layout, "embedding.table")[3] == ((18, 24), (0, 16))
 
 
 def test_boxes_of_stages(model):
     layout = LAYOUTS["op2 pp3"]
-    held = [box is not None for box in boxes(model, layout, "second.norm.gamma")]
+    held = [extent is not None for extent in extents(model, layout, "second.norm.gamma")]
     assert held == [False, False, True, True, False, False]
-    held = [box is not None for box in boxes(model, layout, "embedding.table")]
+    held = [extent is not None for extent in extents(model, layout, "embedding.table")]
     assert held == [True, True, False, False, True, True], "the shared table lies on the first and the last stage"
 
 
 def test_boxes_of_the_optimizer_shard(model):
-    assert boxes(model, LAYOUTS["dp4 op2 all sharded"], "first.mapping.weight")[3] == ((20, 24), (0, 16))
-    assert boxes(model, LAYOUTS["dp4 op2 all sharded"], "embedding.table")[3] == ((12, 24), (0, 16))
-    assert [box[0] for box in boxes(model, LAYOUTS["dp4 sharded by 2"], "first.mapping.weight")] == [
+    assert extents(model, LAYOUTS["dp4 op2 all sharded"], "first.mapping.weight")[3] == ((20, 24), (0, 16))
+    assert extents(model, LAYOUTS["dp4 op2 all sharded"], "embedding.table")[3] == ((12, 24), (0, 16))
+    assert [extent[0] for extent in extents(model, LAYOUTS["dp4 sharded by 2"], "first.mapping.weight")] == [
         (0, 16), (16, 32), (0, 16), (16, 32)]
-    assert boxes(model, LAYOUTS["dp4 sharded by 2"], "first.norm.gamma") == [((0, 16),)] * 4
+    assert extents(model, LAYOUTS["dp4 sharded by 2"], "first.norm.gamma") == [((0, 16),)] * 4
 
 
 def test_boxes_of_a_compiled_layout():
     entry = [[4, 2], [0, -1], [64, 128], 0, True, "4-123", [128, 128]]
-    assert box_of_mindspore(entry, 5) == ((64, 128), (0, 128))
-    assert box_of_mindspore(entry, 5, [1, 3, 5, 7]) == ((96, 112), (0, 128))
-    assert box_shape(box_of_mindspore([[4, 2], [-1, 0], [128, 64], 0, True, "", [128, 128]], 6)) == (128, 64)
+    assert slice_of_mindspore(entry, 5) == ((64, 128), (0, 128))
+    assert slice_of_mindspore(entry, 5, [1, 3, 5, 7]) == ((96, 112), (0, 128))
+    assert extent_shape(slice_of_mindspore([[4, 2], [-1, 0], [128, 64], 0, True, "", [128, 128]], 6)) == (128, 64)
 
 
 def test_one_device_reads_slices_and_a_rank_reads_its_part(full, model, tmp_path):
@@ -160,8 +161,8 @@ def test_one_device_reads_slices_and_a_rank_reads_its_part(full, model, tmp_path
     assert load_checkpoint(sharded, parameters)["iteration"] == 7
     assert all(np.array_equal(p.asnumpy(), expected.read(p.name)) for p in parameters)
     layout = LAYOUTS["dp4 op2 all sharded"]
-    mine = {w.name: w.box_of_rank(3) for w in sharded_parameters(model, layout)}
-    parts = [Parameter(Tensor(np.zeros(box_shape(box), np.float32)), name=name) for name, box in mine.items()]
+    mine = {w.name: w.slice_of_rank(3) for w in sharded_parameters(model, layout)}
+    parts = [Parameter(Tensor(np.zeros(extent_shape(extent), np.float32)), name=name) for name, extent in mine.items()]
     moments = [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"adam_{k}.{p.name}") for k in "mv" for p in parts]
     load_checkpoint(sharded, parts, moments, mine)
     moved = SafetensorsFile(full / "optimizer.safetensors").read("adam_v.first.mapping.weight")
@@ -176,11 +177,12 @@ def test_every_rank_saves_its_slices(full, model, tmp_path):
     barrier = threading.Barrier(layout.world, timeout=60)
 
     def save(rank):
-        boxes = {w.name: w.box_of_rank(rank) for w in full_parameters if w.box_of_rank(rank) is not None}
-        holder = Holder(rank, layout.world, boxes, {w.name: w.shape for w in full_parameters}, barrier.wait)
-        parameters = [Parameter(Tensor(files[0].read_box(name, box)), name=name) for name, box in boxes.items()]
-        states = [Parameter(Tensor(files[1].read_box(f"adam_{k}.{name}", box)), name=f"adam_{k}.{name}")
-                  for k in "mv" for name, box in boxes.items()]
+        extents = {w.name: w.slice_of_rank(rank) for w in full_parameters if w.slice_of_rank(rank) is not None}
+        holder = Holder(rank, layout.world, extents, {w.name: w.shape for w in full_parameters}, barrier.wait)
+        parameters = [Parameter(Tensor(files[0].read_extent(name, extent)), name=name) for name,
+                      extent in extents.items()]
+        states = [Parameter(Tensor(files[1].read_extent(f"adam_{k}.{name}", extent)), name=f"adam_{k}.{name}")
+                  for k in "mv" for name, extent in extents.items()]
         save_slices(tmp_path / "run", 9, parameters, states, {"iteration": 9}, 1, holder)
 
     threads = [threading.Thread(target=save, args=(rank,)) for rank in range(layout.world)]
@@ -198,9 +200,9 @@ def test_the_first_stages_copy_of_a_shared_table_counts(tmp_path):
     """The last stage's copy is sent to it at every step and updated by nobody: the first's is read and merged."""
     folder = tmp_path / "step_00000001"
     folder.mkdir()
-    box = ((0, 6), (0, 4))
+    extent = ((0, 6), (0, 4))
     for rank, value in ((0, 1.0), (1, 7.0)):
-        write_rank(folder, rank, 2, [("table", "parameters.safetensors", "F32", (6, 4), box),
+        write_rank(folder, rank, 2, [("table", "parameters.safetensors", "F32", (6, 4), extent),
                                      (f"own.{rank}", "parameters.safetensors", "F32", (2,), ((0, 2),))],
                    lambda name, part, value=value: np.full([b - a for a, b in part], value, np.float32))
     (folder / "state.json").write_text("{}")
@@ -225,11 +227,11 @@ def test_boxes_of_experts():
     assert gate.shape == (4, 2, 8, 8)
     for rank in range(8):
         expert = rank // 2 % 2
-        assert gate.box_of_rank(rank) == ((0, 4), (expert, expert + 1), (0, 8), (0, 8))
+        assert gate.slice_of_rank(rank) == ((0, 4), (expert, expert + 1), (0, 8), (0, 8))
     sharded = {w.name: w for w in sharded_parameters(Experts(),
                                                      config(data=4, op=2, expert=2, optimizer={"shard": -1}))}
     # Whoever holds the same experts shares their states: both replicas x both places of the unused op axis.
-    parts = [sharded["moe.gate_weight"].box_of_rank(rank)[0] for rank in (0, 1, 4, 5)]
+    parts = [sharded["moe.gate_weight"].slice_of_rank(rank)[0] for rank in (0, 1, 4, 5)]
     assert parts == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 

@@ -49,8 +49,8 @@ def test_the_cuts_give_every_rank_its_box(written):
         for rank in range(config.world):
             stage, place = divmod(rank, per_stage)
             layout = layouts[full.name]
-            box = layout.box(place, full.shape) if config.pipeline.stages == 1 or stage in layout.stages else None
-            assert box == full.box_of_rank(rank), (full.name, rank)
+            extent = layout.extent(place, full.shape) if config.pipeline.stages == 1 or stage in layout.stages else None
+            assert extent == full.slice_of_rank(rank), (full.name, rank)
 
 
 def test_mindspore_reads_it(written):

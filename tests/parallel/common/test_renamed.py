@@ -21,15 +21,14 @@ def test_an_old_verb_is_an_error_that_names_the_new_one(package, verb, capsys):
     assert new in {verb.name for verb in importlib.import_module(f"{owner}.__main__").VERBS}
 
 
-@pytest.mark.parametrize(("verb", "flag"), FLAGS)
-def test_an_old_flag_is_an_error_that_names_a_flag_that_exists(verb, flag, capsys):
-    package = "parallel" if verb == "launch" else "recsys"
+@pytest.mark.parametrize(("package", "verb", "flag"), FLAGS)
+def test_an_old_flag_is_an_error_that_names_a_flag_that_exists(package, verb, flag, capsys):
     verbs = importlib.import_module(f"{package}.__main__").VERBS
     assert main(package, verbs, [verb, f"{flag}=x"]) == 2
-    assert f"type {FLAGS[verb, flag]}" in capsys.readouterr().err
+    assert f"type {FLAGS[package, verb, flag]}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(package, verbs, [verb, "--help"])
-    assert FLAGS[verb, flag] in capsys.readouterr().out
+    assert FLAGS[package, verb, flag] in capsys.readouterr().out
 
 
 def test_an_old_key_is_an_error_for_a_user_and_read_in_a_file(capsys):

@@ -89,8 +89,8 @@ def test_pairs_of_columns_are_independent_over_rows(masks):
 
 
 def test_a_sample_keeps_its_mask_wherever_it_stands(masks):
-    straight, moved = masks(7, 8, 9)[0].reshape(SAMPLES, -1), masks(9, 7, 8)[0].reshape(SAMPLES, -1)
-    assert np.array_equal(moved, straight[[2, 0, 1]])
+    uninterrupted, moved = masks(7, 8, 9)[0].reshape(SAMPLES, -1), masks(9, 7, 8)[0].reshape(SAMPLES, -1)
+    assert np.array_equal(moved, uninterrupted[[2, 0, 1]])
     other = Two()
     connect_dropout(other, SEED + 1)
     assert (other.keys.salt, other.first.salt) != masks.salts

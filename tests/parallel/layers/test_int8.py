@@ -10,7 +10,7 @@ import pytest
 
 from parallel.common.errors import UserError
 from parallel.layers import int8
-from parallel.layers.int8 import GROUP, dequantize, panels, quantize
+from parallel.layers.int8_numbers import GROUP, dequantize, panels, quantize
 
 PATHS = ("auto", "avx512", "avx2", "portable")
 # Tokens, rows, inputs, outputs: none a multiple of a vector, a panel or a block, some smaller than one.
@@ -193,7 +193,7 @@ class Net(nn.Cell):
 
 for groups in (1, 2):
     product = Int8Product((3, 256, 64), groups, "weight")
-    product.settle()
+    product.prepare()
     assert product.mode == "ascend"
     net = Net(product).set_train(False)
     _cell_graph_executor.compile(net, Tensor(np.ones((3, 5, 256)), ms.float16), phase="predict")

@@ -27,7 +27,7 @@ from parallel.planning.shapes import Dim, reshaped
 from parallel.planning.timeline import most_held, order, timeline
 from parallel.sharding.config import ParallelConfig
 from parallel.task import build_task
-from parallel.training.sharded_step import micro_batches
+from parallel.training.sharded.step import micro_batches
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY, RANKER = ROOT / "configs/pangu/tiny.yaml", ROOT / "configs/recsys/rankmixer.yaml"
@@ -77,7 +77,7 @@ def test_products_are_those_of_the_rankers_own_count(name):
     with as_on_ascend():
         task, settings, _ = build_task(path, ["parallel.devices=null", "parallel.data=1", "parallel.op=1",
                                               "parallel.pipeline={}"])
-    from recsys.count import count
+    from recsys.layers.sizes import count
 
     forward = sum(part.forward.flops for part in network_cost(describe(task, 1), ParallelConfig()).costs)
     assert forward == count(task.network)["flops_per_sample"] * settings.train.global_batch_size
@@ -99,9 +99,9 @@ def test_tensor_parallel_sums_by_hand():
     made, _, _ = figures(TINY, ["parallel.data=2", "parallel.op=2", "train.global_batch_size=8"])
     rows, width, layers = 4 * 128, 128, 4
     sums = Counter()
-    for said, times in made.collectives.items():
-        if said.dimension == "op" and said.kind == "AllReduce":
-            sums[said.phase, said.bytes] += times
+    for collective, times in made.collectives.items():
+        if collective.dimension == "op" and collective.kind == "AllReduce":
+            sums[collective.phase, collective.bytes] += times
     assert sums["forward", rows * width * 2] == sums["backward", rows * width * 2] == 2 * layers
     assert sums["forward", rows * width * 4] == sums["backward", rows * width * 4] == 1  # word embedding, float32
     assert sums["forward", rows * 4] == 3 and sums["backward", rows * 4] == 2  # loss: maximum and two sums
@@ -112,15 +112,17 @@ def test_all_dimensions_on_the_last_stage_by_hand():
     config = cost.mesh.config
     rows, width, micro = 2 * 128, 128, 4
     sums, moved = Counter(), Counter()
-    for said, times in made.collectives.items():
-        sums[said.kind, said.dimension, said.phase, said.bytes] += times
-        moved[said.kind] += times * (said.purpose == "stage")
+    for collective, times in made.collectives.items():
+        sums[collective.kind, collective.dimension, collective.phase, collective.bytes] += times
+        moved[collective.kind] += times * (collective.purpose == "stage")
     assert sums["AllReduce", "op", "recompute", rows * width * 2] == 2 * micro  # one a layer: after attention
     assert moved["Receive"] == moved["Send"] == micro  # hidden state in, its gradient out
     own = [item for item in parameter_slices(found, cost.mesh) if item.shard and item.count.unit in (3, 4)]
     full = sum(item.full for item in own)
-    assert sum(said.bytes * n for said, n in made.collectives.items() if said.kind == "ReduceScatter") == full
-    assert sum(said.bytes * n for said, n in made.collectives.items() if said.kind == "AllGather") == full // 2
+    assert sum(collective.bytes * n for collective,
+               n in made.collectives.items() if collective.kind == "ReduceScatter") == full
+    assert sum(collective.bytes * n for collective,
+               n in made.collectives.items() if collective.kind == "AllGather") == full // 2
     assert made.memory.optimizer == 2 * made.memory.parameters
     assert config.world == 8
 

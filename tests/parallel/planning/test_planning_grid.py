@@ -91,8 +91,8 @@ def against_dry_run(compilers, name: str) -> None:
     report = read_rank(compilers.compile([Request(layout.world, rank, str(config), overrides)])[0])
     ours, _, _ = figures(config, overrides, rank // (layout.data * layout.op))
     mine, theirs = Counter(), Counter()
-    for said, times in ours.collectives.items():
-        mine[said.kind, said.dimension, said.bytes] += times
+    for collective, times in ours.collectives.items():
+        mine[collective.kind, collective.dimension, collective.bytes] += times
     for item in report.collectives:
         theirs[item.kind, item.dimension, item.bytes] += item.times
     assert mine == theirs

@@ -18,8 +18,9 @@ from parallel.common.command import main
 from parallel.common.errors import UserError
 from parallel.proof.compile.rank_compiler import Request, _failure, compile_rank
 from parallel.proof.dryrun import dryrun
-from parallel.proof.dryrun.dryrun import RankReport, check, check_transfers, read_rank
+from parallel.proof.dryrun.dryrun import check, check_transfers, read_rank
 from parallel.proof.dryrun.html_report import write_report
+from parallel.proof.dryrun.rank_report import RankReport
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.topology import place_nodes
 from parallel.task import load_run

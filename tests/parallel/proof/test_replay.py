@@ -327,7 +327,7 @@ class TestComparison:
         from parallel.proof.replay.lockstep import Replay
 
         network = SimpleNamespace(trainable_params=list)
-        replay = Replay(SimpleNamespace(boxes=[{}]), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
+        replay = Replay(SimpleNamespace(extents=[{}]), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
         rank = Rank(0, prepare(graph_of(node("Neg", "out", ("x",), (1,)))), {})
         found = []
         for ours, full in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):
@@ -403,7 +403,40 @@ class TestPlantedMistakes:
     def test_without_a_mistake_both_runs_are_equal(self, layout):
         figures = replayed(layout, lambda rank, item: None, 3)
         assert figures["equal"] and figures["exit_code"] == 0 and figures["world"] == 4
-        assert 0 < figures["max_loss_difference"] < 1e-5 and 0 < figures["max_parameter_difference"] < 1e-4
+        assert 0 < figures["max_parameter_difference"] < 1e-11 and figures["max_loss_difference"] < 1e-11
+        assert figures["precision"] == "float64"
+        assert 0 < figures["one_rank_loss_difference"] < 1e-5 and 0 < figures["one_rank_norm_difference"] < 1e-4
+
+    def test_float32_is_an_option(self, layout):
+        from parallel.proof.replay.lockstep import Replay
+
+        figures = Replay(*layout, 2, exact=False).run()
+        assert figures["equal"] and figures["precision"] == "float32" and "one_rank_loss_difference" not in figures
+        assert 1e-11 < figures["max_parameter_difference"] < 1e-4
+
+    def test_a_millionth_in_one_rank(self, layout, monkeypatch):
+        """One product of one rank is wrong by 1e-6: float32 could not tell it from rounding."""
+        monkeypatch.setitem(RULES, "Planted", lambda item, *inputs: RULES["MatMul"](item, *inputs) * (1 + 1e-6))
+
+        def change(rank, item):
+            wrong = rank == 1 and item.op == "MatMul" and "feed_forward" in item.scope and not item.backward
+            return dataclasses.replace(item, op="Planted") if wrong else None
+
+        figures = replayed(layout, change)
+        assert not figures["equal"] and figures["exit_code"] == 1
+        assert 1e-9 < figures["max_parameter_difference"] < 1e-3
+        assert figures["divergence"]["node"] and "feed_forward" in figures["divergence"]["node"]
+
+    def test_a_wrong_rule_is_wrong_on_all_ranks_and_found_by_mindspore(self, layout, monkeypatch):
+        monkeypatch.setitem(RULES, "Softmax", lambda item, x, *_: RULES["LogSoftmax"](item, x) * 0 + 1 / x.shape[-1])
+        layout[1].exact_histories.clear()
+        try:
+            figures = replayed(layout, lambda rank, item: None)
+        finally:
+            layout[1].exact_histories.clear()
+        assert figures["max_loss_difference"] < 1e-9 and "divergence" not in figures
+        assert not figures["equal"] and figures["exit_code"] == 1
+        assert figures["one_rank_loss_difference"] > 1e-5 or figures["one_rank_norm_difference"] > 1e-4
 
     def test_dropped_allreduce(self, layout):
         """The sum over the vocabulary's slices that the loss needs is left out."""

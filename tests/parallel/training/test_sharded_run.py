@@ -72,8 +72,8 @@ def test_the_ranks_start_from_the_slices_of_one_device(sharded):
 def test_each_rank_holds_its_slices_and_reads_its_rows(sharded):
     told, _ = sharded
     for rank, own in enumerate(told):
-        for name, box in own["boxes"].items():
-            assert own["shapes"][name] == [stop - start for start, stop in box], name
+        for name, extent in own["boxes"].items():
+            assert own["shapes"][name] == [stop - start for start, stop in extent], name
         data = rank // 2
         numbers = list(range(4 * data, 4 * data + 4))
         assert own["rows"] == [numbers] * 4, "three columns and the samples' numbers"
@@ -91,7 +91,8 @@ def test_a_ranker_starts_from_the_slices_of_one_device(tmp_path):
     start = whole_start(config, model)
     for name, value in start.items():
         np.testing.assert_array_equal(saved.read(name), value, err_msg=name)
-    sharded = {name for name, box in told[0]["boxes"].items() if [stop for _, stop in box] != list(start[name].shape)}
+    sharded = {name for name,
+               extent in told[0]["boxes"].items() if [stop for _, stop in extent] != list(start[name].shape)}
     assert {f"layers.{i}.network.{part}.weight" for i in range(2) for part in ("mapping", "projection")} <= sharded
 
 
@@ -117,10 +118,10 @@ def test_the_cpu_refuses_what_it_cannot_cut():
     from parallel.common.errors import UserError
     from parallel.sharding.config import ParallelConfig
     from parallel.training.device import Processes
-    from parallel.training.sharded_run import needs_sharding
+    from parallel.training.sharded.run import needs_sharding
 
     cpu, ascend = Processes(0, 4, "group", "CPU"), Processes(0, 4, "group", "Ascend")
-    with pytest.raises(UserError, match="on the CPU only data parallelism runs"):
+    with pytest.raises(UserError, match="on the CPU MindSpore runs data parallelism only"):
         needs_sharding(ParallelConfig(op=2, data=2).resolve(), cpu)
     assert not needs_sharding(ParallelConfig(data=4).resolve(), ascend)
     assert not needs_sharding(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), cpu)

@@ -12,9 +12,9 @@ from collections import Counter
 import pytest
 
 from parallel.proof.compile.graph import Graph
-from parallel.proof.dryrun.dryrun import RankReport
+from parallel.proof.dryrun.rank_report import RankReport
 from parallel.sharding.parallelize import parallelize
-from parallel.training.stage_only import PlaceholderLayer, held_parameters, leave_out_other_stages
+from parallel.training.sharded.stage_only import PlaceholderLayer, held_parameters, leave_out_other_stages
 from tests.parallel import proof_networks as networks
 
 pytestmark = pytest.mark.skipif(

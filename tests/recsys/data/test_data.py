@@ -261,14 +261,14 @@ def test_batches_depend_on_seed_and_number_alone(tmp_path):
     log = prepare(DataSettings(cache=str(tmp_path), synthetic={"samples": 1000, "users": 50, "items": 30}), 4)
     rows = log.parts["train"]
     source = Batches(rows, 64, 7)
-    straight = [batch for batch, _ in zip(source.batches(0), range(30), strict=False)]
+    uninterrupted = [batch for batch, _ in zip(source.batches(0), range(30), strict=False)]
     for start in (1, 11, 12, 29):
         again = next(Batches(rows, 64, 7).batches(start))
-        assert all(np.array_equal(a, b) for a, b in zip(again, straight[start], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(again, uninterrupted[start], strict=True))
     other = next(Batches(rows, 64, 8).batches(0))
-    assert not np.array_equal(other[0], straight[0][0])
+    assert not np.array_equal(other[0], uninterrupted[0][0])
     halves = [next(Batches(rows, 64, 7, rank, 2).batches(3)) for rank in range(2)]
-    assert np.array_equal(np.concatenate([half[0] for half in halves]), straight[3][0])
+    assert np.array_equal(np.concatenate([half[0] for half in halves]), uninterrupted[3][0])
     with pytest.raises(UserError, match="only 800 rows"):
         Batches(rows, 1000, 1)
 
@@ -283,8 +283,8 @@ def test_some_values_are_shown_as_unseen_alike_on_every_rank(tmp_path):
     changed = plain != hidden
     assert (hidden[changed] == 1).all() and (plain[changed] > 1).all()
     assert 0.3 < changed.sum() / (plain > 1).sum() < 0.5
-    straight = Batches(rows, 250, 7, spec=log.spec).batches(0)
-    assert next(straight) is not None and np.array_equal(next(straight)[0], hidden)
+    uninterrupted = Batches(rows, 250, 7, spec=log.spec).batches(0)
+    assert next(uninterrupted) is not None and np.array_equal(next(uninterrupted)[0], hidden)
     halves = [next(Batches(rows, 250, 7, rank, 2, log.spec).batches(1))[0] for rank in range(2)]
     assert np.array_equal(np.concatenate(halves), hidden)
 
@@ -425,3 +425,25 @@ def test_histories_of_a_log_out_of_order_are_refused():
     columns = pa.array(["u", "u"]), pa.array(["1", "2"]), np.array([5, 4]), np.array([1, 1])
     with pytest.raises(UserError, match="order of time"):
         histories.add(pa.table({"x": [1, 2]}), *columns, "log.csv")
+
+
+def test_frappe_as_published(tmp_path):
+    """The three libfm files by their published names, in the published form: label 1 or -1, ten one-hot fields in the
+    order of the converter, indices running on over the fields; nothing is renamed or rewritten."""
+    generator, sizes = np.random.default_rng(1), [30, 60, 7, 7, 2, 3, 2, 9, 8, 20]
+    starts = np.cumsum([0, *sizes[:-1]])
+    for part, count in (("train", 60), ("validation", 20), ("test", 20)):
+        lines = []
+        for _ in range(count):
+            fields = [start + generator.integers(size) for start, size in zip(starts, sizes, strict=True)]
+            lines.append(f"{generator.choice(['1', '-1'])} " + " ".join(f"{field}:1" for field in fields))
+        (tmp_path / f"frappe.{part}.libfm").write_text("\n".join(lines) + ("\n" if part != "test" else ""))
+    split = {"by": "files", "validation_path": str(tmp_path / "frappe.validation.libfm"),
+             "test_path": str(tmp_path / "frappe.test.libfm")}
+    log = prepare(DataSettings(reader="frappe", path=str(tmp_path / "frappe.train.libfm"), split=split,
+                               cache=str(tmp_path / "cache")), 4)
+    assert {name: len(part) for name, part in log.parts.items()} == {"train": 60, "validation": 20, "test": 20}
+    assert set(np.unique(log.parts["train"].labels)) == {0.0, 1.0} and len(log.spec.slots) == 10
+    for name, start, size in zip(("user", "item", "daytime"), starts, sizes, strict=False):
+        assert {int(value) for value in log.vocabulary.values[name]} <= set(range(start, start + size))
+    assert len(np.unique(log.parts["train"].users)) > 10

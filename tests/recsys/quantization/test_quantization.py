@@ -44,7 +44,7 @@ def test_quantized_models_give_nearly_the_same(config, tmp_path):
         if mode == "float32":
             int8.library = lambda: None
         try:
-            assert int8.settle(model) in (mode, "float32")
+            assert int8.prepare(model) in (mode, "float32")
         finally:
             int8.library = before
         results[mode] = model(ids, numbers).asnumpy()

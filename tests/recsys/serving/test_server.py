@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from parallel.common.structured import BadText
 from parallel.serving.errors import one_line
-from parallel.serving.json_door import NotJson
 from parallel.serving.queue import Busy
 from parallel.serving.run import bind, make_server
 from recsys.saved_model import describe, load
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 class StuckEngine:
     """An engine whose thread never takes anything."""
 
-    version, reading, waiting, full = 1, 1, 0, False
+    version, encoding_version, waiting, full = 1, 1, 0, False
 
     def __init__(self, trained) -> None:
         self.trained, self.cache = trained, StateCache(0)
@@ -108,6 +108,17 @@ def test_over_http(run, server):
         code, answer = ask(address, "/rank", body)
         assert code == expected and "\n" not in answer["error"], (body[:20], answer)
     version = health["version"]
+    code, answer = ask(address, "/versions")
+    assert code == 200 and answer["versions"] == [answer["current"]] and answer["pinned"] is None
+    for path, body, what in (("/rollback", b"", "no version before"), ("/pin", b'{"version": "x"}', "no such version"),
+                             ("/pin", b"{}", "names a version")):
+        code, said = ask(address, path, body)
+        assert code == 409 and what in json.dumps(said)
+    name = answer["current"]
+    assert ask(address, "/pin", json.dumps({"version": name}).encode())[1]["pinned"] == name
+    assert ask(address, "/reload", b"")[0] == 409
+    assert ask(address, "/unpin", b"")[1]["pinned"] is None
+    version += 1
     code, answer = ask(address, "/reload", b"")
     assert code == 200 and answer["version"] == version + 1
     process.send_signal(signal.SIGHUP)
@@ -178,7 +189,7 @@ def test_a_request_is_read_again_only_after_a_reload_with_another_vocabulary(run
         asked = 0
 
         def submit(self, ids: np.ndarray, numbers: np.ndarray) -> Future:
-            self.version, self.reading, self.asked = 2, 1 + rise, self.asked + 1
+            self.version, self.encoding_version, self.asked = 2, 1 + rise, self.asked + 1
             done: Future = Future()
             done.set_result((np.full((len(ids), 1), 0.25 * self.asked), self.version))
             return done
@@ -207,7 +218,7 @@ def test_long_bodies_are_read_in_a_thread_short_ones_at_once(run, monkeypatch):
     long = asyncio.run(service._understood(body, trained))
     assert readers[0] == threading.current_thread().name and readers[1].startswith("requests")
     np.testing.assert_array_equal(short.ids, long.ids)
-    with pytest.raises(NotJson):
+    with pytest.raises(BadText):
         asyncio.run(service._understood(b"{" * len(body), trained))
 
 

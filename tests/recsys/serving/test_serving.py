@@ -36,9 +36,9 @@ def engine(run):
 
 def requests_of(log, count: int, seed: int, most: int = 9) -> list[tuple[np.ndarray, np.ndarray]]:
     """Requests out of the log's rows: each has the user columns of its first row."""
-    from recsys.ug_sep.sides import Sides
+    from recsys.ug_sep.sides import UserCandidateSplit
 
-    generator, rows, user = np.random.default_rng(seed), log.parts["train"], Sides.of(log.spec).user
+    generator, rows, user = np.random.default_rng(seed), log.parts["train"], UserCandidateSplit.of(log.spec).user
     asked = []
     for _ in range(count):
         index = generator.integers(0, len(rows), int(generator.integers(1, most + 1)))
@@ -68,7 +68,7 @@ def test_how_requests_are_batched_changes_nothing(run, engine):
         assert scores.shape == (len(item[0]), 1)
 
 
-def test_entangled_models_are_served_too(tmp_path):
+def test_unseparated_models_are_served_too(tmp_path):
     _, log = make_run(tmp_path / "run", "dlrm_mlp")
     engine = Engine(load(tmp_path / "run"), replace_settings(requests=4, candidates=[8, 32]))
     engine.start()
@@ -317,12 +317,12 @@ def test_without_settings_in_the_checkpoint_it_says_so(run, tmp_path):
 
 def test_a_reload_tells_whether_requests_read_otherwise(run, engine):
     folder, settings, log = run
-    reading, version = engine.reading, engine.version
+    encoding_version, version = engine.encoding_version, engine.version
     path = add_checkpoint(folder, settings, log, 3, seed=3)
     engine.reload(path)
-    assert (engine.reading, engine.version) == (reading, version + 1)
+    assert (engine.encoding_version, engine.version) == (encoding_version, version + 1)
     other = type(log.vocabulary)(moments={"none": (0.0, 2.0)})
     other.save(path / "vocabulary.json")
     engine.reload(path)
-    assert (engine.reading, engine.version) == (reading + 1, version + 2)
+    assert (engine.encoding_version, engine.version) == (encoding_version + 1, version + 2)
     (path / "vocabulary.json").unlink()

@@ -234,3 +234,15 @@ def test_damaged_entries_are_one_line():
         table.put(twice, keep_rows=True)
     with pytest.raises(UserError, match="another width"):
         DynamicTable(3).put(twice)
+
+
+@pytest.mark.slow
+def test_a_hundred_million_ids_of_width_8_take_less_than_10_gigabytes():
+    """About 7 GB of memory for half a minute."""
+    import json
+    import subprocess
+    import sys
+
+    command = [sys.executable, "scripts/bench/tables.py", "--skip-step", "--skip-peers", "--ids", "100000000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["memory"]["gigabytes"] < 10.0

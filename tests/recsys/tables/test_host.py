@@ -175,15 +175,15 @@ HOST = ("data.tables.place=host", "train.sparse_optimizer.name=adagrad", "train.
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, graph_mode):
     words = (*HOST, "train.validate_every=4", "train.keep_best=auc", "output.checkpoint_every=4")
-    straight, _ = train(tmp_path / "straight", *words, "train.steps=8")
+    uninterrupted, _ = train(tmp_path / "straight", *words, "train.steps=8")
     train(tmp_path / "stopped", *words, "train.steps=4")
     resumed, settings = train(tmp_path / "stopped", *words, "train.steps=8")
     for path in sorted((tmp_path / "straight" / "checkpoints" / "step_00000008").rglob("*.safetensors")):
         other = tmp_path / "stopped" / path.relative_to(tmp_path / "straight")
         assert other.read_bytes() == path.read_bytes(), path.name
     assert {key: resumed[key] for key in ("auc", "logloss", "loss")} == {
-        key: straight[key] for key in ("auc", "logloss", "loss")}
-    assert straight["table_rows"] > 100
+        key: uninterrupted[key] for key in ("auc", "logloss", "loss")}
+    assert uninterrupted["table_rows"] > 100
     _evaluate_tells_the_same(settings, tmp_path, resumed)
 
 
@@ -284,3 +284,23 @@ def test_an_optimizer_that_touches_all_rows_is_refused():
     settings.train.sparse_optimizer = settings.train.sparse_optimizer.model_copy(update={"name": "lamb"})
     with pytest.raises(UserError, match="only the rows of a step"):
         HostTables(settings, place(features(), 16), 8)
+
+
+@pytest.mark.slow
+def test_two_real_processes_equal_one(tmp_path):
+    """`python -m parallel launch --nproc 2 ... data.tables.place=host` over MindSpore's own process group."""
+    import json
+    import subprocess
+    import sys
+
+    words = [*TINY, *HOST, "train.steps=12", "train.validate_every=6", "train.keep_best=auc",
+             "data.tables.exchange_kb=16", f"data.cache={tmp_path / 'data'}"]
+    figures = []
+    for count in (1, 2):
+        command = [sys.executable, "-m", "parallel", "launch", "--config", "configs/recsys/dlrm_mlp.yaml",
+                   "--nproc", str(count), *words, f"parallel.data={count}", f"output.directory={tmp_path / str(count)}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+        figures.append(json.loads(done.stdout.splitlines()[-1]))
+    for name in ("auc", "logloss", "validation_auc", "validation_logloss"):
+        assert figures[0][name] == pytest.approx(figures[1][name], abs=1e-5)
+    assert figures[1]["table_rows"] < 0.7 * figures[0]["table_rows"]

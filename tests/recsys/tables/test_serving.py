@@ -65,8 +65,9 @@ def served(request, tmp_path_factory, graph_mode):
 def scores_of_log(folder, settings, spec, encoded) -> np.ndarray:
     """As `evaluate` scores rows."""
     from parallel.checkpoint.folder import resolve_checkpoint
-    from recsys.evaluate import Evaluation, Scores
-    from recsys.tables.run import load_hosted
+    from recsys.evaluation import Evaluation
+    from recsys.ranker import Scores
+    from recsys.tables.loaded import load_hosted
 
     model, scores = load_hosted(settings, spec, encoded.labels.shape[1], resolve_checkpoint(folder), 16, Scores)
     found = Evaluation(model, encoded, ["click"], 16, scores=scores).predictions()

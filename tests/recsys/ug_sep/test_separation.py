@@ -19,7 +19,7 @@ from recsys.models.rankmixer.model import RankMixerSettings
 from recsys.models.tokenmixer_large import separated as separated_tokenmixer
 from recsys.models.tokenmixer_large.model import TokenMixerLargeSettings
 from recsys.ug_sep.pyramid import PyramidBlock
-from recsys.ug_sep.ranker import GroupPass, UserPass
+from recsys.ug_sep.ranker import CandidatePass, UserPass
 from recsys.ug_sep.sides import allot, heads_of, pair, tokens_of_ratio
 from recsys.ug_sep.user_aggregation import SharedUsersLoss, distinct_users, share
 from tests.recsys.layers.test_blocks import gelu, layer_norm, made, mix, rms_norm, swiglu, values
@@ -117,13 +117,13 @@ def test_two_passes_are_the_block_with_masks(model, name, counts, other):
     users, group = tokens(counts[0], 1, 3), tokens(counts[1], 2, 11)
     index = np.array([0, 2, 1, 1, 0, 2, 2, 2, 0, 1, 0], np.int32)
     wanted = masked(cell, users[:, index], group)
-    x_user, pieces, _ = cell.user(Tensor(users))
-    assert [(piece.shape[0], piece.shape[2]) for piece in pieces] == list(cell.pieces)
-    x_group, _ = cell.group(Tensor(group), pieces, Tensor(index))
-    got = np.concatenate([x_user.asnumpy()[:, index], x_group.asnumpy()])
+    x_user, components, _ = cell.user(Tensor(users))
+    assert [(component.shape[0], component.shape[2]) for component in components] == list(cell.components)
+    x_candidate, _ = cell.candidate(Tensor(group), components, Tensor(index))
+    got = np.concatenate([x_user.asnumpy()[:, index], x_candidate.asnumpy()])
     assert np.abs(got - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
-    one = tuple(Tensor(piece.asnumpy()[:, 1:2]) for piece in pieces)
-    alone, _ = cell.group(Tensor(group), one, Tensor(np.zeros(11, np.int32)))
+    one = tuple(Tensor(component.asnumpy()[:, 1:2]) for component in components)
+    alone, _ = cell.candidate(Tensor(group), one, Tensor(np.zeros(11, np.int32)))
     wanted = masked(cell, users[:, np.ones(11, np.int32)], group)[after(model, counts, other):]
     assert np.abs(alone.asnumpy() - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
 
@@ -146,9 +146,9 @@ def test_tokenmixer_block_equals_numpy_with_whole_matrices():
     cell = block("tml", "low_rank", (c_u, c_g), (h_u, h_g))
     p, d = values(cell), WIDTH // (h_u + h_g)
     wide, x = (c_u + c_g) * d, np.concatenate([tokens(c_u, 1), tokens(c_g, 2)]).astype(np.float64)
-    masked = np.ones((h_u + h_g, 1, wide))
-    masked[:h_u, :, c_u * d:] = 0
-    h = mix(rms_norm(x, p, "norm1"), h_u + h_g) * masked
+    mask = np.ones((h_u + h_g, 1, wide))
+    mask[:h_u, :, c_u * d:] = 0
+    h = mix(rms_norm(x, p, "norm1"), h_u + h_g) * mask
     first = {name: np.concatenate([dead(p[f"first_user.{name}.weight"], rows=wide), np.concatenate(
         [p[f"first_group.{name}_{side}.weight"] for side in ("user", "group")], axis=1)]) for name in ("gate", "up")}
     first["down"] = np.concatenate([p["first_user.down.weight"],
@@ -235,11 +235,12 @@ def test_a_state_of_several_users_serves_all_candidates(name, tasks):
     assert np.abs(scores(model, ids, numbers) - wanted).max() <= 1e-6
     state = model.user_pass(Tensor(users[:3]), Tensor(user_numbers[:3]))
     assert state.shape == (3, model.state_size)
-    got = model.group_pass(state, Tensor(index), Tensor(group), Tensor(group_numbers)).asnumpy()
+    got = model.candidate_pass(state, Tensor(index), Tensor(group), Tensor(group_numbers)).asnumpy()
     assert np.abs(got - wanted).max() <= 1e-6 and np.ptp(wanted) > 1e-3
     # Candidates do not see each other, nor do requests.
     order = np.random.default_rng(1).permutation(12)[:5]
-    some = model.group_pass(state, Tensor(index[order]), Tensor(group[order]), Tensor(group_numbers[order])).asnumpy()
+    some = model.candidate_pass(state, Tensor(index[order]), Tensor(group[order]),
+                                Tensor(group_numbers[order])).asnumpy()
     assert np.abs(some - wanted[order]).max() <= 1e-6
     alone = model.user_pass(Tensor(users[1:2]), Tensor(user_numbers[1:2])).asnumpy()
     assert np.abs(alone - state.asnumpy()[1:2]).max() <= 1e-5
@@ -256,7 +257,7 @@ def test_up_to_a_thousand_candidates_of_one_user_and_of_several(name, candidates
     index = np.sort(np.arange(candidates) % requests).astype(np.int32)
     ids[:, list(model.sides.user.ids)], numbers[:, list(model.sides.user.numbers)] = users[index], user_numbers[index]
     state = model.user_pass(Tensor(users[:requests]), Tensor(user_numbers[:requests]))
-    got = model.group_pass(state, Tensor(index), *map(Tensor, group)).asnumpy()
+    got = model.candidate_pass(state, Tensor(index), *map(Tensor, group)).asnumpy()
     wanted = scores(model, ids, numbers, masks=True)
     assert np.abs(got - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
 
@@ -268,7 +269,7 @@ def test_the_same_in_compiled_graphs(tasks):
     user, group = model.sides.split(ids, numbers)
     ms.set_context(mode=ms.GRAPH_MODE)
     state = UserPass(model)(*map(Tensor, user))
-    got = GroupPass(model)(state, Tensor(np.arange(12, dtype=np.int32)), *map(Tensor, group)).asnumpy()
+    got = CandidatePass(model)(state, Tensor(np.arange(12, dtype=np.int32)), *map(Tensor, group)).asnumpy()
     assert np.abs(got - wanted).max() <= 1e-6
 
 
@@ -358,8 +359,8 @@ def test_a_lower_layers_residual_and_heads_do_not_leak(tasks):
 def test_only_the_users_own_groups_are_user_side(tasks):
     sides = tasks("tml").network.model.sides
     assert {f.name for f in sides.user.spec.ordered} == {"user_id", "age", "gender", "city", "budget", "interests"}
-    assert "history" in sides.group.spec.slots
-    whole_row = sorted([*sides.user.ids, *sides.group.ids])
+    assert "history" in sides.candidate.spec.slots
+    whole_row = sorted([*sides.user.ids, *sides.candidate.ids])
     assert whole_row == list(range(len(whole_row)))
 
 
@@ -394,7 +395,7 @@ def test_mistakes_are_named(words, message):
 
 def test_without_a_mask_there_is_no_state(tasks):
     model = tasks("rankmixer", "model.ug_sep.mixing_mask=false").network.model
-    for cell in (UserPass, GroupPass):
+    for cell in (UserPass, CandidatePass):
         with pytest.raises(UserError, match="depends on the candidate"):
             cell(model)
 

@@ -1,0 +1,11 @@
+"""Names of the parameters of low-rank adapters (`parallel.layers.low_rank`), without any framework."""
+
+from __future__ import annotations
+
+DOWN, UP = "adapter_down", "adapter_up"
+"""Last words of the names of an adapter's parameters."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return name.rpartition(".")[2] in (DOWN, UP)

@@ -1,0 +1,99 @@
+"""Which backend runs a layout on this machine. Imports neither MindSpore nor torch: it looks at what is there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel.common.errors import UserError
+from parallel.sharding.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend ("mindspore" or "torch"), the devices it takes ("CPU", "GPU", "Ascend") and why."""
+
+    backend: str
+    device: str
+    reason: str
+
+    def text(self) -> str:
+        """For people."""
+        return f"backend: {self.backend} on {self.device} ({self.reason})"
+
+
+def choose(config: ParallelConfig, precision: str = "fp32") -> Choice:
+    """The backend for a resolved layout.
+
+    `auto` takes MindSpore where it can run the layout (everything on Ascend; one device and data parallelism on the
+    CPU) and torch elsewhere; MindSpore's CUDA backend is never chosen.
+
+    Args:
+        config: resolved.
+        precision: `train.precision`.
+
+    Raises:
+        UserError: the backend that is needed or asked for is not installed.
+    """
+    if has_ascend() and config.backend != "torch":
+        return Choice("mindspore", "Ascend", "all layouts run there")
+    needed = what_needs_torch(config, precision)
+    if config.backend == "mindspore":
+        _need("mindspore")
+        return Choice("mindspore", "CPU", "parallel.backend says so")
+    device = "GPU" if gpus() and torch_has_cuda() else "CPU"
+    if config.backend == "torch":
+        _need("torch")
+        return Choice("torch", device, "parallel.backend says so")
+    if device == "GPU":
+        return Choice("torch", "GPU", f"{gpus()} NVIDIA GPUs are here")
+    if not installed("mindspore"):
+        _need("torch")
+        return Choice("torch", device, "MindSpore is not installed")
+    if needed:
+        _need("torch", needed)
+        return Choice("torch", device, f"MindSpore runs {needed} on Ascend only")
+    return Choice("mindspore", "CPU", "one device" if config.world == 1 else "data parallelism")
+
+
+def what_needs_torch(config: ParallelConfig, precision: str) -> str:
+    """What of a layout MindSpore does not do on CPUs, in words; "" if nothing."""
+    degrees = {"op": config.op, "pipeline.stages": config.pipeline.stages, "optimizer.shard": config.optimizer_shard,
+               "expert": config.expert}
+    found = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+    if precision != "fp32":
+        found.append(f"precision {precision}")
+    return ", ".join(found)
+
+
+def has_ascend() -> bool:
+    """Whether this machine has an Ascend device."""
+    return any(Path("/dev").glob("davinci[0-9]*"))
+
+
+def gpus() -> int:
+    """How many NVIDIA GPUs this machine has."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def torch_has_cuda() -> bool:
+    """Whether the torch that is installed can use NVIDIA GPUs."""
+    return installed("torch") and not importlib.metadata.version("torch").endswith("+cpu")
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules has None in its place
+        return False
+
+
+def _need(package: str, what: str = "") -> None:
+    if not installed(package):
+        name = "PyTorch" if package == "torch" else "MindSpore"
+        raise UserError(f"{what + ': ' if what else ''}{name} is needed and not installed", where="parallel.backend",
+                        hint="pip install -c scripts/constraints.txt -e '.[torch]'" if package == "torch"
+                        else "pip install -c scripts/constraints.txt -e .")

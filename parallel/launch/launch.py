@@ -1,0 +1,81 @@
+"""Verb `launch`: a run as many processes, on one node or several: through msrun's process manager on MindSpore, through
+ours on torch.
+
+Every rank writes its log to `<output.directory>/logs/rank_<r>.log`; rank 0's is shown as well. When a rank fails, the
+others are ended and the exit code is that of the rank that failed. SIGTERM and SIGINT go to all ranks, which save and
+stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from parallel.common.progress import info
+from parallel.launch.choose import choose
+from parallel.launch.launcher import MsrunLauncher, TorchLauncher
+from parallel.launch.plan import DEFAULT_PORT, Plan
+from parallel.launch.programs import exported, rank_command
+from parallel.task import load_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that take part (default 1)")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
+    parser.add_argument("--master", metavar="HOST:PORT",
+                        help=f"address of machine 0 and a free port there (default 127.0.0.1:{DEFAULT_PORT}; on a "
+                             "single machine another one where that is taken)")
+    parser.add_argument("--nproc", type=int, metavar="P",
+                        help="processes on each machine (default: devices of the parallel block / nodes)")
+    parser.add_argument("--run", dest="what", default="train", metavar="VERB",
+                        help="what to run: a verb of the model's package (default train)")
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="DIR",
+                        help="go on from a checkpoint; without DIR from the newest of output.directory")
+    parser.add_argument("--compile-only", action="store_true",
+                        help="compile the graphs of all distinct ranks, run nothing")
+    parser.add_argument("--timeout", type=int, default=300, metavar="S",
+                        help="seconds to wait for all processes to meet (default 300)")
+
+
+def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Starts this machine's processes, waits for them and returns rank 0's figures with "ranks", "failed_rank", "logs".
+
+    A single process takes this one's place, without a launcher.
+
+    Raises:
+        UserError: flags that contradict each other, a port in use, a config file with an error.
+    """
+    overrides, resume = list(arguments.overrides), arguments.resume
+    if resume is not None and "=" in resume:
+        # `--resume key=value`: the flag's optional DIR took the first override.
+        overrides, resume = [resume, *overrides], "auto"
+    if resume is not None:
+        overrides.append(f"output.resume={resume}")
+    module, run_settings = load_run(arguments.config, overrides)
+    if arguments.compile_only:
+        _compile_only(arguments.config, overrides)
+    plan = Plan.of(arguments, run_settings.parallel.devices, run_settings.parallel)
+    package = module.__name__.partition(".")[0]
+    command = ["-m", package, arguments.what, "--config", str(arguments.config), *overrides]
+    if plan.ranks == 1:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *command])
+    logs = Path(run_settings.output.directory) / "logs"
+    if arguments.what != "train":
+        return MsrunLauncher(plan, command, logs).run()
+    choice = choose(run_settings.parallel.resolve(plan.ranks), run_settings.train.precision)
+    info(choice.text())
+    if choice.backend == "mindspore":
+        return MsrunLauncher(plan, command, logs).run()
+    program, settings = exported(run_settings, plan.ranks, plan.node_rank)
+    return TorchLauncher(plan, rank_command(program, settings, choice.device), logs).run()
+
+
+def _compile_only(config: str, overrides: list[str]) -> None:
+    command = ["-m", "parallel", "dryrun", "--config", str(config), "--ranks", "all-distinct", *overrides]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *command])

@@ -1,0 +1,87 @@
+"""How many processes run where, and at which address they meet."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from typing import Any
+
+from parallel.common.errors import UserError
+
+DEFAULT_PORT = 8118
+
+
+class Plan:
+    """How many processes, on which machine of how many, and where they meet."""
+
+    def __init__(self, nodes: int, node_rank: int, host: str, port: int, local: int, timeout: int) -> None:
+        self.nodes, self.node_rank, self.host, self.port = nodes, node_rank, host, port
+        self.local, self.timeout = local, timeout
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all machines."""
+        return self.nodes * self.local
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, devices: int | None, parallel: Any) -> Plan:
+        """Checks the flags against each other and the parallel block."""
+        nodes, node_rank = arguments.nodes, arguments.node_rank
+        if nodes < 1 or not 0 <= node_rank < nodes:
+            raise UserError(f"must lie in [0, {nodes})", where="--node-rank", value=node_rank)
+        host, port = _address(arguments.master, nodes)
+        if nodes > 1 and node_rank > 0 and host in ("localhost",):
+            raise UserError("must name machine 0", where="--master", value=arguments.master)
+        local = arguments.nproc or cls._default_local(devices, parallel, nodes)
+        if local < 1:
+            raise UserError("must be at least 1", where="--nproc", value=local)
+        parallel.resolve(nodes * local)
+        return cls(nodes, node_rank, host, port, local, arguments.timeout)
+
+    @staticmethod
+    def _default_local(devices: int | None, parallel: Any, nodes: int) -> int:
+        if devices is None and -1 in (parallel.data, parallel.op):
+            raise UserError("the parallel block leaves the number of devices open", where="--nproc",
+                            hint="give --nproc or parallel.devices")
+        devices = devices or parallel.world
+        if devices % nodes:
+            raise UserError(f"{devices} devices do not divide over them", where="--nodes", value=nodes)
+        return devices // nodes
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises a `UserError` unless this machine can listen at the address."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except socket.gaierror:
+        raise UserError("this host is not known", where="--master", value=host) from None
+    except OSError as error:
+        raise UserError(f"cannot listen here: {error.strerror}", where="--master", value=f"{host}:{port}",
+                        hint="choose a free port of this machine (machine 0 listens)") from None
+
+
+def _address(master: str | None, nodes: int) -> tuple[str, int]:
+    """Where the processes meet: what the user says, or a free port of this machine."""
+    if master is None:
+        return "127.0.0.1", DEFAULT_PORT if nodes > 1 or _is_free(DEFAULT_PORT) else free_port()
+    host, _, port = master.rpartition(":")
+    if not host or not port.isdigit() or not 1024 <= int(port) < 65536:
+        raise UserError("must be HOST:PORT with a port of 1024 to 65535", where="--master", value=master)
+    return host, int(port)
+
+
+def _is_free(port: int) -> bool:
+    try:
+        check_port("127.0.0.1", port)
+    except UserError:
+        return False
+    return True
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

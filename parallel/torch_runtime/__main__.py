@@ -1,0 +1,15 @@
+"""Command line: `python -m parallel.torch_runtime <verb>`, on a machine that has torch and needs no MindSpore."""
+
+from __future__ import annotations
+
+import sys
+
+from parallel.common.command import Verb, main
+
+VERBS = [
+    Verb("rank", "parallel.torch_runtime.rank:run", "one process of a run; RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT "
+         "say which", arguments="parallel.torch_runtime.rank:add_arguments"),
+]
+
+if __name__ == "__main__":
+    sys.exit(main("parallel.torch_runtime", VERBS))

@@ -1,0 +1,1 @@
+"""Training a network that is sharded over devices: its step, its micro-batches, one stage of it alone, its run."""

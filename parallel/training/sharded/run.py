@@ -1,0 +1,167 @@
+"""A cut network on real devices: what the trainer needs beside the step where every process holds slices.
+
+Everything here that MindSpore can do without an Ascend device is tried by the tests in a simulated cluster: building,
+compiling, start values, checkpoints, resuming. Executing the step is not: compiled, not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from parallel.checkpoint.sharded import Holder
+from parallel.common.errors import UserError
+from parallel.layers.parameter import start_value
+from parallel.sharding.config import ParallelConfig
+from parallel.sharding.layout import Axes
+from parallel.sharding.parallelize import parallelize
+from parallel.sharding.slices import Extent, sharded_parameters
+from parallel.sharding.trainable import is_weighted
+from parallel.task import SAMPLE_NUMBERS, Input, Task
+from parallel.training.device import DeviceSum, Processes
+from parallel.training.settings import TrainSettings
+from parallel.training.sharded.step import ShardedStep, input_shapes, sharded_step, switch_on
+
+
+def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
+    """Whether a run needs slices: everything but plain data parallelism.
+
+    Raises:
+        UserError: it does, and the processes run on the CPU, where MindSpore cuts nothing.
+    """
+    wanted = {"op": config.op, "pipeline.stages": config.pipeline.stages, "optimizer.shard": config.optimizer_shard,
+              "expert": config.expert}
+    sharded = {name: degree for name, degree in wanted.items() if degree > 1}
+    if processes.target == "CPU":
+        # Sharded states and experts give the same numbers whole, so the CPU takes these for plain data parallelism.
+        refused = {name: degree for name, degree in sharded.items() if name in ("op", "pipeline.stages")}
+        if refused:
+            raise UserError("on the CPU MindSpore runs data parallelism only", where="parallel",
+                            value=", ".join(f"{name} {degree}" for name, degree in refused.items()),
+                            hint="parallel.backend=torch (or auto) runs the others")
+        return False
+    return bool(sharded)
+
+
+class ShardedRun:
+    """The training step of a cut network on this process's device.
+
+    After construction the step is compiled and every parameter of this process's stage holds its slice of the start
+    values, which are those of one device.
+
+    Args:
+        task: as a package's `build` made it.
+        settings: the `train:` block.
+        config: resolved.
+        processes: this process among all.
+        validated, scored: whether the loss without gradients, or a ranker's scores, are wanted too.
+        all_reduce: adds lists of floats over all processes; None = AllReduce on the device.
+
+    Attributes: `cell`, what is called with this process's rows; `step`, the step in it; `holder`, for checkpoints.
+    """
+
+    def __init__(self, task: Task, settings: TrainSettings, config: ParallelConfig, processes: Processes, *,
+                 validated: bool = False, scored: bool = False,
+                 all_reduce: Callable[[list[float]], list[float]] | None = None) -> None:
+        self.task, self.settings, self.config, self.processes = task, settings, config, processes
+        self.stage, place = divmod(processes.rank, config.data * config.op)
+        self.rows = (place // config.op, config.data)
+        self.all_reduce = all_reduce or DeviceSum(processes.group)
+        full_parameters = {full.name: full for full in sharded_parameters(task.network, config)}
+        self.cell = sharded_step(task, settings, config, start_values=True)
+        self.step: ShardedStep = self.cell.network
+        self.step.rank, self.step.ranks, self.step.group = processes.rank, processes.ranks, processes.group
+        self.step.share = self.rows
+        extents = {name: full.slice_of_rank(processes.rank) for name, full in full_parameters.items()}
+        self.holder = Holder(processes.rank, processes.ranks,
+                             {name: extent for name, extent in extents.items() if extent is not None},
+                             {name: full.shape for name, full in full_parameters.items()}, self.barrier)
+        self.inputs = [Tensor(np.zeros(shape, item.dtype))
+                       for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
+        # From here on parameters have the shape of their slices, which MindSpore would cut again in another graph: so
+        # the loss comes first.
+        self.loss = self._compiled("loss") if validated else None
+        self.scores = self._compiled("scores") if scored else None
+        self.cell.set_train(True)
+        self.cell.compile(*self.inputs)
+        self.give_start_values()
+
+    @property
+    def tells(self) -> bool:
+        """Whether this process tells the loss, which every process of the last stage knows of the global batch."""
+        return self.processes.rank == (self.config.pipeline.stages - 1) * self.config.data * self.config.op
+
+    def give_start_values(self) -> None:
+        """Gives every parameter of this stage its slice of what one device starts from. While compiling MindSpore gave
+        the moments their start, and slices random values that depend on the layout."""
+        for parameter in self.task.network.get_parameters():
+            if parameter.name in self.holder.extents:
+                full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
+                                    self.settings.seed)
+                put_slice(parameter, full[_places(self.holder.extents[parameter.name])])
+
+    def barrier(self) -> None:
+        """Returns when all processes have called it."""
+        self.all_reduce([0.0])
+
+    def _compiled(self, graph: str) -> nn.Cell:
+        """The loss without its gradient, or the scores, on this process's rows of a batch."""
+        cell, fed = _evaluation_cell(self.task, self.config, graph)
+        given = {item.name: tensor for item, tensor in zip(self.task.inputs, self.inputs, strict=True)}
+        cell.compile(*(given[item.name] for item in fed))
+        return cell
+
+
+def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
+    """The cut network without gradients, dropout off, ready to compile, and the inputs that it takes.
+
+    Args:
+        task: as a package's `build` made it; its network is cut in place.
+        config: resolved.
+        graph: "loss" (`ForwardLoss`) or "scores" (the cell that `task.scores` makes).
+    """
+    parallelize(task.network, config)
+    return _evaluation_cell(task, config, graph)
+
+
+def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
+    fed = [item for item in task.inputs if item.name != SAMPLE_NUMBERS]
+    cell = ForwardLoss(task.network)
+    if graph == "scores":
+        cell = task.scores(task.network)
+        cell.lay_out(Axes(config))
+        fed = fed[:cell.inputs]
+    ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
+    cut = switch_on(cell, config, ways, False)
+    cut.set_train(False)
+    return cut, fed
+
+
+class ForwardLoss(nn.Cell):
+    """The mean loss of a batch, and its weight where the network tells one (else 1): float32 [2]."""
+
+    def __init__(self, network: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.weighted = network, is_weighted(network)
+        self.cast, self.reshape, self.join = ops.Cast(), ops.Reshape(), ops.Concat()
+
+    def construct(self, *batch: Tensor) -> Tensor:
+        if self.weighted:
+            loss, weight = self.network(*batch)
+        else:
+            loss = self.network(*batch)
+            weight = ops.ones_like(loss)
+        parts = self.reshape(self.cast(loss, ms.float32), (1,)), self.reshape(self.cast(weight, ms.float32), (1,))
+        return self.join(parts)
+
+
+def put_slice(parameter: Parameter, value: np.ndarray) -> None:
+    """Sets a sliced parameter, whose Python object may still have the whole shape."""
+    parameter.set_data(Tensor(np.ascontiguousarray(value), parameter.dtype), slice_shape=True)
+
+
+def _places(extent: Extent) -> tuple[slice, ...]:
+    return tuple(slice(*pair) for pair in extent)

@@ -1,0 +1,134 @@
+"""Records of delimited text (RFC 4180): where each ends, whatever its cells hold, and whether its quotes are balanced.
+
+A quoted cell may hold delimiters, line ends and doubled quotes. It begins right behind a delimiter or line end and ends
+right before one; a quote elsewhere in a cell that does not begin with one is text. Anything else is an error that names
+the row: read on, it would swallow the rows up to the next quote in silence.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from parallel.common.errors import UserError
+
+_PIECE_BYTES = 4 << 20
+_MAX_RECORD_BYTES = 64 << 20
+_QUOTE, _LINE_END, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
+_HINT = 'double a quote inside a quoted cell, or set data.quoted: false where quotes are text'
+
+
+class Place:
+    """Where reading stands in a file: `row` data rows came before the bytes looked at (-1: the header is ahead too)."""
+
+    def __init__(self, file: Path, delimiter: str, headed: bool) -> None:
+        self.file, self.delimiter, self.row = file, delimiter, -1 if headed else 0
+
+    def error(self, what: str, data: bytes, start: int) -> UserError:
+        """About the record that byte `start` of `data` lies in."""
+        before = io.StringIO(data[:start].decode("utf-8", "replace") + "x", newline="")
+        csv.field_size_limit(1 << 30)
+        records = sum(1 for cells in csv.reader(before, delimiter=self.delimiter) if cells)
+        return UserError(what, where=f"{self.file}, row {self.row + records}",
+                         value=data[start:start + 40].decode("utf-8", "replace"), hint=_HINT)
+
+
+def whole_records(stream: BinaryIO, place: Place, quoted: bool) -> Iterator[bytes]:
+    """The bytes of whole records, a few MB at a time. The caller counts rows on in `place.row` as it reads them.
+
+    Raises:
+        UserError: quotes that do not balance, or a record of more than 64 MB; names the row.
+    """
+    rest = b""
+    while True:
+        piece = stream.read(_PIECE_BYTES)
+        data = rest + piece
+        if not data:
+            return
+        end = _last_end(data, place.delimiter.encode(), quoted, not piece, place)
+        if end:
+            yield data[:end]
+        rest = data[end:]
+        if len(rest) > _MAX_RECORD_BYTES:
+            raise place.error("a record of more than 64 MB", rest, 0)
+        if not piece:
+            return
+
+
+def _last_end(data: bytes, delimiter: bytes, quoted: bool, last: bool, place: Place) -> int:
+    """Where the last whole record of `data` ends."""
+    if not quoted or _QUOTE not in data:
+        return len(data) if last else data.rfind(b"\n") + 1
+    array = np.frombuffer(data, np.uint8)
+    marks = np.flatnonzero(array == _QUOTE)
+    opening, closing = marks[::2], marks[1::2]
+    before = np.where(opening > 0, array[np.maximum(opening, 1) - 1], _LINE_END)
+    after = np.where(closing + 1 < len(array), array[np.minimum(closing + 1, len(array) - 1)], _LINE_END)
+    fits = (np.isin(before, (delimiter[0], _LINE_END, _QUOTE)).all()
+            and np.isin(after, (delimiter[0], _LINE_END, _RETURN, _QUOTE)).all())
+    if fits:
+        _refuse_swallowed(data, opening, closing, delimiter, place)
+        stop = int(opening[-1]) if len(opening) > len(closing) else len(data)
+        if last and stop < len(data):
+            raise place.error("a quoted cell has no end", data, stop)
+        return len(data) if last else _end_outside(data, stop, marks)
+    return _walk(data, delimiter, last, place)
+
+
+def _end_outside(data: bytes, stop: int, marks: np.ndarray) -> int:
+    """Behind the last line end before `stop` that lies outside quotes."""
+    end = data.rfind(b"\n", 0, stop)
+    while end >= 0 and np.searchsorted(marks, end) % 2:
+        end = data.rfind(b"\n", 0, int(marks[np.searchsorted(marks, end) - 1]))
+    return end + 1
+
+
+def _refuse_swallowed(data: bytes, opening: np.ndarray, closing: np.ndarray, delimiter: bytes, place: Place) -> None:
+    """A cell over several lines whose inner lines all have the columns of a row is two stray quotes around rows."""
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == _LINE_END)
+    count = min(len(opening), len(closing))
+    lines = np.searchsorted(ends, closing[:count]) - np.searchsorted(ends, opening[:count])
+    for index in np.flatnonzero(lines >= 2):
+        _refuse_rows(data, int(opening[index]), int(closing[index]), delimiter, place)
+
+
+def _refuse_rows(data: bytes, start: int, stop: int, delimiter: bytes, place: Place) -> None:
+    inner = data[start + 1:stop].split(b"\n")[1:-1]
+    first = data.rfind(b"\n", 0, start) + 1
+    columns = data[first:data.find(b"\n", start)].count(delimiter)
+    counts = {line.count(delimiter) for line in inner}
+    if len(counts) == 1 and (found := counts.pop()) > 0 and (found == columns or len(inner) > 3):
+        raise place.error(f"a quoted cell holds {len(inner)} whole lines with {found + 1} columns each: its quote is "
+                          "not closed where it should be", data, start)
+
+
+def _walk(data: bytes, delimiter: bytes, last: bool, place: Place) -> int:
+    """Cell by cell, for data with quotes that are text."""
+    mark = re.escape(delimiter)
+    plain = re.compile(rb'[^"' + mark + rb'\n][^' + mark + rb'\n]*|')
+    inside = re.compile(rb'"[^"]*(?:""[^"]*)*"')
+    at, end = 0, 0
+    while at < len(data):
+        if data[at] == _QUOTE:
+            match = inside.match(data, at)
+            if match is None:
+                if last:
+                    raise place.error("a quoted cell has no end", data, at)
+                return end
+            _refuse_rows(data, at, match.end() - 1, delimiter, place)
+            at = match.end()
+            if at < len(data) and data[at:at + 1] not in (delimiter, b"\n", b"\r"):
+                raise place.error("text behind the end of a quoted cell", data, match.start())
+            at += data[at:at + 2] == b"\r\n"
+        else:
+            at = plain.match(data, at).end()
+        if at < len(data) and data[at] == _LINE_END:
+            end = at + 1
+        at += 1
+    return len(data) if last else end

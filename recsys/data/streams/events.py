@@ -1,0 +1,207 @@
+"""What a stream is made of: events, and the transports (Redis, Kafka, a folder) that bring them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from parallel.common.errors import UserError
+from recsys.data.encode import Columns
+from recsys.data.features import Feature
+
+Positions = dict[str, Any]
+"""By partition (a Redis stream, a Kafka partition, a folder) where reading goes on: a JSON value of its transport."""
+
+
+@dataclass(slots=True)
+class Event:
+    """One event.
+
+    Args:
+        partition: where it came from.
+        after: the partition's position when the event has been read.
+        time: event time in seconds.
+        row: the columns.
+    """
+
+    partition: str
+    after: Any
+    time: float
+    row: dict[str, Any]
+
+
+class Transport(Protocol):
+    """Brings events of some partitions, each in an order that never changes."""
+
+    def begin(self) -> Positions:
+        """Partitions, and where each begins: in front of its oldest event."""
+        ...
+
+    def open(self, positions: Positions) -> None:
+        """Goes to these positions."""
+        ...
+
+    def poll(self, wanted: set[str], most: int, seconds: float) -> list[Event]:
+        """Up to `most` events of each of the wanted partitions; waits up to `seconds` for the first.
+
+        Raises:
+            UserError: events are gone that were not read; the server is away for too long.
+        """
+        ...
+
+    def commit(self, positions: Positions) -> bool:
+        """A checkpoint holds everything in front of these positions; whether whoever shares the stream knows."""
+        ...
+
+    def close(self) -> None:
+        """Leaves the server."""
+        ...
+
+
+class TimeOf:
+    """Event time of a row in seconds.
+
+    Args:
+        column: data.time; None = what the transport stamped.
+        unit: data.stream.time_unit.
+    """
+
+    def __init__(self, column: str | None, unit: str) -> None:
+        self.column, self.factor = column, 1e-3 if unit == "milliseconds" else 1.0
+
+    def __call__(self, row: dict[str, Any], stamped: float) -> float:
+        """The column where it holds a finite number or a time, else `stamped`."""
+        value = row.get(self.column) if self.column is not None else None
+        if isinstance(value, datetime.datetime):
+            return value.timestamp() if value.tzinfo else value.replace(tzinfo=datetime.timezone.utc).timestamp()
+        try:
+            time = float(value) * self.factor
+        except (TypeError, ValueError, OverflowError):
+            return stamped
+        return time if math.isfinite(time) else stamped
+
+
+def read_object(text: str | bytes, where: str) -> dict[str, Any] | None:
+    """A JSON object; None where it is anything else (the row is then bad).
+
+    Raises:
+        Nothing: what to do about bad rows is for the source to say.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# ---------------------------------------------------------------- from rows to columns
+
+
+def text_of(value: Any) -> str | None:
+    """A single value as the text that a file's column would hold: 3 and 3.0 are one value, NaN is missing.
+
+    Raises:
+        TypeError: a list or an object.
+    """
+    if value is None or isinstance(value, str):
+        return value if value is None or value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() and abs(value) < 2.0**53 else str(value)
+    if isinstance(value, (list, dict)):
+        raise TypeError
+    return str(value)
+
+
+def number_of(value: Any) -> float | str | None:
+    """A number (text is left to be read later).
+
+    Raises:
+        TypeError: a list or an object.
+    """
+    if value is None or isinstance(value, (str, float)):
+        return value
+    if isinstance(value, (bool, int)):
+        return float(value) if abs(value) < 1 << 1000 else math.inf
+    if isinstance(value, datetime.datetime):
+        return value.timestamp()
+    raise TypeError
+
+
+def list_of(value: Any, separator: str) -> list[str | None] | None:
+    """A list of texts; text is cut at the separator.
+
+    Raises:
+        TypeError: neither a list nor text.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return value.strip().split(separator) if value.strip() else []
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    return [text_of(item) for item in value]
+
+
+class Tables:
+    """Makes a table of the columns that an `Encoder` reads out of events; a key that an event lacks is missing.
+
+    Args:
+        features, columns: of the run.
+    """
+
+    def __init__(self, features: list[Feature], columns: Columns) -> None:
+        self.kinds: dict[str, tuple[str, str]] = {}
+        for feature in features:
+            kind = "list" if feature.is_list else "number" if feature.type == "numeric" else "text"
+            self.kinds[feature.source] = (kind, feature.separator)
+        for name in columns.labels:
+            self.kinds[name] = ("number", "")
+        if columns.user is not None:
+            self.kinds.setdefault(columns.user, ("text", ""))
+        self.seen: set[str] = set()
+
+    def table(self, events: list[Event]) -> tuple[pa.Table, dict[int, tuple[str, str, Any]]]:
+        """(the columns, bad rows: index -> (column, what is wrong, value); bad values are null in the table).
+
+        Raises:
+            UserError: a column that no event so far has.
+        """
+        rows, made, bad = [event.row for event in events], {}, {}
+        if missing := set(self.kinds) - self.seen:
+            self.seen.update(*(missing & row.keys() for row in rows))
+            absent = sorted(set(self.kinds) - self.seen)
+            if absent and rows:
+                raise UserError(f"no event has '{absent[0]}'", where=events[0].partition,
+                                value=sorted(rows[0])[:20], hint="null stands for a missing value; see data.features")
+        for name, (kind, separator) in self.kinds.items():
+            values = []
+            for index, row in enumerate(rows):
+                value = row.get(name)
+                try:
+                    values.append(list_of(value, separator) if kind == "list" else
+                                  text_of(value) if kind == "text" else number_of(value))
+                except TypeError:
+                    bad.setdefault(index, (name, f"no {kind}", value))
+                    values.append(None)
+            made[name] = _array(kind, values)
+        return pa.table(made), bad
+
+
+def _array(kind: str, values: list) -> pa.Array:
+    if kind == "list":
+        return pa.array(values, pa.list_(pa.string()))
+    if kind == "number" and not any(isinstance(value, str) for value in values):
+        return pa.array(values, pa.float64())
+    return pa.array([None if value is None else value if isinstance(value, str) else repr(value) for value in values],
+                    pa.string())

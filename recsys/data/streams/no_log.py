@@ -1,0 +1,13 @@
+"""What a verb that wants a whole log says of a stream."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from parallel.common.errors import UserError
+
+
+def refuse(data: Any) -> NoReturn:
+    """Raises a `UserError`: there are no rows to count or to evaluate on."""
+    raise UserError("a stream has no end, so there is no log to go over", where="data.reader", value=data.reader,
+                    hint="train goes along with it; for other verbs take reader csv or parquet")

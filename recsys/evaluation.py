@@ -1,0 +1,54 @@
+"""Metrics of a model on a part of a log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from parallel.common.progress import progress
+from recsys.data.dataset import in_order
+from recsys.data.encode import Encoded
+from recsys.layers.tasks import TaskPlan
+from recsys.ranker import Ranker, Scores
+from recsys.training.validation import metrics_of
+
+
+class Evaluation:
+    """Exact metrics on a part of a log; callable as `evaluate(step) -> dict` by the trainer.
+
+    The first task's metrics have plain names, those of the others end in `_<label>`.
+
+    Args:
+        model: the ranker.
+        rows: the part.
+        labels: names of the tasks.
+        batch: samples of one forward pass.
+        prefix: put before every name.
+        limit: batches at most; None = all.
+        scores: what gives the probabilities; None = `Scores` of the model.
+        plan: of the tasks; None = the model's.
+    """
+
+    def __init__(self, model: Ranker, rows: Encoded, labels: list[str], batch: int, *, limit: int | None = None,
+                 show: bool = False, scores: Any = None, plan: TaskPlan | None = None) -> None:
+        self.scores, self.rows, self.labels, self.batch = scores or Scores(model), rows, labels, batch
+        self.limit, self.show = limit, show
+        self.plan = plan or (model.plan if model is not None else TaskPlan.of((), len(labels)))
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """`recsys.metrics.BINARY_METRICS` (or NUMBER_METRICS) for each task, on the samples that count for it."""
+        return metrics_of(self.predictions(), self.labels, self.plan) if len(self.rows) else {}
+
+    def predictions(self):
+        """(labels_nK, probabilities_nK, users_n) batch by batch, in the order of the rows."""
+        self.scores.set_train(False)
+        total = -(-len(self.rows) // self.batch)
+        batches = enumerate(in_order(self.rows, self.batch))
+        for index, ((ids, numbers, labels), users, real) in (progress(batches, "evaluate", total) if self.show
+                                                             else batches):
+            if self.limit is not None and index >= self.limit:
+                return
+            scores = self.scores(Tensor(ids), Tensor(numbers)).asnumpy()
+            yield labels[:real], scores[:real].astype(np.float64), users

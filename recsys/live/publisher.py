@@ -1,0 +1,213 @@
+"""Publishes versions of a model while it trains: a companion of the run.
+
+The values are copied between two steps and written by a thread; while it writes, no further version is begun, so what a
+server gets is always the newest. The first version is whole and written before the first step: a folder that cannot be
+written ends the run at once and not after an hour.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+
+from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
+from parallel.training.backend import Backend
+from parallel.training.companions import Companion
+from recsys.data.features import FeatureSpec
+from recsys.data.readers import reader
+from recsys.layers.embedding import is_sparse
+from recsys.live.settings import PublishSettings
+from recsys.live.versions import Delta, Values, Versions
+from recsys.tables.files import FOLDER, write_entries
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
+
+VOCABULARY = "vocabulary.json"
+# Rows whose gradient is 0 stay as they are under these.
+_ROW_EXACT = ("adagrad", "rowwise_adagrad", "lazy_adam")
+
+
+class TouchedRows:
+    """Which rows of the tables in the graph changed since the last version.
+
+    Args:
+        spec: places of the features.
+        exact: only rows that a batch names change; otherwise tables are compared with a copy of the last version.
+    """
+
+    def __init__(self, spec: FeatureSpec, exact: bool) -> None:
+        self.exact, self.marks = exact, {}
+        self.columns = {width: np.concatenate([np.arange(slot.start, slot.start + slot.length)
+                                               for slot in spec.slots.values() if slot.width == width])
+                        for width in spec.tables}
+        self.rows = spec.tables
+        self.copies: dict[str, np.ndarray] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing has changed."""
+        self.marks = {width: np.zeros(rows, bool) for width, rows in self.rows.items()} if self.exact else {}
+
+    def add(self, ids_BM: np.ndarray) -> None:
+        """Rows of a batch."""
+        for width, marks in self.marks.items():
+            marks[ids_BM[:, self.columns[width]].reshape(-1)] = True
+
+    def changed(self, name: str, values_VW: np.ndarray) -> np.ndarray:
+        """int64 numbers of the rows of a table that changed; called once a version."""
+        if self.exact:
+            return np.flatnonzero(self.marks[values_VW.shape[1]])
+        before = self.copies.get(name)
+        self.copies[name] = values_VW
+        return np.arange(len(values_VW)) if before is None else np.flatnonzero((before != values_VW).any(1))
+
+
+class Publisher(Companion):
+    """See the top of this file.
+
+    Args:
+        settings: `publish`.
+        folder: of the versions.
+        backend: whose parameters are published.
+        spec: places of the features in the network's input.
+        describe: the run's settings, kept in whole versions.
+        vocabulary: file that goes beside the versions.
+        exact_rows: see `TouchedRows`.
+        tables: `recsys.tables.host.HostTables`, where the tables lie on the host.
+        event_time: of a step, in seconds.
+    """
+
+    name = "publish"
+
+    def __init__(self, settings: PublishSettings, folder: str | Path, backend: Backend, spec: FeatureSpec,
+                 describe: dict[str, Any], vocabulary: Path, *, exact_rows: bool, tables: Any = None,
+                 event_time: Callable[[int], float | None] = lambda step: None) -> None:
+        self.settings, self.backend, self.describe, self.tables = settings, backend, describe, tables
+        self.vocabulary, self.event_time = vocabulary, event_time
+        self.touched = TouchedRows(spec, exact_rows) if tables is None else None
+        self.versions = Versions(folder, settings.keep)
+        self.thread, self.writing = ThreadPoolExecutor(1, "publish"), None
+        self.step = self.published = 0
+        self.time: float | None = None
+        self.since, self.since_time, self.sweeps = 0, 0.0, 0
+        self.begun = False
+
+    def before_step(self, step: int, batch: Any) -> None:
+        """Publishes the first version; marks the batch's rows."""
+        if not self.begun:
+            self.begun, self.step, self.time = True, step, self.event_time(step)
+            self._publish(step, full=True).result()
+        if self.touched is not None:
+            self.touched.add(batch[0])
+
+    def after_step(self, step: int, outputs: dict[str, float]) -> None:
+        """Publishes where it is time."""
+        if self.writing is not None and self.writing.done():
+            self.writing.result()  # an error of the thread ends the run
+            self.writing = None
+        if self.writing is None and self._due(step):
+            self.writing = self._publish(step)
+
+    def finish(self, step: int) -> dict[str, int]:
+        """Publishes what the run ended with; figures."""
+        if self.writing is not None:
+            self.writing.result()
+        if self.begun and step > self.step:
+            self._publish(step).result()
+        self.thread.shutdown()
+        return {"versions": self.published, "version": self.versions.version}
+
+    def _due(self, step: int) -> bool:
+        own, now = self.settings, self.event_time(step)
+        if own.every_steps is not None and step - self.step >= own.every_steps:
+            return True
+        return (own.every_seconds is not None and now is not None
+                and (self.time is None or now - self.time >= own.every_seconds))
+
+    # -- what is written ----------------------------------------------------------------------------------------------
+
+    def _publish(self, step: int, full: bool = False) -> Future:
+        """Copies what is to be written and hands it to the thread."""
+        self.step, self.time = step, self.event_time(step)
+        full = full or self.published % self.settings.full_every == 0 or self._swept()
+        self.published += 1
+        parameters = {tensor.name: np.array(tensor.read()) for tensor in self.backend.parameters()}
+        delta = Delta(0, step, self.time)
+        for name, values in parameters.items():
+            if not is_sparse(name):
+                delta.dense[name] = values
+                continue
+            rows = self.touched.changed(name, values)
+            delta.rows[name] = rows, values[rows]
+        entries = self._entries(full)
+        if self.touched is not None:
+            self.touched.begin()
+        if self.backend.rank != 0:
+            return self.thread.submit(lambda: None)
+        if full:
+            tensors = [Values(name, value) for name, value in parameters.items()]
+            return self.thread.submit(self._write_full, tensors, step, self.time, entries)
+        return self.thread.submit(self.versions.write_delta, delta, lambda folder: _write_entries(folder, entries))
+
+    def _write_full(self, tensors: list, step: int, time: float | None, entries: dict) -> int:
+        target = self.versions.folder / VOCABULARY
+        with atomic_write(target, "wb") as file, self.vocabulary.open("rb") as source:
+            shutil.copyfileobj(source, file)
+        return self.versions.write_full(tensors, {"run": self.describe}, step, time,
+                                        lambda folder: _write_entries(folder, entries))
+
+    def _swept(self) -> bool:
+        """Whether rows of tables on the host were evicted since the last version: a delta cannot say so."""
+        if self.tables is None or not self.tables.settings.sweep_every:
+            return False
+        before, self.sweeps = self.sweeps, self.tables.steps // self.tables.settings.sweep_every
+        return self.sweeps != before
+
+    def _entries(self, full: bool) -> dict[str, Any]:
+        """Entries of tables on the host: all, or those seen since the last version."""
+        if self.tables is None:
+            return {}
+        found = {}
+        for name, table in self.tables.tables.items():
+            seconds = self.tables.plans[name].slot.feature.expire_unit == "seconds"
+            found[name] = table.entries(0 if full else int(self.since_time) if seconds else self.since + 1)
+        self.since, self.since_time = self.tables.steps, self.tables.clock() - 1.0
+        return found
+
+
+def _write_entries(folder: Path, entries: dict[str, Any]) -> None:
+    if entries:
+        (folder / FOLDER).mkdir()
+    for name, own in entries.items():
+        write_entries(folder / FOLDER / f"{quote(name, safe='')}-00000-of-00001.safetensors", own)
+
+
+def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: Any = None,
+                 event_time: Callable[[int], float | None] = lambda step: None) -> Publisher | None:
+    """The publisher of a run, where its settings want one.
+
+    Raises:
+        UserError: seconds of event time are asked for where there are none; tables spread over processes.
+    """
+    own = settings.publish
+    if not own.wanted:
+        return None
+    if own.every_seconds is not None and reader(settings.data.reader).stream is None:
+        raise UserError("files have no event time", where="publish.every_seconds", value=own.every_seconds,
+                        hint="set publish.every_steps")
+    if tables is not None and backend.ranks > 1:
+        raise UserError("tables spread over processes are not published", where="publish",
+                        hint="train with one process, or with data.tables.place: device")
+    optimizer = settings.train.sparse_optimizer or settings.train.optimizer
+    folder = Path(own.directory or Path(settings.output.directory) / "live")
+    return Publisher(own, folder, backend, spec, settings.model_dump(mode="json"),
+                     Path(settings.output.directory) / VOCABULARY, tables=tables, event_time=event_time,
+                     exact_rows=optimizer.name in _ROW_EXACT and backend.ranks == 1)

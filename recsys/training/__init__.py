@@ -1,0 +1,1 @@
+"""Training rankers: on any backend, on MindSpore, validation."""
