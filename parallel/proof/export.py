@@ -55,8 +55,8 @@ _SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parall
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the program")
-    parser.add_argument("--graphs", metavar="LIST", help="step, loss, scores with commas between (default: all that the "
-                                                         "model has)")
+    parser.add_argument("--graphs", metavar="LIST", help="step, loss, scores with commas between (default: all "
+                                                         "that the model has)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
                         help="processes that compile at once (default: 2, or 1 on one core)")
 

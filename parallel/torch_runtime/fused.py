@@ -1,5 +1,5 @@
-"""What fused nodes compute: by torch's own fused operators on CPUs and GPUs, by Triton kernels where torch has none, and
-in a plain form that a compiler fuses better itself ("traced").
+"""What fused nodes compute: by torch's own fused operators on CPUs and GPUs, by Triton kernels where torch has none,
+and in a plain form that a compiler fuses better itself ("traced").
 
 Sources of the kernels behind them: FlashAttention (Dao 2023) and cuDNN's attention, both through torch; the rest in
 `kernels`.

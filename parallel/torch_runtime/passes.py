@@ -72,12 +72,12 @@ def _attention(editor: Editor, softmax: Node) -> dict[str, Any] | None:
     add = editor.maker(softmax.inputs[0], "Add")
     if add is None or len(editor.users(add.number)) != 1 or len(softmax.outputs[0].shape) != 4:
         return None
-    for scores, bias in (add.inputs, add.inputs[::-1]):
-        product = editor.maker(editor.through(scores, "Cast"), "BatchMatMul")
-        if product is not None and _flags(editor, product) == (False, True):
-            break
-    else:
+    found = [(product, bias) for scores, bias in (add.inputs, add.inputs[::-1])
+             if (product := editor.maker(editor.through(scores, "Cast"), "BatchMatMul")) is not None
+             and _flags(editor, product) == (False, True)]
+    if len(found) != 1:
         return None
+    product, bias = found[0]
     p = softmax.number
     casted = [user.number for user in editor.users(p) if user.op == "Cast"]
     weights = {p, *casted}
@@ -88,9 +88,8 @@ def _attention(editor: Editor, softmax: Node) -> dict[str, Any] | None:
         for user in editor.users(number):
             if user.op == "BatchMatMul" and user.inputs[0] == number:
                 (outs if _flags(editor, user) == (False, False) else dvs).append(user)
-            elif number not in weights or user.number not in (*casted, *dropped):
-                if user.op != "SoftmaxBackward":
-                    return None
+            elif user.op != "SoftmaxBackward" and (number not in weights or user.number not in (*casted, *dropped)):
+                return None
     backward = [user for user in editor.users(p) if user.op == "SoftmaxBackward" and user.inputs[1] == p]
     if len(outs) > 1 or len(dvs) > 1 or len(backward) > 1 or not (outs or backward):
         return None
@@ -156,7 +155,7 @@ def _attention_gradient(editor: Editor, pattern: dict, backward: Node, dvs: list
     dout, v = product.inputs[:2]
     if dvs[0].inputs[1] != dout or _flags(editor, dvs[0]) != (True, False):
         return None
-    readers = [user for user in editor.users(backward.number)]
+    readers = list(editor.users(backward.number))
     scores = [backward.number]
     if len(readers) == 1 and readers[0].op == "Cast":
         scores = [readers[0].number]
@@ -177,8 +176,7 @@ def _replace_attention(editor: Editor, pattern: dict, causal: bool, casts: dict)
     if not causal:
         if (bias, q.dtype) not in casts:
             kind = Kind(editor.kind(bias).shape, q.dtype)
-            casts[bias, q.dtype] = editor.add("Cast", [bias], [kind], editor.nodes[bias] if bias in editor.nodes
-                                              else first)
+            casts[bias, q.dtype] = editor.add("Cast", [bias], [kind], editor.nodes.get(bias, first))
         bias = casts[bias, q.dtype]
     inputs, attributes = [pattern["q"], pattern["k"], pattern["v"]], {"causal": causal, "dropout": bool(dropout)}
     if not causal:
@@ -333,11 +331,11 @@ def _replace_cross_entropy(editor: Editor, shift: Node, pattern: dict) -> None:
     editor.replace(last.number, made)
 
 
-# -- layer norm, norms, Adam, matmuls -----------------------------------------------------------------------------------
+# -- layer norm, norms, Adam, matmuls ---------------------------------------------------------------------------------
 
 
 def fuse_layer_norm(editor: Editor) -> int:
-    """LayerNorm over the last dim gives the inverse deviation in place of the variance, which only its gradient reads."""
+    """LayerNorm over the last dim gives the inverse deviation in place of the variance that only its gradient reads."""
     found = 0
     for node in list(editor.nodes.values()):
         if node.op != "LayerNorm":
@@ -376,8 +374,8 @@ def fuse_squares(editor: Editor) -> int:
 
 
 def fuse_adam(editor: Editor) -> int:
-    """Scaling, holding back and AdamW of a parameter in one node: FusedAdam(parameter, m, v, scalars, gradient), scalars
-    = [rate, beta1, beta2, epsilon, decay, factor, skipped] made once for all parameters that share them."""
+    """Scaling, holding back and AdamW of a parameter in one node: FusedAdam(parameter, m, v, scalars, gradient) with
+    scalars = [rate, beta1, beta2, epsilon, decay, factor, skipped], made once for all parameters that share them."""
     scalars: dict[tuple, int] = {}
     found = 0
     for node in list(editor.nodes.values()):

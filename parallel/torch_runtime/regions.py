@@ -350,5 +350,4 @@ def inductor(function: Callable, inputs: list[Tensor]) -> Callable:
 
     with torch.no_grad():
         traced = make_fx(function, tracing_mode="fake")(*inputs)
-        compiled = compile_fx(traced, list(inputs))
-    return compiled
+        return compile_fx(traced, list(inputs))

@@ -24,7 +24,8 @@ class Editor:
         self.original = graph
         # The states by which MindSpore orders readers and writers; `dependencies` orders them anew.
         states = {node.number for node in graph.nodes if node.op == "UpdateState"}
-        self.nodes = {node.number: dataclasses.replace(node, inputs=[item for item in node.inputs if item not in states])
+        self.nodes = {node.number: dataclasses.replace(node, inputs=[item for item in node.inputs
+                                                                     if item not in states])
                       for node in graph.nodes if node.number not in states}
         self.place: dict[int, float] = {node.number: float(place) for place, node in enumerate(graph.nodes)}
         self.constants = list(graph.constants)

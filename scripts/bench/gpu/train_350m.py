@@ -16,15 +16,15 @@ Make the programs where MindSpore is (any CPU machine), under one folder:
 
 Then, on a machine with torch, NumPy and GPUs (no MindSpore), from the repository's root:
 
-    python scripts/bench/gpu/train_350m.py --programs programs --check                      # kernels against plain torch
+    python scripts/bench/gpu/train_350m.py --programs programs --check                 # kernels against plain torch
     python scripts/bench/gpu/train_350m.py --programs programs --run one16 --modes cuda_graph,inductor --peer
     python scripts/bench/gpu/train_350m.py --programs programs --run one16 --modes inductor --peer --causal
     python scripts/bench/gpu/train_350m.py --programs programs --run one16drop --modes inductor --peer
     python scripts/bench/gpu/train_350m.py --programs programs --run one32 --modes inductor
     python scripts/bench/gpu/train_350m.py --programs programs --run data2,shard2,op2,stages2 --modes inductor --nproc 2
 
-`--device cpu` runs the same on small programs. Ours and the peer take turns; the table gives milliseconds of a step back
-to back and read each step, tokens/s, MFU over the peak measured in this run and over 989 TFLOP/s, and peak memory.
+`--device cpu` runs the same on small programs. Ours and the peer take turns; the table gives milliseconds of a step
+back to back and read each step, tokens/s, MFU over the peak measured in this run and over 989 TFLOP/s, and peak memory.
 MFU counts model FLOPs: 6 N + 12 L D S a token, N = 12 L D^2 + V D; no recomputation, causal attention not halved.
 """
 
