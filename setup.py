@@ -26,11 +26,12 @@ EXTRAS = {
 setup(
     name="pangu-rankers",
     version="0.1.0",
+    license="Apache-2.0",
     description="PanGu-alpha and dense rankers on one auto-parallel layer, in MindSpore",
     python_requires=">=3.10,<3.12",
     packages=find_packages(include=["pangu*", "recsys*", "parallel*", "data_tools*"]),
-    package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h"],
-                  "pangu": ["kernels/*.cpp", "kernels/*.h", "prompts/*.yaml", "serving/*.jinja", "serving/page/*"]},
+    # Patterns are relative to every package; tests/test_wheel.py checks that no tracked file is left out.
+    package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h", "*.inc", "*.jinja", "kernels/*", "prompts/*", "page/*"]},
     install_requires=[
         "mindspore==2.9.0", "numpy<2", "sentencepiece", "jieba==0.42.1", "pyyaml", "pydantic>=2.7",
         "safetensors", "rich", "matplotlib", "tensorboardX", "zstandard", "pyarrow",

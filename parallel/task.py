@@ -102,6 +102,8 @@ def package_of(name: str) -> Any:
     Raises:
         UserError: no package knows the name; the nearest known one is named.
     """
+    if not isinstance(name, str):
+        raise UserError("must be the name of a model", where="model.name", value=name)
     known: list[str] = []
     for package in MODEL_PACKAGES:
         if importlib.util.find_spec(package) is None or importlib.util.find_spec(f"{package}.build") is None:

@@ -1,4 +1,5 @@
-"""Verb `refresh`: admits new values into open vocabularies, evicts stale ones, and resets their rows."""
+"""Verb `refresh`: admits new values into open vocabularies (or dynamic tables), evicts stale ones, and resets their
+rows."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from recsys.data.dataset import VOCABULARY, count_values, features_of
 from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.vocabulary import Vocabulary
 from recsys.layers.embedding import is_sparse
+from recsys.tables.refresh import refresh_run
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -45,6 +47,8 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     out = Path(arguments.output)
     if (out / "checkpoints").exists():
         raise UserError("there are checkpoints already", where="--output", value=str(out), hint="choose another folder")
+    if settings.data.tables.place == "host":
+        return refresh_run(settings, Path(arguments.run), out, decay=arguments.decay, least=arguments.minimum_count)
     vocabulary = Vocabulary.load(Path(arguments.run) / VOCABULARY)
     features = [feature for feature in features_of(settings.data) if feature.name in vocabulary.values]
     spec = place(features_of(settings.data), settings.model.embedding_size, vocabulary.sizes())

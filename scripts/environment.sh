@@ -13,7 +13,8 @@ find_python() {
       return 0
     fi
   done
-  echo "error: Python 3.10 or 3.11 with venv not found; install python3.11 and python3.11-venv, or set PYTHON" >&2
+  echo "error: Python 3.10 or 3.11 with venv is needed (found: $(python3 --version 2>&1 | head -1));" \
+    "install python3.11 and python3.11-venv, or 'pip install uv && uv python install 3.11', and set PYTHON to it" >&2
   return 2
 }
 

@@ -19,6 +19,10 @@ CLASSES = [
     ("PanGu-alpha (`configs/pangu/`)", "pangu.settings:Run"),
     ("Rankers (`configs/recsys/`)", "recsys.settings:Run"),
     ("Serving rankers (`python -m recsys serve`)", "recsys.serving.settings:ServeSettings"),
+    ("Text before tokens (`configs/data/`, `python -m data_tools`)", "data_tools.settings:DataSettings"),
+    ("Clusters (`configs/cluster/`, `--cluster`)", "parallel.planning.cluster:ClusterSettings"),
+    ("Recipes (`pangu/prompts/`, `--prompts`)", "pangu.generation.prompts:Recipe"),
+    ("Evaluation tasks (`pangu/tasks/`)", "pangu.evaluation.task:TaskSettings"),
 ]
 HEAD = """# Configuration
 

@@ -58,7 +58,7 @@ def test_top_level_is_what_the_user_fixed():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     top = {name.split("/")[0] for name in listed.split("\n") if name}
     assert top <= {"setup.py", *PACKAGES, "configs", "tests", "scripts", "README.md", "docs", ".ci", "pyproject.toml",
-                   ".gitignore", "LICENSE"}
+                   ".gitignore", "LICENSE", ".clang-format"}
 
 
 def module_name(path: Path) -> str:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pangu.data.segmentation import NEWLINE_MARK, SPACE_MARK, Segmenter
+from parallel.common import protobuf_wire
 from parallel.common.errors import UserError
 
 WORD_MARK = "\u2581"  # SentencePiece's own sign for a space
@@ -204,7 +205,11 @@ def _read_model(path: Path) -> bytes:
         size = path.stat().st_size
         if not 0 < size <= _MAX_MODEL_BYTES:
             raise UserError("not a SentencePiece model: the file is empty or far too large", where=path, value=size)
-        return path.read_bytes()
+        content = path.read_bytes()
+        if protobuf_wire.has_changed(content):
+            raise UserError("vocabulary file is damaged: it has changed since it was written", where=path,
+                            hint="fetch it anew, or train one with `python -m pangu train-vocabulary`")
+        return content
     except OSError as error:
         raise UserError(f"vocabulary file cannot be read: {error.strerror}", where=path) from None
 

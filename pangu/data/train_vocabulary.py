@@ -19,6 +19,7 @@ from pydantic import Field
 
 from pangu.data.segmentation import Segmenter
 from pangu.data.tokenizer import SPECIAL_PIECES
+from parallel.common import protobuf_wire
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.settings import Settings
@@ -93,7 +94,7 @@ def train_vocabulary(documents: Iterable[str], output: str | Path, *, size: int 
         if not lines:
             raise UserError("there is no text to train a vocabulary on", hint="name a corpus with text in it")
         settings, content = _train_or_shrink(lambda: _sentences(lines, segmenter, settings.seed), settings)
-        file.write(content)
+        file.write(protobuf_wire.with_digest(content))
     return {"model": str(output), "vocabulary_size": settings.size, "kind": settings.kind, **counts,
             "seconds": round(time.monotonic() - started, 2)}
 

@@ -6,7 +6,6 @@ A file of several stages names its parameters `<stage>-<name>`, as `merge_pipeli
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64 << 20
 _MAX_RANKS = 1 << 20
-_DIGEST_FIELD = 1009
-_DIGEST_TAG = wire.varint(_DIGEST_FIELD << 3 | wire.BYTES) + wire.varint(32)
 Extent = tuple[tuple[int, int], ...]
 
 
@@ -108,7 +105,9 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
         raise UserError("file is too large for a strategy", where=path, value=path.stat().st_size)
     layouts: dict[str, SliceLayout] = {}
     data = path.read_bytes()
-    _compare_digest(data, path)
+    if wire.has_changed(data):
+        raise UserError("file is damaged: what is in it has changed since it was written", where=path,
+                        hint="use another copy")
     try:
         for number, item in wire.fields(data):
             if number == 3:
@@ -126,14 +125,6 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
         raise UserError("the strategy file names no parameter", where=path)
     _check_layouts(layouts, path)
     return layouts
-
-
-def _compare_digest(data: bytes, path: Path) -> None:
-    """The digest is the last field of a file that was written here; readers of Protocol Buffers pass over it."""
-    at = data.rfind(_DIGEST_TAG, max(0, len(data) - len(_DIGEST_TAG) - 32))
-    if at >= 0 and at + len(_DIGEST_TAG) + 32 == len(data) and hashlib.sha256(data[:at]).digest() != data[-32:]:
-        raise UserError("file is damaged: what is in it has changed since it was written", where=path,
-                        hint="use another copy")
 
 
 def _check_layouts(layouts: dict[str, SliceLayout], path: Path) -> None:
@@ -175,8 +166,7 @@ def write_strategy(path: str | Path, layouts: dict[str, SliceLayout]) -> None:
                 named = f"{stage}-{name}" if len(stages) > 1 else name
                 items.append(wire.field(3, wire.field(1, named.encode()) + wire.field(2, _encoded(layout))))
     with atomic_write(path, "wb") as file:
-        data = b"".join(items)
-        file.write(data + _DIGEST_TAG + hashlib.sha256(data).digest())
+        file.write(wire.with_digest(b"".join(items)))
 
 
 def _encoded(layout: SliceLayout) -> bytes:

@@ -20,6 +20,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.json_text import dump_json
+from parallel.common.ownership import end_with_launcher
 from parallel.common.renamed import FLAGS, VERBS
 from parallel.common.settings import Settings, load_settings, reference, to_yaml
 
@@ -65,13 +66,14 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
     # Before MindSpore is imported: its warnings are for its developers and would drown ours.
     os.environ.setdefault("GLOG_v", "3")
+    end_with_launcher()
     try:
         return _main(package, verbs, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         print(f"error: {error.filename or 'output'}: {error.strerror}; free some space or choose another place",
               file=sys.stderr)

@@ -55,7 +55,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 def explain_os_error(error: OSError, path: str | Path) -> Exception:
     """A `UserError` for a full disk or a place that cannot be written; any other error unchanged."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # EFBIG: a limit on the size of files
         return UserError("no space left on the disk; nothing was written", where=path, hint="free some space")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError("cannot write here", where=path, hint="choose another output folder")

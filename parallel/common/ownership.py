@@ -16,6 +16,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from parallel.common.errors import UserError
 
 LOCK_NAME = ".owner.json"
 _MEMBERS_NAME = ".members"
-_OWNER = "PARALLEL_OWNER"
+_OWNER, _CHILD, _ELSEWHERE = "PARALLEL_OWNER", "PARALLEL_CHILD", "elsewhere"
 _PR_SET_PDEATHSIG = 1
 _WAIT_SECONDS = 15.0
 _POLL_SECONDS = 0.5
@@ -77,17 +79,21 @@ def alive(identity: Identity) -> bool | None:
 
 
 @contextlib.contextmanager
-def owned(directory: str | Path, what: str = "train") -> Iterator[None]:
+def owned(directory: str | Path, what: str = "train", chief: bool = True) -> Iterator[None]:
     """Owns `directory` until the block ends, or joins the launcher that owns it for this process.
 
     Args:
         directory: made if missing.
         what: shown to whoever is refused.
+        chief: False for the further processes of a run, which own nothing: they join their launcher or do nothing.
 
     Raises:
         UserError: another run has the folder, and who; or it cannot be written.
     """
     directory = Path(directory)
+    if os.environ.get(_OWNER) == _ELSEWHERE or not (chief or os.environ.get(_OWNER)):
+        yield
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         members = os.open(directory / _MEMBERS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -98,6 +104,8 @@ def owned(directory: str | Path, what: str = "train") -> Iterator[None]:
         if os.environ.get(_OWNER) == _token(directory):
             _lock(members, fcntl.LOCK_SH, _WAIT_SECONDS)
             yield
+        elif not chief:
+            yield
         else:
             with _owner(directory, members, what):
                 yield
@@ -105,9 +113,41 @@ def owned(directory: str | Path, what: str = "train") -> Iterator[None]:
         os.close(members)
 
 
-def owner_environment(directory: str | Path) -> dict[str, str]:
-    """Variables for the processes that the owner of `directory` starts, so that they join it."""
-    return {_OWNER: _token(Path(directory))}
+def owner_environment(directory: str | Path | None) -> dict[str, str]:
+    """Variables for the processes that the owner of `directory` starts, so that they join it and end with it; None: the
+    owner is on another machine."""
+    return {_OWNER: _token(Path(directory)) if directory is not None else _ELSEWHERE, _CHILD: "1"}
+
+
+def end_with_launcher() -> None:
+    """`end_with_parent` where a launcher started this process (`owner_environment`)."""
+    if os.environ.pop(_CHILD, ""):
+        end_with_parent()
+
+
+def start_guard(pids: list[int]) -> subprocess.Popen:
+    """A process that kills the groups of `pids` when this one is gone, whatever killed it. End it when they have ended.
+
+    For processes of others, which cannot be told to watch for themselves.
+    """
+    me = Identity.mine()
+    return subprocess.Popen([sys.executable, "-m", __name__, str(me.pid), str(me.start), *map(str, pids)],
+                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            start_new_session=True, cwd=Path(__file__).resolve().parents[2])
+
+
+def _guard(pid: int, start: int, *pids: int) -> None:
+    watched = Identity(socket.gethostname(), pid, start)
+    guarded = [found for one in pids if (found := Identity.of(one)) is not None]
+    while alive(watched):
+        if not any(map(alive, guarded)):
+            return
+        time.sleep(_POLL_SECONDS)
+    for one in guarded:
+        if alive(one):
+            with contextlib.suppress(OSError):
+                group = os.getpgid(one.pid)
+                os.killpg(group, signal.SIGKILL) if group == one.pid else os.kill(one.pid, signal.SIGKILL)
 
 
 def _token(directory: Path) -> str:
@@ -183,3 +223,7 @@ def _watch(parent: Identity, number: int) -> None:
     os.kill(os.getpid(), number)
     time.sleep(_POLL_SECONDS * 4)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _guard(*map(int, sys.argv[1:]))

@@ -5,6 +5,7 @@ Source: https://protobuf.dev/programming-guides/encoding/.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -92,3 +93,17 @@ def field(number: int, value: int | bytes) -> bytes:
     if isinstance(value, int):
         return varint(number << 3 | VARINT) + varint(value)
     return varint(number << 3 | BYTES) + varint(len(value)) + value
+
+
+_DIGEST_TAG = varint(1009 << 3 | BYTES) + varint(32)
+
+
+def with_digest(data: bytes) -> bytes:
+    """A message with the SHA-256 of all before as one more field at its end, which other readers pass over."""
+    return data + _DIGEST_TAG + hashlib.sha256(data).digest()
+
+
+def has_changed(data: bytes) -> bool:
+    """Whether a message that `with_digest` made is no longer what it was; False for one without a digest."""
+    at = len(data) - len(_DIGEST_TAG) - 32
+    return data[at:at + len(_DIGEST_TAG)] == _DIGEST_TAG and hashlib.sha256(data[:at]).digest() != data[-32:]

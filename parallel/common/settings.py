@@ -8,6 +8,7 @@ itself, and `key.sub=value` overrides of the command line.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -21,6 +22,7 @@ from parallel.common.structured import MAX_DEPTH, MAX_YAML_BYTES, read_yaml
 from parallel.common.yaml_core import BadYaml, dump_yaml, load_yaml_value
 
 _MAX_BASES = 8
+_UNION_TAG = re.compile(r"^[a-z_-]+\[.*\]$")
 LARGEST_INTEGER = 10**12
 """No count, size or seed of a run is larger; a setting that needs more says so itself."""
 
@@ -148,7 +150,8 @@ def apply_override(tree: dict, override: str) -> None:
 def _first_error(cls: type[Settings], error: pydantic.ValidationError, where: str) -> UserError:
     details = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")[0]
     # pydantic adds the tag of a union to the path; keep what a user wrote.
-    location = [part for part in details["loc"] if not (isinstance(part, str) and "[" in part)]
+    location = [part for part in details["loc"] if not (isinstance(part, str) and _UNION_TAG.search(part))]
+    location = location or list(details["loc"])
     key = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
         known = _known_keys(cls, location[:-1])

@@ -107,6 +107,12 @@ class _Loader(yaml.SafeLoader):
         self._depth, self._nodes, self.aliases = 0, 0, 0
         self._weights: dict[int, int] = {}
 
+    def fetch_flow_collection_start(self, kind: type) -> None:
+        # The scanner looks ahead, in time that grows with the square of the brackets that are open.
+        if self.flow_level >= MAX_DEPTH:
+            raise BadYaml(f"nested deeper than {MAX_DEPTH}", self.line + 1)
+        super().fetch_flow_collection_start(kind)
+
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         line = event.start_mark.line + 1

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from parallel.common.ownership import owned, owner_environment, start_guard
 from parallel.common.progress import info
 from parallel.launch.plan import Plan, check_port
 
@@ -46,15 +47,37 @@ class Launcher:
         """Until all ranks have ended; the exit code is 0 or that of the first rank that failed."""
         if self.plan.node_rank == 0:
             check_port(self.plan.host, self.plan.port)
+        with self._owning() as environment:
+            return self._run(environment)
+
+    @contextmanager
+    def _owning(self) -> Iterator[dict[str, str]]:
+        """Owns the run's folder on machine 0, where something is trained; the variables by which ranks know it."""
+        directory = self.logs.parent
+        if not {"train", "rank"} & set(self.command) or self.plan.node_rank > 0:
+            yield owner_environment(None)
+        else:
+            with owned(directory, "launch"):
+                yield owner_environment(directory)
+
+    def _run(self, environment: dict[str, str]) -> dict[str, Any]:
         self.logs.mkdir(parents=True, exist_ok=True)
+        guard = None
         before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._start()
+            with _kept_environment():
+                os.environ.update(environment)
+                self._start()
+            # Ranks watch over their parent themselves; the scheduler is MindSpore's own program.
+            guard = start_guard([item.pid for item in [*self.processes.values(), self.scheduler] if item is not None])
             first = self.plan.node_rank * self.plan.local
             info(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
             failed = self._watch()
         finally:
             self._end_all()
+            if guard is not None:
+                guard.kill()
+                guard.wait()
             for number, old in before.items():
                 signal.signal(number, old)
         return self._report(failed)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from parallel.common.files import atomic_write, explain_os_error
 from parallel.common.json_text import dump_json
 from parallel.common.lines import split_lines
 from parallel.common.structured import BadText, parse_object
+
+_FLUSH_SECONDS = 30.0
 
 
 class MetricsLog:
@@ -32,11 +34,7 @@ class MetricsLog:
         self.records = [r for r in read_metrics(self.path) if r.get("step", 0) <= start_step] if start_step else []
         with atomic_write(self.path) as file:
             file.writelines(_line(record) for record in self.records)
-        self._writer: Any = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+        self._events = _Events(self.directory / "tensorboard", start_step + 1) if tensorboard else None
 
     def write(self, step: int, **values: float | int | None) -> None:
         """Adds a line; values that are None are left out, NaN and infinity are written as null."""
@@ -47,10 +45,9 @@ class MetricsLog:
                 file.write(_line(record))
         except OSError as error:
             raise explain_os_error(error, self.path) from error
-        if self._writer is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                    self._writer.add_scalar(name, value, step)
+        if self._events is not None:
+            self._events.add(step, {name: value for name, value in record.items() if name != "step" and isinstance(
+                value, (int, float)) and math.isfinite(value)})
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric."""
@@ -59,8 +56,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes TensorBoard."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
 
     def draw(self, path: str | Path, title: str) -> None:
         """Draws training and validation loss over the steps as a PNG; nothing if there is no point yet."""
@@ -85,6 +82,50 @@ class MetricsLog:
         with atomic_write(path, "wb") as file:
             figure.savefig(file, format="png")
         figure.clear()
+
+
+class _Events:
+    """A TensorBoard event file, written where it is called: the thread of `SummaryWriter` could tell of a full disk by
+    a traceback only.
+
+    Args:
+        directory: of the event files.
+        purge_step: what earlier files say of this and later steps is not shown.
+    """
+
+    def __init__(self, directory: Path, purge_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self.directory, self._event, self._flushed = directory, event_pb2.Event, time.monotonic()
+        with self._told():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = EventsWriter(str(directory / "events"), f".{os.getpid()}.{os.urandom(3).hex()}")
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Adds scalars of a step."""
+        from tensorboardX.summary import scalar
+
+        with self._told():
+            for name, value in values.items():
+                self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes."""
+        with self._told():
+            self._file.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise explain_os_error(error, self.directory) from error
 
 
 def _line(record: dict) -> str:

@@ -18,12 +18,15 @@ import numpy as np
 
 from parallel.checkpoint.folder import checkpoint_path, list_checkpoints, resolve_checkpoint
 from parallel.checkpoint.full import load_checkpoint, save
+from parallel.checkpoint.newest import good_checkpoint
 from parallel.common.errors import UserError
+from parallel.common.ownership import owned
 from parallel.common.progress import Bar, info
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
 from parallel.training.data_source import DataSource, NumberedSource, prefetch
 from parallel.training.metrics_log import Clock, MetricsLog
+from parallel.training.resume_notes import changed_settings
 from parallel.training.settings import OutputSettings, TrainSettings
 from parallel.training.stop import StopRequest
 from parallel.training.validation import Validation
@@ -105,7 +108,7 @@ class Trainer:
         """
         # A stream may be waiting for events that do not come; with other ranks it is they who end the wait together.
         interrupt = getattr(self.source, "interrupt", None) if self.backend.ranks == 1 else None
-        with self.stop.listening(interrupt):
+        with owned(self.directory, self.plan.title, self.backend.rank == 0), self.stop.listening(interrupt):
             self.restore()
             chief = self.backend.rank == 0
             self.log = MetricsLog(self.directory, self.iteration, self.output.tensorboard) if chief else None
@@ -299,7 +302,7 @@ class Trainer:
         if self.output.resume not in ("never", "auto"):
             path = resolve_checkpoint(self.output.resume)
         else:
-            path = found[-1] if found else None
+            path = self._newest(found) if found else None
         if path is not None:
             self._load(path)
         elif self.plan.start_from is not None:
@@ -307,6 +310,13 @@ class Trainer:
         self._same_on_all_ranks()
         if path is not None and self.backend.rank == 0:
             info(f"going on from {path} (step {self.iteration})")
+
+    def _newest(self, found: list[Path]) -> Path:
+        """The newest checkpoint that is whole: rank 0 reads it all, the others take its step where they have it."""
+        path = good_checkpoint(self.checkpoints) if self.backend.rank == 0 else None
+        step, = self.backend.exchange([float(path.name.partition("_")[2]) if path is not None else 0.0])
+        chosen = checkpoint_path(self.checkpoints, int(step))
+        return chosen if chosen in found else found[-1]
 
     def _load(self, path: Path) -> None:
         extents = self.backend.holder.extents if self.backend.holder is not None else None
@@ -353,11 +363,11 @@ class Trainer:
             raise UserError("the checkpoint's state.json is damaged", where=path,
                             hint="use another checkpoint") from None
         self.checkpoint = path
-        was = state.get("train", {})
-        for key in ("seed", "global_batch_size"):
-            if was.get(key, getattr(self.settings, key)) != getattr(self.settings, key):
-                info(f"note: train.{key} was {was[key]} and is {getattr(self.settings, key)}: the run will differ from "
-                     "one that was never stopped")
+        was, now = state.get("run") or {"train": state.get("train", {})}, self.plan.describe
+        if self.backend.rank == 0:
+            for note in changed_settings(was, now or {"train": {
+                    key: getattr(self.settings, key) for key in ("seed", "global_batch_size")}}):
+                info(note)
 
     def _peak(self) -> float | None:
         if self.settings.peak_tflops is not None or self.plan.flops_per_step is None:

@@ -7,6 +7,7 @@ the log is, batch i is a function of (seed, i), and a run can resume at any step
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -283,9 +284,12 @@ def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec
                     data = np.ascontiguousarray(getattr(rows, field)).tobytes()
                     files[name, field].write(data)
                     sums[name, field].add(data)
-    finally:
         for file in files.values():
             file.close()
+    finally:
+        for file in files.values():
+            with contextlib.suppress(OSError):  # of a full disk, which has been told
+                file.close()
     if counts["train"] == 0:
         raise UserError("no row is left for training", where=passes.data.path or passes.data.reader,
                         hint="the log is empty, or every row was skipped")

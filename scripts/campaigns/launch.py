@@ -1,0 +1,111 @@
+"""Two ranks as a user starts them: one is killed, the launcher is killed, a signal stops them. Nothing trains on
+without an owner, every stop leaves a checkpoint, and the run goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from campaigns.base import Campaign
+from campaigns.kills import ROOT, newest
+
+LIMIT = 420.0
+PORTS = range(8200, 8900)
+
+
+def run(campaign: Campaign) -> None:
+    """Each kind of end in turn; nothing in the suite, where tests of the launcher stand for it."""
+    if campaign.short:
+        return
+    folder, rng = campaign.folder / "launch", campaign.part("launch")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    launch(folder, "straight", rng).communicate(timeout=LIMIT)
+    wanted, done = newest(folder / "straight"), 0
+    kinds = ("rank killed", "launcher killed", "SIGTERM", "SIGINT")
+    while campaign.more(done, 0):
+        kind, name = kinds[done % len(kinds)], f"run{done}"
+        told = end(campaign, folder, name, kind, rng)
+        process = launch(folder, name, rng)
+        try:
+            rest = process.communicate(timeout=LIMIT)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            rest = "the second launch did not end"
+        campaign.count(f"launch {kind}")
+        if "Traceback" in told + rest or newest(folder / name) != wanted:
+            campaign.fail(f"launch {kind}", f"{told[-2000:]}\n---\n{rest[-2500:]}\n{newest(folder / name)[:20]} for "
+                                            f"{wanted[:20]}")
+        shutil.rmtree(folder / name, ignore_errors=True)
+        done += 1
+
+
+def launch(folder: Path, name: str, rng: random.Random) -> subprocess.Popen:
+    """A launch of two ranks that train a ranker."""
+    words = ["--config", "configs/recsys/rankmixer.yaml", "--nproc", "2", "--master", f"127.0.0.1:{rng.choice(PORTS)}",
+             "parallel.data=2", "data.synthetic.samples=2000", "data.synthetic.users=60", "data.synthetic.items=40",
+             "train.global_batch_size=64", "train.steps=200", "train.log_every=5", "output.checkpoint_every=5",
+             "train.validate_every=100", "output.tensorboard=false", f"data.cache={folder}/cache",
+             f"output.directory={folder}/{name}/run"]
+    return subprocess.Popen([sys.executable, "-m", "parallel", "launch", *words], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+
+
+def end(campaign: Campaign, folder: Path, name: str, kind: str, rng: random.Random) -> str:
+    """Starts a launch and ends it once it has saved; what it told."""
+    process = launch(folder, name, rng)
+    deadline = time.monotonic() + LIMIT
+    while newest(folder / name) == "none" and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(rng.uniform(0.0, 1.5))
+    ranks = children(process.pid)
+    if kind == "launcher killed":
+        os.kill(process.pid, signal.SIGKILL)
+    elif kind == "rank killed" and ranks:
+        os.kill(rng.choice(ranks), signal.SIGKILL)
+    elif process.poll() is None:
+        process.send_signal(getattr(signal, kind, signal.SIGTERM))
+    try:
+        told = process.communicate(timeout=90)[1]
+    except subprocess.TimeoutExpired:
+        campaign.fail(f"launch {kind}", "the launcher did not end within 90 seconds")
+        os.killpg(process.pid, signal.SIGKILL)
+        told = process.communicate()[1]
+    gone = time.monotonic() + 15
+    while any(map(lives, ranks)) and time.monotonic() < gone:
+        time.sleep(0.2)
+    if left := [pid for pid in ranks if lives(pid)]:
+        campaign.fail(f"launch {kind}", f"processes {left} went on without their launcher")
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    if kind.startswith("SIG") and process.returncode not in (0, 128 + getattr(signal, kind)):
+        campaign.fail(f"launch {kind}", f"exit code {process.returncode}\n{told[-2500:]}")
+    return told
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started and that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] \
+            not in "ZX"
+    except OSError:
+        return False
