@@ -22,7 +22,8 @@ from parallel.torch_runtime.program import COLLECTIVES, Graph, Kind, Node
 from parallel.torch_runtime.rewrite import dependencies
 from parallel.torch_runtime.rules import WRITES
 
-OPAQUE = ("FusedAttention", "FusedAttentionGrad")
+# Inductor would add rows by atomics, in another order every time.
+OPAQUE = ("FusedAttention", "FusedAttentionGrad", "UnsortedSegmentSum", "ScatterNd")
 _PULLED = {"Load", "Depend", "StopGradient", "Reshape", "Transpose", "TransposeExt", "ExpandDims", "Squeeze", "Flatten",
            "MakeTuple", "MakeList", "GeLU"}
 _ITEMS = ("Item", "TupleGetItem")
