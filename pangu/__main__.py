@@ -29,6 +29,8 @@ VERBS = [
          arguments="pangu.generation.generate:add_arguments"),
     Verb("evaluate", "pangu.evaluation.evaluate:run", "few-shot tasks and multiple-choice questions", settings=RUN,
          arguments="pangu.evaluation.evaluate:add_arguments"),
+    Verb("serve", "pangu.serving.server:run", "answer over HTTP as OpenAI's API does, with a page to try it",
+         settings="pangu.settings:ServeRun", arguments="pangu.serving.server:add_arguments"),
     Verb("quantize", "pangu.quantize:run", "make a checkpoint with int8 weights", settings=RUN,
          arguments="pangu.quantize:add_arguments"),
     Verb("convert", "pangu.checkpoints.convert:run", "turn checkpoints of other codes into ours and back", settings=RUN,

@@ -141,7 +141,24 @@ def check_layout(settings: Run, model: Any, parallel: ParallelConfig) -> None:
     if parallel.optimizer_shard > 1 and parallel.optimizer.level > 1 and micro > 1:
         raise UserError("gradients of a ranker's micro-batches are not kept cut", where="parallel.optimizer.level",
                         value=parallel.optimizer.level, hint="set it to 1, or train without micro-batches")
+    if settings.model.lookup.by == "alltoall":
+        check_exchange(settings, model, parallel)
     model.check_layout(parallel, batch)
+
+
+def check_exchange(settings: Run, model: Any, parallel: ParallelConfig) -> None:
+    """Raises a `UserError` unless tables and ids can be sharded over all devices of data x op."""
+    if getattr(settings.model, "ug_sep", None) is not None or settings.data.tables.place == "host":
+        raise UserError("is for rankers with one lookup of tables in the graph", where="model.lookup.by",
+                        value="alltoall", hint="set it to op")
+    if parallel.pipeline.stages > 1:
+        raise UserError("tables over all devices know no stages", where="model.lookup.by", value="alltoall")
+    devices = parallel.data * parallel.op
+    for width, rows in model.spec.tables.items():
+        columns = sum(slot.length for slot in model.spec.slots.values() if slot.width == width)
+        divides(devices, rows, where="parallel", what=f"table of width {width}, rows")
+        divides(devices, settings.train.global_batch_size * columns, where="train.global_batch_size",
+                what=f"ids of width {width} in a batch,")
 
 
 def sample_batch(spec: FeatureSpec, batch: int, tasks: int, seed: int) -> tuple[np.ndarray, ...]:

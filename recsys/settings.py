@@ -171,6 +171,19 @@ class HeadSettings(Settings):
     agree with observed ones, the order of candidates stays."""
 
 
+class LookupSettings(Settings):
+    """How tables that are parameters of the network are sharded and looked up."""
+
+    by: Literal["op", "alltoall"] = "op"
+    """op: rows sharded over the op axis, looked up on each device and summed. alltoall: rows sharded over all devices
+    of data x op, each once; ids go to the devices that hold their rows and rows come back."""
+    capacity_factor: float = Field(2.0, gt=0.0)
+    """alltoall: ids that a device may ask of another in one round, over the even share."""
+    rounds: int = Field(2, ge=1, le=64)
+    """alltoall: exchanges in a step; a later one serves what the one before had no place for. What finds none in the
+    last makes the step not count, and the run end with a line."""
+
+
 class RankerSettings(Settings):
     """What every ranker has."""
 
@@ -178,6 +191,8 @@ class RankerSettings(Settings):
     """Width of the embeddings of features that name none."""
     embedding_std: float = Field(0.01, gt=0)
     """Sigma of the embeddings' start."""
+    lookup: LookupSettings = LookupSettings()
+    """Sharding of the tables in the graph."""
     head_hidden: list[int] = Field(default_factory=list)
     """Hidden widths of each task's head; empty = one linear layer."""
     head: HeadSettings = HeadSettings()

@@ -7,7 +7,9 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ ADDED = [
     ("bash scripts/test.sh", ["--collect-only", "-q", "tests/test_house.py"]),
     ("bash scripts/quickstart.sh", ["--bytes", "300kB", "--output", "{tmp}/quickstart", "model.vocabulary_size=1000",
                                     *SMALL]),
+    ("bash scripts/serve.sh", ["--config", "{tmp}/quickstart/run.yaml", "port=0"]),
     ("python -m data_tools generate-corpus", []),
     ("python -m data_tools dedup", []),
     ("python -m data_tools run", ["engine.name=local"]),
@@ -48,11 +51,16 @@ ADDED = [
 ]
 
 
+def blocks(language: str) -> list[str]:
+    """The README's blocks in a language."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
 def commands() -> list[str]:
     """Lines of the README's bash blocks."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
-    return [line for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
+    return [line for block in blocks("bash") for line in block.splitlines()
+            if line.strip() and not line.startswith("#")]
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +92,22 @@ def small(command: str, place: Path) -> list[str]:
             else str(place / word) if word in files else word for word in words]
 
 
-def ended_once_it_serves(words: list[str], environment: dict[str, str]) -> None:
-    """Starts a server, asks it for its health, and ends it as an operator would."""
+def clients(address: str, environment: dict[str, str]) -> None:
+    """What the README shows to ask the language model's server, typed at `address`."""
+    there = [line.replace("http://127.0.0.1:8000", address) for line in commands() if line.startswith("curl")]
+    for line in there:
+        done = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=60, check=True)
+        assert json.loads(done.stdout)["choices"][0]["finish_reason"] in ("stop", "length")
+    scripts = [block.replace("http://127.0.0.1:8000", address) for block in blocks("python")]
+    for script in scripts:
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True,
+                              timeout=60)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert there and scripts
+
+
+def ended_once_it_serves(words: list[str], environment: dict[str, str], ask: Callable = lambda *_: None) -> None:
+    """Starts a server, asks it for its health and what else there is, and ends it as an operator would."""
     with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as server:
         said = []
@@ -94,19 +116,21 @@ def ended_once_it_serves(words: list[str], environment: dict[str, str]) -> None:
             if address := re.search(r"serving .* on (http://\S+)", line):
                 with urllib.request.urlopen(f"{address[1]}/health", timeout=60) as answer:
                     assert json.load(answer)["status"] == "ok"
+                ask(address[1], environment)
                 server.terminate()
         out = server.stdout.read()
     assert server.returncode == 0, "".join(said)[-3000:]
     assert "version" in json.loads(out.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("command", commands(), ids=str)
+@pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("curl")], ids=str)
 def test_command(command, place):
     # The tests' own environment stands in for .venv, which scripts/test.sh has made.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = small(command, place)
-    if command.startswith("python -m recsys serve"):
-        ended_once_it_serves(["timeout", "--preserve-status", "300", *words], environment)
+    if command.startswith(("python -m recsys serve", "bash scripts/serve.sh")):
+        ended_once_it_serves(["timeout", "--preserve-status", "300", *words], environment,
+                             clients if "serve.sh" in command else lambda *_: None)
         return
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

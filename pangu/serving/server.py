@@ -148,6 +148,12 @@ def recipes() -> list[dict[str, Any]]:
     return found
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb `serve`."""
+    parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint to serve (default: the newest of the run)")
+    parser.add_argument("--int8", action="store_true", help="quantize float weights to int8 when they are loaded")
+
+
 def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `serve`: until SIGTERM or SIGINT; then what was accepted is finished.
 
@@ -163,7 +169,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     listener = bind(serving)
     tokenizer = Tokenizer(settings.data.tokenizer)
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
-    engine = start_engine(settings, arguments.checkpoint, arguments.int8)
+    engine = start_engine(settings, arguments.checkpoint, serving.engine, arguments.int8)
     service = Service(engine, tokenizer, serving, serving.name or settings.model.name)
     said = f"serving {service.name} of {engine.stats().checkpoint} on {address(listener)}"
     serve(application(service), listener, serving, openai_shape, lambda: info(said))

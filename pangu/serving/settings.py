@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from pangu.serving.engine_settings import EngineSettings
 from parallel.serving.settings import HttpSettings
 
 
@@ -17,6 +18,8 @@ class ServeSettings(HttpSettings):
     """Jinja file that turns `messages` into a prompt; null = pangu/serving/chat.jinja."""
     chat_stop: list[str] = ["\n问：", "\n答："]
     """Strings that end an answer in a chat, beside those that the client sends."""
+    engine: EngineSettings = EngineSettings()
+    """Batch, cache and queue."""
     max_sequences: int = Field(256, ge=1)
     """Prompts of one request times its best_of at most."""
     max_logprobs: int = Field(20, ge=0)

@@ -6,6 +6,7 @@ Shapes: B batch, M id columns, N numeric columns, L list length, W embedding wid
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -15,6 +16,7 @@ from parallel.layers.linear import Linear
 from parallel.layers.parameter import parameter
 from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import Feature, FeatureSpec, NumericSlot, Slot
+from recsys.layers.sharded_table import ShardedTable
 
 
 class Table(Layer):
@@ -206,15 +208,22 @@ class FeatureEmbedding(Layer):
         spec: features in their places.
         std: sigma of the tables' start.
         tables: those of a larger spec that this one is a part of; None makes new ones.
+        lookup: how they are looked up when they are sharded (`recsys.settings.LookupSettings`); None = `Table`.
 
     Inputs: ids_BM int32 (rows of the tables), numbers_BN float32. Output: (groups, sequences): one tensor a group in
     the order of `spec.groups`; sequences: (rows_BLW, mask_BL1) for each sequence that is kept whole (pooling: none).
     """
 
-    def __init__(self, spec: FeatureSpec, std: float, tables: dict[int, Table] | None = None) -> None:
+    def __init__(self, spec: FeatureSpec, std: float, tables: dict[int, Table] | None = None,
+                 lookup: Any = None) -> None:
         super().__init__()
         self.widths = tuple(spec.tables)
-        self.tables = nn.CellList([Table(rows, width, std) if tables is None else tables[width]
+        def made(rows: int, width: int) -> Layer:
+            if lookup is not None and lookup.by == "alltoall":
+                return ShardedTable(rows, width, std, lookup.capacity_factor, lookup.rounds)
+            return Table(rows, width, std)
+
+        self.tables = nn.CellList([made(rows, width) if tables is None else tables[width]
                                    for width, rows in spec.tables.items()])
         runs = runs_of_slots(spec)
         lengths = [sum(slot.length for slot in run) for run in runs]

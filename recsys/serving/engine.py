@@ -151,7 +151,7 @@ class Engine:
                  observe: Callable[[str, float], None] = lambda name, value: None) -> None:
         self.trained, self.settings, self.observe = trained, settings, observe
         self.encoding_version = 1  # rises with every reload after which requests read as other numbers
-        self.cache = StateCache(settings.cache_users)
+        self.cache = StateCache(settings.cache_users, settings.cache_mb << 20, settings.cache_seconds)
         self.scorer = Scorer(trained.model, settings, self.cache, trained.tables)
         self.pinned: str | None = None  # name of the checkpoint that no reload replaces
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)

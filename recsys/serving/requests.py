@@ -28,11 +28,12 @@ _KEYS = ("user", "candidates", "top_k")
 @dataclass(frozen=True)
 class Ask:
     """A request in numbers: ids_CM int32 (int64 with dynamic features), numbers_CN float32, how many candidates are
-    wanted back."""
+    wanted back; the request as JSON where it was not that, or was filled up."""
 
     ids: np.ndarray
     numbers: np.ndarray
     top_k: int
+    body: dict | None = None
 
 
 class _RowEncoder(Encoder):
@@ -66,6 +67,28 @@ def read_request(body: Any, trained: Trained, most: int) -> Ask:
         ids, numbers = ids + own_ids, numbers + own_numbers
     return Ask(np.ascontiguousarray(np.broadcast_to(ids, (count, ids.shape[1]))),
                np.ascontiguousarray(np.broadcast_to(numbers, (count, numbers.shape[1]))), min(top_k or count, count))
+
+
+def encode_tables(trained: Trained, user: pa.Table, candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """ids_CM and numbers_CN of a request in columns: one row of user features, a row for each candidate.
+
+    Raises:
+        UserError: a feature is missing or cannot be read.
+    """
+    parts = []
+    given = [feature for feature in trained.features if feature.source in user.column_names]
+    asked = [feature for feature in trained.features if feature.source not in user.column_names]
+    for features, table, where in ((given, user, "user"), (asked, candidates, "candidates")):
+        missing = next((f.source for f in features if f.source not in table.column_names), None)
+        if missing is not None:
+            raise UserError(f"feature '{missing}' is missing", where=where,
+                            hint="give it there or in user; null stands for a missing value")
+        columns = [(feature, table.column(feature.source).combine_chunks()) for feature in features]
+        if columns:
+            parts.append(_encode_closely(trained, columns, where))
+    count = len(candidates)
+    return tuple(np.ascontiguousarray(sum(np.broadcast_to(array, (count, array.shape[1])) for array in arrays))
+                 for arrays in ([part.ids for part in parts], [part.numbers for part in parts]))
 
 
 def _checked(body: Any, most: int) -> tuple[dict, list[dict], int | None]:

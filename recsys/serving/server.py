@@ -2,6 +2,7 @@
 
     POST /rank     {"user": {...}, "candidates": [{...}, ...], "top_k": 10}  (see recsys/serving/requests.py)
                    -> {"ranking": [{"candidate": 3, "score": 0.41, "scores": {"click": 0.41}}, ...], "version": 1}
+                   or Arrow streams (see recsys/serving/arrow_body.py)
     GET  /health   {"status": "ok", "version": 1, "checkpoint": ..., "waiting": 0}
     GET  /metrics  Prometheus
     POST /reload   the newest checkpoint of the folder that is served; SIGHUP does the same
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,11 @@ from parallel.serving.metrics import SECONDS, HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.run import address, bind, serve
 from recsys.layers.tasks import Formula
+from recsys.serving import arrow_body
+from recsys.serving.feature_store import FeatureStore, StoreAway
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
+from recsys.serving.workers import ARROW, JSON, Peers, Place, run_workers, shared_listener
 from recsys.versions.pinned import Versions
 from recsys.versions.request_log import RequestLog
 
@@ -90,12 +96,23 @@ class Service:
         self.reload = Reloader(lambda: engine.reload(folder), self.metrics)
         engine.observe = self.metrics.observe
         self.follower: Any = None
+        self.store = FeatureStore(settings.features.redis, engine.trained) if settings.features.redis else None
+        if self.store is not None:
+            self.metrics.gauge("features_asked", "Records asked of the feature store", lambda: self.store.asked)
+            self.metrics.gauge("features_unknown", "Records that it did not have", lambda: self.store.unknown)
+        self.peers: Peers | None = None
 
     def follow(self, follower: Any) -> None:
         """Takes the versions of a run from now on; /reload looks for one at once."""
         self.follower = follower
         self.reload = Reloader(follower.reload, self.metrics)
         follower.start()
+
+    def begin(self) -> None:
+        """What needs the event loop: the other workers, and SIGHUP."""
+        self.reload.on_hangup()
+        if self.peers is not None:
+            self.starting = asyncio.get_running_loop().create_task(self.peers.start())
 
     def stop(self) -> None:
         """Takes no more versions; what was taken is answered."""
@@ -110,16 +127,28 @@ class Service:
         Raises:
             Refusal, ClientGone: as `rank` and `Bodies.read`.
         """
-        raw = await self.front.bodies.read(request)
+        raw, kind = await self.front.bodies.read(request), JSON
+        if request.headers.get("content-type", "").startswith(arrow_body.MEDIA_TYPE):
+            kind = ARROW
         if self.inside >= self.most_inside:
             raise _busy(f"{self.inside} requests are being answered already")
         self.inside += 1
         try:
-            return await unless_gone(request, self.rank(raw))
+            return await unless_gone(request, self._ranked(raw, kind))
         finally:
             self.inside -= 1
 
-    async def rank(self, raw: bytes) -> dict:
+    async def _ranked(self, raw: bytes, kind: int) -> dict:
+        """`rank`, by the worker that the user belongs to."""
+        if self.peers is None:
+            return await self.rank(raw, kind)
+        try:
+            owner = self.peers.place.owner(user_of(raw, kind, self.engine.trained, self.settings.max_candidates))
+        except (BadText, UserError):
+            owner = self.peers.place.index  # says here what is wrong with it
+        return await self.peers.answer(owner, raw, kind)
+
+    async def rank(self, raw: bytes, kind: int = JSON) -> dict:
         """The answer to a request's body.
 
         Raises:
@@ -130,11 +159,13 @@ class Service:
             # In this order, since a reload sets them the other way round.
             version, encoding_version, trained = self.engine.version, self.engine.encoding_version, self.engine.trained
             try:
-                ask = await self._understood(raw, trained)
+                ask = await self._understood(raw, trained, kind)
             except BadText as error:
                 raise Refusal(400, f"the body is no JSON to read: {error}") from None
             except UserError as error:
                 raise Refusal(422, str(error)) from None
+            except StoreAway as error:
+                raise _busy(str(error)) from None
             try:
                 result = self.engine.submit(ask.ids, ask.numbers)
                 scores, scored_by = await asyncio.wait_for(asyncio.wrap_future(result), seconds)
@@ -146,7 +177,7 @@ class Service:
             if scored_by == version or encoding_version == self.engine.encoding_version:
                 break
         if self.log is not None and scored_by == version:
-            self.log.add(raw, trained, scores)
+            self.log.add(raw if ask.body is None else json.dumps(ask.body, default=str).encode(), trained, scores)
         return {"ranking": self._ranking(scores, ask.top_k), "version": scored_by}
 
     async def change_version(self, request: Any, change: str) -> dict:
@@ -155,25 +186,52 @@ class Service:
         Raises:
             Refusal: 400 no JSON, 409 there is no such version, or it does not fit.
         """
-        raw, own = await self.front.bodies.read(request), self.versions
+        raw = await self.front.bodies.read(request)
         try:
             body = parse_json(raw) if raw else {}
             name = body.get("version") if isinstance(body, dict) else None
             if change == "pin" and not isinstance(name, str):
                 raise UserError('the body names a version: {"version": "step_00000100"}')
-            call = {"pin": lambda: own.pin(name), "rollback": own.rollback, "unpin": own.release}[change]
-            return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+            return await self.everywhere(change, name)
         except BadText as error:
             raise Refusal(400, f"the body is no JSON to read: {error}") from None
         except UserError as error:
             raise Refusal(409, str(error)) from None
 
-    async def _understood(self, raw: bytes, trained: Any) -> Ask:
+    async def everywhere(self, call: str, name: str | None = None) -> dict:
+        """`control` here, and then by the other workers."""
+        told = await self.control(call, name)
+        if self.peers is not None:
+            await self.peers.tell_all({"call": call, "name": name})
+        return told
+
+    async def control(self, call: str, name: str | None) -> dict:
+        """Reloads ("reload"), or pins, goes back or lets go ("pin", "rollback", "unpin"), in this process.
+
+        Raises:
+            Refusal, UserError: it cannot be done; the model that is served goes on.
+        """
+        if call == "reload":
+            return await self.reload()
+        own = self.versions
+        work = {"pin": lambda: own.pin(name), "rollback": own.rollback, "unpin": own.release}[call]
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+
+    async def _understood(self, raw: bytes, trained: Any, kind: int = JSON) -> Ask:
         """See `_parse`. A short body is read here at once: handing it to a thread and back would take as long."""
-        arguments = raw, trained, self.settings.max_candidates
-        if len(raw) <= _SHORT_BYTES:
-            return _parse(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self.pool, _parse, *arguments)
+        most = self.settings.max_candidates
+        if self.store is None and (kind == JSON or self.log is None):
+            return await self._quickly(len(raw), _parse, raw, trained, most, kind)
+        body = await self._quickly(len(raw), _object, raw, most, kind)
+        if self.store is not None:
+            body = await self.store.fill(body, trained)
+        ask = await self._quickly(len(raw), read_request, body, trained, most)
+        return replace(ask, body=body) if self.log is not None else ask
+
+    async def _quickly(self, size: int, work: Any, *arguments: Any) -> Any:
+        if size <= _SHORT_BYTES:
+            return work(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
 
     def _ranking(self, scores_CK: np.ndarray, top_k: int) -> list[dict]:
         """The best candidates by the first task, or the formula, the earlier one first where scores are equal."""
@@ -190,6 +248,7 @@ class Service:
         return {"status": "ok", "version": self.engine.version, "checkpoint": str(trained.path),
                 "model": trained.settings.model.name, "separated": self.engine.scorer.separated,
                 "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4),
+                **({"worker": self.peers.place.index} if self.peers is not None else {}),
                 **(self.follower.figures() if self.follower is not None else {})}
 
 
@@ -197,9 +256,25 @@ def _busy(message: str) -> Refusal:
     return Refusal(UNAVAILABLE, message, kind="server_error", retry_after=1.0)
 
 
-def _parse(raw: bytes, trained: Any, most: int) -> Ask:
+def _parse(raw: bytes, trained: Any, most: int, kind: int = JSON) -> Ask:
     """The request in numbers; raises `BadText`, or a `UserError` where it is no request."""
+    if kind == ARROW:
+        return arrow_body.read_arrow(raw, trained, most)
     return read_request(parse_json(raw), trained, most)
+
+
+def _object(raw: bytes, most: int, kind: int) -> Any:
+    return arrow_body.body_of(raw, most) if kind == ARROW else parse_json(raw)
+
+
+def user_of(raw: bytes, kind: int, trained: Any, most: int) -> Any:
+    """What tells a request's user: the id, where the run's `data.user` is in it, else all that it says of the user."""
+    body = _object(raw, most, kind)
+    user = body.get("user") if isinstance(body, dict) else None
+    if not isinstance(user, dict):
+        return None
+    name = trained.columns.user
+    return user.get(name, user)
 
 
 def application(service: Service) -> Any:
@@ -207,13 +282,16 @@ def application(service: Service) -> Any:
     from fastapi.responses import JSONResponse, Response
 
     front = service.front
-    app = front.application("Ranker", lambda: service.reload.on_hangup(), service.stop)
+    app = front.application("Ranker", service.begin, service.stop)
 
     async def rank(request: Any) -> Response:
-        return JSONResponse(await service.answer(request))
+        answer = await service.answer(request)
+        if arrow_body.MEDIA_TYPE in request.headers.get("accept", ""):
+            return Response(arrow_body.write_answer(answer), media_type=arrow_body.MEDIA_TYPE)
+        return JSONResponse(answer)
 
     async def reload(_: Any) -> Response:
-        return JSONResponse(await service.reload())
+        return JSONResponse(await service.everywhere("reload"))
 
     async def health(_: Any) -> Response:
         return JSONResponse(service.health())
@@ -256,11 +334,14 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
         UserError: a package is missing, the port is taken, or the checkpoint cannot be served.
     """
     require()
+    place = Place.mine()
+    if settings.workers > 1 and place is None:
+        return run_workers(settings, f"serve {arguments.checkpoint}")
     from parallel.training.device import start_device
     from recsys.saved_model import load
     from recsys.serving.engine import Engine
 
-    listener = bind(settings)
+    listener = bind(settings) if place is None else shared_listener(settings, place.port)
     start_device()
     rows, current = max(settings.engine.candidates[-1], settings.engine.requests), None
     if settings.follow:
@@ -272,6 +353,8 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     engine = Engine(trained, settings.engine)
     engine.start(lambda graph: info(f"compiled {graph}"))
     service = Service(engine, settings, arguments.checkpoint)
+    if place is not None:
+        service.peers = Peers(place, service.rank, service.control)
     if current is not None:
         service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
     said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"

@@ -11,8 +11,10 @@ import yaml
 
 from pangu.evaluation.language_model import LanguageModel
 from pangu.evaluation.lm_eval_adapter import HarnessModel
+from pangu.generation.backend import Backend
+from pangu.serving.engine import BatchingEngine
+from pangu.serving.engine_settings import EngineSettings
 from tests.pangu.numpy_model import forward
-from tests.pangu.serving.fake_engine import FakeEngine
 from tests.pangu.serving.servers import TEXT, serving
 from tests.pangu.tiny import arrays, tiny_model
 
@@ -23,20 +25,8 @@ PROMPTS = ("问：王芳的工作是什么？\n答：", "今天天气很好，",
 ENDINGS = ("教师。", "我们去公园看花。", "明月照我还。")
 
 
-class ModelEngine(FakeEngine):
-    """An engine whose logits are those of a model, by the forward pass written in NumPy."""
-
-    _known: dict = {}
-
-    def __init__(self, model):
-        super().__init__(model.config.vocabulary_size, model.config.sequence_length)
-        self._weights, self._config = arrays(model), model.config
-
-    def logits(self, ids):
-        key = tuple(ids)
-        if key not in self._known:
-            self._known[key] = forward(self._weights, self._config, np.array(ids))[-1].astype(np.float32)
-        return self._known[key]
+def engine_of(model):
+    return BatchingEngine(Backend(model), "random", EngineSettings(running=4, prefill_chunk=16))
 
 
 class Request:
@@ -49,24 +39,24 @@ def model(tokenizer):
     return tiny_model(3, vocabulary_size=tokenizer.vocabulary_size, sequence_length=64)
 
 
-def likeliest(engine, tokenizer, prompt):
-    """The text that the model goes on with; None where it is cut into other tokens when it stands in a text."""
-    ids = tokenizer.encode(prompt)
-    if len(ids) > 50:
-        return None
-    best = int(engine.logits(ids).argmax())
-    return tokenizer.decode([best]) if tokenizer.encode(prompt + tokenizer.decode([best])) == [*ids, best] else None
-
-
 @pytest.fixture(scope="module")
 def tasks(model, tokenizer, tmp_path_factory):
     """A folder with two tasks: choices, among them what the model itself would say; and free text."""
-    folder, engine = tmp_path_factory.mktemp("tasks"), ModelEngine(model)
-    documents = [{"prompt": prompt, "choices": [*ENDINGS, likeliest(engine, tokenizer, prompt) or "花"], "answer": 0}
-                 for prompt in PROMPTS]
-    known = [one for place in range(len(TEXT) // 20) if (ending := likeliest(engine, tokenizer, TEXT[:place + 1]))
-             for one in [{"prompt": TEXT[:place + 1], "choices": [ending, "花"], "answer": 0}]]
-    documents += known[:3]
+    folder, weights = tmp_path_factory.mktemp("tasks"), arrays(model)
+
+    def likeliest(prompt):
+        """The text that the model goes on with; None where it is cut into other tokens when it stands in a text."""
+        ids = tokenizer.encode(prompt)
+        if len(ids) > 50:
+            return None
+        best = int(forward(weights, model.config, np.array(ids))[-1].argmax())
+        text = tokenizer.decode([best])
+        return text if tokenizer.encode(prompt + text) == [*ids, best] else None
+
+    documents = [{"prompt": prompt, "choices": [*ENDINGS, "花"], "answer": 0} for prompt in PROMPTS]
+    endings = ((TEXT[:place], likeliest(TEXT[:place])) for place in range(1, len(TEXT) // 20))
+    documents += [{"prompt": prompt, "choices": [ending, "花"], "answer": 0} for prompt, ending in endings
+                  if ending][:3]
     (folder / "questions.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents))
     common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
               "test_split": "test", "doc_to_text": "{{prompt}}", "target_delimiter": "", "num_fewshot": 0}
@@ -101,7 +91,7 @@ def offline(monkeypatch, tmp_path):
 
 def test_over_http_as_in_process(model, tokenizer, tasks):
     adapter = HarnessModel(LanguageModel(model, tokenizer))
-    with serving(ModelEngine(model), tokenizer) as (address, _):
+    with serving(engine_of(model), tokenizer) as (address, _):
         samples = evaluate(address, tasks, "choices", "words", "texts")
     assert len(samples["choices"]) > len(PROMPTS)
     scored = [pair for sample in samples["choices"] for pair in sample["filtered_resps"]]
@@ -124,7 +114,7 @@ def pairs_of(samples):
 def test_a_server_that_drops_echo_is_noticed(model, tokenizer, tasks):
     """The control: many servers ignore `echo`, and then every answer scores alike."""
     adapter = HarnessModel(LanguageModel(model, tokenizer))
-    with serving(ModelEngine(model), tokenizer) as (address, service):
+    with serving(engine_of(model), tokenizer) as (address, service):
         begin = service.begin
         service.begin = lambda ask: begin(replace(ask, echo=False, params=replace(ask.params, prompt_logprobs=None)))
         samples = evaluate(address, tasks, "choices")["choices"]

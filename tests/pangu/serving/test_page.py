@@ -44,7 +44,7 @@ def browser(tmp_path_factory):
 def page(browser, tokenizer):
     """(browser, engine) with the page open and ready."""
     engine = FakeEngine(tokenizer.vocabulary_size, context=200, script=[*tokenizer.encode(ANSWER), 9],
-                        seconds_per_token=0.03)
+                        seconds_per_token=0.04)
     with serving(engine, tokenizer) as (address, service):
         browser.get(address + "/")
         until(lambda: text(browser, "state") == "ready")
@@ -71,11 +71,13 @@ def test_type_stream_and_figures(page, tokenizer):
     browser, *_ = page
     recipe(browser, "")
     browser.find_element("id", "prompt").send_keys("今天天气")
+    browser.execute_script("window.pieces = 0; new MutationObserver(all => { window.pieces += all.length; })"
+                           ".observe(document.getElementById('answer'), {childList: true})")
     browser.find_element("id", "go").click()
     seen = set()
     until(lambda: seen.add(text(browser, "answer")) or text(browser, "state") == "ended by itself")
     assert text(browser, "answer") == tokenizer.decode(tokenizer.encode(ANSWER))
-    assert len(seen) > 5, "the text came in one piece"
+    assert len(seen - {""}) > 1 and browser.execute_script("return window.pieces") > 10, "it came in one piece"
     assert text(browser, "prompt") == "今天天气"
     assert text(browser, "f-prompt") == str(len(tokenizer.encode("今天天气")))
     assert text(browser, "f-made") == str(len(tokenizer.encode(ANSWER)) + 1)
