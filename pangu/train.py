@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pangu.config import check_layout
 from pangu.train_on import flops_per_token, sources, train_on
 from parallel.common.errors import UserError
-from parallel.launch.session import closing, ranks_here, runs_on_torch, train_on_torch
+from parallel.launch.session import ranks_here, runs_on_torch, train_on_torch, trained
 
 __all__ = ["flops_per_token", "run", "sources", "train_on", "training_step"]
 
@@ -20,7 +20,7 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     check_layout(settings.model, settings.parallel.resolve(ranks_here()))
     if runs_on_torch(settings):
         return train_on_torch(settings)
-    return closing(mindspore_backend(settings), lambda backend: train_on(settings, backend, {}))
+    return trained(lambda: mindspore_backend(settings), lambda backend: train_on(settings, backend, {}))
 
 
 def mindspore_backend(settings: Run) -> Any:

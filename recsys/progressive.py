@@ -15,7 +15,7 @@ import numpy as np
 
 from parallel.training.backend import Backend
 from parallel.training.companions import Companion
-from recsys.metrics import auc, calibration, logloss
+from recsys.metrics import auc, calibration, logloss, normalized_entropy
 from recsys.score_merging import RankScores
 
 
@@ -101,9 +101,6 @@ class Progressive(Companion):
 
 
 def window_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """auc, ne, logloss and calibration; ne is the logloss over the entropy of the window's own click rate (He et al.
-    2014), NaN where only one class is there."""
-    loss, rate = logloss(labels, scores), float(np.mean(labels)) if len(labels) else 0.0
-    entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)) if 0.0 < rate < 1.0 else np.nan
-    return {"auc": auc(labels, scores), "ne": float(loss / entropy), "logloss": loss,
-            "calibration": calibration(labels, scores)}
+    """auc, ne, logloss and calibration of `recsys.metrics`."""
+    return {"auc": auc(labels, scores), "ne": float(normalized_entropy(labels, scores)),
+            "logloss": logloss(labels, scores), "calibration": calibration(labels, scores)}

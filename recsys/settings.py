@@ -272,7 +272,7 @@ class Run(Settings):
     train: RankerTrain = RankerTrain()
     """Batch, steps, optimizers: `optimizer` for the dense part, `sparse_optimizer` for the tables."""
     parallel: ParallelConfig = ParallelConfig()
-    """How the model is cut over devices."""
+    """How the model is sharded over devices."""
     output: OutputSettings = OutputSettings()
     """Where results go."""
     publish: PublishSettings = PublishSettings()

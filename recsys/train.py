@@ -16,6 +16,7 @@ from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.sharded.run import ShardedRun, needs_sharding
 from parallel.training.step import TrainStep
+from parallel.training.stop import listen_early
 from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
 from recsys.data.dataset import Batches, Log, prepare
@@ -38,6 +39,7 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped."""
     if _is_flat(settings) and runs_on_torch(settings):
         return train_on_torch(settings)
+    listen_early()
     processes = start_device()
     if reader(settings.data.reader).stream is not None:
         return run_stream(settings, processes)
@@ -105,10 +107,10 @@ def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) 
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = log.parts["validation"]
-    best = Best(settings, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
-                                     limit=options.validation_batches),
-                lambda: list(network.get_parameters()), processes.rank)
     counted, backend = count(network), MindSporeBackend(step)
+    best = Best(settings, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
+                                     limit=options.validation_batches, backend=backend),
+                lambda: list(network.get_parameters()), processes.rank)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     publisher = publisher_of(settings, backend, log.spec)

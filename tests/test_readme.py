@@ -85,7 +85,7 @@ def small(command: str, place: Path) -> list[str]:
         at = words.index("--bytes")
         del words[at:at + 2]
     words = [str(place) if word == "." else word for word in words]
-    files = {"world.jsonl", "world/questions.jsonl", "my_text.txt", "data.corpus=world.jsonl", "deduplicated",
+    files = {"corpus.jsonl", "synthetic/questions.jsonl", "my_text.txt", "data.corpus=corpus.jsonl", "deduplicated",
              "cleaned", "quantized"}
     words = [str(place / "ranker") if word == "runs/recsys/tokenmixer_large_ug_sep" else word for word in words]
     return [word.replace("=", f"={place}/", 1) if word in files and "=" in word

@@ -79,7 +79,8 @@ def _settings(options: dict) -> GenerateSettings:
 
 
 def register() -> type:
-    """Registers the model `pangu` with lm-eval and returns its class; its arguments are `config` and `checkpoint`.
+    """Registers the model `pangu` with lm-eval and returns its class; its arguments are `config`,
+    `checkpoint` and `int8` (a float checkpoint is quantized while it is loaded).
 
     Raises:
         UserError: lm-eval is not installed.
@@ -93,14 +94,14 @@ def register() -> type:
     @register_model("pangu")
     class PanGuHarness(HarnessModel, LM):
         def __init__(self, config: str, checkpoint: str | None = None, batch_size: int | str | None = None,
-                     **_: Any) -> None:
+                     int8: bool = False, **_: Any) -> None:
             LM.__init__(self)
-            HarnessModel.__init__(self, _load(config, checkpoint, batch_size))
+            HarnessModel.__init__(self, _load(config, checkpoint, batch_size, int8))
 
     return PanGuHarness
 
 
-def _load(config: str, checkpoint: str | None, batch_size: int | str | None) -> Any:
+def _load(config: str, checkpoint: str | None, batch_size: int | str | None, int8: bool) -> Any:
     from pangu.data.tokenizer import Tokenizer
     from pangu.evaluation.language_model import LanguageModel
     from pangu.generation.backend import load_model
@@ -109,5 +110,5 @@ def _load(config: str, checkpoint: str | None, batch_size: int | str | None) -> 
 
     settings = load_settings(Run, config)
     size = int(batch_size) if str(batch_size).isdigit() else None
-    return LanguageModel(load_model(settings, checkpoint or settings.output.directory),
+    return LanguageModel(load_model(settings, checkpoint or settings.output.directory, int8),
                          Tokenizer(settings.data.tokenizer), size)

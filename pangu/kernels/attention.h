@@ -39,17 +39,17 @@ struct Model {
 
 // New tokens of one sequence that lie side by side in the call.
 struct Span {
-  int64_t first, start, count, outputs;  // its first token in the call, that one's position, tokens, of those with logits
-  const int32_t *table;
+  int64_t first, start, count,
+      outputs;  // its first token in the call, that one's position, tokens, of those with logits
+  const int32_t* table;
 };
 
 // score[t][slot] = q[t] k[slot] for B blocks from `block` on.
 template <int T, int B>
-INLINE void score_blocks(const Model &m, const Layer &layer, int64_t head, const int32_t *table, int64_t block,
-                         const float *q, float *score, int64_t stride) {
-  const float *k[B];
-  for (int b = 0; b < B; ++b)
-    k[b] = layer.keys + (table[block + b] * m.heads + head) * m.head_width * kSlots;
+INLINE void score_blocks(const Model& m, const Layer& layer, int64_t head, const int32_t* table, int64_t block,
+                         const float* q, float* score, int64_t stride) {
+  const float* k[B];
+  for (int b = 0; b < B; ++b) k[b] = layer.keys + (table[block + b] * m.heads + head) * m.head_width * kSlots;
   Wide sums[T][B] = {};
   for (int64_t d = 0; d < m.head_width; ++d)
 #pragma GCC unroll 4
@@ -63,7 +63,7 @@ INLINE void score_blocks(const Model &m, const Layer &layer, int64_t head, const
 }
 
 // Scores of `seen` slots to weights that add up to the number returned; those behind them get 0.
-float soften(float *score, int64_t seen, int64_t stride) {
+float soften(float* score, int64_t seen, int64_t stride) {
   const int64_t blocks = (seen + kSlots - 1) / kSlots;
   for (int64_t slot = seen; slot < blocks * kSlots; ++slot) score[slot] = -std::numeric_limits<float>::infinity();
   Wide most = load(score);
@@ -74,7 +74,7 @@ float soften(float *score, int64_t seen, int64_t stride) {
   const float top = largest(most);
   Wide sums{};
   for (int64_t b = 0; b < blocks; ++b) {
-    float *at = score + b * kSlots;
+    float* at = score + b * kSlots;
     Wide weight = exponential(load(at) - top);
     if (b == blocks - 1)
       for (int64_t slot = seen - b * kSlots; slot < kSlots; ++slot) weight[slot] = 0.0f;
@@ -87,12 +87,12 @@ float soften(float *score, int64_t seen, int64_t stride) {
 
 // y[t][0 .. W vectors) = sum over slots of weight[t][slot] v[slot].
 template <int T, int W>
-INLINE void mix_strip(const Model &m, const Layer &layer, int64_t head, const int32_t *table, int64_t seen,
-                      const float *weight, int64_t stride, int64_t begin, float *y) {
+INLINE void mix_strip(const Model& m, const Layer& layer, int64_t head, const int32_t* table, int64_t seen,
+                      const float* weight, int64_t stride, int64_t begin, float* y) {
   const int64_t padded = m.padded();
   Wide sums[T][W] = {};
   for (int64_t slot = 0; slot < seen; ++slot) {
-    const float *v = layer.values + ((table[slot / kSlots] * m.heads + head) * kSlots + slot % kSlots) * padded + begin;
+    const float* v = layer.values + ((table[slot / kSlots] * m.heads + head) * kSlots + slot % kSlots) * padded + begin;
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) {
       const Wide value = load(v + w * kWide);
@@ -106,8 +106,8 @@ INLINE void mix_strip(const Model &m, const Layer &layer, int64_t head, const in
 
 // softmax(q k^T / sqrt(K)) v for T tokens at `position` and on; q and mixed [T, D] at this head.
 template <int T>
-void attend(const Model &m, const Layer &layer, int64_t head, const int32_t *table, int64_t position, const float *query,
-            float *mixed) {
+void attend(const Model& m, const Layer& layer, int64_t head, const int32_t* table, int64_t position,
+            const float* query, float* mixed) {
   const int64_t seen = position + T, blocks = (seen + kSlots - 1) / kSlots, stride = blocks * kSlots;
   const int64_t padded = m.padded(), width = m.head_width;
   float *score = scratch_of(T * (stride + width + padded)), *q = score + T * stride, *y = q + T * width;
@@ -127,23 +127,27 @@ void attend(const Model &m, const Layer &layer, int64_t head, const int32_t *tab
     for (int64_t d = 0; d < width; ++d) mixed[t * m.width + d] = y[t * padded + d] / sums[t];
 }
 
-void attend_all(const Model &m, const Layer &layer, const std::vector<Span> &spans, const float *query, float *mixed) {
+void attend_all(const Model& m, const Layer& layer, const std::vector<Span>& spans, const float* query, float* mixed) {
   struct Piece {
-    const int32_t *table;
+    const int32_t* table;
     int64_t first, position, count;
   };
   std::vector<Piece> pieces;
-  for (const Span &span : spans)
+  for (const Span& span : spans)
     for (int64_t i = 0; i < span.count; i += kQueries)
       pieces.push_back({span.table, span.first + i, span.start + i, std::min<int64_t>(kQueries, span.count - i)});
   Team::get().run(static_cast<int>(pieces.size() * m.heads), [&](int item) {
-    const Piece &piece = pieces[item / m.heads];
+    const Piece& piece = pieces[item / m.heads];
     const int64_t head = item % m.heads, place = piece.first * m.width + head * m.head_width;
     switch (piece.count) {
-      case 4: return attend<4>(m, layer, head, piece.table, piece.position, query + place, mixed + place);
-      case 3: return attend<3>(m, layer, head, piece.table, piece.position, query + place, mixed + place);
-      case 2: return attend<2>(m, layer, head, piece.table, piece.position, query + place, mixed + place);
-      default: return attend<1>(m, layer, head, piece.table, piece.position, query + place, mixed + place);
+      case 4:
+        return attend<4>(m, layer, head, piece.table, piece.position, query + place, mixed + place);
+      case 3:
+        return attend<3>(m, layer, head, piece.table, piece.position, query + place, mixed + place);
+      case 2:
+        return attend<2>(m, layer, head, piece.table, piece.position, query + place, mixed + place);
+      default:
+        return attend<1>(m, layer, head, piece.table, piece.position, query + place, mixed + place);
     }
   });
 }

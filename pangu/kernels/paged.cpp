@@ -25,7 +25,7 @@ namespace {
 INLINE Wide sigmoid_times(Wide x, Wide z) { return x / (1.0f + exponential(-z)); }
 
 // GELU of `width` values, in place; room for whole vectors behind them.
-void activate(Gelu kind, float *x, int64_t width) {
+void activate(Gelu kind, float* x, int64_t width) {
   if (kind == kErf) {
     for (int64_t i = 0; i < width; ++i) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.7071067811865476f));
     return;
@@ -38,7 +38,7 @@ void activate(Gelu kind, float *x, int64_t width) {
 }
 
 // y = (x - mean) / sqrt(var + 1e-5) * gamma + beta for each row.
-void normalize(const Norm &norm, const float *x, int64_t rows, int64_t width, float *y) {
+void normalize(const Norm& norm, const float* x, int64_t rows, int64_t width, float* y) {
   const int64_t even = width / kWide * kWide;
   for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
     Wide sums{};
@@ -61,10 +61,10 @@ void normalize(const Norm &norm, const float *x, int64_t rows, int64_t width, fl
 
 class Call {
  public:
-  Call(const Model &model, std::vector<Span> spans, const int32_t *ids) : m_(model), spans_(std::move(spans)) {
+  Call(const Model& model, std::vector<Span> spans, const int32_t* ids) : m_(model), spans_(std::move(spans)) {
     const int64_t tokens = spans_.back().first + spans_.back().count;
     hidden_.resize(tokens * m_.width);
-    for (const Span &span : spans_)
+    for (const Span& span : spans_)
       for (int64_t i = 0; i < span.count; ++i) {
         const int64_t position = span.start + i, token = span.first + i;
         embed(ids[token], m_.places + position * m_.width, hidden_.data() + token * m_.width);
@@ -73,9 +73,9 @@ class Call {
   }
 
   // Logits [outputs, V] and their argmax.
-  void run(float *logits, int32_t *best) {
+  void run(float* logits, int32_t* best) {
     for (size_t i = 0; i + 1 < m_.layers.size(); ++i) {
-      const Layer &layer = m_.layers[i];
+      const Layer& layer = m_.layers[i];
       project(layer, nullptr);
       rest(layer);
     }
@@ -84,11 +84,11 @@ class Call {
     if (rows == 0) return;
     if (!m_.norm_first) normalize(m_.norm, hidden_.data(), rows, m_.width, hidden_.data());
     x_.pack(hidden_.data(), rows, m_.width);
-    multiply(m_.words, x_, [&](int64_t row, int64_t column, int64_t width, const float *values) {
+    multiply(m_.words, x_, [&](int64_t row, int64_t column, int64_t width, const float* values) {
       std::memcpy(logits + row * m_.vocabulary + column, values, width * sizeof(float));
     });
     Team::get().run(static_cast<int>(rows), [&](int row) {
-      const float *x = logits + row * m_.vocabulary;
+      const float* x = logits + row * m_.vocabulary;
       best[row] = first_largest(x, m_.vocabulary);
     });
   }
@@ -101,49 +101,51 @@ class Call {
   int64_t tokens() const { return static_cast<int64_t>(hidden_.size()) / m_.width; }
 
   // y = word + place.
-  void embed(int32_t id, const float *place, float *y) const {
+  void embed(int32_t id, const float* place, float* y) const {
     const int64_t panel = id / kPanel, column = id % kPanel;
     const int64_t base = panel * m_.width * kPanel + column;
     for (int64_t i = 0; i < m_.width; ++i) {
       float word;
       if (m_.words.scale) {
         const int64_t group = m_.words.groups > 1 ? i / kBlock : 0;
-        word = static_cast<const int8_t *>(m_.words.panels)[base + i * kPanel] *
+        word = static_cast<const int8_t*>(m_.words.panels)[base + i * kPanel] *
                m_.words.scale[(group * m_.words.count() + panel) * kPanel + column];
       } else {
-        word = static_cast<const float *>(m_.words.panels)[base + i * kPanel];
+        word = static_cast<const float*>(m_.words.panels)[base + i * kPanel];
       }
       y[i] = word + place[i];
     }
   }
 
   // Keys and values of all tokens into the cache; queries too unless the query layer asks for its own.
-  void project(const Layer &layer, const Packed *queries) {
+  void project(const Layer& layer, const Packed* queries) {
     normed_.resize(hidden_.size());
     normalize(layer.norm1, hidden_.data(), tokens(), m_.width, normed_.data());
     x_.pack(normed_.data(), tokens(), m_.width);
-    const Matrix *matrices[] = {&layer.key, &layer.value, &layer.query};
-    const Packed *inputs[] = {&x_, &x_, queries ? queries : &x_};
+    const Matrix* matrices[] = {&layer.key, &layer.value, &layer.query};
+    const Packed* inputs[] = {&x_, &x_, queries ? queries : &x_};
     const int64_t asked = queries ? queries->rows() : tokens();
     query_.resize(asked * m_.width);
-    multiply(matrices, inputs, asked > 0 ? 3 : 2, [&](int which, int64_t row, int64_t column, int64_t width,
-                                                     const float *values) {
-      if (which == 2) {
-        std::memcpy(query_.data() + row * m_.width + column, values, width * sizeof(float));
-        return;
-      }
-      const Cell cell = cells_[row];
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t head = (column + i) / m_.head_width, d = (column + i) % m_.head_width;
-        const int64_t at = cell.block * m_.heads + head;
-        if (which == 0) layer.keys[(at * m_.head_width + d) * kSlots + cell.slot] = values[i];
-        else layer.values[(at * kSlots + cell.slot) * m_.padded() + d] = values[i];
-      }
-    });
+    multiply(matrices, inputs, asked > 0 ? 3 : 2,
+             [&](int which, int64_t row, int64_t column, int64_t width, const float* values) {
+               if (which == 2) {
+                 std::memcpy(query_.data() + row * m_.width + column, values, width * sizeof(float));
+                 return;
+               }
+               const Cell cell = cells_[row];
+               for (int64_t i = 0; i < width; ++i) {
+                 const int64_t head = (column + i) / m_.head_width, d = (column + i) % m_.head_width;
+                 const int64_t at = cell.block * m_.heads + head;
+                 if (which == 0)
+                   layer.keys[(at * m_.head_width + d) * kSlots + cell.slot] = values[i];
+                 else
+                   layer.values[(at * kSlots + cell.slot) * m_.padded() + d] = values[i];
+               }
+             });
   }
 
   // What comes after the projections, on all rows of hidden.
-  void rest(const Layer &layer) {
+  void rest(const Layer& layer) {
     const int64_t rows = tokens();
     mixed_.resize(hidden_.size());
     attend_all(m_, layer, spans_, query_.data(), mixed_.data());
@@ -152,7 +154,7 @@ class Call {
     normalize(layer.norm2, hidden_.data(), rows, m_.width, normed_.data());
     inner_.resize(rows * m_.inner);
     x_.pack(normed_.data(), rows, m_.width);
-    multiply(layer.mapping, x_, [&](int64_t row, int64_t column, int64_t width, float *values) {
+    multiply(layer.mapping, x_, [&](int64_t row, int64_t column, int64_t width, float* values) {
       activate(m_.gelu, values, width);
       std::memcpy(inner_.data() + row * m_.inner + column, values, width * sizeof(float));
     });
@@ -160,25 +162,25 @@ class Call {
   }
 
   // hidden += linear(x)
-  void add(const Matrix &linear, const float *x) {
+  void add(const Matrix& linear, const float* x) {
     x_.pack(x, tokens(), linear.inputs);
-    multiply(linear, x_, [&](int64_t row, int64_t column, int64_t width, const float *values) {
-      float *to = hidden_.data() + row * m_.width + column;
+    multiply(linear, x_, [&](int64_t row, int64_t column, int64_t width, const float* values) {
+      float* to = hidden_.data() + row * m_.width + column;
       for (int64_t i = 0; i < width; ++i) to[i] += values[i];
     });
   }
 
   // The query layer: keys and values of all tokens, the rest only where logits are wanted.
-  void top(const Layer &layer) {
+  void top(const Layer& layer) {
     if (m_.norm_first) normalize(m_.norm, hidden_.data(), tokens(), m_.width, hidden_.data());
     std::vector<float> queries, kept;
     std::vector<Span> asking;
-    for (const Span &span : spans_) {
+    for (const Span& span : spans_) {
       if (span.outputs == 0) continue;
       const int64_t skipped = span.count - span.outputs, first = static_cast<int64_t>(kept.size()) / m_.width;
-      const float *from = m_.queries + (span.start + skipped) * m_.width;
+      const float* from = m_.queries + (span.start + skipped) * m_.width;
       queries.insert(queries.end(), from, from + span.outputs * m_.width);
-      const float *rows = hidden_.data() + (span.first + skipped) * m_.width;
+      const float* rows = hidden_.data() + (span.first + skipped) * m_.width;
       kept.insert(kept.end(), rows, rows + span.outputs * m_.width);
       asking.push_back({first, span.start + skipped, span.outputs, span.outputs, span.table});
     }
@@ -191,7 +193,7 @@ class Call {
     if (asked > 0) rest(layer);
   }
 
-  const Model &m_;
+  const Model& m_;
   std::vector<Span> spans_;
   std::vector<Cell> cells_;
   std::vector<float> hidden_, normed_, query_, mixed_, inner_;
@@ -202,31 +204,33 @@ class Call {
 
 class Reader {
  public:
-  Reader(const void *const *pointers, const int64_t *groups) : pointers_(pointers), groups_(groups) {}
+  Reader(const void* const* pointers, const int64_t* groups) : pointers_(pointers), groups_(groups) {}
   template <typename T = const float>
-  T *next() { return static_cast<T *>(const_cast<void *>(*pointers_++)); }
+  T* next() {
+    return static_cast<T*>(const_cast<void*>(*pointers_++));
+  }
   Norm norm() { return {next(), next()}; }
   Matrix matrix(int64_t inputs, int64_t outputs) {
-    const void *panels = next<const void>();
+    const void* panels = next<const void>();
     const float *scale = next(), *bias = next();
     return {panels, scale, bias, inputs, outputs, *groups_++};
   }
 
  private:
-  const void *const *pointers_;
-  const int64_t *groups_;
+  const void* const* pointers_;
+  const int64_t* groups_;
 };
 
 }  // namespace
 
 extern "C" {
 
-// sizes: layers, width, heads, inner, vocabulary, positions, blocks, which GELU, whether the last norm stands before the
-// query layer. pointers: words (panels, scale, null), tables of places and queries, the last norm; of each layer norm1,
-// norm2, then query, key, value, output, mapping and projection (panels, scale or null, bias), keys and values of the
-// cache. groups: of each matrix in that order, the scales of an output. All of it must outlive the model.
-void *paged_create(const int64_t *sizes, const void *const *pointers, const int64_t *groups) {
-  auto *m = new Model{};
+// sizes: layers, width, heads, inner, vocabulary, positions, blocks, which GELU, whether the last norm stands before
+// the query layer. pointers: words (panels, scale, null), tables of places and queries, the last norm; of each layer
+// norm1, norm2, then query, key, value, output, mapping and projection (panels, scale or null, bias), keys and values
+// of the cache. groups: of each matrix in that order, the scales of an output. All of it must outlive the model.
+void* paged_create(const int64_t* sizes, const void* const* pointers, const int64_t* groups) {
+  auto* m = new Model{};
   m->width = sizes[1], m->heads = sizes[2], m->inner = sizes[3], m->vocabulary = sizes[4], m->positions = sizes[5];
   m->blocks = sizes[6], m->gelu = static_cast<Gelu>(sizes[7]), m->norm_first = sizes[8] != 0;
   m->head_width = m->width / m->heads;
@@ -237,7 +241,7 @@ void *paged_create(const int64_t *sizes, const void *const *pointers, const int6
   for (int64_t i = 0; i < sizes[0]; ++i) {
     Layer layer{};
     layer.norm1 = reader.norm(), layer.norm2 = reader.norm();
-    for (Matrix *matrix : {&layer.query, &layer.key, &layer.value, &layer.output})
+    for (Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.output})
       *matrix = reader.matrix(m->width, m->width);
     layer.mapping = reader.matrix(m->width, m->inner);
     layer.projection = reader.matrix(m->inner, m->width);
@@ -247,13 +251,13 @@ void *paged_create(const int64_t *sizes, const void *const *pointers, const int6
   return m;
 }
 
-void paged_destroy(void *model) { delete static_cast<Model *>(model); }
+void paged_destroy(void* model) { delete static_cast<Model*>(model); }
 
 // spans [count, 4]: position of the first new token, new tokens, how many of the last ones need logits, where the table
 // of its blocks begins in `tables`. ids: of all spans on end. logits [outputs, V], best [outputs]. 0 = done.
-int paged_run(const void *model, int64_t count, const int64_t *spans, const int32_t *tables, const int32_t *ids,
-              float *logits, int32_t *best) {
-  const Model &m = *static_cast<const Model *>(model);
+int paged_run(const void* model, int64_t count, const int64_t* spans, const int32_t* tables, const int32_t* ids,
+              float* logits, int32_t* best) {
+  const Model& m = *static_cast<const Model*>(model);
   std::vector<Span> all;
   int64_t first = 0;
   for (int64_t i = 0; i < count; ++i, spans += 4) {
@@ -274,10 +278,10 @@ int paged_run(const void *model, int64_t count, const int64_t *spans, const int3
 
 // Of each row of logits [rows, V]: log p of its target and how many tokens are likelier, and the k likeliest tokens,
 // best first, equal ones by id, with their log p; top_ids and top_log_p [rows, k].
-void paged_log_p(const float *logits, int64_t rows, int64_t vocabulary, const int32_t *targets, int64_t k, float *log_p,
-                 int32_t *above, int32_t *top_ids, float *top_log_p) {
+void paged_log_p(const float* logits, int64_t rows, int64_t vocabulary, const int32_t* targets, int64_t k, float* log_p,
+                 int32_t* above, int32_t* top_ids, float* top_log_p) {
   Team::get().run(static_cast<int>(rows), [&](int row) {
-    const float *x = logits + row * vocabulary;
+    const float* x = logits + row * vocabulary;
     const float most = x[first_largest(x, vocabulary)];
     double sum = 0;
     for (int64_t i = 0; i < vocabulary; i += kWide) {
@@ -295,7 +299,7 @@ void paged_log_p(const float *logits, int64_t rows, int64_t vocabulary, const in
     int32_t higher = 0;
     for (int64_t i = 0; i < vocabulary; ++i) higher += x[i] > target;
     above[row] = higher;
-    int32_t *ids = top_ids + row * k;
+    int32_t* ids = top_ids + row * k;
     int64_t found = 0;
     for (int64_t i = 0; k > 0 && i < vocabulary; ++i) {
       if (found == k && !(x[i] > x[ids[k - 1]])) continue;
@@ -307,15 +311,15 @@ void paged_log_p(const float *logits, int64_t rows, int64_t vocabulary, const in
   });
 }
 
-// The next token of each of `count` requests, from row rows[i] of logits [.., V]: rules [count, 4] as temperature, top_k,
-// top_p and a uniform number; changes to the logits, ids and values, of request i at first[i] .. first[i + 1).
-void paged_choose(const float *logits, int64_t vocabulary, int64_t count, const int32_t *rows, const double *rules,
-                  const int64_t *first, const int32_t *ids, const float *values, int32_t *chosen) {
+// The next token of each of `count` requests, from row rows[i] of logits [.., V]: rules [count, 4] as temperature,
+// top_k, top_p and a uniform number; changes to the logits, ids and values, of request i at first[i] .. first[i + 1).
+void paged_choose(const float* logits, int64_t vocabulary, int64_t count, const int32_t* rows, const double* rules,
+                  const int64_t* first, const int32_t* ids, const float* values, int32_t* chosen) {
   Team::get().run(static_cast<int>(count), [&](int i) {
-    float *x = scratch_of(vocabulary + kWide);
+    float* x = scratch_of(vocabulary + kWide);
     std::memcpy(x, logits + rows[i] * vocabulary, vocabulary * sizeof(float));
     for (int64_t j = first[i]; j < first[i + 1]; ++j) x[ids[j]] += values[j];
-    const double *rule = rules + 4 * i;
+    const double* rule = rules + 4 * i;
     chosen[i] = choose(x, vocabulary, {static_cast<float>(rule[0]), static_cast<int64_t>(rule[1]), rule[2], rule[3]});
   });
 }

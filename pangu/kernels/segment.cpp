@@ -2,7 +2,8 @@
 //
 // Everything that decides a cut is done in jieba's order of operations on the same doubles: log frequencies from libm's
 // log, routes from right to left, ties to the longer word, Viterbi with ties to the later letter of B, E, M, S.
-// Called through ctypes by pangu/data/segmentation.py. Text comes as UTF-32, words go back as their ends, or as UTF-8 joined.
+// Called through ctypes by pangu/data/segmentation.py. Text comes as UTF-32, words go back as their ends, or as UTF-8
+// joined.
 
 #include <cmath>
 #include <cstdint>
@@ -20,7 +21,8 @@ bool is_han(uint32_t c) { return c >= kHanFirst && c <= kHanLast; }
 bool is_digit(uint32_t c) { return c >= '0' && c <= '9'; }
 bool is_alphanumeric(uint32_t c) { return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
 bool in_block(uint32_t c) {
-  return is_han(c) || is_alphanumeric(c) || (c < 128 && c != 0 && std::strchr("+#&._%-", static_cast<int>(c)) != nullptr);
+  return is_han(c) || is_alphanumeric(c) ||
+         (c < 128 && c != 0 && std::strchr("+#&._%-", static_cast<int>(c)) != nullptr);
 }
 
 // A tree of the dictionary's words. What a text needs most lies together: a first character is looked up in a plain
@@ -36,7 +38,7 @@ class Words {
   uint32_t begin(uint32_t c) const { return c < first_.size() ? first_[c] : 0; }
   uint32_t follow(uint32_t place, uint32_t c) const { return place & 1 ? find(place >> 1, c) : 0; }
 
-  void add(const std::vector<uint32_t> &word, int64_t frequency) {
+  void add(const std::vector<uint32_t>& word, int64_t frequency) {
     uint32_t node = 0;
     for (uint32_t c : word) {
       const uint32_t next = find(node, c) >> 1;
@@ -58,7 +60,7 @@ class Words {
     for (uint64_t slot : slots_) {
       if (slot != 0) has_children[slot >> 43] = true;
     }
-    for (uint64_t &slot : slots_) {
+    for (uint64_t& slot : slots_) {
       if (slot != 0 && has_children[(slot >> 1) & (kMostNodes - 1)]) slot |= 1;
     }
     for (uint32_t c = 0; c < first_.size(); ++c) first_[c] = find(0, c);
@@ -123,7 +125,7 @@ struct Jieba {
 // One text being cut.
 class Cutter {
  public:
-  Cutter(const Jieba &jieba, const uint32_t *text, uint32_t *ends) : jieba_(jieba), text_(text), ends_(ends) {}
+  Cutter(const Jieba& jieba, const uint32_t* text, uint32_t* ends) : jieba_(jieba), text_(text), ends_(ends) {}
 
   size_t cut(size_t length) {
     for (size_t i = 0; i < length;) {
@@ -160,7 +162,7 @@ class Cutter {
 
   // From the last character back: the best score of the rest, and the end of the word to take.
   void find_route(size_t first, size_t last) {
-    const Words &words = jieba_.words;
+    const Words& words = jieba_.words;
     const size_t n = last - first;
     if (route_.size() <= n) route_.resize(n + 1);
     route_[n] = {0.0, 0};
@@ -251,16 +253,16 @@ class Cutter {
     uint8_t state[kStates] = {};
   };
 
-  const Jieba &jieba_;
-  const uint32_t *text_;
-  uint32_t *ends_;
+  const Jieba& jieba_;
+  const uint32_t* text_;
+  uint32_t* ends_;
   size_t count_ = 0;
   std::vector<Step> route_;
   std::vector<From> from_;
   std::vector<uint8_t> path_;
 };
 
-char *put_utf8(char *out, uint32_t c) {
+char* put_utf8(char* out, uint32_t c) {
   if (c >= 0xD800 && c <= 0xDFFF) c = 0xFFFD;
   if (c < 0x80) {
     *out++ = static_cast<char>(c);
@@ -286,9 +288,9 @@ extern "C" {
 
 // words: UTF-32 characters of all words on end; lengths and frequencies: one a word, in the dictionary's order.
 // Null when they are too many.
-void *segment_create(const uint32_t *words, const int32_t *lengths, const int64_t *frequencies, int64_t count,
-                     const double *start, const double *transition, const double *emission) {
-  auto *jieba = new Jieba;
+void* segment_create(const uint32_t* words, const int32_t* lengths, const int64_t* frequencies, int64_t count,
+                     const double* start, const double* transition, const double* emission) {
+  auto* jieba = new Jieba;
   std::vector<uint32_t> word;
   for (int64_t i = 0; i < count; ++i) {
     word.assign(words, words + lengths[i]);
@@ -305,18 +307,18 @@ void *segment_create(const uint32_t *words, const int32_t *lengths, const int64_
   return jieba;
 }
 
-void segment_destroy(void *jieba) { delete static_cast<Jieba *>(jieba); }
+void segment_destroy(void* jieba) { delete static_cast<Jieba*>(jieba); }
 
 // Ends of the words, in characters; `ends` has room for one a character. Returns how many.
-int64_t segment_cut(const void *jieba, const uint32_t *text, int64_t length, uint32_t *ends) {
-  return static_cast<int64_t>(Cutter(*static_cast<const Jieba *>(jieba), text, ends).cut(length));
+int64_t segment_cut(const void* jieba, const uint32_t* text, int64_t length, uint32_t* ends) {
+  return static_cast<int64_t>(Cutter(*static_cast<const Jieba*>(jieba), text, ends).cut(length));
 }
 
 // The words joined by spaces as UTF-8, with spaces and newlines of the text itself as U+2582 and U+2583 and lone
 // surrogates as U+FFFD; `out` has room for 5 bytes a character. Returns the number of bytes.
-int64_t segment_join(const void *jieba, const uint32_t *text, int64_t length, uint32_t *ends, char *out) {
+int64_t segment_join(const void* jieba, const uint32_t* text, int64_t length, uint32_t* ends, char* out) {
   const int64_t count = segment_cut(jieba, text, length, ends);
-  char *const begin = out;
+  char* const begin = out;
   uint32_t at = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i > 0) *out++ = ' ';

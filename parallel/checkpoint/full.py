@@ -70,6 +70,8 @@ def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any],
     """
     directory, target = Path(directory), checkpoint_path(directory, step)
     parameters, states = named(parameters), named(states)
+    if not parameters:
+        raise ValueError("a checkpoint without parameters")
     hidden = temporary_name(target)
     try:
         directory.mkdir(parents=True, exist_ok=True)

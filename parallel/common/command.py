@@ -48,6 +48,7 @@ class Verb:
             user types this verb).
         run_file: for verbs that take a config file of any model: adds `--config` and lets overrides through as the list
             `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
+        overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings lie elsewhere.
         config: the config file taken when the user names none; None = the defaults of the settings class.
     """
 
@@ -57,6 +58,7 @@ class Verb:
     settings: type[Settings] | str | None = None
     arguments: Callable[[argparse.ArgumentParser], None] | str | None = None
     run_file: bool = False
+    overrides: bool = False
     config: str | None = None
 
 
@@ -90,7 +92,7 @@ def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     verb = next(verb for verb in verbs if verb.name == arguments.verb)
     overrides = [word for word in rest if _OVERRIDE.match(word)]
     unknown = [word for word in rest if not _OVERRIDE.match(word)]
-    if unknown or (overrides and verb.settings is None and not verb.run_file):
+    if unknown or (overrides and verb.settings is None and not verb.run_file and not verb.overrides):
         raise _unknown_word(parser, verb, (unknown or overrides)[0])
     arguments.overrides = overrides
     settings = None

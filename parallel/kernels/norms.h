@@ -15,7 +15,7 @@ constexpr int64_t kNormRows = 64;
 
 // y = (x - mean) / sqrt(var + epsilon) * gamma + beta, or without the mean and beta.
 template <bool kMean>
-void norm_row(const float *x, int64_t width, float epsilon, float *mean, float *scale) {
+void norm_row(const float* x, int64_t width, float epsilon, float* mean, float* scale) {
   float sum = 0, squares = 0;
   if (kMean)
 #pragma GCC ivdep
@@ -27,12 +27,12 @@ void norm_row(const float *x, int64_t width, float epsilon, float *mean, float *
 }
 
 template <bool kMean>
-void norm_forward(const float *x, int64_t rows, int64_t width, const float *gamma, const float *beta, float epsilon,
-                  float *y) {
+void norm_forward(const float* x, int64_t rows, int64_t width, const float* gamma, const float* beta, float epsilon,
+                  float* y) {
   const int64_t blocks = (rows + kNormRows - 1) / kNormRows;
   Team::get().run(static_cast<int>(blocks), [&](int block) {
     for (int64_t r = block * kNormRows; r < std::min(rows, (block + 1) * kNormRows); ++r) {
-      const float *in = x + r * width;
+      const float* in = x + r * width;
       float *out = y + r * width, mean, scale;
       norm_row<kMean>(in, width, epsilon, &mean, &scale);
 #pragma GCC ivdep
@@ -43,8 +43,8 @@ void norm_forward(const float *x, int64_t rows, int64_t width, const float *gamm
 
 // The sums of dgamma and dbeta go block by block, so that the result does not depend on the number of threads.
 template <bool kMean>
-void norm_backward(const float *x, int64_t rows, int64_t width, const float *gamma, float epsilon, const float *dy,
-                   float *dx, float *d_gamma, float *d_beta) {
+void norm_backward(const float* x, int64_t rows, int64_t width, const float* gamma, float epsilon, const float* dy,
+                   float* dx, float* d_gamma, float* d_beta) {
   constexpr int64_t kRows = 4 * kNormRows;
   const int64_t blocks = (rows + kRows - 1) / kRows;
   std::vector<float> partial(blocks * 2 * width, 0.0f);
@@ -78,7 +78,7 @@ void norm_backward(const float *x, int64_t rows, int64_t width, const float *gam
 }
 
 // Sum over all of x^2: floats within a block, doubles over the blocks, in one order whatever the number of threads.
-float sum_squares(const float *x, int64_t size) {
+float sum_squares(const float* x, int64_t size) {
   constexpr int64_t kSize = 1 << 15;
   const int64_t blocks = (size + kSize - 1) / kSize;
   std::vector<float> partial(blocks);

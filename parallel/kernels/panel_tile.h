@@ -5,10 +5,10 @@
 // A panel holds kPanel columns of a weight, [K, kPanel], so that one row of it is read as a whole.
 
 // y[p][r][0 .. 2 kLanes) += scale[p] * sum over k < depth of x[k][r] w[p][k][..], for R rows and P panels, in U partial
-// sums that need not wait for each other. Panels lie `w_step` weights apart and their sums `y_step` floats; scale is for
-// int8 only. What a row gives depends on U alone, not on R or P.
+// sums that need not wait for each other. Panels lie `w_step` weights apart and their sums `y_step` floats; scale is
+// for int8 only. What a row gives depends on U alone, not on R or P.
 template <int R, int U, int P, typename W>
-INLINE void add_tile(const float *x, const W *w, int64_t w_step, int64_t depth, const float *scale, float *y,
+INLINE void add_tile(const float* x, const W* w, int64_t w_step, int64_t depth, const float* scale, float* y,
                      int64_t y_step) {
   Vector sums[U][P][R][2] = {};
   int64_t k = 0;
@@ -17,8 +17,8 @@ INLINE void add_tile(const float *x, const W *w, int64_t w_step, int64_t depth, 
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        const W *row = w + p * w_step + (k + u) * kPanel;
-        __builtin_prefetch(reinterpret_cast<const char *>(row) + kAhead, 0, 1);
+        const W* row = w + p * w_step + (k + u) * kPanel;
+        __builtin_prefetch(reinterpret_cast<const char*>(row) + kAhead, 0, 1);
         const Vector left = widen(row), right = widen(row + kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
@@ -48,9 +48,9 @@ INLINE void add_tile(const float *x, const W *w, int64_t w_step, int64_t depth, 
         Vector sum = sums[0][p][r][half];
 #pragma GCC unroll 4
         for (int u = 1; u < U; ++u) sum += sums[u][p][r][half];
-        Vector &place = *reinterpret_cast<Vector *>(y + p * y_step + r * kPanel + half * kLanes);
+        Vector& place = *reinterpret_cast<Vector*>(y + p * y_step + r * kPanel + half * kLanes);
         if constexpr (sizeof(W) == 1)
-          place = multiply_add(sum, *reinterpret_cast<const Vector *>(scale + p * kPanel + half * kLanes), place);
+          place = multiply_add(sum, *reinterpret_cast<const Vector*>(scale + p * kPanel + half * kLanes), place);
         else
           place += sum;
       }

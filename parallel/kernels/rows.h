@@ -15,28 +15,27 @@ constexpr int64_t kForwardRows = 128, kBackwardRows = 256, kExpertRows = 1024;
 
 // Buffers of a thread that outlive the call.
 template <int kWhich>
-float *scratch(int64_t size) {
+float* scratch(int64_t size) {
   thread_local std::vector<float> buffer;
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
   return buffer.data();
 }
 
-void add_columns(const float *x, int64_t rows, int64_t width, int64_t stride, float *sums) {
+void add_columns(const float* x, int64_t rows, int64_t width, int64_t stride, float* sums) {
   for (int64_t r = 0; r < rows; ++r)
 #pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) sums[i] += x[r * stride + i];
 }
 
 // Rows `index` of x, one after the other.
-void take_rows(const float *x, int64_t width, const std::vector<int64_t> &index, float *taken) {
-  for (size_t r = 0; r < index.size(); ++r)
-    std::memcpy(taken + r * width, x + index[r] * width, width * sizeof(float));
+void take_rows(const float* x, int64_t width, const std::vector<int64_t>& index, float* taken) {
+  for (size_t r = 0; r < index.size(); ++r) std::memcpy(taken + r * width, x + index[r] * width, width * sizeof(float));
 }
 
-void add_rows(const float *taken, int64_t width, const std::vector<int64_t> &index, float *x) {
+void add_rows(const float* taken, int64_t width, const std::vector<int64_t>& index, float* x) {
   for (size_t r = 0; r < index.size(); ++r) {
-    float *to = x + index[r] * width;
-    const float *from = taken + r * width;
+    float* to = x + index[r] * width;
+    const float* from = taken + r * width;
 #pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) to[i] += from[i];
   }

@@ -1,4 +1,4 @@
-// Per-token SwiGLU networks, dense or with a router and routed experts. Shapes: see grouped.cpp.
+// Per-token SwiGLU networks, dense or with a router and routed experts. Shapes: see entries.cpp.
 
 #pragma once
 
@@ -21,19 +21,19 @@ struct SwigluGradient {
 };
 
 // h = swish(a) * b
-void swish(const float *a, const float *b, int64_t size, float *h) {
+void swish(const float* a, const float* b, int64_t size, float* h) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) h[i] = a[i] * sigmoid(a[i]) * b[i];
 }
 
 // y [rows, O] = down(swish(x gate) * (x up) * scale of the row); a and b [rows, f] are kept where the caller says.
-void swiglu_forward(const float *x, int64_t rows, int64_t width, int64_t inner, int64_t outputs, const Swiglu &w,
-                    const float *scale, float *a, float *b, bool add, float *y) {
+void swiglu_forward(const float* x, int64_t rows, int64_t width, int64_t inner, int64_t outputs, const Swiglu& w,
+                    const float* scale, float* a, float* b, bool add, float* y) {
   multiply(false, false, rows, inner, width, {x, width}, {w.gate, inner}, false, a, inner);
   multiply(false, false, rows, inner, width, {x, width}, {w.up, inner}, false, b, inner);
-  float *h = scratch<3>(rows * inner);
+  float* h = scratch<3>(rows * inner);
   for (int64_t r = 0; r < rows; ++r) {
-    float *row = h + r * inner;
+    float* row = h + r * inner;
     swish(a + r * inner, b + r * inner, inner, row);
     if (scale)
 #pragma GCC ivdep
@@ -43,9 +43,9 @@ void swiglu_forward(const float *x, int64_t rows, int64_t width, int64_t inner, 
 }
 
 // Adds to the weights' gradients if `add_weights`, to dx if `add_input`; `d_scale` gets the gradient of the scales.
-void swiglu_rows_backward(const float *x, const float *dy, int64_t rows, int64_t width, int64_t inner, int64_t outputs,
-                          const Swiglu &w, const float *scale, const float *a, const float *b, bool add_weights,
-                          const SwigluGradient &d, float *d_scale, bool add_input, float *dx) {
+void swiglu_rows_backward(const float* x, const float* dy, int64_t rows, int64_t width, int64_t inner, int64_t outputs,
+                          const Swiglu& w, const float* scale, const float* a, const float* b, bool add_weights,
+                          const SwigluGradient& d, float* d_scale, bool add_input, float* dx) {
   float *h = scratch<3>(3 * rows * inner), *da = h + rows * inner, *db = da + rows * inner;
   multiply(false, true, rows, inner, outputs, {dy, outputs}, {w.down, outputs}, false, da, inner);
   for (int64_t r = 0; r < rows; ++r) {
@@ -76,7 +76,7 @@ struct MoeSizes {
 };
 
 // Softmax of each row in place.
-void softmax(float *x, int64_t rows, int64_t width) {
+void softmax(float* x, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; ++r, x += width) {
     const float largest = *std::max_element(x, x + width);
     float sum = 0;
@@ -89,9 +89,9 @@ void softmax(float *x, int64_t rows, int64_t width) {
 
 // The A largest of each row, the first of equals first, and their gates: divided by their sum if there are at least
 // two, times alpha.
-void choose(const float *probability, int64_t rows, const MoeSizes &n, int32_t *chosen, float *gates) {
+void choose(const float* probability, int64_t rows, const MoeSizes& n, int32_t* chosen, float* gates) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float *p = probability + r * n.routed;
+    const float* p = probability + r * n.routed;
     float sum = 0;
     for (int64_t k = 0; k < n.chosen; ++k) {
       int64_t best = -1;
@@ -111,7 +111,7 @@ void choose(const float *probability, int64_t rows, const MoeSizes &n, int32_t *
 // The pairs (row, k) that chose each expert, in the order of the rows.
 struct Plan {
   std::vector<std::vector<int64_t>> rows, places;
-  void make(const int32_t *chosen, int64_t count, int64_t active, int64_t experts) {
+  void make(const int32_t* chosen, int64_t count, int64_t active, int64_t experts) {
     rows.resize(experts), places.resize(experts);
     for (int64_t e = 0; e < experts; ++e) rows[e].clear(), places[e].clear();
     for (int64_t r = 0; r < count; ++r)
@@ -122,7 +122,7 @@ struct Plan {
   }
 };
 
-Plan &own_plan() {
+Plan& own_plan() {
   thread_local Plan plan;
   return plan;
 }
@@ -133,11 +133,11 @@ struct MoeWeights {
   const float *x, *router;
   Swiglu shared, routed;
 
-  Swiglu shared_of(const MoeSizes &n, int64_t t) const {
+  Swiglu shared_of(const MoeSizes& n, int64_t t) const {
     const int64_t at = t * n.width * n.inner;
     return {shared.gate + at, shared.up + at, shared.down + t * n.inner * n.outputs};
   }
-  Swiglu routed_of(const MoeSizes &n, int64_t t, int64_t e) const {
+  Swiglu routed_of(const MoeSizes& n, int64_t t, int64_t e) const {
     const int64_t own = t * n.routed + e, at = own * n.width * n.inner;
     return {routed.gate + at, routed.up + at, routed.down + own * n.inner * n.outputs};
   }
@@ -146,42 +146,40 @@ struct MoeWeights {
 // Kept for the backward pass: probabilities [T, B, R], chosen [T, B, A], and per token the products by gate and up of
 // the shared expert's rows, then of each expert's, [T, B (1 + A), f].
 struct MoeKept {
-  float *probability;
-  int32_t *chosen;
+  float* probability;
+  int32_t* chosen;
   float *a, *b;
 };
 
 // All rows of token t.
-void moe_forward(const MoeSizes &n, const MoeWeights &w, const MoeKept &kept, int64_t t, float *y_out) {
-  const float *x = w.x + t * n.batch * n.width;
-  float *y = y_out + t * n.batch * n.outputs;
+void moe_forward(const MoeSizes& n, const MoeWeights& w, const MoeKept& kept, int64_t t, float* y_out) {
+  const float* x = w.x + t * n.batch * n.width;
+  float* y = y_out + t * n.batch * n.outputs;
   const int64_t all = n.batch * (1 + n.chosen);
-  float *probability = kept.probability ? kept.probability + t * n.batch * n.routed
-                                        : scratch<4>(n.batch * n.routed);
+  float* probability = kept.probability ? kept.probability + t * n.batch * n.routed : scratch<4>(n.batch * n.routed);
   thread_local std::vector<int32_t> chosen_here;
   chosen_here.resize(n.batch * n.chosen);
-  int32_t *chosen = kept.chosen ? kept.chosen + t * n.batch * n.chosen : chosen_here.data();
+  int32_t* chosen = kept.chosen ? kept.chosen + t * n.batch * n.chosen : chosen_here.data();
   multiply(false, false, n.batch, n.routed, n.width, {x, n.width}, {w.router + t * n.width * n.routed, n.routed}, false,
            probability, n.routed);
   softmax(probability, n.batch, n.routed);
-  float *gates = scratch<5>(n.batch * n.chosen);
+  float* gates = scratch<5>(n.batch * n.chosen);
   choose(probability, n.batch, n, chosen, gates);
-  float *a = kept.a ? kept.a + t * all * n.inner : scratch<6>(2 * n.batch * n.inner);
-  float *b = kept.b ? kept.b + t * all * n.inner : a + n.batch * n.inner;
+  float* a = kept.a ? kept.a + t * all * n.inner : scratch<6>(2 * n.batch * n.inner);
+  float* b = kept.b ? kept.b + t * all * n.inner : a + n.batch * n.inner;
   swiglu_forward(x, n.batch, n.width, n.inner, n.outputs, w.shared_of(n, t), nullptr, a, b, false, y);
-  Plan &plan = own_plan();
+  Plan& plan = own_plan();
   plan.make(chosen, n.batch, n.chosen, n.routed);
   int64_t begin = n.batch;
   for (int64_t e = 0; e < n.routed; ++e) {
     const int64_t count = static_cast<int64_t>(plan.rows[e].size());
     if (count == 0) continue;
     float *taken = scratch<0>(count * (n.width + n.outputs + 1)), *made = taken + count * n.width;
-    float *scale = made + count * n.outputs;
+    float* scale = made + count * n.outputs;
     take_rows(x, n.width, plan.rows[e], taken);
     for (int64_t r = 0; r < count; ++r) scale[r] = gates[plan.places[e][r]];
     const int64_t at = kept.a ? begin * n.inner : 0;
-    swiglu_forward(taken, count, n.width, n.inner, n.outputs, w.routed_of(n, t, e), scale, a + at, b + at, false,
-                   made);
+    swiglu_forward(taken, count, n.width, n.inner, n.outputs, w.routed_of(n, t, e), scale, a + at, b + at, false, made);
     add_rows(made, n.outputs, plan.rows[e], y);
     begin += count;
   }
@@ -193,11 +191,11 @@ struct MoeGradients {
 };
 
 // dlogits from the gradient of the gates, through alpha, the division by the sum and the softmax.
-void router_backward(const MoeSizes &n, const float *probability, const int32_t *chosen, const float *d_gates,
-                     float *d_logits) {
+void router_backward(const MoeSizes& n, const float* probability, const int32_t* chosen, const float* d_gates,
+                     float* d_logits) {
   for (int64_t r = 0; r < n.batch; ++r) {
     const float *p = probability + r * n.routed, *dg = d_gates + r * n.chosen;
-    const int32_t *own = chosen + r * n.chosen;
+    const int32_t* own = chosen + r * n.chosen;
     float *d = d_logits + r * n.routed, sum = 0, weighed = 0, total = 0;
     std::fill(d, d + n.routed, 0.0f);
     for (int64_t k = 0; k < n.chosen; ++k) sum += p[own[k]], weighed += dg[k] * p[own[k]];
@@ -208,29 +206,29 @@ void router_backward(const MoeSizes &n, const float *probability, const int32_t 
   }
 }
 
-void moe_backward(const MoeSizes &n, const MoeWeights &w, const MoeKept &kept, const float *dy_all,
-                  const MoeGradients &d, int64_t t) {
+void moe_backward(const MoeSizes& n, const MoeWeights& w, const MoeKept& kept, const float* dy_all,
+                  const MoeGradients& d, int64_t t) {
   const int64_t all = n.batch * (1 + n.chosen), one = n.width * n.inner;
   const int64_t last = n.inner * n.outputs;
   const float *x = w.x + t * n.batch * n.width, *dy = dy_all + t * n.batch * n.outputs;
-  float *dx = d.x + t * n.batch * n.width;
-  const float *probability = kept.probability + t * n.batch * n.routed;
+  float* dx = d.x + t * n.batch * n.width;
+  const float* probability = kept.probability + t * n.batch * n.routed;
   const float *a = kept.a + t * all * n.inner, *b = kept.b + t * all * n.inner;
-  const int32_t *kept_chosen = kept.chosen + t * n.batch * n.chosen;
+  const int32_t* kept_chosen = kept.chosen + t * n.batch * n.chosen;
   thread_local std::vector<int32_t> chosen;
   chosen.resize(n.batch * n.chosen);
   float *gates = scratch<5>(2 * n.batch * n.chosen), *d_gates = gates + n.batch * n.chosen;
   choose(probability, n.batch, n, chosen.data(), gates);
   swiglu_rows_backward(x, dy, n.batch, n.width, n.inner, n.outputs, w.shared_of(n, t), nullptr, a, b, false,
-                  {d.shared.gate + t * one, d.shared.up + t * one, d.shared.down + t * last}, nullptr, false, dx);
-  Plan &plan = own_plan();
+                       {d.shared.gate + t * one, d.shared.up + t * one, d.shared.down + t * last}, nullptr, false, dx);
+  Plan& plan = own_plan();
   plan.make(kept_chosen, n.batch, n.chosen, n.routed);
   int64_t begin = n.batch;
   for (int64_t e = 0; e < n.routed; ++e) {
     const int64_t count = static_cast<int64_t>(plan.rows[e].size()), at = t * n.routed + e;
     const SwigluGradient own{d.routed.gate + at * one, d.routed.up + at * one, d.routed.down + at * last};
     if (count == 0) {
-      for (float *gradient : {own.gate, own.up}) std::fill(gradient, gradient + one, 0.0f);
+      for (float* gradient : {own.gate, own.up}) std::fill(gradient, gradient + one, 0.0f);
       std::fill(own.down, own.down + last, 0.0f);
       continue;
     }
@@ -245,7 +243,7 @@ void moe_backward(const MoeSizes &n, const MoeWeights &w, const MoeKept &kept, c
     for (int64_t r = 0; r < count; ++r) d_gates[plan.places[e][r]] = d_scale[r];
     begin += count;
   }
-  float *d_logits = scratch<4>(n.batch * n.routed);
+  float* d_logits = scratch<4>(n.batch * n.routed);
   router_backward(n, probability, kept_chosen, d_gates, d_logits);
   const Matrix router{w.router + t * n.width * n.routed, n.routed};
   multiply(true, false, n.width, n.routed, n.batch, {x, n.width}, {d_logits, n.routed}, false,

@@ -14,6 +14,11 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -22,17 +27,12 @@
 #include <queue>
 #include <vector>
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 namespace {
 
 constexpr int64_t kFree = INT64_MIN + 2;  // marks an empty slot; callers never use this key
 constexpr int64_t kSpecial = 2;           // keys INT64_MIN and INT64_MIN + 1: the missing and the unseen value
 constexpr int32_t kUnknown = -1;
-constexpr int64_t kAhead = 12;            // keys (or rows) whose memory is asked for ahead of their turn
+constexpr int64_t kAhead = 12;  // keys (or rows) whose memory is asked for ahead of their turn
 constexpr uint64_t kLeastSlots = 64;
 constexpr int64_t kLeastRows = 64;
 
@@ -53,7 +53,7 @@ class Growing {
     if (file_ >= 0) close(file_);
   }
 
-  bool open_file(const char *path) {
+  bool open_file(const char* path) {
     file_ = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     return file_ >= 0;
   }
@@ -62,7 +62,7 @@ class Growing {
     bytes = (bytes + 4095) / 4096 * 4096;
     if (bytes <= bytes_) return true;
     if (file_ >= 0 && ftruncate(file_, static_cast<off_t>(bytes)) != 0) return false;
-    void *data;
+    void* data;
     if (data_ != nullptr) {
       data = mremap(data_, bytes_, bytes, MREMAP_MAYMOVE);
     } else if (file_ >= 0) {
@@ -78,19 +78,21 @@ class Growing {
   }
 
   template <typename T>
-  T *as() const { return static_cast<T *>(data_); }
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
   size_t bytes() const { return bytes_; }
 
  private:
-  void *data_ = nullptr;
+  void* data_ = nullptr;
   size_t bytes_ = 0;
   int file_ = -1;
 };
 
 struct Slot {
   int64_t key;
-  int32_t row;     // of an admitted key; of another one -1 - its count so far
-  uint32_t seen;   // of a key that is not admitted; an admitted one's stands with its row
+  int32_t row;    // of an admitted key; of another one -1 - its count so far
+  uint32_t seen;  // of a key that is not admitted; an admitted one's stands with its row
 };
 
 struct Table {
@@ -100,23 +102,23 @@ struct Table {
   double std;
   float state_start;
   uint64_t slots = 0, used = 0;
-  Slot *slot = nullptr;
+  Slot* slot = nullptr;
   Growing values, state, counts, seen;
   std::priority_queue<int32_t, std::vector<int32_t>, std::greater<int32_t>> freed;
 
   ~Table() { release(slot, slots); }
 
-  static Slot *allocate(uint64_t count) {
-    void *memory = mmap(nullptr, count * sizeof(Slot), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  static Slot* allocate(uint64_t count) {
+    void* memory =
+        mmap(nullptr, count * sizeof(Slot), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return nullptr;
     if (count * sizeof(Slot) >= (8u << 20)) madvise(memory, count * sizeof(Slot), MADV_HUGEPAGE);
-    Slot *made = static_cast<Slot *>(memory);
+    Slot* made = static_cast<Slot*>(memory);
     for (uint64_t i = 0; i < count; ++i) made[i].key = kFree;
     return made;
   }
 
-  static void release(Slot *memory, uint64_t count) {
+  static void release(Slot* memory, uint64_t count) {
     if (memory != nullptr) munmap(memory, count * sizeof(Slot));
   }
 
@@ -133,9 +135,9 @@ struct Table {
     uint64_t wanted = std::max(slots, kLeastSlots);
     while ((used + more) * 4 > wanted * 3) wanted *= 2;
     if (wanted == slots) return true;
-    Slot *before = slot;
+    Slot* before = slot;
     const uint64_t count = slots;
-    Slot *made = allocate(wanted);
+    Slot* made = allocate(wanted);
     if (made == nullptr) return false;
     slot = made;
     slots = wanted;
@@ -172,7 +174,7 @@ struct Table {
 
   // Start values depend on the table's seed and the key alone, not on the order in which keys come.
   void start(int64_t row, int64_t key) {
-    float *value = values.as<float>() + row * width;
+    float* value = values.as<float>() + row * width;
     const uint64_t base = mix(seed ^ mix(static_cast<uint64_t>(key)));
     for (int64_t i = 0; i < width; i += 2) {  // Box-Muller
       const double radius = std * std::sqrt(-2.0 * std::log(unit(mix(base + 2 * i))));
@@ -180,7 +182,7 @@ struct Table {
       value[i] = static_cast<float>(radius * std::cos(angle));
       if (i + 1 < width) value[i + 1] = static_cast<float>(radius * std::sin(angle));
     }
-    float *own = state.as<float>() + row * states;
+    float* own = state.as<float>() + row * states;
     for (int64_t i = 0; i < states; ++i) own[i] = state_start;
     counts.as<float>()[row] = 0.0f;
     seen.as<uint32_t>()[row] = 0;
@@ -215,12 +217,12 @@ struct Table {
       return row >= 0 && seen.as<uint32_t>()[row] != 0 ? row : kUnknown;
     }
     if (slots == 0) return kUnknown;
-    const Slot &found = slot[place(key)];
+    const Slot& found = slot[place(key)];
     return found.key == key && found.row >= 0 ? found.row : kUnknown;
   }
 };
 
-inline void ask_ahead(const Table &table, const int64_t *keys, int64_t i, int64_t n) {
+inline void ask_ahead(const Table& table, const int64_t* keys, int64_t i, int64_t n) {
   if (i + kAhead >= n) return;
   const int64_t key = keys[i + kAhead];
   if (!table.direct) {
@@ -230,9 +232,9 @@ inline void ask_ahead(const Table &table, const int64_t *keys, int64_t i, int64_
   }
 }
 
-inline void ask_row_ahead(const float *base, int64_t width, const int32_t *rows, int64_t i, int64_t n) {
+inline void ask_row_ahead(const float* base, int64_t width, const int32_t* rows, int64_t i, int64_t n) {
   if (i + kAhead >= n || rows[i + kAhead] < 0) return;
-  const char *from = reinterpret_cast<const char *>(base + rows[i + kAhead] * width);
+  const char* from = reinterpret_cast<const char*>(base + rows[i + kAhead] * width);
   for (int64_t at = 0; at < width * 4; at += 64) __builtin_prefetch(from + at);
 }
 
@@ -240,7 +242,7 @@ struct Rule {
   double rate, epsilon, beta1, beta2, correction1, correction2;
 };
 
-void rowwise_adagrad(float *p, float *a, const float *g, int64_t width, const Rule &rule) {
+void rowwise_adagrad(float* p, float* a, const float* g, int64_t width, const Rule& rule) {
   double square = 0.0;
   for (int64_t i = 0; i < width; ++i) square += static_cast<double>(g[i]) * g[i];
   a[0] = static_cast<float>(a[0] + square / width);
@@ -248,7 +250,7 @@ void rowwise_adagrad(float *p, float *a, const float *g, int64_t width, const Ru
   for (int64_t i = 0; i < width; ++i) p[i] -= step * g[i];
 }
 
-void adagrad(float *p, float *a, const float *g, int64_t width, const Rule &rule) {
+void adagrad(float* p, float* a, const float* g, int64_t width, const Rule& rule) {
   const float rate = static_cast<float>(rule.rate), epsilon = static_cast<float>(rule.epsilon);
   for (int64_t i = 0; i < width; ++i) {
     a[i] += g[i] * g[i];
@@ -256,7 +258,7 @@ void adagrad(float *p, float *a, const float *g, int64_t width, const Rule &rule
   }
 }
 
-void lazy_adam(float *p, float *state, const float *g, int64_t width, const Rule &rule) {
+void lazy_adam(float* p, float* state, const float* g, int64_t width, const Rule& rule) {
   float *m = state, *v = state + width;
   const float b1 = static_cast<float>(rule.beta1), b2 = static_cast<float>(rule.beta2);
   for (int64_t i = 0; i < width; ++i) {
@@ -267,11 +269,11 @@ void lazy_adam(float *p, float *state, const float *g, int64_t width, const Rule
   }
 }
 
-void sgd(float *p, float *, const float *g, int64_t width, const Rule &rule) {
+void sgd(float* p, float*, const float* g, int64_t width, const Rule& rule) {
   for (int64_t i = 0; i < width; ++i) p[i] -= static_cast<float>(rule.rate) * g[i];
 }
 
-using Update = void (*)(float *, float *, const float *, int64_t, const Rule &);
+using Update = void (*)(float*, float*, const float*, int64_t, const Rule&);
 constexpr Update kUpdates[] = {sgd, rowwise_adagrad, adagrad, lazy_adam};
 
 }  // namespace
@@ -280,9 +282,9 @@ extern "C" {
 
 // A new table, or null. `folder`: where its rows lie in files (null: in memory); `direct_rows`: rows of a direct table,
 // 0 for one with slots; `most`: admitted keys at most, 0 for no bound.
-void *table_new(int64_t width, int64_t states, int64_t direct_rows, int64_t most, uint64_t seed, double std,
-                float state_start, const char *values, const char *state, const char *counts, const char *seen) {
-  Table *table = new Table();
+void* table_new(int64_t width, int64_t states, int64_t direct_rows, int64_t most, uint64_t seed, double std,
+                float state_start, const char* values, const char* state, const char* counts, const char* seen) {
+  Table* table = new Table();
   table->width = width;
   table->states = states;
   table->most = most;
@@ -301,11 +303,11 @@ void *table_new(int64_t width, int64_t states, int64_t direct_rows, int64_t most
   return nullptr;
 }
 
-void table_free(void *handle) { delete static_cast<Table *>(handle); }
+void table_free(void* handle) { delete static_cast<Table*>(handle); }
 
 // What a table holds: rows with a key, rows there are, keys that wait for admission, bytes of memory (or files).
-void table_sizes(void *handle, int64_t *sizes) {
-  const Table &table = *static_cast<Table *>(handle);
+void table_sizes(void* handle, int64_t* sizes) {
+  const Table& table = *static_cast<Table*>(handle);
   sizes[0] = table.admitted;
   sizes[1] = table.rows;
   sizes[2] = table.direct ? 0 : static_cast<int64_t>(table.used) - table.admitted;
@@ -314,7 +316,7 @@ void table_sizes(void *handle, int64_t *sizes) {
 }
 
 // Distinct keys in the order of their first appearance, which of them each key is, and how often each came.
-int64_t keys_unique(const int64_t *keys, int64_t n, int64_t *distinct, int32_t *which, float *times) {
+int64_t keys_unique(const int64_t* keys, int64_t n, int64_t* distinct, int32_t* which, float* times) {
   thread_local std::vector<int32_t> heads;
   uint64_t size = 64;
   while (size < static_cast<uint64_t>(2 * n)) size *= 2;
@@ -335,16 +337,16 @@ int64_t keys_unique(const int64_t *keys, int64_t n, int64_t *distinct, int32_t *
 }
 
 // out_UW += gradients_NW of each of which_N, in their order.
-void rows_add(const float *gradients, const int32_t *which, int64_t n, int64_t width, float *out) {
+void rows_add(const float* gradients, const int32_t* which, int64_t n, int64_t width, float* out) {
   for (int64_t i = 0; i < n; ++i) {
-    float *to = out + which[i] * width;
+    float* to = out + which[i] * width;
     for (int64_t j = 0; j < width; ++j) to[j] += gradients[i * width + j];
   }
 }
 
 // Rows of distinct keys, -1 where a key has none. Changes nothing.
-void table_find(void *handle, const int64_t *keys, int64_t n, int32_t *rows) {
-  const Table &table = *static_cast<Table *>(handle);
+void table_find(void* handle, const int64_t* keys, int64_t n, int32_t* rows) {
+  const Table& table = *static_cast<Table*>(handle);
   for (int64_t i = 0; i < n; ++i) {
     ask_ahead(table, keys, i, n);
     rows[i] = static_cast<int32_t>(table.find(keys[i]));
@@ -355,9 +357,9 @@ void table_find(void *handle, const int64_t *keys, int64_t n, int32_t *rows) {
 // A key is admitted when it has been seen `least` times; where `share` < 1, moreover, by a draw of that probability at
 // each step that meets it, which depends on the table's seed, the key and `now` alone. Keys below `always` (the
 // missing and the unseen value) are admitted at once. 0 = done, -2 = no memory.
-int64_t table_meet(void *handle, const int64_t *keys, const float *times, int64_t n, uint32_t now, double least,
-                   double share, int64_t always, int32_t *rows) {
-  Table &table = *static_cast<Table *>(handle);
+int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_t n, uint32_t now, double least,
+                   double share, int64_t always, int32_t* rows) {
+  Table& table = *static_cast<Table*>(handle);
   if (!table.direct && !table.make_room(n)) return -2;
   for (int64_t i = 0; i < n; ++i) {
     ask_ahead(table, keys, i, n);
@@ -373,7 +375,7 @@ int64_t table_meet(void *handle, const int64_t *keys, const float *times, int64_
       }
     } else {
       const uint64_t at = table.place(key);
-      Slot &found = table.slot[at];
+      Slot& found = table.slot[at];
       if (found.key == key && found.row >= 0) {
         row = found.row;
       } else {
@@ -412,9 +414,9 @@ int64_t table_meet(void *handle, const int64_t *keys, const float *times, int64_
 
 // out_NW = values of rows; rows of -1 are left as they are. `places`: where in `out` each goes, null: one after the
 // other.
-void table_gather(void *handle, const int32_t *rows, const int32_t *places, int64_t n, float *out) {
-  const Table &table = *static_cast<Table *>(handle);
-  const float *values = table.values.as<float>();
+void table_gather(void* handle, const int32_t* rows, const int32_t* places, int64_t n, float* out) {
+  const Table& table = *static_cast<Table*>(handle);
+  const float* values = table.values.as<float>();
   for (int64_t i = 0; i < n; ++i) {
     ask_row_ahead(values, table.width, rows, i, n);
     if (rows[i] >= 0)
@@ -423,10 +425,10 @@ void table_gather(void *handle, const int32_t *rows, const int32_t *places, int6
 }
 
 // Moves rows by their gradients (`places` as above) by one rule of `kUpdates`; rows of -1 are left out.
-void table_update(void *handle, const int32_t *rows, const int32_t *places, int64_t n, const float *gradients,
+void table_update(void* handle, const int32_t* rows, const int32_t* places, int64_t n, const float* gradients,
                   int32_t rule, double rate, double epsilon, double beta1, double beta2, double correction1,
                   double correction2) {
-  Table &table = *static_cast<Table *>(handle);
+  Table& table = *static_cast<Table*>(handle);
   float *values = table.values.as<float>(), *state = table.state.as<float>();
   const Rule numbers{rate, epsilon, beta1, beta2, correction1, correction2};
   for (int64_t i = 0; i < n; ++i) {
@@ -440,10 +442,10 @@ void table_update(void *handle, const int32_t *rows, const int32_t *places, int6
 
 // Removes keys last seen before `oldest` or counted less than `least`, then multiplies the counts of the rest by
 // `decay`. Keys that wait for admission leave by the same `oldest`. Keys below `always` stay. Rows removed.
-int64_t table_sweep(void *handle, uint32_t oldest, double least, double decay, int64_t always) {
-  Table &table = *static_cast<Table *>(handle);
-  float *counts = table.counts.as<float>();
-  uint32_t *seen = table.seen.as<uint32_t>();
+int64_t table_sweep(void* handle, uint32_t oldest, double least, double decay, int64_t always) {
+  Table& table = *static_cast<Table*>(handle);
+  float* counts = table.counts.as<float>();
+  uint32_t* seen = table.seen.as<uint32_t>();
   int64_t removed = 0;
   if (table.direct) {
     for (int64_t row = kSpecial; row < table.rows; ++row) {
@@ -460,7 +462,7 @@ int64_t table_sweep(void *handle, uint32_t oldest, double least, double decay, i
   }
   std::vector<int64_t> leaving;
   for (uint64_t at = 0; at < table.slots; ++at) {
-    const Slot &one = table.slot[at];
+    const Slot& one = table.slot[at];
     if (one.key == kFree || one.key < always) continue;
     if (one.row < 0 ? one.seen < oldest : (seen[one.row] < oldest || counts[one.row] < least)) {
       leaving.push_back(one.key);
@@ -483,10 +485,10 @@ int64_t table_sweep(void *handle, uint32_t oldest, double least, double decay, i
 // The table's entries in the order of its rows, then those that wait for admission (row -1) in the order of their keys:
 // first call with null arrays for their number, of entries last seen at `since` or later. Values and states of the rows
 // are read with `table_gather` and `table_states`.
-int64_t table_entries(void *handle, uint32_t since, int64_t *keys, int32_t *rows, float *counts, uint32_t *seen) {
-  const Table &table = *static_cast<Table *>(handle);
-  const float *own_counts = table.counts.as<float>();
-  const uint32_t *own_seen = table.seen.as<uint32_t>();
+int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows, float* counts, uint32_t* seen) {
+  const Table& table = *static_cast<Table*>(handle);
+  const float* own_counts = table.counts.as<float>();
+  const uint32_t* own_seen = table.seen.as<uint32_t>();
   if (table.direct) {
     int64_t n = 0;
     for (int64_t row = 0; row < table.rows; ++row) {
@@ -503,14 +505,14 @@ int64_t table_entries(void *handle, uint32_t since, int64_t *keys, int32_t *rows
   }
   int64_t n = 0;
   for (uint64_t at = 0; at < table.slots; ++at) {
-    const Slot &one = table.slot[at];
+    const Slot& one = table.slot[at];
     if (one.key != kFree && (one.row < 0 ? one.seen : own_seen[one.row]) >= since) ++n;
   }
   if (keys == nullptr) return n;
   std::vector<int64_t> of_row(table.rows, kFree);
   std::vector<uint64_t> waiting;
   for (uint64_t at = 0; at < table.slots; ++at) {
-    const Slot &one = table.slot[at];
+    const Slot& one = table.slot[at];
     if (one.key == kFree) continue;
     if (one.row < 0) {
       if (one.seen >= since) waiting.push_back(at);
@@ -537,9 +539,9 @@ int64_t table_entries(void *handle, uint32_t since, int64_t *keys, int32_t *rows
   return n;
 }
 
-void table_states(void *handle, const int32_t *rows, int64_t n, float *out) {
-  const Table &table = *static_cast<Table *>(handle);
-  const float *state = table.state.as<float>();
+void table_states(void* handle, const int32_t* rows, int64_t n, float* out) {
+  const Table& table = *static_cast<Table*>(handle);
+  const float* state = table.state.as<float>();
   for (int64_t i = 0; i < n; ++i)
     if (rows[i] >= 0) std::memcpy(out + i * table.states, state + rows[i] * table.states, table.states * 4);
 }
@@ -547,9 +549,9 @@ void table_states(void *handle, const int32_t *rows, int64_t n, float *out) {
 // Puts entries into a table (replacing those with the same keys): a key with a row keeps that row's number where
 // `keep_rows` and takes the next free one otherwise; then call `table_close_gaps`. `states` may be null: start values.
 // 0 = done, -2 = no memory, -3 = a row number is taken or out of range, -1 = full.
-int64_t table_put(void *handle, const int64_t *keys, const int32_t *rows, const float *values, const float *states,
-                  const float *counts, const uint32_t *seen, int64_t n, int32_t keep_rows) {
-  Table &table = *static_cast<Table *>(handle);
+int64_t table_put(void* handle, const int64_t* keys, const int32_t* rows, const float* values, const float* states,
+                  const float* counts, const uint32_t* seen, int64_t n, int32_t keep_rows) {
+  Table& table = *static_cast<Table*>(handle);
   if (!table.direct && !table.make_room(n)) return -2;
   for (int64_t i = 0; i < n; ++i) {
     int64_t row = rows[i];
@@ -560,7 +562,7 @@ int64_t table_put(void *handle, const int64_t *keys, const int32_t *rows, const 
       table.start(row, keys[i]);
     } else {
       const uint64_t at = table.place(keys[i]);
-      Slot &found = table.slot[at];
+      Slot& found = table.slot[at];
       const bool there = found.key == keys[i];
       if (rows[i] < 0) {
         if (there && found.row >= 0) continue;  // a row outweighs a count
@@ -593,8 +595,8 @@ int64_t table_put(void *handle, const int64_t *keys, const int32_t *rows, const 
 }
 
 // After `table_put` with kept rows: numbers that no key has are free. -3: two keys have one row.
-int64_t table_close_gaps(void *handle) {
-  Table &table = *static_cast<Table *>(handle);
+int64_t table_close_gaps(void* handle) {
+  Table& table = *static_cast<Table*>(handle);
   table.freed = {};
   if (table.direct) return 0;
   std::vector<bool> taken(table.rows, false);

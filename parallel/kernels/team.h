@@ -2,15 +2,15 @@
 
 #pragma once
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <thread>
-
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
 
 namespace {
 
@@ -27,8 +27,8 @@ inline void pause_cpu() {
 // helps with the others' parts: a core that another process holds delays no more than a block.
 class Team {
  public:
-  static Team &get() {
-    static Team *team = new Team();  // never destroyed: its threads may outlive static destruction
+  static Team& get() {
+    static Team* team = new Team();  // never destroyed: its threads may outlive static destruction
     return *team;
   }
 
@@ -36,13 +36,13 @@ class Team {
   int size() const { return helpers_ + 1; }
 
   template <typename Body>
-  void run(int blocks, const Body &body) {
+  void run(int blocks, const Body& body) {
     // A forked child has no helpers; a second caller finds them busy.
     if (helpers_ == 0 || blocks <= 1 || getpid() != home_ || busy_.exchange(true, std::memory_order_acquire)) {
       for (int block = 0; block < blocks; ++block) body(block);
       return;
     }
-    call_ = [](const void *context, int block) { (*static_cast<const Body *>(context))(block); };
+    call_ = [](const void* context, int block) { (*static_cast<const Body*>(context))(block); };
     context_ = &body;
     for (int part = 0; part <= helpers_; ++part) {
       parts_[part].next.store(static_cast<int>(int64_t(blocks) * part / (helpers_ + 1)), std::memory_order_relaxed);
@@ -56,8 +56,10 @@ class Team {
     // with something else, is not waited for.
     inside_.fetch_and(~kOpen, std::memory_order_acq_rel);
     for (int spins = 0; inside_.load(std::memory_order_acquire) != 0; ++spins)
-      if (spins < kSpins) pause_cpu();
-      else sched_yield();
+      if (spins < kSpins)
+        pause_cpu();
+      else
+        sched_yield();
     busy_.store(false, std::memory_order_release);
   }
 
@@ -71,12 +73,12 @@ class Team {
   }
 
   void futex(int operation, int value) {
-    syscall(SYS_futex, reinterpret_cast<uint32_t *>(&round_), operation, value, nullptr, nullptr, 0);
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&round_), operation, value, nullptr, nullptr, 0);
   }
 
   void work(int own) {
     for (int i = 0; i <= helpers_; ++i) {
-      Part &part = parts_[(own + i) % (helpers_ + 1)];
+      Part& part = parts_[(own + i) % (helpers_ + 1)];
       for (int block; (block = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) call_(context_, block);
     }
   }
@@ -119,8 +121,8 @@ class Team {
   std::atomic<uint32_t> inside_{0};  // helpers at work, and whether more may come
   std::atomic<int> sleepers_{0};
   Part parts_[kMost];
-  void (*call_)(const void *, int) = nullptr;
-  const void *context_ = nullptr;
+  void (*call_)(const void*, int) = nullptr;
+  const void* context_ = nullptr;
 };
 
 }  // namespace

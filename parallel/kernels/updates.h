@@ -15,7 +15,7 @@ struct AdamScalars {
 };
 
 // m and v move towards the gradient, p against m / (sqrt(v) + epsilon) + decay p: one pass over all four.
-void adam_update(float *p, float *m, float *v, const float *gradient, int64_t size, const AdamScalars &s) {
+void adam_update(float* p, float* m, float* v, const float* gradient, int64_t size, const AdamScalars& s) {
   constexpr int64_t kSize = 1 << 14;
   Team::get().run(static_cast<int>((size + kSize - 1) / kSize), [=](int block) {
     const int64_t last = std::min(size, (block + int64_t{1}) * kSize);

@@ -19,8 +19,8 @@ typedef float Wide __attribute__((vector_size(64), aligned(4)));
 typedef int32_t WideInt __attribute__((vector_size(64), aligned(4)));
 constexpr int kWide = 16;
 
-INLINE Wide load(const float *x) { return *reinterpret_cast<const Wide *>(x); }
-INLINE void store(float *x, Wide v) { *reinterpret_cast<Wide *>(x) = v; }
+INLINE Wide load(const float* x) { return *reinterpret_cast<const Wide*>(x); }
+INLINE void store(float* x, Wide v) { *reinterpret_cast<Wide*>(x) = v; }
 #if defined(__AVX512F__)
 INLINE Wide fused(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }
 #else
@@ -55,7 +55,7 @@ INLINE Wide exponential(Wide x) {
 }
 
 // Place of the first largest of `size` floats.
-inline int32_t first_largest(const float *x, int64_t size) {
+inline int32_t first_largest(const float* x, int64_t size) {
   int64_t i = 0;
   float top = x[0];
   if (size >= kWide) {

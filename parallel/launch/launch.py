@@ -17,28 +17,20 @@ from typing import Any
 from parallel.common.progress import info
 from parallel.launch.choose import choose
 from parallel.launch.launcher import MsrunLauncher, TorchLauncher
-from parallel.launch.plan import DEFAULT_PORT, Plan
+from parallel.launch.plan import Plan, add_node_arguments
 from parallel.launch.programs import exported, rank_command
 from parallel.task import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that take part (default 1)")
-    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
-    parser.add_argument("--master", metavar="HOST:PORT",
-                        help=f"address of machine 0 and a free port there (default 127.0.0.1:{DEFAULT_PORT}; on a "
-                             "single machine another one where that is taken)")
-    parser.add_argument("--nproc", type=int, metavar="P",
-                        help="processes on each machine (default: devices of the parallel block / nodes)")
+    add_node_arguments(parser)
     parser.add_argument("--run", dest="what", default="train", metavar="VERB",
                         help="what to run: a verb of the model's package (default train)")
     parser.add_argument("--resume", nargs="?", const="auto", metavar="DIR",
                         help="go on from a checkpoint; without DIR from the newest of output.directory")
     parser.add_argument("--compile-only", action="store_true",
                         help="compile the graphs of all distinct ranks, run nothing")
-    parser.add_argument("--timeout", type=int, default=300, metavar="S",
-                        help="seconds to wait for all processes to meet (default 300)")
 
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Launcher:
         self.plan, self.command, self.logs = plan, command, logs
         self.processes: dict[int, subprocess.Popen] = {}
         self.scheduler: subprocess.Popen | None = None
-        self.signalled = False
+        self.signalled: int | bool = False
 
     def run(self) -> dict[str, Any]:
         """Until all ranks have ended; the exit code is 0 or that of the first rank that failed."""
@@ -69,6 +69,8 @@ class Launcher:
                 os.environ.update(environment)
                 self._start()
             # Ranks watch over their parent themselves; the scheduler is MindSpore's own program.
+            if self.signalled is not False:
+                self._forward(self.signalled, None)  # it came before there was anybody to tell
             guard = start_guard([item.pid for item in [*self.processes.values(), self.scheduler] if item is not None])
             first = self.plan.node_rank * self.plan.local
             info(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
@@ -118,7 +120,7 @@ class Launcher:
         return self.logs / f"rank_{rank}.log"
 
     def _forward(self, number: int, frame: Any) -> None:
-        self.signalled = True
+        self.signalled = number
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(number)
@@ -195,9 +197,11 @@ class TorchLauncher(Launcher):
         plan, cores = self.plan, len(os.sched_getaffinity(0))
         for local in range(plan.local):
             rank = plan.node_rank * plan.local + local
-            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks), "LOCAL_RANK": str(local),
-                           "LOCAL_WORLD_SIZE": str(plan.local), "MASTER_ADDR": plan.host,
-                           "MASTER_PORT": str(plan.port), "PARALLEL_MEET_SECONDS": str(plan.timeout)}
+            environment = {
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
+                "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(plan.local), "MASTER_ADDR": plan.host,
+                "MASTER_PORT": str(plan.port), "PARALLEL_MEET_SECONDS": str(plan.timeout),
+            }  # fmt: skip
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.local)))
             with open(self.log(rank), "w", encoding="utf-8") as log:
                 self.processes[rank] = subprocess.Popen([sys.executable, "-u", *self.command], stdout=log,
@@ -217,10 +221,12 @@ class _Follower:
         with open(path, encoding="utf-8", errors="replace") as file:
             while True:
                 stopping = self._stop.is_set()
-                text = file.read()
+                text = file.readline()
                 if text:
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
+                    # Its own errors are told by the launcher, in a line.
+                    if not text.startswith("error: "):
+                        sys.stderr.write(text)
+                        sys.stderr.flush()
                 elif stopping:
                     return
                 else:

@@ -11,6 +11,19 @@ from parallel.common.errors import UserError
 DEFAULT_PORT = 8118
 
 
+def add_node_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how many processes run where."""
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that take part (default 1)")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
+    parser.add_argument("--master", metavar="HOST:PORT",
+                        help=f"address of machine 0 and a free port there (default 127.0.0.1:{DEFAULT_PORT}; on a "
+                             "single machine another one where that is taken)")
+    parser.add_argument("--nproc", type=int, metavar="P",
+                        help="processes on each machine (default: devices of the parallel block / nodes)")
+    parser.add_argument("--timeout", type=int, default=300, metavar="S",
+                        help="seconds to wait for all processes to meet (default 300)")
+
+
 class Plan:
     """How many processes, on which machine of how many, and where they meet."""
 

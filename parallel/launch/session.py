@@ -10,6 +10,7 @@ from parallel.common.progress import info
 from parallel.launch.choose import choose
 from parallel.launch.programs import exported
 from parallel.training.backend import Backend
+from parallel.training.stop import listen_early
 
 
 def ranks_here() -> int:
@@ -40,8 +41,10 @@ def train_on_torch(settings: Any) -> dict[str, Any]:
     return run_rank(program, settings, device=device.lower())
 
 
-def closing(backend: Backend, train: Callable[[Backend], dict[str, Any]]) -> dict[str, Any]:
-    """`train(backend)`; the backend is closed whatever happens."""
+def trained(make: Callable[[], Backend], train: Callable[[Backend], dict[str, Any]]) -> dict[str, Any]:
+    """`train(make())` in this process; the backend is closed whatever happens."""
+    listen_early()
+    backend = make()
     try:
         return train(backend)
     finally:

@@ -2,7 +2,7 @@
 
 The layers of `grouped`, `moe`, `relu_moe` and `norm` take these in float32 on the CPU, where the machine has a C++
 compiler; everywhere else, and in every compiled layout, they are the plain operations that their `sharding` speak of.
-The environment variable PANGU_KERNELS=0 switches them off. Arithmetic: parallel/kernels/grouped.cpp.
+The environment variable PANGU_KERNELS=0 switches them off. Arithmetic: parallel/kernels/entries.cpp.
 
 Shapes: T tokens, B batch, D width, F inner width, E experts, R routed experts, A chosen ones, f width of one expert.
 """
@@ -23,7 +23,7 @@ from mindspore.ops import signature
 
 from parallel.common.native import build_library
 
-SOURCE = Path(__file__).resolve().parents[1] / "kernels" / "grouped.cpp"
+SOURCE = Path(__file__).resolve().parents[1] / "kernels" / "entries.cpp"
 
 
 @functools.lru_cache(maxsize=1)

@@ -40,14 +40,6 @@ _ATTRIBUTES = ("axis", "paddings", "output_num", "begin_mask", "end_mask", "elli
                "shrink_axis_mask", "epsilon", "reverse", "exclusive", "equation", "op", "split_dim", "concat_dim",
                "root_rank")
 _MARKS = ("micro", "mirror_user_id", "pipeline_param")
-# Settings that shape no graph.
-_SHAPELESS = {
-    "output": True, "generate": True, "evaluate": True, "serve": True,
-    "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
-              "data_sink", "keep_best"},
-    "data": {"directory", "corpus", "shuffle", "together"},
-    "parallel": {"backend"},
-}  # fmt: skip
 _SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parallel/proof/compile",
             "parallel/proof/export.py", "parallel/torch_runtime/program.py")
 
@@ -128,12 +120,7 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
 
 def digest_of(settings: Settings, kinds: Sequence[str] = ()) -> str:
     """Hash of everything that shapes the graphs of a run: its settings and the code."""
-    tree = settings.model_dump(mode="json")
-    for key, left_out in _SHAPELESS.items():
-        if left_out is True:
-            tree.pop(key, None)
-        elif isinstance(tree.get(key), dict):
-            tree[key] = {name: value for name, value in tree[key].items() if name not in left_out}
+    tree = portable.shaping(settings.model_dump(mode="json"))
     found = hashlib.sha256(json.dumps([portable.VERSION, list(kinds), tree], sort_keys=True).encode())
     found.update(importlib.metadata.version("mindspore").encode())
     package = type(settings).__module__.partition(".")[0]
@@ -178,14 +165,13 @@ def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllR
     writer = portable.Writer(folder)
     tensors = [portable.Tensor(name, kind, tuple(shape), dtype, tuple(start))
                for name, kind, shape, dtype, start in step["tensors"]]
-    ranks, groups, structures = [], {"groups": set(), "messages": set()}, []
-    for number, program in enumerate(read["step"].programs):
+    ranks, groups = [], {"groups": set(), "messages": set()}
+    for number in range(len(read["step"].programs)):
         ranks.append(_rank(number, read, writer, groups))
-        structures.append(portable.structure(converted(program, number)))
     writer.finish(
         tensors=tensors, inputs=step["whole_inputs"], ranks=ranks, parallel=step["parallel"],
         settings=settings.model_dump(mode="json"), micro_batches=step["micro_batches"], tokens=step["tokens"],
-        figures=step["figures"], structures=structures,
+        figures=step["figures"],
         **{key: sorted(listed) for key, listed in groups.items()},
         mindspore=importlib.metadata.version("mindspore"),
         ordered_messages={kind: ordered_messages(world.programs) for kind, world in read.items()}, **more,

@@ -16,8 +16,8 @@ class PipelineConfig(Settings):
     stages: int = Field(1, ge=1)
     """Number of pipeline stages; consecutive layers share a stage."""
     micro_batches: int = Field(1, ge=1)
-    """Micro-batches a global batch is cut into; at least the number of stages, or stages stand idle. Not given: as many
-    as stages."""
+    """Micro-batches a global batch is split into; at least the number of stages, or stages stand idle. Not given:
+    as many as stages."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """Order of forward and backward passes. 1f1b holds the fewest activations; interleaved gives each stage several
     chunks of layers and shrinks the bubble."""
@@ -33,10 +33,10 @@ class OptimizerShardConfig(Settings):
     shard: int = Field(1, ge=-1)
     """Devices that share one set of optimizer states: 1 = none, -1 = the whole data axis, else a divisor of it."""
     level: Literal[1, 2, 3] = 1
-    """What is kept cut (MindSpore's hsdp levels): 1: weights and states; 2: the gradients of micro-batches too; 3: the
+    """What is sharded (MindSpore's hsdp levels): 1: weights and states; 2: the gradients of micro-batches too; 3: the
     backward pass gathers the weights again (not with pipeline stages)."""
     threshold_kb: int = Field(0, ge=0)
-    """Parameters smaller than this many KiB are not cut. 0 cuts every parameter that its layer allows."""
+    """Parameters smaller than this many KiB are not sharded. 0 shards every parameter that its layer allows."""
 
 
 class RecomputeConfig(Settings):
@@ -47,7 +47,7 @@ class RecomputeConfig(Settings):
     cells: list[str] = Field(default_factory=lambda: ["attention.core"])
     """Under selective: names inside a block whose activations are recomputed."""
     slice_activations: bool = False
-    """Cut what is kept for recomputing over the op axis too."""
+    """Shards what is kept for recomputing over the op axis too."""
     communication: bool = True
     """Whether the op axis's AllReduce is run again in the recomputation (true), or its result kept (false)."""
 
@@ -62,9 +62,9 @@ class ParallelConfig(Settings):
     """Number of devices the block is written for. None = the number of processes that were started, and without a
     launcher the product of the axes."""
     data: int = Field(1, ge=-1)
-    """Data parallelism: ways the batch is cut."""
+    """Data-parallel degree: shards the batch."""
     op: int = Field(1, ge=-1)
-    """Op-level (tensor) parallelism: ways heads, feed-forward width and vocabulary are cut."""
+    """Tensor-parallel degree: shards attention heads, feed-forward width and vocabulary."""
     pipeline: PipelineConfig = PipelineConfig()
     """Pipeline parallelism."""
     optimizer: OptimizerShardConfig = OptimizerShardConfig()
@@ -72,16 +72,20 @@ class ParallelConfig(Settings):
     recompute: RecomputeConfig = RecomputeConfig()
     """Rematerialisation."""
     expert: int = Field(1, ge=1)
-    """Expert parallelism: ways the experts are cut; a divisor of data (experts live on the data axis)."""
+    """Expert-parallel degree: shards the experts; a divisor of data (experts live on the data axis)."""
     sequence: bool = False
-    """Cut residual stream and layer norms over the op axis along the tokens (sequence parallelism)."""
+    """Sequence parallelism: shards residual stream and layer norms over the op axis along the tokens."""
     vocabulary: bool = True
-    """Cut word embedding and head over the op axis along the vocabulary; false keeps them whole on every device."""
+    """Shards word embedding and head over the op axis along the vocabulary; false replicates them."""
     micro_batch_interleave: int = Field(1, ge=1)
-    """Parts a micro-batch is cut into so that the op communication of one overlaps the computation of another."""
+    """Parts a micro-batch is split into so that the op communication of one overlaps the computation of another."""
     backend: Literal["auto", "mindspore", "torch"] = "auto"
     """What runs the graphs. auto: MindSpore where it can run the layout (everything on Ascend; one device and data
     parallelism on the CPU), and torch elsewhere, over gloo on CPUs and NCCL on NVIDIA GPUs."""
+    torch_mode: Literal["auto", "exact", "eager", "cuda_graph", "inductor"] = "auto"
+    """How torch runs the graphs. exact: node by node, as the replay. eager: attention, cross entropy, layer norms and
+    updates fused, equal but for rounding. cuda_graph: the same, captured. inductor: what lies between compiled, too
+    (slow to start, fastest). auto: exact on CPUs, cuda_graph on GPUs."""
     gradient_fusion_groups: int = Field(4, ge=1)
     """Groups of layers whose gradient communication is fused into one call each."""
 

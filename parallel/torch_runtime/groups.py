@@ -122,6 +122,15 @@ class Communicator:
         result = torch.empty(kind.shape, dtype=value, device=self.device)
         return Pending(dist.irecv(result, pair[0], group, tag), result)
 
+    def give(self, tensor: Tensor, source: int, target: int) -> None:
+        """Copies `tensor` of rank `source` into that of rank `target`; both call it, in the same order."""
+        if self.rank == source:
+            dist.send(tensor.contiguous(), target)
+        else:
+            received = torch.empty_like(tensor)
+            dist.recv(received, source)
+            tensor.copy_(received)
+
     def settle(self) -> None:
         """Waits for all messages that were sent."""
         for item in self.sent:

@@ -35,8 +35,27 @@ KINDS = ("step", "loss", "scores")
 INLINE = 64
 """Constants of at most so many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30
+# Settings that shape no graph.
+_SHAPELESS = {
+    "output": True, "generate": True, "evaluate": True, "serve": True, "pack": True, "vocabulary": True,
+    "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
+              "data_sink", "keep_best"},
+    "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache"},
+    "parallel": {"backend", "torch_mode", "devices"},
+}  # fmt: skip
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
 Extent = tuple[tuple[int, int], ...]
+
+
+def shaping(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's settings (as JSON) that shapes its graphs."""
+    tree = dict(settings)
+    for key, left_out in _SHAPELESS.items():
+        if left_out is True:
+            tree.pop(key, None)
+        elif isinstance(tree.get(key), dict):
+            tree[key] = {name: value for name, value in tree[key].items() if name not in left_out}
+    return tree
 
 
 @dataclass(frozen=True)
@@ -246,12 +265,29 @@ class Program:
         """All groups of collectives in the world, and all directions of messages (sender, receiver)."""
         return [tuple(item) for item in self.tree["groups"]], [tuple(item) for item in self.tree["messages"]]
 
-    @property
+    @cached_property
     def free_groups(self) -> frozenset[tuple[int, ...]]:
         """Groups whose ranks have the same graphs but for constants, so that any order of their collectives that is
         made from the graph alone is the same on all of them."""
-        structures = self.tree["structures"]
+        known: dict[int, str] = {}
+        for rank in self.ranks:
+            if rank.graphs["step"] not in known:
+                known[rank.graphs["step"]] = structure(self.graph(rank.number))
+        structures = [known[rank.graphs["step"]] for rank in self.ranks]
         return frozenset(group for group in self.groups[0] if len({structures[rank] for rank in group}) == 1)
+
+    @cached_property
+    def borrowed(self) -> list[tuple[str, int, int]]:
+        """(parameter, rank that owns it, rank of a later stage that borrows the same slice), in the same order
+        everywhere."""
+        found = []
+        for rank in self.ranks:
+            for name in sorted(rank.copies):
+                owner = next((other for other in self.ranks if name not in other.copies
+                              and (other.data, other.op) == (rank.data, rank.op) and name in other.extents), None)
+                if owner is not None and self.by_name[name].kind == "parameter":
+                    found.append((name, owner.number, rank.number))
+        return found
 
     def has(self, kind: str) -> bool:
         """Whether there are graphs of this kind ("step", "loss", "scores")."""

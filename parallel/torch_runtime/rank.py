@@ -12,6 +12,7 @@ from parallel.common.errors import UserError
 from parallel.common.settings import validate
 from parallel.task import package_of
 from parallel.torch_runtime.program import Program
+from parallel.training.stop import listen_early
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timeout")
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Verb `rank`: one process of a run; variables of the launcher say which."""
+    listen_early()
     path = Path(arguments.settings)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -59,7 +61,8 @@ def run_rank(program: Path, settings: Any, *, device: str = "cpu") -> dict[str, 
     from parallel.torch_runtime.step import TorchStep
 
     opened, rank = Program(program), int(os.environ.get("RANK", "0"))
-    backend = TorchStep(opened, rank, device="cuda" if device == "gpu" else "cpu")
+    backend = TorchStep(opened, rank, device="cuda" if device == "gpu" else "cpu",
+                        mode=settings.parallel.torch_mode)
     try:
         return package_of(settings.model.name).train_on(settings, backend, opened.tree.get("figures", {}))
     except RuntimeError as error:

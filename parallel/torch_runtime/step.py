@@ -59,7 +59,8 @@ class TorchStep:
         rank: which; there is one process for each of `program.world`.
         device: "cpu", "cuda" (takes LOCAL_RANK) or "cuda:N"; None = a GPU where there is one.
         mode: "exact", op by op in the graph's order; "eager", with fused nodes (`passes`); "cuda_graph", the same
-            captured once; "inductor", what lies between fused nodes compiled, and captured on a GPU (`regions`).
+            captured once; "inductor", what lies between fused nodes compiled, and captured on a GPU (`regions`);
+            "auto", see `parallel.torch_mode`.
         floating: "declared", or "float64" for all floating types (exact mode only).
         address: HOST:PORT where the processes meet; None = MASTER_ADDR and MASTER_PORT.
 
@@ -69,17 +70,19 @@ class TorchStep:
 
     name = "torch"
 
-    def __init__(self, program: Program, rank: int = 0, *, device: str | None = None, mode: str = "exact",
+    def __init__(self, program: Program, rank: int = 0, *, device: str | None = None, mode: str = "auto",
                  floating: str = "declared", address: str | None = None) -> None:
         self.program, self.rank, self.ranks = program, rank, program.world
         if not 0 <= rank < program.world:
             raise UserError(f"the layout is one of {program.world} processes", where="rank", value=rank)
+        self.device = _device(device)
+        if mode == "auto":
+            mode = "exact" if self.device.type == "cpu" else "cuda_graph"
         if mode not in MODES:
             raise UserError("no such mode", where="mode", value=mode, hint=f"known: {', '.join(MODES)}")
         if floating != "declared" and mode != "exact":
             raise UserError("only the exact mode computes in float64", where="mode", value=mode)
         self.mode, self.floating = mode, floating
-        self.device = _device(device)
         if mode == "cuda_graph" and self.device.type != "cuda":
             raise UserError("CUDA graphs need a GPU", where="mode", value=mode, hint="set it to eager")
         self.own = program.ranks[rank]
@@ -95,12 +98,14 @@ class TorchStep:
         self.state = self._start()
         self.bound: dict[tuple[str, bool], Bound] = {}
         self.documents: dict[str, int | None] = {}
+        self.copies_are_old = True
 
     # -- what the trainer asks --------------------------------------------------------------------------------------
 
     def step(self, batch: Sequence[np.ndarray]) -> dict[str, Any]:
         """Forward, backward, update; `batch` is this rank's rows. See `Backend.step`."""
         results = self.run("step", batch)
+        self.copies_are_old = True
         names = ("loss", "global_norm", "finite", "loss_scale", "learning_rate")
         # One transfer for all five.
         told = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
@@ -109,6 +114,7 @@ class TorchStep:
 
     def loss(self, batch: Sequence[np.ndarray]) -> tuple[float, float]:
         """(loss x weight, weight) of the whole batch on one rank, (0, 0) on the others. See `Backend.loss`."""
+        self._refresh_copies()
         result = self.run("loss", batch)
         if not self.is_last or self.own.data or self.own.op:
             return 0.0, 0.0
@@ -117,10 +123,20 @@ class TorchStep:
 
     def scores(self, batch: Sequence[np.ndarray]) -> np.ndarray | None:
         """Probabilities [rows, tasks] of this rank's rows; None where another rank tells them. See `Backend.scores`."""
+        self._refresh_copies()
         result = self.run("scores", batch)
         if not self.is_last or self.own.op:
             return None
         return result.float().cpu().numpy()
+
+    def _refresh_copies(self) -> None:
+        """Gives stages that borrow a parameter its values of now. A step sends them along; the graphs without gradients
+        do not, and read what the borrower keeps."""
+        if self.copies_are_old and self.communicator is not None:
+            for name, owner, borrower in self.program.borrowed:
+                if self.rank in (owner, borrower):
+                    self.communicator.give(self.state[name], owner, borrower)
+        self.copies_are_old = False
 
     def run(self, kind: str, batch: Sequence[np.ndarray]) -> Any:
         """The result of a kind of graph on this rank's rows of a batch."""
@@ -159,9 +175,9 @@ class TorchStep:
     def holder(self) -> Holder | None:
         """Which slices this rank holds; None where every rank holds everything."""
         tensors = [tensor for tensor in self.program.tensors if tensor.kind == "parameter"]
-        extents = {tensor.name: self.own.extents[tensor.name] for tensor in tensors if self._holds(tensor)}
         if self.ranks == 1:
             return None
+        extents = {tensor.name: self.own.extents[tensor.name] for tensor in tensors if self._holds(tensor)}
         return Holder(self.rank, self.ranks, extents, {tensor.name: tensor.shape for tensor in tensors}, self.barrier)
 
     def exchange(self, values: list[float]) -> list[float]:
@@ -193,7 +209,8 @@ class TorchStep:
         owner = tensor.name.partition(".")[2] if tensor.kind == "state" else tensor.name
         if owner in self.own.copies or tensor.name in self.own.copies:
             return False
-        return tensor.kind == "counter" or tensor.name in self.own.extents
+        # A world of one has no extents: everything is held whole.
+        return tensor.kind == "counter" or self.ranks == 1 or tensor.name in self.own.extents
 
     def _start(self) -> dict[str, Tensor]:
         """Everything that the rank's graphs hold, at its start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 from parallel.common.progress import info
 from parallel.training.backend import Backend
 
+_early: StopRequest | None = None
 _REASONS = ("SIGTERM", "SIGINT", "early_stop")
 
 
@@ -23,6 +25,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked: str | None = None
+
+    @staticmethod
+    def of_process() -> StopRequest:
+        """The request that `listen_early` has begun, a new one without it."""
+        return _early or StopRequest()
 
     def ask(self, reason: str) -> None:
         """Notes a reason to stop ("SIGTERM", "SIGINT", "early_stop"); the first one stays."""
@@ -56,3 +63,13 @@ class StopRequest:
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
+
+
+def listen_early() -> None:
+    """In a process that a launcher started: from here on SIGINT and SIGTERM ask for a stop, so that one that comes
+    while it still starts is not lost and does not leave the others waiting for it. Called once, first thing."""
+    global _early
+    if "PARALLEL_OWNER" not in os.environ:
+        return
+    _early = StopRequest()
+    _early.listening().__enter__()

@@ -22,6 +22,7 @@ from parallel.checkpoint.newest import good_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.ownership import owned
 from parallel.common.progress import Bar, info
+from parallel.training.agreement import agree
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
 from parallel.training.data_source import DataSource, NumberedSource, prefetch
@@ -67,7 +68,7 @@ class Run:
     title: str = "train"
     layout: str = "one device"
     on_step: Callable[[int, dict], None] | None = None
-    stop: StopRequest = field(default_factory=StopRequest)
+    stop: StopRequest = field(default_factory=StopRequest.of_process)
     companions: Sequence[Companion] = ()
     start_from: str | None = None
     is_new: Callable[[str], bool] = lambda name: False
@@ -109,6 +110,7 @@ class Trainer:
         # A stream may be waiting for events that do not come; with other ranks it is they who end the wait together.
         interrupt = getattr(self.source, "interrupt", None) if self.backend.ranks == 1 else None
         with owned(self.directory, self.plan.title, self.backend.rank == 0), self.stop.listening(interrupt):
+            agree(self.backend, self.plan.describe)
             self.restore()
             chief = self.backend.rank == 0
             self.log = MetricsLog(self.directory, self.iteration, self.output.tensorboard) if chief else None
@@ -295,14 +297,14 @@ class Trainer:
             UserError: resume is `never` and there are checkpoints; the checkpoint does not fit; the ranks found
                 different ones.
         """
-        found = list_checkpoints(self.checkpoints)
-        if self.output.resume == "never" and found:
+        path = None
+        if self.output.resume == "auto":
+            path = self._newest()
+        elif self.output.resume != "never":
+            path = resolve_checkpoint(self.output.resume)
+        elif found := list_checkpoints(self.checkpoints):
             raise UserError("the run already has checkpoints", where=self.checkpoints, value=found[-1].name,
                             hint="choose another output.directory or output.resume=auto")
-        if self.output.resume not in ("never", "auto"):
-            path = resolve_checkpoint(self.output.resume)
-        else:
-            path = self._newest(found) if found else None
         if path is not None:
             self._load(path)
         elif self.plan.start_from is not None:
@@ -311,12 +313,14 @@ class Trainer:
         if path is not None and self.backend.rank == 0:
             info(f"going on from {path} (step {self.iteration})")
 
-    def _newest(self, found: list[Path]) -> Path:
-        """The newest checkpoint that is whole: rank 0 reads it all, the others take its step where they have it."""
+    def _newest(self) -> Path | None:
+        """The newest checkpoint that is whole, as rank 0 finds it."""
         path = good_checkpoint(self.checkpoints) if self.backend.rank == 0 else None
-        step, = self.backend.exchange([float(path.name.partition("_")[2]) if path is not None else 0.0])
-        chosen = checkpoint_path(self.checkpoints, int(step))
-        return chosen if chosen in found else found[-1]
+        # Two numbers: each is exact in float32.
+        step = int(path.name.rpartition("_")[2]) + 1 if path is not None else 0
+        high, low = self.backend.exchange([float(step >> 20), float(step & 0xFFFFF)])
+        step = (int(high) << 20) + int(low)
+        return checkpoint_path(self.checkpoints, step - 1) if step else None
 
     def _load(self, path: Path) -> None:
         extents = self.backend.holder.extents if self.backend.holder is not None else None
@@ -365,9 +369,9 @@ class Trainer:
         self.checkpoint = path
         was, now = state.get("run") or {"train": state.get("train", {})}, self.plan.describe
         if self.backend.rank == 0:
-            for note in changed_settings(was, now or {"train": {
+            for info in changed_settings(was, now or {"train": {
                     key: getattr(self.settings, key) for key in ("seed", "global_batch_size")}}):
-                info(note)
+                info(info)
 
     def _peak(self) -> float | None:
         if self.settings.peak_tflops is not None or self.plan.flops_per_step is None:

@@ -447,9 +447,14 @@ def gather(rows: Encoded, index: np.ndarray | slice) -> tuple[np.ndarray, np.nda
 def in_order(rows: Encoded, batch: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, int]]:
     """Every row once, in order: ((ids, numbers, labels) filled up to `batch` rows, users, how many are real)."""
     for begin in range(0, len(rows), batch):
-        part = slice(begin, min(begin + batch, len(rows)))
-        real = part.stop - begin
-        arrays = gather(rows, part)
-        if real < batch:
-            arrays = tuple(np.concatenate([array, np.repeat(array[-1:], batch - real, 0)]) for array in arrays)
-        yield arrays, np.asarray(rows.users[part]), real
+        yield filled_batch(rows, begin, batch)
+
+
+def filled_batch(rows: Encoded, begin: int, batch: int) -> tuple[tuple[np.ndarray, ...], np.ndarray, int]:
+    """The batch that begins at a row; see `in_order`."""
+    part = slice(begin, min(begin + batch, len(rows)))
+    real = part.stop - begin
+    arrays = gather(rows, part)
+    if real < batch:
+        arrays = tuple(np.concatenate([array, np.repeat(array[-1:], batch - real, 0)]) for array in arrays)
+    return arrays, np.asarray(rows.users[part]), real

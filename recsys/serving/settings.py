@@ -72,7 +72,7 @@ class RedisFeatures(Settings):
 
 
 class FeatureStores(Settings):
-    """Places that know features by id."""
+    """OutputLayout that know features by id."""
 
     redis: RedisFeatures | None = None
     """A Redis server (needs the extra `stream`); null = a request gives all features."""

@@ -48,13 +48,13 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
                      rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
-    rows = log.parts["validation"]
+    rows, backend = log.parts["validation"], HostedBackend(step, tables)
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
-                            limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables))
+                            limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables),
+                            backend=backend)
     best = Best(settings, evaluation, lambda: dense_parameters(network), processes.rank, tables=tables)
     counted = count(network)
-    backend = HostedBackend(step, tables)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     publisher = publisher_of(settings, backend, log.spec, tables=tables)

@@ -48,7 +48,8 @@ def finish(settings: Run, log: Log, trainer: Trainer, best: Best, counted: dict)
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else rows
     batch = min(best.evaluation.batch, len(test)) if best.tables else evaluation_batch(settings, test)
-    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores, plan=best.evaluation.plan)
+    last = Evaluation(None, test, log.labels, batch, scores=best.evaluation.scores, plan=best.evaluation.plan,
+                      backend=trainer.backend)
     return {**with_test(figures, last(trainer.iteration)), "best_step": best.step, **sizes(counted),
             **attainable_auc(settings, log)}
 

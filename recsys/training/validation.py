@@ -20,6 +20,7 @@ from recsys.data.dataset import in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
 from recsys.metrics import Accumulator, NumberAccumulator
+from recsys.score_merging import RankScores
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -78,10 +79,7 @@ class RanksEvaluation:
 
     def merged(self, own: np.ndarray | None) -> np.ndarray:
         """float32 [batch, tasks] of the rows that the processes tell; what one alone tells comes back exactly."""
-        whole = np.zeros((self.batch, len(self.labels)), np.float32)
-        if own is not None:
-            whole[self.mine] = own
-        return np.array(self.backend.exchange(whole.reshape(-1).tolist()), np.float32).reshape(whole.shape)
+        return RankScores(self.backend).whole(own, (self.batch, len(self.labels)), self.mine.start)
 
 
 class Best:

@@ -160,8 +160,8 @@ def jsonl_files(campaign: Campaign, folder: Path, rng: random.Random) -> None:
 
 def prompts(campaign: Campaign, folder: Path, rng: random.Random) -> None:
     """Files of prompts."""
-    from pangu.generation.generate import GenerateSettings
     from pangu.generation.prompts import read_prompts
+    from pangu.generation.settings import GenerateSettings
 
     suffix = rng.choice((".jsonl", ".txt", ".yaml"))
     text = {".jsonl": '{"prompt": "第一"}\n"二"\n', ".txt": "一\n二\n",

@@ -105,6 +105,8 @@ def test_batches_of_different_lengths_equal_single_prompts(case, monkeypatch):
     generator = Generator(model, None, settings)
     together = [output.ids for output in generator.generate_ids(prompts)]
     alone = [generator.generate_ids([ids])[0].ids for ids in prompts]
+    assert generator.backend.runner(1, 8, CHUNK).shares_prefixes == (kernel_library() is not None)
+    assert kernels or kernel_library() is None
     kernel_library.cache_clear()
     slow = []
     for ids in prompts:

@@ -148,11 +148,11 @@ def strategy_bytes(config, data, op):
     items = b""
     for key in keys(config, "mindspore"):
         dims, step, parts = layout(key.theirs, key.their_shape)
-        layout = (wire.field(1, wire.field(1, data) + wire.field(1, op))
+        placed = (wire.field(1, wire.field(1, data) + wire.field(1, op))
                   + wire.field(2, b"".join(wire.field(1, dim) for dim in dims))
                   + wire.field(5, 0) + wire.field(6, step) + wire.field(7, parts))
         for name in (key.theirs, f"adam_v.{key.theirs}"):
-            items += wire.field(3, wire.field(1, name.encode()) + wire.field(2, layout))
+            items += wire.field(3, wire.field(1, name.encode()) + wire.field(2, placed))
     return wire.field(1, 1) + items
 
 

@@ -56,7 +56,8 @@ def started(run, *words):
 
 def test_texts_are_those_of_generate_and_reload_takes_a_newer_model(run):
     from pangu.generation.backend import Backend, load_backend
-    from pangu.generation.generate import GenerateSettings, Generator
+    from pangu.generation.generate import Generator
+    from pangu.generation.settings import GenerateSettings
     from parallel.checkpoint.full import save_checkpoint
 
     folder, settings = run

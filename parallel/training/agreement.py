@@ -1,0 +1,55 @@
+"""What all ranks of a run must have alike before they begin: the code and the settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from parallel.common.errors import UserError
+from parallel.training.backend import Backend
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("parallel", "pangu", "recsys")
+_OWN = {"output": True, "data": {"directory", "validation_directory", "corpus", "path", "cache", "tokenizer"}}
+"""Settings in which machines may differ: where their folders are."""
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of all sources of the packages that train."""
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            digest.update(str(path.relative_to(_ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def settings_digest(describe: dict[str, Any]) -> str:
+    """SHA-256 of a run's settings but those of folders."""
+    tree = dict(describe)
+    for key, own in _OWN.items():
+        if own is True:
+            tree.pop(key, None)
+        elif isinstance(tree.get(key), dict):
+            tree[key] = {name: value for name, value in tree[key].items() if name not in own}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def agree(backend: Backend, describe: dict[str, Any]) -> None:
+    """Compares this rank with rank 0; all ranks call it.
+
+    Raises:
+        UserError: on all ranks, that one has other code or settings.
+    """
+    for what, digest in (("code", code_digest()), ("settings", settings_digest(describe))):
+        mine = [float(int(digest[place:place + 4], 16)) for place in range(0, 32, 4)]
+        first = backend.exchange(mine if backend.rank == 0 else [0.0] * len(mine))
+        own = [0.0] * backend.ranks
+        own[backend.rank] = float(first != mine)
+        different = [rank for rank, wrong in enumerate(backend.exchange(own)) if wrong]
+        if different:
+            raise UserError(f"rank {different[0]} has other {what} than rank 0", where="launch",
+                            hint="use the same commit and the same settings on all machines of a run")
