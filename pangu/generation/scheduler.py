@@ -237,10 +237,10 @@ class Scheduler:
             if block is None:
                 break
             if unknown:
-                info = self.pool.notes[block]
-                if info is None or info[0] < sequence.prompt_logprobs:
+                noted = self.pool.notes[block]
+                if noted is None or noted[0] < sequence.prompt_logprobs:
                     break
-                scores += [_shortened(score, sequence.prompt_logprobs) for score in info[1]]
+                scores += [_shortened(score, sequence.prompt_logprobs) for score in noted[1]]
             found.append(block)
         return found[:-1] if unknown else found, scores, len(found)
 
@@ -319,8 +319,8 @@ class Scheduler:
             self.pool.register(sequence.table[number], digest)
             block, scores = self.pool.find(digest), sequence.scores
             if scores is not None and len(scores) >= end:
-                info = self.pool.notes[block]
-                if info is None or info[0] < sequence.prompt_logprobs:
+                noted = self.pool.notes[block]
+                if noted is None or noted[0] < sequence.prompt_logprobs:
                     self.pool.notes[block] = sequence.prompt_logprobs, scores[number * size:end]
         sequence.registered = full
 

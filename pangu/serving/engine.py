@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -31,7 +32,6 @@ from pangu.serving.engine_api import (
 )
 from pangu.serving.engine_settings import EngineSettings
 from parallel.common.errors import UserError
-from parallel.common.progress import info
 
 if TYPE_CHECKING:
     from pangu.settings import Run
@@ -222,8 +222,7 @@ class BatchingEngine:
     def _work(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closed or self._inbox or self._cancelled or self._replacement
-                                    or any(not scheduler.idle for scheduler in self._schedulers))
+                self._wake.wait_for(self._has_work)
                 if self._closed:
                     self._end_all(TokenEvent(None, None, "cancelled"))
                     return
@@ -231,6 +230,11 @@ class BatchingEngine:
                 schedulers = list(self._schedulers)
             for scheduler in schedulers:
                 self._step(scheduler)
+
+    def _has_work(self) -> bool:
+        # An old model that nobody uses is let go at once.
+        return bool(self._closed or self._inbox or self._cancelled or self._replacement or len(self._schedulers) > 1
+                    or not self._schedulers[0].idle)
 
     def _take_in(self) -> None:
         """New requests, cancellations and a new model; with the lock held."""
@@ -263,7 +267,7 @@ class BatchingEngine:
         try:
             went_on = scheduler.step()
         except Exception as error:  # a defect of ours must not end the thread: those it holds are told
-            info(f"a step failed: {error!r}")
+            traceback.print_exc()
             with self._wake:
                 for sequence in [*scheduler.running, *scheduler.waiting]:
                     scheduler.abort(sequence)

@@ -82,10 +82,9 @@ class ParallelConfig(Settings):
     backend: Literal["auto", "mindspore", "torch"] = "auto"
     """What runs the graphs. auto: MindSpore where it can run the layout (everything on Ascend; one device and data
     parallelism on the CPU), and torch elsewhere, over gloo on CPUs and NCCL on NVIDIA GPUs."""
-    torch_mode: Literal["auto", "exact", "eager", "cuda_graph", "inductor"] = "auto"
-    """How torch runs the graphs. exact: node by node, as the replay. eager: attention, cross entropy, layer norms and
-    updates fused, equal but for rounding. cuda_graph: the same, captured. inductor: what lies between compiled, too
-    (slow to start, fastest). auto: exact on CPUs, cuda_graph on GPUs."""
+    execution: Literal["auto", "exact", "eager", "cuda_graph", "inductor"] = "auto"
+    """How torch runs a graph. exact: op by op in the graph's order; eager: with fused nodes; cuda_graph: the same,
+    captured once; inductor: compiled, slow to start and fast after. auto: exact on CPUs, cuda_graph on GPUs."""
     gradient_fusion_groups: int = Field(4, ge=1)
     """Groups of layers whose gradient communication is fused into one call each."""
 

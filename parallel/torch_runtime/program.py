@@ -41,7 +41,7 @@ _SHAPELESS = {
     "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
               "data_sink", "keep_best"},
     "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache"},
-    "parallel": {"backend", "torch_mode", "devices"},
+    "parallel": {"backend", "devices", "execution"},
 }  # fmt: skip
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
 Extent = tuple[tuple[int, int], ...]

@@ -61,8 +61,10 @@ def run_rank(program: Path, settings: Any, *, device: str = "cpu") -> dict[str, 
     from parallel.torch_runtime.step import TorchStep
 
     opened, rank = Program(program), int(os.environ.get("RANK", "0"))
-    backend = TorchStep(opened, rank, device="cuda" if device == "gpu" else "cpu",
-                        mode=settings.parallel.torch_mode)
+    mode = settings.parallel.execution
+    if mode == "auto":
+        mode = "cuda_graph" if device == "gpu" else "exact"
+    backend = TorchStep(opened, rank, device="cuda" if device == "gpu" else "cpu", mode=mode)
     try:
         return package_of(settings.model.name).train_on(settings, backend, opened.tree.get("figures", {}))
     except RuntimeError as error:

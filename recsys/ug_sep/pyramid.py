@@ -24,7 +24,9 @@ from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
 from parallel.sharding.layout import Layer, OpSharding
 from recsys.layers.mixing import TokenMixing
 from recsys.settings import RankerSettings
-from recsys.ug_sep.ranker import Beside, Compensation, Mask, Repeat, Shape, Take, TwoSidedBlock, Widths
+from recsys.ug_sep.compensation import Compensation
+from recsys.ug_sep.layers import Beside, Mask, Repeat, Shape, Take, Widths
+from recsys.ug_sep.ranker import TwoSidedBlock
 from recsys.ug_sep.sides import pair
 
 

@@ -20,19 +20,10 @@ from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import SliceTokenizer
 from recsys.models.rankmixer.model import RankMixerSettings, network
 from recsys.models.tokenmixer_large.separated import TwoSidedGroupTokenizer
+from recsys.ug_sep.compensation import Compensation
+from recsys.ug_sep.layers import Beside, Blank, Mask, Repeat, Shape, Take, Widths
 from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
-from recsys.ug_sep.ranker import (
-    Beside,
-    Blank,
-    Compensation,
-    Mask,
-    Repeat,
-    SeparatedRanker,
-    Shape,
-    Take,
-    TwoSidedBlock,
-    Widths,
-)
+from recsys.ug_sep.ranker import SeparatedRanker, TwoSidedBlock
 from recsys.ug_sep.sides import tokens_of_ratio
 
 

@@ -29,20 +29,10 @@ from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import GroupTokenizer, Stack
 from recsys.models.tokenmixer_large.model import TokenMixerLargeSettings, check_routed_experts, network
 from recsys.ranker import ReLU, TaskHeads, dense
+from recsys.ug_sep.compensation import Compensation
+from recsys.ug_sep.layers import Beside, Blank, Fill, Mask, Repeat, Shape, Take, Widths
 from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
-from recsys.ug_sep.ranker import (
-    Beside,
-    Blank,
-    Compensation,
-    Fill,
-    Mask,
-    Repeat,
-    SeparatedRanker,
-    Shape,
-    Take,
-    TwoSidedBlock,
-    Widths,
-)
+from recsys.ug_sep.ranker import SeparatedRanker, TwoSidedBlock
 from recsys.ug_sep.sides import allot, heads_of, tokens_of_ratio
 
 

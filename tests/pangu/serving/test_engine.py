@@ -202,6 +202,10 @@ def test_reload_loses_nothing(make):
     assert engine.drain(WAIT)
     assert engine.stats().version == 2 and engine.stats().checkpoint == "second"
     assert engine.stats().generation_tokens_total == 24 * 50
+    until = time.monotonic() + WAIT
+    while engine.stats().blocks_total > engine._schedulers[-1].pool.blocks and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(engine._schedulers) == 1  # the old model's memory is free
 
 
 def test_a_reload_that_fails_changes_nothing(make):

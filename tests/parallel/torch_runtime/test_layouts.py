@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("
 ROOT = Path(__file__).parents[3]
 STEPS, EXACT, ROUNDED = 3, 1e-9, 1e-5
 FIRST_MOMENTS = ("adam_m", "adagrad_a", "rmsprop_s", "rmsprop_u")
-WAYS = ("exact/float64", "exact/declared", "eager/declared")
+WAYS = ("exact/float64", "exact/declared", "eager/declared", "regions/declared")
 SIZES = {"pangu/tiny": ["model.layers=2", "model.hidden_size=32", "model.sequence_length=16",
                         "model.vocabulary_size=64", "train.global_batch_size=16"]}
 RANKER = ["train.global_batch_size=32", "data.synthetic.samples=2000"]
@@ -200,6 +200,7 @@ def test_a_layout_run_by_torch_is_the_replayed_one(model, name, keys, compilers,
     same_states(states, case.program.settings["train"]["optimizer"]["learning_rate"])
     compared(case, "exact/declared", ROUNDED)
     compared(case, "eager/declared", ROUNDED)
+    compared(case, "regions/declared", ROUNDED)
 
 
 def test_the_runtime_asks_for_no_mindspore():
