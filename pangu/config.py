@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,9 +14,11 @@ from parallel.sharding.config import ParallelConfig, divides
 class ModelConfig(Settings):
     """Sizes and choices of PanGu-alpha (paper Table 1, section 2; start values from the released code)."""
 
+    largest_integer: ClassVar[int] = 1 << 24
+
     name: Literal["pangu_alpha"] = "pangu_alpha"
     """Which model the file describes."""
-    layers: int = Field(4, ge=2)
+    layers: int = Field(4, ge=2, le=10_000)
     """Transformer layers, the query layer on top included (paper's L)."""
     hidden_size: int = Field(128, ge=1)
     """Width of the residual stream (paper's d)."""

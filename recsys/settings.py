@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 from pydantic import ConfigDict, Field, model_validator
@@ -160,11 +160,11 @@ class HeadSettings(Settings):
 
     kind: Literal["shared", "mmoe", "ple"] = "shared"
     """shared: nothing; mmoe: shared experts, mixed by a gate for each task; ple: levels of shared and own experts."""
-    experts: int = Field(4, ge=1)
+    experts: int = Field(4, ge=1, le=10_000)
     """mmoe: experts; ple: experts of each task and of the shared part on every level."""
     hidden: int = Field(64, ge=1)
     """Width of an expert."""
-    levels: int = Field(2, ge=1)
+    levels: int = Field(2, ge=1, le=10_000)
     """ple: levels."""
     calibration: bool = False
     """A rising line for each task's logit, trained beside the network without moving it: predicted clicks come to
@@ -186,6 +186,8 @@ class LookupSettings(Settings):
 
 class RankerSettings(Settings):
     """What every ranker has."""
+
+    largest_integer: ClassVar[int] = 1 << 24
 
     embedding_size: int = Field(16, ge=1)
     """Width of the embeddings of features that name none."""

@@ -22,7 +22,8 @@ from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.progressive import Progressive
 from recsys.ranker import Scores, TrainingLoss
-from recsys.training.any_backend import run_of
+from recsys.tables.run import hosted_backend
+from recsys.training.any_backend import compares, run_of
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -53,6 +54,9 @@ def check(settings: Run) -> None:
     options = settings.train
     if options.share_users:
         raise UserError("samples of a stream come as they come", where="train.share_users", hint="set it to false")
+    if compares(settings):
+        raise UserError("losses that compare a user's samples are for logs", where="model.tasks",
+                        hint="set pairwise and listwise to 0")
     if options.keep_best is not None:
         raise UserError("a stream goes on: the newest parameters are the ones to keep", where="train.keep_best",
                         value=options.keep_best, hint="set it to null")
@@ -73,12 +77,22 @@ def train_stream(settings: Run, network: TrainingLoss, reading: tuple, processes
     options, model = settings.train, network.model
     spec: FeatureSpec
     _, columns, spec, vocabulary = reading
+    tables = None
+    if settings.data.tables.place == "host":
+        backend, network = hosted_backend(settings, spec, len(columns.labels), processes)
+        model, tables = network.model, backend.hosted.tables
+    else:
+        optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
+        step = TrainStep(network, optimizer, options, group=processes.group, rank=processes.rank,
+                         ranks=processes.ranks)
+        backend = MindSporeBackend(step, scorer=Scores(model))
     initialize(model, options.seed)
-    optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
-    step = TrainStep(network, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
-    backend = MindSporeBackend(step, scorer=Scores(model))
     source = stream_source(settings, reading, processes)
     companions, evaluate = [source], []
+    if tables is not None:
+        # What expires by seconds does so by the time of the events.
+        tables.clock = lambda: source.event_time(tables.steps + 1) or 1.0
+        companions.append(tables)
     if settings.data.stream.progressive:
         progressive = Progressive(backend, columns.labels, settings.data.stream.windows)
         companions.append(progressive)
@@ -86,7 +100,7 @@ def train_stream(settings: Run, network: TrainingLoss, reading: tuple, processes
     counted = count(network)
     if processes.rank == 0:
         vocabulary.save(Path(settings.output.directory) / VOCABULARY)
-    publisher = publisher_of(settings, backend, spec, event_time=source.event_time)
+    publisher = publisher_of(settings, backend, spec, event_time=source.event_time, tables=tables)
     if publisher is not None:
         companions.append(publisher)
     trainer = Trainer(backend, run_of(settings, counted, source, evaluate=evaluate, companions=companions))

@@ -5,7 +5,6 @@ Shapes: B batch (of one process), S sequence, R = S + 1 ids of a record.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from pangu.data.dataset import document_positions, shuffled
 from parallel.common.errors import UserError
 from parallel.common.files import open_text
+from parallel.common.structured import BadText, parse_object
 
 _MOST_PAIRS = 5_000_000
 
@@ -41,11 +41,10 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
 def _pair(line: str, path: str | Path, number: int) -> tuple[str, str]:
     where = f"{path}, line {number}"
     try:
-        row = json.loads(line)
-    except ValueError:
-        raise UserError("not JSON", where=where, value=line.strip()) from None
-    if not isinstance(row, dict):
-        raise UserError("not a JSON object", where=where, value=line.strip())
+        row = parse_object(line)
+    except BadText as error:
+        what = str(error) if str(error).startswith("not JSON") else f"not a JSON object: {error}"
+        raise UserError(what, where=where, value=line.strip()) from None
     for key in ("prompt", "answer"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f"'{key}' is no text", where=where, value=row.get(key))

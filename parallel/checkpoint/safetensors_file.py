@@ -19,6 +19,7 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error
+from parallel.common.structured import parse_object
 
 MAX_HEADER_BYTES = 100 << 20
 _BLOCK_BYTES = 16 << 20
@@ -125,7 +126,7 @@ class SafetensorsFile:
                 raise self._damaged("its header is cut short")
             text = file.read(length)
         try:
-            header = json.loads(text.decode("utf-8"))
+            header = parse_object(text, max_bytes=MAX_HEADER_BYTES)
             metadata = header.pop("__metadata__", {})
             entries = {name: TensorEntry(e["dtype"], tuple(int(n) for n in e["shape"]), *map(int, e["data_offsets"]))
                        for name, e in header.items()}

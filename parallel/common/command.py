@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.common.errors import UserError
+from parallel.common.errors import UserError, shown
 from parallel.common.json_text import dump_json
 from parallel.common.ownership import end_with_launcher
 from parallel.common.renamed import FLAGS, VERBS
@@ -75,10 +75,13 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS,
+                               errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}; free some space or choose another place",
-              file=sys.stderr)
+        hint = "check the path" if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else \
+            "free some space or choose another place"
+        place = shown(error.filename).strip("'") if error.filename else "output"
+        print(f"error: {place}: {error.strerror}; {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import IO, Any
 from parallel.common.errors import UserError
 from parallel.common.folders import sweep_once, temporary_name
 from parallel.common.json_text import dump_json
-from parallel.common.structured import MAX_JSON_BYTES, read_json, seal
+from parallel.common.structured import MAX_JSON_BYTES, is_file, read_json, seal
 
 __all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside", "matching",
            "open_binary", "open_text", "read_json", "write_json"]
@@ -77,7 +77,7 @@ def open_binary(path: str | Path) -> io.BufferedReader:
         UserError: the file is missing or cannot be read, or `.zst` and the package zstandard is not installed.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError("no such file", where=path, hint="check the path")
     opened: Any = {".xz": lzma.open, ".gz": gzip.open, ".zst": _ZstdReader}.get(path.suffix.lower())
     try:
@@ -197,8 +197,11 @@ def matching(path: str | Path) -> list[Path]:
     Names that exist are taken as they are, also above the first wildcard: `logs [2024]/*.csv` looks into that folder.
     """
     path = Path(path)
-    if path.exists():
-        return [path]
+    try:
+        if path.exists():
+            return [path]
+    except (OSError, ValueError):  # a name that no file can have
+        return []
     if not any(mark in str(path) for mark in "*?["):
         return []
     root = next((parent for parent in path.parents if parent.is_dir()), Path())

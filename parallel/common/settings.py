@@ -12,14 +12,14 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pydantic
 
 from parallel.common.errors import UserError
 from parallel.common.renamed import KEYS
-from parallel.common.structured import MAX_DEPTH, MAX_YAML_BYTES, read_yaml
-from parallel.common.yaml_core import BadYaml, dump_yaml, load_yaml_value
+from parallel.common.structured import MAX_DEPTH, MAX_YAML_BYTES, is_file, read_yaml
+from parallel.common.yaml_core import SEXAGESIMAL, BadYaml, dump_yaml, load_yaml_value
 
 _MAX_BASES = 8
 _UNION_TAG = re.compile(r"^[a-z_-]+\[.*\]$")
@@ -35,14 +35,18 @@ class Settings(pydantic.BaseModel):
         protected_namespaces=(), allow_inf_nan=False,
     )
 
+    largest_integer: ClassVar[int] = LARGEST_INTEGER
+    """Bound of the integer fields that state none of their own; sizes of a model have a closer one."""
+
     @pydantic.model_validator(mode="after")
     def _bounded(self) -> Settings:
         """No integer is absurd: sizes are multiplied and looped over, and 1e25 layers are no network."""
+        largest = type(self).largest_integer
         for name in self.model_fields_set:
             value = getattr(self, name, None)
             for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, int) and abs(item) > LARGEST_INTEGER and not self._unbounded(name):
-                    raise ValueError(f"{name}: an integer beyond {LARGEST_INTEGER:.0e}")
+                if isinstance(item, int) and abs(item) > largest and not self._unbounded(name):
+                    raise ValueError(f"{name}: an integer beyond {largest:.0e}")
         return self
 
     @classmethod
@@ -101,7 +105,7 @@ def read_yaml_tree(path: str | Path) -> dict:
 
 
 def _read_one_yaml(path: Path) -> dict:
-    if not path.is_file():
+    if not is_file(path):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "check the path"
         raise UserError("no such config file", where=path, hint=hint)
@@ -167,7 +171,9 @@ def _first_error(cls: type[Settings], error: pydantic.ValidationError, where: st
         return cause
     message = str(cause) if cause is not None else details["msg"]
     value = None if details["type"] == "missing" or isinstance(details["input"], dict) else details["input"]
-    return UserError(f"{key}: {message}" if key else message, where=where, value=value)
+    sixty = isinstance(value, str) and SEXAGESIMAL.fullmatch(value)
+    return UserError(f"{key}: {message}" if key else message, where=where, value=value,
+                     hint="write a number in decimal digits; what stands here is text" if sixty else None)
 
 
 def _known_keys(cls: type[Settings], path: list) -> list[str]:

@@ -37,14 +37,15 @@ class BadText(ValueError):
 
 
 def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict: bool = True,
-               foreign_numbers: Literal["refuse", "null"] = "refuse", max_bytes: int = MAX_JSON_BYTES) -> Any:
+               foreign_numbers: Literal["refuse", "null", "keep"] = "refuse", max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text.
 
     Args:
         text: UTF-8, with or without a byte order mark.
         surrogates: an escape that is half of a pair: refuse it, read it as U+FFFD, or keep it as it is.
         strict: refuse control characters inside strings, as the standard does.
-        foreign_numbers: NaN, Infinity and numbers that no float64 holds: refuse them, or read them as null.
+        foreign_numbers: NaN, Infinity and numbers that no float64 holds: refuse them, read them as null, or keep
+            them as Python writes them (files of our own).
         max_bytes: longest text.
 
     Raises:
@@ -54,7 +55,7 @@ def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict:
         raise BadText(f"longer than the {max_bytes} bytes allowed")
     text = _decoded(text)
     try:
-        value = _decoder(strict, foreign_numbers == "null").decode(text)
+        value = _decoder(strict, foreign_numbers).decode(text)
     except RecursionError:
         raise BadText(f"nested deeper than {MAX_DEPTH}") from None
     except BadText:
@@ -83,9 +84,11 @@ def _decoded(text: str | bytes) -> str:
         raise BadText(f"not UTF-8 (byte {error.start})") from None
 
 
-@functools.lru_cache(maxsize=4)
-def _decoder(strict: bool, lenient: bool) -> json.JSONDecoder:
-    if lenient:
+@functools.lru_cache(maxsize=6)
+def _decoder(strict: bool, foreign_numbers: str) -> json.JSONDecoder:
+    if foreign_numbers == "keep":
+        return json.JSONDecoder(strict=strict)
+    if foreign_numbers == "null":
         return json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite_or_none,
                                 parse_int=lambda text: int(text) if len(text) <= MAX_DIGITS else None, strict=strict)
     return json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, strict=strict)
@@ -181,6 +184,14 @@ def _digest(value: dict) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name; False too for a name that no file can have (too long, a null character)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(path: str | Path, shape: Any = None, *, sealed: bool = False, max_bytes: int = MAX_JSON_BYTES,
               hint: str = "make it anew") -> Any:
     """Reads a JSON file; where it carries its digest (`files.write_json`), that is compared and taken off.
@@ -196,7 +207,7 @@ def read_json(path: str | Path, shape: Any = None, *, sealed: bool = False, max_
         UserError: missing, too large, damaged, changed since it was written, or of another shape.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError("no such file", where=path, hint="check the path")
     data = _read_bytes(path, max_bytes)
     try:
@@ -214,7 +225,7 @@ def read_yaml(path: str | Path, *, max_bytes: int = MAX_YAML_BYTES, what: str = 
         UserError: missing, too large, not YAML, or with a value that YAML 1.1 and 1.2 read differently; names the line.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"no such {what}", where=path, hint="check the path")
     data = _read_bytes(path, max_bytes, what)
     try:

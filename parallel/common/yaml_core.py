@@ -1,9 +1,9 @@
 """YAML as version 1.2's core schema reads it (https://yaml.org/spec/1.2.2/#103-core-schema), bounded.
 
-A plain scalar that YAML 1.1 and 1.2 read as different values (`010`, `1:30`, `1_000`, `yes`, `2024-01-31`) is refused
-with a hint to quote it: whoever wrote it meant one of the two, and nobody can tell which. The parser is PyYAML's; no
-object of Python's is ever built. Nesting, length of numbers and what aliases add up to are bounded before any value is
-made.
+A plain scalar that YAML 1.1 and 1.2 read as different values (`010`, `1_000`, `yes`, `2024-01-31`) is refused with a
+hint to quote it: whoever wrote it meant one of the two, and nobody can tell which. `1:30` is text. The parser is
+PyYAML's; no object of Python's is ever built. Nesting, length of numbers and what aliases add up to are bounded before
+any value is made.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ _AMBIGUOUS = (
     (re.compile(r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF"), "true or false to some readers of YAML"),
     (re.compile(r"[-+]?0[0-9]+"), "octal to some readers of YAML"),
     (re.compile(r"[-+]?0b[01_]+"), "a binary number to some readers of YAML"),
-    (re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?"), "a number of base 60 to some readers of YAML"),
     (re.compile(r"[-+]?[0-9]+_[0-9_]*|[-+]?0x[0-9a-fA-F]*_[0-9a-fA-F_]*"), "a number to some readers of YAML"),
     (re.compile(r"[-+]?([0-9]+_[0-9_]*\.[0-9_]*|[0-9]+\.[0-9]*_[0-9_]*)([eE][-+]?[0-9]+)?"),
      "a number to some readers of YAML"),
     (re.compile(r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(([Tt]|[ \t]+)[0-9].*)?"), "a date to some readers of YAML"),
 )
+
+
+SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+"""A number of base 60 to readers of YAML 1.1 (`1:30` is 90), text here: ratios are written so, and no setting that
+holds a number takes text of this form."""
 
 
 class BadYaml(ValueError):
@@ -146,7 +150,8 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what either version of YAML would not read as the text that it is."""
 
     def resolve(self, kind: type, value: Any, implicit: Any) -> str:
-        return _resolve(kind, value, implicit)
+        tag = _resolve(kind, value, implicit)
+        return _AMBIGUOUS_TAG if kind is yaml.ScalarNode and implicit[0] and SEXAGESIMAL.fullmatch(value) else tag
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 
 from parallel.common.ownership import owned, owner_environment, start_guard
 from parallel.common.progress import info
+from parallel.common.structured import parse_object
 from parallel.launch.plan import Plan, check_port
 
 _POLL_SECONDS = 0.2
@@ -265,7 +265,7 @@ def _figures(log: Path) -> dict[str, Any]:
     for line in reversed(_last_lines(log)):
         if line.startswith("{"):
             with suppress(ValueError):
-                return json.loads(line)
+                return parse_object(line)
     return {}
 
 
@@ -274,4 +274,4 @@ def _last_lines(path: Path, count: int = _TAIL_LINES) -> list[str]:
         return []
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - (64 << 10)))
-        return file.read().decode("utf-8", "replace").splitlines()[-count:]
+        return file.read().decode("utf-8", "replace").split("\n")[-count - 1:]

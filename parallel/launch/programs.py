@@ -11,6 +11,8 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
+from parallel.common.lines import split_lines
+from parallel.common.structured import parse_object
 
 PROGRAM = "program"
 _EXPORTED, _RESOLVED = "exported.json", "settings.json"
@@ -58,12 +60,12 @@ def _export(folder: Path) -> dict[str, Any]:
             else:
                 sys.stderr.write(line)
                 sys.stderr.flush()
-        told = process.stdout.read().splitlines()
+        told = split_lines(process.stdout.read())
     if error is not None:
         raise UserError(error)
     if process.returncode or not told:
         raise RuntimeError(f"exporting the program failed with exit code {process.returncode}")
-    return json.loads(told[-1])
+    return parse_object(told[-1])
 
 
 def rank_command(program: Path, settings: Path, device: str) -> list[str]:

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.progress import Bar, info, table
+from parallel.common.yaml_core import dump_yaml
 from parallel.planning.estimate import figures_of, show
 from parallel.planning.hints import hints, size_text
 from parallel.planning.planner import Estimate, Planner, planner_for
@@ -260,7 +259,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         paper = planner.evaluate(own)
         info(f"the config file's own layout: step {paper.step_seconds:.4g} s, {paper.fullest.total / 1e9:.1f} GB"
              + (", does not fit" if paper.missing > 0 else "") + f"; it loses by {main_loss(paper, best)}")
-    text = yaml.safe_dump({"parallel": block(best.config)}, sort_keys=False)
+    text = dump_yaml({"parallel": block(best.config)})
     info(text)
     if arguments.output:
         with atomic_write(Path(arguments.output)) as file:
@@ -280,7 +279,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
 def nothing_fits(planner: Planner, found: Search, devices: int) -> UserError:
     """By how much the layout that is least too large does not fit, and which single change would make it fit."""
     near = found.nearest
-    layout = yaml.safe_dump(block(near.config), default_flow_style=True, width=1000).strip()
+    layout = dump_yaml(block(near.config), flow=True)
     return UserError(f"nothing fits: the nearest layout needs {size_text(near.missing)} more than a device has",
                      where=f"{devices} devices", value=layout, hint=hints(planner, near.config))
 
@@ -345,5 +344,5 @@ def _words(prefix: str, tree: dict[str, Any]) -> list[str]:
         if isinstance(value, dict):
             words += _words(f"{prefix}.{key}", value)
         else:
-            words.append(f"{prefix}.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
+            words.append(f"{prefix}.{key}={dump_yaml(value, flow=True)}")
     return words

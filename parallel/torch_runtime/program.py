@@ -28,6 +28,7 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.start_value import start_value
+from parallel.common.structured import parse_json
 
 FORMAT, VERSION = "parallel-program", 1
 FILE = "program.json.gz"
@@ -402,7 +403,7 @@ def _read_json(path: Path) -> Any:
             data = file.read(_LARGEST_JSON + 1)
         if len(data) > _LARGEST_JSON:
             raise ValueError("too large")
-        return json.loads(data)
+        return parse_json(data, foreign_numbers="keep", max_bytes=_LARGEST_JSON)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"the program is damaged: {error}", where=path, hint="export it again") from None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
+from parallel.common.files import read_json
 from parallel.common.settings import validate
 from parallel.task import package_of
 from parallel.torch_runtime.program import Program
@@ -29,10 +29,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Verb `rank`: one process of a run; variables of the launcher say which."""
     listen_early()
     path = Path(arguments.settings)
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError("the settings cannot be read", where=path) from None
+    tree = read_json(path, dict, hint="launch the run again")
     return run_rank(Path(arguments.program), stored_settings(tree, str(path)), device=arguments.device)
 
 

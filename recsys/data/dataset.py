@@ -50,12 +50,6 @@ class Log:
     report: dict
     directory: Path
 
-    @property
-    def has_users(self) -> bool:
-        """Whether rows are grouped by user."""
-        return bool(self.report.get("user"))
-
-
 def columns_of(data: Any, source: Reader) -> Columns:
     """Label and bookkeeping columns, the reader's where the file names none."""
     labels = data.labels or source.labels

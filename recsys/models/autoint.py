@@ -18,7 +18,7 @@ class AutoIntSettings(RankerSettings):
 
     name: Literal["autoint"] = "autoint"
     """Which ranker."""
-    layers: int = Field(3, ge=1)
+    layers: int = Field(3, ge=1, le=10_000)
     """Interacting layers."""
     heads: int = Field(2, ge=1)
     """Attention heads."""

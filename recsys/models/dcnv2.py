@@ -20,7 +20,7 @@ class DCNv2Settings(RankerSettings):
 
     name: Literal["dcnv2"] = "dcnv2"
     """Which ranker."""
-    crosses: int = Field(3, ge=1)
+    crosses: int = Field(3, ge=1, le=10_000)
     """Cross layers."""
     rank: int | None = Field(None, ge=1)
     """Rank of the crosses' matrices; null = full."""

@@ -33,7 +33,7 @@ class DHENSettings(RankerSettings):
 
     name: Literal["dhen"] = "dhen"
     """Which ranker."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(2, ge=1, le=10_000)
     """Ensemble layers."""
     modules: list[Literal["cross", "attention", "linear", "deep"]] = Field(
         default_factory=lambda: ["cross", "attention", "linear"], min_length=1)

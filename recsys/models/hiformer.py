@@ -32,7 +32,7 @@ class HiFormerSettings(RankerSettings):
     """D."""
     heads: int = Field(4, ge=1)
     """Attention heads; must divide D."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(2, ge=1, le=10_000)
     """Layers."""
     ffn_ratio: float = Field(2.0, gt=0.0)
     """Inner width of the per-field feed-forward networks over D."""

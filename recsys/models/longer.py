@@ -33,7 +33,7 @@ class LongerSettings(RankerSettings):
     """D."""
     heads: int = Field(4, ge=1)
     """Attention heads; must divide D."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(2, ge=1, le=10_000)
     """Attention layers: the first looks at the whole sequence, the others at the recent tokens."""
     merge: int = Field(2, ge=1)
     """K adjacent items that become one token; must divide the sequence's length."""

@@ -23,7 +23,7 @@ class WukongSettings(RankerSettings):
 
     name: Literal["wukong"] = "wukong"
     """Which ranker."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(2, ge=1, le=10_000)
     """Wukong layers."""
     machine_fields: int = Field(8, ge=1)
     """Fields that the factorization-machine block of a layer makes (n_F)."""

@@ -8,7 +8,6 @@ belongs to the moment (side context) stands in the request, unless the user's re
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import OrderedDict
 from typing import Any
@@ -148,8 +147,8 @@ def _cell(value: bytes) -> Any:
     text = value.decode("utf-8", "replace")
     if text.startswith("["):
         try:
-            return json.loads(text)
-        except ValueError:
+            return parse_json(text)
+        except BadText:
             return text
     return text
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
+from parallel.common.structured import parse_json
 from parallel.serving.errors import Refusal
 from parallel.serving.settings import HttpSettings
 
@@ -49,7 +50,7 @@ class Place:
     def mine(cls) -> Place | None:
         """As the parent said; None in a process that serves alone, and in the parent."""
         text = os.environ.get(_VARIABLE)
-        return cls(*json.loads(text)) if text else None
+        return cls(*parse_json(text)) if text else None
 
     def socket(self, index: int) -> str:
         """Path of a worker's socket."""
@@ -197,7 +198,7 @@ class Peers:
             writer.write(_HEAD.pack(len(raw), kind) + raw)
             await writer.drain()
             size, _ = _HEAD.unpack(await reader.readexactly(_HEAD.size))
-            status, body = json.loads(await reader.readexactly(size))
+            status, body = parse_json(await reader.readexactly(size))
         except BaseException:
             writer.close()  # an answer that nobody waits for must not be the next one's
             raise
@@ -208,7 +209,7 @@ class Peers:
         try:
             if kind != CONTROL:
                 return [200, await self.rank(raw, kind)]
-            call = json.loads(raw)
+            call = parse_json(raw)
             return [200, await self.control(call["call"], call["name"])]
         except Refusal as refusal:
             return [refusal.status, {"message": str(refusal), "kind": refusal.kind, "retry_after": refusal.retry_after}]

@@ -12,11 +12,12 @@ from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.trainer import Trainer
 from recsys.build import loss_network
 from recsys.data.dataset import Batches, Log
+from recsys.data.features import FeatureSpec
 from recsys.evaluation import Evaluation
 from recsys.layers.embedding import is_sparse
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
-from recsys.ranker import Scores
+from recsys.ranker import Scores, TrainingLoss
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
@@ -38,21 +39,16 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     options = settings.train
     if options.share_users:
         raise UserError("is for tables in the graph", where="train.share_users", value=True, hint="set it to false")
-    batch = options.global_batch_size // processes.ranks
-    tables = HostTables(settings, log.spec, batch, exchange_of(processes, settings.data.tables.exchange_kb << 10))
-    network = loss_network(settings, tables.window, len(log.labels), COMPUTE_DTYPES[options.precision])
+    backend, network = hosted_backend(settings, log.spec, len(log.labels), processes)
+    tables, batch = backend.hosted.tables, options.global_batch_size // processes.ranks
     check_device(settings, network.model, processes)
     start_values(settings, network, log, tables)
-    dense = [parameter for parameter in network.trainable_params() if not is_sparse(parameter.name)]
-    step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
-                     rank=processes.rank, ranks=processes.ranks)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
-    rows, backend = log.parts["validation"], HostedBackend(step, tables)
+    rows = log.parts["validation"]
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
-                            limit=options.validation_batches, scores=Hosted(Scores(network.model), network, tables),
-                            backend=backend)
+                            limit=options.validation_batches, scores=backend.scorer, backend=backend)
     best = Best(settings, evaluation, lambda: dense_parameters(network), processes.rank, tables=tables)
     counted = count(network)
     if processes.rank == 0:
@@ -62,3 +58,23 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
                                       companions=[tables, *([publisher] if publisher is not None else [])]))
     figures = finish(settings, log, trainer, best, counted)
     return {**figures, "parameters": counted["dense_parameters"], **tables.figures()}
+
+
+def hosted_backend(settings: Run, spec: FeatureSpec, tasks: int,
+                   processes: Processes) -> tuple[HostedBackend, TrainingLoss]:
+    """The backend of a run with tables on the host, and its network, whose parameters have no values yet.
+
+    Raises:
+        UserError: the run asks for another backend than MindSpore.
+    """
+    options = settings.train
+    if settings.parallel.backend == "torch":
+        raise UserError("tables on the host are trained by MindSpore", where="parallel.backend", value="torch",
+                        hint="leave it out, or set data.tables.place: graph")
+    batch = options.global_batch_size // processes.ranks
+    tables = HostTables(settings, spec, batch, exchange_of(processes, settings.data.tables.exchange_kb << 10))
+    network = loss_network(settings, tables.window, tasks, COMPUTE_DTYPES[options.precision])
+    dense = [parameter for parameter in network.trainable_params() if not is_sparse(parameter.name)]
+    step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
+                     rank=processes.rank, ranks=processes.ranks)
+    return HostedBackend(step, tables, Hosted(Scores(network.model), network, tables)), network

@@ -6,6 +6,7 @@ Shapes: B samples, M id columns, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -140,10 +141,11 @@ class HostedBackend(MindSporeBackend):
     Args:
         step: of the network.
         tables: on the host.
+        scorer: `Hosted` of the scores.
     """
 
-    def __init__(self, step: TableStep, tables: HostTables) -> None:
-        super().__init__(step)
+    def __init__(self, step: TableStep, tables: HostTables, scorer: Any = None) -> None:
+        super().__init__(step, scorer=scorer)
         self.hosted = HostedStep(step, tables)
 
     @property

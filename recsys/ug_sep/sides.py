@@ -62,6 +62,8 @@ class UGSepSettings(Settings):
     @field_validator("layers", mode="before")
     @classmethod
     def _layers(cls, value: list[str | int]) -> list[str]:
+        if not isinstance(value, list):
+            raise UserError("must be a list of U:G", where="model.ug_sep.layers", value=value)
         return ["{}:{}".format(*pair(item, "model.ug_sep.layers")) for item in value]
 
     @property
@@ -73,13 +75,9 @@ class UGSepSettings(Settings):
 def pair(text: str | int, where: str) -> tuple[int, int]:
     """Two whole numbers above 0 out of "U:G".
 
-    YAML reads 3:1 without quotes as a number of base 60 (181); that is undone here.
-
     Raises:
         UserError: it is not that.
     """
-    if isinstance(text, int):
-        text = f"{text // 60}:{text % 60}"
     found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
     if not found or "0" in found.groups():
         raise UserError("is not two whole numbers above 0 with a colon between", where=where, value=text,

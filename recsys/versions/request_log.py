@@ -17,6 +17,7 @@ import numpy as np
 from parallel.common.errors import UserError
 from parallel.common.files import explain_os_error
 from parallel.common.progress import info
+from parallel.common.structured import BadText, parse_json
 
 MAX_LINE = 64 << 20
 
@@ -42,7 +43,7 @@ class RequestLog:
 
     def add(self, raw: bytes, trained: Any, scores_CK: np.ndarray) -> None:
         """One request's body, the model that scored it, and its candidates' scores."""
-        line = json.dumps({"time": time.time(), "checkpoint": str(trained.path), "request": json.loads(raw),
+        line = json.dumps({"time": time.time(), "checkpoint": str(trained.path), "request": parse_json(raw),
                            "scores": scores_CK.tolist()}, ensure_ascii=True) + "\n"
         with self.lock:
             if self.full:
@@ -70,8 +71,8 @@ def read_log(path: str | Path) -> list[dict]:
         with Path(path).open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    entry = json.loads(line) if len(line) <= MAX_LINE else None
-                except ValueError:
+                    entry = parse_json(line) if len(line) <= MAX_LINE else None
+                except BadText:
                     entry = None
                 if not isinstance(entry, dict) or not {"request", "scores", "checkpoint"} <= set(entry):
                     raise UserError("is no logged request", where=f"{path}, line {number}")

@@ -120,7 +120,7 @@ def asked(port: int, body: bytes, count: int) -> list[int]:
     codes: list[int] = []
 
     def ask() -> None:
-        for _ in range(count // 4 or 1):
+        for _ in range(-(-count // 4)):
             try:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
                 connection.request("POST", "/rank", body, {"Content-Type": "application/json"})

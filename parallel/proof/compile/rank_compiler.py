@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
+from parallel.common.files import read_json
 
 _PROJECT = Path(__file__).resolve().parents[3]
 _LOG_LINES = 30
@@ -163,8 +164,8 @@ class Compilers:
         if not (place / "result.json").is_file():
             raise _failure(request, place, code)
         return Compiled(request, (place / "graph.mindir").read_bytes(),
-                        json.loads((place / "layouts.json").read_text(encoding="utf-8")),
-                        json.loads((place / "result.json").read_text(encoding="utf-8")))
+                        read_json(place / "layouts.json"),
+                        read_json(place / "result.json"))
 
 
 class _Server:
@@ -231,7 +232,7 @@ def _failure(request: Request, place: Path, code: int) -> Exception:
     error, log = place / "error.json", place / "log.txt"
     where = f"rank {request.rank} of {request.world}"
     if error.is_file():
-        message = json.loads(error.read_text(encoding="utf-8"))
+        message = read_json(error)
         if message["kind"] == "UserError":
             return UserError(message["what"], where=message["where"], value=message["value"], hint=message["hint"])
         if message["kind"] in _DEFECTS:
@@ -301,13 +302,13 @@ def _import_models(place: Path) -> None:
     """The modules of the request's model."""
     from parallel.task import load_run
 
-    request = json.loads((place / "request.json").read_text(encoding="utf-8"))
+    request = read_json(place / "request.json")
     if request["config"] is not None:
         load_run(request["config"], request["overrides"])
 
 
 def _answer(place: Path) -> int:
-    request = Request(**json.loads((place / "request.json").read_text(encoding="utf-8")))
+    request = Request(**read_json(place / "request.json"))
     os.environ |= {"RANK_SIZE": str(request.world), "RANK_ID": str(request.rank)}
     sys.path[:0] = request.paths
     try:

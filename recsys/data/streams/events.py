@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from parallel.common.errors import UserError
+from parallel.common.structured import BadText, parse_object
 from recsys.data.encode import Columns
 from recsys.data.features import Feature
 
@@ -93,10 +93,9 @@ def read_object(text: str | bytes, where: str) -> dict[str, Any] | None:
         Nothing: what to do about bad rows is for the source to say.
     """
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_object(text)
+    except BadText:
         return None
-    return value if isinstance(value, dict) else None
 
 
 # ---------------------------------------------------------------- from rows to columns

@@ -29,7 +29,7 @@ from recsys.ug_sep.sides import UGSepSettings
 class ReluMoESettings(Settings):
     """Experts chosen by ReLU gates, with dense training and sparse inference (eq. 10-11)."""
 
-    experts: int = Field(4, ge=2)
+    experts: int = Field(4, ge=2, le=10_000)
     """Experts of each token; together they are as wide as the dense network."""
     router: Literal["dtsi", "single_relu"] = "dtsi"
     """dtsi: two routers, h_train and h_infer; training takes the mean of both gates, so both get the task's gradient
@@ -52,7 +52,7 @@ class RankMixerSettings(RankerSettings):
     """T; with tokenization groups it must be what the groups make."""
     width: int = Field(64, ge=1)
     """D; T must divide it, since there are as many mixing heads as tokens."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(2, ge=1, le=10_000)
     """L blocks."""
     ffn_ratio: float = Field(4.0, gt=0.0)
     """k: the inner width of the per-token networks is k D (the paper does not say; 4 is the usual)."""

@@ -29,7 +29,7 @@ from recsys.ug_sep.sides import UGSepSettings
 class SparseMoESettings(Settings):
     """Sparse-Pertoken MoE: the dense SwiGLU of every token cut into experts (eq. 19-21)."""
 
-    experts: int = Field(8, ge=2)
+    experts: int = Field(8, ge=2, le=10_000)
     """E, the shared expert included; each has 1 / E of the dense inner width."""
     active: int = Field(4, ge=2)
     """k, the shared expert included. k = 2 chooses one routed expert, whose gate is then not renormalised."""
@@ -58,7 +58,7 @@ class TokenMixerLargeSettings(RankerSettings):
     """D."""
     heads: int | None = Field(None, ge=1)
     """H mixing heads, must divide D; null = as many as tokens, or the next smaller number that divides D."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(2, ge=1, le=10_000)
     """L blocks."""
     ratio: float = Field(2.0, gt=0.0)
     """n: inner width of the SwiGLUs over their token's width."""

@@ -190,9 +190,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, graph_mode):
 def _evaluate_tells_the_same(settings, folder, figures) -> None:
     from recsys.evaluate import run
 
-    arguments = SimpleNamespace(checkpoint=str(folder / "stopped" / "best"), part="test")
+    arguments = SimpleNamespace(checkpoint=str(folder / "stopped" / "best"), part="test", requests=None,
+                                segments="gender")
     found = run(settings, arguments)
     assert found["auc"] == pytest.approx(figures["auc"], abs=1e-9)
+    assert set(found["segments"]) <= {"0", "1"} and found["segments"]
 
 
 def test_host_and_graph_train_alike(tmp_path, graph_mode):

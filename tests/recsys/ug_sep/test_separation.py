@@ -378,7 +378,7 @@ def test_tokens_are_given_out_over_groups():
     assert allot(["a", "b"], 3, {"b": 2}) == [(("a",), 1), (("b",), 2)]
     assert allot(["a", "b", "c"], 2, {}) == [(("a", "b"), 1), (("c",), 1)]
     assert [heads_of(2, 8, 16), heads_of(1, 100, 8), heads_of(99, 100, 8)] == [4, 1, 7]
-    assert pair(181, "here") == (3, 1)
+    assert pair("3:1", "here") == (3, 1)
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -1,0 +1,55 @@
+"""Requests with numbers and values as clients send them: equal to training, or 422; never a server's error."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from parallel.common.errors import UserError
+from parallel.common.structured import parse_json
+from recsys.data.dataset import columns_of, features_of, prepare
+from recsys.data.readers import reader
+from recsys.serving.requests import read_request
+from recsys.settings import DataSettings
+
+LARGE = 2**63 + 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log")
+    (folder / "log.csv").write_text("uid,vid,price,tags,click\n" + "".join(
+        f"{LARGE if i % 3 else i},{i % 7},{i / 3:.2f},a|b{i % 3},{i % 2}\n" for i in range(60)))
+    data = DataSettings.model_validate({
+        "reader": "csv", "path": str(folder / "log.csv"), "labels": ["click"], "cache": str(folder / "cache"),
+        "features": [{"name": "uid", "side": "user"}, {"name": "vid", "side": "item", "values": "integer", "rows": 100},
+                     {"name": "price", "side": "item", "type": "numeric", "transform": "value"},
+                     {"name": "tags", "side": "item", "type": "multi", "length": 4, "separator": "|"}]})
+    log = prepare(data, 4)
+    return SimpleNamespace(features=features_of(data), spec=log.spec, vocabulary=log.vocabulary,
+                           columns=columns_of(data, reader("csv")))
+
+
+def ask(trained, user="1", price="1", tags="[]"):
+    body = f'{{"user": {{"uid": {user}}}, "candidates": [{{"vid": 3, "price": {price}, "tags": {tags}}}]}}'
+    return read_request(parse_json(body), trained, 10)
+
+
+def test_ids_of_64_bits_without_sign_are_those_of_the_log(trained):
+    number, text, other = (ask(trained, user=user).ids for user in (str(LARGE), f'"{LARGE}"', str(LARGE + 1)))
+    assert (number == text).all() and (number != other).any()
+
+
+@pytest.mark.parametrize("price", ["1e39", "-1e300", "1" + "0" * 300, "1" + "0" * 390])
+def test_a_number_that_float32_does_not_hold_is_refused(trained, price):
+    with pytest.raises(UserError, match="float32"):
+        ask(trained, price=price)
+    assert np.isfinite(ask(trained, price="3e38").numbers).all()
+
+
+@pytest.mark.parametrize("tags", ["[[1]]", '[{"a": 1}]', '["a", ["b"]]', "3", '{"a": 1}'])
+def test_a_list_holds_single_values(trained, tags):
+    with pytest.raises(UserError, match="list"):
+        ask(trained, tags=tags)
