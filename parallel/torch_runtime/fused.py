@@ -29,7 +29,7 @@ def fused_rules(device: torch.device, traced: bool = False) -> dict[str, Callabl
     if device.type == "cuda" and not traced:
         from parallel.torch_runtime import kernels
 
-        rules |= {"RowSums": kernels.row_sums, "RowSumsGrad": kernels.row_sums_grad, "FusedAdam": kernels.adam,
+        rules |= {"RowSums": kernels.row_sums, "RowSumsGrad": kernels.row_sums_grad, "FusedAdam": _adam_cuda,
                   "SumOfSquares": _sum_of_squares_cuda}
     return rules
 
@@ -177,6 +177,13 @@ def _adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient
     p.copy_(p - rate * (new_m / (new_v.sqrt() + epsilon) + decay * p))
     m.copy_(new_m)
     v.copy_(new_v)
+
+
+def _adam_cuda(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient: Tensor, *_: Any) -> None:
+    from parallel.torch_runtime import kernels
+
+    fits = p.is_contiguous() and p.dtype == m.dtype == v.dtype == torch.float32
+    (kernels.adam if fits else _adam)(node, p, m, v, scalars, gradient)
 
 
 def _linear(node: Node, x: Tensor, w: Tensor, left: Any, right: Any, bias: Tensor) -> Tensor:

@@ -84,11 +84,6 @@ def row_sums_grad(node: Node, logits: Tensor, largest: Tensor, labels: Tensor, b
 
 
 def adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient: Tensor, *_: Any) -> None:
-    """See `fused`; a parameter or gradient that does not lie in one piece takes the plain form."""
-    from parallel.torch_runtime import fused
-
-    if not (p.is_contiguous() and p.dtype == m.dtype == v.dtype == torch.float32):
-        fused._adam(node, p, m, v, scalars, gradient)
-        return
+    """See `fused`; parameter and moments are float32 and lie in one piece."""
     block = 1024
     _adam_kernel[(triton.cdiv(p.numel(), block),)](p, m, v, scalars, gradient.contiguous(), p.numel(), BLOCK=block)
