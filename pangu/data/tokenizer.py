@@ -10,7 +10,7 @@ vocabulary, which become `<unk>`; U+2582 and U+2583 written in the text come bac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -132,10 +132,6 @@ class Tokenizer:
             self._check(min(ids))
             self._check(max(ids))
         return _unmark(self._model.decode(ids))
-
-    def decode_batch(self, batch: Iterable[Sequence[int]]) -> list[str]:
-        """The text of each list of ids."""
-        return [self.decode(ids) for ids in batch]
 
     def stream(self) -> StreamDecoder:
         """A decoder that is fed one id at a time."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import mindspore as ms
-import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from parallel.common.errors import UserError
@@ -305,8 +304,3 @@ def run_optimizer(parameters: Sequence[Parameter], train: TrainSettings,
     sparse = sparse_settings(train)
     groups = [(lambda parameter: is_sparse(parameter.name), sparse)] if sparse is not None and is_sparse else []
     return Optimizer(parameters, train.optimizer, train.steps, groups)
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all moments, whole (not per rank)."""
-    return sum(int(np.prod(state.shape, dtype=np.int64)) * 4 for state in optimizer.states())
