@@ -51,7 +51,7 @@ def ours(scratch: Path, layers: int, int8: bool) -> Command:
     """A checkpoint of start values (its query layer counts as one of `layers`), served."""
     folder = scratch / "ours"
     folder.mkdir()
-    sizes = {"VOCABULARY": VOCABULARY, "WIDTH": WIDTH, "HEADS": HEADS, "CONTEXT": CONTEXT, "FILL": 24000}
+    sizes = {"VOCABULARY": VOCABULARY, "WIDTH": WIDTH, "HEADS": HEADS, "CONTEXT": CONTEXT, "FILL": 24246}
     script = "\n".join(f"{name} = {value}" for name, value in sizes.items()) + _OURS
     subprocess.run([sys.executable, "-c", script, str(folder), str(layers)], cwd=ROOT, check=True,
                    stdout=subprocess.DEVNULL)
