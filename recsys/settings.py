@@ -40,6 +40,18 @@ class SyntheticSettings(Settings):
     """How far the features decide: multiplies the log-odds."""
 
 
+class SparkSettings(Settings):
+    """Where Spark runs."""
+
+    master: str = "local[*]"
+    """Spark master: local[*], spark://host:7077, yarn, ... The log and data.cache must be visible to all its workers,
+    and the project be installed there."""
+    driver_memory: str = "2g"
+    """Memory of the Spark driver (with a local master: of everything in the JVM)."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further Spark options, such as spark.executor.memory."""
+
+
 class SplitSettings(Settings):
     """Which rows are for training, validation and test."""
 
@@ -112,6 +124,11 @@ class DataSettings(Settings):
     users (see train.share_users)."""
     cache: str = "runs/data"
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
+    engine: Literal["local", "spark"] = "local"
+    """Who counts and encodes a log: this process, or Spark, a task for each of its files (readers csv, parquet, criteo,
+    avazu; any other log is one task). The result is the same, row for row."""
+    spark: SparkSettings = SparkSettings()
+    """engine spark: where it runs (needs the extra `data`)."""
     synthetic: SyntheticSettings = SyntheticSettings()
     """Sizes of the generated log."""
     stream: StreamSettings = StreamSettings()

@@ -7,7 +7,6 @@ the log is, batch i is a function of (seed, i), and a run can resume at any step
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -19,20 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from parallel.common.digests import BlockSums, CheckedRows
+from parallel.common.digests import CheckedRows
 from parallel.common.errors import UserError
-from parallel.common.files import explain_os_error, matching, read_json, write_json
+from parallel.common.files import explain_os_error, matching, read_json
 from parallel.common.folders import put_in_place, sweep, temporary_name
 from parallel.common.progress import info
-from recsys.data.encode import Columns, Encoded, Encoder, RowErrors, column, id_type
+from recsys.data.encode import Columns, Encoded, Encoder
 from recsys.data.features import UNSEEN, Feature, FeatureSpec, expand, place
+from recsys.data.passes import PARTS, Passes, write_log
 from recsys.data.readers import Reader, reader
-from recsys.data.times import TimeReader
+from recsys.data.spark_passes import SparkPasses
 from recsys.data.turns import one_at_a_time
 from recsys.data.vocabulary import Statistics, Vocabulary
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 
-PARTS = ("train", "validation", "test")
 VOCABULARY = "vocabulary.json"
 """Name of the vocabulary's file beside encoded rows and beside checkpoints."""
 _FORMAT = 5
@@ -118,7 +117,8 @@ def _same(one: Path, other: Path) -> bool:
 
 def _digest(data: Any, vocabulary: Path | None) -> str:
     """Name of the encoded log: of its settings, features, and the sizes and times of its files."""
-    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables", "stream"})
+    tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables", "stream",
+                                                 "engine", "spark"})
     tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
                                                                           "unseen_rate", "admission_share",
                                                                           "expire_after", "expire_unit",
@@ -142,87 +142,13 @@ def _files_of(path: str) -> Iterator[Path]:
         yield from found.rglob("*") if found.is_dir() else [found]
 
 
-class _Passes:
-    """Goes over the rows of a log with their part (train, validation, test) beside them."""
-
-    def __init__(self, data: Any, source: Reader, encoder: Encoder) -> None:
-        self.data, self.source, self.encoder = data, source, encoder
-        self.by = data.split.by if data.split.by != "default" else source.split_by
-        self.bounds: tuple[float, float] | None = None
-        self.order: np.ndarray | None = None
-        self.total = 0
-        if self.by == "files":
-            return
-        if self.by != "random":
-            self._look_ahead()
-
-    def _tables(self, path: str | None) -> Iterator[tuple[Any, str, int]]:
-        first_row, last = 0, None
-        for table, where in self.source.read(self.data, Path(path) if path else None):
-            first_row = 0 if where != last else first_row
-            yield table, where, first_row
-            first_row, last = first_row + len(table), where
-
-    def _look_ahead(self) -> None:
-        """Counts the rows and, for a split by time, ranks those that have one; the others are bad rows."""
-        found, reader_ = [], TimeReader()
-        for table, where, first in self._tables(self.data.path):
-            self.total += len(table)
-            if self.by == "time":
-                name = self.encoder.columns.time
-                if name is None:
-                    raise UserError("split by time needs a time column", where="data.time")
-                errors = RowErrors(len(table), where, first, self.data.on_bad_row, self.encoder.report)
-                found.append(reader_.read(column(table, name, where), name, errors))
-        if self.by == "time":
-            times = np.concatenate(found) if found else np.zeros(0)
-            known = np.flatnonzero(~np.isnan(times))
-            self.order = np.full(self.total, -1, np.int64)
-            self.order[known[np.argsort(times[known], kind="stable")]] = np.arange(len(known))
-            self.total = len(known)
-
-    def parts(self) -> Iterator[tuple[Any, str, int, np.ndarray]]:
-        """(table, where, its first row in the file, part index of every row)."""
-        if self.by == "files":
-            split = self.data.split
-            for part, path in enumerate((self.data.path, split.validation_path, split.test_path)):
-                if path is not None:
-                    for table, where, first in self._tables(path):
-                        yield table, where, first, np.full(len(table), part, np.int8)
-            return
-        train, validation, _ = self.data.split.fractions
-        begin = 0
-        for table, where, first in self._tables(self.data.path):
-            rows = np.arange(begin, begin + len(table))
-            begin += len(table)
-            if self.by == "random":
-                rank, total = _uniform(rows), 1.0
-            else:
-                rank, total = rows if self.order is None else self.order[rows], self.total
-            bounds = [train * total, (train + validation) * total]
-            if total > 1:
-                bounds = [round(bound) for bound in bounds]
-            # A share of 0 gives a part without rows even where a cut lies on a rounding error.
-            last = (rank >= bounds[1]) & (self.data.split.fractions[2] > 0)
-            part = ((rank >= bounds[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
-            yield table, where, first, np.where(rank < 0, np.int8(-1), part)  # -1: a row without a time
-
-
-def _uniform(rows: np.ndarray) -> np.ndarray:
-    """A fixed number in [0, 1) for each row number (SplitMix64's finaliser)."""
-    x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
-
-
 def _encode_to(directory: Path, data: Any, source: Reader, given: Path | None) -> None:
     features = features_of(data)
     encoder = Encoder(features, columns_of(data, source), data.on_bad_row)
-    passes = _Passes(data, source, encoder)
+    passes = Passes(data, source, encoder) if data.engine == "local" else SparkPasses(data, source, encoder)
     vocabulary = Vocabulary.load(given) if given is not None else Vocabulary()
     if given is None and Statistics.needed(features):
-        vocabulary = _statistics(features, passes, encoder).vocabulary()
+        vocabulary = passes.statistics(features).vocabulary()
     # The widths do not matter here: ids are encoded with the rows of one table each, and moved when mapped.
     spec = place([f.model_copy(update={"width": None}) for f in features], 1, vocabulary.sizes())
     try:
@@ -233,22 +159,12 @@ def _encode_to(directory: Path, data: Any, source: Reader, given: Path | None) -
     except OSError as error:
         raise explain_os_error(error, directory) from error
     try:
-        _write(temporary, passes, encoder, spec, vocabulary)
+        write_log(temporary, passes.write(temporary, spec, vocabulary), passes, spec, vocabulary)
         put_in_place(temporary, directory)
     except OSError as error:
         raise explain_os_error(error, directory) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _statistics(features: list[Feature], passes: _Passes, encoder: Encoder) -> Statistics:
-    """What the training rows hold."""
-    statistics = Statistics(features)
-    for table, where, first, part in passes.parts():
-        rows = np.flatnonzero(part == 0)
-        training = table.take(rows) if part.any() else table
-        encoder.count(training, statistics, where, rows + first)
-    return statistics
 
 
 def count_values(data: Any) -> dict[str, dict[str, float]]:
@@ -257,45 +173,8 @@ def count_values(data: Any) -> dict[str, dict[str, float]]:
     if source.needs_path and not data.path:
         raise UserError(f"reader {data.reader} needs a path", where="data.path", hint="set data.path=...")
     encoder = Encoder(features, columns_of(data, source), data.on_bad_row)
-    statistics = _statistics(features, _Passes(data, source, encoder), encoder)
+    statistics = Passes(data, source, encoder).statistics(features)
     return {name: dict(counter) for name, counter in statistics.counters.items()}
-
-
-_FIELDS = ("ids", "numbers", "labels", "users")
-
-
-def _write(directory: Path, passes: _Passes, encoder: Encoder, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
-    counts = dict.fromkeys(PARTS, 0)
-    files = {(part, field): (directory / f"{part}.{field}").open("wb") for part in PARTS for field in _FIELDS}
-    sums = {place: BlockSums() for place in files}
-    try:
-        for table, where, first, part in passes.parts():
-            encoded, good = encoder.encode(table, spec, vocabulary, where, first)
-            for index, name in enumerate(PARTS):
-                rows = encoded.take(np.flatnonzero(part[good] == index))
-                counts[name] += len(rows)
-                for field in _FIELDS:
-                    data = np.ascontiguousarray(getattr(rows, field)).tobytes()
-                    files[name, field].write(data)
-                    sums[name, field].add(data)
-        for file in files.values():
-            file.close()
-    finally:
-        for file in files.values():
-            with contextlib.suppress(OSError):  # of a full disk, which has been told
-                file.close()
-    if counts["train"] == 0:
-        raise UserError("no row is left for training", where=passes.data.path or passes.data.reader,
-                        hint="the log is empty, or every row was skipped")
-    report = encoder.report.figures()
-    vocabulary.save(directory / "vocabulary.json")
-    write_json(directory / "log.json", {"rows": counts, "report": {**report, "user": encoder.columns.user},
-                                        "id_columns": spec.id_columns, "numeric_columns": spec.numeric_columns,
-                                        "id_type": np.dtype(id_type(spec)).name,
-                                        "labels": encoder.columns.labels,
-                                        "label_columns": len(encoder.columns.labels) + len(encoder.columns.weights),
-                                        "blocks": {f"{part}.{field}": found.sums()
-                                                   for (part, field), found in sums.items()}})
 
 
 def _map(directory: Path, data: Any, embedding_size: int) -> Log:

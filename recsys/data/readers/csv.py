@@ -10,10 +10,15 @@ from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, no_default_features, shards
 
 
+def files_of(path: Path) -> list[Path]:
+    """All shards, in order of their names."""
+    return shards(path, (".csv", ".tsv", ".txt"))
+
+
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of all shards in order of their names; `data.delimiter` parts the cells."""
-    for file in shards(path, (".csv", ".tsv", ".txt")):
+    for file in files_of(path):
         yield from csv_tables(file, delimiter=data.delimiter, quoted=data.quoted)
 
 
-READER = Reader(read, no_default_features)
+READER = Reader(read, no_default_features, files=files_of)

@@ -10,10 +10,15 @@ from recsys.data.readers import Reader
 from recsys.data.readers._files import no_default_features, parquet_tables, shards
 
 
+def files_of(path: Path) -> list[Path]:
+    """All shards, in order of their names."""
+    return shards(path, (".parquet", ".pq"))
+
+
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of all shards in order of their names."""
-    for file in shards(path, (".parquet", ".pq")):
+    for file in files_of(path):
         yield from parquet_tables(file)
 
 
-READER = Reader(read, no_default_features)
+READER = Reader(read, no_default_features, files=files_of)
