@@ -17,7 +17,7 @@ def add_node_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
     parser.add_argument("--master", metavar="HOST:PORT",
                         help=f"address of machine 0 and a free port there (default 127.0.0.1:{DEFAULT_PORT}; on a "
-                             "single machine another one where that is taken)")
+                             "single machine any free port)")
     parser.add_argument("--nproc", type=int, metavar="P",
                         help="processes on each machine (default: devices of the parallel block / nodes)")
     parser.add_argument("--timeout", type=int, default=300, metavar="S",
@@ -55,12 +55,12 @@ class Plan:
         return plan
 
     def keep_port(self) -> None:
-        """Takes another port where the user named none and this one has been taken since.
+        """Takes a free port where the user named none: launches that begin together must not meet at one place.
 
         Raises:
             UserError: the user named the port, and it is taken.
         """
-        if self.is_default and not _is_free(self.port):
+        if self.is_default:
             self.port = free_port()
         check_port(self.host, self.port)
 
@@ -89,21 +89,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def _address(master: str | None, nodes: int) -> tuple[str, int]:
-    """Where the processes meet: what the user says, or a free port of this machine."""
+    """Where the processes meet: what the user says, or the default (on one machine `keep_port` chooses again)."""
     if master is None:
-        return "127.0.0.1", DEFAULT_PORT if nodes > 1 or _is_free(DEFAULT_PORT) else free_port()
+        return "127.0.0.1", DEFAULT_PORT
     host, _, port = master.rpartition(":")
     if not host or not port.isdigit() or not 1024 <= int(port) < 65536:
         raise UserError("must be HOST:PORT with a port of 1024 to 65535", where="--master", value=master)
     return host, int(port)
-
-
-def _is_free(port: int) -> bool:
-    try:
-        check_port("127.0.0.1", port)
-    except UserError:
-        return False
-    return True
 
 
 def free_port() -> int:
