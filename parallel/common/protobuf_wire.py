@@ -98,12 +98,19 @@ def field(number: int, value: int | bytes) -> bytes:
 _DIGEST_TAG = varint(1009 << 3 | BYTES) + varint(32)
 
 
+_HAS_DIGEST = varint(1008 << 3 | VARINT) + varint(1)
+
+
 def with_digest(data: bytes) -> bytes:
-    """A message with the SHA-256 of all before as one more field at its end, which other readers pass over."""
+    """A message with the SHA-256 of all before as one more field at its end, and at its beginning a field that says so,
+    for a file that is cut short between two fields. Other readers pass over both."""
+    data = _HAS_DIGEST + data
     return data + _DIGEST_TAG + hashlib.sha256(data).digest()
 
 
 def has_changed(data: bytes) -> bool:
     """Whether a message that `with_digest` made is no longer what it was; False for one without a digest."""
-    at = len(data) - len(_DIGEST_TAG) - 32
-    return data[at:at + len(_DIGEST_TAG)] == _DIGEST_TAG and hashlib.sha256(data[:at]).digest() != data[-32:]
+    at = max(0, len(data) - len(_DIGEST_TAG) - 32)
+    if data[at:at + len(_DIGEST_TAG)] != _DIGEST_TAG:
+        return data.startswith(_HAS_DIGEST)
+    return hashlib.sha256(data[:at]).digest() != data[-32:]

@@ -77,16 +77,18 @@ def config_of(family: str, data: Path) -> list[str]:
 
 @dataclass
 class Launch:
-    """A running launch of `ranks` processes."""
+    """A running launch of `ranks` processes, of a config file or of an exported program."""
 
-    arguments: list[str]
+    arguments: list[str] | Path
     folder: Path
     ranks: int
     environment: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        command = [sys.executable, "-m", "parallel", "launch", *self.arguments, "--nproc", str(self.ranks),
-                   f"output.directory={self.folder}"]
+        words = ["parallel.torch_runtime", "run", str(self.arguments)]
+        if isinstance(self.arguments, list):
+            words = ["parallel", "launch", *self.arguments, "--nproc", str(self.ranks)]
+        command = [sys.executable, "-m", *words, f"output.directory={self.folder}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **self.environment}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True)
@@ -128,7 +130,7 @@ class Launch:
         return Launched(json.loads(lines[-1]) if lines else None, errors, self.process.returncode, self.folder)
 
 
-def launch(arguments: list[str], folder: Path, ranks: int, **environment: str) -> Launched:
+def launch(arguments: list[str] | Path, folder: Path, ranks: int, **environment: str) -> Launched:
     """A launch from start to end; it must go well."""
     ended = Launch(arguments, folder, ranks, environment).end()
     assert ended.code == 0, ended.errors[-4000:]

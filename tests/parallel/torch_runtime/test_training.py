@@ -58,14 +58,16 @@ def arguments(name: str, records: Path, steps: int = STEPS) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_and_resumed_equals_straight(name, records, tmp_path):
-    """A rank dies by SIGKILL at a random moment; the launch ends with one line and goes on where it was saved."""
+    """A rank dies by SIGKILL at a random moment; the launch ends with one line and goes on where it was saved. The
+    second and third run the program that the first exported, as a machine without MindSpore would."""
     ranks, order = LAYOUTS[name][1], arguments(name, records)
     straight = launch(order, tmp_path / "straight", ranks)
     assert straight.figures["backend"] == "torch" and straight.figures["world"] == ranks
     assert straight.figures["steps"] == STEPS and straight.figures["layout"] != "one device"
     random.seed(os.urandom(4))
-    victim, moment = random.randrange(ranks), random.randint(4, STEPS - 4)
-    running = Launch(order, tmp_path / "killed", ranks)
+    victim, moment = random.randrange(ranks), random.randint(5, STEPS - 4)  # the first checkpoint is of step 4
+    program = tmp_path / "straight" / "program"
+    running = Launch(program, tmp_path / "killed", ranks)
     running.wait_for_step(moment)
     pids = running.rank_pids()
     assert running.kill(victim) < 30.0
@@ -74,7 +76,7 @@ def test_killed_and_resumed_equals_straight(name, records, tmp_path):
     told = [line for line in killed.errors.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and f"rank {victim} was ended by SIGKILL" in told[0]
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    resumed = launch(order, tmp_path / "killed", ranks)
+    resumed = launch(program, tmp_path / "killed", ranks)
     assert "going on from" in resumed.errors
     assert resumed.log() == straight.log()
     assert_same_tensors(resumed.checkpoint(), straight.checkpoint())

@@ -38,6 +38,7 @@ def test_a_vocabulary_refreshes_alike(most):
         assert len(found) == len(table) and set(Entries.NAMES) <= set(vars(found))
 
 
+@pytest.mark.slow
 def test_the_verb_moves_ids_and_training_goes_on(tmp_path, graph_mode):
     from recsys.refresh import run
 
