@@ -47,6 +47,8 @@ _SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parall
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the program")
+    parser.add_argument("--graphs", metavar="LIST", help="step, loss, scores with commas between (default: all "
+                                                         "that the model has)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
                         help="processes that compile at once (default: 2, or 1 on one core)")
 
@@ -60,7 +62,11 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if not Path(arguments.config).is_file():
         raise UserError("no such file", where="--config", value=arguments.config)
     started = time.monotonic()
-    made = exported(arguments.config, arguments.overrides, processes=arguments.processes)
+    kinds = [kind for kind in (arguments.graphs or "").split(",") if kind]
+    unknown = [kind for kind in kinds if kind not in portable.KINDS]
+    if unknown or (kinds and "step" not in kinds):
+        raise UserError("the graphs are step, and any of loss and scores", where="--graphs", value=arguments.graphs)
+    made = exported(arguments.config, arguments.overrides, processes=arguments.processes, kinds=kinds)
     target = Path(arguments.output)
     target.mkdir(parents=True, exist_ok=True)
     for path in made.iterdir():
@@ -165,7 +171,8 @@ def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllR
     writer.finish(
         tensors=tensors, inputs=step["whole_inputs"], ranks=ranks, parallel=step["parallel"],
         settings=settings.model_dump(mode="json"), micro_batches=step["micro_batches"], tokens=step["tokens"],
-        figures=step["figures"], **{key: sorted(listed) for key, listed in groups.items()},
+        figures=step["figures"],
+        **{key: sorted(listed) for key, listed in groups.items()},
         mindspore=importlib.metadata.version("mindspore"),
         ordered_messages={kind: ordered_messages(world.programs) for kind, world in read.items()}, **more,
     )

@@ -28,13 +28,14 @@ _FREE_OF_TENSORS = {"UpdateState"}
 
 @dataclass
 class Step:
-    """A bound node: `function(values)` gives the result."""
+    """A bound node: `function(values)` gives the result, or a list of results for the places `more`."""
 
     node: Node
     function: Callable[[list], Any]
     place: int
     waits: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
+    more: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -69,7 +70,11 @@ class Bound:
             for place in step.waits:
                 values[place] = values[place].wait()
             result = step.function(values)
-            values[step.place] = result
+            if step.more is None:
+                values[step.place] = result
+            else:
+                for place, item in zip(step.more, result, strict=True):
+                    values[place] = item
             if self.observer is not None:
                 self.observer(step.node, result)
             for place in step.frees:
@@ -91,13 +96,13 @@ class Binder:
         device: where to compute.
         floating: "declared", or "float64": every floating type becomes this one (exact mode).
         communicator: None in a world of one.
-        rules: beside RULES, those of fused nodes.
+        rules: beside RULES and UPDATES, those of fused nodes.
     """
 
     def __init__(self, graph: Graph, state: dict[str, Tensor], device: torch.device, *, floating: str = "declared",
                  communicator: Communicator | None = None, rules: dict[str, Callable] | None = None) -> None:
         self.graph, self.device, self.floating, self.communicator = graph, device, floating, communicator
-        self.rules = {**RULES, **(rules or {})}
+        self.rules = {**RULES, **UPDATES, **(rules or {})}
         self.values: list[Any] = [None] * (graph.first_node + len(graph.nodes))
         self.state = state
         for number, (name, _) in enumerate(graph.parameters, graph.first_parameter):
@@ -150,7 +155,7 @@ class Binder:
 
     def _fold(self, node: Node) -> bool:
         """Computes a node of constants alone, once; whether it was."""
-        if node.op in UPDATES or node.op in COLLECTIVES or any(number not in self.known for number in node.inputs):
+        if node.op in WRITES or node.op in COLLECTIVES or any(number not in self.known for number in node.inputs):
             return False
         inputs = [self._tensor(self.values[number]) for number in node.inputs]
         if node.op in ("Range", "Zeros", "Ones", "FillV2", "Full", "MakeTuple", "TupleGetItem", "Shape", "Reshape"):
@@ -198,14 +203,13 @@ class Binder:
         return result
 
     def _function(self, node: Node, aliases: dict[int, int], copied: bool) -> Callable[[list], Any]:
-        if node.op in UPDATES:
+        if node.op in WRITES:
             return self._update(node, aliases, copied)
         if node.op in COLLECTIVES:
             return self._collective(node)
         rule, inputs = self._rule(node), tuple(node.inputs)
         if all(number in self.known for number in inputs):  # too large to be kept: made at every step, on the device
-            device = self.device
-            return lambda values: self._declared(node, rule(node, *(values[i] for i in inputs))).to(device)
+            return lambda values: self._made_on_device(node, [values[i] for i in inputs])
         if len(node.outputs) == 1:
             dtype, shape = self.dtype(node.outputs[0].dtype), node.outputs[0].shape
 
@@ -221,8 +225,12 @@ class Binder:
                 return rule(node, *[values[i] for i in inputs])
         return (lambda values: call(values).clone()) if copied else call
 
+    def _made_on_device(self, node: Node, inputs: list) -> Any:
+        with self.device:
+            return self._declared(node, self._rule(node)(node, *inputs)).to(self.device)
+
     def _update(self, node: Node, aliases: dict[int, int], copied: bool) -> Callable[[list], Any]:
-        rule, inputs = UPDATES[node.op], tuple(node.inputs)
+        rule, inputs = self._rule(node), tuple(node.inputs)
         target = aliases.get(inputs[0], inputs[0])
         if not self.graph.is_parameter(target):
             raise UserError(f"{node.op} writes what is no parameter", where=node.scope)
@@ -259,7 +267,8 @@ class Binder:
                     del begun[number]
             if step.node.op in COLLECTIVES:
                 begun[step.place] = place
-            last.setdefault(step.place, place)
+            for number in step.more if step.more is not None else (step.place,):
+                last.setdefault(number, place)
         freed: list[list[int]] = [[] for _ in steps]
         for number, place in last.items():
             if number >= self.graph.first_node and number != self.graph.result and number not in self.known \
@@ -293,9 +302,7 @@ def aliases_of(graph: Graph) -> dict[int, int]:
 
 def written_by(graph: Graph, node: Node, aliases: dict[int, int]) -> tuple[int, ...]:
     """Numbers of the parameters that a node writes."""
-    if node.op not in UPDATES:
-        return ()
-    return tuple(aliases.get(number, number) for number in node.inputs[:WRITES.get(node.op, 1)])
+    return tuple(aliases.get(number, number) for number in node.inputs[:WRITES.get(node.op, 0)])
 
 
 def hazards(graph: Graph, aliases: dict[int, int]) -> tuple[dict[int, set], set[int]]:

@@ -87,7 +87,7 @@ class Literal:
             dtype = "float32" if self.kind.dtype == "bfloat16" else self.kind.dtype
             return np.full(self.kind.shape, self.fill, dtype)
         if self.kind.dtype == "bfloat16":
-            return (self.data.astype(np.uint32) << 16).view(np.float32).reshape(self.kind.shape)
+            return np.left_shift(self.data.astype(np.uint32), np.uint32(16)).view(np.float32).reshape(self.kind.shape)
         return self.data.reshape(self.kind.shape)
 
 
@@ -267,6 +267,17 @@ class Program:
         return [tuple(item) for item in self.tree["groups"]], [tuple(item) for item in self.tree["messages"]]
 
     @cached_property
+    def free_groups(self) -> frozenset[tuple[int, ...]]:
+        """Groups whose ranks have the same graphs but for constants, so that any order of their collectives that is
+        made from the graph alone is the same on all of them."""
+        known: dict[int, str] = {}
+        for rank in self.ranks:
+            if rank.graphs["step"] not in known:
+                known[rank.graphs["step"]] = structure(self.graph(rank.number))
+        structures = [known[rank.graphs["step"]] for rank in self.ranks]
+        return frozenset(group for group in self.groups[0] if len({structures[rank] for rank in group}) == 1)
+
+    @cached_property
     def borrowed(self) -> list[tuple[str, int, int]]:
         """(parameter, rank that owns it, rank of a later stage that borrows the same slice), in the same order
         everywhere."""
@@ -374,6 +385,12 @@ class Writer:
         hidden.replace(self.folder / name)
         self.files[name] = hashlib.sha256(data).hexdigest()
         self.bytes += len(data)
+
+
+def structure(graph: Graph) -> str:
+    """Hash of a graph's nodes without the constants' values."""
+    told = [[node.op, node.inputs, [(kind.shape, kind.dtype) for kind in node.outputs]] for node in graph.nodes]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _zipped(data: bytes) -> bytes:

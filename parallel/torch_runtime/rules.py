@@ -25,7 +25,7 @@ UPDATES: dict[str, Rule] = {}
 VIEWS = {
     "Load", "Depend", "StopGradient", "Reshape", "Transpose", "TransposeExt", "ExpandDims", "Squeeze", "Flatten",
     "StridedSlice", "Slice", "Split", "SplitWithSize", "Unstack", "TupleGetItem", "MakeTuple", "MakeList", "Cast",
-    "BroadcastTo", "Contiguous", "ScalarToTensor", "TensorToScalar", "Tile", "AddN",
+    "BroadcastTo", "Contiguous", "ScalarToTensor", "TensorToScalar", "Tile", "AddN", "Item",
 }  # fmt: skip
 """Primitives whose result may share memory with an input (a cast to the same type, a sum of one item...)."""
 
@@ -457,5 +457,5 @@ UPDATES |= {
     "InplaceZero": lambda node, p, *_: p.zero_(),
     "InplaceCopy": lambda node, p, value, *_: p.copy_(value),
 }
-WRITES = {"AdamWeightDecay": 3}
-"""How many of its first inputs an update writes; 1 where nothing is said."""
+WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3}
+"""How many of its first inputs a primitive (or a fused node) writes; those that write none are not named."""

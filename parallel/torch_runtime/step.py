@@ -15,10 +15,13 @@ from torch import Tensor
 from parallel.checkpoint.sharded import Holder
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
+from parallel.torch_runtime.fused import fused_rules
 from parallel.torch_runtime.groups import Communicator, join, leave
+from parallel.torch_runtime.passes import documents_input, optimized
 from parallel.torch_runtime.program import Graph, Program, start_of
 from parallel.torch_runtime.program import Tensor as Held
 
+MODES = ("exact", "eager", "cuda_graph", "inductor")
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
                 torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 SAMPLE_NUMBERS = "sample_numbers"
@@ -55,7 +58,9 @@ class TorchStep:
         program: opened.
         rank: which; there is one process for each of `program.world`.
         device: "cpu", "cuda" (takes LOCAL_RANK) or "cuda:N"; None = a GPU where there is one.
-        mode: "exact", op by op in the graph's order; "eager", with passes; see `modes`.
+        mode: "exact", op by op in the graph's order; "eager", with fused nodes (`passes`); "cuda_graph", the same
+            captured once; "inductor", what lies between fused nodes compiled, and captured on a GPU (`regions`);
+            "auto", see `parallel.execution`.
         floating: "declared", or "float64" for all floating types (exact mode only).
         address: HOST:PORT where the processes meet; None = MASTER_ADDR and MASTER_PORT.
 
@@ -65,15 +70,21 @@ class TorchStep:
 
     name = "torch"
 
-    def __init__(self, program: Program, rank: int = 0, *, device: str | None = None, mode: str = "exact",
+    def __init__(self, program: Program, rank: int = 0, *, device: str | None = None, mode: str = "auto",
                  floating: str = "declared", address: str | None = None) -> None:
         self.program, self.rank, self.ranks = program, rank, program.world
         if not 0 <= rank < program.world:
             raise UserError(f"the layout is one of {program.world} processes", where="rank", value=rank)
+        self.device = _device(device)
+        if mode == "auto":
+            mode = "exact" if self.device.type == "cpu" else "cuda_graph"
+        if mode not in MODES:
+            raise UserError("no such mode", where="mode", value=mode, hint=f"known: {', '.join(MODES)}")
         if floating != "declared" and mode != "exact":
             raise UserError("only the exact mode computes in float64", where="mode", value=mode)
         self.mode, self.floating = mode, floating
-        self.device = _device(device)
+        if mode == "cuda_graph" and self.device.type != "cuda":
+            raise UserError("CUDA graphs need a GPU", where="mode", value=mode, hint="set it to eager")
         self.own = program.ranks[rank]
         layout = program.parallel
         self.share = (self.own.data, int(layout["data"]))
@@ -85,8 +96,9 @@ class TorchStep:
         if self.ranks > 1:
             self.communicator = Communicator(rank, self.ranks, self.device, *program.groups)
         self.state = self._start()
+        self.bound: dict[tuple[str, bool], Bound] = {}
+        self.documents: dict[str, int | None] = {}
         self.copies_are_old = True
-        self.bound: dict[str, Bound] = {}
 
     # -- what the trainer asks --------------------------------------------------------------------------------------
 
@@ -128,9 +140,9 @@ class TorchStep:
 
     def run(self, kind: str, batch: Sequence[np.ndarray]) -> Any:
         """The result of a kind of graph on this rank's rows of a batch."""
-        bound = self._bound(kind)
         try:
             with torch.no_grad():
+                bound = self._bound(kind, batch)
                 return bound.run([self.fed(item, array) for item, array in
                                   zip(bound.graph.inputs, batch, strict=True)])
         except torch.OutOfMemoryError as error:
@@ -226,15 +238,39 @@ class TorchStep:
         value = start_of(held, self.own.extents.get(name), self.program.seed)
         return torch.from_numpy(value.reshape(shape)).to(self.device, wanted)
 
-    def _bound(self, kind: str) -> Bound:
-        if kind not in self.bound:
-            if kind not in self.graphs:
-                raise UserError(f"the program holds no {kind} graph", where=self.program.folder)
-            self.bound[kind] = self._bind(self.graphs[kind])
-        return self.bound[kind]
+    def _bound(self, kind: str, batch: Sequence[np.ndarray]) -> Bound:
+        """The graph of a kind ready to run; where attention is fused there are two, one for batches without documents
+        to tell apart, whose mask is causal."""
+        if kind not in self.graphs:
+            raise UserError(f"the program holds no {kind} graph", where=self.program.folder)
+        causal = False
+        if self.mode != "exact":
+            place = self.documents.get(kind)
+            if place is None and kind not in self.documents:
+                place = self.documents[kind] = documents_input(self.graphs[kind])
+            causal = place is not None and bool((batch[place] == batch[place][:, :1]).all())
+        if (kind, causal) not in self.bound:
+            self.bound[kind, causal] = self._bind(self.graphs[kind], causal)
+        return self.bound[kind, causal]
 
-    def _bind(self, graph: Graph) -> Bound:
-        return Binder(graph, self.state, self.device, floating=self.floating, communicator=self.communicator).bind()
+    def _bind(self, graph: Graph, causal: bool) -> Bound:
+        if self.mode == "exact":
+            return Binder(graph, self.state, self.device, floating=self.floating,
+                          communicator=self.communicator).bind()
+        graph = optimized(graph, causal=causal, free=self.program.free_groups)
+        if self.mode == "inductor":
+            from parallel.torch_runtime.regions import RegionBinder
+
+            bound = RegionBinder(graph, self.state, self.device, communicator=self.communicator,
+                                 rules=fused_rules(self.device)).bind()
+        else:
+            bound = Binder(graph, self.state, self.device, communicator=self.communicator,
+                           rules=fused_rules(self.device)).bind()
+        if self.mode != "eager" and self.device.type == "cuda":
+            from parallel.torch_runtime.captured import Captured
+
+            return Captured(bound, self.device)
+        return bound
 
 
 def _device(name: str | None) -> torch.device:

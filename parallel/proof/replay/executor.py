@@ -27,7 +27,7 @@ def constant(value: Any) -> Any:
         proto = value.tensors[0]
         array = np.frombuffer(proto.raw_data, _ELEMENTS[proto.data_type]).reshape(tuple(proto.dims))
         if proto.data_type == BFLOAT16:
-            return (array.astype(np.uint32) << 16).view(np.float32)
+            return np.left_shift(array.astype(np.uint32), np.uint32(16)).view(np.float32)
         return array.copy()
     if value.type == type(value).TUPLE or value.type == type(value).LIST:
         return tuple(_item(item) for item in value.values)

@@ -1,0 +1,64 @@
+"""The Triton kernels in Triton's interpreter (on the CPU) against their plain forms; needs `pip install triton`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are made
+pytest.importorskip("triton")
+
+from parallel.torch_runtime import dropout_attention, fused, kernels  # noqa: E402
+from parallel.torch_runtime.program import Kind, Node  # noqa: E402
+
+
+def near(got, wanted, tolerance: float = 1e-5) -> None:
+    """Checks that tensors agree."""
+    for one, other in zip(got, wanted, strict=True):
+        assert float((one - other).abs().max()) <= tolerance * max(1.0, float(other.abs().max()))
+
+
+def test_rows_of_a_cross_entropy_and_their_gradient():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 3000).half(), torch.randint(-2, 3003, (5,), dtype=torch.int32)
+    largest = logits.float().amax(-1, keepdim=True)
+    near(kernels.row_sums(None, logits, largest, labels), fused._row_sums(None, logits, largest, labels))
+    node, spread = Node("RowSumsGrad", [], [Kind((5, 3000), "float32")]), [torch.randn(5), torch.randn(5)]
+    near([kernels.row_sums_grad(node, logits, largest, labels, *spread)],
+         [fused._row_sums_grad(node, logits, largest, labels, *spread)])
+
+
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_adam(skipped):
+    torch.manual_seed(0)
+    *given, gradient = (torch.rand(1000, 7) for _ in range(4))
+    scalars = torch.tensor([1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5, skipped])
+    ours, theirs = ([item.clone() for item in given] for _ in range(2))
+    kernels.adam(None, *ours, scalars, gradient)
+    fused._adam(None, *theirs, scalars, gradient)
+    near(ours, theirs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_dropout(causal):
+    torch.manual_seed(0)
+    size = (2, 2, 100, 16)
+    q, k, v, gradient = (torch.randn(size) for _ in range(4))
+    q = (q / 4).transpose(1, 2).contiguous().transpose(1, 2)
+    documents = torch.arange(100)[None].expand(2, -1) // (100 if causal else 40)
+    bias = torch.where((documents[:, :, None] == documents[:, None, :]).tril(), 0.0, -10000.0)[:, None]
+    parts = (*(torch.randint(-2**31, 2**31 - 1, (2, 1, 100, 1)).int() for _ in range(2)),
+             torch.randint(-2**31, 2**31 - 1, (1, 2, 1, 100)).int())
+    node = Node("FusedAttention", [], [], {"causal": causal, "dropout": True, "scale": 1 / 0.9,
+                                           "threshold": int(-(2**31) + 0.1 * 2**32)})
+    mask = fused.kept_mask(*parts, node.attributes["threshold"]) * node.attributes["scale"]
+    assert 0.85 < float((mask > 0).float().mean()) < 0.95
+    leaves = [item.clone().requires_grad_() for item in (q, k, v)]
+    wanted = (torch.softmax(leaves[0] @ leaves[1].transpose(-1, -2) + bias, -1) * mask) @ leaves[2]
+    wanted.backward(gradient)
+    given = None if causal else bias
+    found = dropout_attention.forward(node, q, k, v, given, parts)
+    near([found[0]], [wanted.detach()])
+    near(dropout_attention.backward(node, gradient, found, q, k, v, given, parts), [leaf.grad for leaf in leaves])
