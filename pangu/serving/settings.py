@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from pangu.serving.engine_settings import EngineSettings
@@ -16,7 +18,7 @@ class ServeSettings(HttpSettings):
     """What clients call the model; null = model.name."""
     chat_template: str | None = None
     """Jinja file that turns `messages` into a prompt; null = pangu/serving/chat.jinja."""
-    chat_stop: list[str] = ["\n问：", "\n答："]
+    chat_stop: list[Annotated[str, Field(min_length=1, max_length=1000)]] = ["\n问：", "\n答："]
     """Strings that end an answer in a chat, beside those that the client sends."""
     engine: EngineSettings = EngineSettings()
     """Batch, cache and queue."""

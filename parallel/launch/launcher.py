@@ -18,7 +18,7 @@ from typing import Any
 from parallel.common.ownership import owned, owner_environment, start_guard
 from parallel.common.progress import info
 from parallel.common.structured import parse_object
-from parallel.launch.plan import Plan, check_port
+from parallel.launch.plan import Plan
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
@@ -46,7 +46,7 @@ class Launcher:
     def run(self) -> dict[str, Any]:
         """Until all ranks have ended; the exit code is 0 or that of the first rank that failed."""
         if self.plan.node_rank == 0:
-            check_port(self.plan.host, self.plan.port)
+            self.plan.keep_port()
         with self._owning() as environment:
             return self._run(environment)
 

@@ -30,6 +30,7 @@ class Plan:
     def __init__(self, nodes: int, node_rank: int, host: str, port: int, local: int, timeout: int) -> None:
         self.nodes, self.node_rank, self.host, self.port = nodes, node_rank, host, port
         self.local, self.timeout = local, timeout
+        self.is_default = False
 
     @property
     def ranks(self) -> int:
@@ -49,7 +50,19 @@ class Plan:
         if local < 1:
             raise UserError("must be at least 1", where="--nproc", value=local)
         parallel.resolve(nodes * local)
-        return cls(nodes, node_rank, host, port, local, arguments.timeout)
+        plan = cls(nodes, node_rank, host, port, local, arguments.timeout)
+        plan.is_default = arguments.master is None and nodes == 1
+        return plan
+
+    def keep_port(self) -> None:
+        """Takes another port where the user named none and this one has been taken since.
+
+        Raises:
+            UserError: the user named the port, and it is taken.
+        """
+        if self.is_default and not _is_free(self.port):
+            self.port = free_port()
+        check_port(self.host, self.port)
 
     @staticmethod
     def _default_local(devices: int | None, parallel: Any, nodes: int) -> int:

@@ -112,6 +112,8 @@ def test_keys_of_the_server_need_no_block(tmp_path):
     assert load_settings(ServeRun, None, []).serve == load_settings(Run, None, []).serve
     with pytest.raises(UserError, match="prot"):
         validate(ServeRun, {"prot": 5})
+    with pytest.raises(UserError, match="chat_stop"):
+        validate(ServeRun, {"chat_stop": [""]})
     with pytest.raises(UserError, match="serve"):
         validate(ServeRun, {"serve": 5, "port": 3})
 
