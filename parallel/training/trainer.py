@@ -369,9 +369,9 @@ class Trainer:
         self.checkpoint = path
         was, now = state.get("run") or {"train": state.get("train", {})}, self.plan.describe
         if self.backend.rank == 0:
-            for info in changed_settings(was, now or {"train": {
+            for line in changed_settings(was, now or {"train": {
                     key: getattr(self.settings, key) for key in ("seed", "global_batch_size")}}):
-                info(info)
+                info(line)
 
     def _peak(self) -> float | None:
         if self.settings.peak_tflops is not None or self.plan.flops_per_step is None:

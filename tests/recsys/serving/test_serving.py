@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -11,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from parallel.checkpoint.folder import write_plain_json
 from parallel.common.errors import UserError
+from parallel.common.files import read_json
 from parallel.serving.queue import Busy
 from recsys.saved_model import describe, load
 from recsys.serving.engine import Engine
@@ -308,9 +309,9 @@ def test_without_settings_in_the_checkpoint_it_says_so(run, tmp_path):
 
     copy = tmp_path / "checkpoint"
     shutil.copytree(run[0] / "checkpoints" / "step_00000001", copy)
-    state = json.loads((copy / "state.json").read_text())
+    state = read_json(copy / "state.json")
     state.pop("run")
-    (copy / "state.json").write_text(json.dumps(state))
+    write_plain_json(copy / "state.json", state)
     with pytest.raises(UserError, match="--config"):
         describe(copy)
 
