@@ -1,7 +1,7 @@
 """A layout changes nothing: every cut of every model gives the losses, norms and parameters of one device.
 
-Law: 3 training steps of all ranks, executed from the partitioned graphs, equal 3 steps on one device (float32): losses
-to 1e-5, norm and parameters to 1e-4, moments to 1e-3, relative; and recomputation changes no bit. A few cases run by
+Law: 3 training steps of all ranks, executed from the partitioned graphs, equal 3 steps on one device, both in
+float64 (`parallel.proof.replay.tolerances`); and recomputation changes no bit. A few cases run by
 default, the whole grid (`parallel.proof.replay.layout_grid.LAYOUTS` x models) with -m slow.
 """
 
@@ -25,9 +25,8 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "replay_table.py"
 SCRIPT_NAMES = runpy.run_path(str(SCRIPT))
 MODELS = SCRIPT_NAMES["MODELS"]
-FAST = [("pangu/tiny", "op"), ("pangu/tiny", "accumulation_optimizer"), ("pangu/tiny", "uneven_stages"),
-        ("pangu/tiny", "all_five"), ("recsys/tokenmixer_large", "stages"), ("recsys/tokenmixer_large_moe", "expert"),
-        ("recsys/tokenmixer_large_ug_sep", "stages"), ("recsys/longer", "stages"), ("recsys/dlrm_mlp", "op")]
+FAST = [("pangu/tiny", "op"), ("pangu/tiny", "all_five"), ("recsys/tokenmixer_large", "stages"),
+        ("recsys/tokenmixer_large_moe", "expert"), ("recsys/dlrm_mlp", "op")]
 FOUR_GIGABYTES = 4 * 2**20  # in KiB, as getrusage counts
 MEASURED = """
 import json, resource, sys
@@ -76,7 +75,7 @@ def check(grid: Grid, model: str, name: str) -> None:
         assert any(text in cell.refused for text in REFUSALS), cell.refused
         pytest.skip(cell.refused)
     assert cell.figures["equal"], cell.figures
-    assert cell.figures["steps"] == 3 and 0 < cell.figures["max_parameter_difference"] <= 1e-4
+    assert cell.figures["steps"] == 3 and 0 <= cell.figures["max_parameter_difference"] <= 1e-6
     if cell.layout.twin:
         same = grid.cell(model, cell.layout.twin).digest == cell.digest
         assert same or (model, name) in SCRIPT_NAMES["OTHER_ORDER"], "recomputation changes a bit"

@@ -383,7 +383,8 @@ def test_damaged_model_is_told_in_one_line(tmp_path, model_file, damage, capfd):
                "first half": full[: len(full) // 2], "cut end": full[:-500]}[damage]
     path = tmp_path / "damaged.model"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a SentencePiece model") as caught:
+    # A model that says its own digest is found changed before it is parsed.
+    with pytest.raises(UserError, match="not a SentencePiece model|it has changed since it was written") as caught:
         Tokenizer(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -302,7 +302,7 @@ def test_what_mindspore_refuses_is_told_in_one_line_and_our_own_mistake_is_not_a
 
 
 def test_a_compile_ends_with_whoever_asked_for_it():
-    program = ("import os, time\nfrom parallel.proof import child\nfork = os.fork()\n"
+    program = ("import os, time\nfrom parallel.proof.compile import rank_compiler as child\nfork = os.fork()\n"
                "if fork == 0:\n    time.sleep(60)\n"
                "child._exit_code(fork, parent=-1)")
     ended = subprocess.run([sys.executable, "-c", program], start_new_session=True, timeout=50, check=False)

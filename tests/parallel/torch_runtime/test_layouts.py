@@ -44,7 +44,7 @@ SIZES = {"pangu/tiny": ["model.layers=2", "model.hidden_size=32", "model.sequenc
 RANKER = ["train.global_batch_size=32", "data.synthetic.samples=2000"]
 MODELS = ("pangu/tiny", "recsys/rankmixer", "recsys/tokenmixer_large", "recsys/tokenmixer_large_moe",
           "recsys/rankmixer_ug_sep")
-DEFAULT = {("pangu/tiny", "stages"), ("pangu/tiny", "accumulation_optimizer"),
+DEFAULT = {("pangu/tiny", "stages"),
            ("recsys/tokenmixer_large_moe", "expert")}
 OPTIMIZERS = {
     "lamb": "train.optimizer.name=lamb", "adagrad": "train.optimizer.name=adagrad",
