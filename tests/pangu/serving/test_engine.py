@@ -128,8 +128,8 @@ def test_stop_ids_and_biases(make):
 
 def test_without_a_seed_requests_differ(make):
     engine = make()
-    texts = {tuple(read(engine.submit(EngineRequest([10], SamplingParams(20, 1.0, stop_ids=()))))[1])
-             for _ in range(4)}
+    texts = {tuple(read(engine.submit(EngineRequest([10], SamplingParams(60, 2.0, stop_ids=()))))[1])
+             for _ in range(8)}
     assert len(texts) > 1
 
 
