@@ -327,7 +327,8 @@ class TestComparison:
         from parallel.proof.replay.lockstep import Replay
 
         network = SimpleNamespace(trainable_params=list)
-        replay = Replay(SimpleNamespace(extents=[{}], count=1), SimpleNamespace(task=SimpleNamespace(network=network)), 3)
+        world = SimpleNamespace(extents=[{}], count=1)
+        replay = Replay(world, SimpleNamespace(task=SimpleNamespace(network=network)), 3)
         rank = Rank(0, prepare(graph_of(node("Neg", "out", ("x",), (1,)))), {})
         found = []
         for ours, full in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):
