@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from pangu.adaptation.settings import LowRankSettings
+from parallel.checkpoint import adapter_names
 from parallel.checkpoint.folder import FORMAT, PARAMETERS_FILE, VERSION
 from parallel.checkpoint.sharded import Slices, write_checkpoint, write_full
 from parallel.common.errors import UserError
 from parallel.common.settings import validate
 
-DOWN, UP = ".adapter_down", ".adapter_up"  # the names that `parallel.layers.low_rank` gives
+DOWN, UP = f".{adapter_names.DOWN}", f".{adapter_names.UP}"
 
 
 def extract_arguments(parser: argparse.ArgumentParser) -> None:

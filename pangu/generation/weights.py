@@ -18,6 +18,7 @@ from pangu.generation.kernel_runner import (
     pack_int8,
     pack_weights,
 )
+from parallel.checkpoint.adapter_names import hint_for_unknown
 from parallel.checkpoint.folder import PARAMETERS_FILE
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
@@ -87,7 +88,7 @@ class CheckpointWeights:
         for name in self.checkpoint.names(PARAMETERS_FILE):
             if name not in wanted:
                 raise UserError(f"the checkpoint has the unknown parameter {name}", where=where,
-                                hint="is it of another model?")
+                                hint=hint_for_unknown([name], "is it of another model?"))
         for name, shape in wanted.items():
             if name not in layout:
                 raise UserError(f"the checkpoint lacks parameter {name}", where=where,

@@ -6,6 +6,11 @@ DOWN, UP = "adapter_down", "adapter_up"
 """Last words of the names of an adapter's parameters."""
 
 
+def hint_for_unknown(names: list[str], otherwise: str) -> str:
+    """What to do about parameters of a checkpoint that a model does not have."""
+    return "merge its adapters into the weights first (merge-adapter)" if all(map(is_adapter, names)) else otherwise
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name is an adapter's."""
     return name.rpartition(".")[2] in (DOWN, UP)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel.checkpoint.adapter_names import hint_for_unknown
 from parallel.checkpoint.folder import (
     FORMAT,
     OPTIMIZER_FILE,
@@ -167,9 +168,12 @@ def _compare(checkpoint: Slices, kind: str, parameters: Sequence[NamedTensor], e
     extra = [name for name in checkpoint.names(kind) if name not in wanted]
     for what, names in (("lacks", missing), ("has the unknown", [] if extents else extra)):
         if names:
+            hint = "is it of another model or optimizer?"
+            if names is extra:
+                hint = hint_for_unknown(names, hint)
             more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
             raise UserError(f"the checkpoint {what} parameter {', '.join(names[:_MAX_SHOWN])}{more}",
-                            where=checkpoint.path, hint="is it of another model or optimizer?")
+                            where=checkpoint.path, hint=hint)
     for name, parameter in wanted.items():
         saved, extent = checkpoint.tensors[name], extents.get(parameter_of(name))
         shape = saved.shape if extent is None else tuple(stop - start for start, stop in extent)

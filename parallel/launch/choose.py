@@ -35,8 +35,17 @@ def choose(config: ParallelConfig, precision: str = "fp32") -> Choice:
         precision: `train.precision`.
 
     Raises:
-        UserError: the backend that is needed or asked for is not installed.
+        UserError: the backend that is needed or asked for is not installed; `execution` is set, which torch alone has.
     """
+    choice = _chosen(config, precision)
+    if choice.backend == "mindspore" and config.execution != "auto":
+        raise UserError(f"it says how torch runs a graph, and MindSpore runs this one ({choice.reason})",
+                        where="parallel.execution", value=config.execution,
+                        hint="set it to auto, or parallel.backend to torch")
+    return choice
+
+
+def _chosen(config: ParallelConfig, precision: str) -> Choice:
     if has_ascend() and config.backend != "torch":
         return Choice("mindspore", "Ascend", "all layouts run there")
     needed = what_needs_torch(config, precision)

@@ -34,6 +34,12 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     options = settings.train
     if options.share_users:
         raise UserError("a sharded run does not share users", where="train.share_users", hint="set it to false")
+    if options.start_from is not None:
+        raise UserError("a sharded run or one on torch does not start from another model", where="train.start_from",
+                        value=options.start_from, hint="set it to null, or train on one device with MindSpore")
+    if settings.publish.wanted:
+        raise UserError("a sharded run or one on torch publishes no versions", where="publish",
+                        hint="set publish.every_steps and publish.every_seconds to null")
     log = prepared(settings, backend)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       *backend.share, log.spec, settings.data.together, compares(settings))

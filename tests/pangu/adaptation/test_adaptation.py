@@ -148,6 +148,10 @@ def test_adapters_train_alone_and_merged_they_are_the_same_model(home, capsys):
                                      str(home / f"merged{number}")]) == 0
     one, two = parameters(home / "merged0"), parameters(home / "merged1")
     assert one.keys() == base.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+    capsys.readouterr()
+    assert main("pangu", VERBS, ["generate", "--config", TINY, *where(home), "--checkpoint", str(home / "low_rank"),
+                                 "--prompt", "问"]) == 2
+    assert "merge its adapters" in capsys.readouterr().err
     beside, within = losses(home, home / "low_rank", words), losses(home, home / "merged0", [])
     assert beside == pytest.approx(within, rel=1e-5)
     assert losses(home, home / "base", []) > 2 * beside

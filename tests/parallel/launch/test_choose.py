@@ -45,6 +45,14 @@ def test_gpus_are_never_left_to_mindspore(machine):
     assert told() == ("torch", "GPU")
 
 
+def test_execution_is_refused_where_mindspore_runs(machine):
+    machine()
+    assert told(op=2, execution="eager") == ("torch", "CPU")
+    for block in ({}, {"data": 2}, {"op": 2, "backend": "mindspore"}):
+        with pytest.raises(UserError, match="parallel.execution: .* MindSpore runs this one .*set it to auto"):
+            told(execution="inductor", **block)
+
+
 def test_ascend_runs_everything(machine):
     machine(ascend=True)
     assert told(op=2) == told("fp16", data=2) == ("mindspore", "Ascend")
