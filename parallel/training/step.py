@@ -101,8 +101,12 @@ class MeanGradient(nn.Cell):
         loss_sum, weight_sum, gradients = self.accumulate(sensitivity / size, batch)
         if self.reduce is not None:
             loss_sum, weight_sum = self.reduce(loss_sum), self.reduce(weight_sum)
-            gradients = self.map(self.reduce, gradients)
+            gradients = self.added(gradients)
         return loss_sum / weight_sum, gradients, size / weight_sum
+
+    def added(self, gradients: tuple) -> tuple:
+        """The gradients, added over the ranks."""
+        return self.map(self.reduce, gradients)
 
     def accumulate(self, sensitivity: Tensor, batch: tuple) -> tuple:
         """Sums over this rank's micro-batches, one after the other so that only one's activations are alive."""

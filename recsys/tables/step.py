@@ -42,17 +42,9 @@ class _DenseMean(MeanGradient):
         super().__init__(block, accumulation, group, ranks)
         self.dense = tuple(dense)
 
-    def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
-        """See `MeanGradient.construct`."""
-        if not self.by_weight:
-            loss, _, gradients = self.block(sensitivity, False, *batch)
-            return loss, gradients, self.one
-        size = 1.0 * batch[0].size if self.block.weighted else 1.0
-        loss_sum, weight_sum, gradients = self.accumulate(sensitivity / size, batch)
-        if self.reduce is not None:
-            loss_sum, weight_sum = self.reduce(loss_sum), self.reduce(weight_sum)
-            gradients = self.map(ops.partial(added, self.reduce), gradients, self.dense)
-        return loss_sum / weight_sum, gradients, size / weight_sum
+    def added(self, gradients: tuple) -> tuple:
+        """See `MeanGradient.added`."""
+        return self.map(ops.partial(added, self.reduce), gradients, self.dense)
 
 
 def added(reduce: ops.Primitive, gradient: Tensor, dense: bool) -> Tensor:

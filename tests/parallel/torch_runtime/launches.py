@@ -15,34 +15,15 @@ import numpy as np
 
 from parallel.checkpoint.sharded import Slices
 from parallel.training.metrics_log import read_metrics
+from tests.parallel.torch_runtime.records import LENGTH, VOCABULARY
 
 ROOT = Path(__file__).parents[3]
-VOCABULARY, LENGTH = 64, 16
 COMMON = ["train.log_every=1", "train.validate_every=8", "train.validation_batches=2", "output.tensorboard=false",
           "output.loss_curve=false", "output.checkpoint_every=4", "train.peak_tflops=1"]
 PANGU = ["--config", str(ROOT / "configs/pangu/tiny.yaml"), "model.layers=3", "model.hidden_size=32", "model.heads=4",
          f"model.sequence_length={LENGTH}", f"model.vocabulary_size={VOCABULARY}", "train.global_batch_size=16",
          "train.optimizer.schedule.warmup_steps=4", *COMMON]
 RANKER = ["train.global_batch_size=64", "data.synthetic.samples=4000", *COMMON]
-
-
-class CharacterTokenizer:
-    """One id a character."""
-
-    eot_id, pad_id, vocabulary_size, fingerprint = 9, 6, VOCABULARY, "characters"
-
-    def encode(self, text: str) -> list[int]:
-        return [10 + ord(char) % (VOCABULARY - 10) for char in text]
-
-
-def packed(folder: Path) -> Path:
-    """Real packed records: about 300 for training, and some for validation."""
-    from pangu.data.packing import PackOptions, pack
-
-    texts = [f"{number}号" + chr(0x4E00 + number % 50) * (number % 29) for number in range(400)]
-    pack(texts, CharacterTokenizer, PackOptions(shards=2, workers=1, validation_fraction=0.1), output=folder,
-         sequence_length=LENGTH)
-    return folder
 
 
 @dataclass

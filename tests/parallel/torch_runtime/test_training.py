@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parallel.torch_runtime.launches import Launch, assert_same_tensors, config_of, launch, packed
+from tests.parallel.torch_runtime.launches import Launch, assert_same_tensors, config_of, launch
+from tests.parallel.torch_runtime.records import packed
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None or importlib.util.find_spec("torch") is None,
@@ -47,7 +48,7 @@ NAMES = [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) f
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    return packed(tmp_path_factory.mktemp("records") / "out")
+    return packed(tmp_path_factory.mktemp("records") / "out", documents=400, shards=2)
 
 
 def arguments(name: str, records: Path, steps: int = STEPS) -> list[str]:
