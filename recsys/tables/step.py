@@ -44,10 +44,10 @@ class _DenseMean(MeanGradient):
 
     def added(self, gradients: tuple) -> tuple:
         """See `MeanGradient.added`."""
-        return self.map(ops.partial(added, self.reduce), gradients, self.dense)
+        return self.map(ops.partial(reduced_if_dense, self.reduce), gradients, self.dense)
 
 
-def added(reduce: ops.Primitive, gradient: Tensor, dense: bool) -> Tensor:
+def reduced_if_dense(reduce: ops.Primitive, gradient: Tensor, dense: bool) -> Tensor:
     """The gradient, added over the processes where it is `dense`."""
     if dense:
         return reduce(gradient)
