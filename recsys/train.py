@@ -27,8 +27,8 @@ from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
 from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
-from recsys.training.fit import check_device, evaluation_batch, finish, start_values
-from recsys.training.validation import Best
+from recsys.training.fit import check_device, finish, start_values
+from recsys.training.validation import Best, evaluation_batch, validation_rows
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
 
 if TYPE_CHECKING:
@@ -106,10 +106,10 @@ def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) 
                       settings.data.together, compares(settings))
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
-    rows = log.parts["validation"]
+    rows = validation_rows(settings, log.parts["validation"])
     counted, backend = count(network), MindSporeBackend(step)
     best = Best(settings, Evaluation(model, rows, log.labels, evaluation_batch(settings, rows),
-                                     limit=options.validation_batches, backend=backend),
+                                     backend=backend),
                 lambda: list(network.get_parameters()), processes.rank)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))

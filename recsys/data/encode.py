@@ -46,8 +46,8 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, chosen: np.ndarray) -> Encoded:
-        """The rows of a mask or index."""
+    def take(self, chosen: np.ndarray | slice) -> Encoded:
+        """The rows of a mask, an index or a slice."""
         return Encoded(self.ids[chosen], self.numbers[chosen], self.labels[chosen], self.users[chosen])
 
 

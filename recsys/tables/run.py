@@ -22,7 +22,7 @@ from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
 from recsys.training.any_backend import compares, keep_vocabulary, run_of
-from recsys.training.validation import Best
+from recsys.training.validation import Best, evaluation_batch, validation_rows
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -34,7 +34,7 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     Raises:
         UserError: settings that only tables in the graph know.
     """
-    from recsys.training.fit import check_device, evaluation_batch, finish, start_values
+    from recsys.training.fit import check_device, finish, start_values
 
     options = settings.train
     if options.share_users:
@@ -45,10 +45,10 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     start_values(settings, network, log, tables)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
-    rows = log.parts["validation"]
+    rows = validation_rows(settings, log.parts["validation"])
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
-                            limit=options.validation_batches, scores=backend.scorer, backend=backend)
+                            scores=backend.scorer, backend=backend)
     best = Best(settings, evaluation, lambda: dense_parameters(network), processes.rank, tables=tables)
     counted = count(network)
     if processes.rank == 0:

@@ -14,7 +14,7 @@ from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 from recsys.data.dataset import VOCABULARY, Batches, Log, prepare
 from recsys.layers.tasks import TaskPlan
-from recsys.training.validation import Best, RanksEvaluation
+from recsys.training.validation import Best, RanksEvaluation, validation_rows
 
 if TYPE_CHECKING:
     from recsys.settings import Run as RunSettings
@@ -44,7 +44,7 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       *backend.share, log.spec, settings.data.together, compares(settings))
     plan, batch = TaskPlan.of(settings.model.tasks, len(log.labels)), options.global_batch_size
-    evaluation = RanksEvaluation(backend, log.parts["validation"], log.labels, plan, batch, options.validation_batches)
+    evaluation = RanksEvaluation(backend, validation_rows(settings, log.parts["validation"]), log.labels, plan, batch)
     best = Best(settings, evaluation, backend.parameters, backend.rank, holder=backend.holder)
     if backend.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))

@@ -17,7 +17,7 @@ from recsys.data.dataset import Log
 from recsys.evaluation import Evaluation
 from recsys.ranker import TrainingLoss
 from recsys.training.any_backend import attainable_auc, sizes, with_test
-from recsys.training.validation import Best
+from recsys.training.validation import Best, evaluation_batch
 from recsys.versions.warm_start import warm_start
 
 if TYPE_CHECKING:
@@ -68,8 +68,3 @@ def start_values(settings: Run, network: TrainingLoss, log: Log, tables: Any = N
     if settings.train.start_from is not None and not own:
         warm_start(network, tables.window if tables is not None else log.spec, log.vocabulary,
                    settings.train.start_from, tables)
-
-
-def evaluation_batch(settings: Run, rows: Any) -> int:
-    """Samples of one forward pass over `rows`."""
-    return max(1, min(4 * settings.train.global_batch_size, len(rows)))

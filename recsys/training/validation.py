@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,6 +27,18 @@ if TYPE_CHECKING:
 _SMALLER_IS_BETTER = ("logloss", "validation_loss", "ece")
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
 """labels_nT, scores_nK, users_n."""
+
+
+def evaluation_batch(settings: Run, rows: Encoded) -> int:
+    """Samples of one forward pass over `rows` on one device."""
+    return max(1, min(4 * settings.train.global_batch_size, len(rows)))
+
+
+def validation_rows(settings: Run, rows: Encoded) -> Encoded:
+    """The rows that a validation looks at, the same on every backend and layout: those of the first
+    `train.validation_batches` batches of one device."""
+    limit = settings.train.validation_batches
+    return rows if limit is None else rows.take(slice(limit * evaluation_batch(settings, rows)))
 
 
 def metrics_of(predictions: Iterable[Prediction], labels: list[str], plan: TaskPlan) -> dict[str, float]:
@@ -57,13 +68,11 @@ class RanksEvaluation:
         labels: names of the tasks.
         plan: what the tasks are.
         batch: rows of a global batch, which the backend is made for.
-        limit: batches at most; None = all.
     """
 
-    def __init__(self, backend: Backend, rows: Encoded, labels: list[str], plan: TaskPlan, batch: int,
-                 limit: int | None = None) -> None:
+    def __init__(self, backend: Backend, rows: Encoded, labels: list[str], plan: TaskPlan, batch: int) -> None:
         self.backend, self.rows, self.labels, self.plan = backend, rows, labels, plan
-        self.batch, self.limit = batch, limit
+        self.batch = batch
         number, parts = backend.share
         self.mine = slice(number * batch // parts, (number + 1) * batch // parts)
 
@@ -73,7 +82,7 @@ class RanksEvaluation:
 
     def predictions(self) -> Iterator[Prediction]:
         """Batch by batch, in the order of the rows."""
-        for (ids, numbers, labels), users, real in itertools.islice(in_order(self.rows, self.batch), self.limit):
+        for (ids, numbers, labels), users, real in in_order(self.rows, self.batch):
             own = self.backend.scores((ids[self.mine], numbers[self.mine]))
             yield labels[:real], self.merged(own)[:real].astype(np.float64), users
 

@@ -129,3 +129,15 @@ def test_a_window_keeps_the_newest():
     assert window.newest(3)[1].tolist() == [12, 13, 14] and window.newest(9)[1].tolist() == [7, 11, 12, 13, 14]
     window.add(np.arange(20, 40, dtype=np.float32), np.zeros(20))
     assert window.newest(9)[1].tolist() == [35, 36, 37, 38, 39]
+
+
+@pytest.mark.parametrize("limit, kept", [(None, 100), (2, 80), (3, 100)])
+def test_a_validation_looks_at_the_same_rows_whatever_runs_it(limit, kept):
+    """A batch of a validation is one of one device, 4 training batches, however many processes share it."""
+    from types import SimpleNamespace
+
+    from recsys.training.validation import validation_rows
+
+    rows = Encoded(np.arange(100)[:, None], np.zeros((100, 0)), np.zeros((100, 1)), np.zeros(100))
+    settings = SimpleNamespace(train=SimpleNamespace(validation_batches=limit, global_batch_size=10))
+    assert validation_rows(settings, rows).ids[:, 0].tolist() == list(range(kept))
