@@ -195,6 +195,17 @@ def _settings_classes(annotation: Any) -> list[type[Settings]]:
     return [cls for argument in typing.get_args(annotation) for cls in _settings_classes(argument)]
 
 
+def without(settings: dict[str, Any], left_out: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings (as JSON) without some keys: of a block those that are named, or all of it for True."""
+    tree = dict(settings)
+    for block, keys in left_out.items():
+        if keys is True:
+            tree.pop(block, None)
+        elif isinstance(tree.get(block), dict):
+            tree[block] = {name: value for name, value in tree[block].items() if name not in keys}
+    return tree
+
+
 def to_yaml(settings: Settings) -> str:
     """All values, defaults included, as YAML that `load_settings` reads back."""
     return dump_yaml(settings.model_dump(mode="json"))

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from parallel.common.errors import UserError
+from parallel.common.settings import without
 from parallel.common.start_value import start_value
 from parallel.common.structured import parse_json
 
@@ -39,6 +40,7 @@ _LARGEST_JSON = 1 << 30
 # Settings that shape no graph.
 _SHAPELESS = {
     "output": True, "generate": True, "evaluate": True, "serve": True, "pack": True, "vocabulary": True,
+    "publish": True, "adapt": {"checkpoint", "pairs", "validation"},
     "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
               "data_sink", "keep_best"},
     "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache"},
@@ -50,13 +52,7 @@ Extent = tuple[tuple[int, int], ...]
 
 def shaping(settings: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's settings (as JSON) that shapes its graphs."""
-    tree = dict(settings)
-    for key, left_out in _SHAPELESS.items():
-        if left_out is True:
-            tree.pop(key, None)
-        elif isinstance(tree.get(key), dict):
-            tree[key] = {name: value for name, value in tree[key].items() if name not in left_out}
-    return tree
+    return without(settings, _SHAPELESS)
 
 
 @dataclass(frozen=True)

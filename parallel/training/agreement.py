@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from parallel.common.errors import UserError
+from parallel.common.settings import without
 from parallel.training.backend import Backend
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("parallel", "pangu", "recsys")
-_OWN = {"output": True, "data": {"directory", "validation_directory", "corpus", "path", "cache", "tokenizer"}}
+_OWN = {"output": True, "data": {"directory", "validation_directory", "corpus", "path", "cache", "tokenizer"},
+        "adapt": {"checkpoint", "pairs", "validation"}}
 """Settings in which machines may differ: where their folders are."""
 
 
@@ -29,12 +31,7 @@ def code_digest() -> str:
 
 def settings_digest(describe: dict[str, Any]) -> str:
     """SHA-256 of a run's settings but those of folders."""
-    tree = dict(describe)
-    for key, own in _OWN.items():
-        if own is True:
-            tree.pop(key, None)
-        elif isinstance(tree.get(key), dict):
-            tree[key] = {name: value for name, value in tree[key].items() if name not in own}
+    tree = without(describe, _OWN)
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()
 
 

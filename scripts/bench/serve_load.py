@@ -14,6 +14,7 @@ the server says of its cache. The clients run in a process of their own on the s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import random
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,17 +85,23 @@ log.vocabulary.save(folder / "run" / "vocabulary.json")
 
 def load(checkpoint: str, arguments: argparse.Namespace) -> dict:
     """Figures of one server under all clients."""
-    words = ["port=0", "engine.timeout_seconds=30", f"engine.queue={2 * arguments.clients}", *arguments.words]
+    with serving(checkpoint, arguments.clients, arguments.words) as address:
+        return hammer(address, requests(checkpoint, arguments), arguments)
+
+
+@contextlib.contextmanager
+def serving(checkpoint: str, clients: int, words: list[str]) -> Iterator[str]:
+    """A server of a ranker for so many clients, in a process of its own; gives its HOST:PORT."""
+    words = ["port=0", "engine.timeout_seconds=30", f"engine.queue={2 * clients}", *words]
     process = subprocess.Popen([sys.executable, "-m", "recsys", "serve", "--checkpoint", checkpoint, *words],
-                               env={**environment(), "COLUMNS": "400"}, cwd=ROOT, stdout=subprocess.PIPE,
+                               env={**environment(), "COLUMNS": "400"}, cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
     try:
         address = next((line.split("http://")[1].strip() for line in process.stderr if "http://" in line), None)
         if address is None:
             raise SystemExit("error: the server did not start")
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        bodies = requests(checkpoint, arguments)
-        return hammer(address, bodies, arguments)
+        yield address
     finally:
         process.terminate()
         process.wait()

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
-from serve_load import start_values  # noqa: E402
-from turns import environment, threads  # noqa: E402
+from serve_load import serving, start_values  # noqa: E402
+from turns import threads  # noqa: E402
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 
@@ -127,19 +127,8 @@ def bodies(checkpoint: str, arguments: argparse.Namespace, redis: Redis) -> tupl
 
 def served(checkpoint: str, words: list[str], asks: list[bytes], kind: str, arguments: argparse.Namespace) -> dict:
     """Figures of one server under all clients."""
-    words = ["port=0", "engine.timeout_seconds=30", f"engine.queue={2 * arguments.clients}", *words]
-    process = subprocess.Popen([sys.executable, "-m", "recsys", "serve", "--checkpoint", checkpoint, *words],
-                               env={**environment(), "COLUMNS": "400"}, cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
-    try:
-        address = next((line.split("http://")[1].strip() for line in process.stderr if "http://" in line), None)
-        if address is None:
-            raise SystemExit("error: the server did not start")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+    with serving(checkpoint, arguments.clients, words) as address:
         return hammer(address, asks, kind, arguments)
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def hammer(address: str, asks: list[bytes], kind: str, arguments: argparse.Namespace) -> dict:

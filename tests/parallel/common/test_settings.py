@@ -92,3 +92,11 @@ def test_a_circle_of_bases_is_refused(tmp_path):
 def test_a_file_that_is_too_large_is_refused(tmp_path):
     with pytest.raises(UserError, match="too large"):
         load_settings(Outer, write(tmp_path, "#" * (2 << 20)))
+
+
+def test_settings_without_some_keys():
+    from parallel.common.settings import without
+
+    tree = {"output": {"directory": "a"}, "train": {"steps": 3, "log_every": 1}, "adapt": None}
+    left = without(tree, {"output": True, "train": {"log_every"}, "adapt": {"pairs"}, "absent": True})
+    assert left == {"train": {"steps": 3}, "adapt": None} and tree["train"] == {"steps": 3, "log_every": 1}
