@@ -37,15 +37,35 @@ def fused_rules(device: torch.device, traced: bool = False) -> dict[str, Callabl
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _parts(node: Node, rest: Sequence[Any]) -> tuple[Tensor | None, tuple]:
-    """Bias (None where the mask is causal) and what dropout reads."""
-    bias = None if node.attributes["causal"] else rest[0]
-    return bias, tuple(rest[-3:]) if node.attributes["dropout"] else ()
+def _parts(node: Node, rest: Sequence[Any]) -> tuple[Tensor | None, tuple, tuple]:
+    """Bias (None where the mask is causal, or told by documents), spans of documents, and what dropout reads."""
+    dropout = tuple(rest[-3:]) if node.attributes["dropout"] else ()
+    if node.attributes.get("documents"):
+        return None, tuple(rest[:3]), dropout
+    return None if node.attributes["causal"] else rest[0], (), dropout
+
+
+def _bias_of(spans: tuple, dtype: torch.dtype) -> Tensor:
+    """The mask of documents written out, [B, 1, S, S]."""
+    documents = spans[0]
+    visible = (documents[:, :, None] == documents[:, None, :]).tril()
+    return torch.where(visible, 0.0, -10000.0).to(dtype)[:, None]
+
+
+def _own_kernel(q: Tensor, spans: tuple, dropout: tuple) -> bool:
+    """Whether attention runs in the kernels of `dropout_attention`."""
+    return q.is_cuda and bool(spans or dropout)
 
 
 def _attention(node: Node, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple:
     """(out, what the gradient needs...) of softmax(q k^T + bias) v; q is scaled already."""
-    bias, dropout = _parts(node, rest)
+    bias, spans, dropout = _parts(node, rest)
+    if _own_kernel(q, spans, dropout):
+        from parallel.torch_runtime import dropout_attention
+
+        return dropout_attention.forward(node, q, k, v, bias, dropout, spans)
+    if spans:
+        bias = _bias_of(spans, q.dtype)
     if dropout:
         return _attention_with_dropout(node, q, k, v, bias, dropout)
     causal = node.attributes["causal"]
@@ -60,7 +80,13 @@ def _attention(node: Node, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple
 
 def _attention_grad(node: Node, dout: Tensor, forward: tuple, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple:
     """Gradients by q, k and v."""
-    bias, dropout = _parts(node, rest)
+    bias, spans, dropout = _parts(node, rest)
+    if _own_kernel(q, spans, dropout):
+        from parallel.torch_runtime import dropout_attention
+
+        return dropout_attention.backward(node, dout, forward, q, k, v, bias, dropout, spans)
+    if spans:
+        bias = _bias_of(spans, q.dtype)
     if dropout:
         return _attention_with_dropout_grad(node, dout, forward, q, k, v, bias, dropout)
     causal, out, lse = node.attributes["causal"], forward[0], forward[1]
@@ -76,6 +102,14 @@ def _attention_grad(node: Node, dout: Tensor, forward: tuple, q: Tensor, k: Tens
         return found[:3]
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=1.0)
+
+
+def _document_spans(node: Node, documents: Tensor) -> tuple:
+    """(documents, first, last), int32 [B, S]: numbers of the documents, the first and the last place with the same
+    number, whatever the order of the numbers."""
+    same = (documents[:, :, None] == documents[:, None, :]).byte()
+    last = documents.shape[1] - 1 - same.flip(-1).argmax(-1)
+    return documents.int(), same.argmax(-1).int(), last.int()
 
 
 def kept_mask(rows: Tensor, sums: Tensor, columns: Tensor, threshold: int) -> Tensor:
@@ -95,10 +129,6 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _attention_with_dropout(node: Node, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, parts: tuple) -> tuple:
-    if q.is_cuda:
-        from parallel.torch_runtime import dropout_attention
-
-        return dropout_attention.forward(node, q, k, v, bias, parts)
     p = _probabilities(q, k, bias)
     mask = kept_mask(*parts, node.attributes["threshold"]) * node.attributes["scale"]
     return (p.to(q.dtype) * mask.to(q.dtype)) @ v, p
@@ -106,10 +136,6 @@ def _attention_with_dropout(node: Node, q: Tensor, k: Tensor, v: Tensor, bias: T
 
 def _attention_with_dropout_grad(node: Node, dout: Tensor, forward: tuple, q: Tensor, k: Tensor, v: Tensor,
                                  bias: Tensor | None, parts: tuple) -> tuple:
-    if q.is_cuda:
-        from parallel.torch_runtime import dropout_attention
-
-        return dropout_attention.backward(node, dout, forward, q, k, v, bias, parts)
     p = forward[1]
     mask = (kept_mask(*parts, node.attributes["threshold"]) * node.attributes["scale"]).to(q.dtype)
     dv = (p.to(q.dtype) * mask).transpose(-1, -2) @ dout
@@ -194,5 +220,5 @@ _PLAIN: dict[str, Callable] = {
     "Item": lambda node, items: items[node.attributes["index"]], "FusedAttention": _attention,
     "FusedAttentionGrad": _attention_grad, "RowSums": _row_sums, "RowSumsGrad": _row_sums_grad,
     "FusedLayerNorm": _layer_norm, "FusedLayerNormGrad": _layer_norm_grad, "SumOfSquares": _sum_of_squares,
-    "AdamScalars": _adam_scalars, "FusedAdam": _adam, "Linear": _linear,
+    "AdamScalars": _adam_scalars, "FusedAdam": _adam, "Linear": _linear, "DocumentSpans": _document_spans,
 }  # fmt: skip

@@ -17,7 +17,7 @@ _MATMULS = ("BatchMatMul",)
 
 
 def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attention: bool = True,
-              free: frozenset[tuple[int, ...]] = frozenset()) -> Graph:
+              spans: str = "dropout", free: frozenset[tuple[int, ...]] = frozenset()) -> Graph:
     """The graph with all patterns fused.
 
     Args:
@@ -25,12 +25,14 @@ def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attenti
         causal: attention's mask is known to be causal: no documents are told apart (`documents_input`).
         early: see `Editor.graph`.
         attention: whether attention is fused at all.
+        spans: which attention tells documents apart by their numbers in place of a bias [B, 1, S, S]: "dropout", that
+            with dropout; "all"; "none".
         free: see `Editor.graph`.
     """
     editor = Editor(graph)
     plain_items(editor)
     if attention:
-        fuse_attention(editor, causal)
+        fuse_attention(editor, causal, spans)
     fuse_cross_entropy(editor)
     fuse_layer_norm(editor)
     fuse_squares(editor)
@@ -51,14 +53,17 @@ def plain_items(editor: Editor) -> None:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def fuse_attention(editor: Editor, causal: bool) -> int:
+def fuse_attention(editor: Editor, causal: bool, spans: str = "dropout") -> int:
     """softmax(q k^T + bias) v and its gradients, dropout on the probabilities included; how many were found."""
     found, casts = 0, {}
     for node in list(editor.nodes.values()):
         if node.op == "Softmax" and node.number in editor.nodes:
             pattern = _attention(editor, node)
             if pattern is not None:
-                _replace_attention(editor, pattern, causal and documents_of(editor, pattern["bias"]) is not None, casts)
+                told = documents_of(editor, pattern["bias"])
+                apart = told is not None and told[1] >= 0 and not causal and (spans == "all" or (spans == "dropout"
+                                                                                and bool(pattern["dropout"])))
+                _replace_attention(editor, pattern, causal and told is not None, told[1] if apart else None, casts)
                 found += 1
     return found
 
@@ -169,17 +174,25 @@ def _attention_gradient(editor: Editor, pattern: dict, backward: Node, dvs: list
     return {"dout": dout, "v": v, "dq": dq[0], "dk": dk[0], "dv": dvs[0]}
 
 
-def _replace_attention(editor: Editor, pattern: dict, causal: bool, casts: dict) -> None:
+def _replace_attention(editor: Editor, pattern: dict, causal: bool, documents: int | None, casts: dict) -> None:
     first = pattern["out"][0] if pattern["out"] else pattern["softmax"]
     q, dropout = editor.kind(pattern["q"]), pattern["dropout"]
-    bias = pattern["bias"]
-    if not causal:
+    bias, told = pattern["bias"], []
+    if documents is not None:
+        if documents not in casts:
+            made, kind = editor.add("DocumentSpans", [documents], [], first), editor.kind(documents)
+            casts[documents] = [editor.item(made, place, Kind(kind.shape, "int32"), first) for place in range(3)]
+        told = casts[documents]
+    elif not causal:
         if (bias, q.dtype) not in casts:
             kind = Kind(editor.kind(bias).shape, q.dtype)
             casts[bias, q.dtype] = editor.add("Cast", [bias], [kind], editor.nodes.get(bias, first))
         bias = casts[bias, q.dtype]
     inputs, attributes = [pattern["q"], pattern["k"], pattern["v"]], {"causal": causal, "dropout": bool(dropout)}
-    if not causal:
+    if documents is not None:
+        inputs += told
+        attributes["documents"] = True
+    elif not causal:
         inputs.append(bias)
     extra = []
     if dropout:
@@ -198,9 +211,10 @@ def _replace_attention(editor: Editor, pattern: dict, causal: bool, casts: dict)
             editor.replace(node.number, editor.item(back, index, node.outputs[0], like))
 
 
-def documents_of(editor: Editor, bias: int) -> int | None:
-    """The graph's input that numbers the documents, if `bias` hides what is after a position or in another document:
-    where all of a row is one document the mask is causal. None for any other mask."""
+def documents_of(editor: Editor, bias: int) -> tuple[int, int] | None:
+    """(the graph's input that numbers the documents, the value [B, S] that is compared with itself), if `bias` hides
+    what is after a position or in another document: where all of a row is one document the mask is causal. None for
+    any other mask."""
     weigh = editor.maker(editor.through(bias, "Cast", "Depend"), "Mul")
     invert = editor.maker(weigh.inputs[0], "Sub") if weigh is not None else None
     if invert is None:
@@ -214,11 +228,13 @@ def documents_of(editor: Editor, bias: int) -> int | None:
         return None
     if not np.array_equal(triangle.array(), np.tri(triangle.kind.shape[-1], dtype=bool)[None]):
         return None
-    moved = ("ExpandDims", "Reshape", "StridedSlice", "Depend", "Load")
-    sources = {editor.through(item, *moved) for item in same.inputs}
-    if len(sources) == 1 and (source := sources.pop()) < editor.original.first_parameter:
-        return source
-    return None
+    told = {editor.through(item, "ExpandDims", "Reshape", "Depend", "Load") for item in same.inputs}
+    sources = {editor.through(item, "ExpandDims", "Reshape", "StridedSlice", "Depend", "Load") for item in same.inputs}
+    if len(sources) != 1 or (source := sources.pop()) >= editor.original.first_parameter:
+        return None
+    flat = told.pop() if len(told) == 1 else -1
+    kind = editor.kind(flat)
+    return source, flat if kind is not None and len(kind.shape) == 2 else -1
 
 
 def documents_input(graph: Graph) -> int | None:
@@ -232,7 +248,8 @@ def documents_input(graph: Graph) -> int | None:
             pattern = _attention(editor, node)
             if pattern is None:
                 return None
-            found.add(documents_of(editor, pattern["bias"]))
+            told = documents_of(editor, pattern["bias"])
+            found.add(told[0] if told is not None else None)
     return found.pop() if len(found) == 1 else None
 
 

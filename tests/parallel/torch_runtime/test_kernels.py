@@ -41,24 +41,31 @@ def test_adam(skipped):
     near(ours, theirs)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_with_dropout(causal):
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "bias", "documents"])
+def test_attention(mask, dropout):
     torch.manual_seed(0)
-    size = (2, 2, 100, 16)
+    size = (2, 2, 200, 16)
     q, k, v, gradient = (torch.randn(size) for _ in range(4))
     q = (q / 4).transpose(1, 2).contiguous().transpose(1, 2)
-    documents = torch.arange(100)[None].expand(2, -1) // (100 if causal else 40)
+    documents = torch.arange(200)[None].expand(2, -1) // (200 if mask == "causal" else 70)
+    if mask == "documents":  # numbers in no order, and one that comes again
+        documents = torch.tensor([5, 3, 5])[documents]
     bias = torch.where((documents[:, :, None] == documents[:, None, :]).tril(), 0.0, -10000.0)[:, None]
-    parts = (*(torch.randint(-2**31, 2**31 - 1, (2, 1, 100, 1)).int() for _ in range(2)),
-             torch.randint(-2**31, 2**31 - 1, (1, 2, 1, 100)).int())
-    node = Node("FusedAttention", [], [], {"causal": causal, "dropout": True, "scale": 1 / 0.9,
-                                           "threshold": int(-(2**31) + 0.1 * 2**32)})
-    mask = fused.kept_mask(*parts, node.attributes["threshold"]) * node.attributes["scale"]
-    assert 0.85 < float((mask > 0).float().mean()) < 0.95
+    node = Node("FusedAttention", [], [], {"causal": mask == "causal", "dropout": dropout, "scale": 1.0})
+    parts, kept = (), torch.ones(())
+    if dropout:
+        parts = (*(torch.randint(-2**31, 2**31 - 1, (2, 1, 200, 1)).int() for _ in range(2)),
+                 torch.randint(-2**31, 2**31 - 1, (1, 2, 1, 200)).int())
+        node.attributes |= {"scale": 1 / 0.9, "threshold": int(-(2**31) + 0.1 * 2**32)}
+        kept = fused.kept_mask(*parts, node.attributes["threshold"]) * node.attributes["scale"]
+        assert 0.85 < float((kept > 0).float().mean()) < 0.95
     leaves = [item.clone().requires_grad_() for item in (q, k, v)]
-    wanted = (torch.softmax(leaves[0] @ leaves[1].transpose(-1, -2) + bias, -1) * mask) @ leaves[2]
+    wanted = (torch.softmax(leaves[0] @ leaves[1].transpose(-1, -2) + bias, -1) * kept) @ leaves[2]
     wanted.backward(gradient)
-    given = None if causal else bias
-    found = dropout_attention.forward(node, q, k, v, given, parts)
+    given = bias if mask == "bias" else None
+    spans = fused._document_spans(None, documents) if mask == "documents" else ()
+    found = dropout_attention.forward(node, q, k, v, given, parts, spans)
     near([found[0]], [wanted.detach()])
-    near(dropout_attention.backward(node, gradient, found, q, k, v, given, parts), [leaf.grad for leaf in leaves])
+    near(dropout_attention.backward(node, gradient, found, q, k, v, given, parts, spans),
+         [leaf.grad for leaf in leaves])
