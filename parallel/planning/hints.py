@@ -1,4 +1,4 @@
-"""What to change so that a layout that does not fit does."""
+"""What to change so that a layout that does not fit does, and what a run needs of memory with each such change."""
 
 from __future__ import annotations
 
@@ -42,6 +42,47 @@ def hints(planner: Planner, config: ParallelConfig) -> str:
     if fits:
         return f"{min(fits)[1]} makes it fit"
     return f"no single change makes it fit; {least[1]} leaves {size_text(least[0])} too much" if least else ""
+
+
+def memory_needs(planner: Planner, config: ParallelConfig) -> dict[str, Any]:
+    """What a device of the fullest stage holds, for a run that finds its memory too small.
+
+    Args:
+        planner: of the run.
+        config: resolved.
+
+    Returns:
+        "bytes", "kinds" (bytes by kind) and "changes": [key, value, bytes with it], those that need less, the cheapest
+        in time first.
+    """
+    own = planner.evaluate(config, exact=False)
+    micro = config.pipeline.micro_batches
+    trials = [("parallel.recompute.policy", "full", {"recompute": {"policy": "full"}}),
+              ("parallel.optimizer.shard", -1, {"optimizer": {"shard": -1}}),
+              ("parallel.pipeline.micro_batches", 2 * micro, {"pipeline": {"micro_batches": 2 * micro}}),
+              ("train.accumulation", 2 * planner.train.accumulation, {})]
+    found = []
+    for key, value, change in trials:
+        if (key.endswith("micro_batches") and config.pipeline.stages == 1) or (
+                key == "train.accumulation" and config.pipeline.stages > 1):
+            continue
+        before, trial = planner.train, _changed(config, change)
+        try:
+            trial = trial.resolve()
+            if key == "train.accumulation":
+                planner.train = before.model_copy(update={"accumulation": value})
+            count = max(trial.pipeline.micro_batches, planner.train.accumulation)
+            if not planner.divides(trial, count):
+                continue
+            estimate = planner.evaluate(trial, exact=False)
+        except UserError:
+            continue
+        finally:
+            planner.train = before
+        if estimate.fullest.total < own.fullest.total:
+            found.append((estimate.step_seconds, [key, value, int(estimate.fullest.total)]))
+    return {"bytes": int(own.fullest.total), "kinds": {kind: int(size) for kind, size in own.fullest.parts().items()},
+            "changes": [item for _, item in sorted(found, key=lambda pair: pair[0])]}
 
 
 def _changed(config: ParallelConfig, change: dict[str, Any]) -> ParallelConfig:

@@ -139,7 +139,20 @@ def write_program(config: str, overrides: Sequence[str], folder: Path, compilers
     settings = load_run(config, list(overrides))[1]
     compiled = {kind: compile_graphs(config, overrides, compilers, graph=kind) for kind in kinds}
     write_worlds(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings, digest=digest,
-                 config=Path(config).name, overrides=list(overrides))
+                 config=Path(config).name, overrides=list(overrides), needs=_needs(config, overrides))
+
+
+def _needs(config: str, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """What the run needs of a device's memory by the estimate, for a machine that has not enough and no MindSpore to
+    work it out; None where the planner knows no such layout."""
+    from parallel.planning.hints import memory_needs
+    from parallel.planning.planner import planner_for
+
+    try:
+        planner, settings = planner_for(config, list(overrides), "h100")
+        return memory_needs(planner, settings.parallel.resolve())
+    except UserError:
+        return None
 
 
 def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,

@@ -7,6 +7,7 @@ with a parameter that is written before the result is read, it is copied first (
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.common.errors import UserError
+from parallel.torch_runtime.buckets import bucketed
 from parallel.torch_runtime.groups import Communicator, Pending
 from parallel.torch_runtime.program import COLLECTIVES, Graph, Literal, Node
 from parallel.torch_runtime.rules import RULES, UPDATES, VIEWS, WRITES
@@ -24,11 +26,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
           "bool": torch.bool}
 _FOLDED_ELEMENTS = 1 << 16
 _FREE_OF_TENSORS = {"UpdateState"}
+_ONE_VIEW = {"Depend", "StopGradient", "Reshape", "Transpose", "TransposeExt", "ExpandDims", "Squeeze", "Flatten",
+             "Cast", "Contiguous"}
+"""Those of VIEWS that pass the memory of one input on as a whole."""
 
 
 @dataclass
 class Step:
-    """A bound node: `function(values)` gives the result, or a list of results for the places `more`."""
+    """A bound node: `function(values)` gives the result, or a list of results for the places `more`. Which places it
+    waits for first, which are free after it, and whether its results are collectives under way."""
 
     node: Node
     function: Callable[[list], Any]
@@ -36,6 +42,7 @@ class Step:
     waits: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
     more: tuple[int, ...] | None = None
+    begins: bool = False
 
 
 @dataclass
@@ -97,11 +104,18 @@ class Binder:
         floating: "declared", or "float64": every floating type becomes this one (exact mode).
         communicator: None in a world of one.
         rules: beside RULES and UPDATES, those of fused nodes.
+        joins: groups whose collectives may begin together (`buckets`); None = op by op, nothing joined and every
+            result a tensor of its own.
     """
 
     def __init__(self, graph: Graph, state: dict[str, Tensor], device: torch.device, *, floating: str = "declared",
-                 communicator: Communicator | None = None, rules: dict[str, Callable] | None = None) -> None:
+                 communicator: Communicator | None = None, rules: dict[str, Callable] | None = None,
+                 joins: frozenset[tuple[int, ...]] | None = None) -> None:
         self.graph, self.device, self.floating, self.communicator = graph, device, floating, communicator
+        self.joins = joins if communicator is not None else None
+        self.by_number = {node.number: node for node in graph.nodes}
+        self.overwritten: set[int] = set()  # results whose place a collective's sum takes
+        self.readers = Counter(number for node in graph.nodes for number in read_by(node))
         self.rules = {**RULES, **UPDATES, **(rules or {})}
         self.values: list[Any] = [None] * (graph.first_node + len(graph.nodes))
         self.state = state
@@ -139,19 +153,60 @@ class Binder:
         Raises:
             UserError: a primitive without a rule.
         """
-        aliases = aliases_of(self.graph)
-        sharing, copied = hazards(self.graph, aliases)
-        self.sharing = sharing
-        steps: list[Step] = []
+        self.aliases = aliases_of(self.graph)
+        self.sharing, self.copied = hazards(self.graph, self.aliases)
+        nodes: list[Node] = []
         for node in self.graph.nodes:
             if node.op in _FREE_OF_TENSORS:
                 self.known.add(node.number)
-            elif node.number in aliases:
-                self.values[node.number] = self.values[aliases[node.number]]
+            elif node.number in self.aliases:
+                self.values[node.number] = self.values[self.aliases[node.number]]
             elif not self._fold(node):
-                steps.append(Step(node, self._function(node, aliases, node.number in copied), node.number))
+                nodes.append(node)
+        steps = self._steps(nodes)
         unread = self._lifetimes(steps)
-        return Bound(self.graph, steps, self.values, self.communicator, unread, len(copied))
+        return Bound(self.graph, steps, self.values, self.communicator, unread, len(self.copied))
+
+    def _steps(self, nodes: list[Node]) -> list[Step]:
+        """The nodes that are left after folding, as steps in the order of execution."""
+        return [self._together(item) if isinstance(item, list) else self._step(item)
+                for item in self._bucketed(nodes, read_by)]
+
+    def _step(self, node: Node) -> Step:
+        return Step(node, self._function(node, self.aliases, node.number in self.copied), node.number,
+                    begins=node.op in COLLECTIVES)
+
+    def _bucketed(self, items: list, reads: Callable[[Any], list[int]]) -> list:
+        """Items with lists of the collectives that begin together; `items` as they are where nothing is joined."""
+        if not self.joins:
+            return items
+        senders: dict[int, set[int]] = {}  # parameter -> collectives that send what shares its memory
+        for node in self.graph.nodes:
+            if node.op in COLLECTIVES and node.inputs:
+                source = self.aliases.get(node.inputs[0], node.inputs[0])
+                roots = {parameter for parameter, _ in self.sharing.get(source, ())}
+                for parameter in roots | ({source} if self.graph.is_parameter(source) else set()):
+                    senders.setdefault(parameter, set()).add(node.number)
+
+        def harms(item: Any) -> set[int]:
+            if not isinstance(item, Node) or item.op not in WRITES:
+                return set()
+            return {number for parameter in written_by(self.graph, item, self.aliases)
+                    for number in senders.get(parameter, ())}
+
+        return bucketed(items, self.graph, self.joins, reads, harms)
+
+    def _together(self, nodes: list[Node]) -> Step:
+        """Collectives that begin as one."""
+        communicator, members = self.communicator, tuple(self.graph.groups[nodes[0].attributes["group"]])
+        sources = [self._sent(node) for node in nodes]
+
+        def begin(values: list) -> list[Pending]:
+            return communicator.start_together(nodes, [source(values) for source, _ in sources], members,
+                                               [own for _, own in sources])
+
+        lead = Node("Together", [node.inputs[0] for node in nodes], [], {}, nodes[0].scope, {}, nodes[0].number)
+        return Step(lead, begin, lead.number, more=tuple(node.number for node in nodes), begins=True)
 
     def _fold(self, node: Node) -> bool:
         """Computes a node of constants alone, once; whether it was."""
@@ -248,11 +303,30 @@ class Binder:
         if node.op == "Receive":
             dtype = self.dtype(node.outputs[0].dtype)
             return lambda values: communicator.start(node, dtype, members)
+        source, own = self._sent(node)
+        return lambda values: communicator.start(node, source(values), members, own)
+
+    def _sent(self, node: Node) -> tuple[Callable[[list], Tensor], bool]:
+        """What a collective sends, and whether it may be overwritten."""
         source = node.inputs[0]
         if self.sharing.get(source) or self.graph.is_parameter(source):
             # It may be written before it has left.
-            return lambda values: communicator.start(node, values[source].clone(), members)
-        return lambda values: communicator.start(node, values[source], members)
+            return (lambda values: values[source].clone()), True
+        return (lambda values: values[source]), self.joins is not None and self._alone(source)
+
+    def _alone(self, number: int) -> bool:
+        """Whether a value that one node reads has its memory for itself."""
+        while number != self.graph.result and self.readers[number] == 1 and number not in self.known:
+            node = self.by_number.get(number)
+            if node is None:
+                return False
+            if node.op not in VIEWS:
+                self.overwritten.add(number)
+                return True
+            if node.op not in _ONE_VIEW:
+                return False
+            number = node.inputs[0]
+        return False
 
     def _lifetimes(self, steps: list[Step]) -> tuple[int, ...]:
         """Says for every step which collectives it has to wait for, and what is read for the last time by it."""
@@ -265,9 +339,10 @@ class Binder:
                 if number in begun:
                     waited[place].append(number)
                     del begun[number]
-            if step.node.op in COLLECTIVES:
-                begun[step.place] = place
-            for number in step.more if step.more is not None else (step.place,):
+            made = step.more if step.more is not None else (step.place,)
+            if step.begins:
+                begun.update(dict.fromkeys(made, place))
+            for number in made:
                 last.setdefault(number, place)
         freed: list[list[int]] = [[] for _ in steps]
         for number, place in last.items():

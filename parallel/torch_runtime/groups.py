@@ -20,7 +20,10 @@ from parallel.common.errors import UserError
 from parallel.torch_runtime.program import Node
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,
-               "prod": dist.ReduceOp.PRODUCT}
+               "prod": dist.ReduceOp.PRODUCT, "mean": dist.ReduceOp.AVG}
+
+JOINED = ("AllReduce", "AllGather", "ReduceScatter")
+"""Collectives of which several may begin as one."""
 
 # Newer releases call them so, and warn of the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -40,7 +43,9 @@ class Pending:
         if self.work is not None:
             self.work.wait()
             self.work = self.kept = None
-        return self.result if self.finish is None else self.finish(self.result)
+        if self.finish is not None:
+            self.result, self.finish = self.finish(self.result), None
+        return self.result
 
 
 class Communicator:
@@ -65,13 +70,14 @@ class Communicator:
                     self.groups[(kind, *members)] = made
         self.sent: list[Pending] = []
 
-    def start(self, node: Node, value: Any, members: tuple[int, ...]) -> Pending:
+    def start(self, node: Node, value: Any, members: tuple[int, ...], own: bool = False) -> Pending:
         """Begins a collective.
 
         Args:
             node: of the graph.
             value: what this rank brings; None for a Receive.
             members: its group; of messages (sender, receiver).
+            own: nobody else reads the value, so a sum may take its place.
 
         Raises:
             UserError: a collective without a rule.
@@ -82,18 +88,10 @@ class Communicator:
             return Pending(None, value)
         group = self.groups[("group", *members)]
         value = value.contiguous()
-        if node.op == "AllReduce":
-            result = value.clone()
-            work = dist.all_reduce(result, _REDUCTIONS[str(node.attributes.get("op") or "sum")], group, async_op=True)
-            return Pending(work, result)
-        if node.op == "AllGather":
-            result = value.new_empty((value.shape[0] * len(members), *value.shape[1:]) if value.dim() else
-                                     (len(members),))
-            return Pending(_all_gather(result, value, group=group, async_op=True), result, value)
-        if node.op == "ReduceScatter":
-            result = value.new_empty((value.shape[0] // len(members), *value.shape[1:]))
-            operation = _REDUCTIONS[str(node.attributes.get("op") or "sum")]
-            return Pending(_reduce_scatter(result, value, op=operation, group=group, async_op=True), result, value)
+        if node.op in JOINED:
+            pending = self._drafted(node, value, len(members), own)
+            pending.work = self._begun(node, pending, group, async_op=True)
+            return pending
         if node.op == "Broadcast":
             root = int(node.attributes.get("root_rank") or 0)
             result = value.clone()
@@ -103,6 +101,51 @@ class Communicator:
             return self._exchange(node, value, group, len(members))
         raise UserError(f"no rule for the collective {node.op}", where=node.scope,
                         hint="add one to parallel/torch_runtime/groups.py")
+
+    def start_together(self, nodes: Sequence[Node], values: Sequence[Tensor], members: tuple[int, ...],
+                       own: Sequence[bool]) -> list[Pending]:
+        """Begins collectives of one kind, type and group as one launch, without copying them side by side.
+
+        Args:
+            nodes, values, own: of each, as in `start`.
+            members: their group.
+        """
+        group, pointers = self.groups[("group", *members)], set()
+        found = []
+        for node, value, alone in zip(nodes, values, own, strict=True):
+            value = value.contiguous()
+            # A compiler may have found that two results are the same and made one of them.
+            alone = alone and value.data_ptr() not in pointers
+            pointers.add(value.data_ptr())
+            found.append(self._drafted(node, value, len(members), alone))
+        with dist._coalescing_manager(group, async_ops=True) as work:
+            for node, pending in zip(nodes, found, strict=True):
+                self._begun(node, pending, group, async_op=False)
+        for pending in found:
+            pending.work = work
+        return found
+
+    def _drafted(self, node: Node, value: Tensor, count: int, own: bool) -> Pending:
+        """A collective's operands and result, not begun."""
+        if node.op == "AllGather":
+            shape = (value.shape[0] * count, *value.shape[1:]) if value.dim() else (count,)
+            return Pending(None, value.new_empty(shape), value)
+        # gloo has no mean.
+        finish = (lambda found: found.div_(count)) if self._by_hand(node) else None
+        if node.op == "ReduceScatter":
+            return Pending(None, value.new_empty((value.shape[0] // count, *value.shape[1:])), value, finish)
+        return Pending(None, value if own else value.clone(), None, finish)
+
+    def _by_hand(self, node: Node) -> bool:
+        return node.attributes.get("op") == "mean" and self.device.type != "cuda"
+
+    def _begun(self, node: Node, pending: Pending, group: Any, async_op: bool) -> Any:
+        if node.op == "AllGather":
+            return _all_gather(pending.result, pending.kept, group=group, async_op=async_op)
+        operation = _REDUCTIONS["sum" if self._by_hand(node) else str(node.attributes.get("op") or "sum")]
+        if node.op == "ReduceScatter":
+            return _reduce_scatter(pending.result, pending.kept, op=operation, group=group, async_op=async_op)
+        return dist.all_reduce(pending.result, operation, group, async_op=async_op)
 
     def _exchange(self, node: Node, value: Tensor, group: Any, count: int) -> Pending:
         """AlltoAll: `split_dim` in a part for each rank; the i-th goes to rank i; what comes is joined."""

@@ -13,11 +13,13 @@ import numpy as np
 from parallel.torch_runtime.program import Graph, Kind, Literal, Node
 from parallel.torch_runtime.rewrite import Editor
 
-_MATMULS = ("BatchMatMul",)
+SPANS = "dropout"
+"""Which attention tells documents apart by their numbers in place of a bias [B, 1, S, S]: "dropout", that with dropout;
+"all"; "none"."""
 
 
 def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attention: bool = True,
-              spans: str = "dropout", free: frozenset[tuple[int, ...]] = frozenset()) -> Graph:
+              free: frozenset[tuple[int, ...]] = frozenset()) -> Graph:
     """The graph with all patterns fused.
 
     Args:
@@ -25,14 +27,12 @@ def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attenti
         causal: attention's mask is known to be causal: no documents are told apart (`documents_input`).
         early: see `Editor.graph`.
         attention: whether attention is fused at all.
-        spans: which attention tells documents apart by their numbers in place of a bias [B, 1, S, S]: "dropout", that
-            with dropout; "all"; "none".
         free: see `Editor.graph`.
     """
     editor = Editor(graph)
     plain_items(editor)
     if attention:
-        fuse_attention(editor, causal, spans)
+        fuse_attention(editor, causal)
     fuse_cross_entropy(editor)
     fuse_layer_norm(editor)
     fuse_squares(editor)
@@ -53,7 +53,7 @@ def plain_items(editor: Editor) -> None:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def fuse_attention(editor: Editor, causal: bool, spans: str = "dropout") -> int:
+def fuse_attention(editor: Editor, causal: bool) -> int:
     """softmax(q k^T + bias) v and its gradients, dropout on the probabilities included; how many were found."""
     found, casts = 0, {}
     for node in list(editor.nodes.values()):
@@ -61,7 +61,7 @@ def fuse_attention(editor: Editor, causal: bool, spans: str = "dropout") -> int:
             pattern = _attention(editor, node)
             if pattern is not None:
                 told = documents_of(editor, pattern["bias"])
-                apart = told is not None and told[1] >= 0 and not causal and (spans == "all" or (spans == "dropout"
+                apart = told is not None and told[1] >= 0 and not causal and (SPANS == "all" or (SPANS == "dropout"
                                                                                 and bool(pattern["dropout"])))
                 _replace_attention(editor, pattern, causal and told is not None, told[1] if apart else None, casts)
                 found += 1

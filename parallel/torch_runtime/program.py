@@ -47,6 +47,7 @@ _SHAPELESS = {
     "parallel": {"backend", "devices", "execution"},
 }  # fmt: skip
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
+_WIDTHS = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
 Extent = tuple[tuple[int, int], ...]
 
 
@@ -61,6 +62,11 @@ class Kind:
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Of all its elements."""
+        return math.prod(self.shape) * _WIDTHS.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)
@@ -309,6 +315,20 @@ class Program:
             raise UserError("the graph is damaged", where=path, hint="export it again") from None
         made.groups = own.groups[kind]
         return made
+
+    def messages(self, rank: int, kind: str = "step") -> dict[tuple[int, int], tuple[list[int], list[int]]]:
+        """For each direction in which a rank sends or receives, (sender, receiver): the tags in the order in which
+        they are sent, and in which they are taken."""
+        own = {tuple(pair) for pair in self.groups[1] if rank in pair and pair[0] != pair[1]}
+        tags: dict[tuple, tuple[list[int], list[int]]] = {pair: ([], []) for pair in sorted(own)}
+        for number in sorted({item for pair in own for item in pair}):
+            graph = self.graph(number, kind)
+            for node in graph.nodes:
+                if node.op in ("Send", "Receive"):
+                    pair = graph.groups[node.attributes["group"]]
+                    if pair in tags:
+                        tags[pair][node.op == "Receive"].append(int(node.attributes["tag"]))
+        return tags
 
     def _check(self, name: str) -> None:
         known, path = self.tree["files"].get(name), self.folder / name

@@ -2,7 +2,6 @@
 
 A network's layers give the same region again and again, which is compiled once. Views, casts to a wider type and GELUs
 are computed again in every region that reads them, so that what is kept for the backward pass is the narrow tensor.
-Collectives that begin at the end of the same region are joined into one.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.torch_runtime.execute import Binder, Bound, Step, aliases_of, hazards, read_by
+from parallel.torch_runtime.execute import Binder, Step, read_by
 from parallel.torch_runtime.fused import fused_rules
-from parallel.torch_runtime.groups import Pending
 from parallel.torch_runtime.program import COLLECTIVES, Graph, Kind, Node
-from parallel.torch_runtime.rewrite import dependencies
+from parallel.torch_runtime.rewrite import dependencies, only_for_the_update
 from parallel.torch_runtime.rules import WRITES
 
 # Inductor would add rows by atomics, in another order every time.
@@ -29,7 +27,6 @@ _PULLED = {"Load", "Depend", "StopGradient", "Reshape", "Transpose", "TransposeE
 _ITEMS = ("Item", "TupleGetItem")
 _SIZES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
 _LARGEST = 600
-_JOINED = ("AllReduce", "AllGather", "ReduceScatter")
 _compiled: dict[str, Callable] = {}
 
 
@@ -43,27 +40,9 @@ class RegionBinder(Binder):
         super().__init__(graph, *arguments, **keywords)
         self.compile = compile or inductor
         self.traced = {**self.rules, **fused_rules(self.device, traced=True)}
-        self.by_number = {node.number: node for node in graph.nodes}
         self.kinds: dict[int, Kind | None] = {node.number: node.outputs[0] if len(node.outputs) == 1 else None
                                               for node in graph.nodes}
         self.kinds |= {number: kind for number, (_, kind) in enumerate([*graph.inputs, *graph.parameters])}
-
-    def bind(self) -> Bound:
-        """The bound graph."""
-        self.aliases = aliases_of(self.graph)
-        self.sharing, self.copied = hazards(self.graph, self.aliases)
-        nodes = []
-        for node in self.graph.nodes:
-            if node.number in self.aliases:
-                self.values[node.number] = self.values[self.aliases[node.number]]
-            elif node.op != "UpdateState" and not self._fold(node):
-                nodes.append(node)
-        self.for_others = {number for node in nodes if node.op in COLLECTIVES or node.op in WRITES
-                           for number in read_by(node)}
-        plan = self._plan(_items_first(nodes))
-        steps = self._steps(plan)
-        unread = self._lifetimes(steps)
-        return Bound(self.graph, steps, self.values, self.communicator, unread, len(self.copied))
 
     # -- which nodes make a region ----------------------------------------------------------------------------------
 
@@ -88,7 +67,8 @@ class RegionBinder(Binder):
 
     def _plan(self, nodes: list[Node]) -> list[list[Node] | Node]:
         """Regions (lists) and single nodes, in order; nodes that are pulled are in none."""
-        waits = dependencies(self.graph)
+        waits = dependencies(self.graph, control=False)
+        late = only_for_the_update(self.graph, waits)
         plan: list[list[Node] | Node] = []
         region: list[Node] = []
         later: list[Node] = []
@@ -108,6 +88,11 @@ class RegionBinder(Binder):
                 if blocked:
                     behind.add(node.number)
                 continue
+            if node.op in COLLECTIVES and node.number not in late:
+                # Its result is waited for: it begins at once, and what does not need it goes on.
+                close()
+                plan.append(node)
+                continue
             if node.op in COLLECTIVES or node.op in WRITES:
                 # Behind the region, in this order, whatever they wait for: no node of the region does.
                 later.append(node)
@@ -126,39 +111,24 @@ class RegionBinder(Binder):
 
     # -- from the plan to steps -------------------------------------------------------------------------------------
 
-    def _steps(self, plan: list[list[Node] | Node]) -> list[Step]:
+    def _steps(self, nodes: list[Node]) -> list[Step]:
+        self.for_others = {number for node in nodes if node.op in COLLECTIVES or node.op in WRITES
+                           for number in read_by(node)}
         drafts: list[tuple[list[Node], list[int]] | Node] = []
-        needed: set[int] = set()
-        for item in plan:
+        for item in self._plan(_items_first(nodes)):
             if isinstance(item, Node):
                 drafts += [*self._eagerly(item.inputs if item.op != "Depend" else item.inputs[:1], drafts), item]
-                needed.update(read_by(item))
             else:
-                nodes, outside = self._closed(item)
-                drafts.append((nodes, outside))
-                needed.update(outside)
+                drafts.append(self._closed(item))
         drafts += self._eagerly([self.graph.result], drafts)
-        needed.add(self.graph.result)
-        for item in drafts:
-            if isinstance(item, Node):
-                needed.update(read_by(item))
+        needed = {self.graph.result, *(number for item in drafts for number in _reads(item))}
         steps: list[Step] = []
-        apart: list[Step] = []  # what splits joined collectives, each to come before its first reader
-        for group in _joined(drafts, self.graph, self.communicator is not None):
-            if isinstance(group, Node):
-                step = Step(group, self._function(group, self.aliases, group.number in self.copied), group.number)
-            elif isinstance(group, list):
-                step, split = self._together(group)
-                apart.append(split)
+        for item in self._bucketed(drafts, _reads):
+            if isinstance(item, Node):
+                steps.append(self._step(item))
             else:
-                step = self._region(*group, needed)
-            read = set(read_by(step.node))
-            due = [split for split in apart if split.more and read.intersection(split.more)]
-            if isinstance(group, list):
-                due = [item for item in due if item is not split]
-            apart = [item for item in apart if all(item is not other for other in due)]
-            steps += [*due, step]
-        return [*steps, *apart]
+                steps.append(self._together(item) if isinstance(item, list) else self._region(*item, needed))
+        return steps
 
     def _closed(self, own: list[Node]) -> tuple[list[Node], list[int]]:
         """A region's nodes with those that it pulls, in order, and the values that come from outside."""
@@ -222,29 +192,10 @@ class RegionBinder(Binder):
             lines.append([node.op, read, [(kind.shape, kind.dtype) for kind in node.outputs], node.attributes])
         return json.dumps([lines, [local[number] for number in outputs]], default=str)
 
-    def _together(self, nodes: list[Node]) -> tuple[Step, Step]:
-        """Collectives of one kind and group as one, their tensors side by side: what begins it and what splits it."""
-        communicator, first = self.communicator, nodes[0]
-        members = tuple(self.graph.groups[first.attributes["group"]])
-        sources, count = [node.inputs[0] for node in nodes], len(members)
-        shared = {}
 
-        def begin(values: list) -> Pending:
-            tensors = [values[number] for number in sources]
-            shapes = [tensor.shape for tensor in tensors]
-            if first.op == "ReduceScatter":
-                flat = torch.cat([tensor.reshape(count, -1) for tensor in tensors], 1)
-            else:
-                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            shared["shapes"] = shapes
-            return communicator.start(first, flat, members)
-
-        lead = Step(Node("Together", sources, [], {}, first.scope, {}, first.number), begin, first.number)
-        lead.node.op = first.op  # it is waited for like the collective that it is
-        finish = _Parts(nodes, shared, count)
-        spread = Step(Node("Spread", [first.number], [], {}, first.scope, {}, nodes[0].number), finish,
-                      nodes[0].number, more=tuple(node.number for node in nodes))
-        return lead, spread
+def _reads(item: tuple[list[Node], list[int]] | Node) -> list[int]:
+    """Numbers of the values that a region or a single node reads."""
+    return read_by(item) if isinstance(item, Node) else item[1]
 
 
 def _items_first(nodes: list[Node]) -> list[Node]:
@@ -268,53 +219,6 @@ def _items_first(nodes: list[Node]) -> list[Node]:
     return found
 
 
-class _Parts:
-    """Splits what a joined collective gave."""
-
-    def __init__(self, nodes: list[Node], shared: dict, count: int) -> None:
-        self.nodes, self.shared, self.count, self.source = nodes, shared, count, nodes[0].number
-
-    def __call__(self, values: list) -> list[Tensor]:
-        flat, op, count = values[self.source], self.nodes[0].op, self.count
-        shapes = self.shared["shapes"]
-        if op == "AllReduce":
-            return [part.reshape(shape) for part, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes,
-                                                               strict=True)]
-        if op == "ReduceScatter":
-            parts = flat.reshape(-1).split([shape.numel() // count for shape in shapes])
-            return [part.reshape(shape[0] // count, *shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
-        parts = flat.reshape(count, -1).split([shape.numel() for shape in shapes], 1)
-        return [part.reshape(count * shape[0], *shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _joined(drafts: list, graph: Graph, several: bool) -> list:
-    """Drafts with runs of single collectives of the same kind, group and type gathered into lists."""
-    made: list = []
-    run: dict[tuple, list[Node]] = defaultdict(list)
-
-    def close() -> None:
-        for nodes in run.values():
-            made.append(nodes if len(nodes) > 1 else nodes[0])
-        run.clear()
-
-    for item in drafts:
-        if isinstance(item, Node) and item.op in _JOINED and several:
-            group = tuple(graph.groups[item.attributes["group"]])
-            shape = item.outputs[0].shape if item.outputs else ()
-            if len(group) > 1 and (item.op == "AllReduce" or shape):
-                run[item.op, group, item.attributes.get("op"), item.outputs[0].dtype].append(item)
-                continue
-        read = read_by(item) if isinstance(item, Node) else item[1]
-        if isinstance(item, Node) and item.op in ("Load", "Depend", "Reshape", "Cast", "ExpandDims") and \
-                not any(number in {node.number for nodes in run.values() for node in nodes} for number in read):
-            made.append(item)
-            continue
-        close()
-        made.append(item)
-    close()
-    return made
-
-
 class _Region:
     """A region's function: compiled when it is first run, from the tensors that it is then given."""
 
@@ -323,6 +227,8 @@ class _Region:
         self.nodes, self.inputs, self.outputs, self.told = nodes, list(place), outputs, told
         self.rules, self.values, self.dtype = binder.traced, binder.values, binder.dtype
         self.known, self.compile, self.declared = binder.known, binder.compile, binder._declared
+        self.overwritten = binder.overwritten
+        self.apart: list[int] = []
         self.ready: Callable | None = None
 
     def plain(self, *inputs: Tensor) -> list[Tensor]:
@@ -341,7 +247,19 @@ class _Region:
             if key not in _compiled:
                 _compiled[key] = self.compile(self.plain, inputs)
             self.ready = _compiled[key]
-        return self.ready(*inputs)
+            made = self.ready(*inputs)
+            self.apart = self._shared(inputs, made)
+        else:
+            made = self.ready(*inputs)
+        for place in self.apart:
+            made[place] = made[place].clone()
+        return made
+
+    def _shared(self, inputs: list[Tensor], made: list[Tensor]) -> list[int]:
+        """Results that are going to be overwritten and that the compiler found to be an input or another result."""
+        pointers = [item.untyped_storage().data_ptr() for item in (*inputs, *made)]
+        return [place for place, number in enumerate(self.outputs) if number in self.overwritten
+                and pointers.count(pointers[len(inputs) + place]) > 1]
 
 
 def inductor(function: Callable, inputs: list[Tensor]) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 from collections import defaultdict
@@ -135,18 +136,10 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
     writes, all readers of what is overwritten; the collective of the same group before it, unless the group is free;
     the message before it in the same direction.
     """
-    waits = dependencies(graph, free)
+    waits = dependencies(graph, free, control=not early)
     nodes = {node.number: node for node in graph.nodes}
     place = {node.number: float(number) for number, node in enumerate(graph.nodes)}
-    key = dict(place)
-    if early:
-        late, behind = _only_for_the_update(graph, waits), set()
-        for node in graph.nodes:
-            # What reads a collective's result stays where it is: the longer it waits the less it has to.
-            if any(item in behind or (item in late and nodes[item].op in COLLECTIVES) for item in waits[node.number]):
-                behind.add(node.number)
-            elif node.number in late:
-                key[node.number] = max((key[item] for item in waits[node.number]), default=key[node.number])
+    key = _early(graph, waits, place) if early else place
     after: dict[int, list[int]] = defaultdict(list)
     missing = {}
     for number, found in waits.items():
@@ -168,13 +161,79 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
     return done
 
 
-def dependencies(graph: Graph, free: frozenset[tuple[int, ...]] = frozenset()) -> dict[int, set[int]]:
+def _early(graph: Graph, waits: dict[int, set[int]], place: dict[int, float]) -> dict[int, float]:
+    """When each node is to come, in places of the given order.
+
+    What only the update reads comes as soon as it is ready; but where the backward pass is about to wait for other
+    ranks, behind the node that begins to talk to them (zero-bubble pipelines order gradients so, too: Qi et al. 2023,
+    arXiv:2401.10241). Slices of weights are gathered before anything else.
+    """
+    nodes, key = {node.number: node for node in graph.nodes}, dict(place)
+    late, behind = only_for_the_update(graph, waits), set()
+    sent = -1.0
+    for node in graph.nodes:
+        if node.op == "Send":
+            sent = place[node.number]
+        elif node.op == "Receive" and place[node.number] - sent <= _PATIENCE:
+            key[node.number] = sent + 0.25  # its buffer is ready before the message comes
+    talks = sorted(key[node.number] for node in graph.nodes if node.number not in late and _talks(node, graph))
+    for node in graph.nodes:
+        # What reads a collective's result stays where it is: the longer it waits the less it has to.
+        if any(item in behind or (item in late and nodes[item].op in COLLECTIVES) for item in waits[node.number]):
+            behind.add(node.number)
+        elif node.number in late:
+            ready = max((key[item] for item in waits[node.number]), default=key[node.number])
+            next_talk = bisect.bisect_left(talks, ready)
+            if next_talk < len(talks) and talks[next_talk] <= place[node.number] + _PATIENCE:
+                ready = max(ready, talks[next_talk] + 0.5)
+            key[node.number] = ready
+    for number in _gathers_of_weights(graph, waits):
+        key[number] = place[number] - len(place)
+    return key
+
+
+_PATIENCE = 3000
+"""Nodes that a gradient of parameters may be put off by, and a Receive be brought forward."""
+
+
+def _talks(node: Node, graph: Graph) -> bool:
+    """Whether a node begins a collective or a message that other ranks, or this one, wait for."""
+    return node.op in COLLECTIVES and len(set(graph.groups[node.attributes["group"]])) > 1
+
+
+def _gathers_of_weights(graph: Graph, waits: dict[int, set[int]]) -> list[int]:
+    """AllGathers that depend on nothing but parameters, with what they read."""
+    bare: set[int] = set()
+    for node in graph.nodes:
+        inputs = [item for item in read_by(node) if graph.constant(item) is None]
+        if inputs and all(graph.is_parameter(item) or item in bare for item in inputs) and waits[node.number] <= bare:
+            bare.add(node.number)
+    nodes, found = {node.number: node for node in graph.nodes}, set()
+    pending = [number for number in bare if nodes[number].op == "AllGather"]
+    while pending:
+        number = pending.pop()
+        if number not in found:
+            found.add(number)
+            pending += waits[number]
+    return sorted(found)
+
+
+def dependencies(graph: Graph, free: frozenset[tuple[int, ...]] = frozenset(), *,
+                 control: bool = True) -> dict[int, set[int]]:
     """For every node the numbers of the nodes that have to come before it, for nodes in a valid order or one that only
-    misplaces new ones."""
+    misplaces new ones.
+
+    Args:
+        graph: the nodes'.
+        free: groups whose collectives may come in another order.
+        control: whether a Depend waits for what it stands after, by which the partitioner tells an order. Without it a
+            node waits for what it reads, and for readers and writers of the parameters that it touches.
+    """
     aliases = aliases_of(graph)
     numbers = {node.number for node in graph.nodes}
-    waits: dict[int, set[int]] = {node.number: {item for item in node.inputs if item in numbers}
-                                  for node in graph.nodes}
+    waits: dict[int, set[int]] = {
+        node.number: {item for item in (node.inputs if control else read_by(node)) if item in numbers}
+        for node in graph.nodes}
     shares: dict[int, set[int]] = {}  # value -> parameters whose memory it may share
     writer: dict[int, int] = {}
     readers: dict[int, list[int]] = defaultdict(list)
@@ -205,7 +264,7 @@ def dependencies(graph: Graph, free: frozenset[tuple[int, ...]] = frozenset()) -
     return waits
 
 
-def _only_for_the_update(graph: Graph, waits: dict[int, set[int]]) -> set[int]:
+def only_for_the_update(graph: Graph, waits: dict[int, set[int]]) -> set[int]:
     """Nodes after the backward pass has begun that no later node of the backward pass reads."""
     needed: set[int] = set()
     started, behind = False, set()

@@ -90,6 +90,8 @@ class TorchStep:
         self.share = (self.own.data, int(layout["data"]))
         self.is_last = self.own.stage == layout["pipeline"]["stages"] - 1
         self.numbered = any(name == SAMPLE_NUMBERS for name, *_ in program.inputs)
+        if self.device.type == "cuda":
+            check_messages(program, rank)
         join(rank, self.ranks, self.device, address=address)
         self.graphs = {kind: program.graph(rank, kind) for kind in self.own.graphs}
         self.communicator = None
@@ -146,10 +148,7 @@ class TorchStep:
                 return bound.run([self.fed(item, array) for item, array in
                                   zip(bound.graph.inputs, batch, strict=True)])
         except torch.OutOfMemoryError as error:
-            raise UserError(f"out of device memory: {str(error).splitlines()[0]}", where="train.global_batch_size",
-                            hint="lower it, raise train.accumulation or parallel.pipeline.micro_batches, or set "
-                                 "parallel.recompute.policy: full; python -m parallel estimate says how much a layout "
-                                 "needs") from None
+            raise out_of_memory(error, self.program, self.rank) from None
 
     def fed(self, item: tuple[str, Any], array: np.ndarray) -> Tensor:
         """A batch's array on the device in the type of the graph's input."""
@@ -257,20 +256,54 @@ class TorchStep:
         if self.mode == "exact":
             return Binder(graph, self.state, self.device, floating=self.floating,
                           communicator=self.communicator).bind()
-        graph = optimized(graph, causal=causal, free=self.program.free_groups)
+        free = self.program.free_groups
+        graph = optimized(graph, causal=causal, free=free)
+        kind = Binder
         if self.mode == "inductor":
             from parallel.torch_runtime.regions import RegionBinder
 
-            bound = RegionBinder(graph, self.state, self.device, communicator=self.communicator,
-                                 rules=fused_rules(self.device)).bind()
-        else:
-            bound = Binder(graph, self.state, self.device, communicator=self.communicator,
-                           rules=fused_rules(self.device)).bind()
+            kind = RegionBinder
+        bound = kind(graph, self.state, self.device, communicator=self.communicator, rules=fused_rules(self.device),
+                     joins=free).bind()
         if self.mode != "eager" and self.device.type == "cuda":
             from parallel.torch_runtime.captured import Captured
 
             return Captured(bound, self.device)
         return bound
+
+
+def check_messages(program: Program, rank: int) -> None:
+    """Refuses a program whose stages do not take messages in the order in which they are sent: NCCL knows no tags.
+
+    Raises:
+        UserError: the first message of this rank that would be taken for another.
+    """
+    for kind in program.ranks[rank].graphs:
+        for pair, (sent, taken) in program.messages(rank, kind).items():
+            if sent != taken:
+                number = next((place for place, (one, other) in enumerate(zip(sent, taken, strict=False))
+                               if one != other), min(len(sent), len(taken)))
+                raise UserError(
+                    f"message {number} from rank {pair[0]} to rank {pair[1]} would be taken for another: NCCL pairs "
+                    "messages by their order", where=f"{program.folder}, {kind} graph",
+                    value=f"tags {sent[number:number + 3]} sent, {taken[number:number + 3]} taken",
+                    hint="export the program again, or run it on CPUs (--device cpu)")
+
+
+def out_of_memory(error: Exception, program: Program, rank: int) -> UserError:
+    """One line for a device whose memory is too small: what the run needs by the estimate that was made at the export,
+    and the key that lowers it at the least cost of time."""
+    told, needs = str(error).splitlines()[0].partition(" If reserved")[0], program.tree.get("needs") or {}
+    key, hint = "train.global_batch_size", "lower it"
+    if needs:
+        largest = sorted(((size, kind) for kind, size in needs["kinds"].items() if kind != "total"), reverse=True)[:2]
+        told += (f" The estimate for this layout is {needs['bytes'] / 1e9:.1f} GB ("
+                 + ", ".join(f"{kind} {size / 1e9:.1f}" for size, kind in largest) + ").")
+        changes = [f"{name}={value} {size / 1e9:.1f} GB" for name, value, size in needs["changes"]]
+        if changes:
+            key = needs["changes"][0][0]
+            hint = f"by the estimate a device needs with {', with '.join(changes)}; export again with one"
+    return UserError(f"out of device memory on rank {rank}: {told}", where=key, hint=hint)
 
 
 def _device(name: str | None) -> torch.device:

@@ -31,6 +31,7 @@ MFU counts model FLOPs: 6 N + 12 L D S a token, N = 12 L D^2 + V D; no recomputa
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -41,14 +42,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as nnf
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from parallel.torch_runtime import buckets, passes  # noqa: E402
 from parallel.torch_runtime.program import Program  # noqa: E402
 from parallel.torch_runtime.step import TorchStep, measured_tflops  # noqa: E402
+from scripts.bench.gpu.checks import check, time_attention  # noqa: E402
+from scripts.bench.gpu.kernel_times import profiled  # noqa: E402
+from scripts.bench.gpu.peer import PeerStep  # noqa: E402
 
 DATA_SHEET_TFLOPS = 989.0
+TILES = {
+    "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)],
+    "rows": [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (128, 32, 4, 3), (128, 64, 4, 2)],
+    "columns": [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3), (32, 128, 4, 3), (64, 128, 4, 2)],
+}
+"""Tiles of our own attention to be tried: (rows, columns, warps, stages)."""
 
 
 def batch_of(program: Program, number: int, causal: bool) -> list[np.ndarray]:
@@ -77,78 +87,18 @@ def flops_of_token(model: dict) -> float:
     return 6.0 * weights + 12.0 * layers * width * model["sequence_length"]
 
 
-class PeerLayer(nn.Module):
-    """A pre-norm decoder layer with one matmul for q, k and v."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = nnf.scaled_dot_product_attention(q, k, v, mask, self.dropout, is_causal=mask is None)
-        x = x + nnf.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)), self.dropout)
-        return x + nnf.dropout(self.down(nnf.gelu(self.up(self.norm2(x)), approximate="tanh")), self.dropout)
-
-
-class Peer(nn.Module):
-    """A GPT with a tied head, of a program's sizes."""
-
-    def __init__(self, model: dict, dropout: float) -> None:
-        super().__init__()
-        width, self.dropout = model["hidden_size"], dropout
-        self.words = nn.Embedding(model["vocabulary_size"], width)
-        self.places = nn.Embedding(model["sequence_length"], width)
-        self.layers = nn.ModuleList(PeerLayer(width, model["heads"], dropout) for _ in range(model["layers"]))
-        self.norm = nn.LayerNorm(width)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, records: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
-        x = nnf.dropout(self.words(records[:, :-1]) + self.places(places), self.dropout)
-        for layer in self.layers:
-            x = layer(x, mask)
-        logits = nnf.linear(self.norm(x), self.words.weight)
-        return nnf.cross_entropy(logits.flatten(0, 1).float(), records[:, 1:].flatten())
-
-
-class PeerStep:
-    """Compiled forward and backward in bf16 autocast over float32 weights, clipped, fused AdamW."""
-
-    def __init__(self, program: Program, device: torch.device, causal: bool, compiled: bool = True) -> None:
-        settings = program.settings
-        torch.manual_seed(0)
-        self.net = Peer(settings["model"], float(settings["model"]["dropout"])).to(device)
-        self.loss = torch.compile(self.net) if compiled else self.net
-        options = settings["train"]["optimizer"]
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), options["learning_rate"], tuple(options["betas"]),
-                                           options["epsilon"], options["weight_decay"], fused=True)
-        self.device, self.causal = device, causal
-
-    def __call__(self, batch: list[np.ndarray]) -> Tensor:
-        records, places, documents = (torch.from_numpy(item).to(self.device).long() for item in batch[:3])
-        mask = None
-        if not self.causal:
-            visible = (documents[:, :, None] == documents[:, None, :]).tril()
-            mask = torch.where(visible, 0.0, -10000.0).to(torch.bfloat16)[:, None]
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self.loss(records, places, mask)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-
 class Ours:
-    """A rank of a program in a mode, with the same call as the peer."""
+    """A rank of a program in a mode, with the same call as the peer.
+
+    Args:
+        mode: of `TorchStep`; behind a + "alone" (no buckets of collectives), "spans" (attention tells documents apart
+            by their numbers) or "bias" (never).
+    """
 
     def __init__(self, program: Program, rank: int, device: str, mode: str, address: str | None) -> None:
+        mode, *options = mode.split("+")
+        buckets.FULL = 0 if "alone" in options else 48 << 20
+        passes.SPANS = "all" if "spans" in options else "none" if "bias" in options else "dropout"
         self.step = TorchStep(program, rank, device=device, mode=mode, address=address)
 
     def __call__(self, batch: list[np.ndarray]) -> Tensor:
@@ -182,10 +132,11 @@ class Contest:
         device: where all run.
         steps: steps of a turn; there are three turns.
         causal: whether batches hold one document a sample.
+        profile: also say where the time goes.
     """
 
-    def __init__(self, program: Program, device: torch.device, steps: int, causal: bool) -> None:
-        self.program, self.device, self.steps = program, device, steps
+    def __init__(self, program: Program, device: torch.device, steps: int, causal: bool, profile: bool) -> None:
+        self.program, self.device, self.steps, self.profile = program, device, steps, profile
         self.batches = [batch_of(program, number, causal) for number in range(steps)]
         self.entries: dict[str, dict] = {}
 
@@ -217,6 +168,9 @@ class Contest:
         flops, found = flops_of_token(model) * tokens, {}
         gpus = self.program.world
         peak = measured_tflops(self.device, torch.bfloat16)
+        if self.profile and self.device.type == "cuda":
+            for entry in self.entries.values():
+                entry["profile"] = profiled(entry["call"], self.batches[:3], self.device)
         for name, entry in self.entries.items():
             seconds = statistics.median(entry["back_to_back"])
             found[name] = {key: value for key, value in entry.items() if key not in ("call", "back_to_back", "read")}
@@ -229,107 +183,51 @@ class Contest:
         return found
 
 
-def check(device: torch.device) -> dict[str, float]:
-    """Largest relative difference of every fused node of its own kernel from its plain form."""
-    from parallel.torch_runtime import fused
-    from parallel.torch_runtime.program import Kind, Node
-
-    own, plain, found = fused.fused_rules(device), fused._PLAIN, {}
-    torch.manual_seed(0)
-
-    def told(name: str, got, wanted) -> None:
-        pairs = zip(got, wanted, strict=True) if isinstance(got, (tuple, list)) else [(got, wanted)]
-        found[name] = max(float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-20))
-                          for a, b in pairs)
-
-    rows, columns = (512, 40000) if device.type == "cuda" else (16, 300)
-    logits = torch.randn(rows, columns, device=device).bfloat16()
-    labels = torch.randint(-2, columns + 2, (rows,), device=device, dtype=torch.int32)
-    largest = logits.float().amax(-1, keepdim=True)
-    told("row_sums", own["RowSums"](None, logits, largest, labels), plain["RowSums"](None, logits, largest, labels))
-    spread = [torch.randn(rows, device=device) for _ in range(2)]
-    node = Node("RowSumsGrad", [], [Kind((rows, columns), "bfloat16")])
-    told("row_sums_grad", own["RowSumsGrad"](node, logits, largest, labels, *spread),
-         plain["RowSumsGrad"](node, logits, largest, labels, *spread))
-    p, m, v, g = (torch.rand(1000, 37, device=device) for _ in range(4))
-    scalars = torch.tensor([1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5, 0.0], device=device)
-    ours, theirs = ([item.clone() for item in (p, m, v)] for _ in range(2))
-    own["FusedAdam"](None, *ours, scalars, g)
-    plain["FusedAdam"](None, *theirs, scalars, g)
-    told("adam", ours, theirs)
-    told("sum_of_squares", own["SumOfSquares"](None, g), plain["SumOfSquares"](None, g))
-    for dropout in (False, True):
-        for causal in (False, True):
-            found |= check_attention(device, own, dropout, causal)
-    return found
-
-
-def check_attention(device: torch.device, own: dict, dropout: bool, causal: bool) -> dict[str, float]:
-    """Attention and its gradients against the written-out form in float32."""
-    from parallel.torch_runtime import fused
-    from parallel.torch_runtime.program import Node
-
-    size = (2, 4, 256, 64)
-    q, k, v, dout = (torch.randn(size, device=device).bfloat16() for _ in range(4))
-    q = q / 8
-    documents = torch.arange(size[2], device=device)[None].expand(size[0], -1) // (size[2] if causal else 100)
-    visible = (documents[:, :, None] == documents[:, None, :]).tril()
-    bias = torch.where(visible, 0.0, -10000.0)[:, None]
-    extra, attributes = [], {"causal": causal, "dropout": dropout}
-    mask = torch.ones((), device=device)
-    if dropout:
-        keys = [torch.randint(-2**31, 2**31 - 1, (size[0], 1, size[2], 1), device=device).int() for _ in range(2)]
-        columns = torch.randint(-2**31, 2**31 - 1, (1, size[1], 1, size[2]), device=device).int()
-        attributes |= {"threshold": int(-(2**31) + 0.1 * 2**32), "scale": 1 / 0.9}
-        extra = [*keys, columns]
-        mask = fused.kept_mask(*extra, attributes["threshold"]) * attributes["scale"]
-    node = Node("FusedAttention", [], [], attributes)
-    inputs = [q, k, v, *([] if causal else [bias.bfloat16()]), *extra]
-    forward = own["FusedAttention"](node, *inputs)
-    gradients = own["FusedAttentionGrad"](node, dout, forward, *inputs)
-    leaves = [item.float().requires_grad_() for item in (q, k, v)]
-    wanted = (torch.softmax(leaves[0] @ leaves[1].transpose(-1, -2) + bias, -1) * mask) @ leaves[2]
-    wanted.backward(dout.float())
-    name = f"attention{'_dropout' if dropout else ''}{'_causal' if causal else ''}"
-    far = [float((a.float() - b).abs().max() / b.abs().max())
-           for a, b in zip([forward[0], *gradients], [wanted.detach(), *(item.grad for item in leaves)], strict=True)]
-    return {name: max(far)}
-
-
 def contest(arguments: argparse.Namespace, name: str, rank: int, address: str | None) -> dict[str, dict]:
-    """All modes (and the peer) of one program."""
+    """All modes (and the peer) of one program; those of several ranks one after the other."""
     program = Program(Path(arguments.programs) / name)
-    device = torch.device(f"cuda:{rank}" if arguments.device == "cuda" else "cpu")
+    device = torch.device(f"cuda:{rank or arguments.gpu}" if arguments.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    turns = Contest(program, device, arguments.steps, arguments.causal)
-    for mode in arguments.modes.split(","):
-        turns.add(mode, lambda mode=mode: Ours(program, rank, str(device), mode, address))
-    if arguments.peer and program.world == 1:
-        turns.add("peer_compiled", lambda: PeerStep(program, device, arguments.causal))
-        if arguments.peer_eager:
-            turns.add("peer_eager", lambda: PeerStep(program, device, arguments.causal, compiled=False))
-    return turns.run()
-
-
-def spawn(arguments: argparse.Namespace, name: str) -> dict[str, dict]:
-    """The ranks of a program as processes; rank 0 tells."""
-    world = Program(Path(arguments.programs) / name).world
-    found = {}
-    for number, mode in enumerate(arguments.modes.split(",")):
-        address = f"127.0.0.1:{29600 + number + 7 * (os.getpid() % 100)}"
-        given = [sys.executable, __file__, "--programs", arguments.programs, "--run", name, "--modes", mode, "--device",
-                 arguments.device, "--steps", str(arguments.steps), *(["--causal"] if arguments.causal else [])]
-        processes = [subprocess.Popen([*given, "--rank", str(rank), "--address", address],
-                                      stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, text=True)
-                     for rank in range(world)]
-        told, _ = processes[0].communicate()
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            found[mode] = {"failed": codes}
-            continue
-        found |= json.loads(told.strip().splitlines()[-1])
+    modes, found = arguments.modes.split(","), {}
+    for together in [modes] if program.world == 1 else [[mode] for mode in modes]:
+        turns = Contest(program, device, arguments.steps, arguments.causal, arguments.profile)
+        for mode in together:
+            turns.add(mode, lambda mode=mode: Ours(program, rank, str(device), mode, address))
+        if arguments.peer and program.world == 1:
+            turns.add("peer_compiled", lambda: PeerStep(program, device, arguments.causal))
+            if arguments.peer_eager:
+                turns.add("peer_eager", lambda: PeerStep(program, device, arguments.causal, compiled=False))
+        found |= turns.run()
+        del turns
+        gc.collect()
+    stages, count = program.parallel["pipeline"]["stages"], program.parallel["pipeline"]["micro_batches"]
+    if stages > 1:
+        found["bound_of_the_bubble"] = round(stages * count / (count + stages - 1), 3)
     return found
+
+
+def spawn(arguments: argparse.Namespace, names: list[str], own: list[str]) -> dict[str, dict]:
+    """The ranks of programs of one world as processes, which run all of them; rank 0 tells.
+
+    Args:
+        arguments: parsed.
+        names: of the programs.
+        own: the arguments as they were given.
+    """
+    world = Program(Path(arguments.programs) / names[0]).world
+    address = f"127.0.0.1:{29600 + os.getpid() % 5000}"
+    processes = [subprocess.Popen([sys.executable, __file__, *own, "--rank", str(rank), "--address", address],
+                                  stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, text=True)
+                 for rank in range(world)]
+    found: dict[str, dict] = {}
+    for line in processes[0].stdout:
+        if line.startswith("{"):
+            found |= json.loads(line)
+            for name, figures in json.loads(line).items():
+                show(name, figures)
+    codes = [process.wait() for process in processes]
+    return found | ({"failed": codes} if any(codes) else {})
 
 
 def show(name: str, found: dict[str, dict]) -> None:
@@ -337,7 +235,14 @@ def show(name: str, found: dict[str, dict]) -> None:
     keys = ("ms", "ms_read", "tokens_per_second", "mfu", "mfu_data_sheet", "peak_gb", "reserved_gb", "start_s")
     print(f"\n{name}", *keys, "losses", sep="\t", file=sys.stderr)
     for entry, figures in found.items():
+        if not isinstance(figures, dict):
+            print(entry, figures, file=sys.stderr)
+            continue
         print(entry, *(figures.get(key) for key in keys), figures.get("losses", figures), sep="\t", file=sys.stderr)
+        for kind, value in figures.get("profile", {}).items():
+            print(f"  {kind}: {value}", file=sys.stderr)
+    sys.stderr.flush()
+    found = {entry: figures for entry, figures in found.items() if isinstance(figures, dict)}
     base = found.get("peer_compiled", {}).get("tokens_per_second")
     for entry, figures in found.items():
         if base and "tokens_per_second" in figures:
@@ -355,6 +260,9 @@ def main() -> int:
     parser.add_argument("--causal", action="store_true", help="one document a sample: causal attention on both sides")
     parser.add_argument("--peer", action="store_true", help="also the hand-written GPT, compiled")
     parser.add_argument("--peer-eager", action="store_true", help="and not compiled")
+    parser.add_argument("--profile", action="store_true", help="also where the time goes, by kind of kernel")
+    parser.add_argument("--gpu", type=int, default=0, help="which, for programs of one rank")
+    parser.add_argument("--attention", action="store_true", help="time attention of every kind, and tiles of our own")
     parser.add_argument("--check", action="store_true", help="compare the kernels with their plain forms first")
     parser.add_argument("--nproc", type=int, default=1, help="more than 1: programs of several ranks")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -363,18 +271,26 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = True
     names = [name for name in arguments.run.split(",") if name]
     if arguments.rank is not None:
-        print(json.dumps(contest(arguments, names[0], arguments.rank, arguments.address)), flush=True)
+        for name in names:
+            print(json.dumps({name: contest(arguments, name, arguments.rank, arguments.address)}), flush=True)
         return 0
     result: dict = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if arguments.device == "cuda"
                     else "cpu", "causal": arguments.causal}
+    device = torch.device(f"cuda:{arguments.gpu}" if arguments.device == "cuda" else "cpu")
     if arguments.check:
-        result["check"] = check(torch.device(arguments.device))
+        result["check"] = check(device)
         for name, far in result["check"].items():
             print(f"{name}: {far:.2e}", file=sys.stderr)
-    for name in names:
-        found = spawn(arguments, name) if arguments.nproc > 1 else contest(arguments, name, 0, None)
-        show(name, found)
-        result[name] = found
+    if arguments.attention:
+        result["attention"] = time_attention(device, TILES)
+        for name, figures in result["attention"].items():
+            print(name, figures, file=sys.stderr)
+    if arguments.nproc > 1:
+        result |= spawn(arguments, names, sys.argv[1:])
+    else:
+        for name in names:
+            result[name] = contest(arguments, name, 0, None)
+            show(name, result[name])
     print(json.dumps(result))
     return 0
 
