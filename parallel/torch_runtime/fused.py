@@ -187,6 +187,20 @@ def _sum_of_squares_cuda(node: Node, x: Tensor) -> Tensor:
     return norm * norm
 
 
+def _sums_of_squares(node: Node, *tensors: Tensor) -> Tensor:
+    """sum_i weight_i |tensor_i|^2 in float32, in the shape that the node declares."""
+    total: Tensor | None = None
+    sorts: dict[tuple, list[Tensor]] = {}
+    for tensor, weight in zip(tensors, node.attributes["weights"], strict=True):
+        sorts.setdefault((weight, tensor.dtype), []).append(tensor)
+    for (weight, dtype), listed in sorts.items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        norms = torch.stack(torch._foreach_norm(listed, 2.0, dtype=wide))
+        part = (norms * norms).sum() * weight
+        total = part if total is None else total + part
+    return total.reshape(node.outputs[0].shape)
+
+
 def _adam_scalars(node: Node, *values: Any) -> Tensor:
     device = next(value.device for value in values if isinstance(value, Tensor))
     if len(values) == 5:
@@ -221,4 +235,5 @@ _PLAIN: dict[str, Callable] = {
     "FusedAttentionGrad": _attention_grad, "RowSums": _row_sums, "RowSumsGrad": _row_sums_grad,
     "FusedLayerNorm": _layer_norm, "FusedLayerNormGrad": _layer_norm_grad, "SumOfSquares": _sum_of_squares,
     "AdamScalars": _adam_scalars, "FusedAdam": _adam, "Linear": _linear, "DocumentSpans": _document_spans,
+    "SumsOfSquares": _sums_of_squares,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from parallel.common.errors import UserError
 from parallel.torch_runtime.program import Node
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,
-               "prod": dist.ReduceOp.PRODUCT, "mean": dist.ReduceOp.AVG}
+               "prod": dist.ReduceOp.PRODUCT}
 
 JOINED = ("AllReduce", "AllGather", "ReduceScatter")
 """Collectives of which several may begin as one."""
@@ -130,19 +130,15 @@ class Communicator:
         if node.op == "AllGather":
             shape = (value.shape[0] * count, *value.shape[1:]) if value.dim() else (count,)
             return Pending(None, value.new_empty(shape), value)
-        # gloo has no mean.
-        finish = (lambda found: found.div_(count)) if self._by_hand(node) else None
         if node.op == "ReduceScatter":
-            return Pending(None, value.new_empty((value.shape[0] // count, *value.shape[1:])), value, finish)
-        return Pending(None, value if own else value.clone(), None, finish)
+            return Pending(None, value.new_empty((value.shape[0] // count, *value.shape[1:])), value)
+        return Pending(None, value if own else value.clone())
 
-    def _by_hand(self, node: Node) -> bool:
-        return node.attributes.get("op") == "mean" and self.device.type != "cuda"
-
-    def _begun(self, node: Node, pending: Pending, group: Any, async_op: bool) -> Any:
+    @staticmethod
+    def _begun(node: Node, pending: Pending, group: Any, async_op: bool) -> Any:
         if node.op == "AllGather":
             return _all_gather(pending.result, pending.kept, group=group, async_op=async_op)
-        operation = _REDUCTIONS["sum" if self._by_hand(node) else str(node.attributes.get("op") or "sum")]
+        operation = _REDUCTIONS[str(node.attributes.get("op") or "sum")]
         if node.op == "ReduceScatter":
             return _reduce_scatter(pending.result, pending.kept, op=operation, group=group, async_op=async_op)
         return dist.all_reduce(pending.result, operation, group, async_op=async_op)

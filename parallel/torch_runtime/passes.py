@@ -36,7 +36,9 @@ def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attenti
     fuse_cross_entropy(editor)
     fuse_layer_norm(editor)
     fuse_squares(editor)
+    fuse_norm(editor)
     fuse_adam(editor)
+    fuse_accumulation(editor)
     fuse_linear(editor)
     return editor.graph(early=early, free=free)
 
@@ -386,6 +388,59 @@ def fuse_squares(editor: Editor) -> int:
             last, users = users[0], editor.users(users[0].number)
         if last is not node and last.outputs[0].shape == ():
             editor.replace(last.number, editor.add("SumOfSquares", node.inputs[:1], last.outputs, last))
+            found += 1
+    return found
+
+
+def fuse_norm(editor: Editor) -> int:
+    """A sum of the squares of many tensors, each over how many ranks hold the same, in one node: SumsOfSquares."""
+    found = 0
+    for node in list(editor.nodes.values()):
+        listed = editor.maker(node.inputs[0], "MakeTuple") if node.op == "AddN" else None
+        if listed is None:
+            continue
+        terms = [(item, _share_of_squares(editor, item)) for item in listed.inputs]
+        fused = [term for _, term in terms if term is not None]
+        if len(fused) < 2:
+            continue
+        made = editor.add("SumsOfSquares", [number for number, _ in fused], node.outputs, node,
+                          weights=[weight for _, weight in fused])
+        rest = [item for item, term in terms if term is None]
+        if rest:
+            tupled = editor.add("MakeTuple", [*rest, made], [], node)
+            made = editor.add("AddN", [tupled], node.outputs, node)
+        editor.replace(node.number, made)
+        found += 1
+    return found
+
+
+def _share_of_squares(editor: Editor, number: int) -> tuple[int, float] | None:
+    """(tensor, weight) if a value is weight x the sum of a tensor's squares, which nothing else reads; what was only
+    widened is taken narrow."""
+    weight = 1.0
+    while (node := editor.nodes.get(number)) is not None and len(editor.users(number)) == 1:
+        if node.op == "SumOfSquares":
+            cast = editor.maker(node.inputs[0], "Cast")
+            kind = editor.kind(cast.inputs[0]) if cast is not None else None
+            wide = kind is None or kind.dtype not in ("bfloat16", "float16") or cast.outputs[0].dtype != "float32"
+            return (node.inputs[0] if wide else cast.inputs[0]), weight
+        divisor = editor.constant(node.inputs[1]) if node.op in ("RealDiv", "Div") else None
+        if isinstance(divisor, Literal) and divisor.kind.shape == ():
+            weight /= _number(divisor)
+        elif node.op not in ("ExpandDims", "Reshape"):
+            return None
+        number = node.inputs[0]
+    return None
+
+
+def fuse_accumulation(editor: Editor) -> int:
+    """What is only widened to be added to a parameter is widened in passing."""
+    found = 0
+    for node in list(editor.nodes.values()):
+        cast = editor.maker(node.inputs[1], "Cast") if node.op == "AssignAdd" else None
+        kind = editor.kind(cast.inputs[0]) if cast is not None else None
+        if kind is not None and kind.dtype in ("bfloat16", "float16") and cast.outputs[0].dtype == "float32":
+            editor.change(node, "AssignAdd", [node.inputs[0], cast.inputs[0], *node.inputs[2:]], node.attributes)
             found += 1
     return found
 

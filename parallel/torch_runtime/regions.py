@@ -21,7 +21,7 @@ from parallel.torch_runtime.rewrite import dependencies, only_for_the_update
 from parallel.torch_runtime.rules import WRITES
 
 # Inductor would add rows by atomics, in another order every time.
-OPAQUE = ("FusedAttention", "FusedAttentionGrad", "UnsortedSegmentSum", "ScatterNd")
+OPAQUE = ("FusedAttention", "FusedAttentionGrad", "UnsortedSegmentSum", "ScatterNd", "SumsOfSquares")
 _PULLED = {"Load", "Depend", "StopGradient", "Reshape", "Transpose", "TransposeExt", "ExpandDims", "Squeeze", "Flatten",
            "MakeTuple", "MakeList", "GeLU"}
 _ITEMS = ("Item", "TupleGetItem")

@@ -137,9 +137,20 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
     the message before it in the same direction.
     """
     waits = dependencies(graph, free, control=not early)
-    nodes = {node.number: node for node in graph.nodes}
     place = {node.number: float(number) for number, node in enumerate(graph.nodes)}
-    key = _early(graph, waits, place) if early else place
+    nodes, done = {node.number: node for node in graph.nodes}, _by_key(waits, place, place)
+    if early:
+        # A fused node may stand behind what reads it.
+        for number in reversed(done):
+            for item in waits[number]:
+                place[item] = min(place[item], place[number])
+        graph = dataclasses.replace(graph, nodes=[nodes[number] for number in done])
+        done = _by_key(waits, _early(graph, waits, place), place)
+    return [nodes[number] for number in done]
+
+
+def _by_key(waits: dict[int, set[int]], key: dict[int, float], place: dict[int, float]) -> list[int]:
+    """Numbers of the nodes, each after what it waits for, those with a lower key first."""
     after: dict[int, list[int]] = defaultdict(list)
     missing = {}
     for number, found in waits.items():
@@ -148,15 +159,15 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
             after[item].append(number)
     ready = [(key[number], place[number], number) for number, count in missing.items() if not count]
     heapq.heapify(ready)
-    done: list[Node] = []
+    done: list[int] = []
     while ready:
         number = heapq.heappop(ready)[2]
-        done.append(nodes[number])
+        done.append(number)
         for item in after[number]:
             missing[item] -= 1
             if not missing[item]:
                 heapq.heappush(ready, (key[item], place[item], item))
-    if len(done) != len(nodes):
+    if len(done) != len(waits):
         raise RuntimeError("the changed graph waits for itself")
     return done
 
@@ -178,13 +189,14 @@ def _early(graph: Graph, waits: dict[int, set[int]], place: dict[int, float]) ->
             key[node.number] = sent + 0.25  # its buffer is ready before the message comes
     talks = sorted(key[node.number] for node in graph.nodes if node.number not in late and _talks(node, graph))
     for node in graph.nodes:
-        # What reads a collective's result stays where it is: the longer it waits the less it has to.
+        # What reads such a collective's result comes at the end: the longer it waits the less it has to.
         if any(item in behind or (item in late and nodes[item].op in COLLECTIVES) for item in waits[node.number]):
             behind.add(node.number)
+            key[node.number] = place[node.number] + len(place)
         elif node.number in late:
             ready = max((key[item] for item in waits[node.number]), default=key[node.number])
             next_talk = bisect.bisect_left(talks, ready)
-            if next_talk < len(talks) and talks[next_talk] <= place[node.number] + _PATIENCE:
+            if node.op not in COLLECTIVES and next_talk < len(talks) and talks[next_talk] <= place[node.number] + _PATIENCE:
                 ready = max(ready, talks[next_talk] + 0.5)
             key[node.number] = ready
     for number in _gathers_of_weights(graph, waits):

@@ -4,8 +4,9 @@
 
 Writes `text.jsonl`: translated classics as they are; poems in simplified characters in the words of the recipe for
 poems (`pangu/prompts/poem.yaml`); and the second and third couplet of regulated verse, which are parallel, in the words
-of the recipe for couplets. `unseen.jsonl` holds poems that are not in `text.jsonl`. Ends in
-one JSON line of counts. The two files' licence is MIT; any jsonl with `text` (and `title`) will do.
+of the recipe for couplets. What is kept back of each (`--unseen-share`) is in `unseen_classics.jsonl`,
+`unseen_poems.jsonl` and `unseen_couplets.jsonl` in the same words, and `unseen.jsonl` holds the poems' titles and
+lines. Ends in one JSON line of counts. The two files' licence is MIT; any jsonl with `text` (and `title`) will do.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 from data_tools.rules.traditional import Traditional
 from parallel.common.files import open_text
-
-UNSEEN_SHARE = 150  # one poem of so many is kept back
 
 
 def main() -> None:
@@ -29,27 +31,35 @@ def main() -> None:
     parser.add_argument("--poems", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--most-poems", type=int, default=1 << 30)
+    parser.add_argument("--most-classics", type=int, default=1 << 30)
+    parser.add_argument("--unseen-share", type=int, default=150, help="one text of so many is kept back (default 150)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    counts = {"classics": 0, "poems": 0, "couplets": 0, "unseen": 0}
-    with open(arguments.output / "text.jsonl", "w", encoding="utf-8") as text, \
-            open(arguments.output / "unseen.jsonl", "w", encoding="utf-8") as unseen:
-        for row in rows(arguments.classics):
-            write(text, {"text": row["text"]})
-            counts["classics"] += 1
-        for number, (title, lines) in enumerate(poems(arguments.poems)):
-            if number >= arguments.most_poems:
-                break
-            if zlib.crc32("".join(lines).encode()) % UNSEEN_SHARE == 0:
-                write(unseen, {"title": title, "lines": lines})
-                counts["unseen"] += 1
-                continue
-            write(text, {"text": f"古诗一首\n题目：{title}\n" + "\n".join(lines)})
-            counts["poems"] += 1
+    counts: Counter = Counter()
+    names = ("text", "unseen", "unseen_classics", "unseen_poems", "unseen_couplets")
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(arguments.output / f"{name}.jsonl", "w", encoding="utf-8"))
+                 for name in names}
+
+        def put(kind: str, text: str, unseen: bool) -> None:
+            write(files[f"unseen_{kind}" if unseen else "text"], {"text": text})
+            counts[f"unseen_{kind}" if unseen else kind] += 1
+
+        for row in islice(rows(arguments.classics), arguments.most_classics):
+            put("classics", row["text"], kept_back(row["text"], arguments.unseen_share))
+        for title, lines in islice(poems(arguments.poems), arguments.most_poems):
+            unseen = kept_back("".join(lines), arguments.unseen_share)
+            if unseen:
+                write(files["unseen"], {"title": title, "lines": lines})
+            put("poems", f"古诗一首\n题目：{title}\n" + "\n".join(lines), unseen)
             for upper, lower in couplets(lines):
-                write(text, {"text": f"上联：{upper}\n下联：{lower}"})
-                counts["couplets"] += 1
+                put("couplets", f"上联：{upper}\n下联：{lower}", unseen)
     print(json.dumps(counts))
+
+
+def kept_back(text: str, share: int) -> bool:
+    """Whether a text is one of those that the model never sees."""
+    return zlib.crc32(text.encode()) % share == 0
 
 
 def rows(path: Path) -> Iterator[dict]:

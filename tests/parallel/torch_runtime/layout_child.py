@@ -1,14 +1,18 @@
-"""One rank of a program under test, in a process where MindSpore cannot be imported.
+"""Ranks of programs under test, in processes where MindSpore cannot be imported.
 
-    python layout_child.py FOLDER RANK HOST:PORT MODE/FLOATING,...
-
-FOLDER holds the program and batches.npz; what each way of running gave is written beside them.
+Reads lines of JSON {"folder", "ranks", "address", "ways"} from stdin. For each it forks a process a rank, which has
+torch imported already, and answers with a line of their exit codes; where one fails the others are ended. The folder
+holds the program and batches.npz; what each way (MODE/FLOATING) of running gave is written beside them, and what a rank
+said on stderr as `rank-N.log`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -53,5 +57,43 @@ def main(folder: Path, rank: int, address: str, ways: list[str]) -> None:
     step.close()
 
 
+def serve() -> None:
+    """See the module."""
+    import torch
+
+    from parallel.torch_runtime import regions, step  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        children, codes = [_forked(job, rank) for rank in range(job["ranks"])], {}
+        while len(codes) < len(children):
+            child, status = os.wait()
+            codes[child] = os.waitstatus_to_exitcode(status)
+            if codes[child] > 0:
+                for other in children:
+                    if other not in codes:
+                        os.kill(other, signal.SIGKILL)
+        print(json.dumps([codes[child] for child in children]), flush=True)
+
+
+def _forked(job: dict, rank: int) -> int:
+    folder = Path(job["folder"])
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        errors = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(errors, 2)
+        main(folder, rank, job["address"], job["ways"])
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4].split(","))
+    serve()

@@ -140,18 +140,39 @@ def replayed(case: Compiled, exact: bool) -> tuple[list[list], list[dict[str, np
     return results, [rank.state for rank in ranks]
 
 
-def run_by_torch(case: Compiled, ways=WAYS) -> None:
-    """Starts the ranks' processes and waits for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    child = Path(__file__).with_name("layout_child.py")
-    processes = [subprocess.Popen([sys.executable, str(child), str(case.folder), str(rank), address, ",".join(ways)],
-                                  env=environment, stderr=subprocess.PIPE, text=True)
-                 for rank in range(case.program.world)]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)[-3000:]
+class Ranks:
+    """A process that forks the ranks of programs under test: torch is imported once."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        child = Path(__file__).with_name("layout_child.py")
+        self.process = subprocess.Popen([sys.executable, str(child)], env=environment, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
+
+    def run(self, case: Compiled, ways=WAYS) -> None:
+        """Runs the ranks of a program and waits for them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        world = case.program.world
+        job = {"folder": str(case.folder), "ranks": world, "address": address, "ways": list(ways)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        codes = json.loads(self.process.stdout.readline() or "[]")
+        told = "\n".join((case.folder / f"rank-{rank}.log").read_text() for rank in range(world))
+        assert codes == [0] * world, told[-3000:]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    found = Ranks()
+    yield found
+    found.close()
 
 
 def far(one: float, other: float) -> float:
@@ -193,9 +214,9 @@ def same_states(states: list[dict[str, np.ndarray]], rate: float) -> None:
 
 
 @pytest.mark.parametrize("model, name, keys", CASES)
-def test_a_layout_run_by_torch_is_the_replayed_one(model, name, keys, compilers, data, tmp_path):
+def test_a_layout_run_by_torch_is_the_replayed_one(model, name, keys, compilers, data, ranks, tmp_path):
     case = compiled(model, keys, compilers, data, tmp_path / "program")
-    run_by_torch(case)
+    ranks.run(case)
     states = compared(case, "exact/float64", EXACT)
     same_states(states, case.program.settings["train"]["optimizer"]["learning_rate"])
     compared(case, "exact/declared", ROUNDED)
