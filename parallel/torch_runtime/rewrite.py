@@ -196,7 +196,8 @@ def _early(graph: Graph, waits: dict[int, set[int]], place: dict[int, float]) ->
         elif node.number in late:
             ready = max((key[item] for item in waits[node.number]), default=key[node.number])
             next_talk = bisect.bisect_left(talks, ready)
-            if node.op not in COLLECTIVES and next_talk < len(talks) and talks[next_talk] <= place[node.number] + _PATIENCE:
+            soon = next_talk < len(talks) and talks[next_talk] <= place[node.number] + _PATIENCE
+            if soon and node.op not in COLLECTIVES:
                 ready = max(ready, talks[next_talk] + 0.5)
             key[node.number] = ready
     for number in _gathers_of_weights(graph, waits):

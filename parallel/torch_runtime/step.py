@@ -97,7 +97,10 @@ class TorchStep:
         self.communicator = None
         if self.ranks > 1:
             self.communicator = Communicator(rank, self.ranks, self.device, *program.groups)
-        self.state = self._start()
+        try:
+            self.state = self._start()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, program, rank) from None
         self.bound: dict[tuple[str, bool], Bound] = {}
         self.documents: dict[str, int | None] = {}
         self.copies_are_old = True

@@ -83,31 +83,37 @@ def check_attention(device: torch.device, own: dict, dropout: bool, mask: str) -
     return {f"attention_{mask}{'_dropout' if dropout else ''}": max(far)}
 
 
-def time_attention(device: torch.device, tiles: dict[str, list[tuple]]) -> dict[str, float]:
-    """Milliseconds of attention forward and backward at the size of a layer (batch 16, two documents a sample), by kind
-    of mask; of our own kernels with every tile of `tiles` (kernel: [(rows, columns, warps, stages)])."""
+def time_attention(device: torch.device, tiles: dict[str, list[tuple]]) -> dict[str, Any]:
+    """Milliseconds of attention, (forward, backward), at the size of a layer (batch 16, two documents a sample), by
+    kind of mask; and with every tile of `tiles` (kernel: [(rows, columns, warps, stages)]), the best of which stay set.
+    """
     from parallel.torch_runtime import dropout_attention
 
     own, size, found = fused.fused_rules(device), (16, 16, 1024, 64), {}
     documents = torch.arange(size[2], device=device)[None].expand(size[0], -1) // 512
-    cases = (("bias", False), ("causal", False), ("documents", False), ("bias", True), ("documents", True))
-    for mask, dropout in cases:
+    dout = torch.randn(size, device=device).bfloat16()
+
+    def timed(mask: str, dropout: bool) -> list[float]:
         node, inputs, *_ = attention_case(device, size, mask, dropout, documents)
-        dout = torch.randn(size, device=device).bfloat16()
-        before = dict(dropout_attention.TILES)
-        ours = mask == "documents" or dropout
-        for kernel, choices in (tiles.items() if ours else [("", [None])]):
-            for choice in choices:
-                if choice is not None:
-                    dropout_attention.TILES[kernel] = choice
-                name = f"{mask}{'_dropout' if dropout else ''}{f' {kernel} {choice}' if choice else ''}"
-                try:
-                    forward = own["FusedAttention"](node, *inputs)
-                    found[name] = [round(_milliseconds(own["FusedAttention"], node, *inputs), 3),
-                                   round(_milliseconds(own["FusedAttentionGrad"], node, dout, forward, *inputs), 3)]
-                except Exception as error:  # a tile that does not fit into shared memory
-                    found[name] = str(error).splitlines()[0][:80]
-                dropout_attention.TILES.update(before)
+        forward = own["FusedAttention"](node, *inputs)
+        return [round(_milliseconds(own["FusedAttention"], node, *inputs), 3),
+                round(_milliseconds(own["FusedAttentionGrad"], node, dout, forward, *inputs), 3)]
+
+    for kernel, choices in tiles.items():
+        times = {}
+        for choice in choices:
+            dropout_attention.TILES[kernel] = choice
+            try:
+                times[choice] = timed("documents", True)
+            except Exception as error:  # a tile that does not fit into shared memory
+                found[f"{kernel} {choice}"] = str(error).splitlines()[0][:60]
+        place = 0 if kernel == "forward" else 1
+        dropout_attention.TILES[kernel] = min(times, key=lambda choice, times=times, place=place: times[choice][place])
+        found |= {f"{kernel} {choice}": pair[place] for choice, pair in times.items()}
+    found["best"] = {kernel: list(choice) for kernel, choice in dropout_attention.TILES.items()}
+    for mask, dropout in (("bias", False), ("causal", False), ("documents", False), ("bias", True), ("causal", True),
+                          ("documents", True)):
+        found[f"{mask}{' dropout' if dropout else ''}"] = timed(mask, dropout)
     return found
 
 
