@@ -23,7 +23,7 @@ from parallel.torch_runtime.program import Node
 _LOG2E = 1.4426950408889634
 _ALL, _BIASED, _DOCUMENTS = 0, 1, 2
 # Rows, columns, warps and stages of a block; by kernel.
-TILES = {"forward": (128, 64, 4, 3), "rows": (64, 64, 4, 2), "columns": (64, 64, 4, 2)}
+TILES = {"forward": (128, 64, 4, 3), "rows": (64, 32, 4, 3), "columns": (64, 64, 4, 2)}
 
 
 @triton.jit

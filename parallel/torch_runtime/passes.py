@@ -13,9 +13,9 @@ import numpy as np
 from parallel.torch_runtime.program import Graph, Kind, Literal, Node
 from parallel.torch_runtime.rewrite import Editor
 
-SPANS = "dropout"
+SPANS = "all"
 """Which attention tells documents apart by their numbers in place of a bias [B, 1, S, S]: "dropout", that with dropout;
-"all"; "none"."""
+"all", and that in half precision without; "none"."""
 
 
 def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attention: bool = True,
@@ -63,11 +63,16 @@ def fuse_attention(editor: Editor, causal: bool) -> int:
             pattern = _attention(editor, node)
             if pattern is not None:
                 told = documents_of(editor, pattern["bias"])
-                apart = told is not None and told[1] >= 0 and not causal and (SPANS == "all" or (SPANS == "dropout"
-                                                                                and bool(pattern["dropout"])))
+                wanted = SPANS != "none" if pattern["dropout"] else SPANS == "all" and _fits_spans(editor, pattern)
+                apart = told is not None and told[1] >= 0 and not causal and wanted
                 _replace_attention(editor, pattern, causal and told is not None, told[1] if apart else None, casts)
                 found += 1
     return found
+
+
+def _fits_spans(editor: Editor, pattern: dict) -> bool:
+    kind = editor.kind(pattern["q"])
+    return kind.dtype in ("bfloat16", "float16") and kind.shape[-1] in (16, 32, 64, 128)
 
 
 def _flags(editor: Editor, node: Node) -> tuple[bool, bool]:
@@ -182,8 +187,9 @@ def _replace_attention(editor: Editor, pattern: dict, causal: bool, documents: i
     bias, told = pattern["bias"], []
     if documents is not None:
         if documents not in casts:
-            made, kind = editor.add("DocumentSpans", [documents], [], first), editor.kind(documents)
-            casts[documents] = [editor.item(made, place, Kind(kind.shape, "int32"), first) for place in range(3)]
+            made, kind = editor.add("DocumentSpans", [documents], [], first), editor.kind(bias)
+            spread = Kind((kind.shape[0], kind.shape[-1]), "int32")
+            casts[documents] = [editor.item(made, place, spread, first) for place in range(3)]
         told = casts[documents]
     elif not causal:
         if (bias, q.dtype) not in casts:
@@ -230,13 +236,19 @@ def documents_of(editor: Editor, bias: int) -> tuple[int, int] | None:
         return None
     if not np.array_equal(triangle.array(), np.tri(triangle.kind.shape[-1], dtype=bool)[None]):
         return None
-    told = {editor.through(item, "ExpandDims", "Reshape", "Depend", "Load") for item in same.inputs}
+    told = {_compared(editor, item) for item in same.inputs}
     sources = {editor.through(item, "ExpandDims", "Reshape", "StridedSlice", "Depend", "Load") for item in same.inputs}
     if len(sources) != 1 or (source := sources.pop()) >= editor.original.first_parameter:
         return None
-    flat = told.pop() if len(told) == 1 else -1
-    kind = editor.kind(flat)
-    return source, flat if kind is not None and len(kind.shape) == 2 else -1
+    return source, told.pop() if len(told) == 1 and same.outputs[0].shape[1:2] == same.outputs[0].shape[2:] else -1
+
+
+def _compared(editor: Editor, number: int) -> int:
+    """What an ExpandDims to three dims reads, [B, S]; -1 for anything else."""
+    spread = editor.maker(editor.through(number, "Depend", "Load"), "ExpandDims")
+    if spread is None or len(spread.outputs[0].shape) != 3:
+        return -1
+    return editor.through(spread.inputs[0], "Depend", "Load")
 
 
 def documents_input(graph: Graph) -> int | None:

@@ -91,14 +91,14 @@ class Ours:
     """A rank of a program in a mode, with the same call as the peer.
 
     Args:
-        mode: of `TorchStep`; behind a + "alone" (no buckets of collectives), "spans" (attention tells documents apart
-            by their numbers) or "bias" (never).
+        mode: of `TorchStep`; behind a + "alone" (no buckets of collectives) or "bias" (attention tells documents apart
+            by a mask of scores).
     """
 
     def __init__(self, program: Program, rank: int, device: str, mode: str, address: str | None) -> None:
         mode, *options = mode.split("+")
         buckets.FULL = 0 if "alone" in options else 48 << 20
-        passes.SPANS = "all" if "spans" in options else "none" if "bias" in options else "dropout"
+        passes.SPANS = "none" if "bias" in options else "all"
         self.step = TorchStep(program, rank, device=device, mode=mode, address=address)
 
     def __call__(self, batch: list[np.ndarray]) -> Tensor:
