@@ -91,13 +91,14 @@ class Ours:
     """A rank of a program in a mode, with the same call as the peer.
 
     Args:
-        mode: of `TorchStep`; behind a + "alone" (no buckets of collectives) or "bias" (attention tells documents apart
-            by a mask of scores).
+        mode: of `TorchStep`; behind a + "alone" (no buckets of collectives), "bias" (attention tells documents apart by
+            a mask of scores) or "narrow" (gradients summed over ranks in bfloat16).
     """
 
     def __init__(self, program: Program, rank: int, device: str, mode: str, address: str | None) -> None:
         mode, *options = mode.split("+")
         buckets.FULL = 0 if "alone" in options else 48 << 20
+        passes.NARROW = "narrow" in options
         passes.SPANS = "none" if "bias" in options else "all"
         self.step = TorchStep(program, rank, device=device, mode=mode, address=address)
 
