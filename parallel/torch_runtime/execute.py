@@ -309,19 +309,20 @@ class Binder:
     def _sent(self, node: Node) -> tuple[Callable[[list], Tensor], bool]:
         """What a collective sends, and whether it may be overwritten."""
         source = node.inputs[0]
-        if self.sharing.get(source) or self.graph.is_parameter(source):
+        if self.sharing.get(source) or self.graph.is_parameter(self.aliases.get(source, source)):
             # It may be written before it has left.
             return (lambda values: values[source].clone()), True
         return (lambda values: values[source]), self.joins is not None and self._alone(source)
 
     def _alone(self, number: int) -> bool:
         """Whether a value that one node reads has its memory for itself."""
+        first = number
         while number != self.graph.result and self.readers[number] == 1 and number not in self.known:
             node = self.by_number.get(number)
             if node is None:
                 return False
             if node.op not in VIEWS:
-                self.overwritten.add(number)
+                self.overwritten |= {first, number}
                 return True
             if node.op not in _ONE_VIEW:
                 return False

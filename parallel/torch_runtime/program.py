@@ -404,9 +404,16 @@ class Writer:
 
 
 def structure(graph: Graph) -> str:
-    """Hash of a graph's nodes without the constants' values."""
-    told = [[node.op, node.inputs, [(kind.shape, kind.dtype) for kind in node.outputs]] for node in graph.nodes]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    """Hash of a graph's nodes without the constants: their values and how many of them are equal differ between ranks
+    that do the same."""
+    def told(number: int) -> Any:
+        if number < graph.first_constant:
+            return number
+        return number - graph.first_node if number >= graph.first_node else "constant"
+
+    nodes = [[node.op, [told(number) for number in node.inputs], [(kind.shape, kind.dtype) for kind in node.outputs],
+              node.attributes.get("group")] for node in graph.nodes]
+    return hashlib.sha256(json.dumps(nodes).encode()).hexdigest()[:16]
 
 
 def _zipped(data: bytes) -> bytes:

@@ -195,7 +195,7 @@ def _early(graph: Graph, waits: dict[int, set[int]], place: dict[int, float]) ->
             key[node.number] = place[node.number] + len(place)
         elif node.number in late:
             ready = max((key[item] for item in waits[node.number]), default=key[node.number])
-            next_talk = bisect.bisect_left(talks, ready)
+            next_talk = bisect.bisect_right(talks, ready)
             soon = next_talk < len(talks) and talks[next_talk] <= place[node.number] + _PATIENCE
             if soon and node.op not in COLLECTIVES:
                 ready = max(ready, talks[next_talk] + 0.5)

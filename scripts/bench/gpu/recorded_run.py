@@ -1,11 +1,15 @@
 """A run of PanGu-alpha on real packed records and GPUs, from the first step to what the trained model writes.
 
-    python scripts/bench/gpu/recorded_run.py --programs programs --records records --output runs/recorded --steps 1500
+    python scripts/bench/gpu/recorded_run.py --programs programs --records records --output runs/recorded
 
-FOLDER `programs` holds exported programs (`python -m parallel export`, `train_350m.py` says how) of the same settings:
-`run` (the layout of the run, here data 2), `then` (another layout to go on with) and `one` (one process, for the
-perplexities). `records` holds packed records: `text` to train on, and `unseen_NAME` for every corpus that is measured
-alone (`corpora.py` writes the texts, `python -m pangu pack` packs them).
+`programs` holds exported programs of `configs/pangu/350m_h200.yaml`: `run` (data 2), and `one` (one GPU, where the run
+goes on and the perplexities are measured):
+
+    python -m parallel export --config configs/pangu/350m_h200.yaml --output programs/run
+    python -m parallel export --config configs/pangu/350m_h200.yaml --output programs/one parallel.data=1 \\
+        parallel.devices=1
+
+`records` holds packed records: `text` to train on, and `unseen_NAME` for every corpus that is measured alone (`corpora.py` writes the texts, `python -m pangu pack` packs them).
 
 What happens: training; kill -9 of rank 1 after `--kill-at` steps; the same command again, which goes on from the newest
 checkpoint up to `--move-at`; the other layout from there to `--steps`; the perplexity of each corpus on one process.
@@ -120,7 +124,7 @@ def trained(arguments: argparse.Namespace) -> dict[str, Any]:
     found["resumed"]["steps_run_twice"] = len(common)
     found["resumed"]["largest_difference_of_loss"] = max((abs(losses[step] - after[step]) for step in common),
                                                          default=None)
-    found["moved"] = told(Training(arguments, "then", arguments.steps, total))
+    found["moved"] = told(Training(arguments, "one", arguments.steps, total))
     return found
 
 
@@ -175,9 +179,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--execution", default="cuda_graph", help="parallel.execution of the phases")
-    parser.add_argument("--steps", type=int, default=1500, help="of the whole run")
-    parser.add_argument("--kill-at", type=int, default=450, help="kill -9 of rank 1 once the log holds this step")
-    parser.add_argument("--move-at", type=int, default=1000, help="where the other layout takes over")
+    parser.add_argument("--steps", type=int, default=1200, help="of the whole run, as exported")
+    parser.add_argument("--kill-at", type=int, default=380, help="kill -9 of rank 1 once the log holds this step")
+    parser.add_argument("--move-at", type=int, default=950, help="where the other layout takes over")
     parser.add_argument("more", nargs="*", help="key=value for all phases")
     arguments = parser.parse_intermixed_args()
     for name in ("programs", "records", "output"):
