@@ -155,8 +155,9 @@ def test_a_page_of_which_the_crawl_got_a_part_is_left_out(tmp_path):
     for number, (body, more) in enumerate([(packed, ""), (packed[:-30], ""), (page, "WARC-Truncated: length\r\n")]):
         encoding = "Content-Encoding: gzip\r\n" if body is not page else ""
         http = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n{encoding}\r\n".encode() + body
-        made += (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:{number}>\r\nWARC-Target-URI: http://x.cn\r\n"
-                 f"{more}Content-Type: application/http; msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n").encode()
+        made += ("WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://x.cn\r\n"
+                 f"WARC-Record-ID: <urn:{number}>\r\n{more}Content-Type: application/http; msgtype=response\r\n"
+                 f"Content-Length: {len(http)}\r\n\r\n").encode()
         made += http + b"\r\n\r\n"
     (tmp_path / "a.warc").write_bytes(made)
     documents, log = read_all(tmp_path / "a.warc")

@@ -99,8 +99,8 @@ def rows_of(source, steps=1):
 
 
 def test_quoted_cells_are_read_as_the_reader_of_files_reads_them(folder, tmp_path):
-    written = 'user_id,item_id,tags,price,time,click\r\n1,"a, b\nc ""d""",x,0.5,1,0\r\n2,22" tv,,0.1,2,1\r\n\r\n3,c,,0.1,3,1'
-    (folder / "a.csv").write_bytes(("\ufeff" + written).encode())
+    written = '1,"a, b\nc ""d""",x,0.5,1,0\r\n2,22" tv,,0.1,2,1\r\n\r\n3,c,,0.1,3,1'
+    (folder / "a.csv").write_bytes(("\ufeff" + HEADER + written).encode())
     (folder / "b.csv").write_text(HEADER)
     rows = rows_of(make_source(tmp_path, *words(folder)))
     assert [(row["user_id"], row["item_id"]) for row in rows] == [("1", 'a, b\nc "d"'), ("2", '22" tv'), ("3", "c")]
