@@ -20,7 +20,7 @@ from parallel.common.json_text import dump_json
 from parallel.common.structured import MAX_JSON_BYTES, is_file, read_json, seal
 
 __all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside", "matching",
-           "open_binary", "open_text", "read_json", "write_json"]
+           "name_text", "open_binary", "open_text", "read_json", "write_json"]
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 _OUTPUT = 1 << 20
@@ -237,6 +237,11 @@ def matching(path: str | Path) -> list[Path]:
     root = next((parent for parent in path.parents if parent.is_dir()), Path())
     pattern = str(path.relative_to(root)) if root in path.parents else str(path)
     return sorted(root / name for name in glob.glob(pattern, root_dir=root, recursive=True))
+
+
+def name_text(path: str | Path) -> str:
+    r"""A path as text that UTF-8 can hold, bytes that are none as `\xff`; different paths stay different."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def inside(root: str | Path, path: str | Path) -> Path:

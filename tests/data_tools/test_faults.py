@@ -248,3 +248,20 @@ def test_separators_inside_a_question_do_not_cut_it(tmp_path):
     assert list(evaluation_texts(tmp_path / "q.jsonl")) == [question, "b"]
     (tmp_path / "q.txt").write_text(question + "\r\nb\n")
     assert list(evaluation_texts(tmp_path / "q.txt")) == [question, "b"]
+
+
+@pytest.mark.parametrize("verb", ["clean", "dedup"])
+def test_names_of_files_that_are_no_utf8(tmp_path, capsys, verb):
+    """As archives of other systems leave them: the bytes of a name are any but / and zero."""
+    folder = tmp_path / "语料\udcd6\udcd0"
+    folder.mkdir()
+    for number, name in enumerate(("a\udcff.txt", "b\udcce\udcc4.jsonl")):
+        line = TEXT if number else "另一篇与前文无关的文章，讲的是今天的天气与旅行。" * 8
+        (folder / name).write_text(line if name.endswith("txt") else json.dumps({"text": line}) + "\n")
+    for form in ("jsonl", "parquet"):
+        code, figures = run(capsys, verb, "--input", folder, "--output", tmp_path / f"o\udcff{form}", "--format", form,
+                            *(["--engine", "local"] if verb == "dedup" else []))
+        assert code == 0 and figures["documents_out"] == 2
+    assert run(capsys, "report", "--input", tmp_path / "o\udcffjsonl")[0] == 0
+    found = lines_of(tmp_path / "o\udcffjsonl")
+    assert [line["source"] for line in found] == ["a\\xff", "b\\xce\\xc4"] and len({line["id"] for line in found}) == 2

@@ -7,6 +7,7 @@ others, for example by time; a csv file may also grow by whole lines while it is
 from __future__ import annotations
 
 import codecs
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,7 +133,7 @@ class Folder:
     def _parquet(self, file: Path, most: int) -> list[Event]:
         skip, events, row_number = self.at[1], [], 0
         try:
-            source = parquet.ParquetFile(file)
+            source = parquet.ParquetFile(pa.OSFile(os.fsencode(file)))
             for group in range(source.num_row_groups):
                 rows = source.metadata.row_group(group).num_rows
                 if row_number + rows > skip:
