@@ -6,6 +6,8 @@ A package that has models holds a module `build` with
     settings_class(name) -> type[Settings], with at least the blocks model, train and parallel
     build(settings, parallel, compute_dtype) -> Task
     train_on(settings, backend, figures) -> dict: trains on any backend; imports no framework
+    TRAINING_VERBS: verbs that are `train_on`, each with `check(settings)`, which raises a UserError where a verb asks
+        for more than the settings say
     stored_settings_class(name) -> type[Settings] of settings that were checked before they were stored, if importing
         those of `settings_class` takes a framework
 
