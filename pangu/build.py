@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from pangu.settings import Run
 
 MODELS = frozenset({"pangu_alpha"})
+_STARTS = ("embedding_std", "linear_std", "ffn_std")
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
+
+INFERENCE_VERBS = {"generate": False, "evaluate": True, "serve": False}
+"""Verbs that run graphs of inference -> whether MindSpore's processes share their work where nothing is sharded."""
 
 
 def settings_class(name: str) -> type[Settings]:
@@ -59,6 +63,58 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     task = Task(network, inputs, lambda seed: sample_batch(settings, seed), batch * length,
                 {"model": settings.model.name, "layers": settings.model.layers})
     return with_sample_numbers(task, settings.model.dropout)
+
+
+def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind: str) -> Task:
+    """The network that generates and scores over a paged cache (`pangu.generation.sharded.graph`).
+
+    Args:
+        settings: a `pangu.settings.Run`; `generate` says how much is read at once.
+        parallel: resolved, of one group of data parallelism.
+        compute_dtype: see `build`.
+        kind: one of `pangu.generation.sharded.shapes.KINDS`.
+
+    Raises:
+        UserError: an axis does not divide what it cuts.
+    """
+    from mindspore import dtype as mstype
+    from mindspore.nn.utils import no_init_parameters
+
+    from pangu.config import check_layout
+    from pangu.generation.sharded.graph import span_decoder
+    from pangu.generation.sharded.shapes import span_shape
+    from pangu.model import PanGuAlpha
+
+    model, shape = settings.model, span_shape(kind, settings.model, settings.generate)
+    check_layout(model, parallel)
+    with no_init_parameters():
+        network = span_decoder(PanGuAlpha(model, getattr(mstype, compute_dtype)), shape)
+    tokens = shape.groups * shape.tokens
+    inputs = [Input("ids", (shape.groups, shape.tokens), "int32", model.vocabulary_size),
+              Input("positions", (shape.groups, shape.tokens), "int32", model.sequence_length),
+              Input("write", (tokens,), "int32", shape.cache), Input("read", (shape.groups, shape.seen), "int32"),
+              Input("visible", (shape.groups, shape.tokens, shape.seen), "int8"),
+              Input("wanted", (shape.rows,), "int32", tokens)]
+    return Task(network, inputs, lambda seed: (), tokens, {"model": model.name, "layers": model.layers})
+
+
+def check_inference(settings: Run) -> None:
+    """Raises a UserError unless a resolved layout fits the model."""
+    from pangu.config import check_layout
+
+    check_layout(settings.model, settings.parallel.resolve())
+
+
+def shapes_inference(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's settings (as JSON) that shapes the graphs of `inference`."""
+    model, layout, generate = (settings[block] for block in ("model", "parallel", "generate"))
+    return {
+        "model": {key: value for key, value in model.items() if key not in ("dropout", *_STARTS)},
+        "train": {"precision": settings["train"]["precision"]},
+        "generate": {key: generate[key] for key in ("batch_size", "prefill_chunk")},
+        "parallel": {"op": layout["op"], "vocabulary": layout["vocabulary"],
+                     "pipeline": {key: layout["pipeline"][key] for key in ("stages", "offsets")}},
+    }  # fmt: skip
 
 
 def training_network(settings: Run, compute_dtype: str, weighted: bool = False) -> Any:
