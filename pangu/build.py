@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parallel.common.errors import UserError
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
 from parallel.task import Input, Task, with_sample_numbers
@@ -19,6 +20,16 @@ _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
 
 INFERENCE_VERBS = {"generate": False, "evaluate": True, "serve": False}
 """Verbs that run graphs of inference -> whether MindSpore's processes share their work where nothing is sharded."""
+
+
+def check_adapts(settings: Run) -> None:
+    """Raises a UserError unless a run says what to adapt to."""
+    if settings.adapt is None:
+        raise UserError("the config file does not say what to adapt to", where="adapt",
+                        hint="add adapt.checkpoint=DIR adapt.pairs=FILE")
+
+
+TRAINING_VERBS = {"train": lambda settings: None, "finetune": check_adapts}
 
 
 def settings_class(name: str) -> type[Settings]:

@@ -72,14 +72,15 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *command])
     logs = Path(run_settings.output.directory) / "logs"
-    if arguments.what != "train":
+    if arguments.what not in module.TRAINING_VERBS:
         return MsrunLauncher(plan, command, logs).run()
+    module.TRAINING_VERBS[arguments.what](run_settings)
     choice = choose(run_settings.parallel.resolve(plan.ranks), run_settings.train.precision)
     info(choice.text())
     if choice.backend == "mindspore":
-        return MsrunLauncher(plan, command, logs).run()
+        return MsrunLauncher(plan, command, logs, trains=True).run()
     program, settings = exported(run_settings, plan.ranks, plan.node_rank)
-    return TorchLauncher(plan, rank_command(program, settings, choice.device), logs).run()
+    return TorchLauncher(plan, rank_command(program, settings, choice.device), logs, trains=True).run()
 
 
 def _compile_only(config: str, overrides: list[str]) -> None:

@@ -35,10 +35,11 @@ class Launcher:
         plan: numbers and addresses.
         command: arguments of the Python interpreter.
         logs: folder of the logs.
+        trains: whether the ranks write checkpoints beside that folder, which one launch at a time may.
     """
 
-    def __init__(self, plan: Plan, command: list[str], logs: Path) -> None:
-        self.plan, self.command, self.logs = plan, command, logs
+    def __init__(self, plan: Plan, command: list[str], logs: Path, *, trains: bool = False) -> None:
+        self.plan, self.command, self.logs, self.trains = plan, command, logs, trains
         self.processes: dict[int, subprocess.Popen] = {}
         self.scheduler: subprocess.Popen | None = None
         self.signalled: int | bool = False
@@ -54,7 +55,7 @@ class Launcher:
     def _owning(self) -> Iterator[dict[str, str]]:
         """Owns the run's folder on machine 0, where something is trained; the variables by which ranks know it."""
         directory = self.logs.parent
-        if not {"train", "rank"} & set(self.command) or self.plan.node_rank > 0:
+        if not self.trains or self.plan.node_rank > 0:
             yield owner_environment(None)
         else:
             with owned(directory, "launch"):
@@ -157,7 +158,6 @@ class Launcher:
         # A shell shows a death by signal n as 128 + n.
         return {**_figures(self.log(0)), "exit_code": code if code >= 0 else 128 - code, "ranks": self.plan.ranks,
                 "failed_rank": rank, "logs": str(self.logs)}
-
 
     def _told_error(self, rank: int) -> str | None:
         """The line of an error that a user can mend at the end of a rank's log."""

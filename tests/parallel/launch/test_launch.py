@@ -18,7 +18,7 @@ def started(monkeypatch):
     calls = []
 
     class Recorder:
-        def __init__(self, *what):
+        def __init__(self, *what, trains=False):
             calls.append(what)
 
         def run(self):
