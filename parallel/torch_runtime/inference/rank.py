@@ -59,9 +59,7 @@ class InferenceRank:
         """Logits [M, V] float32 on the device of the group's first rank; None elsewhere."""
         with torch.no_grad():
             bound = self._bound(kind)
-            fed = [torch.from_numpy(array).to(self.device, DTYPES[item[1].dtype], non_blocking=True)
-                   for item, array in zip(bound.graph.inputs, inputs, strict=True)]
-            result = bound.run(fed)
+            result = bound.run([torch.from_numpy(array).to(self.device, non_blocking=True) for array in inputs])
         if self.last and self.member.number in (0, self.last):
             return self._handed_over(kind, result)
         return result if self.member.leads else None
