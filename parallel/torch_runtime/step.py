@@ -274,6 +274,11 @@ class TorchStep:
 
 
 def device_of(name: str | None) -> torch.device:
+    """The device of this process: "cpu", "cuda" (takes LOCAL_RANK) or "cuda:N"; None = a GPU where there is one.
+
+    Raises:
+        UserError: no GPU that torch can use.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
