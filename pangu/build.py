@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pangu.generation.sharded.shapes import shapes_inference
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
@@ -14,10 +15,10 @@ from parallel.task import Input, Task, with_sample_numbers
 if TYPE_CHECKING:
     from pangu.settings import Run
 
+__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "settings_class",
+           "shapes_inference", "train_on"]
 MODELS = frozenset({"pangu_alpha"})
-_STARTS = ("embedding_std", "linear_std", "ffn_std")
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
-
 INFERENCE_VERBS = {"generate": False, "evaluate": True, "serve": False}
 """Verbs that run graphs of inference -> whether MindSpore's processes share their work where nothing is sharded."""
 
@@ -114,18 +115,6 @@ def check_inference(settings: Run) -> None:
     from pangu.config import check_layout
 
     check_layout(settings.model, settings.parallel.resolve())
-
-
-def shapes_inference(settings: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's settings (as JSON) that shapes the graphs of `inference`."""
-    model, layout, generate = (settings[block] for block in ("model", "parallel", "generate"))
-    return {
-        "model": {key: value for key, value in model.items() if key not in ("dropout", *_STARTS)},
-        "train": {"precision": settings["train"]["precision"]},
-        "generate": {key: generate[key] for key in ("batch_size", "prefill_chunk")},
-        "parallel": {"op": layout["op"], "vocabulary": layout["vocabulary"],
-                     "pipeline": {key: layout["pipeline"][key] for key in ("stages", "offsets")}},
-    }  # fmt: skip
 
 
 def training_network(settings: Run, compute_dtype: str, weighted: bool = False) -> Any:

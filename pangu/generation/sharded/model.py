@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pangu.build import shapes_inference
 from pangu.generation.backend import Backend
 from pangu.generation.sharded.runner import SpanRunner, follow
-from pangu.generation.sharded.shapes import SLOTS
+from pangu.generation.sharded.shapes import SLOTS, shapes_inference
 from pangu.generation.weights import check_parameters, parameter_shapes
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError

@@ -12,6 +12,9 @@ KINDS = ("decode", "prefill", "score")
 with logits of all."""
 
 
+_STARTS = ("embedding_std", "linear_std", "ffn_std")
+
+
 @dataclass(frozen=True)
 class SpanShape:
     """Of one graph.
@@ -46,6 +49,18 @@ def span_shape(kind: str, model: Any, generate: Any) -> SpanShape:
     # Room for one whole sequence and for the own tokens of those that share its beginning.
     rows = chunk if kind == "score" else min(batch, chunk)
     return SpanShape(1, chunk, context + chunk, rows, cache)
+
+
+def shapes_inference(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's settings (as JSON) that shapes the graphs of `pangu.build.inference`."""
+    model, layout, generate = (settings[block] for block in ("model", "parallel", "generate"))
+    return {
+        "model": {key: value for key, value in model.items() if key not in ("dropout", *_STARTS)},
+        "train": {"precision": settings["train"]["precision"]},
+        "generate": {key: generate[key] for key in ("batch_size", "prefill_chunk")},
+        "parallel": {"op": layout["op"], "vocabulary": layout["vocabulary"],
+                     "pipeline": {key: layout["pipeline"][key] for key in ("stages", "offsets")}},
+    }  # fmt: skip
 
 
 def _blocks(tokens: int) -> int:
