@@ -191,14 +191,24 @@ class MsrunLauncher(Launcher):
 
 
 class TorchLauncher(Launcher):
-    """Ranks of torch, each told by variables who it is and where they meet, as torchrun does."""
+    """Ranks of torch, each told by variables who it is and where they meet, as torchrun does.
+
+    Args:
+        plan, command, logs, trains: see `Launcher`.
+        environment: more variables for them.
+    """
+
+    def __init__(self, plan: Plan, command: list[str], logs: Path, *, trains: bool = False,
+                 environment: dict[str, str] | None = None) -> None:
+        super().__init__(plan, command, logs, trains=trains)
+        self.environment = environment or {}
 
     def _start(self) -> None:
         plan, cores = self.plan, len(os.sched_getaffinity(0))
         for local in range(plan.local):
             rank = plan.node_rank * plan.local + local
             environment = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
+                **os.environ, **self.environment, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
                 "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(plan.local), "MASTER_ADDR": plan.host,
                 "MASTER_PORT": str(plan.port), "PARALLEL_MEET_SECONDS": str(plan.timeout),
             }  # fmt: skip
