@@ -77,6 +77,11 @@ class ShardedModel:
                  f"{self.blocks * SLOTS} tokens")
 
     @property
+    def chunk(self) -> int:
+        """Tokens that one call of the graph for prompts reads."""
+        return self.rank.shape("prefill")["ids"][1]
+
+    @property
     def first(self) -> bool:
         """Whether this is the process that reads prompts, answers and tells figures."""
         return self.member.rank == 0
