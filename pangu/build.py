@@ -15,9 +15,10 @@ from parallel.task import Input, Task, with_sample_numbers
 if TYPE_CHECKING:
     from pangu.settings import Run
 
-__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "settings_class",
-           "shapes_inference", "train_on"]
+__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference",
+           "inference_overrides", "settings_class", "shapes_inference", "train_on"]
 MODELS = frozenset({"pangu_alpha"})
+_LARGEST_BATCH = 256  # sequences that one graph decodes at once; more take several calls
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
 INFERENCE_VERBS = {"generate": False, "evaluate": True, "serve": False}
 """Verbs that run graphs of inference -> whether MindSpore's processes share their work where nothing is sharded."""
@@ -108,6 +109,15 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
               Input("visible", (shape.groups, shape.tokens, shape.seen), "int8"),
               Input("wanted", (shape.rows,), "int32", tokens)]
     return Task(network, inputs, lambda seed: (), tokens, {"model": model.name, "layers": model.layers})
+
+
+def inference_overrides(settings: Run, verb: str) -> list[str]:
+    """Overrides that give the graphs of a verb the shapes that it works in."""
+    if verb != "serve":
+        return []
+    engine = settings.serve.engine
+    return [f"generate.batch_size={min(engine.running, _LARGEST_BATCH)}",
+            f"generate.prefill_chunk={engine.prefill_chunk}"]
 
 
 def check_inference(settings: Run) -> None:

@@ -56,8 +56,11 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.compile_only:
         _compile_only(arguments.config, overrides)
     package = module.__name__.partition(".")[0]
-    command = ["-m", package, arguments.what, "--config", str(arguments.config), *overrides, *arguments.passed]
     verbs = getattr(module, "INFERENCE_VERBS", {})
+    if arguments.what in verbs and arguments.program is None:
+        overrides += module.inference_overrides(run_settings, arguments.what)
+        run_settings = load_run(arguments.config, overrides)[1]
+    command = ["-m", package, arguments.what, "--config", str(arguments.config), *overrides, *arguments.passed]
     if arguments.what in verbs:
         run_settings, plan = grouped(run_settings, arguments)
         if takes_torch(run_settings, arguments.program) or (plan.ranks > 1 and not verbs[arguments.what]):
