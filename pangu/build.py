@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pangu.generation.sharded.shapes import shapes_inference
+from pangu.generation.sharded.shapes import KINDS, shapes_inference
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
@@ -15,7 +15,7 @@ from parallel.task import Input, Task, with_sample_numbers
 if TYPE_CHECKING:
     from pangu.settings import Run
 
-__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference",
+__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "inference_kinds",
            "inference_overrides", "settings_class", "shapes_inference", "train_on"]
 MODELS = frozenset({"pangu_alpha"})
 _LARGEST_BATCH = 256  # sequences that one graph decodes at once; more take several calls
@@ -109,6 +109,11 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
               Input("visible", (shape.groups, shape.tokens, shape.seen), "int8"),
               Input("wanted", (shape.rows,), "int32", tokens)]
     return Task(network, inputs, lambda seed: (), tokens, {"model": model.name, "layers": model.layers})
+
+
+def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
+    """The graphs of `inference`; every verb takes all."""
+    return KINDS
 
 
 def inference_overrides(settings: Run, verb: str) -> list[str]:

@@ -153,5 +153,5 @@ def launch_evaluation(settings: Run, arguments: argparse.Namespace) -> dict:
     logs = Path(arguments.output or Path(settings.output.directory) / "evaluation") / "logs"
     resolved, plan = grouped(settings, arguments)
     if takes_torch(resolved):
-        return launch_inference(build, resolved, plan, command, logs)
+        return launch_inference(build, resolved, plan, "evaluate", command, logs)
     return MsrunLauncher(plan, command, logs).run()

@@ -57,7 +57,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         _compile_only(arguments.config, overrides)
     package = module.__name__.partition(".")[0]
     verbs = getattr(module, "INFERENCE_VERBS", {})
-    if arguments.what in verbs and arguments.program is None:
+    if arguments.what in verbs and arguments.program is None and hasattr(module, "inference_overrides"):
         overrides += module.inference_overrides(run_settings, arguments.what)
         run_settings = load_run(arguments.config, overrides)[1]
     command = ["-m", package, arguments.what, "--config", str(arguments.config), *overrides, *arguments.passed]
@@ -65,7 +65,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         run_settings, plan = grouped(run_settings, arguments)
         if takes_torch(run_settings, arguments.program) or (plan.ranks > 1 and not verbs[arguments.what]):
             logs = Path(run_settings.output.directory) / "logs" / arguments.what
-            return launch_inference(module, run_settings, plan, command, logs, arguments.program)
+            return launch_inference(module, run_settings, plan, arguments.what, command, logs, arguments.program)
     elif arguments.program is not None:
         raise UserError("only verbs that generate or score take a program", where="--program", value=arguments.program,
                         hint="python -m parallel.torch_runtime run DIR trains one")
