@@ -13,6 +13,7 @@ import numpy as np
 
 from pangu.generation.sharded.dealing import dealt_by_size, put_together
 from pangu.generation.sharded.model import ShardedModel, open_sharded
+from parallel.common.structured import parse_json
 from parallel.launch.inference import PROGRAM, grouped, launch_inference, takes_torch
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class MindSporeWorkers(Workers):
         padded = np.zeros(max(lengths), np.float32)
         padded[:len(data)] = data
         parts = cell(Tensor(padded)).asnumpy().reshape(self.ranks, -1)
-        return [json.loads(part[:length].astype(np.uint8).tobytes())
+        return [parse_json(part[:length].astype(np.uint8).tobytes().decode(), max_bytes=1 << 32)
                 for part, length in zip(parts, lengths, strict=True)]
 
 
