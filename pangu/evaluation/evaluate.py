@@ -86,7 +86,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _launch(settings: Run, arguments: argparse.Namespace) -> dict:
     """The same command as --nproc processes of msrun on this machine; rank 0's figures."""
-    from parallel.launch.launcher import MsrunLauncher
+    from parallel.launch.launcher import MindSporeLauncher
     from parallel.launch.plan import Plan, free_port
 
     command = ["-m", "pangu", "evaluate"]
@@ -95,7 +95,7 @@ def _launch(settings: Run, arguments: argparse.Namespace) -> dict:
             command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     logs = Path(arguments.output or Path(settings.output.directory) / "evaluation") / "logs"
     plan = Plan(1, 0, "127.0.0.1", free_port(), arguments.nproc, _SECONDS_TO_MEET)
-    return MsrunLauncher(plan, [*command, *arguments.overrides], logs).run()
+    return MindSporeLauncher(plan, [*command, *arguments.overrides], logs).run()
 
 
 def _sources(arguments: argparse.Namespace) -> list[Source]:

@@ -64,12 +64,13 @@ class Launch:
     folder: Path
     ranks: int
     environment: dict = field(default_factory=dict)
+    more: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         words = ["parallel.torch_runtime", "run", str(self.arguments)]
         if isinstance(self.arguments, list):
             words = ["parallel", "launch", *self.arguments, "--nproc", str(self.ranks)]
-        command = [sys.executable, "-m", *words, f"output.directory={self.folder}"]
+        command = [sys.executable, "-m", *words, *self.more, f"output.directory={self.folder}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **self.environment}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True)
