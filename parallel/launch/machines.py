@@ -69,7 +69,11 @@ class Machines:
         return end
 
     def gather(self, facts: Any) -> list[Any]:
-        """What every machine brings, on machine 0; [] on the others."""
+        """What every machine brings, on machine 0; [] on the others.
+
+        Raises:
+            UserError: a machine is gone.
+        """
         return [facts]
 
     def close(self) -> None:
@@ -249,6 +253,9 @@ class _Chief(Machines):
     def gather(self, facts: Any) -> list[Any]:
         """See `Machines`."""
         self._wait_for("facts", lambda said: said is not None)
+        if self.lost is not None:
+            self._refuse(self.lost, "its own output says why")
+        self._tell_all(gathered=True)
         return [facts, *(self.state["facts"][node] for node in sorted(self.state["facts"]))]
 
     def close(self) -> None:
@@ -332,6 +339,7 @@ class _Member(Machines):
     def gather(self, facts: Any) -> list[Any]:
         """See `Machines`."""
         self.line.tell(facts=facts)
+        self._wait_for("gathered")
         return []
 
     def close(self) -> None:

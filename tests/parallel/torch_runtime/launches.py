@@ -112,11 +112,20 @@ class Launch:
         return Launched(json.loads(lines[-1]) if lines else None, errors, self.process.returncode, self.folder)
 
 
-def launch(arguments: list[str] | Path, folder: Path, ranks: int, **environment: str) -> Launched:
+def launch(arguments: list[str] | Path, folder: Path, ranks: int, more: list[str] | None = None,
+           **environment: str) -> Launched:
     """A launch from start to end; it must go well."""
-    ended = Launch(arguments, folder, ranks, environment).end()
+    ended = Launch(arguments, folder, ranks, environment, more or []).end()
     assert ended.code == 0, ended.errors[-4000:]
     return ended
+
+
+def run_command(package: str, words: list[str]) -> tuple[int, dict | None, str]:
+    """A command of a package: exit code, JSON line, what it said."""
+    done = subprocess.run([sys.executable, "-m", package, *words], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, json.loads(lines[-1]) if lines else None, done.stderr
 
 
 def assert_same_tensors(one: Slices, other: Slices) -> None:

@@ -15,8 +15,7 @@ import pytest
 
 from parallel.checkpoint.sharded import Slices
 from parallel.launch.plan import free_port
-from tests.parallel.torch_runtime.launches import ROOT, Launch, assert_same_tensors, config_of, launch
-from tests.parallel.torch_runtime.records import packed
+from tests.parallel.torch_runtime.launches import ROOT, Launch, assert_same_tensors, launch
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None or importlib.util.find_spec("torch") is None,
@@ -57,16 +56,6 @@ if os.environ.get("FAULT") and "RANK" in os.environ:
 PHASES = {"begin": (0, 4), "half written": (1, 4), "written": (1, 4), "index": (0, 4), "rename": (0, 4),
           "in place": (0, 8), "tidy": (0, 8)}
 """Who dies while step 8 is saved, and the newest checkpoint that is there afterwards."""
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """A straight run of data 2, every rank with all parameters, saved while training goes on."""
-    folder = tmp_path_factory.mktemp("saving")
-    data = packed(folder / "records", documents=400, shards=2)
-    order = [*config_of("pangu", data), "parallel.data=2", "parallel.backend=torch", "train.steps=12",
-             "output.save_in_background=true"]
-    return launch(order, folder / "straight", 2)
 
 
 def faulty(place: Path, fault: str) -> dict[str, str]:
