@@ -6,6 +6,14 @@ A package that has models holds a module `build` with
     settings_class(name) -> type[Settings], with at least the blocks model, train and parallel
     build(settings, parallel, compute_dtype) -> Task
     train_on(settings, backend, figures) -> dict: trains on any backend; imports no framework
+    inference(settings, parallel, compute_dtype, kind) -> Task: a graph that a trained model is used by ("decode",
+        "prefill", "score" over a cache, say); with `inference_kinds(settings, verb)`: those that a verb needs (none =
+        all), `check_inference(settings)`, and `shapes_inference(tree)`: the part of the settings
+        as JSON that shapes such graphs; `inference_overrides(settings, verb)` where a verb works in shapes of its own;
+        and INFERENCE_VERBS, which run them, each with whether processes of MindSpore
+        share its work where nothing is sharded
+    TRAINING_VERBS: verbs that are `train_on`, each with `check(settings)`, which raises a UserError where a verb asks
+        for more than the settings say
     stored_settings_class(name) -> type[Settings] of settings that were checked before they were stored, if importing
         those of `settings_class` takes a framework
 

@@ -86,10 +86,10 @@ def _torch(order: dict, config: ParallelConfig) -> tuple[int, dict, Callable]:
     import torch.distributed as dist
 
     from parallel.torch_runtime.groups import join
-    from parallel.torch_runtime.step import chosen_device
+    from parallel.torch_runtime.step import device_of
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = chosen_device("cuda" if order["device"] == "GPU" else "cpu")
+    device = device_of("cuda" if order["device"] == "GPU" else "cpu")
     join(rank, world, device)
     own = _axes(config, rank)
     made = {}

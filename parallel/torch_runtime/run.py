@@ -49,9 +49,10 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     with atomic_write(path) as file:
         json.dump(own.model_dump(mode="json"), file, ensure_ascii=False, indent=1)
     machines = machines_of(plan, facts_of(own.model_dump(mode="json")))
+    command = rank_command(program.folder, path, device)
     with contextlib.closing(machines):
         machines.meet()
-        return TorchLauncher(plan, rank_command(program.folder, path, device), folder / "logs", machines).run()
+        return TorchLauncher(plan, command, folder / "logs", machines, trains=True).run()
 
 
 def settings_of(program: Program, overrides: list[str]) -> Any:
