@@ -101,8 +101,8 @@ class Sized:
         from recsys.build import loss_network
         from recsys.data.dataset import features_of
         from recsys.data.features import place
-        from recsys.layers.embedding import is_sparse
         from recsys.tables.host import HostTables
+        from recsys.tables.names import is_sparse
         from recsys.tables.step import HostedBackend, TableStep
 
         _, plain = load_run(str(ROOT / "configs/recsys/tokenmixer_large.yaml"))
