@@ -144,7 +144,7 @@ def wants_launch(arguments: argparse.Namespace) -> bool:
 def launch_evaluation(settings: Run, arguments: argparse.Namespace) -> dict:
     """The same command as `--nproc` processes on each machine; rank 0's figures."""
     from pangu import build
-    from parallel.launch.launcher import MsrunLauncher
+    from parallel.launch.launcher import MindSporeLauncher
 
     command = ["-m", "pangu", "evaluate"]
     for name, value in vars(arguments).items():
@@ -155,4 +155,4 @@ def launch_evaluation(settings: Run, arguments: argparse.Namespace) -> dict:
     resolved, plan = grouped(settings, arguments)
     if takes_torch(resolved):
         return launch_inference(build, resolved, plan, "evaluate", command, logs)
-    return MsrunLauncher(plan, command, logs).run()
+    return MindSporeLauncher(plan, command, logs).run()

@@ -1,5 +1,4 @@
-"""Verb `launch`: a run as many processes, on one node or several: through msrun's process manager on MindSpore, through
-ours on torch.
+"""Verb `launch`: a run as many processes, on one node or several, of MindSpore or torch.
 
 Every rank writes its log to `<output.directory>/logs/rank_<r>.log`; rank 0's is shown as well. When a rank fails, the
 others are ended and the exit code is that of the rank that failed. SIGTERM and SIGINT go to all ranks, which save and
@@ -9,6 +8,7 @@ stop.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -18,10 +18,12 @@ from parallel.common.errors import UserError
 from parallel.common.progress import info
 from parallel.launch.choose import choose
 from parallel.launch.inference import grouped, launch_inference, takes_torch
-from parallel.launch.launcher import MsrunLauncher, TorchLauncher
+from parallel.launch.launcher import MindSporeLauncher, TorchLauncher
+from parallel.launch.machines import Machines, machines_of
 from parallel.launch.plan import Plan, add_node_arguments
 from parallel.launch.programs import exported, rank_command
 from parallel.task import load_run
+from parallel.training.agreement import facts_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,15 +77,23 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *command])
     logs = Path(run_settings.output.directory) / "logs"
-    if arguments.what not in module.TRAINING_VERBS:
-        return MsrunLauncher(plan, command, logs).run()
-    module.TRAINING_VERBS[arguments.what](run_settings)
-    choice = choose(run_settings.parallel.resolve(plan.ranks), run_settings.train.precision)
+    if arguments.what in module.TRAINING_VERBS:
+        module.TRAINING_VERBS[arguments.what](run_settings)
+    machines = machines_of(plan, facts_of(run_settings.model_dump(mode="json")))
+    with contextlib.closing(machines):
+        machines.meet()
+        if arguments.what not in module.TRAINING_VERBS:
+            return MindSporeLauncher(plan, command, logs, machines).run()
+        return _trained(run_settings, plan, machines, command, logs)
+
+
+def _trained(settings: Any, plan: Plan, machines: Machines, command: list[str], logs: Path) -> dict[str, Any]:
+    choice = choose(settings.parallel.resolve(plan.ranks), settings.train.precision)
     info(choice.text())
     if choice.backend == "mindspore":
-        return MsrunLauncher(plan, command, logs, trains=True).run()
-    program, settings = exported(run_settings, plan.ranks, plan.node_rank)
-    return TorchLauncher(plan, rank_command(program, settings, choice.device), logs, trains=True).run()
+        return MindSporeLauncher(plan, command, logs, machines, trains=True).run()
+    program, stored = exported(settings, plan.ranks, plan.node_rank)
+    return TorchLauncher(plan, rank_command(program, stored, choice.device), logs, machines, trains=True).run()
 
 
 def _compile_only(config: str, overrides: list[str]) -> None:
