@@ -8,19 +8,21 @@ what one process would have published.
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parallel.checkpoint.folder import PARAMETERS_FILE
+from parallel.checkpoint.full import save
 from parallel.checkpoint.safetensors_file import SafetensorsFile, dtype_name, write_safetensors
-from parallel.checkpoint.sharded import Holder, Slices, save_slices
+from parallel.checkpoint.sharded import Slices
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.training.backend import Backend
 from parallel.training.companions import Companion
+from parallel.training.operation.saving import disks_of
 from recsys.data.dataset import VOCABULARY
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Versions
@@ -70,7 +72,7 @@ class RanksPublisher(Companion):
     def __init__(self, settings: PublishSettings, folder: Path, backend: Backend, describe: dict[str, Any],
                  vocabulary: Path) -> None:
         self.settings, self.folder, self.backend, self.describe = settings, folder, backend, describe
-        self.vocabulary, self.holder = vocabulary, backend.holder or whole_holder(backend)
+        self.vocabulary = vocabulary
         self.versions = Versions(folder, settings.keep)
         self.thread, self.writing = ThreadPoolExecutor(1, "publish"), None
         self.copies: dict[str, np.ndarray] = {}
@@ -114,12 +116,9 @@ class RanksPublisher(Companion):
         if not full:
             tensors = [tensor for tensor in tensors if not is_sparse(tensor.name)]
             _write_rows(staged / f"rows-{self.backend.rank:05d}.safetensors", rows)
-        path = save_slices(staged, step, tensors, (), {}, 1, self.holder)
+        path = save(staged, step, tensors, (), {}, 1, rank=self.backend.rank, holder=self.backend.holder)
         if self.backend.rank == 0:
-            self.writing = self._submit(path, step, full)
-
-    def _submit(self, path: Path, step: int, full: bool) -> Future:
-        return self.thread.submit(self._write_full if full else self._write_delta, path, step)
+            self.writing = self.thread.submit(self._write_full if full else self._write_delta, path, step)
 
     def _changed(self, tables: list[Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """(numbers, values) of this process's rows that changed since the last version, by table."""
@@ -127,7 +126,8 @@ class RanksPublisher(Companion):
         for tensor in tables:
             values, before = tensor.read(), self.copies.get(tensor.name)
             rows = np.arange(len(values)) if before is None else np.flatnonzero((before != values).any(1))
-            found[tensor.name] = rows + self.holder.extents[tensor.name][0][0], values[rows]
+            first = self.backend.holder.extents[tensor.name][0][0] if self.backend.holder is not None else 0
+            found[tensor.name] = rows + first, values[rows]
             self.copies[tensor.name] = values
         return found
 
@@ -164,18 +164,11 @@ def _write_rows(path: Path, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> N
                              for name, array in arrays.items()])
 
 
-def whole_holder(backend: Backend) -> Holder:
-    """The holder of a single process, which has everything."""
-    shapes = {tensor.name: tuple(tensor.shape) for tensor in backend.parameters()}
-    return Holder(0, 1, {name: tuple((0, size) for size in shape) for name, shape in shapes.items()}, shapes,
-                  backend.barrier)
-
-
 def ranks_publisher(settings: Run, backend: Backend) -> RanksPublisher | None:
     """The publisher of a run whose processes hold slices, where its settings want one.
 
     Raises:
-        UserError: seconds of event time are asked for.
+        UserError: seconds of event time are asked for; the machines have disks of their own.
     """
     own = settings.publish
     if not own.wanted:
@@ -183,6 +176,9 @@ def ranks_publisher(settings: Run, backend: Backend) -> RanksPublisher | None:
     if own.every_steps is None:
         raise UserError("files have no event time", where="publish.every_seconds", value=own.every_seconds,
                         hint="set publish.every_steps")
+    if disks_of(backend.ranks, settings.output).count > 1:
+        raise UserError("versions are put together on a disk that all machines share", where="output.shared_disk",
+                        value=settings.output.shared_disk, hint="set publish.every_steps to null")
     directory = Path(settings.output.directory)
     return RanksPublisher(own, Path(own.directory or directory / "live"), backend, settings.model_dump(mode="json"),
                           directory / VOCABULARY)
