@@ -118,7 +118,7 @@ def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) ->
     Raises:
         UserError: see `describe` and `parallel.checkpoint.full.load_parameters`.
     """
-    from recsys.build import loss_network
+    from recsys.network import loss_network
     from recsys.quantization import layers as quantization
 
     trained = describe(checkpoint, config)
