@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from pangu.settings import Run
 from parallel.checkpoint.full import save_checkpoint
 from parallel.common.settings import load_settings
 from parallel.launch.inference import grouped, launch_inference
+from parallel.launch.plan import add_node_arguments
 from tests.pangu.generation.sharded_child import GREEDY, SEEDED, texts
 from tests.pangu.kernel_model import parameters
 from tests.pangu.numpy_model import forward
@@ -63,7 +64,9 @@ def written(folder, config=CONFIG, **blocks):
 def launched(checkpoint, folder, layout, nproc, config=CONFIG):
     """What the ranks of a layout wrote: logits of each text, and the texts generated."""
     path = written(folder, config, parallel=layout)
-    arguments = SimpleNamespace(nodes=1, node_rank=0, master=None, nproc=nproc, timeout=120)
+    parser = argparse.ArgumentParser()
+    add_node_arguments(parser)
+    arguments = parser.parse_args(["--nproc", str(nproc)])
     settings, plan = grouped(load_settings(Run, path), arguments)
     command = ["-m", "tests.pangu.generation.sharded_child", str(path), str(checkpoint), str(folder / "told")]
     figures = launch_inference(build, settings, plan, "generate", command, folder / "logs")
