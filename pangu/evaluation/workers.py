@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -152,6 +153,8 @@ def launch_evaluation(settings: Run, arguments: argparse.Namespace) -> dict:
     """The same command as `--nproc` processes on each machine; rank 0's figures."""
     from pangu import build
     from parallel.launch.launcher import MindSporeLauncher
+    from parallel.launch.machines import machines_of
+    from parallel.training.agreement import facts_of
 
     command, nodes = ["-m", "pangu", "evaluate"], argparse.ArgumentParser()
     add_node_arguments(nodes)
@@ -163,4 +166,7 @@ def launch_evaluation(settings: Run, arguments: argparse.Namespace) -> dict:
     resolved, plan = grouped(settings, arguments)
     if takes_torch(resolved):
         return launch_inference(build, resolved, plan, "evaluate", command, logs)
-    return MindSporeLauncher(plan, command, logs).run()
+    machines = machines_of(plan, facts_of(settings.model_dump(mode="json")))
+    with contextlib.closing(machines):
+        machines.meet()
+        return MindSporeLauncher(plan, command, logs, machines).run()
