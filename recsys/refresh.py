@@ -20,7 +20,7 @@ from recsys.build import labels_of, loss_network
 from recsys.data.dataset import VOCABULARY, count_values, features_of
 from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.vocabulary import Vocabulary
-from recsys.layers.embedding import is_sparse
+from recsys.tables.names import is_sparse
 from recsys.tables.refresh import refresh_run
 
 if TYPE_CHECKING:

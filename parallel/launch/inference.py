@@ -64,6 +64,25 @@ def takes_torch(settings: Any, program: str | None = None) -> bool:
         or choose(parallel, settings.train.precision).backend == "torch"
 
 
+def compare_settings(wanted: dict[str, Any], held: dict[str, Any], folder: Path) -> None:
+    """Raises a `UserError` naming the first key in which a run's settings shape other graphs than a program's.
+
+    Args:
+        wanted, held: what `shapes_inference` of the model's package says of either.
+        folder: of the program.
+    """
+    for where, one, other in _leaves(wanted, held):
+        if one != other:
+            raise UserError(f"the program was exported with {other}", where=where, value=one,
+                            hint=f"export it again, or set {where}={other} ({folder})")
+
+
+def _leaves(one: Any, other: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [leaf for key in one for leaf in _leaves(one[key], other.get(key), f"{where}.{key}" if where else key)]
+    return [(where, one, other)]
+
+
 def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command: list[str], logs: Path,
                      program: str | None = None) -> dict[str, Any]:
     """Starts this machine's processes of a verb, waits for them and returns rank 0's figures.

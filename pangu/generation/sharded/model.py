@@ -17,7 +17,7 @@ from pangu.generation.weights import check_parameters, parameter_shapes
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import info
-from parallel.launch.inference import DEVICE, PROGRAM
+from parallel.launch.inference import DEVICE, PROGRAM, compare_settings
 
 if TYPE_CHECKING:
     from pangu.settings import Run
@@ -161,14 +161,4 @@ def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
 
 def check_program(exported: dict[str, Any], settings: Run, folder: Path) -> None:
     """Raises a `UserError` naming the first key in which a run's settings shape other graphs than a program's."""
-    wanted, held = (shapes_inference(tree) for tree in (settings.model_dump(mode="json"), exported))
-    for where, one, other in _leaves(wanted, held):
-        if one != other:
-            raise UserError(f"the program was exported with {other}", where=where, value=one,
-                            hint=f"export it again, or set {where}={other} ({folder})")
-
-
-def _leaves(one: Any, other: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return [leaf for key in one for leaf in _leaves(one[key], other.get(key), f"{where}.{key}" if where else key)]
-    return [(where, one, other)]
+    compare_settings(*(shapes_inference(tree) for tree in (settings.model_dump(mode="json"), exported)), folder)

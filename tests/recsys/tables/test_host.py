@@ -206,7 +206,7 @@ def test_host_and_graph_train_alike(tmp_path, graph_mode):
     from parallel.training.step import TrainStep
     from recsys.build import loss_network
     from recsys.data.dataset import Batches, prepare
-    from recsys.layers.embedding import is_sparse
+    from recsys.tables.names import is_sparse
     from recsys.tables.step import HostedStep, TableStep
 
     _, settings = load_run("configs/recsys/dlrm_mlp.yaml", [
