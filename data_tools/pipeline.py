@@ -134,7 +134,7 @@ def _run_digest(settings: DataSettings, splits: list[Split]) -> str:
     """Stands for the input, the settings and the files that these name; where it runs does not matter."""
     filters = settings.filter
     files = [filters.sensitive.words_file, filters.spam.model, filters.quality.model]
-    files += [getattr(getattr(settings.rules, name), "keywords_file", None) for name in discover()]
+    files += [path for name in discover() for path in getattr(settings.rules, name).word_lists()]
     files += [str(path) for text in settings.decontaminate.evaluation for path in sorted(Path(text).rglob("*"))]
     files += settings.decontaminate.evaluation
     contents = [file_digest(path) for path in files if path is not None and Path(path).is_file()]

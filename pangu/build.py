@@ -31,6 +31,11 @@ def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, 
     return any_backend.train_on(settings, backend, figures)
 
 
+def replay_overrides(settings: Run) -> list[str]:
+    """See `parallel.task`: PanGu-alpha needs none."""
+    return []
+
+
 def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of PanGu-alpha for one global batch, checked against the layout.
 

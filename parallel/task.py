@@ -6,6 +6,7 @@ A package that has models holds a module `build` with
     settings_class(name) -> type[Settings], with at least the blocks model, train and parallel
     build(settings, parallel, compute_dtype) -> Task
     train_on(settings, backend, figures) -> dict: trains on any backend; imports no framework
+    replay_overrides(settings) -> list[str]: overrides without which a layout would not compute what one device does
     stored_settings_class(name) -> type[Settings] of settings that were checked before they were stored, if importing
         those of `settings_class` takes a framework
 

@@ -41,6 +41,15 @@ def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, 
     return any_backend.train_on(settings, backend, figures)
 
 
+def replay_overrides(settings: Run) -> list[str]:
+    """See `parallel.task`. One device computes every row of routed experts, so no capacity may leave one out. Of the
+    epsilon see docs/replay.md."""
+    capacity, epsilon = settings.model.full_capacity(), ["train.optimizer.epsilon=1e-2"]
+    if capacity is not None:
+        return [f"model.moe.capacity_factor={capacity}", *epsilon]
+    return epsilon if settings.model.separation() is not None else []
+
+
 def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of a ranker for one global batch, checked against the layout.
 
@@ -66,7 +75,7 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     inputs = [Input("ids", (batch, spec.id_columns), "int32", min(spec.tables.values())),
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, columns), "float32")]
-    figures = {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1), **count(network)}
+    figures = {"model": settings.model.name, "layers": settings.model.depth(), **count(network)}
     task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch, figures, is_sparse,
                 scores)
     return with_sample_numbers(task, settings.model.dropout)
@@ -117,7 +126,8 @@ def labels_of(settings: Run) -> list[str]:
 
 def spec_of(settings: Run) -> FeatureSpec:
     """Where the features are in rows and tables; reads the log only where a vocabulary's size is not given."""
-    from recsys.data.dataset import prepare, spec_without_data
+    from recsys.data.columns import spec_without_data
+    from recsys.data.log import prepare
 
     spec = spec_without_data(settings.data, settings.model.embedding_size)
     return spec or prepare(settings.data, settings.model.embedding_size).spec
@@ -148,7 +158,7 @@ def check_layout(settings: Run, model: Any, parallel: ParallelConfig) -> None:
 
 def check_exchange(settings: Run, model: Any, parallel: ParallelConfig) -> None:
     """Raises a `UserError` unless tables and ids can be sharded over all devices of data x op."""
-    if getattr(settings.model, "ug_sep", None) is not None or settings.data.tables.place == "host":
+    if settings.model.separation() is not None or settings.data.tables.place == "host":
         raise UserError("is for rankers with one lookup of tables in the graph", where="model.lookup.by",
                         value="alltoall", hint="set it to op")
     if parallel.pipeline.stages > 1:

@@ -10,7 +10,7 @@ from mindspore import Tensor
 
 from parallel.common.progress import progress
 from parallel.training.backend import Backend
-from recsys.data.dataset import filled_batch, in_order
+from recsys.data.batches import filled_batch, in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
 from recsys.ranker import Ranker, Scores

@@ -17,8 +17,9 @@ from parallel.layers.parameter import start_value
 from parallel.training.device import start_device
 from parallel.training.optimizers import run_optimizer
 from recsys.build import labels_of, loss_network
-from recsys.data.dataset import VOCABULARY, count_values, features_of
+from recsys.data.columns import features_of
 from recsys.data.features import Feature, FeatureSpec, place
+from recsys.data.log import VOCABULARY, count_values
 from recsys.data.vocabulary import Vocabulary
 from recsys.layers.embedding import is_sparse
 from recsys.tables.refresh import refresh_run

@@ -11,7 +11,7 @@ from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from parallel.common.renamed import current_keys
 from parallel.common.settings import load_settings
-from recsys.data.dataset import columns_of, features_of
+from recsys.data.columns import columns_of, features_of
 from recsys.data.encode import Columns
 from recsys.data.features import Feature, FeatureSpec, place
 from recsys.data.readers import reader

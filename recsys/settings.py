@@ -221,6 +221,20 @@ class RankerSettings(Settings):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Rate on the features' concatenation (embedding dropout)."""
 
+    separable: ClassVar[bool] = False  # whether the model has a form with user and candidate separated
+
+    def separation(self) -> Settings | None:
+        """The settings of that form, where it is chosen."""
+        return self.ug_sep if self.separable else None
+
+    def depth(self) -> int:
+        """Number of layers: the model's own key, 1 where it has none."""
+        return dict(self).get("layers", 1)
+
+    def full_capacity(self) -> int | None:
+        """The capacity factor under which no routed expert leaves a row out; None without such experts."""
+        return None
+
 
 class FlatSchedule(ScheduleSettings):
     """A constant learning rate unless said otherwise, as rankers are trained."""
@@ -279,6 +293,10 @@ class RankerTrain(TrainSettings):
     the same. Pays with data.together."""
     keep_best: Literal["auc", "gauc", "uauc", "logloss"] | None = None
     """Evaluate the parameters of the validation that was best in this metric; null = the last ones."""
+
+    def sparse_settings(self) -> SparseOptimizer | None:
+        """See `TrainSettings`."""
+        return self.sparse_optimizer
 
 
 class Run(Settings):

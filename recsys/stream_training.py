@@ -12,8 +12,9 @@ from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
-from recsys.data.dataset import VOCABULARY, columns_of, features_of
+from recsys.data.columns import columns_of, features_of
 from recsys.data.features import FeatureSpec, place
+from recsys.data.log import VOCABULARY
 from recsys.data.readers import reader
 from recsys.data.streams.source import StreamSource
 from recsys.data.vocabulary import Vocabulary

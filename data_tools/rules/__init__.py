@@ -31,6 +31,10 @@ class Rule(Settings):
     enabled: bool = True
     """Whether the rule runs."""
 
+    def word_lists(self) -> list[str]:
+        """Files that the rule reads; a change of one is a change of the rule."""
+        return []
+
     def apply(self, text: str, title: str) -> str:
         """The text that stays.
 

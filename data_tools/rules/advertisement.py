@@ -34,6 +34,10 @@ class Advertisement(Rule):
     hits: int = 1
     """Remove a document with this many different keywords; the paper removes documents that contain any."""
 
+    def word_lists(self) -> list[str]:
+        """See `Rule`."""
+        return [self.keywords_file] if self.keywords_file else []
+
     def apply(self, text: str, title: str) -> str:
         finder = KeywordFinder.of(self.keywords_file, _KEYWORDS, self.keywords)
         found = finder.distinct(text, enough=self.hits)

@@ -10,7 +10,7 @@ vocabulary, which become `<unk>`; U+2582 and U+2583 written in the text come bac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -117,10 +117,6 @@ class Tokenizer:
         """
         return self._model.encode(self._segmenter.join(text))
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """The ids of each text."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special ids come out as their names, unknown ones as U+2047.
 
@@ -136,15 +132,6 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         """A decoder that is fed one id at a time."""
         return StreamDecoder(self)
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Pieces of text as `ids` arrive; joined, they are `decode(ids)`."""
-        decoder = self.stream()
-        for number in ids:
-            if text := decoder.feed(number):
-                yield text
-        if text := decoder.finish():
-            yield text
 
     @cached_property
     def _texts(self) -> list[str | None]:

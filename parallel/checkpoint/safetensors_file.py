@@ -195,10 +195,6 @@ class SafetensorsFile:
         mapped = np.memmap(self.path, DTYPES[entry.dtype], "r", self._data_start + entry.start, entry.shape or (1,))
         return mapped.reshape(entry.shape)
 
-    def read_extent(self, name: str, extent: Iterable[tuple[int, int]]) -> np.ndarray:
-        """The part `[start:stop, ...]` of a tensor, without reading the rest into memory."""
-        return np.array(self.map(name)[tuple(slice(start, stop) for start, stop in extent)])
-
     def check(self, name: str, crc32: int | None) -> None:
         """Compares a tensor's data with its checksum, block by block.
 

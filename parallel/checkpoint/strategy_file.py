@@ -18,7 +18,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 
 if TYPE_CHECKING:
-    from parallel.sharding.slices import FullParameter
+    pass
 
 MAX_BYTES = 64 << 20
 _MAX_RANKS = 1 << 20
@@ -74,22 +74,6 @@ def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
                         hint="is the strategy file of another model?")
     size = (stop - start) // parts
     return start + index * size, start + (index + 1) * size
-
-
-def layouts_of(full_parameters: list[FullParameter]) -> dict[str, SliceLayout]:
-    """Cuts of all parameters of a network, from `parallel.sharding.slices.sharded_parameters`."""
-    layouts = {}
-    for full in full_parameters:
-        extents = full.slice_of_rank
-        mesh = {axis: degree for axis, degree in extents.mesh.items() if axis != "expert" or degree > 1}
-        axes = list(mesh)
-        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in extents.mesh_axes)
-        slice_shape = tuple(size // (mesh[axis] if axis else 1)
-                            for size, axis in zip(extents.shape, extents.mesh_axes, strict=True))
-        sharded = extents.shard > 1
-        layouts[full.name] = SliceLayout(tuple(mesh.values()), dims, extents.shard_step if sharded else 0,
-                               extents.shard if sharded else 0, tuple(sorted(extents.stages or {0})), slice_shape)
-    return layouts
 
 
 def read_strategy(path: str | Path) -> dict[str, SliceLayout]:

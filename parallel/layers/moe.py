@@ -323,23 +323,3 @@ class SparsePertokenMoE(Layer):
                 OpSharding(self.sum, (first,)), OpSharding(self.share, (first, first)),
                 OpSharding(self.turn_gates, (first,)), OpSharding(self.turn_chosen, (first,)),
                 OpSharding(self.scale, (row, ())), OpSharding(self.add, (row, row))]
-
-
-def split_dense(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> dict[str, np.ndarray]:
-    """A dense SwiGLU's matrices ([T, D, F], [T, D, F], [T, F, D]) cut into E sub-experts: first enlarge, then sparse.
-
-    Returns the values of a `SparsePertokenMoE`'s parameters by name; its router is 0, so all chosen gates are equal,
-    and with every expert active and alpha = E - 1 the outputs are those of the dense network.
-    """
-    tokens, width, inner = gate.shape
-    if inner % experts:
-        raise UserError(f"the inner width {inner} does not divide into experts", where="experts", value=experts)
-    part = inner // experts
-
-    def columns(weight: np.ndarray) -> np.ndarray:
-        return weight.reshape(tokens, width, experts, part).transpose(0, 2, 1, 3)
-
-    gates, ups, downs = columns(gate), columns(up), down.reshape(tokens, experts, part, width)
-    return {"shared.gate.weight": gates[:, 0], "shared.up.weight": ups[:, 0], "shared.down.weight": downs[:, 0],
-            "gate_weight": gates[:, 1:], "up_weight": ups[:, 1:], "down_weight": downs[:, 1:],
-            "router.weight": np.zeros((tokens, width, experts - 1), gate.dtype)}

@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from parallel.planning.cost import Collective, NetworkCost, Segment, SegmentCost
+from parallel.planning.cost import NetworkCost
 from parallel.planning.describe import WIDTH, Description, ParameterCount
 from parallel.planning.mesh import Mesh
+from parallel.planning.segments import Collective, Segment, SegmentCost
 from parallel.planning.shapes import Dim, Dims
 from parallel.planning.timeline import most_held
 from parallel.sharding.config import ParallelConfig

@@ -153,11 +153,6 @@ RULES |= {
 }  # fmt: skip
 
 
-def device_of(inputs: Sequence[Any]) -> torch.device | None:
-    """Device of the first tensor among the inputs."""
-    return next((item.device for item in inputs if isinstance(item, Tensor)), None)
-
-
 @rule("Range", "Zeros", "Ones", "FillV2", "Full")
 def _made(node: Node, *inputs: Any) -> Tensor:
     """What is made of numbers alone; the folder of constants puts it on the device."""

@@ -293,14 +293,9 @@ class Optimizer(nn.Cell):
         return [p for p in self.get_parameters() if id(p) not in own]
 
 
-def sparse_settings(train: TrainSettings) -> OptimizerSettings | None:
-    """Of the tables' own optimizer, where the run's settings know one and it is set."""
-    return getattr(train, "sparse_optimizer", None)
-
-
 def run_optimizer(parameters: Sequence[Parameter], train: TrainSettings,
                   is_sparse: Callable[[str], bool] | None = None) -> Optimizer:
     """The optimizer of a run: `train.sparse_optimizer`, where it is set, owns the parameters whose name `is_sparse`."""
-    sparse = sparse_settings(train)
+    sparse = train.sparse_settings()
     groups = [(lambda parameter: is_sparse(parameter.name), sparse)] if sparse is not None and is_sparse else []
     return Optimizer(parameters, train.optimizer, train.steps, groups)

@@ -162,6 +162,10 @@ class TrainSettings(Settings):
                             value=self.accumulation, hint=f"choose a divisor of {self.global_batch_size}")
         return self
 
+    def sparse_settings(self) -> OptimizerSettings | None:
+        """Of the optimizer that embedding tables have to themselves; None = they have the same one."""
+        return None
+
 
 class OutputSettings(Settings):
     """Where a run writes and what it keeps."""

@@ -253,28 +253,36 @@ class TrainStep(nn.Cell):
 
     def construct(self, *batch: Tensor) -> tuple:
         """batch: this rank's rows of the global batch, micro-batches after each other."""
+        scalars, _, _ = self.advance(batch)
+        return scalars
+
+    def advance(self, batch: tuple) -> tuple:
+        """(the five scalars, gradients, factor) of a step; `gradients * factor` are the clipped gradients of the mean
+        loss, the norm is that before clipping."""
         scale = Tensor(1.0, ms.float32)
         if not self.unscaled:
             scale = self.loss_scale.value * scale
-        loss, gradients, factor, norm, finite = self.measured(scale, batch)
+        loss, gradients, factor = self.gradient(scale, *batch)
+        factor = factor / scale
+        norm, finite = self.measure(gradients, factor)
+        if self.clip_norm is not None:
+            factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, ms.float32)))
         rate = self.optimizer.learning_rate(self.step)
+        self.apply_gradients(gradients, factor, finite)
+        return (loss, norm, finite, scale, rate), gradients, factor
+
+    def measure(self, gradients: tuple, factor: Tensor) -> tuple:
+        """(norm of `gradients * factor`, whether the step counts)."""
+        norm = self.norm(gradients) * factor
+        return norm, ops.isfinite(norm)
+
+    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor) -> None:
+        """Moves parameters, moments and counters, or the counters alone if the step is not `finite`."""
         if finite:
             self.update(gradients, factor)
         ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
         if self.loss_scale.dynamic:
             self.loss_scale(finite)
-        return loss, norm, finite, scale, rate
-
-    def measured(self, scale: Tensor, batch: tuple) -> tuple:
-        """(loss, gradients, factor, norm, finite): `gradients * factor` are the clipped gradients of the mean loss,
-        `norm` is that before clipping."""
-        loss, gradients, factor = self.gradient(scale, *batch)
-        factor = factor / scale
-        norm = self.norm(gradients) * factor
-        finite = ops.isfinite(norm)
-        if self.clip_norm is not None:
-            factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, ms.float32)))
-        return loss, gradients, factor, norm, finite
 
     def update(self, gradients: tuple, factor: Tensor) -> Tensor:
         """Moves parameters, moments and `step`."""

@@ -25,7 +25,7 @@ from parallel.common.progress import Bar, info
 from parallel.training.agreement import agree
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
-from parallel.training.data_source import DataSource, NumberedSource, prefetch
+from parallel.training.data_source import DataSource, NumberedSource, WaitingSource, prefetch
 from parallel.training.metrics_log import Clock, MetricsLog
 from parallel.training.resume_notes import changed_settings
 from parallel.training.settings import OutputSettings, TrainSettings
@@ -81,6 +81,7 @@ class Trainer:
         self.backend, self.plan = backend, run
         self.settings, self.output = run.settings, run.output
         self.source = NumberedSource(run.source, *backend.share) if backend.numbered else run.source
+        self.stream = run.source if isinstance(run.source, WaitingSource) else None
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
         for companion in self.companions:
             companion.save, companion.go_back = self.save, self.go_back
@@ -108,7 +109,7 @@ class Trainer:
             UserError: nothing to read, a checkpoint that does not fit, gradients that stay non-finite, no disk space.
         """
         # A stream may be waiting for events that do not come; with other ranks it is they who end the wait together.
-        interrupt = getattr(self.source, "interrupt", None) if self.backend.ranks == 1 else None
+        interrupt = self.stream.interrupt if self.stream is not None and self.backend.ranks == 1 else None
         with owned(self.directory, self.plan.title, self.backend.rank == 0), self.stop.listening(interrupt):
             agree(self.backend, self.plan.describe)
             self.restore()
@@ -140,8 +141,8 @@ class Trainer:
                 self._data_ended()
 
     def _data_ended(self) -> None:
-        """A source with `ends` (a stream) may end a run; others repeat their epochs."""
-        if not getattr(self.source, "ends", False):
+        """A stream may end a run; other sources repeat their epochs."""
+        if self.stream is None or not self.stream.ends:
             raise UserError("the training data ended", value=self.iteration, hint="sources repeat their epochs")
         self.stopped_by = self.stopped_by or self.stop.asked or "end of data"
         if self.iteration and not self.metrics:
@@ -154,7 +155,7 @@ class Trainer:
             yield from self._sunk_outputs()
             return
         batches = self.source.batches(self.iteration)
-        if getattr(self.source, "read_ahead", True):
+        if self.stream is None or self.stream.read_ahead:
             batches = prefetch(itertools.islice(batches, self.settings.steps - self.iteration))
         try:
             for batch in batches:

@@ -53,7 +53,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     from recsys.ug_sep.sides import pair
 
     start_device()
-    if not hasattr(settings.model, "ug_sep"):
+    if not settings.model.separable:
         raise UserError("this model has no separation to measure", where="model.name", value=settings.model.name,
                         hint="take rankmixer or tokenmixer_large")
     if arguments.candidates < 1 or arguments.rounds < 1:

@@ -68,35 +68,32 @@ class TableStep(TrainStep):
         super().__init__(network, optimizer, settings, group=group, rank=rank, ranks=ranks)
         dense = [not is_sparse(parameter.name) for parameter in network.trainable_params()]
         self.gradient = _DenseMean(self.gradient.block, settings.accumulation, group, ranks, dense)
-        self.places = tuple(index for index, own in enumerate(dense) if own)
-        self.window_places = tuple(index for index, own in enumerate(dense) if not own)
-        self.norm = GlobalNorm([1] * len(self.places))
-        self.window_norm = GlobalNorm([1] * len(self.window_places))
+        self.dense_indices = tuple(index for index, own in enumerate(dense) if own)
+        self.window_indices = tuple(index for index, own in enumerate(dense) if not own)
+        self.norm = GlobalNorm([1] * len(self.dense_indices))
+        self.window_norm = GlobalNorm([1] * len(self.window_indices))
         self.unscaled = False
         self.reduce = ops.AllReduce(ops.ReduceOp.SUM, group) if group is not None and ranks > 1 else None
 
     def construct(self, *batch: Tensor) -> tuple:
         """See `TrainStep.construct`."""
-        scale = self.loss_scale.value * Tensor(1.0, mstype.float32)
-        loss, gradients, factor = self.gradient(scale, *batch)
-        factor = factor / scale
-        dense = self.map(ops.partial(pick, gradients), self.places)
-        windows = self.map(ops.partial(pick, gradients), self.window_places)
-        norm = self.norm(dense) * factor
-        good = ops.isfinite(self.window_norm(windows))
+        scalars, gradients, factor = self.advance(batch)
+        windows = self.map(ops.partial(pick, gradients), self.window_indices)
+        return scalars + (self.map(ops.partial(times, factor), windows),)
+
+    def measure(self, gradients: tuple, factor: Tensor) -> tuple:
+        """See `TrainStep.measure`."""
+        norm = self.norm(self.map(ops.partial(pick, gradients), self.dense_indices)) * factor
+        finite = ops.isfinite(self.window_norm(self.map(ops.partial(pick, gradients), self.window_indices)))
         if self.reduce is not None:
-            good = self.reduce(1.0 - ops.cast(good, mstype.float32)) == 0.0
-        finite = ops.logical_and(ops.isfinite(norm), good)
-        if self.clip_norm is not None:
-            factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, mstype.float32)))
-        rate = self.optimizer.learning_rate(self.step)
-        windows = self.map(ops.partial(times, factor), windows)
-        if finite:
-            self.update(dense, factor)
-        ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
-        if self.loss_scale.dynamic:
-            self.loss_scale(finite)
-        return loss, norm, finite, scale, rate, windows
+            finite = self.reduce(1.0 - ops.cast(finite, mstype.float32)) == 0.0
+        return norm, ops.logical_and(ops.isfinite(norm), finite)
+
+    def update(self, gradients: tuple, factor: Tensor) -> Tensor:
+        """See `TrainStep.update`: of the dense parameters."""
+        dense = self.map(ops.partial(times, factor), self.map(ops.partial(pick, gradients), self.dense_indices))
+        done = self.optimizer(dense, self.step)
+        return ops.assign(self.step, ops.depend(self.step, done) + 1)
 
 
 class HostedStep:

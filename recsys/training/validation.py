@@ -15,7 +15,7 @@ from parallel.checkpoint.sharded import Holder
 from parallel.common.files import read_json
 from parallel.common.progress import info
 from parallel.training.backend import Backend
-from recsys.data.dataset import in_order
+from recsys.data.batches import in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
 from recsys.metrics import Accumulator, NumberAccumulator

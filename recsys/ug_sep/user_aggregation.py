@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel.common.errors import UserError
-from recsys.data.dataset import Batches
+from recsys.data.batches import Batches
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.ranker import SeparatedRanker
 from recsys.ug_sep.sides import UserCandidateSplit

@@ -116,7 +116,7 @@ class Trained:
         from parallel.training.optimizers import run_optimizer
         from parallel.training.step import TrainStep
         from recsys.build import loss_network
-        from recsys.data.dataset import prepare
+        from recsys.data.log import prepare
         from recsys.evaluation import Evaluation
         from recsys.layers.embedding import is_sparse
         from recsys.layers.sizes import count
@@ -140,7 +140,7 @@ class Trained:
         from mindspore import Tensor
 
         from parallel.layers.parameter import initialize
-        from recsys.data.dataset import Batches
+        from recsys.data.batches import Batches
 
         initialize(self.network.model, seed)
         options, best = self.settings.train, {}

@@ -71,7 +71,7 @@ from parallel.layers.parameter import initialize
 from parallel.task import load_run
 from parallel.checkpoint.full import save_checkpoint
 from recsys.build import loss_network
-from recsys.data.dataset import prepare
+from recsys.data.log import prepare
 folder = Path(sys.argv[2])
 _, settings = load_run(sys.argv[1], [f"data.cache={folder}/data", "data.synthetic.samples=2000"])
 log = prepare(settings.data, settings.model.embedding_size)

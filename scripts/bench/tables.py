@@ -99,7 +99,7 @@ class Sized:
         from parallel.task import load_run
         from parallel.training.optimizers import Optimizer
         from recsys.build import loss_network
-        from recsys.data.dataset import features_of
+        from recsys.data.columns import features_of
         from recsys.data.features import place
         from recsys.layers.embedding import is_sparse
         from recsys.tables.host import HostTables

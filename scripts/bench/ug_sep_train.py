@@ -43,7 +43,8 @@ def trainer(config: str, words: list[str], shared: bool):
     from parallel.training.optimizers import Optimizer
     from parallel.training.step import TrainStep
     from recsys.build import loss_network
-    from recsys.data.dataset import Batches, prepare
+    from recsys.data.batches import Batches
+    from recsys.data.log import prepare
     from recsys.settings import Run
     from recsys.ug_sep.user_aggregation import sharing_loss
 

@@ -155,7 +155,7 @@ def strategies(folder: Path) -> list[Kind]:
 
 def logs(folder: Path) -> list[Kind]:
     """A click log as it is encoded, and the log itself."""
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from recsys.settings import DataSettings
 
     path = folder / "log.csv"

@@ -123,7 +123,7 @@ def _metrics(folder: Path) -> None:
 
 
 def _log(folder: Path) -> None:
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from recsys.settings import DataSettings
 
     path = folder.parent / "disk_log.csv"

@@ -10,7 +10,7 @@ from parallel.common.command import main
 from parallel.common.settings import load_settings
 from recsys.__main__ import VERBS
 from recsys.build import loss_network, spec_of
-from recsys.data.dataset import prepare
+from recsys.data.log import prepare
 from recsys.evaluation import Evaluation
 from recsys.metrics import auc
 from recsys.settings import Run

@@ -117,9 +117,7 @@ class OneDevice:
 
     def reach(self, name: str) -> float:
         """How far one step can move an element of a parameter, roughly: the learning rate of its optimizer."""
-        from parallel.training.optimizers import sparse_settings
-
-        sparse = sparse_settings(self.settings.train)
+        sparse = self.settings.train.sparse_settings()
         if sparse is not None and self.task.is_sparse and self.task.is_sparse(name):
             return sparse.learning_rate
         return self.settings.train.optimizer.learning_rate

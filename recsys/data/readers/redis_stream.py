@@ -30,6 +30,8 @@ class RedisStreams:
         data: `DataSettings`.
     """
 
+    shared = False
+
     def __init__(self, data: Any) -> None:
         try:
             import redis

@@ -35,6 +35,8 @@ class Folder:
         data: `DataSettings`; `path` is the folder.
     """
 
+    shared = False
+
     def __init__(self, data: Any) -> None:
         if not data.path or not Path(data.path).is_dir():
             raise UserError("reader tail needs a folder", where="data.path", value=data.path)

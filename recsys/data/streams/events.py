@@ -36,7 +36,14 @@ class Event:
 
 
 class Transport(Protocol):
-    """Brings events of some partitions, each in an order that never changes."""
+    """Brings events of some partitions, each in an order that never changes.
+
+    Args:
+        shared: whether the server moves partitions between the processes of a group while they read. Such a transport
+            has two more members, which its reader sets: `hand_over(partitions)` and `take_over(positions)`.
+    """
+
+    shared: bool
 
     def begin(self) -> Positions:
         """Partitions, and where each begins: in front of its oldest event."""

@@ -70,7 +70,7 @@ class StreamSource(Companion):
         self._restored: dict | None = None
         self._step = self._told_step = 0
         self._moved = self._refused = False
-        self.read_ahead = not getattr(transport, "shared", False)
+        self.read_ahead = not transport.shared
         if not self.read_ahead:
             transport.hand_over, transport.take_over = self._hand_over, self._take_over
             self.samples.merge.after_poll = self._after_poll

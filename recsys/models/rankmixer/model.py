@@ -5,7 +5,7 @@ Shapes: T tokens, B batch, D width, F = k D, E experts.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
@@ -74,6 +74,8 @@ class RankMixerSettings(RankerSettings):
     """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
     """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
+
+    separable: ClassVar[bool] = True
 
     @property
     def inner(self) -> int:

@@ -5,7 +5,7 @@ Shapes: T tokens, H mixing heads, B batch, D width, M = T D / H width of a mixed
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
@@ -27,7 +27,7 @@ from recsys.ug_sep.sides import UGSepSettings
 
 
 class SparseMoESettings(Settings):
-    """Sparse-Pertoken MoE: the dense SwiGLU of every token cut into experts (eq. 19-21)."""
+    """Sparse-Pertoken MoE: the dense SwiGLU of every token split into experts (eq. 19-21)."""
 
     experts: int = Field(8, ge=2, le=10_000)
     """E, the shared expert included; each has 1 / E of the dense inner width."""
@@ -81,9 +81,16 @@ class TokenMixerLargeSettings(RankerSettings):
     moe: SparseMoESettings | None = None
     """Sparse-Pertoken MoE; null = dense."""
     op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
-    """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
+    """What tensor parallelism (op) shards: inner widths, or tokens (Token Parallel), or tokens only inside the
+    networks."""
     ug_sep: UGSepSettings | None = None
     """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
+
+    separable: ClassVar[bool] = True
+
+    def full_capacity(self) -> int | None:
+        """See `RankerSettings`."""
+        return self.moe.experts if self.moe is not None else None
 
     @property
     def inner(self) -> int:
@@ -152,7 +159,7 @@ class TokenMixerBlock(nn.Cell):
 
 def network(settings: TokenMixerLargeSettings, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
             compute_dtype: mstype) -> nn.Cell:
-    """A per-token network from `inputs` to `outputs`: dense SwiGLU, or its sparse cut."""
+    """A per-token network from `inputs` to `outputs`: a dense SwiGLU, or one split into experts."""
     moe, shared = settings.moe, {"layout": layout, "down_gain": settings.down_gain, "outputs": outputs,
                                  "compute_dtype": compute_dtype}
     if moe is None:

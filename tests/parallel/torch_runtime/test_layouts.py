@@ -96,7 +96,8 @@ def real_batches(model: str, settings, data: Path) -> list[tuple[np.ndarray, ...
         source = PackedDataset(data, batch_size=size, seed=seed, sequence_length=sizes.sequence_length,
                                vocabulary_size=sizes.vocabulary_size)
     else:
-        from recsys.data.dataset import Batches, prepare
+        from recsys.data.batches import Batches
+        from recsys.data.log import prepare
 
         log = prepare(settings.data.model_copy(update={"cache": str(data.parent / "clicks")}), sizes.embedding_size)
         source = Batches(log.parts["train"], size, seed, spec=log.spec)

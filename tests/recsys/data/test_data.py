@@ -9,9 +9,10 @@ import pyarrow.parquet as parquet
 import pytest
 
 from parallel.common.errors import UserError
-from recsys.data.dataset import Batches, gather, in_order, prepare
+from recsys.data.batches import Batches, gather, in_order
 from recsys.data.encode import strings
 from recsys.data.features import FIRST_KNOWN, Feature, expand, place
+from recsys.data.log import prepare
 from recsys.data.readers import known_readers, reader
 from recsys.data.readers._history import Histories
 from recsys.data.vocabulary import Vocabulary

@@ -249,7 +249,7 @@ def test_a_defect_is_told_to_those_who_wait_and_ends_nothing(run, engine):
 
 def test_a_request_reads_as_the_log_does(run):
     """Rows of the log, given as JSON, become the same numbers that training saw."""
-    from recsys.data.dataset import gather
+    from recsys.data.batches import gather
     from recsys.data.readers import reader
 
     folder, settings, log = run

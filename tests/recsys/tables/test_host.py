@@ -205,7 +205,8 @@ def test_host_and_graph_train_alike(tmp_path, graph_mode):
     from parallel.training.optimizers import Optimizer, run_optimizer
     from parallel.training.step import TrainStep
     from recsys.build import loss_network
-    from recsys.data.dataset import Batches, prepare
+    from recsys.data.batches import Batches
+    from recsys.data.log import prepare
     from recsys.layers.embedding import is_sparse
     from recsys.tables.step import HostedStep, TableStep
 
@@ -263,7 +264,7 @@ def test_dynamic_ids_from_the_log_to_the_score(tmp_path, graph_mode):
 def _dynamic(settings) -> list[str]:
     import json
 
-    from recsys.data.dataset import features_of
+    from recsys.data.columns import features_of
 
     tree = [feature.model_dump(mode="json") for feature in features_of(settings.data)]
     for feature in tree:
