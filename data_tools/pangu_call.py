@@ -30,7 +30,7 @@ def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", cwd=_ROOT, check=False)
     if done.returncode != 0:
         raise UserError(f"python -m pangu {verb} failed", value=f"exit code {done.returncode}",
-                        hint="its message stands above")
+                        hint="its message is above")
     try:
         return parse_object(split_lines(done.stdout.strip())[-1])
     except (IndexError, BadText):

@@ -42,7 +42,7 @@ def check_output(inputs: list[str], output: str) -> None:
     for text in inputs:
         folder = Path(text).resolve()
         if folder.is_dir() and (place == folder or folder in place.parents):
-            raise UserError("the output lies inside the input", where="--output", value=output,
+            raise UserError("the output is inside the input", where="--output", value=output,
                             hint="give another folder")
 
 
@@ -80,7 +80,7 @@ def run_dedup(settings: DataSettings, arguments: argparse.Namespace) -> dict[str
     settings = apply_flags(settings, arguments)
     if arguments.threshold is not None:
         if not 0 < arguments.threshold <= 1:
-            raise UserError("must lie in (0, 1]", where="--threshold", value=arguments.threshold)
+            raise UserError("must be in (0, 1]", where="--threshold", value=arguments.threshold)
         settings.dedup.threshold = arguments.threshold
     return run_step_verb("dedup", settings, arguments)
 

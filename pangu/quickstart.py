@@ -193,5 +193,5 @@ def run_command(command: list[str], runner: Callable[..., subprocess.CompletedPr
     if done.returncode == 130 or done.returncode < 0:
         raise KeyboardInterrupt
     if done.returncode:
-        raise UserError("the step failed; its message stands above", where=" ".join(command[:2]))
+        raise UserError("the step failed; its message is above", where=" ".join(command[:2]))
     return parse_object(split_lines(done.stdout.strip())[-1])

@@ -138,18 +138,18 @@ def check_layout(settings: Run, model: Any, parallel: ParallelConfig) -> None:
     batch = settings.train.global_batch_size
     micro = max(parallel.pipeline.micro_batches, settings.train.accumulation)
     if any(task.pairwise or task.listwise for task in settings.model.tasks) and (parallel.world > 1 or micro > 1):
-        raise UserError("losses that compare a user's samples need the whole batch on one device", where="model.tasks",
+        raise UserError("losses that compare a user's samples need all of the batch on one device", where="model.tasks",
                         hint="set pairwise and listwise to 0, or train on one device without micro-batches")
     divides(parallel.data * parallel.pipeline.micro_batches if parallel.pipeline.stages > 1 else parallel.data, batch,
             where="parallel.data", what="train.global_batch_size")
     if parallel.sequence:
-        raise UserError("rankers have no residual stream of tokens in a row to cut", where="parallel.sequence",
-                        value=True, hint="set it to false; model.op_sharding: tokens cuts feature tokens")
+        raise UserError("rankers have no residual stream of a sequence's tokens to shard", where="parallel.sequence",
+                        value=True, hint="set it to false; model.op_sharding: tokens shards feature tokens")
     if parallel.pipeline.stages > 1 and parallel.pipeline.schedule != "1f1b":
         raise UserError("stages of rankers run 1f1b only", where="parallel.pipeline.schedule",
                         value=parallel.pipeline.schedule, hint="set it to 1f1b")
     if parallel.optimizer_shard > 1 and parallel.optimizer.level > 1 and micro > 1:
-        raise UserError("gradients of a ranker's micro-batches are not kept cut", where="parallel.optimizer.level",
+        raise UserError("gradients of a ranker's micro-batches are not kept sharded", where="parallel.optimizer.level",
                         value=parallel.optimizer.level, hint="set it to 1, or train without micro-batches")
     if settings.model.lookup.by == "alltoall":
         check_exchange(settings, model, parallel)

@@ -123,7 +123,7 @@ class Ranker(nn.Cell):
         super().__init__()
         if settings.tasks and len(settings.tasks) != tasks:
             raise UserError(f"there are {tasks} labels", where="model.tasks", value=[t.name for t in settings.tasks],
-                            hint="name as many tasks")
+                            hint="name the same number of tasks")
         self.settings, self.spec, self.tasks, self.compute_dtype = settings, spec, tasks, compute_dtype
         self.plan = TaskPlan.of(settings.tasks, tasks)
         self.calibration = None

@@ -43,7 +43,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Counts the training rows of `data`, refreshes the vocabulary, and saves the run's newest checkpoint with the rows
     of newcomers at their start values and without optimizer history."""
     if not 0.0 <= arguments.decay <= 1.0:
-        raise UserError("the decay lies between 0 and 1", where="--decay", value=arguments.decay)
+        raise UserError("the decay must be between 0 and 1", where="--decay", value=arguments.decay)
     start_device()
     out = Path(arguments.output)
     if (out / "checkpoints").exists():

@@ -29,11 +29,11 @@ class DedupSettings(Settings):
     seed: int = 1
     """Of the hash functions."""
     bucket_limit: int = pydantic.Field(2048, ge=2)
-    """Documents in one bucket up to which all of them are compared by their signatures; larger buckets are cut."""
+    """Documents in one bucket up to which all of them are compared by their signatures; larger buckets are split."""
     neighbours: int = pydantic.Field(32, ge=1)
     """In a bucket above 64 documents each is verified against this many of the most similar by signature."""
     sources: list[str] = []
-    """Sources in order of preference: of duplicates the one whose source stands first is kept; others rank last."""
+    """Sources in order of preference: of duplicates the one whose source comes first is kept; others rank last."""
 
 
 @dataclass(frozen=True)

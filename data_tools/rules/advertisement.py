@@ -30,7 +30,7 @@ class Advertisement(Rule):
     keywords: list[str] = []
     """Further keywords; case does not matter."""
     keywords_file: str | None = None
-    """A file with one keyword a line, used in place of the built-in list."""
+    """A file with one keyword a line, used instead of the built-in list."""
     hits: int = 1
     """Remove a document with this many different keywords; the paper removes documents that contain any."""
 

@@ -26,7 +26,7 @@ class SensitiveSettings(Settings):
     allowed: int = 3
     """Documents with more hits than this are removed (three in the paper)."""
     distinct: bool = False
-    """Count different words in place of all hits; the paper does not say which."""
+    """Count different words instead of all hits; the paper does not say which."""
 
 
 class ClassifierSettings(Settings):

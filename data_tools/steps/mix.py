@@ -43,7 +43,7 @@ class MixSettings(Settings):
     preset: Literal["pangu_alpha_200b", "pangu_alpha_2.6b_13b"] | None = None
     """Weights of Table 4: for 200B, or for 2.6B and 13B."""
     weights: dict[str, float] = {}
-    """Weight of each category, in place of a preset's; any scale."""
+    """Weight of each category, instead of a preset's; any scale."""
     categories: dict[str, list[str]] = {}
     """Which sources belong to a category, as patterns (`news*`); one not named here is the source of that name."""
     characters: float | None = pydantic.Field(None, gt=0)
@@ -53,7 +53,7 @@ class MixSettings(Settings):
     allow_missing: bool = False
     """Leave categories without a document out, their weight going to the others; otherwise that is an error."""
     seed: int = 1
-    """Decides what is drawn and in which order it stands."""
+    """Decides what is drawn and in which order."""
     shard_characters: float = pydantic.Field(2e7, ge=1)
     """Characters in an output file, about."""
 

@@ -142,7 +142,7 @@ class ParagraphStep(Step):
             document.text = "\n".join(line for line, digest in zip(lines, digests, strict=True) if digest not in losers)
             figures.changed_by_rule["paragraphs"] += 1
             if not document.text.strip():
-                raise Drop("repeated_paragraphs", f"all {len(lines)} paragraphs stand in other documents")
+                raise Drop("repeated_paragraphs", f"all {len(lines)} paragraphs occur in other documents")
         yield document
 
 

@@ -61,7 +61,7 @@ def generate_corpus(bytes: int = DEFAULT_BYTES, seed: int = 1) -> Iterator[dict[
         UserError: `bytes` below 1 kB or above 8 GB.
     """
     if not SMALLEST <= bytes <= LARGEST:
-        raise UserError(f"the size must lie between {SMALLEST} and {LARGEST} bytes", where="--bytes", value=bytes)
+        raise UserError(f"the size must be between {SMALLEST} and {LARGEST} bytes", where="--bytes", value=bytes)
     draw = Draw(random.Random(f"world {seed}"))
     weights = [share for _, share, _ in KINDS]
     written, number, seen = 0, 0, set()

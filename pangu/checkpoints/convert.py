@@ -173,7 +173,7 @@ class ManyFiles:
     def __init__(self, folder: Path) -> None:
         ranks = sorted(folder.glob("**/mp_rank_*/model_optim_rng.pt"))
         if len(ranks) > 1:
-            raise UserError(f"the checkpoint is cut over {len(ranks)} ranks", where=folder,
+            raise UserError(f"the checkpoint is sharded over {len(ranks)} ranks", where=folder,
                             hint="merge it with Megatron's own tool; one rank is read")
         # Beside Hugging Face's shards of weights other .bin files may lie (training_args.bin).
         patterns = ("*.safetensors", "pytorch_model*.bin", "*.bin", "*.ckpt", "*.pt")

@@ -37,7 +37,7 @@ class MindSporeFile:
     """A .ckpt opened for reading: `entries` by name, `read(name)` gives one parameter.
 
     Raises:
-        UserError: missing, cut short or not such a file.
+        UserError: missing, truncated or not such a file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,7 +56,7 @@ class MindSporeFile:
                     length = wire.read_varint(file) or 0
                     begin = file.tell()
                     if begin + length > size:
-                        raise ValueError("cut short")
+                        raise ValueError("truncated")
                     self._value(file, begin, length)
                     file.seek(begin + length)
         except (ValueError, UnicodeDecodeError) as error:
@@ -98,7 +98,7 @@ class MindSporeFile:
             file.seek(at)
             tag = wire.read_varint(file)
             if tag is None:
-                raise ValueError("a tensor is cut short")
+                raise ValueError("a tensor is truncated")
             if tag & 7 == wire.VARINT:
                 dims.append(wire.signed(wire.read_varint(file) or 0))
                 at = file.tell()

@@ -76,7 +76,7 @@ class SlicedCheckpoint:
         missing = [name for name in shapes if name not in self.layouts and name not in TABLES]
         if missing:
             raise UserError(f"the strategy lacks {missing[0]} and {len(missing) - 1} more", where="strategy",
-                            hint="is it of a model with as many layers?")
+                            hint="has the model the same number of layers?")
 
     def _files(self, ranks: int) -> list[Path]:
         if not self.folder.is_dir():

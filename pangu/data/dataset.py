@@ -237,7 +237,7 @@ class PackedDataset:
             raise UserError("files are damaged: a record has another length", where=self.directory,
                             value=list(ids.shape), hint=REPAIR)
         if ids.min() < 0 or ids.max() >= self.vocabulary_size:
-            raise UserError("files are damaged: an id lies outside the vocabulary", where=self.directory,
+            raise UserError("files are damaged: an id is outside the vocabulary", where=self.directory,
                             value=int(ids.max()), hint=REPAIR)
 
 

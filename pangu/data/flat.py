@@ -55,7 +55,7 @@ class FlatWriter:
     Args:
         path: of the records' file; the suffix is replaced.
         record_length: ids of a record.
-        vocabulary_size: ids lie below it; decides the type.
+        vocabulary_size: ids are below it; decides the type.
         eot_id: ends every document.
     """
 

@@ -55,7 +55,7 @@ class PackOptions(Settings):
     """Write the records a second time as flat files that are mapped from the disk, which training reads first and
     which need no MindSpore; false leaves them to `python -m pangu flatten`."""
     overwrite: bool = False
-    """Replace an earlier packing at the same place."""
+    """Replace an earlier packing in the same folder."""
 
 
 class PackSettings(PackOptions):

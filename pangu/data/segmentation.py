@@ -96,7 +96,7 @@ class Segmenter:
     def _take_compiled(self) -> None:
         compiled = _compiled()
         if any(compiled.cut(text) != words for text, words in _PROBES.items()):
-            raise _CannotCompile("the compiled segmentation cuts in another way than jieba 0.42.1")
+            raise _CannotCompile("the compiled segmentation differs from jieba 0.42.1")
         self.engine, self._cut, self._join = "compiled", compiled.cut, compiled.join
 
     def _join_words(self, text: str) -> bytes:

@@ -37,11 +37,11 @@ class VocabularyOptions(Settings):
     kind: Literal["unigram", "bpe"] = "unigram"
     """Kind of SentencePiece model: unigram, as the published file is, or bpe, as the paper says."""
     character_coverage: float = Field(0.9995, gt=0.9, le=1.0)
-    """Share of the text's characters that get a piece; the rarest beyond it become `<unk>`."""
+    """Share of the text's characters that get a piece of their own; the rarest beyond it become `<unk>`."""
     max_piece_length: int = Field(16, ge=1, le=256)
     """Longest piece in characters, the word mark included."""
     max_sentences: int = Field(1_000_000, ge=1)
-    """Most lines (cut at 800 characters) to learn from, drawn evenly from the whole corpus; bounds the memory."""
+    """Most lines (truncated to 800 characters) to learn from, drawn evenly from the whole corpus; bounds the memory."""
     seed: int = 0
     """Seed of that draw."""
     shrink: bool = False

@@ -359,6 +359,6 @@ def markdown(results: dict[str, dict], shots: str) -> str:
     """The table as markdown."""
     columns, rows = comparison(results, shots)
     lines = [columns, ["---"] * len(columns), *rows]
-    head = (f"# {shots}-shot evaluation\n\nIn percent; EM/F1 where two numbers stand; perplexity as it is. The last "
+    head = (f"# {shots}-shot evaluation\n\nIn percent; EM/F1 with two numbers; perplexity as it is. The last "
             "columns are published (PanGu-α, Tables 9 and 10), not measured here.\n\n")
     return head + "".join("| " + " | ".join(line) + " |\n" for line in lines)

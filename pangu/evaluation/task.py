@@ -65,7 +65,7 @@ class TaskSettings(Settings):
     """choice: the candidate whose scored text has the least mean nll; blanks: the same for several blanks that take
     different candidates; continuation: perplexity of one text; generation: an answer is written and compared."""
     published: str
-    """Who publishes the data, told to a user who lacks them."""
+    """Who publishes the data, shown to a user who lacks them."""
     folders: list[str]
     """Folder of the data inside --data; the first that exists."""
     files: list[str]
@@ -83,9 +83,9 @@ class TaskSettings(Settings):
     labels: dict[str, str] = {}
     """What each label is called in the text; empty: as in the data."""
     negatives: int | None = Field(None, ge=1)
-    """So many wrong labels are drawn for each instance; none: all labels are candidates."""
+    """Number of wrong labels drawn for each instance; none: all labels are candidates."""
     prefix: str = ""
-    """Template of what stands before the scored text; generation: the whole prompt."""
+    """Template of what precedes the scored text; generation: the whole prompt."""
     scored: str = ""
     """Template of the scored text. With {label} in `prefix` alone, all candidates score the same text (channel)."""
     answer: str = "{answer}"
@@ -99,7 +99,7 @@ class TaskSettings(Settings):
     separator: str = "\n"
     """What ends a solved example."""
     example_characters: int | None = Field(None, ge=1)
-    """Fields named in `shorten` are cut to so many characters in solved examples."""
+    """Fields named in `shorten` are truncated to this many characters in demonstrations."""
     shorten: dict[str, Literal["end", "start"]] = {}
     """Fields that may lose characters at that side when an instance is longer than the model's context, in order."""
     decoding: Decoding = Decoding()

@@ -36,7 +36,7 @@ class Recipe(Settings):
     @classmethod
     def _readable(cls, template: str) -> str:
         if any(name is not None and not name.isidentifier() for _, name, _, _ in string.Formatter().parse(template)):
-            raise ValueError("a place for an input is a plain name in braces")
+            raise ValueError("a placeholder is a plain name in braces")
         return template
 
     @property

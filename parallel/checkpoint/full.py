@@ -112,7 +112,7 @@ def _write_tensors(path: Path, tensors: Sequence[NamedTensor]) -> dict[str, dict
 
 
 class Checkpoint:
-    """A checkpoint, whole or in slices, as whole tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
+    """A checkpoint, full or in slices, as whole tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
 
     Raises:
         UserError: not a checkpoint, or damaged.

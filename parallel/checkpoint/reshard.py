@@ -28,7 +28,7 @@ from parallel.common.progress import Bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of both verbs."""
-    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="checkpoint, whole or in slices")
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="checkpoint, full or in slices")
     parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="folder to make; must not exist")
 
 

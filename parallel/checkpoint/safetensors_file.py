@@ -105,7 +105,7 @@ class SafetensorsFile:
     """A file opened for reading: `entries` by name, `read(name)` gives one tensor.
 
     Raises:
-        UserError: missing, cut short, or not a safetensors file.
+        UserError: missing, truncated, or not a safetensors file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -123,7 +123,7 @@ class SafetensorsFile:
             first = file.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER_BYTES, self.size - 8):
-                raise self._damaged("its header is cut short")
+                raise self._damaged("its header is truncated")
             text = file.read(length)
         try:
             header = parse_object(text, max_bytes=MAX_HEADER_BYTES)

@@ -91,7 +91,7 @@ class Tensor:
 
 
 class Slices:
-    """A checkpoint, whole or in slices, opened for reading: `tensors` by name and `read(name, extent)`.
+    """A checkpoint, full or in slices, opened for reading: `tensors` by name and `read(name, extent)`.
 
     Raises:
         UserError: no checkpoint, damaged, a rank's file missing, or slices that leave a gap.
@@ -151,7 +151,7 @@ class Slices:
         # Slices of one layout either are the same or do not touch, so their sizes must add up.
         covered = sum(volume(piece.extent) for piece in tensor.pieces)
         if covered != math.prod(tensor.shape):
-            raise UserError(f"the slices of '{name}' do not make up the whole", where=self.path)
+            raise UserError(f"the slices of '{name}' do not make up the full tensor", where=self.path)
 
     def read(self, name: str, extent: Extent | None = None) -> np.ndarray:
         """The part `extent` (None = all) of a tensor, put together from the slices; each slice's checksum is checked

@@ -127,7 +127,7 @@ def _check_layouts(layouts: dict[str, SliceLayout], path: Path) -> None:
                             hint="use another copy")
     sizes = {math.prod(layout.matrix) for layout in layouts.values()}
     if len(sizes) > 1:
-        raise UserError("file is damaged: its parameters lie on different numbers of devices", where=path,
+        raise UserError("file is damaged: its parameters are on different numbers of devices", where=path,
                         value=sorted(sizes), hint="use another copy")
 
 

@@ -79,7 +79,7 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
                                errno.ENAMETOOLONG, errno.ELOOP):
             raise
         hint = "check the path" if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else \
-            "free some space or choose another place"
+            "free some space or choose another folder"
         place = shown(error.filename).strip("'") if error.filename else "output"
         print(f"error: {place}: {error.strerror}; {hint}", file=sys.stderr)
         return 2

@@ -74,7 +74,7 @@ def load_yaml_value(text: str) -> Any:
     value, node = _load(stripped)
     if node is not None and (rest := stripped[node.end_mark.index:].strip()):
         if not (isinstance(node, yaml.ScalarNode) and node.style is None) or not rest.startswith("#"):
-            raise BadYaml("more stands behind the value", value=rest, hint="quote the whole value")
+            raise BadYaml("there is more after the value", value=rest, hint="quote the whole value")
         return stripped
     return value
 
@@ -122,7 +122,7 @@ class _Loader(yaml.SafeLoader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and id(self.anchors[event.anchor]) not in self._weights:
-                raise BadYaml(f"alias '{event.anchor}' stands inside what it names", line)
+                raise BadYaml(f"alias '{event.anchor}' is inside what it names", line)
             node = super().compose_node(parent, index)
             self._count(self._weights[id(node)], line)
             self.aliases += 1

@@ -42,7 +42,7 @@ class Plan:
         """Checks the flags against each other and the parallel block."""
         nodes, node_rank = arguments.nodes, arguments.node_rank
         if nodes < 1 or not 0 <= node_rank < nodes:
-            raise UserError(f"must lie in [0, {nodes})", where="--node-rank", value=node_rank)
+            raise UserError(f"must be in [0, {nodes})", where="--node-rank", value=node_rank)
         host, port = _address(arguments.master, nodes)
         if nodes > 1 and node_rank > 0 and host in ("localhost",):
             raise UserError("must name machine 0", where="--master", value=arguments.master)

@@ -113,7 +113,7 @@ class Dropout(Layer):
         super().__init__()
         self.operand = operand
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"dropout rate lies in [0, 1), got {rate}")
+            raise ValueError(f"dropout rate must be in [0, 1), got {rate}")
         self.rate = rate
         self.inverse_keep = 1.0 / (1.0 - rate)
         # h uniform on signed int32: P(h >= threshold) = 1 - rate.

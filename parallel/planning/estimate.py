@@ -29,7 +29,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     config = run_settings.parallel.resolve()
     count = max(config.pipeline.micro_batches, run_settings.train.accumulation)
     if not planner.divides(config, count):
-        raise UserError("an axis does not divide what it cuts, or data x micro-batches the batch", where="parallel",
+        raise UserError("an axis does not divide what it shards, or data x micro-batches the batch", where="parallel",
                         value=f"data {config.data}, op {config.op}, micro-batches {count}")
     estimate = planner.evaluate(config)
     show(estimate, planner)

@@ -162,7 +162,7 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
             roomy.add(kept)
             fitting.append((quick.step_seconds, len(fitting), quick))
     if not fitting and nearest is None:
-        raise UserError("no layout of so many devices divides the model and the batch", where="--devices",
+        raise UserError("no layout of this number of devices divides the model and the batch", where="--devices",
                         value=devices, hint="choose a number with more small factors, or another global batch")
     fitting.sort(key=lambda entry: entry[:2])
     exact = [planner.evaluate(entry[2].config) for entry in fitting[:_FINALISTS]]

@@ -76,7 +76,7 @@ def _gpt3(name: str, cluster: str, batch: int, layout: tuple[int, int, int], mic
 _CARD = "MindFormers r1.0 model card, Atlas 800; layout, batch and recomputation of the YAML file that it names"
 _MINDSPEED = ("MindSpeed-LLM linearity plot; flash attention, mc2, op 8, stages 16, 3 chunks, micro-batches of 2, 1024 "
               "sequences a replica: the repository's script for 128 devices")
-_GROWN = _MINDSPEED + "; that the batch grows with the devices is ours"
+_GROWN = _MINDSPEED + "; that the batch grows with the devices is an assumption"
 _MEGATRON = ("Megatron-LM README, strong scaling on H100 with 1,152 sequences and all overlaps on; op 8, stages 12, "
              "4 chunks and micro-batches of 1 are ours")
 

@@ -31,7 +31,7 @@ class OptimizerShardConfig(Settings):
     """Optimizer parallelism: states (and, by level, gradients and weights) cut along the data axis."""
 
     shard: int = Field(1, ge=-1)
-    """Devices that share one set of optimizer states: 1 = none, -1 = the whole data axis, else a divisor of it."""
+    """Devices that share one set of optimizer states: 1 = none, -1 = all of the data axis, else a divisor of it."""
     level: Literal[1, 2, 3] = 1
     """What is sharded (MindSpore's hsdp levels): 1: weights and states; 2: the gradients of micro-batches too; 3: the
     backward pass gathers the weights again (not with pipeline stages)."""
@@ -151,7 +151,7 @@ class ParallelConfig(Settings):
         stages, shard = self.pipeline.stages, self.optimizer.shard
         if shard == 0 or (shard > 0 and self.data % shard):
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.optimizer.shard", value=shard,
-                            hint="use -1 for the whole data axis")
+                            hint="use -1 for all of the data axis")
         if self.data % self.expert:
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.expert", value=self.expert)
         if self.pipeline.micro_batches < stages:

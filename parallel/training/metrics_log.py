@@ -133,7 +133,7 @@ def _line(record: dict) -> str:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is dropped."""
+    """The records of a metrics.jsonl; a last line truncated by a crash is dropped."""
     records = []
     if Path(path).is_file():
         for line in split_lines(Path(path).read_text(encoding="utf-8", errors="replace")):

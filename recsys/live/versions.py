@@ -194,7 +194,7 @@ def read_delta(folder: Path) -> Delta:
     for name in file.entries:
         arrays[name] = file.read(name)
         if zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)) != manifest["crc32"].get(name):
-            raise UserError(f"'{name}' is damaged", where=folder, hint="let the run publish a whole version")
+            raise UserError(f"'{name}' is damaged", where=folder, hint="let the run publish a complete version")
     delta = Delta(int(manifest["version"]), int(manifest["step"]), manifest["event_time"])
     for name, array in arrays.items():
         if name.endswith(_ROWS):

@@ -33,7 +33,7 @@ def read_tables(raw: bytes, most: int) -> tuple[pa.Table, pa.Table, int | None]:
         user, candidates = _stream(source, 1, "user"), _stream(source, most, "candidates")
         rest = source.read(1)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OSError, EOFError, ValueError) as error:
-        lines = str(error).splitlines() or ["cut short"]
+        lines = str(error).splitlines() or ["truncated"]
         raise UserError(f"the body is no pair of Arrow streams: {lines[0]}") from None
     if rest:
         raise UserError("something follows the second stream")

@@ -82,7 +82,7 @@ def encode_tables(trained: Trained, user: pa.Table, candidates: pa.Table) -> tup
         missing = next((f.source for f in features if f.source not in table.column_names), None)
         if missing is not None:
             raise UserError(f"feature '{missing}' is missing", where=where,
-                            hint="give it there or in user; null stands for a missing value")
+                            hint="give it there or in user; null means a missing value")
         if features:
             parts.append(_encode(trained, features, table, where))
     count = len(candidates)
@@ -161,7 +161,7 @@ def _values(feature: Feature, rows: list[dict], where: str) -> list:
     except KeyError:
         index = next(index for index, row in enumerate(rows) if name not in row)
     raise UserError(f"feature '{name}' is missing", where=where if where == "user" else f"{where}[{index}]",
-                    hint="give it there or in user; null stands for a missing value")
+                    hint="give it there or in user; null means a missing value")
 
 
 # ---------------------------------------------------------------- columns whose values are what is expected

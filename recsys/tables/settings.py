@@ -13,7 +13,7 @@ class TableSettings(Settings):
     """Where the embedding tables lie and how they are looked up."""
 
     place: Literal["graph", "host"] = "graph"
-    """graph: tables are parameters of the network, whole on the device (or sharded by the op axis). host: rows lie on
+    """graph: tables are parameters of the network, in full on the device (or sharded by the op axis). host: rows are on
     the host, the device sees the rows of one step, and the optimizer touches no others; over several processes each
     holds the rows of its share of the ids."""
     folder: str | None = None

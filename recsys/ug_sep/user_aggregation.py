@@ -85,7 +85,7 @@ def sharing_loss(network: TrainingLoss, settings: Run) -> SharedUsersLoss:
         raise UserError("only a separated ranker can share its users", where="train.share_users",
                         hint="give model.ug_sep, with its masks on and form: slices")
     if settings.train.accumulation > 1:
-        raise UserError("shared users are not cut into micro-batches", where="train.accumulation",
+        raise UserError("shared users are not split into micro-batches", where="train.accumulation",
                         value=settings.train.accumulation)
     if settings.model.dropout > 0.0:
         raise UserError("dropout differs between a user's samples", where="model.dropout",

@@ -96,7 +96,7 @@ class _Move:
             if _ALL_GROUPS.search(name) or first:
                 return self._columns(value, start, old_whole, whole)
             if ".tokenize." in f".{name}" and not name.endswith(".bias"):
-                return None, "anew (it reads the features in other places)"
+                return None, "anew (it reads the features in other columns)"
         if value.shape != start.shape:
             return None, f"anew (shape {list(value.shape)}, now {list(start.shape)})"
         return value, "kept"

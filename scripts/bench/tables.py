@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--torchrec", metavar="PYTHON", help="a Python with torchrec and fbgemm-gpu-cpu")
     parser.add_argument("--skip-step", action="store_true", help="leave part 1 out")
     parser.add_argument("--skip-peers", action="store_true", help="leave part 2 out")
-    parser.add_argument("--ids", type=int, help="measure the memory of a table of so many ids")
+    parser.add_argument("--ids", type=int, help="measure the memory of a table of this many ids")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side == "memory":

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--compensation", default="low_rank", help="form of the third variant")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which of them, with commas")
     parser.add_argument("--steps", type=int, help="steps of a run (default 800, MovieLens 320)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after this many")
     parser.add_argument("--movielens", metavar="FOLDER", help="folder of ml-100k.inter, .user, .item")
     parser.add_argument("--runs", metavar="FILE", help="file of finished runs")
     parser.add_argument("words", nargs="*", help="overrides for every run, key.sub=value")

@@ -100,7 +100,7 @@ def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random) -> 
     if done.returncode != 0 or "Traceback" in done.stderr + told:
         campaign.fail(f"kill {job.name}", f"exit code {done.returncode}\n{told[-1000:]}\n{done.stderr[-2500:]}")
     elif job.result(folder) != job.wanted:
-        campaign.fail(f"kill {job.name}", "the resumed run left something else than the straight one")
+        campaign.fail(f"kill {job.name}", "the resumed run left something else than the uninterrupted one")
     elif left := leftovers(folder):
         campaign.fail(f"kill {job.name}", f"left behind: {left[:5]}")
 

@@ -1,7 +1,7 @@
 """Reader of the graphs that MindSpore's partitioner leaves: nodes, types, functions and how often each runs.
 
 A graph is read from the bytes of a `mind_ir` ModelProto (`_get_func_graph_proto(cell, phase, "mind_ir")`). Names are
-cut short: what MindSpore writes as `<graph>:<name>` is `name` here, unique within its function.
+truncated: what MindSpore writes as `<graph>:<name>` is `name` here, unique within its function.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def check(reports: list[RankReport]) -> None:
             raise UserError(
                 f"{sum(entry.times for entry in wrong)} unexpected redistributions on rank {report.rank}: two layers "
                 f"disagree on a layout, the first is {item.kind} of {list(item.shape)} {item.dtype}",
-                where=item.scope, hint="give both sides the same cut")
+                where=item.scope, hint="give both sides the same sharding")
 
 
 def check_transfers(reports: list[RankReport]) -> None:

@@ -167,7 +167,7 @@ class Meeting:
             raise Deadlock(f"{call}: the rank is not in the group")
         strangers = [rank for rank in members if not 0 <= rank < len(self.coroutines)]
         if strangers:
-            raise Deadlock(f"{call}: the group holds ranks outside the world: {strangers}")
+            raise Deadlock(f"{call}: the group has ranks that do not exist: {strangers}")
         calls = [self.waiting.get(rank) for rank in members]
         if any(other is None or other.members != members or other.node.op == "Receive" for other in calls):
             return False

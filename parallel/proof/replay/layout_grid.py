@@ -139,14 +139,14 @@ LAYOUTS = (
 )
 
 
-# What a model says to a layout that does not fit it, and that in a word; any other refusal (one of MindSpore's own,
-# say) is a fault of ours.
+# What a model says to a layout that does not fit it, and the word for it; any other refusal (one of MindSpore's own,
+# say) is a defect.
 REFUSALS = {
     "stack of": "no stack", "how its cells follow": "no stack", "more stages than": "layers",
     "leave a stage without a layer": "layers", "routed experts": "experts", "has no experts": "experts",
-    "cut along their width": "experts", "unknown key": "key", "residual stream": "residual", "no such cell": "cells",
-    "divide": "sizes", "are not cut": "not cut", "run 1f1b only": "1f1b only",
-    "are not kept cut": "level 1",
+    "sharded along their width": "experts", "unknown key": "key", "residual stream": "residual", "no such cell": "cells",
+    "divide": "sizes", "are not sharded": "not sharded", "run 1f1b only": "1f1b only",
+    "are not kept sharded": "level 1",
 }
 
 

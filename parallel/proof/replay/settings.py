@@ -47,14 +47,14 @@ def check_size(config: str, overrides: Sequence[str]) -> None:
     settings = load_run(config, list(overrides))[1]
     layout = settings.parallel.resolve()
     if layout.world == 1 and micro_batches(settings.train, layout) > 1:
-        raise UserError("MindSpore's partitioner gathers no gradients of micro-batches in a world of one rank",
+        raise UserError("MindSpore's partitioner accumulates no gradients of micro-batches on a single rank",
                         where="train.accumulation", value=micro_batches(settings.train, layout),
-                        hint="nothing is cut there (training uses the plain step); give data, op or stages 2")
+                        hint="nothing is sharded there (training uses the plain step); give data, op or stages 2")
     if layout.world > MOST_RANKS:
         raise UserError(
             f"replay holds all ranks in one process, at most {MOST_RANKS}; data {layout.data} x op {layout.op} x "
             f"pipeline.stages {layout.pipeline.stages} are", where="parallel", value=layout.world,
-            hint="replay a layout with the same kinds of cuts and fewer ways, 2 or 4 along each axis")
+            hint="replay a layout with the same axes and smaller degrees, 2 or 4 each")
 
 
 def check_layout(config: str, overrides: Sequence[str]) -> None:

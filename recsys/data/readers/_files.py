@@ -116,7 +116,7 @@ def parquet_tables(file: Path) -> Iterator[tuple[pa.Table, str]]:
         for batch in source.iter_batches(ROWS_AT_ONCE):
             yield pa.Table.from_batches([batch]), str(file)
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        raise UserError(f"not a whole parquet file: {error}", where=file, hint="fetch it again") from None
+        raise UserError(f"not a complete parquet file: {error}", where=file, hint="fetch it again") from None
 
 
 def ids(names: list[str], side: str, group: str, **more: object) -> list[Feature]:

@@ -57,7 +57,7 @@ def _schema(files: list[Path]) -> pa.Schema:
     try:
         return parquet.read_schema(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"not a whole parquet file: {error}", where=file, hint="fetch it again") from None
+        raise UserError(f"not a complete parquet file: {error}", where=file, hint="fetch it again") from None
 
 
 def _feature(field: pa.Field, side: str) -> Feature:

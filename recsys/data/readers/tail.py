@@ -143,7 +143,7 @@ class Folder:
                 if len(events) >= most:
                     break
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"not a whole parquet file: {error}", where=file,
+            raise UserError(f"not a complete parquet file: {error}", where=file,
                             hint="write it under a name that begins with . and rename it") from None
         return events
 

@@ -189,7 +189,7 @@ class Tables:
             absent = sorted(set(self.kinds) - self.seen)
             if absent and rows:
                 raise UserError(f"no event has '{absent[0]}'", where=events[0].partition,
-                                value=sorted(rows[0])[:20], hint="null stands for a missing value; see data.features")
+                                value=sorted(rows[0])[:20], hint="null means a missing value; see data.features")
         for name, (kind, separator) in self.kinds.items():
             values = []
             for index, row in enumerate(rows):

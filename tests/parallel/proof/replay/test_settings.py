@@ -52,6 +52,6 @@ class TestComparison:
     def test_micro_batches_of_one_rank_are_refused(self, root):
         from parallel.proof.replay.settings import check_size
 
-        with pytest.raises(UserError, match="gathers no gradients of micro-batches in a world of one rank"):
+        with pytest.raises(UserError, match="accumulates no gradients of micro-batches on a single rank"):
             check_size(str(root / CONFIG), ["train.accumulation=2"])
         check_size(str(root / CONFIG), ["train.accumulation=2", "parallel.data=2"])
