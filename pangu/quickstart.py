@@ -126,7 +126,7 @@ class Job:
         """Names and commands, in order."""
         questions, config = str(self.output / "questions.jsonl"), ["--config", str(self.config)]
         corpus = ["data_tools", "generate-corpus", "--output", self.corpus, "--bytes", self.arguments.bytes,
-                 "--questions", questions]
+                  "--questions", questions]
         steps = {"corpus": corpus, "vocabulary": ["pangu", "train-vocabulary", *config],
                  "pack": ["pangu", "pack", *config, "pack.overwrite=true"], "train": ["pangu", "train", *config],
                  "evaluate": ["pangu", "evaluate", *config, "--questions", questions],

@@ -13,7 +13,7 @@ from parallel.common.renamed import current_keys
 from parallel.common.settings import load_settings
 from recsys.data.columns import columns_of, features_of
 from recsys.data.encode import Columns
-from recsys.data.features import Feature, FeatureSpec, place
+from recsys.data.features import Feature, FeatureSpec, assign_columns
 from recsys.data.readers import reader
 from recsys.data.vocabulary import Vocabulary
 
@@ -97,7 +97,7 @@ def describe(checkpoint: str | Path, config: str | None = None) -> Trained:
     settings = settings_of(path, config)
     features = features_of(settings.data)
     vocabulary = vocabulary_of(path, settings)
-    spec = place(features, settings.model.embedding_size, vocabulary.sizes())
+    spec = assign_columns(features, settings.model.embedding_size, vocabulary.sizes())
     return Trained(path, settings, features, columns_of(settings.data, reader(settings.data.reader)), vocabulary, spec)
 
 

@@ -109,7 +109,7 @@ class Bucketer:
         order, starts, lengths = _runs(self.keys[:, band])
         self._equal_runs(order, starts, lengths)
         for start, length in zip(starts[lengths > self.limit], lengths[lengths > self.limit], strict=True):
-            self._cut(order[start:start + length], band)
+            self._split_bucket(order[start:start + length], band)
 
     def _equal_runs(self, order: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         """All runs within the limit; those of one length are worked on together."""
@@ -127,7 +127,7 @@ class Bucketer:
         pairs = bucket_pairs(self.signatures[members], self.floor, self.neighbours)
         self._pairs.append(members[pairs])
 
-    def _cut(self, members: np.ndarray, band: int) -> None:
+    def _split_bucket(self, members: np.ndarray, band: int) -> None:
         """A bucket above the limit: its members that share another band too, each such group a bucket of its own."""
         self.split_buckets += 1
         for other in range(self.keys.shape[1]):

@@ -119,7 +119,7 @@ def _drop_link_lists(body: object, link_share: float, links: int) -> None:
     for index, node in enumerate(nodes):
         gone[index] = parents[index] >= 0 and gone[parents[index]]
         if (not gone[index] and node.tag in _LIST_TAGS and anchors[index] >= links and total[index]
-                and linked[index] >= link_share * total[index]):
+            and linked[index] >= link_share * total[index]):
             gone[index] = True
             node.decompose()
 

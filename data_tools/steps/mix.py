@@ -151,7 +151,7 @@ class _DrawTask:
                 category = category_of(document.source, self.plan.settings)
                 epochs = self.plan.epochs.get(category, 0.0)
                 for copy in range(copies_of(document, epochs, self.plan.settings.seed)):
-                    place = _place(self.plan.settings.seed, document, copy)
+                    place = _sort_key(self.plan.settings.seed, document, copy)
                     record = document.record()
                     record["id"] = document.id if copy == 0 else f"{document.id}#{copy + 1}"
                     record["category"], record["_place"] = category, place
@@ -162,7 +162,7 @@ class _DrawTask:
             np.save(file, np.array(index, dtype=np.int64).reshape(-1, 3))
 
 
-def _place(seed: int, document: Document, copy: int) -> str:
+def _sort_key(seed: int, document: Document, copy: int) -> str:
     """Sorting by this shuffles: it depends on the seed, the document and the number of the copy."""
     source = "\x1f".join([str(seed), str(copy), document.id, document.text])
     return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
@@ -175,7 +175,7 @@ class _SortTask:
     plan: MixPlan
     shard: int
     parts: tuple[int, ...]
-    places: OutputLayout
+    layout: OutputLayout
     format: OutputFormat
 
     def __call__(self) -> PartFigures:
@@ -188,7 +188,7 @@ class _SortTask:
                     file.seek(offset)
                     records.append(parse_object(file.read(length)))
         records.sort(key=lambda record: (record["_place"], record["id"]))
-        with RecordWriter(Path(self.places.documents) / f"part-{self.shard:05d}.{self.format}") as out:
+        with RecordWriter(Path(self.layout.documents) / f"part-{self.shard:05d}.{self.format}") as out:
             for record in records:
                 del record["_place"]
                 figures.documents_out += 1
@@ -200,7 +200,7 @@ class _SortTask:
         return figures
 
 
-def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], places: OutputLayout, work: str | Path,
+def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], layout: OutputLayout, work: str | Path,
             engine: Engine, format: OutputFormat) -> tuple[PartFigures, dict[str, Any]]:
     """Counts, draws, shuffles; returns the figures and, for each category, epochs, characters and share.
 
@@ -213,10 +213,10 @@ def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], plac
     epochs = plan_epochs(settings, counts["characters"])
     total = sum(epochs[name] * counts["characters"][name] for name in epochs)
     plan = MixPlan(settings, read, epochs, max(1, round(total / settings.shard_characters)), str(work))
-    clear_stale(places, {f"part-{shard:05d}.{format}" for shard in range(plan.shards)})
+    clear_stale(layout, {f"part-{shard:05d}.{format}" for shard in range(plan.shards)})
     digest = digest_of([settings.model_dump(mode="json"), read.model_dump(mode="json"), format,
                         [split_identity(split) for split in splits]])
-    figures = _draw_and_sort(plan, splits, places, engine, format, digest)
+    figures = _draw_and_sort(plan, splits, layout, engine, format, digest)
     figures.documents_in = sum(counts["documents"].values())
     figures.bytes_in = sum(counts["bytes"].values())
     figures.characters_in = counts["bins"]
@@ -235,10 +235,10 @@ def _count(settings: MixSettings, read: ReadSettings, splits: list[Split], engin
     return totals
 
 
-def _draw_and_sort(plan: MixPlan, splits: list[Split], places: OutputLayout, engine: Engine, format: OutputFormat,
+def _draw_and_sort(plan: MixPlan, splits: list[Split], layout: OutputLayout, engine: Engine, format: OutputFormat,
                    digest: str) -> PartFigures:
-    marker = Path(places.state) / "done.json"
-    outputs = [Path(places.documents) / f"part-{shard:05d}.{format}" for shard in range(plan.shards)]
+    marker = Path(layout.state) / "done.json"
+    outputs = [Path(layout.documents) / f"part-{shard:05d}.{format}" for shard in range(plan.shards)]
     if marker.is_file() and all(path.is_file() for path in outputs):
         done = read_json(marker)
         if done.get("digest") == digest:
@@ -246,7 +246,7 @@ def _draw_and_sort(plan: MixPlan, splits: list[Split], places: OutputLayout, eng
             return PartFigures.from_json(done["figures"])
     list(engine.map(_call, [_DrawTask(plan, split) for split in splits], "mix: drawing"))
     parts, total = tuple(split.index for split in splits), PartFigures()
-    tasks = [_SortTask(plan, shard, parts, places, format) for shard in range(plan.shards)]
+    tasks = [_SortTask(plan, shard, parts, layout, format) for shard in range(plan.shards)]
     for figures in engine.map(_call, tasks, "mix: shuffling"):
         total.add(figures)
     write_json(marker, {"digest": digest, "figures": total.to_json()})

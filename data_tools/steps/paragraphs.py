@@ -146,7 +146,7 @@ class ParagraphStep(Step):
         yield document
 
 
-def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list[Split], places: OutputLayout,
+def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list[Split], layout: OutputLayout,
                    work: str | Path, engine: Engine, format: OutputFormat) -> PartFigures:
     """The three passes."""
     digest = digest_of([settings.model_dump(mode="json"), [split_identity(split) for split in splits]])
@@ -160,7 +160,7 @@ def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list
         list(engine.map(_call, tasks, "paragraphs: repeated ones"))
         with atomic_write(marker) as file:
             file.write("done\n")
-    return run_step(ParagraphStep(plan), splits, places, engine, format, read)
+    return run_step(ParagraphStep(plan), splits, layout, engine, format, read)
 
 
 def _call(task: Any) -> Any:

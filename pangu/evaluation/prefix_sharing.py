@@ -119,7 +119,7 @@ class Row:
     labels: list[np.ndarray]
 
 
-def lay_row(tree: Tree, items: Sequence[Item], prefix: int = 0) -> Row:
+def row_of(tree: Tree, items: Sequence[Item], prefix: int = 0) -> Row:
     """Stem and rests of a tree in one row."""
     shared = tree.shared
     parts = [(items[tree.members[0]][0][prefix:shared], np.arange(prefix, shared), np.zeros(shared - prefix, np.int64))]
@@ -215,7 +215,7 @@ class TreeHidden(nn.Cell):
         return ops.cast(ops.logical_and(earlier_1SS, related_BSS), mstype.float32)
 
     def hidden_after_prefix(self, ids_BS: Tensor, positions_BS: Tensor, visible_BSS: Tensor, length_1: Tensor,
-                           keys_LHPK: Tensor, values_LHPK: Tensor) -> Tensor:
+                            keys_LHPK: Tensor, values_LHPK: Tensor) -> Tensor:
         """`PanGuAlpha.hidden` whose attention also sees the trunk's first `length_1` slots."""
         model, (batch, length) = self.model, ids_BS.shape
         slots = keys_LHPK.shape[2]

@@ -21,9 +21,9 @@ from pangu.evaluation.prefix_sharing import (
     Tree,
     TreeHidden,
     group_by_prefix,
-    lay_row,
     plan_trees,
     prefix_length,
+    row_of,
 )
 from pangu.model import PanGuAlpha
 from parallel.common.errors import UserError
@@ -141,7 +141,7 @@ class Scorer:
         prefix = prefix_length(items) if self.share else 0
         states = self._prefix_states(items[0][0][:prefix])
         trees = plan_trees(items, _LONGEST_TREE if self.share else 0, prefix)
-        rows = sorted(((lay_row(tree, items, prefix), tree) for tree in trees), key=lambda pair: -len(pair[0].ids))
+        rows = sorted(((row_of(tree, items, prefix), tree) for tree in trees), key=lambda pair: -len(pair[0].ids))
         while rows:
             length = length_bucket(len(rows[0][0].ids), _NO_LIMIT)
             count = self.batch_size or self.graphs.rows_at_once(length, _slots(states))

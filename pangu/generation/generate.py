@@ -98,8 +98,8 @@ class Generator:
             room = context - len(ids) + 1
             limit = (room, "context") if room < settings.max_new_tokens else (settings.max_new_tokens, "max_new_tokens")
             requests.append(GenerationState(ids, Sampler(settings.rule(), stream), limit, stop_ids, stops,
-                                    self.tokenizer.stream() if self.tokenizer is not None else None,
-                                    partial(on_text, index) if on_text is not None else None))
+                                            self.tokenizer.stream() if self.tokenizer is not None else None,
+                                            partial(on_text, index) if on_text is not None else None))
         return requests
 
     def _stops(self, settings: GenerateSettings) -> list[str]:

@@ -71,7 +71,7 @@ class Recipe(Settings):
 
 
 def read_prompts(file: str | None, typed: list[str] | None, settings: GenerateSettings) -> tuple[list[str],
-                                                                                                GenerateSettings]:
+                                                                                                 GenerateSettings]:
     """The prompts that a command line asks for and how to decode them.
 
     Args:

@@ -70,7 +70,7 @@ class _Running(Sequence):
             self.reason = "length"
         self.events.append(TokenEvent(token, logprob, self.reason))
 
-    def tell(self) -> None:
+    def deliver(self) -> None:
         """Hands the events over."""
         for event in self.events:
             self.handle.push(event)
@@ -275,7 +275,7 @@ class BatchingEngine:
             return
         ended = [sequence for sequence in went_on if sequence.done]
         for sequence in went_on:
-            sequence.tell()
+            sequence.deliver()
         if ended:
             with self._wake:
                 for sequence in ended:
@@ -287,7 +287,7 @@ class BatchingEngine:
         """Ends a request before its end; with the lock held."""
         for scheduler in self._schedulers:
             scheduler.abort(running)
-        running.tell()
+        running.deliver()
         running.handle.push(last)
         if self._open.pop(running.handle, None) is not None:
             self._finished += 1

@@ -49,10 +49,10 @@ def resolve_checkpoint(path: str | Path) -> Path:
     found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if not found:
         raise UserError("no checkpoint here", where=path, hint="give the folder of a run or of a checkpoint")
-    return newest_whole(found)
+    return newest_undamaged(found)
 
 
-def newest_whole(found: Sequence[Path], damaged: Callable[[Path], UserError | None] | None = None) -> Path:
+def newest_undamaged(found: Sequence[Path], damaged: Callable[[Path], UserError | None] | None = None) -> Path:
     """The last of `found` that is not damaged; each one that is passed over is told. `damaged` looks for what is wrong;
     None = `damage`.
 

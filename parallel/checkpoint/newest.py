@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from parallel.checkpoint.folder import list_checkpoints, newest_whole
+from parallel.checkpoint.folder import list_checkpoints, newest_undamaged
 from parallel.checkpoint.sharded import Slices
 from parallel.common.errors import UserError
 from parallel.common.folders import sweep
@@ -21,7 +21,7 @@ def good_checkpoint(directory: str | Path) -> Path | None:
     """
     sweep(directory)
     found = list_checkpoints(directory)
-    return newest_whole(found, _damage) if found else None
+    return newest_undamaged(found, _damage) if found else None
 
 
 def _damage(path: Path) -> UserError | None:

@@ -67,7 +67,7 @@ class _Entry(pydantic.BaseModel):
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredSlice:
     """A slice on the disk: its place in the whole tensor, its file and checksum."""
 
     extent: Extent
@@ -82,7 +82,7 @@ class Tensor:
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: list[Piece]
+    pieces: list[StoredSlice]
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +145,7 @@ class Slices:
             if (tensor.shape, tensor.dtype) != (shape, entry.dtype):
                 raise UserError(f"the ranks disagree on the shape of '{name}'", where=self.path)
             if all(piece.extent != extent for piece in tensor.pieces):
-                tensor.pieces.append(Piece(extent, inside(self.path, entry.file), entry.crc32))
+                tensor.pieces.append(StoredSlice(extent, inside(self.path, entry.file), entry.crc32))
 
     def _check_cover(self, name: str, tensor: Tensor) -> None:
         # Slices of one layout either are the same or do not touch, so their sizes must add up.
@@ -171,14 +171,14 @@ class Slices:
                 self._copy(name, piece, shared, extent, part)
         return part
 
-    def _copy(self, name: str, piece: Piece, shared: Extent, extent: Extent, part: np.ndarray) -> None:
+    def _copy(self, name: str, piece: StoredSlice, shared: Extent, extent: Extent, part: np.ndarray) -> None:
         file = self._files.setdefault(piece.file, SafetensorsFile(piece.file))
         if (piece.file, name) not in self._checked:
-            self._check_piece(name, piece, file)
+            self._check_slice(name, piece, file)
         place = tuple(slice(*pair) for pair in _relative(shared, extent))
         file.copy_extent(name, _relative(shared, piece.extent), part, place)
 
-    def _check_piece(self, name: str, piece: Piece, file: SafetensorsFile) -> None:
+    def _check_slice(self, name: str, piece: StoredSlice, file: SafetensorsFile) -> None:
         shape, tensor = tuple(stop - start for start, stop in piece.extent), self.tensors[name]
         entry = file.entries.get(name)
         if entry is not None and (entry.shape, entry.dtype) != (shape, tensor.dtype):
@@ -196,7 +196,7 @@ class Slices:
         """
         for name, tensor in self.tensors.items():
             for piece in tensor.pieces:
-                self._check_piece(name, piece, self._files.setdefault(piece.file, SafetensorsFile(piece.file)))
+                self._check_slice(name, piece, self._files.setdefault(piece.file, SafetensorsFile(piece.file)))
 
     def names(self, kind: str) -> list[str]:
         """Names of the parameters or of the moments."""

@@ -101,7 +101,7 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
                     before = layouts[rest].stages if rest in layouts else ()
                     name, layout = rest, SliceLayout(layout.matrix, layout.dims, layout.step, layout.parts,
                                                      (*before, int(stage)),
-                                          layout.slice_shape)
+                                                     layout.slice_shape)
                 layouts[name] = layout
     except (ValueError, TypeError, AttributeError, UnicodeDecodeError):
         raise UserError("not a strategy file", where=path) from None
@@ -169,7 +169,7 @@ def _layout(item: memoryview) -> tuple[str, SliceLayout]:
             layout = value
     values = dict(wire.fields(layout))
     return name, SliceLayout(_dims(values.get(1)), _dims(values.get(2)), wire.signed(values.get(6, 0)),
-                     wire.signed(values.get(7, 0)), slice_shape=_dims(values.get(3)))
+                             wire.signed(values.get(7, 0)), slice_shape=_dims(values.get(3)))
 
 
 def _dims(message: memoryview | None) -> tuple[int, ...]:

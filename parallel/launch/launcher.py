@@ -144,7 +144,7 @@ class Launcher:
 
     def _report(self, failed: tuple[int, int] | None) -> dict[str, Any]:
         rank, code = failed if failed is not None else (None, 0)
-        told = self._told_error(rank) if code == _USER_ERROR else None
+        told = self._reported_error(rank) if code == _USER_ERROR else None
         if told is not None:
             info(f"{told} (rank {rank} of {self.plan.ranks}; the other ranks were ended)")
         elif failed is not None:
@@ -159,7 +159,7 @@ class Launcher:
                 "failed_rank": rank, "logs": str(self.logs)}
 
 
-    def _told_error(self, rank: int) -> str | None:
+    def _reported_error(self, rank: int) -> str | None:
         """The line of an error that a user can mend at the end of a rank's log."""
         lines = _last_lines(self.log(rank), 4 * _TAIL_LINES) if rank >= 0 else []
         return next((line for line in reversed(lines) if line.startswith("error: ")), None)

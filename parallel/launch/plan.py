@@ -17,7 +17,7 @@ def add_node_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
     parser.add_argument("--master", metavar="HOST:PORT",
                         help=f"address of machine 0 and a free port there (default 127.0.0.1:{DEFAULT_PORT}; on a "
-                             "single machine any free port)")
+                        "single machine any free port)")
     parser.add_argument("--nproc", type=int, metavar="P",
                         help="processes on each machine (default: devices of the parallel block / nodes)")
     parser.add_argument("--timeout", type=int, default=300, metavar="S",

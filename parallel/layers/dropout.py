@@ -26,10 +26,10 @@ def _i32(value: int) -> Tensor:
 
 
 @ops.constexpr
-def place_numbers(places: int, salt: int) -> Tensor:
+def position_numbers(positions: int, salt: int) -> Tensor:
     """int32 [1, places]: salt, and from there on in steps of an odd constant."""
-    numbers = np.arange(places, dtype=np.uint32) * np.uint32(_MIX_1 & 0xFFFFFFFF) + np.uint32(salt & 0xFFFFFFFF)
-    return Tensor(numbers.astype(np.int32).reshape(1, places))
+    numbers = np.arange(positions, dtype=np.uint32) * np.uint32(_MIX_1 & 0xFFFFFFFF) + np.uint32(salt & 0xFFFFFFFF)
+    return Tensor(numbers.astype(np.int32).reshape(1, positions))
 
 
 @ops.constexpr
@@ -87,9 +87,9 @@ class DropoutKeys(Layer):
         self.number, self.place, self.reshape = ops.Mul(), ops.Add(), ops.Reshape()
         self.mix = Mix(("batch", None))
 
-    def construct(self, rows_B: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    def construct(self, rows_B: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         number_B1 = self.reshape(self.number(rows_B, _i32(_GOLDEN)), (-1, 1))
-        first_BS, second_BS = self.mix(self.place(number_B1, place_numbers(places, self.salt)))
+        first_BS, second_BS = self.mix(self.place(number_B1, position_numbers(positions, self.salt)))
         return self.reshape(first_BS, (-1, 1)), self.reshape(second_BS, (-1, 1))
 
     def sharding(self) -> list[OpSharding]:

@@ -36,7 +36,7 @@ def _library() -> Path | None:
 def library(compute_dtype: mstype) -> Path | None:
     """The shared object with the kernels; None where the layers are to use plain operations."""
     if (os.environ.get("PANGU_KERNELS", "1") == "0" or compute_dtype != mstype.float32
-            or mindspore.get_context("device_target") != "CPU"):
+        or mindspore.get_context("device_target") != "CPU"):
         return None
     return _library()
 

@@ -204,9 +204,9 @@ class CapacityExperts(Layer):
         slot_GTN = number_GTN * (1.0 * capacity) + ops.minimum(nth_GTN, capacity - 1.0)
         return read_GTS, self.cast(slot_GTN, mstype.int32), nth_GTN < 1.0 * capacity
 
-    def lay_out(self, axes) -> None:
+    def apply_sharding(self, axes) -> None:
         self.parts = axes.sizes["batch"]
-        super().lay_out(axes)
+        super().apply_sharding(axes)
 
     def redistributes(self, axes: Axes) -> bool:
         return axes.sizes["experts"] > 1  # rows go to the devices of their experts and back

@@ -47,7 +47,7 @@ def network_cost(description: Description, config: ParallelConfig, parts: list[S
     mesh = Mesh(config)
     parts = parts or segments(description)
     layouts: dict[int, Dims] = {}
-    batch = mesh.place(["batch"])["batch"]
+    batch = mesh.placement(["batch"])["batch"]
     for item in description.inputs:
         layouts[id(item)] = (Dim(item.dims[0].size, batch), *item.dims[1:])
     known: dict[tuple, SegmentCost] = {}

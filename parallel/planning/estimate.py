@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `estimate`."""
     parser.add_argument("--cluster", metavar="FILE", default="configs/cluster/ascend910.yaml",
                         help="YAML file that describes devices and network, or the name of one of configs/cluster "
-                             "(default: %(default)s)")
+                        "(default: %(default)s)")
     parser.add_argument("--tokens", type=float, metavar="N", default=None,
                         help="tokens (samples) to train on, for days and device-hours; default: steps x batch")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")

@@ -113,7 +113,7 @@ class ForwardTracer:
 
     def _operation(self, index: int, operation: Op) -> None:
         done, number = self.done, self.segment.number
-        placed = self.mesh.place(list(axes_in_order(operation)))
+        placed = self.mesh.placement(list(axes_in_order(operation)))
         operands = [self._operand(index, operation, item, axes, placed)
                     for item, axes in zip(operation.inputs, operation.wanted, strict=True)]
         result = operation.rule(operands)
@@ -164,7 +164,7 @@ class ForwardTracer:
         number, kind = self.segment.number[id(item)], "AllReduce"
         if operation.out_wanted is not None and self.mesh.axes.sequence:
             kind = "ReduceScatter"
-            placed = self.mesh.place([name for name in operation.out_wanted if name])
+            placed = self.mesh.placement([name for name in operation.out_wanted if name])
             layout[number] = tuple(Dim(dim.size, placed.get(axis, ()) if axis else ())
                                    for dim, axis in zip(dims, operation.out_wanted, strict=True))
         replicated = not any(dim.axis for dim in dims)

@@ -82,7 +82,7 @@ def parameter_slices(description: Description, mesh: Mesh) -> list[Slice]:
 
 def parameter_layout(item: ParameterCount, mesh: Mesh) -> Dims:
     """Full dims with the factors that cut them: those of the first primitive that takes the parameter."""
-    placed = mesh.place(list(item.order))
+    placed = mesh.placement(list(item.order))
     return tuple(Dim(size, placed.get(axis, ()) if axis else ()) for size, axis in zip(item.shape, item.axes,
                                                                                        strict=True))
 
@@ -273,7 +273,7 @@ def _kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description
             dims = part.arrived_from[number, dims]
             size = cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]
         if (from_recomputed and again and config.recompute.slice_activations and _can_be_sliced(cost.mesh, dims)
-                and homes[description.operations[producer].unit] == homes[segment.unit]):
+            and homes[description.operations[producer].unit] == homes[segment.unit]):
             size //= config.op
         yield number, dims, size
 

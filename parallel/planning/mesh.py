@@ -52,7 +52,7 @@ class Mesh:
         """Factors of each named axis of one primitive, given in the order of its device matrix."""
         if {"feature_tokens", "experts"} & set(names):
             # Here the layers tell the mesh itself (`Axes.strategy`).
-            return {name: self._given(name) for name in names}
+            return {name: self._named_factors(name) for name in names}
         taken, placed = 0, {}
         for name in names:
             size, factors = self.axes.sizes[name], []
@@ -66,7 +66,7 @@ class Mesh:
             placed[name] = tuple(factors)
         return placed
 
-    def _given(self, name: str) -> tuple[int, ...]:
+    def _named_factors(self, name: str) -> tuple[int, ...]:
         if self.axes.sizes[name] == 1:
             return ()
         places = self.axes.places[name]

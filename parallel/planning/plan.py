@@ -230,14 +230,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `plan`."""
     parser.add_argument("--cluster", metavar="FILE", default="configs/cluster/ascend910.yaml",
                         help="YAML file that describes devices and network, or the name of one of configs/cluster "
-                             "(default: %(default)s)")
+                        "(default: %(default)s)")
     parser.add_argument("--devices", type=int, metavar="N", help="how many devices (default: those of the config file)")
     parser.add_argument("--output", metavar="FILE", help="write the best layout's parallel block as YAML")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")
     parser.add_argument("--list", metavar="FILE", help="write every layout that was tried, and why it lost, as CSV")
     parser.add_argument("--confirm", action=argparse.BooleanOptionalAction, default=True,
                         help="compile the first stage of the best layout (dry run) and compare; where it does not "
-                             "compile, the next best (default: yes)")
+                        "compile, the next best (default: yes)")
 
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the program")
     parser.add_argument("--graphs", metavar="LIST", help="step, loss, scores with commas between (default: all "
-                                                         "that the model has)")
+                        "that the model has)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
                         help="processes that compile at once (default: 2, or 1 on one core)")
 
@@ -138,13 +138,13 @@ def write_program(config: str, overrides: Sequence[str], folder: Path, compilers
 
     settings = load_run(config, list(overrides))[1]
     compiled = {kind: compile_graphs(config, overrides, compilers, graph=kind) for kind in kinds}
-    write_worlds(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings, digest=digest,
-                 config=Path(config).name, overrides=list(overrides))
+    write_compiled(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings,
+                   digest=digest, config=Path(config).name, overrides=list(overrides))
 
 
-def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,
-                 **more: Any) -> None:
-    """Writes compiled worlds as a program.
+def write_compiled(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,
+                   **more: Any) -> None:
+    """Writes what was compiled for all ranks as a program.
 
     Args:
         folder: of the program.

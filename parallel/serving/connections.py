@@ -53,7 +53,7 @@ class GuardedProtocol(HttpToolsProtocol):
             if not self.waiting:
                 transport.abort()
                 return
-            next(iter(self.waiting)).cut_off()
+            next(iter(self.waiting)).disconnect()
         self._wait(self.settings.header_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -62,7 +62,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_write_timer()
         super().connection_lost(exc)
 
-    def cut_off(self) -> None:
+    def disconnect(self) -> None:
         """Closes at once; what was not sent is dropped."""
         self._busy()
         self.transport.abort()
@@ -177,7 +177,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The client does not read: it gets some time."""
         super().pause_writing()
         self._stop_write_timer()
-        self._write_timer = self.loop.call_later(self.settings.write_seconds, self.cut_off)
+        self._write_timer = self.loop.call_later(self.settings.write_seconds, self.disconnect)
 
     def resume_writing(self) -> None:
         """It reads again."""

@@ -103,19 +103,19 @@ class Layer(nn.Cell):
         samples to experts). A redistribution beside any other layer is a mistake, which the dry run reports."""
         return False
 
-    def lay_out(self, axes: Axes) -> None:
+    def apply_sharding(self, axes: Axes) -> None:
         """Writes the strategies for `axes` on the primitives. Has no effect on one device or under data parallelism."""
         for layout in self.sharding():
             outputs = axes.strategy(layout.outputs) if layout.outputs is not None and axes.sequence else None
             layout.primitive.shard(axes.strategy(layout.inputs), outputs)
 
 
-def lay_out(network: nn.Cell, config: ParallelConfig) -> Any:
+def apply_sharding(network: nn.Cell, config: ParallelConfig) -> Any:
     """Writes the layout of every `Layer` in `network`; returns the network."""
     axes = Axes(config)
     for _, cell in network.cells_and_names():
         if isinstance(cell, Layer):
-            cell.lay_out(axes)
+            cell.apply_sharding(axes)
     return network
 
 

@@ -14,7 +14,7 @@ from mindspore import nn
 
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.layout import lay_out
+from parallel.sharding.layout import apply_sharding
 from parallel.sharding.trainable import pipeline_units, shared_parameters
 
 _MANY_STAGES_GROUP = 2
@@ -27,7 +27,7 @@ def parallelize(network: nn.Cell, config: ParallelConfig) -> nn.Cell:
         UserError: stages are asked of a network that does not say how its cells follow each other, or layers and
             offsets do not fit.
     """
-    lay_out(network, config)
+    apply_sharding(network, config)
     place_on_stages(network, config)
     fuse_gradients(network, config)
     recompute(network, config)

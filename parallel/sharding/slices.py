@@ -51,7 +51,7 @@ def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullPar
         # A tuple of mesh axes would be needed only by an activation; a weight is cut over one at a time.
         mesh_axes = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
         extents = SliceOfRank(tuple(parameter.shape), mesh_axes, stages.get(id(parameter)), config,
-                      parameter.parallel_optimizer)
+                              parameter.parallel_optimizer)
         found.append(FullParameter(parameter.name, tuple(parameter.shape), extents))
     return found
 
@@ -114,7 +114,7 @@ class SliceOfRank:
             return None
         at = self._coordinates(place)
         extent = tuple(_part(size, self.mesh[axis], at[axis]) if axis else (0, size)
-                    for size, axis in zip(self.shape, self.mesh_axes, strict=True))
+                       for size, axis in zip(self.shape, self.mesh_axes, strict=True))
         shard = self.shard
         if shard == 1:
             return extent

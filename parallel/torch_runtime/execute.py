@@ -83,7 +83,7 @@ class Bound:
             values[place].wait()
         result = values[self.graph.result]
         if self.communicator is not None:
-            self.communicator.settle()
+            self.communicator.wait_for_sends()
         return result.wait() if isinstance(result, Pending) else result
 
 

@@ -131,7 +131,7 @@ class Communicator:
             dist.recv(received, source)
             tensor.copy_(received)
 
-    def settle(self) -> None:
+    def wait_for_sends(self) -> None:
         """Waits for all messages that were sent."""
         for item in self.sent:
             item.wait()

@@ -279,7 +279,7 @@ def _cross_entropy(editor: Editor, shift: Node) -> dict[str, Any] | None:
         return None
     joined = _joined(editor, by_exp[0], by_label[0])
     rows = [_per_row(editor, one, exp.number if one is by_exp[0] else one_hot.number) for one in (by_exp[0],
-                                                                                               by_label[0])]
+                                                                                                  by_label[0])]
     if joined is None or None in rows:
         return None
     pattern["gradient"] = {"sum": joined, "by_total": rows[0], "by_chosen": rows[1]}
@@ -409,8 +409,8 @@ def fuse_linear(editor: Editor) -> int:
         for number, other in (node.inputs, node.inputs[::-1]):
             product, bias = editor.maker(number, "MatMul"), editor.kind(other)
             if (product is not None and bias is not None and len(bias.shape) == 1
-                    and len(editor.users(number)) == 1 and product.outputs[0] == node.outputs[0]
-                    and bias.dtype == product.outputs[0].dtype):
+                and len(editor.users(number)) == 1 and product.outputs[0] == node.outputs[0]
+                and bias.dtype == product.outputs[0].dtype):
                 editor.replace(node.number, editor.add("Linear", [*product.inputs[:4], other], node.outputs, node))
                 found += 1
                 break

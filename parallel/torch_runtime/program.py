@@ -212,7 +212,7 @@ class Program:
         path = self.folder / FILE
         if not path.is_file():
             raise UserError("no exported program", where=path, hint="make one: python -m parallel export --config F "
-                                                                    "--output DIR")
+                            "--output DIR")
         tree = _read_json(path)
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise UserError("not an exported program", where=path)

@@ -148,8 +148,8 @@ class TorchStep:
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of device memory: {str(error).splitlines()[0]}", where="train.global_batch_size",
                             hint="lower it, raise train.accumulation or parallel.pipeline.micro_batches, or set "
-                                 "parallel.recompute.policy: full; python -m parallel estimate says how much a layout "
-                                 "needs") from None
+                            "parallel.recompute.policy: full; python -m parallel estimate says how much a layout "
+                            "needs") from None
 
     def fed(self, item: tuple[str, Any], array: np.ndarray) -> Tensor:
         """A batch's array on the device in the type of the graph's input."""
@@ -192,7 +192,7 @@ class TorchStep:
     def peak_tflops(self, precision: str) -> float | None:
         """Measured speed of a large matrix product in the type of `precision` on this device."""
         return measured_tflops(self.device, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision,
-                                                                                               torch.float32))
+                                                                                                torch.float32))
 
     def close(self) -> None:
         """Leaves the other processes."""

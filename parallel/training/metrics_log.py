@@ -98,7 +98,7 @@ class _Events:
         from tensorboardX.proto import event_pb2
 
         self.directory, self._event, self._flushed = directory, event_pb2.Event, time.monotonic()
-        with self._told():
+        with self._explained():
             directory.mkdir(parents=True, exist_ok=True)
             self._file = EventsWriter(str(directory / "events"), f".{os.getpid()}.{os.urandom(3).hex()}")
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -108,7 +108,7 @@ class _Events:
         """Adds scalars of a step."""
         from tensorboardX.summary import scalar
 
-        with self._told():
+        with self._explained():
             for name, value in values.items():
                 self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
@@ -117,11 +117,11 @@ class _Events:
 
     def close(self) -> None:
         """Flushes."""
-        with self._told():
+        with self._explained():
             self._file.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -150,7 +150,7 @@ class ShardedBackend(MindSporeBackend):
         """See `Backend`."""
         self._mode(False)
         loss, weight = self.mean_loss(*map(Tensor, batch)).asnumpy().tolist()
-        return (loss * weight, weight) if self.run.tells else (0.0, 0.0)
+        return (loss * weight, weight) if self.run.reports_loss else (0.0, 0.0)
 
     def scores(self, batch: Batch) -> np.ndarray | None:
         """See `Backend`."""

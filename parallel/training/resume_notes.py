@@ -29,7 +29,7 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     notes += _schedule_notes(old, new)
     if (name := "train.optimizer.name") in old and old[name] != new.get(name):
         notes.insert(0, f"note: moments that {old[name]} made go on in {new.get(name)}; for a clean start begin a new "
-                        "run from the parameters alone")
+                     "run from the parameters alone")
     more = [f"note: and {len(notes) - _MOST} more settings"] if len(notes) > _MOST else []
     return notes[:_MOST] + more
 

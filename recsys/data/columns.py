@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from parallel.common.errors import UserError
 from recsys.data.encode import Columns
-from recsys.data.features import Feature, FeatureSpec, expand, place
+from recsys.data.features import Feature, FeatureSpec, assign_columns, expand
 from recsys.data.readers import Reader, reader
 
 if TYPE_CHECKING:
@@ -43,4 +43,4 @@ def spec_without_data(data: DataSettings, embedding_size: int) -> FeatureSpec | 
     features = features_of(data)
     if any(f.rows is None and f.values == "vocabulary" and f.type != "numeric" and f.target is None for f in features):
         return None
-    return place(features, embedding_size)
+    return assign_columns(features, embedding_size)

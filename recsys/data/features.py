@@ -246,7 +246,7 @@ class FeatureSpec:
 _SIDE_ORDER = {"user": 0, "context": 1, "item": 2, "cross": 3}
 
 
-def place(features: list[Feature], embedding_size: int, known: dict[str, int] | None = None) -> FeatureSpec:
+def assign_columns(features: list[Feature], embedding_size: int, known: dict[str, int] | None = None) -> FeatureSpec:
     """Puts features in their places.
 
     Args:

@@ -24,7 +24,7 @@ from parallel.common.folders import put_in_place, sweep, temporary_name
 from parallel.common.progress import info
 from recsys.data.columns import columns_of, features_of
 from recsys.data.encode import Encoded, Encoder
-from recsys.data.features import FeatureSpec, place
+from recsys.data.features import FeatureSpec, assign_columns
 from recsys.data.passes import PARTS, Passes, write_log
 from recsys.data.readers import Reader, reader
 from recsys.data.spark_passes import SparkPasses
@@ -89,9 +89,9 @@ def _digest(data: DataSettings, vocabulary: Path | None) -> str:
     tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables", "stream",
                                                  "engine", "spark"})
     tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
-                                                                          "unseen_rate", "admission_share",
-                                                                          "expire_after", "expire_unit",
-                                                                          "expire_below", "count_decay"})
+                                                                 "unseen_rate", "admission_share",
+                                                                 "expire_after", "expire_unit",
+                                                                 "expire_below", "count_decay"})
                         for feature in features_of(data)]
     if data.reader != "synthetic":
         tree.pop("synthetic")
@@ -119,7 +119,7 @@ def _encode_to(directory: Path, data: DataSettings, source: Reader, given: Path 
     if given is None and Statistics.needed(features):
         vocabulary = passes.statistics(features).vocabulary()
     # The widths do not matter here: ids are encoded with the rows of one table each, and moved when mapped.
-    spec = place([f.model_copy(update={"width": None}) for f in features], 1, vocabulary.sizes())
+    spec = assign_columns([f.model_copy(update={"width": None}) for f in features], 1, vocabulary.sizes())
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         sweep(directory.parent)
@@ -155,8 +155,8 @@ def _map(directory: Path, data: DataSettings, embedding_size: int) -> Log:
     vocabulary = Vocabulary.load(directory / "vocabulary.json")
     features = features_of(data)
     sizes = vocabulary.sizes()
-    spec = place(features, embedding_size, sizes)
-    flat = place([f.model_copy(update={"width": None}) for f in features], 1, sizes)
+    spec = assign_columns(features, embedding_size, sizes)
+    flat = assign_columns([f.model_copy(update={"width": None}) for f in features], 1, sizes)
     shift = _row_shift(flat, spec)
     shapes = {"ids": (np.dtype(header["id_type"]), header["id_columns"]),
               "numbers": (np.float32, header["numeric_columns"]),

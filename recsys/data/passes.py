@@ -70,7 +70,7 @@ class Passes:
     def __init__(self, data: Any, source: Reader, encoder: Encoder, unit: Unit | None = None) -> None:
         self.data, self.source, self.encoder = data, source, encoder
         self.by = data.split.by if data.split.by != "default" else source.split_by
-        self.units = [unit] if unit is not None else whole_parts(data, self.by)
+        self.units = [unit] if unit is not None else units_of(data, self.by)
         self.form: str | None = None  # of the times
         if unit is None:
             self._look_ahead()
@@ -161,7 +161,7 @@ class Passes:
         return Written(counts, sums)
 
 
-def whole_parts(data: Any, by: str) -> list[Unit]:
+def units_of(data: Any, by: str) -> list[Unit]:
     """The log as one unit, or one for each file of a split by files."""
     if by != "files":
         return [Unit(data.path)]

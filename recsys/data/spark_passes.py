@@ -17,7 +17,7 @@ from parallel.common.errors import UserError
 from parallel.common.spark.session import explain, start_session
 from recsys.data.encode import Encoder, Report
 from recsys.data.features import Feature, FeatureSpec
-from recsys.data.passes import FIELDS, PARTS, Passes, Unit, Written, rank, whole_parts
+from recsys.data.passes import FIELDS, PARTS, Passes, Unit, Written, rank, units_of
 from recsys.data.readers import Reader, reader
 from recsys.data.vocabulary import Statistics, Vocabulary
 
@@ -34,7 +34,7 @@ class SparkPasses(Passes):
 
     def _look_ahead(self) -> None:
         units = []
-        for whole in whole_parts(self.data, self.by):
+        for whole in units_of(self.data, self.by):
             files = [whole.path] if self.source.files is None else map(str, self.source.files(Path(whole.path)))
             units += [Unit(file, whole.part) for file in files]
         for number, unit in enumerate(units):

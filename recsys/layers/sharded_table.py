@@ -113,9 +113,9 @@ class ShardedTable(Layer):
         rows_RKW = self.fetch(table_RVW, self.reshape(local_RSC, (parts, parts * capacity)), 1)
         return self.back(self.reshape(rows_RKW, (parts, parts, capacity, self.width)), (1, 0, 2, 3))
 
-    def lay_out(self, axes: Axes) -> None:
+    def apply_sharding(self, axes: Axes) -> None:
         self.parts = axes.sizes["rows"]
-        super().lay_out(axes)
+        super().apply_sharding(axes)
 
     def redistributes(self, axes: Axes) -> bool:
         return axes.sizes["rows"] > 1  # ids go to the devices that hold their rows, and rows back

@@ -170,9 +170,9 @@ class Follower:
             except Busy:
                 return
             except (UserError, FileNotFoundError) as error:  # a version may have gone while it was read
-                self._told(str(error))
+                self._refuse_version(str(error))
 
-    def _told(self, error: str) -> None:
+    def _refuse_version(self, error: str) -> None:
         if self._refused != self.current:
             info(f"version not taken: {error}")
             self._refused = self.current
@@ -193,7 +193,7 @@ class Follower:
             return False
         steps = None if self._was_pinned else newest.after(self.current.version)
         if steps is None:
-            self._take_whole(newest)
+            self._take_complete(newest)
         else:
             delta = merged([read_delta(path) for _, path in steps])
             self.model.check(delta)
@@ -211,7 +211,7 @@ class Follower:
         self.model.put(delta)
         self.engine.take_version(newest.version)
 
-    def _take_whole(self, newest: Current) -> None:
+    def _take_complete(self, newest: Current) -> None:
         """A chain that does not begin at our version: its whole version, then its deltas, put in place together."""
         prepared = self.engine.prepare(newest.chain[0][1])
         deltas = [read_delta(path) for _, path in newest.chain[1:]]

@@ -36,7 +36,7 @@ from recsys.serving import arrow_body
 from recsys.serving.feature_store import FeatureStore, StoreAway
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
-from recsys.serving.workers import ARROW, JSON, Peers, Place, run_workers, shared_listener
+from recsys.serving.workers import ARROW, JSON, Peers, WorkerAddress, run_workers, shared_listener
 from recsys.versions.pinned import Versions
 from recsys.versions.request_log import RequestLog
 
@@ -334,7 +334,7 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
         UserError: a package is missing, the port is taken, or the checkpoint cannot be served.
     """
     require()
-    place = Place.mine()
+    place = WorkerAddress.mine()
     if settings.workers > 1 and place is None:
         return run_workers(settings, f"serve {arguments.checkpoint}")
     from parallel.training.device import start_device

@@ -34,7 +34,7 @@ _LONGEST = 64 << 20
 JSON, ARROW, CONTROL = 0, 1, 2
 
 
-class Place:
+class WorkerAddress:
     """Which of how many workers this process is, and where the others are.
 
     Args:
@@ -47,7 +47,7 @@ class Place:
         self.index, self.count, self.folder, self.port = index, count, Path(folder), port
 
     @classmethod
-    def mine(cls) -> Place | None:
+    def mine(cls) -> WorkerAddress | None:
         """As the parent said; None in a process that serves alone, and in the parent."""
         text = os.environ.get(_VARIABLE)
         return cls(*parse_json(text)) if text else None
@@ -151,7 +151,7 @@ class Peers:
         control: does here what concerns every worker: `await control(call, name)`.
     """
 
-    def __init__(self, place: Place, rank: Any, control: Any = None) -> None:
+    def __init__(self, place: WorkerAddress, rank: Any, control: Any = None) -> None:
         self.place, self.rank, self.control = place, rank, control
         self.free: dict[int, list] = {index: [] for index in range(place.count)}
         self.server: Any = None

@@ -157,18 +157,18 @@ class DynamicTable:
                                             self.least, self.share, ALWAYS_BELOW, address(rows)))
         return rows
 
-    def gather(self, rows_N: np.ndarray, out: np.ndarray | None = None, places_N: np.ndarray | None = None,
+    def gather(self, rows_N: np.ndarray, out: np.ndarray | None = None, at_N: np.ndarray | None = None,
                ) -> np.ndarray:
         """float32 [N, W] values of rows; or into `out`, at `places_N`. UNKNOWN rows are left as they are (0)."""
         rows_N = np.ascontiguousarray(rows_N, np.int32)
         out = np.zeros((len(rows_N), self.width), np.float32) if out is None else out
-        self._kernel.table_gather(self._table, address(rows_N), address(places_N), len(rows_N), address(out))
+        self._kernel.table_gather(self._table, address(rows_N), address(at_N), len(rows_N), address(out))
         return out
 
-    def update(self, rows_N: np.ndarray, gradients: np.ndarray, rule: Rule, places_N: np.ndarray | None = None) -> None:
+    def update(self, rows_N: np.ndarray, gradients: np.ndarray, rule: Rule, at_N: np.ndarray | None = None) -> None:
         """Moves *distinct* rows by their gradients [N, W] (or those at `places_N`); UNKNOWN rows are left out."""
         rows_N = np.ascontiguousarray(rows_N, np.int32)
-        self._kernel.table_update(self._table, address(rows_N), address(places_N), len(rows_N), address(gradients),
+        self._kernel.table_update(self._table, address(rows_N), address(at_N), len(rows_N), address(gradients),
                                   RULES[rule.name], rule.rate, rule.epsilon, rule.beta1, rule.beta2, rule.correction1,
                                   rule.correction2)
 

@@ -79,7 +79,7 @@ class SeparatedRanker(Ranker):
         self.shared_mean = SharedMean("batch" if self.layout.kind == "width" else "rows")
         self.join_tokens = Beside(0, self.layout.stream)
         self.component_shapes = (tuple(shapes), *(tuple(layer.components) for layer in self.layers),
-                             ((1, self.settings.width),))
+                                 ((1, self.settings.width),))
         self.sizes = tuple(c * k for shapes in self.component_shapes for c, k in shapes)
         self.make_head(self.settings.width)
 

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--models", default="dlrm_mlp,rankmixer,tokenmixer_large", help="configs, weakest first")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each model")
     parser.add_argument("--rates", help="learning rates to choose from (generated log: 0.0005,0.001,0.002,0.004; "
-                                        "MovieLens: that of the recipe)")
+                        "MovieLens: that of the recipe)")
     parser.add_argument("--movielens", metavar="FOLDER", help="folder of ml-100k.inter, .user, .item")
     parser.add_argument("--runs", metavar="FILE", type=Path, help="keep finished runs here, one JSON object a line")
     parser.add_argument("words", nargs="*", help="overrides for every run, key.sub=value")

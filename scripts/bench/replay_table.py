@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no replay after that time")
     parser.add_argument("--trust", action="store_true",
                         help="compile one data coordinate where there are two; that the graphs of others follow from "
-                             "it is then checked for each model where there are four")
+                        "it is then checked for each model where there are four")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     arguments = parser.parse_args()
     layouts, models = chosen(arguments.layouts), arguments.models.split(",")

@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace, ratio: str, cache: str) -> dict:
                 times[name].append(seconds)
     size = settings.train.global_batch_size
     row = {"ratio": ratio, "batch": size, "user_rows": most, **{name: size / float(np.median(found))
-                                                               for name, found in times.items()}}
+                                                                for name, found in times.items()}}
     row["shared_over_separated"] = row["shared"] / row["separated"]
     row["shared_over_unseparated"] = row["shared"] / row["unseparated"]
     row["separated_over_unseparated"] = row["separated"] / row["unseparated"]

@@ -41,7 +41,7 @@ def run(campaign: Campaign) -> None:
         campaign.count(f"launch {kind}")
         if "Traceback" in told + rest or newest(folder / name) != wanted:
             campaign.fail(f"launch {kind}", f"{told[-2000:]}\n---\n{rest[-2500:]}\n{newest(folder / name)[:20]} for "
-                                            f"{wanted[:20]}")
+                          f"{wanted[:20]}")
         shutil.rmtree(folder / name, ignore_errors=True)
         done += 1
 

@@ -315,7 +315,7 @@ def _answer(place: Path) -> int:
         _compile(request, place)
     except UserError as error:
         message = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
-                "hint": error.hint}
+                   "hint": error.hint}
         (place / "error.json").write_text(json.dumps(message, default=str), encoding="utf-8")
         return 2
     except Exception as error:

@@ -37,7 +37,7 @@ def _groups_order(programs: Sequence[Program]) -> str | None:
     # The strictest notion of sameness under which the ranks have the same collectives: constants are the same along the
     # data axis, computations within a stage, places in the network everywhere.
     notions = [[purposes(program, constants) for program in programs] for constants in (True, False)]
-    notions.append([{node.name: place(node) for node in program.nodes} for program in programs])
+    notions.append([{node.name: origin(node) for node in program.nodes} for program in programs])
     for members, calls in sorted(calls_of_groups(programs).items()):
         if set(calls) != set(members) or len({len(nodes) for nodes in calls.values()}) > 1:
             continue  # the walk tells who waits for whom
@@ -84,7 +84,7 @@ def calls_of_groups(programs: Sequence[Program]) -> dict[tuple[int, ...], dict[i
     return calls
 
 
-def place(node: Node) -> tuple:
+def origin(node: Node) -> tuple:
     """Primitive, cell and parameter of a node, and what it was made of; not its number among such nodes in the cell."""
     return (node.op, node.scope.rpartition("/")[0], str(node.marks.get("mirror_user_id", "")),
             str(node.marks.get("micro", "")), str(node.attributes.get("op", "")))
@@ -104,6 +104,6 @@ def purposes(program: Program, constants: bool) -> dict[str, int]:
             found[node.name] = hash(("Constant", value))
             continue
         inputs = node.inputs[:1] if node.op in _FIRST_INPUT_ONLY else () if node.op == "UpdateState" else node.inputs
-        found[node.name] = hash((place(node), tuple(item.shape for item in node.outputs),
+        found[node.name] = hash((origin(node), tuple(item.shape for item in node.outputs),
                                  tuple(found.get(name, name) for name in inputs)))
     return found

@@ -96,7 +96,7 @@ def prepare(graph: Graph) -> Program:
         if node.op not in RULES and node.op not in UPDATES and node.op not in COLLECTIVES:
             raise UserError(f"replay has no rule for the primitive {node.op}", where=node.scope,
                             hint="add one to parallel/proof/replay/numpy_ops.py: a "
-                                 "line of RULES where NumPy has the function")
+                            "line of RULES where NumPy has the function")
         program.nodes.append(node)
         # Depend on a parameter is the parameter itself: what is read is what it holds when it is read.
         source = node.inputs[0] if node.inputs else ""

@@ -111,7 +111,7 @@ LAYOUTS = (
     Layout("gpipe", _keys(stages=2, micro=4, more="parallel.pipeline.schedule=gpipe")),
     Layout("1f1b", _keys(stages=2, micro=4)),
     Layout("interleaved", _keys(stages=2, micro=4, more="parallel.pipeline.schedule=interleaved "
-                                                        "parallel.pipeline.interleave=2 model.layers=4")),
+                                "parallel.pipeline.interleave=2 model.layers=4")),
     Layout("uneven_stages", _keys(stages=2, more="model.layers=4 parallel.pipeline.offsets=[1,-1]")),
     Layout("uneven_stages_back", _keys(2, 1, 2, shard=-1, more="model.layers=4 parallel.pipeline.offsets=[-1,1]")),
     # Dropout: masks belong to samples and places, whoever holds them.
@@ -119,7 +119,7 @@ LAYOUTS = (
     Layout("dropout_stages", _keys(2, 1, 2, more="model.dropout=0.1")),
     Layout("dropout_accumulation", _keys(data=2, more="train.accumulation=2 model.dropout=0.1")),
     Layout("dropout_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.sequence=true "
-                                                                              "model.dropout=0.1")),
+                                     "model.dropout=0.1")),
     # What rankers have besides: tables with an optimizer of their own, tokens cut, experts on the data axis.
     Layout("sparse_optimizer", _keys(data=2, shard=-1, more=_SPARSE)),
     Layout("sparse_optimizer_op", _keys(2, 2, shard=-1, more=f"{_SPARSE} train.accumulation=2")),
@@ -135,7 +135,7 @@ LAYOUTS = (
     Layout("expert_tokens", _keys(2, 2, more="parallel.expert=2 model.op_sharding=tokens")),
     Layout("expert_stages", _keys(data=2, stages=2, more="parallel.expert=2")),
     Layout("expert_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.expert=2 "
-                                                                             "model.op_sharding=tokens")),
+                                    "model.op_sharding=tokens")),
 )
 
 
@@ -144,7 +144,8 @@ LAYOUTS = (
 REFUSALS = {
     "stack of": "no stack", "how its cells follow": "no stack", "more stages than": "layers",
     "leave a stage without a layer": "layers", "routed experts": "experts", "has no experts": "experts",
-    "sharded along their width": "experts", "unknown key": "key", "residual stream": "residual", "no such cell": "cells",
+    "sharded along their width": "experts", "unknown key": "key", "residual stream": "residual",
+    "no such cell": "cells",
     "divide": "sizes", "are not sharded": "not sharded", "run 1f1b only": "1f1b only",
     "are not kept sharded": "level 1",
 }

@@ -148,7 +148,7 @@ class LossAndWeight(Wrapper):
         return self.join((self.reshape(self.cast(self.network(*batch), mstype.float32), (1,)), self.one))
 
 
-class KnownToAllStages(nn.Cell):
+class SumOverStages(nn.Cell):
     """What the last stage computed, on every stage: an AllReduce over the stages, of which the others bring zeros.
 
     Args:

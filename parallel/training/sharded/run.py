@@ -90,7 +90,7 @@ class ShardedRun:
         self.give_start_values()
 
     @property
-    def tells(self) -> bool:
+    def reports_loss(self) -> bool:
         """Whether this process tells the loss, which every process of the last stage knows of the global batch."""
         return self.processes.rank == (self.config.pipeline.stages - 1) * self.config.data * self.config.op
 
@@ -100,8 +100,8 @@ class ShardedRun:
         for parameter in self.task.network.get_parameters():
             if parameter.name in self.holder.extents:
                 full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
-                                    self.settings.seed)
-                put_slice(parameter, full[_places(self.holder.extents[parameter.name])])
+                                   self.settings.seed)
+                put_slice(parameter, full[_slices(self.holder.extents[parameter.name])])
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""
@@ -132,7 +132,7 @@ def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
     cell = ForwardLoss(task.network)
     if graph == "scores":
         cell = task.scores(task.network)
-        cell.lay_out(Axes(config))
+        cell.apply_sharding(Axes(config))
         fed = fed[:cell.inputs]
     ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
     cut = switch_on(cell, config, ways, False)
@@ -163,5 +163,5 @@ def put_slice(parameter: Parameter, value: np.ndarray) -> None:
     parameter.set_data(Tensor(np.ascontiguousarray(value), parameter.dtype), slice_shape=True)
 
 
-def _places(extent: Extent) -> tuple[slice, ...]:
+def _slices(extent: Extent) -> tuple[slice, ...]:
     return tuple(slice(*pair) for pair in extent)

@@ -24,7 +24,7 @@ from parallel.sharding.trainable import shared_parameters
 from parallel.task import Input, Task
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import TrainSettings
-from parallel.training.sharded.micro_batches import Interleaved, KnownToAllStages, LossAndWeight, MicroBatch
+from parallel.training.sharded.micro_batches import Interleaved, LossAndWeight, MicroBatch, SumOverStages
 from parallel.training.sharded.stage_only import held_parameters, leave_out_other_stages
 from parallel.training.step import TrainStep, enable_weighted_loss, sum_of_squares
 
@@ -116,7 +116,7 @@ class PipelineGradient(FullGradient):
         # The partitioner finds these by name and adds each micro-batch's gradient to them.
         self.accumulated = parameters.clone("accu_grads", init="zeros")
         self.sharded = config.optimizer_shard > 1
-        self.sum_over_stages = KnownToAllStages(config) if many else None
+        self.sum_over_stages = SumOverStages(config) if many else None
         self.map = ops.HyperMap()
 
     def on_all_stages(self, sums: Tensor) -> Tensor:
@@ -261,11 +261,11 @@ def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...
     sharded.dataset_strategy(tuple(inputs))
     if config.optimizer_shard > 1:
         sharded.hsdp(shard_size=-1 if config.optimizer_shard == config.data else config.optimizer_shard,
-                 threshold=config.optimizer.threshold_kb, optimizer_level=f"level{config.optimizer.level}")
+                     threshold=config.optimizer.threshold_kb, optimizer_level=f"level{config.optimizer.level}")
     if config.pipeline.stages > 1:
         schedule = config.pipeline.schedule
         sharded.pipeline(config.pipeline.stages, output_broadcast=True, interleave=schedule != "1f1b",
-                     scheduler="1f1b" if schedule == "interleaved" else schedule)
+                         scheduler="1f1b" if schedule == "interleaved" else schedule)
     if not start_values:
         sharded.no_init_parameters_in_compile()
         # On one device MindSpore would fill them all the same, after compiling.

@@ -126,8 +126,8 @@ class Folder:
             info(f"{self.folder / name} came too late and is left out")
             self.passed.add(name)
 
-    def _event(self, file: Path, place: int, row: dict) -> Event:
-        self.at = [file.name, place]
+    def _event(self, file: Path, offset: int, row: dict) -> Event:
+        self.at = [file.name, offset]
         return Event(self.name, list(self.at), self.time(row, 0.0), row)
 
     def _parquet(self, file: Path, most: int) -> list[Event]:
@@ -163,12 +163,12 @@ class Folder:
             raise UserError(f"a line is longer than {_BLOCK} bytes", where=file, value=begin)
         if not (ended and block and not block.endswith(b"\n")):
             block = block[:block.rfind(b"\n") + 1]
-        events, place = [], begin
+        events, offset = [], begin
         for line in block.split(b"\n")[:most]:
-            place = min(place + len(line) + 1, begin + len(block))
-            cells = next(csv.reader(io.StringIO(self._text(line, file, place)), delimiter=self._delimiter(file)), [])
+            offset = min(offset + len(line) + 1, begin + len(block))
+            cells = next(csv.reader(io.StringIO(self._text(line, file, offset)), delimiter=self._delimiter(file)), [])
             if cells:
-                events.append(self._event(file, place, dict(zip(columns, cells, strict=False))))
+                events.append(self._event(file, offset, dict(zip(columns, cells, strict=False))))
         return events
 
     def _columns(self, file: Path) -> tuple[list[str] | None, int]:
@@ -186,11 +186,11 @@ class Folder:
         return "\t" if file.suffix == ".tsv" else self.delimiter
 
     @staticmethod
-    def _text(line: bytes, file: Path, place: int) -> str:
+    def _text(line: bytes, file: Path, offset: int) -> str:
         try:
             return line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
-            raise UserError("not UTF-8 text", where=f"{file}, byte {place}") from None
+            raise UserError("not UTF-8 text", where=f"{file}, byte {offset}") from None
 
 
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:

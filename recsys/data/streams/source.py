@@ -68,7 +68,7 @@ class StreamSource(Companion):
         self.skipped: Counter = Counter()
         self._states: OrderedDict[int, dict] = OrderedDict()
         self._restored: dict | None = None
-        self._step = self._told_step = 0
+        self._step = self._reported_step = 0
         self._moved = self._refused = False
         self.read_ahead = not transport.shared
         if not self.read_ahead:
@@ -84,7 +84,7 @@ class StreamSource(Companion):
     def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
         """Batches start_step, start_step + 1, ... until the stream is idle for too long or `interrupt`."""
         try:
-            self._step = self._told_step = start_step
+            self._step = self._reported_step = start_step
             self._begin(start_step)
             self._keep(start_step)
             if not self.read_ahead:
@@ -98,7 +98,7 @@ class StreamSource(Companion):
         except Interrupted:
             if not self.read_ahead:
                 self.save()
-                self._return_to_told()
+                self._return_to_reported()
             return
         finally:
             self.transport.close()
@@ -137,28 +137,28 @@ class StreamSource(Companion):
             while not self._moved and not self.stop.is_set() and time.monotonic() < deadline:
                 self.transport.poll(set(self.transport.at), 1, 0.1)
         self._moved = self._refused = False
-        self._return_to_told()
+        self._return_to_reported()
         positions = {name: self.transport.known.get(name, place) for name, place in self.transport.at.items()}
         self.transport.rewind(positions)
         self.samples.resume_at(positions, self._states[self._step])
         self._keep(self._step)
 
-    def _return_to_told(self) -> None:
-        if self._step > self._told_step:
-            info(f"back to step {self._told_step}, the last that the group knows of")
-            self.go_back(self._told_step)
-            self._step = self._told_step
+    def _return_to_reported(self) -> None:
+        if self._step > self._reported_step:
+            info(f"back to step {self._reported_step}, the last that the group knows of")
+            self.go_back(self._reported_step)
+            self._step = self._reported_step
 
     def _next_batch(self) -> Encoded:
         while True:
             try:
                 if not self.read_ahead:
                     self.samples.merge.look(0.0)
-                return self._gathered()
+                return self._collected()
             except _Moved:
                 self._regather()
 
-    def _gathered(self) -> Encoded:
+    def _collected(self) -> Encoded:
         parts, have = [], 0
         while have < self.batch:
             events = [self.samples.next() for _ in range(self.batch - have)]
@@ -193,7 +193,7 @@ class StreamSource(Companion):
 
     def before_step(self, step: int, batch: Any) -> None:
         """Forgets the states that no checkpoint can need any more."""
-        needed = step if self.read_ahead else min(step, self._told_step)
+        needed = step if self.read_ahead else min(step, self._reported_step)
         for old in [known for known in self._states if known < needed]:
             del self._states[old]
 
@@ -212,7 +212,7 @@ class StreamSource(Companion):
         state = self._states.get(step)
         if state is not None and self.rank == 0:
             if self.transport.commit(state["from"]):
-                self._told_step = step
+                self._reported_step = step
             else:
                 self._moved = self._refused = not self.read_ahead
 

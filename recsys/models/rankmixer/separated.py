@@ -53,7 +53,7 @@ class SeparatedBlock(TwoSidedBlock):
             self.compensation = Compensation(separation.compensation, c_u, self.rows, c_g, width,
                                              separation.compensation_rank or width, compute_dtype)
         self.components = [*([(c_g, c_u * d)] if self.mixes else []),
-                       *([self.compensation.shape] if self.compensation is not None else [])]
+                           *([self.compensation.shape] if self.compensation is not None else [])]
         self.join_tokens = Beside(0, stream)
 
     def half(self, s_TBD: Tensor, network: nn.Cell, add: nn.Cell, index_N: Tensor | None) -> tuple:

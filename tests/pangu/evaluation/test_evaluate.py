@@ -18,7 +18,7 @@ from pangu.evaluation.evaluate import markdown
 from pangu.evaluation.instances import InstanceBuilder
 from pangu.evaluation.language_model import LanguageModel, RequestCache
 from pangu.evaluation.lm_eval_adapter import HarnessModel
-from pangu.evaluation.prefix_sharing import group_by_prefix, lay_row, plan_trees, prefix_length
+from pangu.evaluation.prefix_sharing import group_by_prefix, plan_trees, prefix_length, row_of
 from pangu.evaluation.questions import common_prefix
 from pangu.evaluation.scoring import Scorer
 from pangu.evaluation.task import Source, load_task
@@ -103,11 +103,11 @@ def test_planning_reads_common_beginnings_once():
     assert prefix_length(items + [(np.array([*a, *b]), len(a)) for a, b in apart]) == 0
     trees = plan_trees(items, 512, prefix)
     assert sorted(index for tree in trees for index in tree.members) == list(range(len(items)))
-    read = prefix + sum(len(lay_row(tree, items, prefix).ids) for tree in trees)
+    read = prefix + sum(len(row_of(tree, items, prefix).ids) for tree in trees)
     assert read < sum(len(ids) - 1 for ids, _ in items) / 3
     # Each scored token of each request has its place and label once.
     for tree in trees:
-        row = lay_row(tree, items, prefix)
+        row = row_of(tree, items, prefix)
         for index, places, labels in zip(tree.members, row.places, row.labels, strict=True):
             ids, first = items[index]
             assert labels.tolist() == ids[first:].tolist()
@@ -323,7 +323,7 @@ def home(tmp_path_factory, model):
     (home / "data" / "cmrc2018").mkdir()
     (home / "data" / "cmrc2018" / "trial.json").write_text(json.dumps({"data": [{"paragraphs": [
         {"id": "P", "context": "小王住在北京。" * 20, "qas": [{"id": "Q", "question": "小王住在哪里？",
-                                                     "answers": [{"text": "北京", "answer_start": 4}]}]}]}]}))
+                                                        "answers": [{"text": "北京", "answer_start": 4}]}]}]}]}))
     config = {"model": {**big.config.model_dump(mode="json")}, "data": {"tokenizer": str(home / "v.model")},
               "output": {"directory": str(home / "run")}}
     (home / "run.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))

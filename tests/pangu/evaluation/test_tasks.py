@@ -229,7 +229,7 @@ def test_predictions_do_not_depend_on_the_order_of_labels(place):
 def test_predictions_do_not_depend_on_the_order_of_candidates(place):
     def rows(order):
         return [[[f"男：话{n}"], [{"question": f"问{n}", "choice": [["红", "绿", "蓝", "蓝"][i] for i in order],
-                                 "answer": "绿"}], str(n)] for n in range(12)]
+                                "answer": "绿"}], str(n)] for n in range(12)]
     picked = []
     for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 0, 3, 1)):
         source = place("c3", {"d-dev.json": json.dumps(rows(order))})

@@ -118,7 +118,7 @@ def test_the_context_ends_a_request(make):
 def test_stop_ids_and_biases(make):
     engine = make()
     _, tokens, last = read(engine.submit(EngineRequest([10], SamplingParams(9, 0.0, stop_ids=(33,),
-                                                                         logit_bias={33: 1000.0}))))
+                                                                            logit_bias={33: 1000.0}))))
     assert tokens == [33] and last.finish_reason == "stop"
     free = read(engine.submit(EngineRequest([10], SamplingParams(9, 0.0, stop_ids=()))))[1]
     banned = read(engine.submit(EngineRequest([10], SamplingParams(9, 0.0, stop_ids=(),

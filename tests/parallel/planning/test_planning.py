@@ -130,8 +130,8 @@ def test_all_dimensions_on_the_last_stage_by_hand():
 def test_redistribution_by_hand():
     """A split is free, a factor that moves to another dim is an exchange, a factor that goes is a gathering."""
     mesh = Mesh(ParallelConfig(data=4, op=2))
-    assert mesh.place(["batch", "width"]) == {"batch": (0,), "width": (1,)}
-    assert mesh.place(["feature_tokens", "batch"]) == {"feature_tokens": (1,), "batch": (0,)}
+    assert mesh.placement(["batch", "width"]) == {"batch": (0,), "width": (1,)}
+    assert mesh.placement(["feature_tokens", "batch"]) == {"feature_tokens": (1,), "batch": (0,)}
     tokens, rows = (Dim(8, (1,)), Dim(512, (0,)), Dim(26)), (Dim(8), Dim(512, (0, 1)), Dim(26))
     assert redistribution(mesh, (Dim(8), Dim(512, (0,)), Dim(26)), tokens) == []
     assert redistribution(mesh, rows, tokens) == [("AlltoAll", (1,), 4 * 128 * 26)]

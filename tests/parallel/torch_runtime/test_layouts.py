@@ -25,7 +25,7 @@ pytest.importorskip("torch")
 
 from parallel.common.errors import UserError  # noqa: E402
 from parallel.proof.compile.rank_compiler import Compilers  # noqa: E402
-from parallel.proof.export import write_worlds  # noqa: E402
+from parallel.proof.export import write_compiled  # noqa: E402
 from parallel.proof.replay.executor import run_step  # noqa: E402
 from parallel.proof.replay.layout_grid import LAYOUTS, REFUSALS  # noqa: E402
 from parallel.proof.replay.ranks import AllRanks, compile_graphs, read_ranks  # noqa: E402
@@ -127,7 +127,7 @@ def compiled(model: str, keys: list[str], compilers: Compilers, data: Path, fold
         pytest.skip(f"a world of {world}")
     made = compile_graphs(config, keys, compilers, compute_dtype="float32", trust=True)
     found = Compiled(read_ranks(*made), folder, real_batches(model, settings, data))
-    write_worlds(folder, {"step": (made[0], found.world)}, settings, digest="test")
+    write_compiled(folder, {"step": (made[0], found.world)}, settings, digest="test")
     np.savez(folder / "batches.npz", **{f"{number}_{place}": array for number, batch in enumerate(found.batches)
                                         for place, array in enumerate(batch)})
     return found

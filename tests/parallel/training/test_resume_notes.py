@@ -9,7 +9,7 @@ def run(steps=10, name="adamw", rate=1e-3, schedule="cosine", decay_steps=None, 
     return {"train": {"steps": steps, "seed": 1, "log_every": 1, "optimizer": {
         "name": name, "learning_rate": rate, "betas": (0.9, 0.95),
         "schedule": {"name": schedule, "decay_steps": decay_steps, "warmup_steps": 2}}},
-        "output": {"directory": "r"}, **more}
+            "output": {"directory": "r"}, **more}
 
 
 def test_nothing_is_said_where_nothing_differs():

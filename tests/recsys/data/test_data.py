@@ -11,7 +11,7 @@ import pytest
 from parallel.common.errors import UserError
 from recsys.data.batches import Batches, gather, in_order
 from recsys.data.encode import strings
-from recsys.data.features import FIRST_KNOWN, Feature, expand, place
+from recsys.data.features import FIRST_KNOWN, Feature, assign_columns, expand
 from recsys.data.log import prepare
 from recsys.data.readers import known_readers, reader
 from recsys.data.readers._history import Histories
@@ -328,16 +328,16 @@ def test_feature_lists_are_checked():
     with pytest.raises(UserError, match="not a user feature"):
         Feature(name="x", type="sequence", side="user", target="item", pooling="attention")
     many = expand([Feature(name="f", side="user", values="hash", rows=5, repeat=3), item])
-    spec = place(many, 8)
+    spec = assign_columns(many, 8)
     assert [f.name for f in spec.ordered] == ["f_0", "f_1", "f_2", "item"]
     assert spec.tables == {8: 64} and spec.id_columns == 4
     with pytest.raises(UserError, match="share one width"):
-        place([Feature(name=name, type="numeric", transform="value", side="item", width=width)
-               for name, width in (("a", 4), ("b", 8))], 8)
+        assign_columns([Feature(name=name, type="numeric", transform="value", side="item", width=width)
+                        for name, width in (("a", 4), ("b", 8))], 8)
     with pytest.raises(UserError, match="there is no feature"):
         prepare(DataSettings(reader="synthetic", features=[]), 8)
     with pytest.raises(UserError, match="not known yet"):
-        place([Feature(name="open", side="item")], 8)
+        assign_columns([Feature(name="open", side="item")], 8)
 
 
 def test_readers_of_published_layouts(tmp_path):
@@ -346,7 +346,7 @@ def test_readers_of_published_layouts(tmp_path):
         reader("movielans")
     criteo = tmp_path / "train.txt"
     criteo.write_text("".join("\t".join([str(i % 2), *(str(i * j) for j in range(13)), *(f"c{i % 3}{j}" for j in
-                                                                                        range(26))]) + "\n"
+                                                                                         range(26))]) + "\n"
                               for i in range(20)))
     frappe = tmp_path / "train.libfm"
     frappe.write_text("".join(f"{1 if i % 2 else -1} " + " ".join(f"{i % 4 + 10 * j}:1" for j in range(10)) + "\n"

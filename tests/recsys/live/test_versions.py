@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parallel.common.errors import UserError
-from recsys.data.features import Feature, place
+from recsys.data.features import Feature, assign_columns
 from recsys.live.publisher import TouchedRows
 from recsys.live.versions import Delta, Values, Versions, merged, read_current, read_delta
 
@@ -72,8 +72,8 @@ def test_damage_and_paths_that_lead_outside_are_one_line(tmp_path):
 
 
 def test_rows_that_changed_by_the_batches_or_by_comparison():
-    spec = place([Feature(name="a", side="user", values="integer", rows=10),
-                  Feature(name="b", side="item", values="integer", rows=10, width=3)], 2)
+    spec = assign_columns([Feature(name="a", side="user", values="integer", rows=10),
+                           Feature(name="b", side="item", values="integer", rows=10, width=3)], 2)
     table = np.zeros((64, 2), np.float32)
     exact = TouchedRows(spec, True)
     exact.add(np.array([[3, 40], [5, 3]]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parallel.common.errors import UserError
 from recsys.data.encode import Columns
-from recsys.data.features import Feature, expand, place
+from recsys.data.features import Feature, assign_columns, expand
 from recsys.data.vocabulary import Vocabulary
 from recsys.saved_model import Trained
 from recsys.serving import requests
@@ -27,8 +27,9 @@ def test_quick_columns_are_those_of_the_log(monkeypatch):
     """Values of all types: what is read quickly is what the log's encoder reads, and what it refuses is refused."""
     features = expand(READ)
     vocabulary = Vocabulary({"v": ["a", "7", "é"], "item": ["3", "x", "1", "2"]}, {}, {}, {"n": (0.5, 2.0),
-                                                                                          "l": (0.1, 0.7)})
-    trained = Trained(Path("x"), None, features, Columns([]), vocabulary, place(features, 4, vocabulary.sizes()))
+                                                                                           "l": (0.1, 0.7)})
+    spec = assign_columns(features, 4, vocabulary.sizes())
+    trained = Trained(Path("x"), None, features, Columns([]), vocabulary, spec)
     odd = [None, True, 2.0, "2", "", -1, 10**30, 2**60, "\ud800", [1], {}, 1e400, "no", 9]
     usual = {"i": (0, 8), "v": ("a", "7", 7, "new", "é"), "h": ("a", "b", ""), "item": (1, 3, 99, "x"),
              "b": (0, 0.5, -3.0, 10), "n": (1, -2.5, 1e400), "l": (0, -7, 3.5), "m": ([], [1, 8, 3, 4], [9]),

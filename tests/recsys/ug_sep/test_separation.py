@@ -40,7 +40,7 @@ RANKMIXER = {"post": {}, "experts": {"moe": {"experts": 4}}, "bare": {"norm": Fa
              "low_rank": {"ug_sep": {"compensation": "low_rank"}},
              "token_mixing": {"ug_sep": {"compensation": "token_mixing"}}, "mean": {"ug_sep": {"compensation": "mean"}}}
 CASES = ([("tml", name, (2, 4), (3, 5)) for name in TML] + [("tml", "figure", (4, 2), (2, 1)), ("tml", "figure", (1, 1),
-                                                                                              (1, 5))]
+                                                                                                (1, 5))]
          + [("rankmixer", name, (4, 2), None) for name in RANKMIXER]
          + [("tml_pyramid", name, (4, 2), (2, 4)) for name in ("figure", "experts", "mean")]
          + [("rankmixer_pyramid", name, (2, 4), (1, 2)) for name in ("post", "experts", "low_rank")]
