@@ -1,6 +1,6 @@
 """Documents, the parts they are read from, and the files they are written to.
 
-A document is a JSON object with `id`, `text`, `source`; other keys pass through untouched. An input is cut into
+A document is a JSON object with `id`, `text`, `source`; other keys pass through untouched. An input is split into
 `Split`s: a file, or a byte range of it (plain jsonl), or row groups (parquet). What a reader cannot use is not an
 exception but a line in the `ReadLog`: a document that is dropped, a document that was repaired, or a damaged file.
 """
@@ -25,7 +25,7 @@ OutputFormat = Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 
 
 def plan_splits(inputs: list[str], settings: ReadSettings) -> list[Split]:
-    """Cuts files, folders (searched to the bottom) and glob patterns into parts, in the order of their names.
+    """Splits files, folders (searched to the bottom) and glob patterns into parts, in the order of their names.
 
     Raises:
         UserError: nothing is found, or a file has a suffix that no reader knows.

@@ -1,4 +1,4 @@
-"""The whole way from raw pages to a training mixture: the steps one after the other, each resumable."""
+"""From raw pages to a training mixture: the steps one after the other, each resumable."""
 
 from __future__ import annotations
 

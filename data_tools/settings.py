@@ -22,7 +22,7 @@ RulesSettings = rules.settings_class()
 
 
 class RunSettings(Settings):
-    """The pipeline as a whole."""
+    """All steps of the pipeline."""
 
     steps: list[Literal["clean", "filter", "dedup", "paragraphs", "decontaminate", "mix"]] = [
         "clean", "filter", "dedup", "paragraphs", "decontaminate", "mix"]

@@ -118,7 +118,7 @@ def run_step_verb(name: str, settings: DataSettings, arguments: argparse.Namespa
 
 
 def run_all(settings: DataSettings, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`run`: the whole pipeline and its report."""
+    """`run`: all steps and the report."""
     settings = apply_flags(settings, arguments)
     plan_splits(arguments.input, settings.read)  # a wrong input is told before anything is written
     claim_output(arguments.output, "run")

@@ -45,7 +45,7 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
         compute_dtype: "float32" or "float16".
 
     Raises:
-        UserError: an axis does not divide what it cuts, or the batch.
+        UserError: an axis does not divide what it shards, or the batch.
     """
     from mindspore.nn.utils import no_init_parameters
 

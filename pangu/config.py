@@ -66,7 +66,7 @@ class ModelConfig(Settings):
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises a `UserError` unless every axis divides what it cuts."""
+    """Raises a `UserError` unless every axis divides what it shards."""
     op, stages = parallel.op, parallel.pipeline.stages
     divides(op, model.heads, where="parallel.op", what="model.heads")
     divides(op, model.ffn, where="parallel.op", what="feed-forward width")

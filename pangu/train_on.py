@@ -77,7 +77,7 @@ def flops_per_token(model: ModelConfig) -> float:
     """Model FLOPs of one token, forward and backward: three times the forward matmuls.
 
     Forward: 2 for each weight of the layers and of the head, and 4 S D a layer for scores and mixing. The attention is
-    counted whole, not halved for the causal mask; recomputation, norms and lookups are not counted. (Megatron-LM's
+    counted in full, not halved for the causal mask; recomputation, norms and lookups are not counted. (Megatron-LM's
     convention.)
     """
     width, inner, length = model.hidden_size, model.ffn, model.sequence_length

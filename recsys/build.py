@@ -59,7 +59,7 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
         compute_dtype: "float32" or "float16".
 
     Raises:
-        UserError: an axis does not divide what it cuts, or a vocabulary's size is neither given nor to be had.
+        UserError: an axis does not divide what it shards, or a vocabulary's size is neither given nor to be had.
     """
     from recsys.layers.embedding import is_sparse
     from recsys.layers.sizes import count
@@ -134,7 +134,7 @@ def spec_of(settings: Run) -> FeatureSpec:
 
 
 def check_layout(settings: Run, model: Any, parallel: ParallelConfig) -> None:
-    """Raises a `UserError` unless every axis divides what it cuts."""
+    """Raises a `UserError` unless every axis divides what it shards."""
     batch = settings.train.global_batch_size
     micro = max(parallel.pipeline.micro_batches, settings.train.accumulation)
     if any(task.pairwise or task.listwise for task in settings.model.tasks) and (parallel.world > 1 or micro > 1):

@@ -36,7 +36,7 @@ class ReLU(Layer):
     """max(x, 0).
 
     Args:
-        stream: named axes that cut the dims.
+        stream: named axes that shard the dims.
     """
 
     def __init__(self, stream: tuple = ("tokens", None)) -> None:

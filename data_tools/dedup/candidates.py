@@ -2,8 +2,8 @@
 
 A bucket holds the nodes that share the key of a band. Up to `ALL_PAIRS` members, every pair is taken whose signatures
 agree often enough; in a larger one each member is taken with its most similar ones only, so that the pairs grow
-linearly; one above `bucket_limit` is first cut by the keys of the other bands, then by digest. Pairs are verified
-afterwards, so cutting can lose a pair (which another band most often finds) and never make a wrong one.
+linearly; one above `bucket_limit` is first split by the keys of the other bands, then by digest. Pairs are verified
+afterwards, so splitting can lose a pair (which another band most often finds) and never make a wrong one.
 Legend: M members, P signature entries, B bands.
 """
 
@@ -68,7 +68,7 @@ def _nearest_pairs(signatures: np.ndarray, floor: float, neighbours: int) -> np.
 
 
 def shard_of(digest_low: np.ndarray, members: int, limit: int) -> np.ndarray:
-    """Shards of a bucket that is too large even after the cut by other bands: by the low half of the digest."""
+    """Shards of a bucket that is too large even after the split by other bands: by the low half of the digest."""
     return digest_low % np.uint64(-(-members // limit))
 
 

@@ -52,7 +52,7 @@ def text_digest(data: bytes, kind: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Bands:
-    """How a signature is cut for locality-sensitive hashing: `count` bands of `rows` hashes."""
+    """How a signature is split for locality-sensitive hashing: `count` bands of `rows` hashes."""
 
     count: int
     rows: int

@@ -103,7 +103,7 @@ class _DecideTask:
         table.sort(order=["digest", "rank", "owner", "part", "row"])
         first = np.ones(len(table), dtype=bool)
         first[1:] = table["digest"][1:] != table["digest"][:-1]
-        # The whole of the first document keeps the paragraph, however often it has it.
+        # All of the first document keeps the paragraph, however often it has it.
         winner = np.flatnonzero(first)[np.cumsum(first) - 1] if len(table) else np.empty(0, np.int64)
         same = (table["part"] == table["part"][winner]) & (table["row"] == table["row"][winner])
         losers = table[~same]

@@ -71,7 +71,7 @@ class Draw:
         return self.rng.random() < probability
 
     def names(self, count: int) -> list[str]:
-        """`count` different people of the whole world."""
+        """`count` different people of the generated world."""
         return self._people(count, None, None)
 
     def neighbours(self, count: int) -> list[str]:

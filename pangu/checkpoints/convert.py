@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", dest="target", required=True, choices=LAYOUTS, help="layout of what is written")
     add("--input", metavar="PATH", help="checkpoint to read: a file or folder (not for mindspore-512)")
     add("--slices", metavar="DIR", help="mindspore-512: folder of the ranks' files")
-    add("--strategy", metavar="FILE", help="mindspore-512: the strategy file (none: the published cuts over "
+    add("--strategy", metavar="FILE", help="mindspore-512: the strategy file (none: the published layout over "
         "64 x 8 ranks)")
     add("--embeddings", metavar="DIR", help="mindspore-512: folder of the three .npy tables (none: that of --slices)")
     add("--output", metavar="PATH", required=True, help="folder or file to write; must not exist. mindspore: a .ckpt; "
@@ -158,7 +158,7 @@ def open_file(path: Path) -> Any:
 
 
 class OwnCheckpoint:
-    """A checkpoint of this project as a source, whole or in the slices of its ranks."""
+    """A checkpoint of this project as a source, full or in the slices of its ranks."""
 
     def __init__(self, path: Path) -> None:
         slices = Slices(path)

@@ -20,7 +20,7 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 MAX_LINE_BYTES = 64 << 20
 """A longer line is refused: reading is by line, so this bounds the memory."""
 MAX_TEXT_DOCUMENT_BYTES = 1 << 20
-"""A text document (lines without a blank one between) is cut after the line that passes this size."""
+"""A text document (lines without a blank one between) is split after the line that passes this size."""
 
 _KINDS = " ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES)) + " and " + " ".join(COMPRESSED_SUFFIXES) + " of them"
 _FOREIGN = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16", b"%PDF": "PDF", b"PK\x03\x04": "a zip file",

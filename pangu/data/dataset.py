@@ -61,7 +61,7 @@ def plain_positions(ids_BS: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.nda
 # ---------------------------------------------------------------- order
 
 def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
-    """Where a shuffle of `range(count)` puts `positions`, computed without making the whole shuffle.
+    """Where a shuffle of `range(count)` puts `positions`, computed without making all of the shuffle.
 
     A Feistel network of six rounds over the next even number of bits, walked along its cycle until it lands below
     `count`: a permutation chosen by `key`, at the cost of the positions asked for (our choice; a list of all records
@@ -115,7 +115,7 @@ class PackedDataset:
 
     Raises:
         UserError: no records, another sequence length, vocabulary or tokenizer, a batch that the ranks cannot share
-            equally, files missing, cut off or damaged.
+            equally, files missing, truncated or damaged.
     """
 
     columns = ("input_ids", "position_ids", "documents")

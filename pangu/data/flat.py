@@ -104,8 +104,8 @@ class FlatRecords:
         record_length: ids of a record.
 
     Raises:
-        UserError: a file is missing, cut off or changed (up to 64 MB are read at once, of larger files the blocks that
-            are read).
+        UserError: a file is missing, truncated or changed (up to 64 MB are read at once, of larger files the blocks
+            that are read).
     """
 
     def __init__(self, directory: str | Path, files: Sequence[Any], record_length: int) -> None:
@@ -142,7 +142,7 @@ class FlatRecords:
         """Positions of the document ends among all ids of the split, int64 ascending.
 
         Raises:
-            UserError: a file is missing, cut off or changed.
+            UserError: a file is missing, truncated or changed.
         """
         ends = []
         for entry, start in zip(self.files, self.starts, strict=False):

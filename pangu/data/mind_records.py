@@ -41,7 +41,7 @@ class MindRecords:
         record_length: ids of a record.
 
     Raises:
-        UserError: files missing, cut off or damaged, or MindSpore is not installed.
+        UserError: files missing, truncated or damaged, or MindSpore is not installed.
     """
 
     def __init__(self, directory: str | Path, files: Sequence[Any], record_length: int) -> None:

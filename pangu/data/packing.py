@@ -1,4 +1,4 @@
-"""Documents to MindRecord: ids of all documents in a row, cut into records of sequence_length + 1.
+"""Documents to MindRecord: ids of all documents in a row, split into records of sequence_length + 1.
 
 Every document goes to exactly one shard, and a shard depends only on its documents: the same corpus, settings and shard
 count give the same records however many processes write them.
@@ -83,7 +83,7 @@ class PackedFile(Settings):
     records: int = Field(ge=0)
     """Rows of sequence_length + 1 ids."""
     bytes: int = Field(ge=0)
-    """Size of the file, to notice a copy that was cut off."""
+    """Size of the file, to notice a copy that was truncated."""
     flat: FlatFile | None = None
     """The same records as flat files, if there are any."""
     checks: RecordChecks | None = None
@@ -181,7 +181,7 @@ def pack(texts: Iterable[str], tokenizer_factory: Callable[[], PackTokenizer], s
     """Packs a stream of documents into the folder `output`; see `run_pack`.
 
     Args:
-        texts: the documents; read once, in order, never held as a whole.
+        texts: the documents; read once, in order, never held all at once.
         tokenizer_factory: makes the tokenizer, in every process anew, so it must be picklable if there are several.
         settings: `text_key` and `whole_file` are not looked at here.
         corpus_bytes: about the size of the text, to choose the number of shards.

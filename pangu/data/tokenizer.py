@@ -28,7 +28,7 @@ _MAX_MODEL_BYTES = 256 << 20
 class Tokenizer:
     """Text to ids and back, exactly as PanGu-alpha's release does it.
 
-    Special ids never come out of text: `<eot>` written in a document is cut into `<`, `eot`, `>` and encoded as
+    Special ids never come out of text: `<eot>` written in a document is split into `<`, `eot`, `>` and encoded as
     ordinary words. Append `tokenizer.eot_id` to end a document.
 
     Args:

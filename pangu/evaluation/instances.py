@@ -1,8 +1,8 @@
 """From records to what a model is asked: candidates, solved examples in front, lengths that fit.
 
 Solved examples are encoded apart from the instance and joined as ids, so all instances share the same ids in front
-(with a newline as separator these are the ids of the joined text). Nothing is cut in silence: examples are left out
-first, then the fields named in `shorten` lose characters, alike for all candidates, and both are counted.
+(with a newline as separator these are the ids of the joined text). Nothing is truncated in silence: examples are left
+out first, then the fields named in `shorten` lose characters, alike for all candidates, and both are counted.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class InstanceBuilder:
             named = {**fields, "label": word}
             prefix = render(self.task.prefix, named)
             ids = self._encode(prefix + render(self.task.scored, named))
-            # Words are cut differently at the joint, so the prefix alone may have other ids, even more of them.
+            # Words are segmented differently at the joint, so the prefix alone may have other ids, even more of them.
             encoded.append((ids, min(common_prefix([self._encode(prefix), ids]), len(ids) - 1)))
         if "{label}" not in self.task.prefix:
             # One prefix for all: the same place for all, else means over different spans would be compared.
@@ -250,7 +250,8 @@ class InstanceBuilder:
         return self._example_ids[key]
 
     def _dynamic(self, record: dict) -> dict | None:
-        """The record as an example of a passage task: whole and short (one-shot), or the sentence with the answer."""
+        """The record as an example of a passage task: complete and short (one-shot), or the sentence with the
+        answer."""
         name = next(iter(self.task.shorten))
         passage = record[name]
         if self.shots == 1:

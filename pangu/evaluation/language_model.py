@@ -60,7 +60,7 @@ class RequestCache:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # The line before may have been cut off.
+            # The line before may have been truncated.
             text = "\n" + "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in answers.items())
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(text)

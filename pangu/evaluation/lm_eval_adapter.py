@@ -41,7 +41,7 @@ class HarnessModel:
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         front = [] if context else [self.model.config.eot_id]
-        # Encoded together, since words are cut differently at the joint.
+        # Encoded together, since words are segmented differently at the joint.
         ids, prefix = self.tokenizer.encode(context + continuation), self.tokenizer.encode(context)
         if not ids:
             raise UserError("a request without any text", where="loglikelihood")

@@ -53,8 +53,8 @@ def answer(questions: list[dict], scorer: Any, tokenizer: Any) -> list[int]:
         scorer: anything with `loglikelihood(list of (prefix ids, continuation ids)) -> list of float`.
         tokenizer: with `encode`.
 
-    A choice is encoded together with the prompt, since words are cut differently at a joint; what follows the ids that
-    all choices of a question have in common is scored, and divided by its number of tokens.
+    A choice is encoded together with the prompt, since words are segmented differently at a joint; what follows the ids
+    that all choices of a question have in common is scored, and divided by its number of tokens.
     """
     requests, spans = [], []
     for question in questions:

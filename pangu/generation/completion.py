@@ -15,7 +15,7 @@ class Completion:
     """What one prompt became.
 
     Args:
-        text: the continuation, cut before the stop string.
+        text: the continuation, truncated before the stop string.
         ids: the generated ids, without the stop id; those of a stop string are still in it.
         reason: "stop_id", "stop", "max_new_tokens", or "context" (the model's positions are used up).
         prompt_tokens: ids of the prompt that were read.

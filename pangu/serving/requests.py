@@ -14,7 +14,7 @@ from parallel.serving.errors import Refusal
 
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on to the end of the context
 _MOST_STOPS, _LONGEST_STOP = 64, 1000
-_CHARACTERS_A_TOKEN = 64  # text this much longer than the context is refused before it is cut into words
+_CHARACTERS_A_TOKEN = 64  # text this much longer than the context is refused before it is segmented
 _BIAS, _PENALTY, _TEMPERATURE = 100.0, 2.0, 2.0
 
 

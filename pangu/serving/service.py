@@ -27,7 +27,7 @@ from parallel.common.errors import UserError
 from parallel.serving.application import Front, Reloader
 from parallel.serving.errors import TOO_MANY, UNAVAILABLE, Refusal, openai_shape
 
-_SHORT_BYTES = 1 << 12  # what is cut into words in well under a millisecond
+_SHORT_BYTES = 1 << 12  # what is segmented in well under a millisecond
 
 
 class Service:
@@ -53,7 +53,7 @@ class Service:
         return {"version": self.engine.reload(), "checkpoint": self.engine.stats().checkpoint}
 
     async def read(self, request: Any, read: Callable[[Any], Any]) -> Any:
-        """`read` of the JSON of a request; a long one is read in a thread, since cutting text into words takes time.
+        """`read` of the JSON of a request; a long one is read in a thread, since segmenting text takes time.
 
         Raises:
             Refusal: 400 and others.

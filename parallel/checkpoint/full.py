@@ -43,7 +43,7 @@ _MAX_SHOWN = 3
 def save(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any], state: dict[str, Any],
          keep: int | None, *, rank: int = 0, holder: Holder | None = None,
          add_files: Callable[[Path], None] | None = None) -> Path | None:
-    """A checkpoint of a run of any number of processes: rank 0 writes whole tensors, or every rank its slices.
+    """A checkpoint of a run of any number of processes: rank 0 writes full tensors, or every rank its slices.
 
     All ranks call it; see `save_checkpoint` and `save_slices`. None on a rank that writes nothing.
     """
@@ -112,7 +112,7 @@ def _write_tensors(path: Path, tensors: Sequence[NamedTensor]) -> dict[str, dict
 
 
 class Checkpoint:
-    """A checkpoint, full or in slices, as whole tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
+    """A checkpoint, full or in slices, as full tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
 
     Raises:
         UserError: not a checkpoint, or damaged.
@@ -130,7 +130,7 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequenc
                     extents: dict[str, tuple] | None = None) -> dict[str, Any]:
     """Fills parameters and moments and returns the JSON state; compares all names and shapes before it changes any.
 
-    The checkpoint may be whole or in the slices of any layout.
+    The checkpoint may be full or in the slices of any layout.
 
     Args:
         path: a checkpoint, or a folder of them (the newest is taken).
@@ -138,7 +138,7 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequenc
             way round.
         states: the optimizer's; () leaves moments alone.
         extents: by parameter name the part that this process holds; parameters without one are on another stage and
-            left alone. None: everything is whole.
+            left alone. None: everything is held in full.
 
     Raises:
         UserError: missing, extra, of another shape or type, damaged; the parameter is named.

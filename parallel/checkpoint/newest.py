@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run that is whole: what a resumed run goes on from."""
+"""The newest checkpoint of a run that is undamaged: where a resumed run goes on."""
 
 from __future__ import annotations
 

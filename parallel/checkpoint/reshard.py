@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Cuts a checkpoint by the parallel block of `--config`; a layout of one device gives a whole checkpoint.
+    """Shards a checkpoint by the parallel block of `--config`; a layout of one device gives a full checkpoint.
 
     Raises:
         UserError: the checkpoint is of another model, damaged or incomplete; no disk space.
@@ -60,7 +60,7 @@ def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Puts slices together into a whole checkpoint.
+    """Joins slices into a full checkpoint.
 
     Raises:
         UserError: the checkpoint is damaged or incomplete; no disk space.
@@ -70,7 +70,7 @@ def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rank_plan(slices: Slices, full_parameters: dict[str, Any], rank: int) -> list[tuple]:
-    """What a rank holds: (name, kind of file, dtype, full shape, box); moments are cut as their parameters."""
+    """What a rank holds: (name, kind of file, dtype, full shape, box); moments are sharded as their parameters."""
     plan = []
     for name, tensor in slices.tensors.items():
         extent = full_parameters[parameter_of(name)].slice_of_rank(rank)
@@ -85,7 +85,7 @@ def plan_bytes(plan: list[tuple]) -> int:
 
 
 def slices_bytes(slices: Slices) -> int:
-    """Bytes of all tensors, whole."""
+    """Bytes of all full tensors."""
     return sum(tensor.nbytes for tensor in slices.tensors.values())
 
 

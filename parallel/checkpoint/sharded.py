@@ -68,7 +68,7 @@ class _Entry(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A slice on the disk: its place in the whole tensor, its file and checksum."""
+    """A slice on the disk: its extent in the full tensor, its file and checksum."""
 
     extent: Extent
     file: Path
@@ -86,7 +86,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Bytes of the full tensor."""
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
@@ -233,7 +233,7 @@ def write_rank(folder: Path, rank: int, ranks: int,
 
 
 def write_full(folder: Path, slices: Slices) -> None:
-    """Writes a whole checkpoint of the tensors of `slices` into `folder`."""
+    """Writes a full checkpoint of the tensors of `slices` into `folder`."""
     layout = {}
     for kind in (PARAMETERS_FILE, OPTIMIZER_FILE):
         names = slices.names(kind)
@@ -249,8 +249,8 @@ def write_full(folder: Path, slices: Slices) -> None:
 @dataclass(frozen=True)
 class Holder:
     """A process that holds slices: its rank, how many there are, its boxes and the full shapes by parameter name, and
-    `barrier()`, which returns when all ranks have called it. Moments are cut as their parameters; a parameter without a
-    box is not held (it belongs to another stage)."""
+    `barrier()`, which returns when all ranks have called it. Moments are sharded as their parameters; a parameter
+    without a box is not held (it belongs to another stage)."""
 
     rank: int
     ranks: int

@@ -1,4 +1,5 @@
-"""MindSpore's strategy files: how each parameter of a cut network is sliced over the devices (`ParallelStrategyMap`).
+"""MindSpore's strategy files: how each parameter of a sharded network is sliced over the devices
+(`ParallelStrategyMap`).
 
 `mindspore.parallel` reads and writes them (rank_list_for_transform, transform_checkpoints, unified_safetensors).
 A file of several stages names its parameters `<stage>-<name>`, as `merge_pipeline_strategys` does.
@@ -27,15 +28,15 @@ Extent = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class SliceLayout:
-    """How one parameter is cut.
+    """How one parameter is sharded.
 
     Args:
         matrix: sizes of the device matrix of a stage; ranks count along its last dim first.
-        dims: for each dim of the parameter the dim of the matrix that cuts it, counted from the right; -1 = none.
+        dims: for each dim of the parameter the dim of the matrix that shards it, counted from the right; -1 = none.
         step: distance of the ranks that share one slice by the sharded optimizer; 0 = it is not sharded.
         parts: how many they are; -1 = all there are.
         stages: the pipeline stages that hold it.
-        slice_shape: shape of a slice before the optimizer's cut, where it is known.
+        slice_shape: shape of a slice before the optimizer's shard, where it is known.
     """
 
     matrix: tuple[int, ...]
@@ -77,7 +78,7 @@ def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
 
 
 def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
-    """The cuts of everything that a strategy file names, of one stage or of several.
+    """The layouts of everything that a strategy file names, of one stage or of several.
 
     Raises:
         UserError: missing, too large or not a strategy file.

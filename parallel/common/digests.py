@@ -110,7 +110,7 @@ class CheckedRows:
         return self.array[key]
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else that an array has, of the whole array."""
+        """Anything else that an array has, of the full array."""
         if name.startswith("_") or name == "array":
             raise AttributeError(name)
         self.check(slice(None))

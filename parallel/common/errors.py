@@ -77,7 +77,7 @@ _BOUNDED = _Bounded()
 
 
 def shown(value: Any, longest: int = _LONGEST_VALUE) -> str:
-    """`repr(value)` cut to `longest` characters, in bounded time and memory whatever the value."""
+    """`repr(value)` truncated to `longest` characters, in bounded time and memory whatever the value."""
     try:
         text = _BOUNDED.repr(value)
     except Exception:  # a value whose own repr fails must not hide the error that it is part of

@@ -118,7 +118,8 @@ class _Damage(Exception):
 
 
 class _ZstdReader:
-    """Frames of a `.zst` file one after the other; unlike zstandard's own reader it notices a file that was cut off."""
+    """Frames of a `.zst` file one after the other; unlike zstandard's own reader it notices a file that was
+    truncated."""
 
     def __init__(self, path: Path) -> None:
         try:

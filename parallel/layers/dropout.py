@@ -1,9 +1,9 @@
 """Dropout without hidden state: the mask is a function of (seed, layer, number of the sample, element), nothing else.
 
 MindSpore's own Dropout keeps a generator inside its kernel, which no checkpoint can save, and its mask depends on how
-the batch is cut. Here samples are numbered through the whole run, and the numbers travel with the rows of the batch as
-one more input of the network, `rows_B`. A run that is stopped and resumed, micro-batches, data-parallel ranks, pipeline
-stages and blocks that are computed again all see the masks of the straight run.
+the batch is sharded. Here samples are numbered through the whole run, and the numbers travel with the rows of the batch
+as one more input of the network, `rows_B`. A run that is stopped and resumed, micro-batches, data-parallel ranks,
+pipeline stages and blocks that are computed again all see the masks of the straight run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Mix(Layer):
     """MurmurHash3's finaliser on int32 tensors (arithmetic wraps): every input bit reaches every output bit.
 
     Args:
-        operand: named axes that cut the input's dims.
+        operand: named axes that shard the input's dims.
 
     Returns the hash and the state before the last multiplication.
     """
@@ -105,8 +105,8 @@ class Dropout(Layer):
 
     Args:
         rate: probability of zeroing, in [0, 1).
-        operand: named axes that cut the input's dims; None for inputs that are never cut. Rows are the first dim, or
-            with four dims [B, H, S, S] the first and third, heads counting as columns.
+        operand: named axes that shard the input's dims; None for inputs that are never sharded. Rows are the first dim,
+            or with four dims [B, H, S, S] the first and third, heads counting as columns.
     """
 
     def __init__(self, rate: float, operand: Operand | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Whole per-token networks and norms as one C++ primitive each on the CPU, with their gradients.
+"""Per-token networks and norms as one C++ primitive each on the CPU, with their gradients.
 
 The layers of `grouped`, `moe`, `relu_moe` and `norm` take these in float32 on the CPU, where the machine has a C++
 compiler; everywhere else, and in every compiled layout, they are the plain operations that their `sharding` speak of.

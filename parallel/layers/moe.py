@@ -144,7 +144,7 @@ class CapacityExperts(Layer):
         tokens: T.
         experts: R.
         factor: C = ceil(factor x rows / R); factor >= R drops nothing.
-        layout: what the op axis cuts.
+        layout: what tensor parallelism shards.
 
     The batch is seen as G parts, one a device of the data axis, so that routing needs no exchange; the only exchanges
     are those that bring the rows to the devices that hold their experts and back (expert parallelism).
@@ -238,7 +238,7 @@ class SparsePertokenMoE(Layer):
         experts: E, the shared one included.
         active: k, the shared one included; k - 1 of E - 1 are chosen.
         alpha: gate value scaling; None = E / k.
-        layout: what the op axis cuts (tokens or none; an expert is not cut further).
+        layout: what tensor parallelism shards (tokens or none; an expert is not sharded further).
         dispatch: grouped (exact, CPU), capacity (static shapes); auto = grouped on the CPU, capacity elsewhere.
         capacity_factor: see `CapacityExperts`.
         down_gain, outputs: see `GroupedSwiGLU`.

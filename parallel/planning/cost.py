@@ -89,7 +89,7 @@ class _Kept:
         self.mesh, self.segment, self.done, self.fused, self.cost = mesh, segment, done, fused, cost
 
     def all(self) -> None:
-        """With and without recomputation of the whole unit."""
+        """With and without recomputation of the unit."""
         cost, done = self.cost, self.done
         again: set[int] = set()
         todo = self._read_by_gradients()

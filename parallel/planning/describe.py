@@ -1,4 +1,5 @@
-"""What a network computes, counted from the network itself: every primitive with the shapes and cuts of its inputs.
+"""What a network computes, counted from the network itself: every primitive with the shapes and shardings of its
+inputs.
 
 The forward pass is walked once with shapes instead of numbers: cells and primitives are called as always, but a
 primitive only notes what it was given (`parallel.planning.shapes` says what comes out). The layouts are those that the
@@ -37,7 +38,7 @@ class SymbolicTensor:
     """A tensor of the walk: dims, element type and where it comes from.
 
     Args:
-        dims: sizes (what cuts them is worked out for one layout by `parallel.planning.cost`).
+        dims: sizes (what shards them is computed for one layout by `parallel.planning.cost`).
         dtype: name of the element type.
         parameter: name of the parameter that it is (also after casts), or None.
         differentiable: whether a gradient may flow to it.
@@ -116,7 +117,7 @@ class Op:
         declared: whether a layer declared a layout for it at all.
         out_wanted: axes of the result where the layer says so (used only under sequence parallelism), else None.
         plain: its arguments that are no tensors.
-        one_hot_axis: what cuts the classes of a OneHot (its strategy is that of its result).
+        one_hot_axis: what shards the classes of a OneHot (its strategy is that of its result).
         needed: whether a gradient flows through it to the parameters.
         layer: whether it is in the first cell of its unit, which full recomputation runs again.
         free: whether it stands outside every unit: each stage that needs its result works it out for itself.
@@ -145,8 +146,8 @@ class ParameterCount:
     Args:
         name, shape, dtype: as it is stored, uncut.
         unit: the pipeline unit that owns it.
-        shard_optimizer: whether its layer lets optimizer parallelism cut it.
-        axes: named axes that cut its dims, those of the first primitive that takes it.
+        shard_optimizer: whether its layer lets optimizer parallelism shard it.
+        axes: named axes that shard its dims, those of the first primitive that takes it.
         order: all named axes of that primitive in the order of its device matrix.
         cast: element type in which that primitive takes it.
         user: name of that primitive.
@@ -179,7 +180,7 @@ class Description:
 
     @property
     def parameter_count(self) -> int:
-        """Trainable parameters of the whole model."""
+        """Trainable parameters of the model."""
         return sum(_product(item.shape) for item in self.parameters)
 
     @cached_property
@@ -278,7 +279,7 @@ class Trace:
         return outputs[0] if len(outputs) == 1 and name != "SplitWithSize" else tuple(outputs)
 
     def functional(self, name: str, *arguments: Any) -> SymbolicTensor:
-        """A function or operator outside any layer; it stays as its inputs are cut."""
+        """A function or operator outside any layer; it stays as its inputs are sharded."""
         items = [item for item in map(self.item, arguments) if item is not None]
         if not items:
             return arguments[0]

@@ -106,7 +106,7 @@ class ForwardTracer:
         self.redistributed: set[tuple] = set()
 
     def run(self) -> ForwardPass:
-        """The whole segment."""
+        """All of the segment."""
         for index, operation in enumerate(self.segment.operations):
             self._operation(index, operation)
         return self.done

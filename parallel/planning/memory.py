@@ -1,4 +1,4 @@
-"""What one rank holds and says in a whole step: parameters, states, gradients, activations, collectives.
+"""What one rank holds and communicates in a step: parameters, states, gradients, activations, collectives.
 
 `parallel.planning.cost` knows one micro-batch of every unit; here units are put on stages and the choices that come on
 top are added: pipeline, micro-batches, recomputation, optimizer parallelism. The figures mean what the dry run's mean
@@ -55,10 +55,10 @@ class Slice:
     """One parameter on one rank.
 
     Args:
-        full: bytes of what is left after the layers' cuts.
+        full: bytes of what is left after the layers' sharding.
         bytes: bytes of what is stored, after the optimizer shard.
         replicas: factors of the mesh whose ranks hold the same slice before the optimizer shard.
-        shard: factors that the optimizer shard cuts, () for none.
+        shard: factors of the optimizer's shards, () for none.
     """
 
     count: ParameterCount
@@ -81,7 +81,7 @@ def parameter_slices(description: Description, mesh: Mesh) -> list[Slice]:
 
 
 def parameter_layout(item: ParameterCount, mesh: Mesh) -> Dims:
-    """Full dims with the factors that cut them: those of the first primitive that takes the parameter."""
+    """Full dims with the factors that shard them: those of the first primitive that takes the parameter."""
     placed = mesh.placement(list(item.order))
     return tuple(Dim(size, placed.get(axis, ()) if axis else ()) for size, axis in zip(item.shape, item.axes,
                                                                                        strict=True))
@@ -194,7 +194,7 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
             memory.weight_copies = max(memory.weight_copies, total.memory.weight_copies)
         else:
             memory.weight_copies += total.memory.weight_copies
-        # Micro-batches gather whole gradients; a single one's are cut as they come.
+        # Micro-batches accumulate full gradients; a single one's are sharded as they come.
         full = micro_batches > 1 and config.optimizer.level == 1
         memory.gradients += total.memory.gradients if full else total.memory.parameters
         figures.parameters += total.parameters
@@ -218,7 +218,7 @@ def _times_a_step(collective: Collective, config: ParallelConfig, micro_batches:
 
 
 def _gradient(figures: Stage, item: Slice, mesh: Mesh) -> None:
-    """The gradient's sum over the ranks that hold the same slice, and the gathering of what the shard cut."""
+    """The gradient's sum over the ranks that hold the same slice, and the gathering of what was sharded."""
     if mesh.degree(item.replicas) == 1:
         return
     if not item.shard:
@@ -287,7 +287,7 @@ def _is_made_again(producer: int, description: Description, config: ParallelConf
 
 
 def _can_be_sliced(mesh: Mesh, dims: Dims) -> bool:
-    """Whether the op axis, which does not cut a tensor yet, can cut its first dim on top of what does."""
+    """Whether the op axis, which does not shard a tensor yet, can shard its first dim on top of what does."""
     rest = mesh.rest(dims)
     first = -(-dims[0].size // mesh.degree(dims[0].axis))
     return mesh.degree(rest) == mesh.config.op > 1 and first % mesh.config.op == 0

@@ -88,7 +88,7 @@ def _choices(planner: Planner, base: ParallelConfig, data: int, op: int, stages:
     if stages == 1:
         counts = counts[:1] + [count for count in counts[1:] if rows // count in (1, 2, 4, 8, 16)]
     policies = _policies(planner, base) if planner.units > 1 else (("none", False),)
-    # A shard must divide a slice's rows; where the whole data axis cannot, its largest power of 2 often does.
+    # A shard must divide a slice's rows; where all of the data axis cannot, its largest power of 2 often does.
     power = data & -data
     shards = ([1] if data * op == 1 else [1, -1]) + ([power] if power not in (1, data) else [])
     sequences = (False, True) if op > 1 and _has_sequence(planner) else (False,)
@@ -96,7 +96,7 @@ def _choices(planner: Planner, base: ParallelConfig, data: int, op: int, stages:
     counts = sorted({*counts[:_MOST_COUNTS // 2], *counts[-_MOST_COUNTS // 2:]})
     for count, shard, sequence, (policy, sliced) in itertools.product(counts, shards, sequences, policies):
         if sliced and (sequence or op == 1):
-            continue  # then nothing that is kept lies whole on the ranks of op
+            continue  # then nothing that is kept is replicated on the ranks of op
         chunks = [1] + [chunk for chunk in _INTERLEAVES if stages > 1 and stages * chunk <= layers
                         and count % stages == 0]
         for chunk in chunks:
@@ -115,7 +115,7 @@ def _policies(planner: Planner, base: ParallelConfig) -> tuple[tuple[str, bool],
 
 
 def _has_sequence(planner: Planner) -> bool:
-    """Whether a layer of the model can be cut along the residual stream's tokens."""
+    """Whether a layer of the model can be sharded along the residual stream's tokens."""
     found, _ = planner.description(1, 1)
     return any(axes and "residual" in axes for operation in found.operations for axes in operation.wanted)
 

@@ -1,8 +1,8 @@
 """Memory, communication and time of one training step of any model on a described cluster.
 
 Conventions: model FLOPs are those of the matrix products of the forward pass, three times (backward twice the forward);
-attention is counted whole (not halved for causality), recomputation is not counted; MFU = model FLOPs / (step seconds x
-devices x peak). A token of a ranker is a sample.
+attention is counted in full (not halved for causality), recomputation is not counted; MFU = model FLOPs / (step seconds
+x devices x peak). A token of a ranker is a sample.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Planner:
         return known
 
     def divides(self, config: ParallelConfig, micro_batches: int) -> bool:
-        """Whether every axis divides what it cuts."""
+        """Whether every axis divides what it shards."""
         if self.task.inputs[0].shape[0] % (micro_batches * config.data):
             return False
         return all(cost.divides for cost in self.cost(config, micro_batches).costs)

@@ -16,7 +16,7 @@ class Collective:
     Args:
         kind: AllReduce, AllGather, ReduceScatter, AlltoAll, Send or Receive.
         factors: factors of the mesh in which the ranks of the group differ; () for pipeline and the norm over stages.
-        bytes: of the whole tensor that it is about (as in the dry run).
+        bytes: of the full tensor that it is about (as in the dry run).
         dimension: data, op, pipeline, optimizer, expert or norm.
         phase: forward, recompute or backward.
         purpose: activation, loss, gradient, parameter, stage or norm.

@@ -1,8 +1,8 @@
-"""What each primitive does to shapes and named cuts: one small rule for each, for every model alike.
+"""What each primitive does to shapes and named shardings: one small rule for each, for every model alike.
 
-A tensor's dims are `Dim(size, axis)`: how long, and which factors of the mesh cut it (none: whole). A rule takes the
-dims of the operands (and the plain arguments) and gives those of the results, so shape and layout follow from one rule.
-Dims that a rule sums over are told too: if such a dim is cut, the result is a partial sum.
+A tensor's dims are `Dim(size, axis)`: how long, and which factors of the mesh shard it (none: unsharded). A rule takes
+the dims of the operands (and the plain arguments) and gives those of the results, so shape and layout follow from one
+rule. A rule also names the dims that it sums over: if such a dim is sharded, the result is a partial sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Dim(NamedTuple):
-    """One dim of a tensor: its full size and the factors of the mesh that cut it, outermost first."""
+    """One dim of a tensor: its full size and the factors of the mesh that shard it, outermost first."""
 
     size: int
     axis: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ def count(dims: Dims) -> int:
 
 
 def broadcast(operands: list[Dims]) -> Dims:
-    """Dims of an elementwise result: of every dim the longest, cut as that operand cuts it."""
+    """Dims of an elementwise result: of every dim the longest, sharded as in that operand."""
     rank, result = max(map(len, operands), default=0), []
     for place in range(rank):
         here = [dims[place - rank + len(dims)] for dims in operands if place - rank + len(dims) >= 0]
@@ -51,7 +51,8 @@ def broadcast(operands: list[Dims]) -> Dims:
 
 
 def reshaped(dims: Dims, shape: tuple[int, ...]) -> Dims:
-    """Dims after a reshape: a cut stays where the cut dim leads a group of dims that becomes another, else lost."""
+    """Dims after a reshape: a sharding stays where the sharded dim leads a group of dims that becomes another, else
+    lost."""
     total = count(dims)
     if -1 in shape:
         known = -math.prod(shape)
@@ -204,7 +205,7 @@ INTEGER_RESULTS = frozenset({"Equal", "NotEqual", "Greater", "GreaterEqual", "Le
                              "LogicalOr", "LogicalNot"})
 """Results without a gradient."""
 FOLLOWERS = frozenset({"Cast", "Reshape", "StopGradient", "Depend", "Detach"})
-"""Primitives that stay as their input is cut."""
+"""Primitives that keep their input's sharding."""
 VIEWS = frozenset({"Reshape", "StopGradient", "Depend", "Detach", "ExpandDims"})
 """Results that share their input's memory."""
 PRODUCTS = frozenset({"MatMul", "BatchMatMul"})

@@ -128,7 +128,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The body is whole; where it was answered before, the connection waits for the next request."""
+        """The body is complete; where it was answered before, the connection waits for the next request."""
         super().on_message_complete()
         self._fed = self._fed_body = 0
         if self.cycle.response_complete:

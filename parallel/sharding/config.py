@@ -1,4 +1,4 @@
-"""`ParallelConfig`: the one block that says how a model is cut over devices."""
+"""`ParallelConfig`: the one block that says how a model is sharded over devices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PipelineConfig(Settings):
 
 
 class OptimizerShardConfig(Settings):
-    """Optimizer parallelism: states (and, by level, gradients and weights) cut along the data axis."""
+    """Optimizer parallelism: states (and, by level, gradients and weights) sharded along the data axis."""
 
     shard: int = Field(1, ge=-1)
     """Devices that share one set of optimizer states: 1 = none, -1 = all of the data axis, else a divisor of it."""
@@ -53,7 +53,7 @@ class RecomputeConfig(Settings):
 
 
 class ParallelConfig(Settings):
-    """How a model is cut: data x op x pipeline = devices; the other dimensions reuse these axes.
+    """How a model is sharded: data x op x pipeline = devices; the other dimensions reuse these axes.
 
     Paper: PanGu-alpha section 4 (the five dimensions). Exactly one of the axes may be -1: it takes the rest.
     """

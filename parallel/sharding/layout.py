@@ -1,8 +1,8 @@
-"""Named layouts: a layer says which named axis cuts each dimension; the config says how many ways an axis cuts.
+"""Named layouts: a layer says which named axis shards each dimension; the config says the degree of each axis.
 
     matmul: (("tokens", None), ("width", None)) -> ("tokens", "width")
 
-reads: the first operand's dim 0 is cut along `tokens`, the second's dim 0 along `width`. Under data 4, op 2 that is
+reads: the first operand's dim 0 is sharded along `tokens`, the second's dim 0 along `width`. Under data 4, op 2 that is
 MindSpore's strategy ((4, 1), (2, 1)).
 """
 
@@ -16,18 +16,19 @@ from mindspore.parallel import Layout
 
 from parallel.sharding.config import ParallelConfig
 
-Operand = tuple  # of axis names, None for a dim that is not cut
+Operand = tuple  # of axis names, None for a dim that is not sharded
 
 
 @dataclass(frozen=True)
 class OpSharding:
-    """How one primitive is cut.
+    """How one primitive is sharded.
 
     Args:
         primitive: the primitive to be given a strategy.
         inputs: one tuple of axis names for each tensor operand.
         outputs: the same for the results; only where MindSpore would choose another, which sequence parallelism alone
-            needs (a row-cut matmul whose result is to be cut by tokens becomes ReduceScatter instead of AllReduce).
+            needs (a row-parallel matmul whose result is to be sharded by tokens becomes ReduceScatter instead of
+            AllReduce).
         weights: for each operand the attribute of the layer's own parameter that it is; None or missing = no parameter.
     """
 
@@ -40,9 +41,9 @@ class OpSharding:
 class Axes:
     """Sizes of the named axes under one `ParallelConfig`.
 
-    Names: batch, tokens (batch x sequence flattened), residual (tokens of the residual stream: also cut over op under
-    sequence parallelism), heads, width (feed-forward and projections), vocabulary, experts, feature_tokens (a
-    ranker's tokens, each with weights of its own), rows (samples cut over data and op).
+    Names: batch, tokens (batch x sequence flattened), residual (tokens of the residual stream: also sharded over op
+    under sequence parallelism), heads, width (feed-forward and projections), vocabulary, experts, feature_tokens (a
+    ranker's tokens, each with weights of its own), rows (samples sharded over data and op).
     """
 
     def __init__(self, config: ParallelConfig) -> None:
@@ -71,7 +72,7 @@ class Axes:
     def strategy(self, operands: tuple[Operand, ...]) -> tuple:
         """MindSpore's strategy: a tuple of ways for each operand, or a `Layout` where numbers would not do.
 
-        From numbers MindSpore lays devices out in the order of the dims: the first cut dim gets the slowest axis. A
+        From numbers MindSpore lays devices out in the order of the dims: the first sharded dim gets the slowest axis. A
         ranker's tensors have the tokens (op) before the batch (data), so there the mesh must be told.
         """
         if any("feature_tokens" in operand or "experts" in operand for operand in operands):
@@ -83,7 +84,7 @@ class Axes:
 
 
 class Layer(nn.Cell):
-    """A cell that carries its layout: `sharding()` lists how each of its primitives is cut.
+    """A cell that carries its layout: `sharding()` lists how each of its primitives is sharded.
 
     `auto_prefix=False` keeps the names of the parameters below as they are (for wrappers).
     """

@@ -1,4 +1,4 @@
-"""`parallelize(network, config)`: everything that cuts a network, in one place; the model's own code stays untouched.
+"""`parallelize(network, config)`: everything that shards a network; the model's own code stays untouched.
 
 Layouts come from the layers (`parallel.sharding.layout`); this adds pipeline stages, recomputation, gradient fusion and
 the sharing of parameters between stages. A network may say more about itself than that it is a cell:
@@ -21,7 +21,7 @@ _MANY_STAGES_GROUP = 2
 
 
 def parallelize(network: nn.Cell, config: ParallelConfig) -> nn.Cell:
-    """Cuts `network` in place by `config` (resolved) and returns it.
+    """Shards `network` in place by `config` (resolved) and returns it.
 
     Raises:
         UserError: stages are asked of a network that does not say how its cells follow each other, or layers and

@@ -38,8 +38,8 @@ def extent_shape(extent: Extent) -> tuple[int, ...]:
 def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullParameter]:
     """All parameters of `network` with their boxes under `config` (resolved).
 
-    The rules are those of MindSpore's semi-automatic parallelism: a dim is cut over the axis that its layer names;
-    under optimizer parallelism dim 0 of what is left is cut again over the ranks that hold the same slice, in
+    The rules are those of MindSpore's semi-automatic parallelism: a dim is sharded over the axis that its layer names;
+    under optimizer parallelism dim 0 of what is left is sharded again over the ranks that hold the same slice, in
     consecutive groups of `shard` ranks, where it divides, is not below the threshold and the layer allows it. On a
     stage that does not use a parameter there is no box.
     """
@@ -48,7 +48,7 @@ def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullPar
     found = []
     for parameter in network.get_parameters():
         operand = operands.get(id(parameter)) or (None,) * len(parameter.shape)
-        # A tuple of mesh axes would be needed only by an activation; a weight is cut over one at a time.
+        # A tuple of mesh axes would be needed only by an activation; a weight is sharded over one at a time.
         mesh_axes = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
         extents = SliceOfRank(tuple(parameter.shape), mesh_axes, stages.get(id(parameter)), config,
                               parameter.parallel_optimizer)
@@ -89,11 +89,11 @@ class SliceOfRank:
     """rank -> box of one parameter.
 
     Args:
-        shape: the whole parameter's.
-        mesh_axes: for each dim the axis of the mesh that cuts it ("expert" or "op"), or None.
+        shape: the full parameter's.
+        mesh_axes: for each dim the axis of the mesh that shards it ("expert" or "op"), or None.
         stages: those that use it; None = there is one.
         config: resolved.
-        shardable: whether its layer lets the optimizer's shards cut it.
+        shardable: whether its layer lets the optimizer shard it.
     """
 
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class SliceOfRank:
 
     @property
     def shard(self) -> int:
-        """Parts into which the optimizer's shards cut dim 0 of a slice again."""
+        """Number of the optimizer's shards of dim 0 of a slice."""
         config = self.config
         same = math.prod(self.mesh[axis] for axis in self._free_axes)
         shard = same if config.optimizer_shard == config.data else config.optimizer_shard
@@ -170,8 +170,8 @@ def slice_of_mindspore(layout: Sequence[Any], rank: int, same_slice: Sequence[in
     """The box of `rank` from an entry of `cell.parameter_layout_dict` of a compiled cell.
 
     Args:
-        layout: device matrix, tensor map, slice shape before the optimizer cut, field size, uniform cut, name of the
-            optimizer-shard group, full shape.
+        layout: device matrix, tensor map, slice shape before the optimizer's shard, field size, uniform split, name of
+            the optimizer-shard group, full shape.
         rank: the rank within its stage.
         same_slice: the ranks (within the stage) of the optimizer-shard group, in order; () if there is none.
     """

@@ -162,7 +162,7 @@ class Tensor:
     Args:
         name: as in checkpoints.
         kind: "parameter", "state" or "counter".
-        shape: whole.
+        shape: the full one.
         dtype: element type.
         start: (distribution, scale) of `start_value`, or ("fill", value).
     """

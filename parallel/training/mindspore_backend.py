@@ -1,5 +1,5 @@
-"""MindSpore as a `parallel.training.backend.Backend`: a whole network on one device or under plain data parallelism,
-or the slices of a sharded one."""
+"""MindSpore as a `parallel.training.backend.Backend`: an unsharded network on one device or under plain data
+parallelism, or the slices of a sharded one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MeanLoss(nn.Cell):
 
 
 class MindSporeBackend:
-    """A `TrainStep` of a whole network. See `Backend`.
+    """A `TrainStep` of an unsharded network. See `Backend`.
 
     Args:
         step: the training step.

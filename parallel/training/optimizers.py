@@ -34,7 +34,7 @@ def make_states(prefix: str, parameters: Sequence[Parameter], value: float = 0.0
     """One float32 state per parameter, of its shape, filled with `value` and named `<prefix>.<parameter name>`."""
     states = []
     for parameter in parameters:
-        # A clone keeps the tie by which the partitioner cuts a state as it cuts its parameter.
+        # A clone keeps the tie by which the partitioner shards a state as it shards its parameter.
         state = parameter.clone(init=value)
         if parameter.dtype != ms.float32:
             state.set_dtype(ms.float32)

@@ -1,13 +1,13 @@
 """One training step as one graph: forward, backward, averaging, norm, clip, update; non-finite steps change nothing.
 
-The pieces are separate cells so that each way to cut a network can swap its own in: `BlockGradient` (one forward and
+They are separate cells so that each way to shard a network can replace its own: `BlockGradient` (one forward and
 backward), `MeanGradient` (micro-batches and data-parallel ranks), `GlobalNorm` (replication weights and groups),
 `LossScale` (static or dynamic) and `TrainStep`, which joins them.
 
 A network is any cell `network(*batch) -> loss`, or `-> (loss, weight)` where `loss` is a mean over `weight` items (the
 unmasked tokens of a language model, say; finite where the weight is 0): micro-batches and ranks are then averaged by
-weight, so that the result is the mean over the whole global batch however it is cut. A network with dropout takes the
-numbers of its samples, int32 [B], as its last input (`parallel.layers.dropout`).
+weight, so that the result is the mean over the global batch however it is sharded. A network with dropout takes
+the numbers of its samples, int32 [B], as its last input (`parallel.layers.dropout`).
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class MeanGradient(nn.Cell):
 class GlobalNorm(nn.Cell):
     """Euclidean norm of all gradients together, float32.
 
-    `sqrt(sum_p sum(g_p^2) / replicas_p)`, summed over the ranks of `groups`: a gradient that lies whole on k ranks of
-    the groups is counted k times by the sum, hence divided by k (rule of the released PanGu-alpha code).
+    `sqrt(sum_p sum(g_p^2) / replicas_p)`, summed over the ranks of `groups`: a gradient that is replicated on k ranks
+    of the groups is counted k times by the sum, hence divided by k (rule of the released PanGu-alpha code).
 
     Args:
         replicas: for each gradient, on how many ranks of the groups the same values lie.
@@ -224,7 +224,7 @@ class TrainStep(nn.Cell):
         weighted: whether the network returns (loss, weight).
         group, rank, ranks: data-parallel group, this rank's place in it and its size.
         gradient: replaces `MeanGradient` (a pipeline accumulates by itself).
-        norm: replaces the `GlobalNorm` of whole gradients.
+        norm: replaces the `GlobalNorm` of unsharded gradients.
     """
 
     def __init__(self, network: nn.Cell, optimizer: Optimizer, settings: TrainSettings, *, weighted: bool = False,

@@ -315,7 +315,7 @@ class Trainer:
             info(f"going on from {path} (step {self.iteration})")
 
     def _newest(self) -> Path | None:
-        """The newest checkpoint that is whole, as rank 0 finds it."""
+        """The newest checkpoint that is undamaged, as rank 0 finds it."""
         path = good_checkpoint(self.checkpoints) if self.backend.rank == 0 else None
         # Two numbers: each is exact in float32.
         step = int(path.name.rpartition("_")[2]) + 1 if path is not None else 0

@@ -64,7 +64,7 @@ class Feature(Settings):
     """Embedding width; null = the model's embedding_size."""
     transform: Literal["value", "log", "bucket"] = "bucket"
     """numeric: value and log (sign(x) log(1 + |x|)) are standardised and scale a learned vector, a missing one counts
-    as the mean; bucket: cut at `boundaries` and looked up like an id."""
+    as the mean; bucket: divided at `boundaries` and looked up like an id."""
     boundaries: list[float] | None = None
     """numeric bucket: upper edges, rising; null = quantiles found by the statistics pass."""
     buckets: int = Field(16, ge=2, le=4096)

@@ -123,7 +123,7 @@ class Passes:
         bounds = [train * total, (train + validation) * total]
         if total > 1:
             bounds = [round(bound) for bound in bounds]
-        # A share of 0 gives a part without rows even where a cut lies on a rounding error.
+        # A share of 0 gives a part without rows even where a border is off by a rounding error.
         last = (place >= bounds[1]) & (test > 0)
         part = ((place >= bounds[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
         return np.where(place < 0, np.int8(-1), part)  # -1: a row without a time

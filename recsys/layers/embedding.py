@@ -27,7 +27,7 @@ class Table(Layer):
         width: W.
         std: sigma of the start.
 
-    The op axis cuts V (every device looks up its own rows, the results are summed).
+    The op axis shards V (every device looks up its own rows, the results are summed).
     """
 
     def __init__(self, rows: int, width: int, std: float) -> None:
@@ -42,7 +42,7 @@ class Table(Layer):
         return [OpSharding(self.gather, (("vocabulary", None), ("batch", None)), weights=("table",))]
 
 class SplitColumns(Layer):
-    """Cuts dim 1 into pieces of given sizes; its gradient is one concatenation (slices would add full-size zeros)."""
+    """Splits dim 1 into the given sizes; its gradient is one concatenation (slices would add full-size zeros)."""
 
     def __init__(self, sizes: list[int], dims: int = 3) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class SplitColumns(Layer):
 
 
 class SliceColumns(Layer):
-    """One piece of `Pieces`, by a slice."""
+    """One part of `SplitColumns`, by a slice."""
 
     def __init__(self, start: int, size: int, dims: int = 3) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class SliceColumns(Layer):
 
 
 def slices_of(sizes: list[int], dims: int = 3) -> nn.CellList:
-    """A `Piece` for each size."""
+    """A `SliceColumns` for each size."""
     return nn.CellList([SliceColumns(sum(sizes[:index]), size, dims) for index, size in enumerate(sizes)])
 
 
@@ -88,7 +88,7 @@ class Join(Layer):
         self.concat = ops.Concat(axis=1)
 
     def construct(self, *parts: Tensor) -> Tensor:
-        # Not a tuple: cells of a pipeline stage are graphs of their own, which a tuple does not enter whole.
+        # Not a tuple: cells of a pipeline stage are graphs of their own, which a tuple does not enter as one.
         if self.count == 1:
             return parts[0]
         return self.concat(parts)
@@ -211,7 +211,8 @@ class FeatureEmbedding(Layer):
         lookup: how they are looked up when they are sharded (`recsys.settings.LookupSettings`); None = `Table`.
 
     Inputs: ids_BM int32 (rows of the tables), numbers_BN float32. Output: (groups, sequences): one tensor a group in
-    the order of `spec.groups`; sequences: (rows_BLW, mask_BL1) for each sequence that is kept whole (pooling: none).
+    the order of `spec.groups`; sequences: (rows_BLW, mask_BL1) for each sequence that is kept as a sequence (pooling:
+    none).
     """
 
     def __init__(self, spec: FeatureSpec, std: float, tables: dict[int, Table] | None = None,
@@ -401,7 +402,7 @@ def _pooling(feature: Feature, slot: Slot) -> Layer:
 
 
 def group_widths(spec: FeatureSpec) -> dict[str, int]:
-    """Width of each group's vector, groups without one (whole sequences only) left out."""
+    """Width of each group's vector, groups without one (sequences only) left out."""
     widths = {name: sum(spec.width(f.name) for f in features if not (f.is_list and f.pooling == "none"))
               for name, features in spec.groups.items()}
     return {name: width for name, width in widths.items() if width}

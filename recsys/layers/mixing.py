@@ -22,7 +22,7 @@ class TokenMixing(Layer):
         heads: H.
         width: D, that of the original tokens.
         reverting: whether this is the way back.
-        layout: what the op axis cuts.
+        layout: what tensor parallelism shards.
 
     Raises:
         UserError: H does not divide D.

@@ -1,8 +1,8 @@
 """Publishes versions of a model while it trains: a companion of the run.
 
 The values are copied between two steps and written by a thread; while it writes, no further version is begun, so what a
-server gets is always the newest. The first version is whole and written before the first step: a folder that cannot be
-written ends the run at once and not after an hour.
+server gets is always the newest. The first version is complete and written before the first step: a folder that cannot
+be written ends the run at once and not after an hour.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Publisher(Companion):
         folder: of the versions.
         backend: whose parameters are published.
         spec: places of the features in the network's input.
-        describe: the run's settings, kept in whole versions.
+        describe: the run's settings, kept in complete versions.
         vocabulary: file that goes beside the versions.
         exact_rows: see `TouchedRows`.
         tables: `recsys.tables.host.HostTables`, where the tables lie on the host.

@@ -1,7 +1,7 @@
 """Scoring of ranking requests: a request is one user and its candidates; several requests share a batch.
 
 Separated models (UG-Sep) compute a request's user once, or find it in the cache, and then only the candidates' side;
-unseparated ones compute a whole row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
+unseparated ones compute a full row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
 one thread runs them all. What a request gets does not depend on what was in its batch.
 
 Shapes: R requests, C candidates of one, N candidates of a batch, M, m id columns (all, of one side), K tasks, S state.

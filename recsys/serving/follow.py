@@ -2,7 +2,7 @@
 
 Deltas are read beside the scoring; the rows of tables are then written in place by small graphs of fixed sizes, which
 are compiled at the start, so a version costs the scoring thread milliseconds whatever the size of the tables. All of a
-version (or of several that came meanwhile) is put in place at once: an answer is wholly of one version, and says which.
+version (or of several that came meanwhile) is put in place at once: an answer is of one version, and says which.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ class Follower:
         self.counted("refused")
 
     def look(self) -> bool:
-        """Takes the newest version if it is a new one; whether it was. A pinned server takes none, and after it a whole
+        """Takes the newest version if it is a new one; whether it was. A pinned server takes none, and after it a
+        complete
         one: what is in place is then no link of the chain."""
         with self._looking:
             if self.engine.pinned is not None:
@@ -212,7 +213,7 @@ class Follower:
         self.engine.take_version(newest.version)
 
     def _take_complete(self, newest: Current) -> None:
-        """A chain that does not begin at our version: its whole version, then its deltas, put in place together."""
+        """A chain that does not begin at our version: its complete version, then its deltas, put in place together."""
         prepared = self.engine.prepare(newest.chain[0][1])
         deltas = [read_delta(path) for _, path in newest.chain[1:]]
         delta = merged(deltas) if deltas else None

@@ -98,7 +98,7 @@ class Best:
         settings: the run; `train.keep_best` names the metric.
         evaluation: what gives the metrics, the same on all processes.
         parameters: gives what is saved, `NamedTensor`s or MindSpore parameters.
-        rank: only rank 0 writes whole parameters.
+        rank: only rank 0 writes full parameters.
         holder: which slices this process holds; None = everything.
         tables: `recsys.tables.host.HostTables` whose rows are kept beside the parameters.
     """

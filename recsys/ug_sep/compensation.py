@@ -54,7 +54,7 @@ class Compensation(Layer):
         if self.form == "low_rank":
             flat = self.reshape(self.transpose(u_hRK, (1, 0, 2)), (1, rows, self.sources * self.width))
             return self.spread(self.tile(self.project(flat), (self.targets, 1, 1)))
-        # Samples first, so that cutting them needs no exchange.
+        # Samples first, so that sharding them needs no redistribution.
         u_RhK = self.transpose(u_hRK, (1, 0, 2))
         made = self.project(self.reshape(u_RhK, (1, rows * self.sources, self.width)))
         made = self.turn(self.reshape(made, (rows, self.sources, self.outputs)), (0, 2, 1))

@@ -1,4 +1,4 @@
-"""Token mixing of user and candidate tokens apart, and its reverse: in slices, and with a mask on the whole.
+"""Token mixing of user and candidate tokens apart, and its reverse: in slices, and with masks on full tensors.
 
 Shapes: R rows of U, N rows of G, T = c_u + c_g tokens, H = h_u + h_g mixing heads (and mixed tokens), D width, d = D /
 H, M = T d width of a mixed token. A mixed token's columns are T slices of d, U tokens' first; a token's columns are H

@@ -167,7 +167,7 @@ class PyramidBlock(TwoSidedBlock):
         return self.add_candidate(o_pND, self.second_group(self.norm2(o_pND))), penalty
 
     def masked(self, x_TBD: Tensor) -> tuple:
-        """(x_PBD, penalties): the same by masks on whole tensors."""
+        """(x_PBD, penalties): the same by masks on full tensors."""
         (c_u, _), (p_u, _) = self.before, self.after
         n_TBD = self.norm1(x_TBD) if self.prenorm else x_TBD
         h_PBM = self.mixing.masked(n_TBD)

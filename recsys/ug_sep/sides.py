@@ -28,11 +28,11 @@ class UGSepSettings(Settings):
     """U tokens : G tokens, of model.tokens in all (a global token counted on its side); null = what the groups make
     (with tokenization by groups)."""
     form: Literal["slices", "masks"] = "slices"
-    """slices: work under a mask is not done; masks: whole tensors times masks, the same function (a reference)."""
+    """slices: work under a mask is not done; masks: full tensors times masks, the same function (a reference)."""
     mixing_mask: bool = True
-    """Cuts G heads out of U mixed tokens. False only to ablate or test: user information is then not reusable."""
+    """Hides G heads from U mixed tokens. False only to ablate or test: user information is then not reusable."""
     reverting_mask: bool = True
-    """TokenMixer-Large: cuts G mixed tokens out of U tokens on the way back. False only to ablate or test."""
+    """TokenMixer-Large: hides G mixed tokens from U tokens on the way back. False only to ablate or test."""
     residual_mask: bool = True
     """Separated residual: U tokens look at U tokens only. False only to ablate or test."""
     user_heads: int | None = Field(None, ge=1)
@@ -161,12 +161,12 @@ class UserCandidateSplit:
                      for mine in (True, False)))
 
     def split(self, ids_BM: np.ndarray, numbers_BN: np.ndarray) -> tuple[tuple, tuple]:
-        """((ids, numbers) of the user, (ids, numbers) of the candidate) out of whole encoded rows."""
+        """((ids, numbers) of the user, (ids, numbers) of the candidate) out of encoded rows of both sides."""
         return self.user.take(ids_BM, numbers_BN), self.candidate.take(ids_BM, numbers_BN)
 
 
 def _side(spec: FeatureSpec, groups: set[str]) -> Side:
-    """The part of a spec that some semantic groups make up; tables and their rows stay those of the whole."""
+    """The part of a spec that some semantic groups make up; tables and their rows stay those of the full spec."""
     ordered = [feature for feature in spec.ordered if feature.semantic_group in groups]
     names = {feature.name for feature in ordered}
     slots, ids, start = {}, [], 0

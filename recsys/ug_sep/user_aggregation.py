@@ -40,7 +40,8 @@ def distinct_users(ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np
 
 
 class SharedUsers:
-    """Batches (ids_Bm, numbers_Bn, labels_BK, index_B, user_ids_Rm, user_numbers_Rn) of whole-row batches.
+    """Batches (ids_Bm, numbers_Bn, labels_BK, index_B, user_ids_Rm, user_numbers_Rn) of batches with rows of both
+    sides.
 
     Args:
         source: the batches.
@@ -60,7 +61,7 @@ class SharedUsers:
 
 def share(sides: UserCandidateSplit, ids: np.ndarray, numbers: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
                                                                                                         ...]:
-    """A whole-row batch as `SharedUsers` gives it."""
+    """A batch with rows of both sides as `SharedUsers` gives it."""
     user, group = sides.split(ids, numbers)
     user_ids, user_numbers, index = distinct_users(*user)
     return *group, labels, index, user_ids, user_numbers

@@ -165,7 +165,7 @@ def our_weights(int8: bool):
 # ---------------------------------------------------------------- Hugging Face
 
 def hf_side() -> None:
-    """GPT2LMHeadModel with its own cache, cut back to the context before every turn."""
+    """GPT2LMHeadModel with its own cache, shortened to the context before every turn."""
     import torch
     import transformers
 

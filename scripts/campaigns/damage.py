@@ -120,7 +120,7 @@ def digest_of_folder(folder: Path) -> str:
 
 
 def checkpoints(folder: Path) -> list[Kind]:
-    """A whole checkpoint and one of two ranks."""
+    """A full checkpoint and one of two ranks."""
     from parallel.checkpoint.full import save_checkpoint
     from parallel.checkpoint.sharded import Slices, write_checkpoint, write_rank
 

@@ -197,7 +197,7 @@ while True:
 
 
 def saves(campaign: Campaign, folder: Path, rng: random.Random) -> None:
-    """Kills a process that saves and saves: what was told saved must be there whole, by the next start, and no more
+    """Kills a process that saves and saves: what was told saved must be there undamaged at the next start, and no more
     than the kept checkpoints. Half of the runs replace one and the same checkpoint."""
     done, limit = 0, 3 if campaign.short else 100
     while done < limit and (campaign.short or campaign.more(done, 0)):
@@ -220,7 +220,7 @@ def saves(campaign: Campaign, folder: Path, rng: random.Random) -> None:
 
 
 def check_saves(campaign: Campaign, place: Path, told: int) -> None:
-    """The newest checkpoint is whole and at least what was told; nothing lies beside it after a sweep."""
+    """The newest checkpoint is undamaged and at least what was told; nothing lies beside it after a sweep."""
     from parallel.checkpoint.newest import good_checkpoint
     from parallel.checkpoint.sharded import Slices
 

@@ -23,7 +23,7 @@ NASTY_VALUES: list[Any] = [
 
 
 def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one thing wrong: bits, a piece gone, doubled, moved, zeroed or replaced, an end cut off."""
+    """`data` with one thing wrong: bits, a part gone, doubled, moved, zeroed or replaced, an end missing."""
     if not data:
         return bytes([rng.randrange(256)])
     at, length = rng.randrange(len(data)), rng.choice((1, 1, 2, 8, 64, 512))

@@ -1,6 +1,6 @@
 """Link stubs for CANN, so that MindSpore's Ascend plugin loads on a machine without Ascend.
 
-The x86-64 wheel of MindSpore carries its whole Ascend front end; it fails to load only because CANN's shared libraries
+The x86-64 wheel of MindSpore carries the Ascend front end; it fails to load only because CANN's shared libraries
 are missing. At simulation level 0 nothing of CANN is called to compute anything, so functions that return 0 are enough
 to reach the real sharding passes. The names of those functions are read out of the wheel's own undefined symbols: the
 stubs hold nothing of CANN. They are built once with g++, kept under `~/.cache/`, and not used where CANN is installed.

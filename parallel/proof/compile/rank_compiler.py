@@ -2,7 +2,7 @@
 
 The parent starts `python -m parallel.proof.compile.rank_compiler` in the right environment, writes a request
 (JSON) into a folder, tells the child the folder, and finds there `graph.mindir` (the partitioned graph), `layouts.json`
-(how every parameter is cut), `result.json` and `log.txt`.
+(how every parameter is sharded), `result.json` and `log.txt`.
 """
 
 from __future__ import annotations
@@ -376,7 +376,7 @@ def _compile(request: Request, place: Path) -> None:
 
 
 def _tensors(step: Any) -> list[list]:
-    """Name, kind, whole shape, type and start of everything that the run of a step keeps (`torch_runtime.program`)."""
+    """Name, kind, full shape, type and start of everything that the run of a step keeps (`torch_runtime.program`)."""
     def entry(item: Any, kind: str, start: list) -> list:
         return [item.name, kind, list(item.shape), str(item.dtype).lower(), start]
 

@@ -1,6 +1,6 @@
 """What a compiled rank holds and says to the others: bytes in memory, collectives by purpose and by mesh dimension.
 
-Bytes of a collective are those of the whole tensor that it is about: the tensor summed by an AllReduce, the gathered
+Bytes of a collective are those of the full tensor that it is about: the tensor summed by an AllReduce, the gathered
 result of an AllGather, what goes into a ReduceScatter or an AlltoAll, the tensor sent or received. `wire_bytes` is what
 one rank sends for it under the usual ring algorithms.
 """
@@ -182,7 +182,7 @@ def _dimension(node: Node, purpose: str, ranks: tuple[int, ...], config: Paralle
         return "optimizer"
     places = [coordinates(rank, config) for rank in ranks]
     stages, data, op = (len({place[axis] for place in places}) for axis in range(3))
-    if purpose == "gradient":  # of a parameter that is whole on every rank of the stage, the sum runs over op too
+    if purpose == "gradient":  # of a parameter that is replicated on every rank of the stage, the sum runs over op too
         return "data" if data > 1 else "op"
     if stages > 1:
         return "pipeline"
@@ -204,7 +204,7 @@ def _is_half_of_sum(function: Function, node: Node) -> bool:
 
 
 def summary(found: list[Collective]) -> dict[str, Any]:
-    """`collectives` by kind (count and bytes per step) and `by_dimension` (bytes per step), with the finer cuts."""
+    """`collectives` by kind (count and bytes per step) and `by_dimension` (bytes per step), and more finely divided."""
     kinds: dict[str, dict[str, int]] = {}
     by_dimension, wire, by_purpose = Counter(), Counter(), Counter()
     for item in found:
@@ -316,7 +316,7 @@ def _read_later(function: Function) -> list[tuple[str, Node]]:
 
 
 def _runs_later(node: Node) -> bool:
-    """Whether a node runs in the backward pass: gradients, recomputation, and gathering what was cut for it."""
+    """Whether a node runs in the backward pass: gradients, recomputation, and gathering what was sharded for it."""
     return node.backward or node.recomputed or node.instance == _SLICE_GATHER
 
 

@@ -95,7 +95,8 @@ def _reduced(node: Node, values: list[np.ndarray]) -> np.ndarray:
 
 
 def _exchange(node: Node, values: list[np.ndarray]) -> list[np.ndarray]:
-    """AlltoAll: every rank cuts `split_dim` in a part for each rank, sends the i-th to rank i and joins what comes."""
+    """AlltoAll: every rank splits `split_dim` into a part for each rank, sends the i-th to rank i and joins what
+    comes."""
     count = len(values)
     parts = [np.split(value, count, axis=int(node.attributes["split_dim"])) for value in values]
     return [np.concatenate([part[i] for part in parts], axis=int(node.attributes["concat_dim"])) for i in range(count)]

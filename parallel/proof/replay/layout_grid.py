@@ -43,7 +43,7 @@ class Layout:
     Args:
         name: what `--grid` takes.
         keys: overrides, space-separated.
-        twin: a layout that must end equal bit for bit: the same cut without recomputation.
+        twin: a layout that must end equal bit for bit: the same sharding without recomputation.
     """
 
     name: str
@@ -120,7 +120,7 @@ LAYOUTS = (
     Layout("dropout_accumulation", _keys(data=2, more="train.accumulation=2 model.dropout=0.1")),
     Layout("dropout_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.sequence=true "
                                      "model.dropout=0.1")),
-    # What rankers have besides: tables with an optimizer of their own, tokens cut, experts on the data axis.
+    # What rankers have besides: tables with an optimizer of their own, tokens sharded, experts on the data axis.
     Layout("sparse_optimizer", _keys(data=2, shard=-1, more=_SPARSE)),
     Layout("sparse_optimizer_op", _keys(2, 2, shard=-1, more=f"{_SPARSE} train.accumulation=2")),
     Layout("sparse_optimizer_stages", _keys(2, 1, 2, more=_SPARSE)),

@@ -97,7 +97,7 @@ class OneDevice:
     def exact(self, steps: int, order: np.ndarray) -> History:
         """`run` by the graph of one rank, executed in float64.
 
-        It takes the batch as a whole: the loss is a sum over samples divided by their weights, which several
+        It takes the batch undivided: the loss is a sum over samples divided by their weights, which several
         micro-batches give as well, but for rounding.
         """
         known = self.exact_histories.get(order.tobytes())

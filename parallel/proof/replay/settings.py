@@ -40,7 +40,7 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
 
 def check_size(config: str, overrides: Sequence[str]) -> None:
     """Raises a `UserError` if the settings are wrong or the layout has too many ranks for one process, or nothing that
-    is cut."""
+    is sharded."""
     from parallel.task import load_run
     from parallel.training.sharded.step import micro_batches
 

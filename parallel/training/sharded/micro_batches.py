@@ -16,13 +16,13 @@ from parallel.sharding.trainable import is_weighted
 class MicroBatch(nn.Cell):
     """One micro-batch: from every input each rank takes the number-th part of its own rows.
 
-    MindSpore's own cell makes every rank gather the whole global batch first, then slices it. Marked like this (under
+    MindSpore's own cell makes every rank gather the global batch first, then slices it. Marked like this (under
     stages it takes PIPELINE_SLICE_SKIP_REDISTRIBUTION=1 in the environment too), the rows are sliced where they lie.
 
     Args:
         count: micro-batches.
         dims: dims of each input.
-        data: ways the rows are cut.
+        data: degree by which the rows are sharded.
         pipeline: whether there are stages (else: accumulation on one stage).
     """
 
@@ -101,7 +101,7 @@ class Interleaved(Wrapper):
         network: `LossAndWeight`.
         parts: how many.
         dims: dims of each input.
-        data: ways the rows are cut.
+        data: degree by which the rows are sharded.
     """
 
     def __init__(self, network: nn.Cell, parts: int, dims: list[int], data: int) -> None:

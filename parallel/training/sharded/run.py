@@ -1,4 +1,4 @@
-"""A cut network on real devices: what the trainer needs beside the step where every process holds slices.
+"""A sharded network on real devices: what the trainer needs beside the step where every process holds slices.
 
 Everything here that MindSpore can do without an Ascend device is tried by the tests in a simulated cluster: building,
 compiling, start values, checkpoints, resuming. Executing the step is not: compiled, not run.
@@ -30,13 +30,13 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
     """Whether a run needs slices: everything but plain data parallelism.
 
     Raises:
-        UserError: it does, and the processes run on the CPU, where MindSpore cuts nothing.
+        UserError: it does, and the processes run on the CPU, where MindSpore shards nothing.
     """
     wanted = {"op": config.op, "pipeline.stages": config.pipeline.stages, "optimizer.shard": config.optimizer_shard,
               "expert": config.expert}
     sharded = {name: degree for name, degree in wanted.items() if degree > 1}
     if processes.target == "CPU":
-        # Sharded states and experts give the same numbers whole, so the CPU takes these for plain data parallelism.
+        # Sharded states and experts give the same numbers unsharded, so the CPU takes these for plain data parallelism.
         refused = {name: degree for name, degree in sharded.items() if name in ("op", "pipeline.stages")}
         if refused:
             raise UserError("on the CPU MindSpore runs data parallelism only", where="parallel",
@@ -47,7 +47,7 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
 
 
 class ShardedRun:
-    """The training step of a cut network on this process's device.
+    """The training step of a sharded network on this process's device.
 
     After construction the step is compiled and every parameter of this process's stage holds its slice of the start
     values, which are those of one device.
@@ -81,7 +81,7 @@ class ShardedRun:
                              {name: full.shape for name, full in full_parameters.items()}, self.barrier)
         self.inputs = [Tensor(np.zeros(shape, item.dtype))
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
-        # From here on parameters have the shape of their slices, which MindSpore would cut again in another graph: so
+        # From here on parameters have the shape of their slices, which MindSpore would shard again in another graph: so
         # the loss comes first.
         self.loss = self._compiled("loss") if validated else None
         self.scores = self._compiled("scores") if scored else None
@@ -116,10 +116,10 @@ class ShardedRun:
 
 
 def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
-    """The cut network without gradients, dropout off, ready to compile, and the inputs that it takes.
+    """The sharded network without gradients, dropout off, ready to compile, and the inputs that it takes.
 
     Args:
-        task: as a package's `build` made it; its network is cut in place.
+        task: as a package's `build` made it; its network is sharded in place.
         config: resolved.
         graph: "loss" (`ForwardLoss`) or "scores" (the cell that `task.scores` makes).
     """
@@ -159,7 +159,7 @@ class ForwardLoss(nn.Cell):
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:
-    """Sets a sliced parameter, whose Python object may still have the whole shape."""
+    """Sets a sliced parameter, whose Python object may still have the full shape."""
     parameter.set_data(Tensor(np.ascontiguousarray(value), parameter.dtype), slice_shape=True)
 
 

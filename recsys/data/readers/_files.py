@@ -63,7 +63,7 @@ def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = No
 
 
 def _table(data: bytes, columns: list[str] | None, position: Position, quoted: bool) -> pa.Table:
-    """Whole records as a table of text; without `columns` the first is the header."""
+    """Complete records as a table of text; without `columns` the first is the header."""
     wrong: list[csv.InvalidRow] = []
 
     def refuse(row: csv.InvalidRow) -> str:

@@ -40,7 +40,7 @@ class Position:
 
 
 def complete_records(stream: BinaryIO, position: Position, quoted: bool) -> Iterator[bytes]:
-    """The bytes of whole records, a few MB at a time. The caller counts rows on in `place.row` as it reads them.
+    """The bytes of complete records, a few MB at a time. The caller counts rows on in `position.row` as it reads them.
 
     Raises:
         UserError: quotes that do not balance, or a record of more than 64 MB; names the row.
@@ -62,7 +62,7 @@ def complete_records(stream: BinaryIO, position: Position, quoted: bool) -> Iter
 
 
 def _last_end(data: bytes, delimiter: bytes, quoted: bool, last: bool, position: Position) -> int:
-    """Where the last whole record of `data` ends."""
+    """Where the last complete record of `data` ends."""
     if not quoted or _QUOTE not in data:
         return len(data) if last else data.rfind(b"\n") + 1
     array = np.frombuffer(data, np.uint8)

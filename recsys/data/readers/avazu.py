@@ -15,7 +15,7 @@ from recsys.data.readers._files import csv_tables, ids, shards
 
 
 def features(data: Any) -> list[Feature]:
-    """All columns but the row id; the hour is cut into hour of day and day."""
+    """All columns but the row id; the hour is split into hour of day and day."""
     return [
         *ids(["device_id", "device_ip"], "user", "device", minimum_count=2),
         *ids(["device_model", "device_type", "device_conn_type"], "user", "model"),
@@ -33,7 +33,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
-    """Tables with `hour` cut into `hour_of_day` and `day`."""
+    """Tables with `hour` split into `hour_of_day` and `day`."""
     for file in files_of(path):
         for table, where in csv_tables(file):
             if "hour" in table.column_names:

@@ -1,6 +1,6 @@
 """A growing folder of parquet or csv files, read in order of their names as a stream.
 
-Writers put a file in place whole (a temporary name beginning with `.` or `_`, then a rename) under a name after all
+Writers put a finished file in place (a temporary name beginning with `.` or `_`, then a rename) under a name after all
 others, for example by time; a csv file may also grow by whole lines while it is the newest. Each row is an event.
 """
 
@@ -148,7 +148,7 @@ class Folder:
         return events
 
     def _csv(self, file: Path, most: int, final: bool) -> list[Event]:
-        """Whole lines from the position on; the last line of a finished file may lack its end."""
+        """Complete lines from the position on; the last line of a finished file may lack its end."""
         columns, start = self._columns(file)
         if columns is None:
             return []
@@ -172,7 +172,7 @@ class Folder:
         return events
 
     def _columns(self, file: Path) -> tuple[list[str] | None, int]:
-        """(names in the first line, where the rows begin); None while the line is not whole."""
+        """(names in the first line, where the rows begin); None while the line is not complete."""
         with file.open("rb") as stream:
             line = stream.readline(_BLOCK)
         if not line.endswith(b"\n"):

@@ -145,7 +145,7 @@ def number_of(value: Any) -> float | str | None:
 
 
 def list_of(value: Any, separator: str) -> list[str | None] | None:
-    """A list of texts; text is cut at the separator.
+    """A list of texts; text is split at the separator.
 
     Raises:
         TypeError: neither a list nor text.

@@ -1,4 +1,4 @@
-"""What a verb that wants a whole log says of a stream."""
+"""What a verb that needs a finished log says of a stream."""
 
 from __future__ import annotations
 

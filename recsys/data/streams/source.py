@@ -48,7 +48,7 @@ class StreamSource(Companion):
         batch: samples of one global batch.
         directory: of the run: where the stream began is kept there, for a run that is killed before its first
             checkpoint.
-        rank, ranks: every process reads the whole stream and takes its rows of each batch.
+        rank, ranks: every process reads all of the stream and takes its rows of each batch.
     """
 
     name, columns, ends = "stream", ("ids", "numbers", "labels"), True

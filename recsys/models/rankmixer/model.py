@@ -71,7 +71,7 @@ class RankMixerSettings(RankerSettings):
     norm: bool = True
     """Ablation: false leaves layer norm out."""
     op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
-    """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
+    """What tensor parallelism shards: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
     """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
 

@@ -99,7 +99,7 @@ class SeparatedBlock(TwoSidedBlock):
         return self.half(s_gND, self.network_group, self.add_candidate, None)
 
     def masked(self, x_TBD: Tensor) -> tuple:
-        """(x_TBD, penalties): the same by masks on whole tensors."""
+        """(x_TBD, penalties): the same by masks on full tensors."""
         c_u, s_TBD = self.counts[0], x_TBD
         source = x_TBD[:c_u, :, :self.rows]
         if self.mixes:
@@ -115,7 +115,7 @@ class SeparatedBlock(TwoSidedBlock):
 
 
 class TwoSidedSliceTokenizer(nn.Cell):
-    """Each side's concatenation cut into equal slices, one a token (RankMixer eq. 2)."""
+    """Each side's concatenation split into equal slices, one a token (RankMixer eq. 2)."""
 
     components: tuple = ()
 

@@ -161,7 +161,7 @@ class SeparatedBlock(TwoSidedBlock):
     # -- with masks ---------------------------------------------------------------------------------------------------
 
     def masked(self, x_TBD: Tensor) -> tuple:
-        """(x_TBD, ()): the same by masks on whole tensors; the only form that runs without one of them."""
+        """(x_TBD, ()): the same by masks on full tensors; the only form that runs without one of them."""
         c_u, h_u = self.counts[0], self.heads[0]
         h_HBM = self.mixing.masked(self.entering(x_TBD))
         y_TBD = self.reverting.masked(self.masked_mixed(h_HBM))
