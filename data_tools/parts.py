@@ -220,7 +220,7 @@ def digest_of(value: Any) -> str:
 
 
 def split_identity(split: Split) -> list[Any]:
-    """What tells this part of this state of the file from any other."""
+    """Identity of this part of this state of the file."""
     status = os.stat(split.path)
     return [*asdict(split).values(), status.st_size, status.st_mtime_ns]
 

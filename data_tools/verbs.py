@@ -120,7 +120,7 @@ def run_step_verb(name: str, settings: DataSettings, arguments: argparse.Namespa
 def run_all(settings: DataSettings, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run`: all steps and the report."""
     settings = apply_flags(settings, arguments)
-    plan_splits(arguments.input, settings.read)  # a wrong input is told before anything is written
+    plan_splits(arguments.input, settings.read)  # a wrong input is reported before anything is written
     claim_output(arguments.output, "run")
     started = time.perf_counter()
     with open_engine(settings.engine) as engine:

@@ -187,7 +187,7 @@ def run_command(command: list[str], runner: Callable[..., subprocess.CompletedPr
     """Runs `python -m ...` with stderr passed on; returns the JSON object of the last line of stdout.
 
     Raises:
-        UserError: the command failed; it has told the user why.
+        UserError: the command failed; it has shown the user why.
     """
     done = runner([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, env=os.environ.copy())
     if done.returncode == 130 or done.returncode < 0:

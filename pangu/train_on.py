@@ -24,16 +24,16 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     Args:
         settings: a `pangu.settings.Run`.
         backend: this process.
-        figures: what the task tells of the network (not needed here).
+        figures: figures of the network (not needed here).
 
     Raises:
         UserError: records that are missing, damaged or do not fit the model, and see `Trainer.run`.
     """
     training, validation = sources(settings, backend.share)
-    told = Trainer(backend, run_of(settings, training, validation, backend.ranks)).run()
+    result = Trainer(backend, run_of(settings, training, validation, backend.ranks)).run()
     if backend.rank == 0:
-        table("Trained", ["figure", "value"], told.items())
-    return told
+        table("Trained", ["figure", "value"], result.items())
+    return result
 
 
 def run_of(settings: RunSettings, training: PackedDataset, validation: PackedDataset | None, ranks: int = 1) -> Run:

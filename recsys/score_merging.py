@@ -24,7 +24,7 @@ class RankScores:
         self.backend, (self.part, self.parts) = backend, backend.share
 
     def whole(self, own: np.ndarray | None, shape: tuple[int, int], start: int) -> np.ndarray:
-        """float32 [rows, K] of which this rank tells `own` from row `start` on; None: another rank tells its rows.
+        """float32 [rows, K] of which this rank gives `own` from row `start` on; None: another rank gives its rows.
         Every rank calls it with the same shape."""
         result = np.zeros(shape, np.float32)
         if own is not None:
@@ -48,6 +48,6 @@ class RankScores:
         if self.backend.ranks == 1:
             return scores, labels
         rows, tasks = len(labels) * self.parts, labels.shape[1]
-        told = None if scores is None else np.concatenate([scores, labels], 1)
-        found = self.whole(told, (rows, 2 * tasks), self.part * len(labels))
+        own = None if scores is None else np.concatenate([scores, labels], 1)
+        found = self.whole(own, (rows, 2 * tasks), self.part * len(labels))
         return found[:, :tasks], found[:, tasks:]

@@ -79,7 +79,7 @@ class _Worker:
 
     def give(self, number: int, function: Callable, item: Any) -> None:
         self.number = number
-        with contextlib.suppress(OSError):  # it died: its pipe tells so when it is read
+        with contextlib.suppress(OSError):  # it died: its pipe shows it when it is read
             self.pipe.send((function, item))
 
     def stop(self) -> None:

@@ -17,7 +17,8 @@ _BATCH_ROWS = 256
 
 
 def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
-    """Ranges of row groups of about `split_bytes` compressed bytes; a damaged file is one part (and told when read)."""
+    """Ranges of row groups of about `split_bytes` compressed bytes; a damaged file is one part (and reported when
+    read)."""
     from pyarrow import parquet
 
     try:

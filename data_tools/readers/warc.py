@@ -112,6 +112,6 @@ def _check_length(record: Any, number: int) -> None:
 
 def _content_type(record: Any) -> str:
     if record.http_headers is not None:
-        # Servers that say nothing mostly mean HTML; its first bytes tell.
+        # Servers that say nothing mostly mean HTML; its first bytes decide.
         return (record.http_headers.get_header("Content-Type") or _UNTYPED).lower()
     return (record.rec_headers.get_header("Content-Type") or "").lower()

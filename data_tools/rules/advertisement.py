@@ -1,4 +1,4 @@
-"""Rule 6: documents that contain advertisements, told by keywords, are removed."""
+"""Rule 6: documents that contain advertisements, recognised by keywords, are removed."""
 
 from __future__ import annotations
 

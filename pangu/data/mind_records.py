@@ -131,7 +131,7 @@ class MindRecords:
         return ds.MindDataset(self._files, columns_list=[COLUMN], shuffle=False).get_dataset_size()
 
     def _guarded(self, call: Any) -> Any:
-        """`call()`, with what MindRecord throws at a damaged file told as a user's error."""
+        """`call()`, with what MindRecord throws at a damaged file as a user's error."""
         try:
             return call()
         except (RuntimeError, ValueError, TypeError) as error:

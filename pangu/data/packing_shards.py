@@ -212,7 +212,7 @@ class Shard:
         return writer
 
     def _call(self, function: Callable, *arguments: Any) -> None:
-        """Calls the MindRecord writer, whose errors are all RuntimeError, and tells a full disk from the rest."""
+        """Calls the MindRecord writer, whose errors are all RuntimeError, and separates a full disk from the rest."""
         try:
             function(*arguments)
         except RuntimeError as error:

@@ -198,7 +198,7 @@ def _read_model(path: Path) -> bytes:
 
 
 def _load_model(content: bytes, path: Path):
-    """A SentencePiece processor; a file that is no such model is told in one line."""
+    """A SentencePiece processor; a file that is no such model is reported in one line."""
     import sentencepiece
 
     sentencepiece.set_min_log_level(3)

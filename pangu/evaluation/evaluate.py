@@ -270,7 +270,7 @@ def judge(task: TaskSettings, instances: list[Instance], answers: list[Any]) -> 
             row |= {"scores": [nll], "prediction": 0, "tokens": len(instance.requests[0][1]), "perplexity": nll,
                     "accuracy": float(greedy)}
         else:
-            # Equal scores are told apart by the word, so the order of the candidates has no influence.
+            # Equal scores are ordered by the word, so the order of the candidates has no influence.
             best = min(range(len(answer)), key=lambda index: (answer[index], instance.candidates[index]))
             row |= {"scores": answer, "prediction": best, "candidates": instance.candidates}
         rows.append(row)

@@ -1,4 +1,4 @@
-"""A few-shot task: what its YAML under pangu/tasks/ says, where its data lie, and its records.
+"""A few-shot task: what its YAML under pangu/tasks/ says, where its data are, and its records.
 
 A record is a dict with an `id` and the fields that the templates name; a reader (a module `pangu/tasks/<reader>.py`
 with `read(path)`) makes records of a published file format. Sources: PanGu-alpha (arXiv 2104.12369) section 5.2 and

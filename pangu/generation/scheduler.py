@@ -65,7 +65,7 @@ class Sequence:
         self.cached: int | None = None
         """Tokens of the prompt that were found in the cache when the sequence first joined."""
         self.number = -1
-        self.told = False
+        self.reported = False
 
     @property
     def done(self) -> bool:
@@ -351,8 +351,8 @@ class Scheduler:
             sequence = part.sequence
             if not part.ends:
                 continue
-            if not sequence.told:
-                sequence.told = True
+            if not sequence.reported:
+                sequence.reported = True
                 sequence.read(sequence.cached or 0, sequence.scores)
             if not sequence.done:
                 choosing.append((sequence, row))

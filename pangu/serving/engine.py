@@ -41,14 +41,14 @@ _SEED_BITS = 64
 
 
 class _Running(Sequence):
-    """A request in the scheduler, which tells its handle what happens."""
+    """A request in the scheduler, which informs its handle of what happens."""
 
     def __init__(self, handle: Handle, stop_ids: frozenset[int], room: int, sampler: Sampler) -> None:
         params = handle.request.params
         super().__init__(handle.request.prompt_ids, sampler, params.logprobs, params.prompt_logprobs)
         self.handle, self.stop_ids, self.room = handle, stop_ids, room
         self.events: list[Event] = []
-        """What the handle is told once the step is over, when its blocks are free if this is the end."""
+        """What the handle is given once the step is over, when its blocks are free if this is the end."""
         self.generated = 0
         self.reason: FinishReason | None = None
 
@@ -266,7 +266,7 @@ class BatchingEngine:
             return
         try:
             went_on = scheduler.step()
-        except Exception as error:  # a defect of ours must not end the thread: those it holds are told
+        except Exception as error:  # a defect must not end the thread: those it holds are informed
             traceback.print_exc()
             with self._wake:
                 for sequence in [*scheduler.running, *scheduler.waiting]:

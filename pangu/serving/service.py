@@ -110,7 +110,7 @@ def _request(prompt: Prompt, ask: Ask, sample: int, number: str) -> EngineReques
 
 
 def _refusal(error: BaseException) -> BaseException:
-    """What a client is told about an error of the engine; anything else unchanged."""
+    """What a client is sent about an error of the engine; anything else unchanged."""
     if isinstance(error, QueueFull):
         return Refusal(TOO_MANY, f"{error.what}: {error.value} requests wait", kind="rate_limit_error",
                        code="queue_full", retry_after=error.retry_after)
@@ -130,7 +130,7 @@ class Answer:
         ask: the request.
         shape: of its JSON.
         texts: of ids.
-        metrics: told of every sequence.
+        metrics: counts every sequence.
     """
 
     def __init__(self, ask: Ask, shape: CompletionShape, texts: Texts, metrics: Metrics) -> None:

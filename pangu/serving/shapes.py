@@ -59,7 +59,7 @@ class CompletionShape:
         return []
 
     def chunks(self, index: int, delta: TextDelta) -> list[dict[str, Any]]:
-        """The choices, one an event, that tell a piece."""
+        """The choices of a delta, one an event."""
         return [self._choice(index, delta)]
 
     def event(self, choices: list[dict], usage: Usage | None = None, include_usage: bool = False) -> dict[str, Any]:

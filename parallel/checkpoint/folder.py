@@ -53,8 +53,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def newest_undamaged(found: Sequence[Path], damaged: Callable[[Path], UserError | None] | None = None) -> Path:
-    """The last of `found` that is not damaged; each one that is passed over is told. `damaged` looks for what is wrong;
-    None = `damage`.
+    """The last of `found` that is not damaged; each one that is passed over is reported. `damaged` looks for what is
+    wrong; None = `damage`.
 
     Raises:
         UserError: all are damaged (what is wrong with the newest).

@@ -13,7 +13,7 @@ from parallel.common.folders import sweep
 def good_checkpoint(directory: str | Path) -> Path | None:
     """The newest checkpoint of `directory` all of whose data are what was written; None if there is none at all.
 
-    Reads every byte of the newest (and of older ones as long as the newer are damaged). Each damaged one is told on
+    Reads every byte of the newest (and of older ones as long as the newer are damaged). Each damaged one is reported on
     stderr with what is wrong and what is taken instead. What killed processes left half-made there is removed first.
 
     Raises:

@@ -140,7 +140,7 @@ def write_strategy(path: str | Path, layouts: dict[str, SliceLayout]) -> None:
     """
     stages = sorted({stage for layout in layouts.values() for stage in layout.stages})
     matrix = next(iter(layouts.values())).matrix
-    # MindSpore calls a file without strategies of operators empty: one a stage tells the stage's number.
+    # MindSpore calls a file without strategies of operators empty: one a stage gives the stage's number.
     degree = wire.field(1, b"".join(wire.field(1, size) for size in matrix))
     items = [wire.field(1, 1)]
     items += [wire.field(2, wire.field(1, f"stage_{stage}".encode())

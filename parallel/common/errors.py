@@ -12,7 +12,7 @@ _LONGEST_LINE = 4000
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us (a key, a file, a size), told in one line.
+    """A mistake in what the user gave (a key, a file, a size), reported in one line.
 
     Args:
         what: what is wrong, as a short statement.

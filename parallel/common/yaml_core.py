@@ -1,7 +1,7 @@
 """YAML as version 1.2's core schema reads it (https://yaml.org/spec/1.2.2/#103-core-schema), bounded.
 
 A plain scalar that YAML 1.1 and 1.2 read as different values (`010`, `1_000`, `yes`, `2024-01-31`) is refused with a
-hint to quote it: whoever wrote it meant one of the two, and nobody can tell which. `1:30` is text. The parser is
+hint to quote it: whoever wrote it meant one of the two, and nobody can know which. `1:30` is text. The parser is
 PyYAML's; no object of Python's is ever built. Nesting, length of numbers and what aliases add up to are bounded before
 any value is made.
 """

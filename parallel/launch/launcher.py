@@ -70,7 +70,7 @@ class Launcher:
                 self._start()
             # Ranks watch over their parent themselves; the scheduler is MindSpore's own program.
             if self.signalled is not False:
-                self._forward(self.signalled, None)  # it came before there was anybody to tell
+                self._forward(self.signalled, None)  # it came before there was a process to forward it to
             guard = start_guard([item.pid for item in [*self.processes.values(), self.scheduler] if item is not None])
             first = self.plan.node_rank * self.plan.local
             info(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
@@ -107,7 +107,7 @@ class Launcher:
 
     def _first_failure(self) -> tuple[int, int]:
         """(rank, exit code) of the rank that took the others with it: when one ends, the rest fail soon after for want
-        of it. A killed one comes first, then one that told an error of the user's."""
+        of it. A killed one comes first, then one that reported an error of the user's."""
         deadline = time.monotonic() + _COLLECT_SECONDS
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes.values()):
             time.sleep(_POLL_SECONDS)
@@ -144,9 +144,9 @@ class Launcher:
 
     def _report(self, failed: tuple[int, int] | None) -> dict[str, Any]:
         rank, code = failed if failed is not None else (None, 0)
-        told = self._reported_error(rank) if code == _USER_ERROR else None
-        if told is not None:
-            info(f"{told} (rank {rank} of {self.plan.ranks}; the other ranks were ended)")
+        error = self._reported_error(rank) if code == _USER_ERROR else None
+        if error is not None:
+            info(f"{error} (rank {rank} of {self.plan.ranks}; the other ranks were ended)")
         elif failed is not None:
             name = "the scheduler" if rank == -1 else f"rank {rank}"
             log = self.logs / "scheduler.log" if rank == -1 else self.log(rank)
@@ -191,7 +191,7 @@ class MsrunLauncher(Launcher):
 
 
 class TorchLauncher(Launcher):
-    """Ranks of torch, each told by variables who it is and where they meet, as torchrun does."""
+    """Ranks of torch, each given its rank by variables and their meeting point, as torchrun does."""
 
     def _start(self) -> None:
         plan, cores = self.plan, len(os.sched_getaffinity(0))
@@ -223,7 +223,7 @@ class _Follower:
                 stopping = self._stop.is_set()
                 text = file.readline()
                 if text:
-                    # Its own errors are told by the launcher, in a line.
+                    # Its own errors are reported by the launcher, in a line.
                     if not text.startswith("error: "):
                         sys.stderr.write(text)
                         sys.stderr.flush()
@@ -250,7 +250,7 @@ class _quiet_stdout:
 
 @contextmanager
 def _kept_environment() -> Iterator[None]:
-    """msrun tells the processes who they are by this process's own variables: they go once the processes have them, so
+    """msrun gives the processes their ranks by this process's own variables: they go once the processes have them, so
     that what this process starts later is no worker."""
     before = dict(os.environ)
     try:

@@ -175,7 +175,7 @@ class FusedSparseExperts(nn.Cell):
         super().__init__()
         kernels = Kernels(path, "sparse_experts", 8, 4, _kept_of_experts,
                           mstype.float32, mstype.int32, mstype.float32, mstype.float32)
-        # How many are chosen is said by a shape, which kernels and shape functions both see.
+        # How many are chosen is given by a shape, which kernels and shape functions both see.
         constants = Tensor(np.zeros(chosen, np.float32)), Tensor(np.array([alpha], np.float32))
         self.network = Network(kernels, *constants)
 

@@ -39,7 +39,7 @@ def _library() -> Path | None:
 
 
 def library() -> Path | None:
-    """The shared object with the kernel; None (said once) where it cannot be built or PANGU_KERNELS=0 forbids it."""
+    """The shared object with the kernel; None (logged once) where it cannot be built or PANGU_KERNELS=0 forbids it."""
     return None if os.environ.get("PANGU_KERNELS", "1") == "0" else _library()
 
 

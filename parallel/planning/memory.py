@@ -3,7 +3,7 @@
 `parallel.planning.cost` knows one micro-batch of every unit; here units are put on stages and the choices that come on
 top are added: pipeline, micro-batches, recomputation, optimizer parallelism. The figures mean what the dry run's mean
 (`parallel.proof.dryrun.accounting`), so the two can be held against each other; two kinds that a graph
-before memory planning does not show are told apart from them: copies of weights in the compute type, and communication
+before memory planning does not show are listed apart: copies of weights in the compute type, and communication
 buffers.
 """
 
@@ -334,5 +334,5 @@ def _norm(figures: Stage, mesh: Mesh, config: ParallelConfig) -> None:
         figures.collectives[Collective("AllReduce", mesh.everything, _SCALAR, "norm", "forward", "norm")] += 1
     if config.pipeline.stages > 1:
         figures.collectives[Collective("AllReduce", (), _SCALAR, "norm", "forward", "norm")] += 1
-        # The last stage tells the others loss and weight.
+        # The last stage sends the others loss and weight.
         figures.collectives[Collective("AllReduce", (), 2 * _SCALAR, "pipeline", "forward", "loss")] += 1

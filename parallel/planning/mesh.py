@@ -3,7 +3,7 @@
 The ranks of a stage are numbered data-major: rank = data coordinate x op + op coordinate. MindSpore derives the
 device matrix of every primitive from its strategy, dims in order, the first one outermost, and what is left over
 repeats on the inside. So `("batch", "width")` shards the batch over data and the width over op. Where a dim that op
-shards stands before the batch (a ranker's tokens), the layers tell the mesh themselves, and the planner reads the same
+shards stands before the batch (a ranker's tokens), the layers name the mesh themselves, and the planner reads the same
 places. To compare layouts the mesh is split into factors.
 """
 
@@ -51,7 +51,7 @@ class Mesh:
     def place(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Factors of each named axis of one primitive, given in the order of its device matrix."""
         if {"feature_tokens", "experts"} & set(names):
-            # Here the layers tell the mesh itself (`Axes.strategy`).
+            # Here the layers name the mesh itself (`Axes.strategy`).
             return {name: self._named_factors(name) for name in names}
         taken, placed = 0, {}
         for name in names:

@@ -85,7 +85,7 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
         config: YAML file of a run.
         overrides: key.sub=value.
         processes: that compile at once.
-        kinds: which graphs; None = step, loss, and scores where the model can tell them.
+        kinds: which graphs; None = step, loss, and scores where the model has them.
         compilers: what compiles; None = started here.
 
     Raises:

@@ -157,7 +157,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         body = json.dumps(self.shape(refusal)).encode()
-        # In the middle of another answer nothing can be said.
+        # In the middle of another answer nothing can be sent.
         if self.cycle is None or self.cycle.response_complete:
             head = f"content-type: application/json\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
             self.transport.write(STATUS_LINE[refusal.status] + head.encode() + body)

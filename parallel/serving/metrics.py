@@ -1,4 +1,4 @@
-"""What every server tells Prometheus, in a registry of its own."""
+"""Metrics of every server for Prometheus, in a registry of its own."""
 
 from __future__ import annotations
 

@@ -132,5 +132,5 @@ def answer(waiting: Waiting, result: Any = None, error: BaseException | None = N
 def _finish(done: Future, change: Callable[[], Any]) -> None:
     try:
         done.set_result(change())
-    except BaseException as error:  # noqa: BLE001 - the one who asked for the change is told
+    except BaseException as error:  # noqa: BLE001 - the one who asked for the change gets it
         done.set_exception(error)

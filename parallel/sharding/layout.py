@@ -73,7 +73,7 @@ class Axes:
         """MindSpore's strategy: a tuple of ways for each operand, or a `Layout` where numbers would not do.
 
         From numbers MindSpore lays devices out in the order of the dims: the first sharded dim gets the slowest axis. A
-        ranker's tensors have the tokens (op) before the batch (data), so there the mesh must be told.
+        ranker's tensors have the tokens (op) before the batch (data), so there the mesh must be named.
         """
         if any("feature_tokens" in operand or "experts" in operand for operand in operands):
             return tuple(self.mesh(*(self._place(name) for name in operand)) for operand in operands)

@@ -1,7 +1,7 @@
 """`parallelize(network, config)`: everything that shards a network; the model's own code stays untouched.
 
 Layouts come from the layers (`parallel.sharding.layout`); this adds pipeline stages, recomputation, gradient fusion and
-the sharing of parameters between stages. A network may say more about itself than that it is a cell:
+the sharing of parameters between stages. A network may declare more about itself than that it is a cell:
 
     pipeline_cells() -> [before, layer, layer, ..., after]: cells in the order of the forward pass; each may be a list,
         in which a layer comes first and what it alone needs follows

@@ -22,7 +22,7 @@ def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attenti
 
     Args:
         graph: a training or loss graph.
-        causal: attention's mask is known to be causal: no documents are told apart (`documents_input`).
+        causal: attention's mask is known to be causal: documents are not separated (`documents_input`).
         early: see `Editor.graph`.
         attention: whether attention is fused at all.
         free: see `Editor.graph`.

@@ -385,8 +385,8 @@ class Writer:
 
 def structure(graph: Graph) -> str:
     """Hash of a graph's nodes without the constants' values."""
-    told = [[node.op, node.inputs, [(kind.shape, kind.dtype) for kind in node.outputs]] for node in graph.nodes]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    lines = [[node.op, node.inputs, [(kind.shape, kind.dtype) for kind in node.outputs]] for node in graph.nodes]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]
 
 
 def _zipped(data: bytes) -> bytes:

@@ -108,9 +108,9 @@ class TorchStep:
         self.copies_are_old = True
         names = ("loss", "global_norm", "finite", "loss_scale", "learning_rate")
         # One transfer for all five.
-        told = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
-                            for item in results]).tolist()
-        return {**dict(zip(names, told, strict=True)), "finite": bool(told[2])}
+        scalars = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
+                               for item in results]).tolist()
+        return {**dict(zip(names, scalars, strict=True)), "finite": bool(scalars[2])}
 
     def loss(self, batch: Sequence[np.ndarray]) -> tuple[float, float]:
         """(loss x weight, weight) of the whole batch on one rank, (0, 0) on the others. See `Backend.loss`."""
@@ -122,7 +122,7 @@ class TorchStep:
         return mean * weight, weight
 
     def scores(self, batch: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Probabilities [rows, tasks] of this rank's rows; None where another rank tells them. See `Backend.scores`."""
+        """Probabilities [rows, tasks] of this rank's rows; None where another rank has them. See `Backend.scores`."""
         self._refresh_copies()
         result = self.run("scores", batch)
         if not self.is_last or self.own.op:

@@ -85,7 +85,7 @@ class MetricsLog:
 
 
 class _Events:
-    """A TensorBoard event file, written where it is called: the thread of `SummaryWriter` could tell of a full disk by
+    """A TensorBoard event file, written where it is called: the thread of `SummaryWriter` could report a full disk by
     a traceback only.
 
     Args:

@@ -25,7 +25,7 @@ from parallel.training.settings import LossScaleSettings, TrainSettings
 
 
 def enable_weighted_loss(network: nn.Cell) -> bool:
-    """Makes a network that can tell its weight return (loss, weight); whether it can."""
+    """Makes a network that has a weight return (loss, weight); whether it can."""
     if not isinstance(network, Trainable) or not network.can_weigh:
         return False
     network.weighted = True

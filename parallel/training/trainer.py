@@ -35,7 +35,7 @@ from parallel.training.validation import Validation
 
 @dataclass
 class Run:
-    """What is trained on and what is told about it; the same on every backend.
+    """What is trained on and what is reported about it; the same on every backend.
 
     Args:
         source: training batches, this process's rows (`Backend.share`).
@@ -150,7 +150,7 @@ class Trainer:
         self.save()
 
     def _outputs(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(steps done, what the last of them told) until the run's last step."""
+        """(steps done, results of the last of them) until the run's last step."""
         if self.settings.data_sink:
             yield from self._sunk_outputs()
             return

@@ -150,7 +150,7 @@ def _map(directory: Path, data: DataSettings, embedding_size: int) -> Log:
     hint = f"delete {directory}"
     header = read_json(directory / "log.json", sealed=True, hint=hint)
     if skipped := header["report"]["skipped"]:
-        # Told by every run, not only by the one that encoded the log.
+        # Reported by every run, not only by the one that encoded the log.
         info("rows skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))
     vocabulary = Vocabulary.load(directory / "vocabulary.json")
     features = features_of(data)

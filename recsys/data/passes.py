@@ -64,7 +64,7 @@ class Passes:
         data: `recsys.settings.DataSettings`.
         source: its reader.
         encoder: of its rows; collects the report.
-        unit: go over this piece alone, which stands where it says.
+        unit: read this unit alone, at the rank that it has.
     """
 
     def __init__(self, data: Any, source: Reader, encoder: Encoder, unit: Unit | None = None) -> None:
@@ -156,7 +156,7 @@ class Passes:
                 file.close()
         finally:
             for file in files.values():
-                with contextlib.suppress(OSError):  # of a full disk, which has been told
+                with contextlib.suppress(OSError):  # of a full disk, which has been reported
                     file.close()
         return Written(counts, sums)
 
@@ -170,7 +170,7 @@ def units_of(data: Any, by: str) -> list[Unit]:
 
 
 def rank(units: list[Unit], rows: list[int], times: list[np.ndarray] | None) -> None:
-    """Tells units where they stand: by the numbers of their rows, or by times (NaN: a bad row, which has no rank)."""
+    """Ranks units: by the numbers of their rows, or by times (NaN: a bad row, which has no rank)."""
     begins = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
     order, total = None, int(begins[-1])
     if times is not None:

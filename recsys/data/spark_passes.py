@@ -1,6 +1,6 @@
 """The passes over a log on Spark: row for row what one machine finds and writes.
 
-Each file is a task. The driver asks for rows (and times), tells every file where it stands, merges what the files
+Each file is a task. The driver asks for rows (and times), gives every file its rank, merges what the files
 hold in their order, and puts their encoded rows one after the other. The log and `data.cache` must be visible to all
 workers.
 """

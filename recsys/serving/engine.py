@@ -242,7 +242,7 @@ class Engine:
         begun = time.perf_counter()
         try:
             results = self.scorer.score([one.item for one in batch])
-        except Exception as error:  # a defect of ours must not end the thread: those who wait are told
+        except Exception as error:  # a defect must not end the thread: those who wait are informed
             for one in batch:
                 answer(one, error=error)
             return

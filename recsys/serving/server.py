@@ -200,10 +200,10 @@ class Service:
 
     async def everywhere(self, call: str, name: str | None = None) -> dict:
         """`control` here, and then by the other workers."""
-        told = await self.control(call, name)
+        answer = await self.control(call, name)
         if self.peers is not None:
             await self.peers.tell_all({"call": call, "name": name})
-        return told
+        return answer
 
     async def control(self, call: str, name: str | None) -> dict:
         """Reloads ("reload"), or pins, goes back or lets go ("pin", "rollback", "unpin"), in this process.
@@ -268,7 +268,8 @@ def _object(raw: bytes, most: int, kind: int) -> Any:
 
 
 def user_of(raw: bytes, kind: int, trained: Any, most: int) -> Any:
-    """What tells a request's user: the id, where the run's `data.user` is in it, else all that it says of the user."""
+    """What identifies a request's user: the id, where the run's `data.user` is in it, else all that it says of the
+    user."""
     body = _object(raw, most, kind)
     user = body.get("user") if isinstance(body, dict) else None
     if not isinstance(user, dict):
@@ -357,7 +358,7 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
         service.peers = Peers(place, service.rank, service.control)
     if current is not None:
         service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
-    said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
-    serve(application(service), listener, settings, one_line, lambda: info(said))
+    line = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
+    serve(application(service), listener, settings, one_line, lambda: info(line))
     service.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}

@@ -48,7 +48,7 @@ class WorkerAddress:
 
     @classmethod
     def mine(cls) -> WorkerAddress | None:
-        """As the parent said; None in a process that serves alone, and in the parent."""
+        """As the parent passed it; None in a process that serves alone, and in the parent."""
         text = os.environ.get(_VARIABLE)
         return cls(*parse_json(text)) if text else None
 
@@ -82,7 +82,7 @@ def shared_listener(settings: HttpSettings, port: int | None = None) -> socket.s
 # ---------------------------------------------------------------- the parent
 
 
-def run_workers(settings: Any, said: str) -> dict:
+def run_workers(settings: Any, summary: str) -> dict:
     """Starts the workers, starts one anew that dies, and ends them at SIGTERM or SIGINT."""
     _nobody_listens(settings)
     listener = shared_listener(settings)  # never listens: it keeps the port
@@ -96,7 +96,7 @@ def run_workers(settings: Any, said: str) -> dict:
         signal.signal(number, end)
     with tempfile.TemporaryDirectory(prefix="ranker-") as folder:
         workers = [_start(index, settings.workers, folder, port) for index in range(settings.workers)]
-        info(f"{settings.workers} processes {said}")
+        info(f"{settings.workers} processes {summary}")
         try:
             while not ending:
                 for index, worker in enumerate(workers):

@@ -50,14 +50,14 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     if backend.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     trainer = Trainer(backend, run_of(settings, figures, batches, ranks=backend.ranks, evaluate=[best]))
-    told = trainer.run()
+    result = trainer.run()
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else log.parts["validation"]
-    told = with_test(told, RanksEvaluation(backend, test, log.labels, plan, batch)(trainer.iteration))
-    told |= {"best_step": best.step, **sizes(figures), **attainable_auc(settings, log)}
+    result = with_test(result, RanksEvaluation(backend, test, log.labels, plan, batch)(trainer.iteration))
+    result |= {"best_step": best.step, **sizes(figures), **attainable_auc(settings, log)}
     if backend.rank == 0:
-        table("Trained", ["figure", "value"], told.items())
-    return told
+        table("Trained", ["figure", "value"], result.items())
+    return result
 
 
 def compares(settings: RunSettings) -> bool:
@@ -74,7 +74,7 @@ def prepared(settings: RunSettings, backend: Backend) -> Log:
 
 
 def run_of(settings: RunSettings, counted: dict[str, Any], batches: Any, *, ranks: int = 1, **more: Any) -> Run:
-    """The run of a ranker for the trainer; `counted` tells its FLOPs."""
+    """The run of a ranker for the trainer; `counted` has its FLOPs."""
     samples = settings.train.global_batch_size
     return Run(batches, settings.train, settings.output, units="samples", units_per_step=samples,
                flops_per_step=3.0 * counted["flops_per_sample"] * samples, describe=settings.model_dump(mode="json"),

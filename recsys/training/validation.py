@@ -87,7 +87,7 @@ class RanksEvaluation:
             yield labels[:real], self.merged(own)[:real].astype(np.float64), users
 
     def merged(self, own: np.ndarray | None) -> np.ndarray:
-        """float32 [batch, tasks] of the rows that the processes tell; what one alone tells comes back exactly."""
+        """float32 [batch, tasks] of the rows that the processes give; what one alone gives comes back exactly."""
         return RankScores(self.backend).whole(own, (self.batch, len(self.labels)), self.mine.start)
 
 
@@ -114,7 +114,7 @@ class Best:
             self._remember(found[-1])
 
     def _remember(self, path: Path) -> None:
-        """What was best before; damage is told, since the run then takes the next validation for the best."""
+        """What was best before; damage is reported, since the run then takes the next validation for the best."""
         if (error := damage(path)) is not None:
             if self.rank == 0:
                 info(f"note: the best parameters of the run cannot be read and are looked for anew: {error}")

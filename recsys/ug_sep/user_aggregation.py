@@ -29,7 +29,7 @@ BUCKETS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 def distinct_users(ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids_Rm, numbers_Rn, index_B): rows with equal columns once each, R filled up to a bucket.
 
-    Rows are compared bit by bit, so users are told apart by what the model sees of them, not by an id.
+    Rows are compared bit by bit, so users are distinguished by what the model sees of them, not by an id.
     """
     joined = np.concatenate([ids, np.ascontiguousarray(numbers, np.float32).view(np.int32)], axis=1, dtype=np.int32)
     keys = np.ascontiguousarray(joined).view(np.dtype((np.void, joined.shape[1] * 4))).reshape(-1)

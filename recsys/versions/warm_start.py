@@ -1,6 +1,6 @@
 """A ranker with other features from an old checkpoint: parameters by name, rows of tables by value, columns of the
 first matrices by feature. What a new feature feeds starts at 0 there, so where features are only added (to groups that
-were there) the new model says at first what the old one said."""
+were there) the new model predicts at first what the old one did."""
 
 from __future__ import annotations
 

@@ -103,17 +103,17 @@ def kept(file: str | None) -> dict[tuple[str, str], object]:
 
 
 def keep(file: str | None, model: str, cell) -> None:
-    """Appends a finished replay to the file, and tells it."""
+    """Appends a finished replay to the file, and prints it."""
     row = {"model": model, "layout": cell.layout.name, "figures": cell.figures, "digest": cell.digest,
            "refused": cell.refused}
     if file:
         with Path(file).open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
     figures = cell.figures or {}
-    told = cell.refused or "{} ranks, {}, loss {:.1e}, parameters {:.1e}".format(
+    line = cell.refused or "{} ranks, {}, loss {:.1e}, parameters {:.1e}".format(
         figures["world"], "equal" if figures["equal"] else "DIFFERENT", figures["max_loss_difference"],
         figures["max_parameter_difference"])
-    print(f"{model} {cell.layout.name}: {told}", file=sys.stderr, flush=True)
+    print(f"{model} {cell.layout.name}: {line}", file=sys.stderr, flush=True)
 
 
 def report(cells: dict[tuple[str, str], object], wanted: int) -> int:

@@ -50,7 +50,7 @@ class Side:
 
     Args:
         script: the bench.
-        name: what `serve` is told.
+        name: options of `serve`.
         arguments: further words on its command line.
         python: the interpreter, where another environment has the peer.
     """

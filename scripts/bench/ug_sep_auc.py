@@ -10,7 +10,7 @@ learning rate: unseparated (no mask), separated, and separated with information 
 
 On the generated log a run sees 820,000 samples once, with a falling learning rate, and is tested on 150,000 others:
 with a fifth of them models are still learning what the log is made of, the separated one more slowly (see
-docs/ug_sep.md), and on 12,000 test rows differences of 0.1 % cannot be told from chance.
+docs/ug_sep.md), and on 12,000 test rows differences of 0.1 % cannot be separated from chance.
 
 `--runs` keeps finished runs in a file of JSON lines and reads it when started again; `--minutes` stops beginning new
 ones, so that a table can be made piece by piece. Last line of stdout: JSON with the table; `ratio` is the mean over

@@ -34,7 +34,7 @@ class Kind:
         name: for the counts.
         files: of which one is damaged at a time.
         read: reads all of it; the result stands for the content.
-        sealed: carries digests, so a changed byte must be told or change nothing.
+        sealed: carries digests, so a changed byte must be reported or change nothing.
     """
 
     name: str

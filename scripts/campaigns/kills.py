@@ -83,13 +83,13 @@ def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random) -> 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     job.prepare(folder)
-    told = ""
+    output = ""
     for _ in range(rng.choice((1, 1, 2, 3))):
         process = subprocess.Popen([sys.executable, *job.command(folder)], stdout=subprocess.DEVNULL, cwd=ROOT,
                                    stderr=subprocess.PIPE, text=True, start_new_session=True)
         wait = rng.uniform(0.3, 1.0) * job.seconds
         try:
-            told = process.communicate(timeout=wait)[1]
+            output = process.communicate(timeout=wait)[1]
             break
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -97,8 +97,8 @@ def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random) -> 
             campaign.count(f"kill {job.name}")
     done = subprocess.run([sys.executable, *job.command(folder)], capture_output=True, text=True, timeout=LIMIT,
                           cwd=ROOT)
-    if done.returncode != 0 or "Traceback" in done.stderr + told:
-        campaign.fail(f"kill {job.name}", f"exit code {done.returncode}\n{told[-1000:]}\n{done.stderr[-2500:]}")
+    if done.returncode != 0 or "Traceback" in done.stderr + output:
+        campaign.fail(f"kill {job.name}", f"exit code {done.returncode}\n{output[-1000:]}\n{done.stderr[-2500:]}")
     elif job.result(folder) != job.wanted:
         campaign.fail(f"kill {job.name}", "the resumed run left something else than the uninterrupted one")
     elif left := leftovers(folder):
@@ -197,8 +197,8 @@ while True:
 
 
 def saves(campaign: Campaign, folder: Path, rng: random.Random) -> None:
-    """Kills a process that saves and saves: what was told saved must be there undamaged at the next start, and no more
-    than the kept checkpoints. Half of the runs replace one and the same checkpoint."""
+    """Kills a process that saves and saves: what was reported as saved must be there undamaged at the next start, and
+    no more than the kept checkpoints. Half of the runs replace one and the same checkpoint."""
     done, limit = 0, 3 if campaign.short else 100
     while done < limit and (campaign.short or campaign.more(done, 0)):
         by = done // 10 % 2
@@ -209,9 +209,9 @@ def saves(campaign: Campaign, folder: Path, rng: random.Random) -> None:
         first = process.stdout.readline()
         time.sleep(rng.uniform(0.0, 0.4))
         process.kill()
-        out, told = process.communicate()
-        if not first or "Traceback" in told:
-            campaign.fail("kill save", f"{first}\n{told[-2000:]}")
+        out, output = process.communicate()
+        if not first or "Traceback" in output:
+            campaign.fail("kill save", f"{first}\n{output[-2000:]}")
         lines = [json.loads(line) for line in out.split("\n") if line.endswith("]")]
         saved = [step for what, step in lines if what == "saved"]
         check_saves(campaign, place, saved[-1] if saved else json.loads(first)[1] if first else 0)
@@ -219,8 +219,8 @@ def saves(campaign: Campaign, folder: Path, rng: random.Random) -> None:
         done += 1
 
 
-def check_saves(campaign: Campaign, place: Path, told: int) -> None:
-    """The newest checkpoint is undamaged and at least what was told; nothing lies beside it after a sweep."""
+def check_saves(campaign: Campaign, place: Path, output: int) -> None:
+    """The newest checkpoint is undamaged and at least what was reported; nothing is left beside it after a sweep."""
     from parallel.checkpoint.newest import good_checkpoint
     from parallel.checkpoint.sharded import Slices
 
@@ -230,7 +230,7 @@ def check_saves(campaign: Campaign, place: Path, told: int) -> None:
     except Exception as error:
         campaign.fail("kill save", f"{type(error).__name__}: {error}")
         return
-    if step < told:
-        campaign.fail("kill save", f"step {told} was told saved, and {step} is there")
+    if step < output:
+        campaign.fail("kill save", f"step {output} was reported as saved, and {step} is there")
     if left := leftovers(place):
         campaign.fail("kill save", f"left behind: {left}")

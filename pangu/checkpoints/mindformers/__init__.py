@@ -7,7 +7,7 @@ its text generation pipeline and its Trainer.
 
 The network is `pangu.model.PanGuAlpha` with its own parameter names, so a checkpoint of `pangu train` is one of
 MindFormers. The modules `config`, `model` and `tokenizer` import MindFormers; `register` alone imports them.
-docs/evaluation.md tells what that package lets one do on a CPU.
+docs/evaluation.md lists what that package can do on a CPU.
 """
 
 from __future__ import annotations

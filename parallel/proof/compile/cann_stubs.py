@@ -147,7 +147,7 @@ def _cache_key(main_plugin: Path) -> str:
 
 
 def _is_x86_64(path: Path) -> bool:
-    """The wheel also carries some aarch64 libraries; ELF's machine field (offset 18) tells: 62 is x86-64."""
+    """The wheel also carries some aarch64 libraries; ELF's machine field (offset 18) decides: 62 is x86-64."""
     with open(path, "rb") as file:
         head = file.read(20)
     return head[:4] == b"\x7fELF" and head[18] == 62

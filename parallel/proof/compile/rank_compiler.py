@@ -1,7 +1,7 @@
 """A rank of any cluster, compiled in a process of its own: the Ascend plugin can only be loaded by a fresh process.
 
 The parent starts `python -m parallel.proof.compile.rank_compiler` in the right environment, writes a request
-(JSON) into a folder, tells the child the folder, and finds there `graph.mindir` (the partitioned graph), `layouts.json`
+(JSON) into a folder, gives the child the folder, and finds there `graph.mindir` (the partitioned graph), `layouts.json`
 (how every parameter is sharded), `result.json` and `log.txt`.
 """
 
@@ -56,7 +56,7 @@ class Request:
         compute_dtype: of the matmuls; None = what train.precision says.
         reuse: micro-batches share one copy of the network's graph (see `sharded_step`).
         own_stage: only the layers of the rank's own stage are analysed (see `sharded_step`).
-        graph: "step", the training step; "loss", the loss without gradients; "scores", what a ranker says.
+        graph: "step", the training step; "loss", the loss without gradients; "scores", the predictions of a ranker.
     """
 
     world: int
@@ -169,7 +169,7 @@ class Compilers:
 
 
 class _Server:
-    """One compiling process: it is told folders with requests and answers with exit codes, a line each."""
+    """One compiling process: it is given folders with requests and answers with exit codes, a line each."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
@@ -247,7 +247,7 @@ def main() -> int:
     parent = os.getppid()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but answers goes there
-    with contextlib.suppress(Exception):  # told by the first compile, which has a log
+    with contextlib.suppress(Exception):  # reported by the first compile, which has a log
         _import_early()
     for line in sys.stdin:
         place = Path(line.strip())

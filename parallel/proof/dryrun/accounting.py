@@ -1,4 +1,4 @@
-"""What a compiled rank holds and says to the others: bytes in memory, collectives by purpose and by mesh dimension.
+"""Memory and collectives of one compiled rank: bytes in memory, collectives by purpose and by mesh dimension.
 
 Bytes of a collective are those of the full tensor that it is about: the tensor summed by an AllReduce, the gathered
 result of an AllGather, what goes into a ReduceScatter or an AlltoAll, the tensor sent or received. `wire_bytes` is what
@@ -21,7 +21,7 @@ _GATHERING, _SCATTERING = {"AllGather", "AllGatherV"}, {"ReduceScatter", "Reduce
 _EXCHANGING = {"AlltoAll", "AlltoAllV", "AllToAll", "NeighborExchange", "NeighborExchangeV2"}
 _POINT_TO_POINT = {"Send", "Receive"}
 STAGES_GROUP = "stages_of_"
-"""How the groups are called over which the last stage tells the others the loss."""
+"""Names of the groups over which the last stage sends the others the loss."""
 _MOVING = {"Reshape", "Cast", "Transpose", "Split", "Concat", "StridedSlice", "TupleGetItem", "MakeTuple", "Depend"}
 _SLICE_GATHER = "recompute_slice_allgather"
 COLLECTIVES = {"AllReduce", "Broadcast"} | _GATHERING | _SCATTERING | _EXCHANGING | _POINT_TO_POINT
@@ -136,7 +136,7 @@ def _collective(function: Function, node: Node, times: int, rank: int, config: P
 def _ranks(node: Node, rank: int) -> tuple[int, ...]:
     listed = node.attributes.get("group_rank_ids") or node.attributes.get("rank_list") or []
     ranks = tuple(int(item[0]) if isinstance(item, list) else int(item) for item in listed)
-    if node.op in _POINT_TO_POINT:  # the peer is told by its place in the group
+    if node.op in _POINT_TO_POINT:  # the peer is given by its index in the group
         peer = int(node.attributes.get("dest_rank" if node.op == "Send" else "src_rank", 0))
         return (rank, ranks[peer] if peer < len(ranks) else peer)
     return ranks

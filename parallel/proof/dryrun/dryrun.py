@@ -127,7 +127,7 @@ def distinct_ranks(report: RankReport) -> list[int]:
     kinds: dict[tuple, int] = {}
     for stage, count in enumerate(layers):
         last = stage == len(layers) - 1
-        # What a stage keeps alive under 1f1b depends on its number too, so memory is told for the earliest of a kind.
+        # What a stage keeps alive under 1f1b depends on its number too, so memory is given for the earliest of a kind.
         kinds.setdefault((stage == 0, last, count), stage * per_stage)
     return sorted(kinds.values())
 

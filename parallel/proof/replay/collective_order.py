@@ -2,7 +2,7 @@
 
 A cluster pairs the k-th collective of a group on one rank with the k-th on the others, whatever they are for. Two of
 equal kind and shape in another order on one rank do not hang: the ranks get sums of things that do not belong together.
-So what a collective is for is told by what it computes with: the cells, primitives and parameters behind its operand.
+So what a collective is for follows from what it computes with: the cells, primitives and parameters behind its operand.
 
 Ranks whose collectives are not the same ones (a stage has what another has not) are not judged here: only an order that
 differs among the same collectives is a mistake for certain. So it is with what one rank sends another: the tags are the
@@ -40,7 +40,7 @@ def _groups_order(programs: Sequence[Program]) -> str | None:
     notions.append([{node.name: origin(node) for node in program.nodes} for program in programs])
     for members, calls in sorted(calls_of_groups(programs).items()):
         if set(calls) != set(members) or len({len(nodes) for nodes in calls.values()}) > 1:
-            continue  # the walk tells who waits for whom
+            continue  # the replay shows who waits for whom
         for notion in notions:
             orders = {rank: [notion[rank][node.name] for node in nodes] for rank, nodes in calls.items()}
             first = orders[members[0]]
@@ -66,7 +66,7 @@ def _pairs_order(programs: Sequence[Program]) -> str | None:
     for (sender, receiver, group), sent in sorted(letters["Send"].items()):
         wanted = letters["Receive"].get((sender, receiver, group), [])
         if sorted(tag for tag, _ in sent) != sorted(tag for tag, _ in wanted):
-            continue  # the walk tells what is lost
+            continue  # the replay shows what is lost
         for number, ((one, send), (other, receive)) in enumerate(zip(sent, wanted, strict=True)):
             if one != other:
                 return (f"what rank {sender} sends rank {receiver} comes in another order: number {number} is "
@@ -91,7 +91,7 @@ def origin(node: Node) -> tuple:
 
 
 def purposes(program: Program, constants: bool) -> dict[str, int]:
-    """For every node a number that says what it computes: its place and shape, and those of all nodes behind it.
+    """For every node a number that says what it computes: its origin and shape, and those of all nodes behind it.
 
     Args:
         program: of one rank.

@@ -18,7 +18,7 @@ _REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.m
 
 
 class Deadlock(RuntimeError):
-    """Ranks that would wait for each other for ever; the message tells who waits where."""
+    """Ranks that would wait for each other for ever; the message names who waits where."""
 
 
 @dataclass

@@ -94,8 +94,8 @@ class Wrapper(nn.Cell):
 
 
 class Interleaved(Wrapper):
-    """The loss of one micro-batch as the sum over its parts, so that what the op axis says about one part overlaps the
-    computation of another (`MicroBatchInterleaved`, with slices that stay where they lie).
+    """The loss of one micro-batch as the sum over its parts, so that tensor-parallel communication of one part overlaps
+    the computation of another (`MicroBatchInterleaved`, with slices that stay where they lie).
 
     Args:
         network: `LossAndWeight`.

@@ -91,7 +91,7 @@ class ShardedRun:
 
     @property
     def reports_loss(self) -> bool:
-        """Whether this process tells the loss, which every process of the last stage knows of the global batch."""
+        """Whether this process reports the loss, which every process of the last stage knows of the global batch."""
         return self.processes.rank == (self.config.pipeline.stages - 1) * self.config.data * self.config.op
 
     def give_start_values(self) -> None:
@@ -141,7 +141,7 @@ def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
 
 
 class ForwardLoss(nn.Cell):
-    """The mean loss of a batch, and its weight where the network tells one (else 1): float32 [2]."""
+    """The mean loss of a batch, and its weight where the network has one (else 1): float32 [2]."""
 
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)

@@ -98,7 +98,7 @@ class Topic:
                 self.consumer.seek(self._place(name, offset))
 
     def commit(self, positions: Positions) -> bool:
-        """Tells the group how far the checkpoint is; a refusal is a note, for the checkpoint is what counts."""
+        """Commits the checkpoint's position to the group; a refusal is a note, for the checkpoint is what counts."""
         places = [self._place(name, offset) for name, offset in positions.items() if name in self.at]
         if not places:
             return True
@@ -158,7 +158,7 @@ class Topic:
 
     def _assigned(self, consumer: Any, places: list) -> None:
         """Partitions come: where the group's last checkpoint of them ended, else at their oldest message. This run's
-        own checkpoint may be ahead of what it could still tell the group."""
+        own checkpoint may be ahead of what it could still commit."""
         found = self._patiently(lambda: consumer.committed(places, timeout=self.ask_seconds))
         for place in found:
             place.offset = max(place.offset, self.known.get(str(place.partition), -1))
@@ -172,7 +172,7 @@ class Topic:
         self.take_over(came)
 
     def _revoked(self, consumer: Any, places: list) -> None:
-        """Partitions go; the run that gets them begins at what the group was told last."""
+        """Partitions go; the run that gets them begins at what was last committed."""
         going = {str(place.partition) for place in places}
         self.hand_over(going)
         for name in going:

@@ -80,7 +80,7 @@ class RedisStreams:
         return events
 
     def commit(self, positions: Positions) -> bool:
-        """Nobody to tell: the server keeps no place for us."""
+        """Nothing to commit: the server keeps no position."""
         return True
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class RedisStreams:
     def _patiently(self, call: Any) -> Any:
         """`call()`, again and again while the server is away."""
         away = self.redis.exceptions.ConnectionError, self.redis.exceptions.TimeoutError
-        begun, told = time.monotonic(), False
+        begun, reported = time.monotonic(), False
         while True:
             try:
                 return call()
@@ -142,9 +142,9 @@ class RedisStreams:
                 if time.monotonic() - begun > self.settings.patience_seconds:
                     raise UserError(f"Redis is away: {error}", where="data.stream.redis.url",
                                     hint="start it, or raise data.stream.patience_seconds") from None
-                if not told:
+                if not reported:
                     info(f"Redis is away ({error}); waiting")
-                    told = True
+                    reported = True
                 time.sleep(_RETRY_SECONDS)
             except self.redis.exceptions.ResponseError as error:
                 raise UserError(f"Redis refuses: {error}", where="data.stream.redis") from None

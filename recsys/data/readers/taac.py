@@ -1,4 +1,4 @@
-"""The TAAC layout: parquet whose columns tell their meaning by a prefix, sequences as native lists.
+"""The TAAC layout: parquet whose columns have their meaning in a prefix, sequences as native lists.
 
     user_* context_* item_* cross_*        ids (integers or text), numbers (floating point), sets (lists)
     seq_<name>                             sequences in order of time, newest last

@@ -67,7 +67,7 @@ class Folder:
         return []
 
     def commit(self, positions: Positions) -> bool:
-        """Nobody to tell."""
+        """Nothing to commit."""
         return True
 
     def close(self) -> None:

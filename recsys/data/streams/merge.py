@@ -79,7 +79,7 @@ class Merge:
         return best
 
     def look(self, seconds: float) -> None:
-        """Takes what the transport has, and hears what it tells.
+        """Takes what the transport has, and notices what it reports.
 
         Raises:
             Interrupted: the wait was ended.

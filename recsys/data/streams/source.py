@@ -208,7 +208,7 @@ class StreamSource(Companion):
         self.skipped = Counter(state.get("skipped", {}))
 
     def after_checkpoint(self, step: int) -> None:
-        """Tells the server how far the model is."""
+        """Commits how far the model is."""
         state = self._states.get(step)
         if state is not None and self.rank == 0:
             if self.transport.commit(state["from"]):
