@@ -37,7 +37,7 @@ def apply_flags(settings: DataSettings, arguments: argparse.Namespace) -> DataSe
 
 
 def check_output(inputs: list[str], output: str) -> None:
-    """Refuses an output that is, or lies in, an input folder: the next run would read its own output."""
+    """Refuses an output that is, or is inside, an input folder: the next run would read its own output."""
     place = Path(output).resolve()
     for text in inputs:
         folder = Path(text).resolve()

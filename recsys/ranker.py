@@ -79,7 +79,7 @@ class TaskHeads(nn.Cell):
         width: D.
         hidden: widths of a head's hidden layers.
         tasks: K.
-        sharing: what lies before the heads; None = nothing.
+        sharing: what is before the heads; None = nothing.
     """
 
     def __init__(self, width: int, hidden: list[int], tasks: int, sharing: HeadSettings | None = None) -> None:
@@ -111,7 +111,7 @@ class Ranker(nn.Cell):
 
     Args:
         settings: sizes and choices.
-        spec: features in their places.
+        spec: features with their columns.
         tasks: K.
         compute_dtype: type of the matmuls.
 

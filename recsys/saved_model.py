@@ -33,7 +33,7 @@ class Trained:
         features, columns: of the log.
         vocabulary, spec: how values become rows of the tables.
         model: the network with its values, in inference mode; None where only the rest was asked for.
-        tables: `recsys.tables.host.HostTables`, where they lie on the host.
+        tables: `recsys.tables.host.HostTables`, where they are on the host.
     """
 
     path: Path
@@ -107,7 +107,7 @@ def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) ->
     Args:
         checkpoint: or a folder of such.
         config: the run's settings; None = those kept in the checkpoint.
-        rows: samples of one call at most, where the tables lie on the host.
+        rows: samples of one call at most, where the tables are on the host.
 
     Raises:
         UserError: see `describe` and `parallel.checkpoint.full.load_parameters`.

@@ -1,7 +1,7 @@
-"""Scores of all ranks in one place: exact metrics of rows that were split over the ranks of a run.
+"""Scores of all ranks together: exact metrics of rows that were split over the ranks of a run.
 
 A backend's `exchange` adds lists of floats over all ranks and gives back exactly what only one rank gives, so every
-rank puts its rows into their places among zeros.
+rank puts its rows at their index among zeros.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class TaskSettings(Settings):
 
 
 class HeadSettings(Settings):
-    """What lies between the shared representation and each task's head."""
+    """What is between the shared representation and each task's head."""
 
     kind: Literal["shared", "mmoe", "ple"] = "shared"
     """shared: nothing; mmoe: shared experts, mixed by a gate for each task; ple: levels of shared and own experts."""

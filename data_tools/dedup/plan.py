@@ -1,4 +1,4 @@
-"""What is to be deduplicated and how: settings, and the places of the files in between."""
+"""What is to be deduplicated and how: settings, and the paths of the files in between."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Signer:
     def sign(self, texts: list[np.ndarray]) -> np.ndarray:
         """Signatures of normalised texts: uint32 [N, P]; a text shorter than n gives a row of 2^32 - 1.
 
-        The n-grams of all texts lie in one row and are worked on block by block, so that one giant text needs no more
+        The n-grams of all texts are in one row and are worked on block by block, so that one giant text needs no more
         memory than many short ones, and short ones share the cost of a call.
         """
         signatures_PN = np.full((self.hashes, len(texts)), _EMPTY, dtype=np.uint32)
@@ -119,7 +119,7 @@ class Signer:
         return np.ascontiguousarray(signatures_PN.T)
 
     def _fold(self, pending: list[np.ndarray], owners: list[int], signatures_PN: np.ndarray) -> None:
-        """Takes the minima of one block into the signatures of the texts that own its pieces."""
+        """Takes the minima of one block into the signatures of the texts that own its n-grams."""
         hashes_L = (np.concatenate(pending) >> np.uint64(32)).astype(np.uint32)
         starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pending])[:-1]])
         product_L = np.empty_like(hashes_L)

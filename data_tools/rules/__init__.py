@@ -2,7 +2,7 @@
 
 The eight rules are those of the PanGu-alpha paper, section 3.1.1; the paper prints two thresholds (60 %, 150
 characters) and names the other rules only, so their thresholds, and the order, are our choice. A rule module defines
-one subclass of `Rule` with the name of the module; `order` places it among the others.
+one subclass of `Rule` with the name of the module; `order` ranks it among the others.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def copies_of(document: Document, epochs: float, seed: int) -> int:
 
 @dataclass(frozen=True)
 class _DrawTask:
-    """Writes the copies of each document of a part, and the shard and place in the file of each."""
+    """Writes the copies of each document of a part, and the shard and position in the file of each."""
 
     plan: MixPlan
     split: Split

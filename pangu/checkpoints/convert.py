@@ -175,7 +175,7 @@ class ManyFiles:
         if len(ranks) > 1:
             raise UserError(f"the checkpoint is sharded over {len(ranks)} ranks", where=folder,
                             hint="merge it with Megatron's own tool; one rank is read")
-        # Beside Hugging Face's shards of weights other .bin files may lie (training_args.bin).
+        # Beside Hugging Face's shards of weights other .bin files may be (training_args.bin).
         patterns = ("*.safetensors", "pytorch_model*.bin", "*.bin", "*.ckpt", "*.pt")
         paths = ranks or next((found for pattern in patterns
                                if (found := sorted(folder.glob(pattern)))), [])
@@ -335,7 +335,7 @@ def _write_one_safetensors(output: Path, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder that takes the place of `output` when the block ends without an error."""
+    """A hidden folder that replaces `output` when the block ends without an error."""
     hidden = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ _MAX_HEAD = 4096  # name, dims and type of a value, generously
 
 @dataclass
 class Entry:
-    """Type, shape and places (offset, bytes) of one parameter."""
+    """Type, shape and position (offset, bytes) of one parameter."""
 
     dtype: str
     shape: tuple[int, ...]

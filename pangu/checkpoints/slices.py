@@ -58,7 +58,7 @@ class SlicedCheckpoint:
     """Slices opened for reading: `entries` of full parameters, `read(name)` puts one together.
 
     Args:
-        folder: where the slices lie, `<anything>_<rank>.ckpt` or `rank_<rank>/<anything>.ckpt`.
+        folder: of the slices, `<anything>_<rank>.ckpt` or `rank_<rank>/<anything>.ckpt`.
         layouts: of the strategy file, or `release_layouts`.
         tables: folder of the three .npy files; None = the slices' own folder.
         shapes: full shapes by name, as the model has them.
@@ -94,7 +94,7 @@ class SlicedCheckpoint:
 
     @cached_property
     def files(self) -> list[MindSporeFile]:
-        """The files of all ranks, opened: only places are kept of them."""
+        """The files of all ranks, opened: only positions are kept of them."""
         return [MindSporeFile(path) for path in progress(self.paths, "open slices")]
 
     @cached_property

@@ -90,7 +90,7 @@ def corpus_files(path: str | Path) -> list[Path]:
 
 
 def corpus_bytes(path: str | Path) -> int:
-    """Size of the corpus on the disk in bytes, as compressed as it lies there."""
+    """Size of the corpus on the disk in bytes, as compressed as it is."""
     return sum(file.stat().st_size for file in corpus_files(path))
 
 

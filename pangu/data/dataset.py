@@ -104,7 +104,7 @@ class PackedDataset:
         seed: chooses the order of the records; each epoch has its own.
         sequence_length, vocabulary_size: of the model; checked against the index.
         shard: (index, count) of this rank; it gets the index-th of `count` equal slices of every batch.
-        shuffle: off, records come as they lie in the files.
+        shuffle: off, records come in the order of the files.
         eod_reset: attention and positions start anew after every document end.
         split: "train" or "validation".
         repeat: on, epochs follow each other without end, and a batch may reach over the border of two. Off, one pass;

@@ -1,9 +1,9 @@
 """Packed records as flat files that are mapped from the disk: what a machine without MindSpore trains on.
 
-Beside `train-00000-of-00004.mindrecord` lie
+Beside `train-00000-of-00004.mindrecord` are
 
     train-00000-of-00004.ids     the same records in the same order: uint16 or int32, [records, sequence_length + 1]
-    train-00000-of-00004.ends    int64: places of the document ends among all ids of the file, ascending
+    train-00000-of-00004.ends    int64: positions of the document ends among all ids of the file, ascending
 
 both little-endian without a header; index.json holds their sizes, types and SHA-256 (`FlatFile`).
 """

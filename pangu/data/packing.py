@@ -113,7 +113,7 @@ class PackIndex(Settings):
     sequence_length: int = Field(ge=1)
     """A record holds one id more."""
     vocabulary_size: int = Field(ge=1)
-    """All ids lie below."""
+    """All ids are below."""
     eot_id: int
     """Ends every document."""
     pad_id: int

@@ -146,7 +146,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into printable text one by one: the pieces handed out, joined, are `Tokenizer.decode` of the ids.
+    """Turns ids into printable text one by one: the texts handed out, joined, are `Tokenizer.decode` of the ids.
 
     Since decoding drops all spaces, the text of an id does not depend on its neighbours. The exception is a model with
     byte pieces (the published one has none): a run of bytes is held until an id of another kind ends it.

@@ -160,7 +160,7 @@ class InstanceBuilder:
             # Words are segmented differently at the joint, so the prefix alone may have other ids, even more of them.
             encoded.append((ids, min(common_prefix([self._encode(prefix), ids]), len(ids) - 1)))
         if "{label}" not in self.task.prefix:
-            # One prefix for all: the same place for all, else means over different spans would be compared.
+            # One prefix for all: the same position for all, else means over different spans would be compared.
             first = min(first for _, first in encoded)
             encoded = [(ids, first) for ids, _ in encoded]
         return encoded
@@ -171,19 +171,19 @@ class InstanceBuilder:
         for name, side in self.task.shorten.items():
             if length(fields) <= self.room:
                 return fields, truncated
-            whole = str(fields[name])
+            text = str(fields[name])
 
-            def kept(count: int, whole: str = whole, side: str = side) -> str:
-                return whole[:count] if side == "end" else whole[len(whole) - count:]
+            def kept(count: int, text: str = text, side: str = side) -> str:
+                return text[:count] if side == "end" else text[len(text) - count:]
 
-            low, high = min(1, len(whole)), len(whole)  # one character at least stays
+            low, high = min(1, len(text)), len(text)  # one character at least stays
             while low < high:
                 middle = (low + high + 1) // 2
                 if length({**fields, name: kept(middle)}) <= self.room:
                     low = middle
                 else:
                     high = middle - 1
-            fields[name], truncated = kept(low), truncated + len(whole) - low
+            fields[name], truncated = kept(low), truncated + len(text) - low
         if (tokens := length(fields)) > self.room:
             raise UserError(f"{tokens} tokens do not fit into {self.room}, even shortened",
                             where=f"{self.task.name}, record {record['id']}", hint="use a model with a longer context")
@@ -256,11 +256,11 @@ class InstanceBuilder:
         passage = record[name]
         if self.shots == 1:
             return record if len(passage) < LONGEST_PASSAGE else None
-        place = passage.find(record["answer"])
-        if place < 0:
+        position = passage.find(record["answer"])
+        if position < 0:
             return None
-        begin = max(passage.rfind(end, 0, place) for end in _SENTENCE_ENDS) + 1
-        last = place + len(record["answer"])
+        begin = max(passage.rfind(end, 0, position) for end in _SENTENCE_ENDS) + 1
+        last = position + len(record["answer"])
         ends = [at + 1 for end in _SENTENCE_ENDS if (at := passage.find(end, last)) >= 0]
         sentence = passage[begin:min(ends, default=len(passage))].strip()
         return {**record, name: sentence} if len(sentence) < LONGEST_SENTENCE else None
@@ -268,5 +268,5 @@ class InstanceBuilder:
 
 def split_request(front: list[int], ids: list[int], first: int) -> Request:
     """Prefix and scored ids; the very first token of all has nothing to be predicted from."""
-    whole, place = front + ids, max(1, len(front) + first)
-    return whole[:place], whole[place:]
+    ids, position = front + ids, max(1, len(front) + first)
+    return ids[:position], ids[position:]

@@ -28,7 +28,7 @@ class RequestCache:
     """Answers by request, in jsonl files of a folder; one file per process, all are read.
 
     Args:
-        folder: where the files lie; None = nothing is kept.
+        folder: of the files; None = nothing is kept.
         fingerprint: of the model; another one has other files.
         rank: this process.
     """

@@ -24,7 +24,7 @@ _SMALLEST_SAVING = 8  # tokens of one request; below it a tree of its own is as 
 _SHORTEST_PREFIX = 16
 _FEWEST_ON_PREFIX = 16  # requests; a tree serves fewer as well
 
-Item = tuple[np.ndarray, int]  # all ids of a request, place of its first scored one
+Item = tuple[np.ndarray, int]  # all ids of a request, index of its first scored one
 
 
 @dataclass
@@ -73,7 +73,7 @@ def prefix_length(items: Sequence[Item]) -> int:
 def plan_trees(items: Sequence[Item], longest: int, prefix: int = 0) -> list[Tree]:
     """Puts items that begin alike into trees of at most `longest` tokens after the trunk.
 
-    The last id of an item is only scored, never read, so an item of n ids takes n - 1 places. Every item is in just
+    The last id of an item is only scored, never read, so an item of n ids takes n - 1 positions. Every item is in just
     one tree; an item alone may be longer than `longest`.
     """
     order = sorted(range(len(items)), key=lambda index: items[index][0].tolist())
@@ -115,7 +115,7 @@ class Row:
     ids: np.ndarray
     positions: np.ndarray
     segments: np.ndarray
-    places: list[np.ndarray]
+    predicting_at: list[np.ndarray]
     labels: list[np.ndarray]
 
 
@@ -123,19 +123,19 @@ def row_of(tree: Tree, items: Sequence[Item], prefix: int = 0) -> Row:
     """Stem and rests of a tree in one row."""
     shared = tree.shared
     parts = [(items[tree.members[0]][0][prefix:shared], np.arange(prefix, shared), np.zeros(shared - prefix, np.int64))]
-    places, labels = [], []
+    predicting_at, labels = [], []
     begin = shared - prefix  # where the next rest begins in the row
     for number, index in enumerate(tree.members, start=1):
         ids, first = items[index]
         length = len(ids) - 1
         parts.append((ids[shared:length], np.arange(shared, length), np.full(length - shared, number)))
-        # Token t predicts token t + 1; those before the stem's end lie in the stem, the others in this rest.
+        # Token t predicts token t + 1; those before the stem's end are in the stem, the others in this rest.
         predicting = np.arange(first - 1, length)
-        places.append(np.where(predicting < shared, predicting - prefix, predicting - shared + begin))
+        predicting_at.append(np.where(predicting < shared, predicting - prefix, predicting - shared + begin))
         labels.append(ids[first:])
         begin += length - shared
     ids, positions, segments = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Row(ids, positions, segments, places, labels)
+    return Row(ids, positions, segments, predicting_at, labels)
 
 
 class HeadScores(nn.Cell):

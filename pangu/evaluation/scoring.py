@@ -109,7 +109,7 @@ class Scorer:
 
     def loglikelihood_and_greedy(self, requests: Sequence[ScoreRequest],
                                  on_scored: OnScored | None = None) -> list[tuple[float, bool]]:
-        """`loglikelihood` of each continuation, and whether each of its tokens is the likeliest one in its place.
+        """`loglikelihood` of each continuation, and whether each of its tokens is the likeliest one at its position.
 
         `on_scored(numbers of requests, their answers)` is called after every batch.
         """
@@ -163,17 +163,17 @@ class Scorer:
         """The scores of the members of the trees of one batch, tree after tree."""
         ids_BS, positions_BS, segments_BS = (np.zeros((batch, length), np.int32) for _ in range(3))
         ids_BS[:] = self.config.pad_id
-        places, labels = [], []
+        predicting_at, labels = [], []
         for number, (row, _) in enumerate(rows):
             used = len(row.ids)
             ids_BS[number, :used], positions_BS[number, :used] = row.ids, row.positions
             segments_BS[number, :used] = row.segments
-            places += [part + number * length for part in row.places]
+            predicting_at += [part + number * length for part in row.predicting_at]
             labels += row.labels
         cell = self.graphs.get(TreeHidden, batch, length, _slots(states))
         hidden_ND = cell(*(Tensor(array) for array in (ids_BS, positions_BS, segments_BS)), *states).asnumpy()
-        nll, likeliest = self._head_scores(hidden_ND[np.concatenate(places)], np.concatenate(labels))
-        ends = np.cumsum([len(part) for part in places])[:-1]
+        nll, likeliest = self._head_scores(hidden_ND[np.concatenate(predicting_at)], np.concatenate(labels))
+        ends = np.cumsum([len(part) for part in predicting_at])[:-1]
         return list(zip(np.split(-nll, ends), np.split(likeliest, ends), strict=True))
 
     def _head_scores(self, rows_XD: np.ndarray, labels_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +214,7 @@ def length_bucket(length: int, context: int) -> int:
 
 
 def _item(prefix: Sequence[int], continuation: Sequence[int], config: Any, index: int) -> Item:
-    """All ids (the last is not read, only scored) and the place of the first scored one."""
+    """All ids (the last is not read, only scored) and the index of the first scored one."""
     where = f"request {index + 1}"
     if not len(prefix) or not len(continuation):
         raise UserError("prefix and continuation each need at least one token", where=where)

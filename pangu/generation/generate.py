@@ -74,7 +74,7 @@ class Generator:
         return [request.completion() for request in requests]
 
     def stream(self, prompt: str, settings: GenerateSettings | None = None) -> Iterator[str]:
-        """Pieces of the continuation of `prompt` as they are generated; joined, they are `generate`'s text."""
+        """Parts of the continuation of `prompt` as they are generated; joined, they are `generate`'s text."""
         settings = settings or self.settings
         pieces: list[str] = []
         began = time.perf_counter()

@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What has become certain of a sequence since the last piece."""
+    """What has become certain of a sequence since the last delta."""
 
     text: str = ""
     entries: tuple[Entry, ...] = ()

@@ -84,7 +84,7 @@ class BatchingEngine:
         backend: the model.
         checkpoint: where it came from.
         settings: batch, cache, queue.
-        load: a checkpoint's folder, or None for the newest -> its backend and where it lies; for `reload`.
+        load: a checkpoint's folder, or None for the newest -> its backend and its path; for `reload`.
 
     Raises:
         UserError: the cache is larger than the memory that is left.
@@ -341,7 +341,8 @@ def start_engine(settings: Run, checkpoint: str | None, engine_settings: EngineS
 
     Args:
         settings: a `pangu.settings.Run`.
-        checkpoint: float or int8; None = the newest of `output.directory`. `reload` takes the newest of the same place.
+        checkpoint: float or int8; None = the newest of `output.directory`. `reload` takes the newest of the same
+            folder.
         engine_settings: batch, cache, queue.
         int8: whether float checkpoints are quantized when they are loaded.
 

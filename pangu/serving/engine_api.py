@@ -143,7 +143,7 @@ class Handle:
             self._cancel(self)
 
     def push(self, event: Event | Exception) -> None:
-        """For the engine: the next event, or what is to be raised in its place. Nothing comes after an end."""
+        """For the engine: the next event, or what is to be raised instead. Nothing comes after an end."""
         if self.finished:
             return
         self.finished = isinstance(event, Exception) or event.finish_reason is not None
@@ -197,7 +197,7 @@ class EngineStats:
     running: int = 0
     """Requests in the batch."""
     waiting: int = 0
-    """Requests that wait for a place or for blocks."""
+    """Requests that wait for a slot or for blocks."""
     blocks_total: int = 0
     """Blocks of the key and value cache."""
     blocks_used: int = 0
@@ -253,7 +253,7 @@ class Engine(Protocol):
         """For /health and /metrics; waits for nothing."""
 
     def reload(self, checkpoint: str | None = None) -> int:
-        """Loads another checkpoint and puts it in the place of the model; returns the new version. Blocks the caller.
+        """Loads another checkpoint and replaces the model by it; returns the new version. Blocks the caller.
 
         What runs is finished with the parameters it began with; what waits gets the new ones. None = the newest of
         the folder that is served.

@@ -38,7 +38,7 @@ class Ask:
         best_of: sequences for each prompt, of which the `n` with the highest mean log-probability are given.
         logprobs: alternatives a token to show; None = no log-probabilities.
         echo: whether the prompt stands before its answer.
-        stream: whether the answer comes in pieces.
+        stream: whether the answer is streamed.
         include_usage: whether a stream ends with the counts of tokens.
         as_ids: whether tokens in log-probabilities are called "token_id:N".
         chat: whether it is a chat.

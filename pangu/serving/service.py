@@ -219,7 +219,7 @@ class Answer:
         return self.shape.event(choices, None, self.ask.include_usage)
 
     async def _drive(self, index: int, give: Callable[[int, TextDelta], None]) -> None:
-        """Reads one sequence to its end and gives its pieces."""
+        """Reads one sequence to its end and gives its deltas."""
         prompt, handle, choice = self._sequences[index]
         times = self.metrics.sequence(self._begun)
         try:

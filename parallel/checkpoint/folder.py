@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: its name, its place, and how it appears there complete or not at all. What is in it:
+"""The folder of a checkpoint: its name and path, and how it appears there complete or not at all. What is in it:
 `checkpoint`, `sliced_checkpoint`."""
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
         layout.json               for every tensor: file, dtype, shape, crc32
         state.json                counters of the step, position in the data, whatever the trainer adds
 
-A checkpoint is written into a hidden folder beside its place and renamed when everything is on the disk. Nothing is
+A checkpoint is written into a hidden folder beside its own and renamed when everything is on the disk. Nothing is
 ever unpickled. Slices of many ranks: `parallel.checkpoint.sharded`; both kinds are loaded here.
 """
 

@@ -31,7 +31,7 @@ _NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies in a file: dtype name, shape, first and last byte (counted from the end of the header)."""
+    """Position of a tensor in a file: dtype name, shape, first and last byte (counted from the end of the header)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -165,15 +165,15 @@ class SafetensorsFile:
         return array
 
     def copy_extent(self, name: str, extent: Iterable[tuple[int, int]], into: np.ndarray,
-                    place: tuple[slice, ...]) -> None:
-        """`into[place] = tensor[extent]`, rows of at most 16 MB at a time."""
+                    index: tuple[slice, ...]) -> None:
+        """`into[index] = tensor[extent]`, rows of at most 16 MB at a time."""
         entry, extent = self.entries[name], tuple(extent)
         if not entry.nbytes:
             return
         if not entry.shape:
             into[...] = self.read(name)
             return
-        target = into[place]
+        target = into[index]
         row_bytes = entry.nbytes // entry.shape[0]
         rest = tuple(slice(start, stop) for start, stop in extent[1:])
         block = max(1, _BLOCK_BYTES // row_bytes)
@@ -188,7 +188,7 @@ class SafetensorsFile:
                 target[first - extent[0][0]:last - extent[0][0]] = rows[(slice(None), *rest)]
 
     def map(self, name: str) -> np.ndarray:
-        """A tensor as it lies in the file, read-only and without reading it into memory."""
+        """A tensor as it is in the file, read-only and without reading it into memory."""
         entry = self.entries[name]
         if not entry.nbytes:
             return np.empty(entry.shape, DTYPES[entry.dtype])

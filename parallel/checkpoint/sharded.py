@@ -82,7 +82,7 @@ class Tensor:
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: list[StoredSlice]
+    slices: list[StoredSlice]
 
     @property
     def nbytes(self) -> int:
@@ -144,12 +144,12 @@ class Slices:
             tensor = self.tensors.setdefault(name, Tensor(kind, entry.dtype, shape, []))
             if (tensor.shape, tensor.dtype) != (shape, entry.dtype):
                 raise UserError(f"the ranks disagree on the shape of '{name}'", where=self.path)
-            if all(piece.extent != extent for piece in tensor.pieces):
-                tensor.pieces.append(StoredSlice(extent, inside(self.path, entry.file), entry.crc32))
+            if all(stored.extent != extent for stored in tensor.slices):
+                tensor.slices.append(StoredSlice(extent, inside(self.path, entry.file), entry.crc32))
 
     def _check_cover(self, name: str, tensor: Tensor) -> None:
         # Slices of one layout either are the same or do not touch, so their sizes must add up.
-        covered = sum(volume(piece.extent) for piece in tensor.pieces)
+        covered = sum(volume(stored.extent) for stored in tensor.slices)
         if covered != math.prod(tensor.shape):
             raise UserError(f"the slices of '{name}' do not make up the full tensor", where=self.path)
 
@@ -165,28 +165,28 @@ class Slices:
             raise UserError(f"the checkpoint has no parameter '{name}'", where=self.path)
         extent = extent if extent is not None else tuple((0, size) for size in tensor.shape)
         part = np.empty([stop - start for start, stop in extent], DTYPES[tensor.dtype])
-        for piece in tensor.pieces:
-            shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(extent, piece.extent, strict=True))
+        for stored in tensor.slices:
+            shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(extent, stored.extent, strict=True))
             if all(start < stop for start, stop in shared):
-                self._copy(name, piece, shared, extent, part)
+                self._copy(name, stored, shared, extent, part)
         return part
 
-    def _copy(self, name: str, piece: StoredSlice, shared: Extent, extent: Extent, part: np.ndarray) -> None:
-        file = self._files.setdefault(piece.file, SafetensorsFile(piece.file))
-        if (piece.file, name) not in self._checked:
-            self._check_slice(name, piece, file)
-        place = tuple(slice(*pair) for pair in _relative(shared, extent))
-        file.copy_extent(name, _relative(shared, piece.extent), part, place)
+    def _copy(self, name: str, stored: StoredSlice, shared: Extent, extent: Extent, part: np.ndarray) -> None:
+        file = self._files.setdefault(stored.file, SafetensorsFile(stored.file))
+        if (stored.file, name) not in self._checked:
+            self._check_slice(name, stored, file)
+        index = tuple(slice(*pair) for pair in _relative(shared, extent))
+        file.copy_extent(name, _relative(shared, stored.extent), part, index)
 
-    def _check_slice(self, name: str, piece: StoredSlice, file: SafetensorsFile) -> None:
-        shape, tensor = tuple(stop - start for start, stop in piece.extent), self.tensors[name]
+    def _check_slice(self, name: str, stored: StoredSlice, file: SafetensorsFile) -> None:
+        shape, tensor = tuple(stop - start for start, stop in stored.extent), self.tensors[name]
         entry = file.entries.get(name)
         if entry is not None and (entry.shape, entry.dtype) != (shape, tensor.dtype):
             raise UserError(f"checkpoint file is damaged: '{name}' is {entry.dtype} {list(entry.shape)} there and "
-                            f"{tensor.dtype} {list(shape)} in the layout", where=piece.file,
+                            f"{tensor.dtype} {list(shape)} in the layout", where=stored.file,
                             hint="use another checkpoint")
-        file.check(name, piece.crc32)
-        self._checked.add((piece.file, name))
+        file.check(name, stored.crc32)
+        self._checked.add((stored.file, name))
 
     def check(self) -> None:
         """Compares all data with their checksums.
@@ -195,8 +195,8 @@ class Slices:
             UserError: a file is missing, or its data have changed.
         """
         for name, tensor in self.tensors.items():
-            for piece in tensor.pieces:
-                self._check_slice(name, piece, self._files.setdefault(piece.file, SafetensorsFile(piece.file)))
+            for stored in tensor.slices:
+                self._check_slice(name, stored, self._files.setdefault(stored.file, SafetensorsFile(stored.file)))
 
     def names(self, kind: str) -> list[str]:
         """Names of the parameters or of the moments."""

@@ -57,10 +57,10 @@ class SliceLayout:
         Raises:
             UserError: a dim does not divide.
         """
-        places = np.unravel_index(rank, self.matrix)
+        coordinates = np.unravel_index(rank, self.matrix)
         extent = []
         for dim, axis in zip(shape, self.dims, strict=True):
-            parts, index = (1, 0) if axis < 0 else (self.matrix[-1 - axis], int(places[-1 - axis]))
+            parts, index = (1, 0) if axis < 0 else (self.matrix[-1 - axis], int(coordinates[-1 - axis]))
             extent.append(_part((0, dim), parts, index))
         if self.step:
             parts = self.parts if self.parts > 0 else self.ranks // self.step

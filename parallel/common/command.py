@@ -48,7 +48,7 @@ class Verb:
             user types this verb).
         run_file: for verbs that take a config file of any model: adds `--config` and lets overrides through as the list
             `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
-        overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings lie elsewhere.
+        overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings are elsewhere.
         config: the config file taken when the user names none; None = the defaults of the settings class.
     """
 

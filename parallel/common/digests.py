@@ -121,7 +121,7 @@ class CheckedRows:
         return np.array(self.array, dtype) if copy else np.asarray(self.array, dtype)
 
     def check(self, rows: np.ndarray | slice) -> None:
-        """Compares the blocks that `rows` (numbers, or a slice with step 1) lie in and that were not read before.
+        """Compares the blocks that `rows` (numbers, or a slice with step 1) are in and that were not read before.
 
         Raises:
             UserError: a block has changed.

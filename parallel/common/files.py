@@ -27,7 +27,7 @@ COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary file beside `path` that takes its place only when the block ends without an error.
+    """Opens a temporary file beside `path` that replaces it only when the block ends without an error.
 
     Raises:
         UserError: no space on the disk, or the folder cannot be written; nothing is left behind.
@@ -54,7 +54,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def explain_os_error(error: OSError, path: str | Path) -> Exception:
-    """A `UserError` for a full disk or a place that cannot be written; any other error unchanged."""
+    """A `UserError` for a full disk or a folder that cannot be written; any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # EFBIG: a limit on the size of files
         return UserError("no space left on the disk; nothing was written", where=path, hint="free some space")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -71,7 +71,7 @@ class DamagedFile(UserError):
 def open_binary(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading bytes, decompressing `.xz`, `.gz` and `.zst` (streaming).
 
-    What is read before a damaged place is given; then `DamagedFile` is raised, whatever the compression.
+    What is read before the damage is given; then `DamagedFile` is raised, whatever the compression.
 
     Raises:
         UserError: the file is missing or cannot be read, or `.zst` and the package zstandard is not installed.
@@ -104,7 +104,7 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            # At most one read below: what comes before a damaged place is not lost with it.
+            # At most one read below: what comes before the damage is not lost with it.
             data = self._stream.read1(len(buffer))
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, _Damage) as error:
             raise DamagedFile(f"file is damaged: it cannot be read to its end ({error})", where=self._path,

@@ -39,7 +39,7 @@ def fields(data: bytes | memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def next_varint(view: memoryview, at: int) -> tuple[int, int]:
-    """(number, place after it) of the varint at `at`.
+    """(number, position after it) of the varint at `at`.
 
     Raises:
         ValueError: truncated.

@@ -33,7 +33,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class BadText(ValueError):
-    """What is wrong with a text, without the place, which the caller knows; in words for people."""
+    """What is wrong with a text, without the file, which the caller knows; in words for people."""
 
 
 def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict: bool = True,
@@ -240,7 +240,7 @@ def _read_bytes(path: Path, max_bytes: int, what: str = "file") -> bytes:
     try:
         pieces, size = [], 0
         with path.open("rb") as file:
-            # In pieces: a file may grow after a look at its size, and one read would reserve all that is allowed.
+            # In parts: a file may grow after a look at its size, and one read would reserve all that is allowed.
             while size <= max_bytes and (piece := file.read(1 << 20)):
                 pieces.append(piece)
                 size += len(piece)
@@ -253,7 +253,7 @@ def _read_bytes(path: Path, max_bytes: int, what: str = "file") -> bytes:
 
 
 def typed(value: Any, shape: Any, *, where: Any, hint: str | None = None) -> Any:
-    """`value` as `shape` (any type that pydantic knows), or one `UserError` that names the first place that differs."""
+    """`value` as `shape` (any type that pydantic knows), or one `UserError` that names the first key that differs."""
     try:
         return _adapter(shape).validate_python(value)
     except pydantic.ValidationError as error:

@@ -183,7 +183,7 @@ def _resolve(kind: type, value: Any, implicit: Any) -> str:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which what an alias stands for is there once for each place, so that changing one changes no other."""
+    """A copy in which what an alias stands for is there once for each use, so that changing one changes no other."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Starts this machine's processes, waits for them and returns rank 0's figures with "ranks", "failed_rank", "logs".
 
-    A single process takes this one's place, without a launcher.
+    A single process replaces this one, without a launcher.
 
     Raises:
         UserError: flags that contradict each other, a port in use, a config file with an error.

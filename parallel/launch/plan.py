@@ -55,7 +55,7 @@ class Plan:
         return plan
 
     def keep_port(self) -> None:
-        """Takes a free port where the user named none: launches that begin together must not meet at one place.
+        """Takes a free port where the user named none: launches that begin together must not meet at one port.
 
         Raises:
             UserError: the user named the port, and it is taken.

@@ -27,7 +27,7 @@ def _i32(value: int) -> Tensor:
 
 @ops.constexpr
 def position_numbers(positions: int, salt: int) -> Tensor:
-    """int32 [1, places]: salt, and from there on in steps of an odd constant."""
+    """int32 [1, positions]: salt, and from there on in steps of an odd constant."""
     numbers = np.arange(positions, dtype=np.uint32) * np.uint32(_MIX_1 & 0xFFFFFFFF) + np.uint32(salt & 0xFFFFFFFF)
     return Tensor(numbers.astype(np.int32).reshape(1, positions))
 
@@ -75,7 +75,7 @@ class Mix(Layer):
 
 
 class DropoutKeys(Layer):
-    """Two hashes of every row: of its sample's number, its place in the sample and a salt; int32, both [N, 1].
+    """Two hashes of every row: of its sample's number, its position in the sample and a salt; int32, both [N, 1].
 
     One cell serves the dropouts of a layer. Inputs: rows_B, int32 numbers of the samples, and how many rows a sample
     has.
@@ -84,16 +84,16 @@ class DropoutKeys(Layer):
     def __init__(self) -> None:
         super().__init__()
         self.salt = 0
-        self.number, self.place, self.reshape = ops.Mul(), ops.Add(), ops.Reshape()
+        self.number, self.position, self.reshape = ops.Mul(), ops.Add(), ops.Reshape()
         self.mix = Mix(("batch", None))
 
     def construct(self, rows_B: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         number_B1 = self.reshape(self.number(rows_B, _i32(_GOLDEN)), (-1, 1))
-        first_BS, second_BS = self.mix(self.place(number_B1, position_numbers(positions, self.salt)))
+        first_BS, second_BS = self.mix(self.position(number_B1, position_numbers(positions, self.salt)))
         return self.reshape(first_BS, (-1, 1)), self.reshape(second_BS, (-1, 1))
 
     def sharding(self) -> list[OpSharding]:
-        return [OpSharding(self.number, (("batch",), ())), OpSharding(self.place, (("batch", None), (None, None)))]
+        return [OpSharding(self.number, (("batch",), ())), OpSharding(self.position, (("batch", None), (None, None)))]
 
 
 class Dropout(Layer):

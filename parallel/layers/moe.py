@@ -32,7 +32,7 @@ def _segments(counts_TR: np.ndarray):
 
 
 def grouped_product(x_TNI: np.ndarray, w_TRIO: np.ndarray, counts_TR: np.ndarray) -> np.ndarray:
-    """Rows of each expert, which lie one expert after the other, times that expert's weight."""
+    """Rows of each expert, one expert after the other, times that expert's weight."""
     y = np.empty((*x_TNI.shape[:2], w_TRIO.shape[-1]), x_TNI.dtype)
     for token, expert, begin, end in _segments(counts_TR):
         np.matmul(x_TNI[token, begin:end], w_TRIO[token, expert], out=y[token, begin:end])
@@ -71,7 +71,7 @@ def permutation(chosen_TBA: np.ndarray, experts: int) -> tuple[np.ndarray, np.nd
 class GroupedMatMul(nn.Cell):
     """y_TNO = rows of x_TNI times the weight of the expert that they belong to, w_TRIO.
 
-    counts_TR says how many rows each expert has; rows lie one expert after the other. The work is that of the rows
+    counts_TR says how many rows each expert has; rows are sorted by expert. The work is that of the rows
     there are: no padding, none dropped. On the CPU each expert's product is one call of NumPy's BLAS inside the graph.
     """
 
@@ -187,7 +187,7 @@ class CapacityExperts(Layer):
         return self.reshape(self.turn_back(y_GTBD, (1, 0, 2, 3)), (tokens, batch, outputs))
 
     def plan(self, chosen_GTN: Tensor, rows: int, capacity: int, active: int) -> tuple:
-        """read_GTS: the row that slot s = (expert, c) reads; slot_GTN: where a pair's result lies; fits_GTN: whether
+        """read_GTS: the row that slot s = (expert, c) reads; slot_GTN: where a pair's result is; fits_GTN: whether
         it has a slot at all."""
         shape = (self.parts, self.tokens, self.experts * capacity)
         number_GTN = self.cast(chosen_GTN, mstype.float32)

@@ -21,7 +21,7 @@ class LayerNorm(Layer):
         compute_dtype: type of the result.
         stream: named axes that shard the input's dims.
 
-    Source: PanGu-alpha code; Ba et al. 2016. On the CPU `FusedLayerNorm` takes its place, or without a C++ compiler, in
+    Source: PanGu-alpha code; Ba et al. 2016. On the CPU `FusedLayerNorm` replaces it, or without a C++ compiler, in
     training, `WrittenOutNorm`.
     """
 

@@ -1,4 +1,4 @@
-"""Parameters whose first value depends on their name and the seed alone, not on the order or place of building."""
+"""Parameters whose first value depends on their name and the seed alone, not on when or where they are built."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from parallel.sharding.layout import Layer, OpSharding
 class ReluMoE(Layer):
     """v = sum_j G_j e_j(s), G = ReLU(h(s)), e_j(s) = GELU(s W1_j + b1_j) W2_j + b2_j.
 
-    All E experts of a token together are one network of inner width F whose pieces are scaled by their gates; a gate of
+    All E experts of a token together are one network of inner width F whose parts are scaled by their gates; a gate of
     0 takes its expert out exactly. On the CPU (`FusedGatedExperts`) the work of such experts is not done, in training
     and inference alike, nor does it change a gradient; elsewhere everything is one batched matmul.
 

@@ -301,12 +301,12 @@ class Trace:
         differentiable = any(item.differentiable for item in inputs) and name not in (
             *INTEGER_RESULTS, "OneHot", "StopGradient", "ZerosLike", "OnesLike")
         parameter = inputs[0].parameter if name == "Cast" else None
-        made = [SymbolicTensor(dims, "int32" if name == "TopK" and place else dtype, parameter,
-                               differentiable and not (name == "TopK" and place), number, self)
-                for place, dims in enumerate(rule([item.dims for item in inputs]).outputs)]
+        made = [SymbolicTensor(dims, "int32" if name == "TopK" and index else dtype, parameter,
+                               differentiable and not (name == "TopK" and index), number, self)
+                for index, dims in enumerate(rule([item.dims for item in inputs]).outputs)]
         if plain:
-            for place, item in enumerate(made):
-                key = (name, tuple(id(other.value) for other in inputs), plain, dtype, item.dims, place)
+            for index, item in enumerate(made):
+                key = (name, tuple(id(other.value) for other in inputs), plain, dtype, item.dims, index)
                 item.value = self.values.setdefault(key, item)
         wanted = wanted or (None,) * len(inputs)
         operation = Op(name, scope, unit, list(inputs), made, rule, wanted, declared, out_wanted, plain,
@@ -323,13 +323,13 @@ def _wanted(layout: Any, items: list[SymbolicTensor | None], name: str) -> tuple
     if layout is None:
         return tuple(None for item in items if item is not None)
     if name == "OneHot":
-        return tuple(layout.inputs[0][:-1] if place == 0 else None for place,
+        return tuple(layout.inputs[0][:-1] if index == 0 else None for index,
                      item in enumerate(items) if item is not None)
     entries = list(layout.inputs)
     wanted = []
-    for place, item in enumerate(items):
+    for index, item in enumerate(items):
         if item is not None:
-            axes = entries[place] if place < len(entries) else None
+            axes = entries[index] if index < len(entries) else None
             wanted.append(axes if axes is not None and len(axes) == len(item.dims) else None)
     return tuple(wanted)
 

@@ -107,16 +107,16 @@ def stages_of_units(units: int, config: ParallelConfig) -> list[int]:
     """Stage of every pipeline unit."""
     if units == 1 or config.pipeline.stages == 1:
         return [0] * units
-    places = stage_of_layers(units - 2, config)
-    return [places[0][0], *(stage for stage, _ in places), places[-1][0]]
+    stages = stage_of_layers(units - 2, config)
+    return [stages[0][0], *(stage for stage, _ in stages), stages[-1][0]]
 
 
 def chunks_of_units(units: int, config: ParallelConfig) -> list[int]:
     """Chunk of every unit within its stage under the interleaved schedule."""
     if units == 1 or config.pipeline.stages == 1:
         return [0] * units
-    places = stage_of_layers(units - 2, config)
-    return [places[0][1], *(chunk for _, chunk in places), places[-1][1]]
+    stages = stage_of_layers(units - 2, config)
+    return [stages[0][1], *(chunk for _, chunk in stages), stages[-1][1]]
 
 
 def is_recomputed(unit: int, units: int, config: ParallelConfig) -> bool:

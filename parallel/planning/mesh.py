@@ -1,10 +1,10 @@
-"""Named axes on the physical mesh of one pipeline stage, as MindSpore places them; redistributions between layouts.
+"""Named axes on the physical mesh of one pipeline stage, as MindSpore assigns them; redistributions between layouts.
 
 The ranks of a stage are numbered data-major: rank = data coordinate x op + op coordinate. MindSpore derives the
 device matrix of every primitive from its strategy, dims in order, the first one outermost, and what is left over
 repeats on the inside. So `("batch", "width")` shards the batch over data and the width over op. Where a dim that op
 shards stands before the batch (a ranker's tokens), the layers name the mesh themselves, and the planner reads the same
-places. To compare layouts the mesh is split into factors.
+names. To compare layouts the mesh is split into factors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Mesh:
         """Shards that these factors make; the size of a group that differs in them."""
         return math.prod(self.degree_of[factor] for factor in factors)
 
-    def place(self, names: list[str]) -> dict[str, tuple[int, ...]]:
+    def axis(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Factors of each named axis of one primitive, given in the order of its device matrix."""
         if {"feature_tokens", "experts"} & set(names):
             # Here the layers name the mesh itself (`Axes.strategy`).
@@ -69,9 +69,9 @@ class Mesh:
     def _named_factors(self, name: str) -> tuple[int, ...]:
         if self.axes.sizes[name] == 1:
             return ()
-        places = self.axes.places[name]
-        return tuple(factor for place in ([places] if isinstance(places, str) else places)
-                     for factor in self.named[place])
+        axes = self.axes.mesh_axes[name]
+        return tuple(factor for axis in ([axes] if isinstance(axes, str) else axes)
+                     for factor in self.named[axis])
 
     def local(self, dims: Dims) -> int:
         """Elements of one rank's slice."""

@@ -314,19 +314,19 @@ def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
     from parallel.proof.dryrun.dryrun import dry_run
 
     started = time.monotonic()
-    for place, item in enumerate(found.best[:_MOST_COMPILED], 1):
-        info(f"dry run of layout {place} (compiled, not run): {block(item.config)}")
+    for rank, item in enumerate(found.best[:_MOST_COMPILED], 1):
+        info(f"dry run of layout {rank} (compiled, not run): {block(item.config)}")
         words = [*overrides, *_words("parallel", item.config.model_dump(mode="json"))]
         try:
             report = dry_run(Request(item.config.world, 0, str(Path(config).resolve()), words,
                                      own_stage=True))[0]
         except UserError as error:
-            info(f"layout {place} is not confirmed: {error}")
+            info(f"layout {rank} is not confirmed: {error}")
             continue
         result = _compared(item, report)
         table("first stage: here and in the dry run", ["what", "planner", "dry run"],
               [[name, *pair] for name, pair in result.items()])
-        return {"confirmed": result, "confirmed_place": place, "confirm_seconds": time.monotonic() - started}
+        return {"confirmed": result, "confirmed_place": rank, "confirm_seconds": time.monotonic() - started}
     return {"confirmed": None, "confirmed_place": None, "confirm_seconds": time.monotonic() - started}
 
 

@@ -212,7 +212,7 @@ class _Times:
 
     def _overlapped(self, compute: float, communication: float) -> tuple[float, float]:
         """(time, exposed communication): with k interleaved parts all but the first part's can hide under compute,
-        and a share of it where the software runs products piece by piece."""
+        and a share of it where the software runs products in parts."""
         share = 1 - 1 / self.config.micro_batch_interleave
         if self.cluster.overlapped:
             share = max(share, self.cluster.efficiency.op_overlap)

@@ -47,7 +47,7 @@ class Point:
         fitted: whether the constants were chosen with it.
         source: where it was published, and what we assumed.
         fused: cells that the published software runs as one kernel.
-        overlapped: whether it runs products piece by piece with the op axis's communication.
+        overlapped: whether it runs products in parts with the op axis's communication.
     """
 
     name: str

@@ -42,8 +42,8 @@ def count(dims: Dims) -> int:
 def broadcast(operands: list[Dims]) -> Dims:
     """Dims of an elementwise result: of every dim the longest, sharded as in that operand."""
     rank, result = max(map(len, operands), default=0), []
-    for place in range(rank):
-        here = [dims[place - rank + len(dims)] for dims in operands if place - rank + len(dims) >= 0]
+    for index in range(rank):
+        here = [dims[index - rank + len(dims)] for dims in operands if index - rank + len(dims) >= 0]
         longest = max(dim.size for dim in here)
         axis = next((dim.axis for dim in here if dim.size == longest and dim.axis), ())
         result.append(Dim(longest, axis))
@@ -101,7 +101,7 @@ def _reshape(operands: list[Dims], primitive: Any, arguments: list) -> Result:
 
 
 def _transpose(operands: list[Dims], primitive: Any, arguments: list) -> Result:
-    return Result((tuple(operands[0][place] for place in arguments[1]),))
+    return Result((tuple(operands[0][index] for index in arguments[1]),))
 
 
 def _gather(operands: list[Dims], primitive: Any, arguments: list) -> Result:
@@ -117,7 +117,7 @@ def _reduce(operands: list[Dims], primitive: Any, arguments: list) -> Result:
     axes = {axis % len(dims) for axis in axes} if axes else set(range(len(dims)))
     keep = primitive.keep_dims
     summed = tuple(factor for axis in sorted(axes) for factor in dims[axis].axis)
-    out = tuple(Dim(1) if place in axes else dim for place, dim in enumerate(dims) if keep or place not in axes)
+    out = tuple(Dim(1) if index in axes else dim for index, dim in enumerate(dims) if keep or index not in axes)
     return Result((out,), summed)
 
 
@@ -161,11 +161,11 @@ def _split(operands: list[Dims], primitive: Any, arguments: list) -> Result:
 def _strided_slice(operands: list[Dims], primitive: Any, arguments: list) -> Result:
     dims, (begin, end, step) = operands[0], arguments[1:4]
     out = []
-    for place, dim in enumerate(dims):
-        if place >= len(begin):
+    for index, dim in enumerate(dims):
+        if index >= len(begin):
             out.append(dim)
             continue
-        length = len(range(*slice(begin[place], end[place], step[place]).indices(dim.size)))
+        length = len(range(*slice(begin[index], end[index], step[index]).indices(dim.size)))
         out.append(Dim(length, dim.axis))
     return Result((tuple(out),))
 

@@ -56,8 +56,8 @@ def order(schedule: str, stages: int, stage: int, micro_batches: int, chunks: in
         ahead = 2 * ahead + (chunks - 1) * stages
     ahead = min(ahead, len(forward))
     passes = forward[:ahead]
-    for place, following in enumerate(forward[ahead:]):
-        passes += [following, backward[place]]
+    for index, following in enumerate(forward[ahead:]):
+        passes += [following, backward[index]]
     return passes + backward[len(forward) - ahead:]
 
 

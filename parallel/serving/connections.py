@@ -100,7 +100,7 @@ class GuardedProtocol(HttpToolsProtocol):
                                 code="headers_too_large"))
 
     def on_message_begin(self) -> None:
-        """The first byte of a request; what came with it in one piece is not counted."""
+        """The first byte of a request; what came together with it is not counted."""
         super().on_message_begin()
         self._in_head, self._fed, self._fed_body = True, 0, 0
         if self in self.waiting and self.cycle is not None:  # a first head has its time from the connection's begin
@@ -123,7 +123,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body."""
+        """A chunk of a body."""
         self._fed_body += len(body)
         super().on_body(body)
 

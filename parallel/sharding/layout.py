@@ -64,7 +64,7 @@ class Axes:
         self.stages = config.pipeline.stages
         self.mesh = Layout((data // config.expert, config.expert, op), ("replica", "expert", "op"))
         data_axes = ("replica", "expert")
-        self.places = {"batch": data_axes, "tokens": data_axes,
+        self.mesh_axes = {"batch": data_axes, "tokens": data_axes,
                        "residual": (*data_axes, "op") if config.sequence else data_axes,
                        "experts": "expert", "data_in_expert": "replica", "rows": (*data_axes, "op"),
                        **dict.fromkeys(("heads", "width", "vocabulary", "feature_tokens"), "op")}
@@ -80,7 +80,7 @@ class Axes:
         return tuple(tuple(1 if name is None else self.sizes[name] for name in operand) for operand in operands)
 
     def _place(self, name: str | None) -> Any:
-        return "None" if name is None or self.sizes[name] == 1 else self.places[name]
+        return "None" if name is None or self.sizes[name] == 1 else self.mesh_axes[name]
 
 
 class Layer(nn.Cell):

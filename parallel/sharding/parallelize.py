@@ -62,8 +62,8 @@ def layers_of_stages(network: nn.Cell, config: ParallelConfig) -> list[int]:
     units = pipeline_units(network)
     if units is None:
         return [0]
-    places = stage_of_layers(len(units) - 2, config)
-    return [sum(place[0] == stage for place in places) for stage in range(config.pipeline.stages)]
+    stages = stage_of_layers(len(units) - 2, config)
+    return [sum(assigned[0] == stage for assigned in stages) for stage in range(config.pipeline.stages)]
 
 
 def place_on_stages(network: nn.Cell, config: ParallelConfig) -> None:
@@ -71,8 +71,8 @@ def place_on_stages(network: nn.Cell, config: ParallelConfig) -> None:
     if config.pipeline.stages == 1:
         return
     before, *layers, after = _units(network)
-    places = stage_of_layers(len(layers), config)
-    for unit, (stage, chunk) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
+    stages = stage_of_layers(len(layers), config)
+    for unit, (stage, chunk) in zip([before, *layers, after], [stages[0], *stages, stages[-1]], strict=True):
         for cell in unit:
             cell.pipeline_stage = stage
             if config.pipeline.interleave > 1:

@@ -1,4 +1,4 @@
-"""Which part of every parameter lies on which rank: boxes, from the layers' layouts, without compiling.
+"""Which part of every parameter each rank holds: extents, from the layers' layouts, without compiling.
 
 A box is `((start, stop), ...)`, one pair a dim. Ranks are numbered as MindSpore does: stage slowest, then data, then
 op.
@@ -49,7 +49,7 @@ def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullPar
     for parameter in network.get_parameters():
         operand = operands.get(id(parameter)) or (None,) * len(parameter.shape)
         # A tuple of mesh axes would be needed only by an activation; a weight is sharded over one at a time.
-        mesh_axes = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
+        mesh_axes = tuple(axes.mesh_axes[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
         extents = SliceOfRank(tuple(parameter.shape), mesh_axes, stages.get(id(parameter)), config,
                               parameter.parallel_optimizer)
         found.append(FullParameter(parameter.name, tuple(parameter.shape), extents))
@@ -72,9 +72,9 @@ def _stages_of_parameters(network: nn.Cell, config: ParallelConfig) -> dict[int,
     if config.pipeline.stages == 1:
         return {}
     units = pipeline_units(network)
-    places = stage_of_layers(len(units) - 2, config)
+    assigned = stage_of_layers(len(units) - 2, config)
     stages: dict[int, set[int]] = {}
-    for unit, (stage, _) in zip(units, [places[0], *places, places[-1]], strict=True):
+    for unit, (stage, _) in zip(units, [assigned[0], *assigned, assigned[-1]], strict=True):
         for cell in unit:
             for parameter in cell.get_parameters():
                 stages.setdefault(id(parameter), set()).add(stage)
@@ -109,10 +109,10 @@ class SliceOfRank:
         return {"replica": config.data // config.expert, "expert": config.expert, "op": config.op}
 
     def __call__(self, rank: int) -> Extent | None:
-        stage, place = divmod(rank, self.config.data * self.config.op)
+        stage, inner = divmod(rank, self.config.data * self.config.op)
         if self.stages is not None and stage not in self.stages:
             return None
-        at = self._coordinates(place)
+        at = self._coordinates(inner)
         extent = tuple(_part(size, self.mesh[axis], at[axis]) if axis else (0, size)
                        for size, axis in zip(self.shape, self.mesh_axes, strict=True))
         shard = self.shard
@@ -147,14 +147,14 @@ class SliceOfRank:
     def _free_axes(self) -> list[str]:
         return [axis for axis in self.mesh if axis not in self.mesh_axes]
 
-    def _coordinates(self, place: int) -> dict[str, int]:
+    def _coordinates(self, inner: int) -> dict[str, int]:
         found = {}
         for axis, size in reversed(self.mesh.items()):
-            place, found[axis] = divmod(place, size)
+            inner, found[axis] = divmod(inner, size)
         return found
 
     def _number_among_same(self, at: dict[str, int]) -> int:
-        """The place of a rank among those that hold the same slice."""
+        """The index of a rank among those that hold the same slice."""
         number = 0
         for axis in self._free_axes:
             number = number * self.mesh[axis] + at[axis]
@@ -176,10 +176,10 @@ def slice_of_mindspore(layout: Sequence[Any], rank: int, same_slice: Sequence[in
         same_slice: the ranks (within the stage) of the optimizer-shard group, in order; () if there is none.
     """
     matrix, tensor_map, slice_shape = list(layout[0]), list(layout[1]), list(layout[2])
-    place, coordinates = rank, []
+    inner, coordinates = rank, []
     for size in reversed(matrix):
-        coordinates.insert(0, place % size)
-        place //= size
+        coordinates.insert(0, inner % size)
+        inner //= size
     extent = []
     for size, axis in zip(slice_shape, tensor_map, strict=True):
         number = coordinates[len(matrix) - 1 - axis] if axis >= 0 else 0

@@ -1,6 +1,6 @@
 """Execution of one rank's graph, node by node: constants folded, collectives overlapped, parameters changed in place.
 
-A graph is bound once: every node becomes a call with the places of its inputs, of its result, and of what is freed
+A graph is bound once: every node becomes a call with the indices of its inputs, of its result, and of what is freed
 after it. Results have the value that they had when they were computed, as in the replay; where a result shares memory
 with a parameter that is written before the result is read, it is copied first (`hazards`).
 """
@@ -28,7 +28,7 @@ _FREE_OF_TENSORS = {"UpdateState"}
 
 @dataclass
 class Step:
-    """A bound node: `function(values)` gives the result, or a list of results for the places `more`."""
+    """A bound node: `function(values)` gives the result, or a list of results for the indices `more`."""
 
     node: Node
     function: Callable[[list], Any]
@@ -45,7 +45,7 @@ class Bound:
     Args:
         graph: what was bound.
         steps: in order.
-        values: template of the table of values: parameters and constants in their places.
+        values: template of the table of values: parameters and constants at their indices.
         unread: collectives whose results nobody reads; they are waited for at the end.
         copied: how many results are copied because a parameter is written while they are in use.
     """

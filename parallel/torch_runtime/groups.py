@@ -48,7 +48,7 @@ class Communicator:
 
     Args:
         rank, world: its number and how many there are.
-        device: where tensors lie.
+        device: of tensors.
         groups: all groups of the world, the same on every rank.
         messages: all directions of messages, (sender, receiver).
     """

@@ -68,7 +68,7 @@ def _flags(editor: Editor, node: Node) -> tuple[bool, bool]:
 
 
 def _attention(editor: Editor, softmax: Node) -> dict[str, Any] | None:
-    """The nodes around a softmax, if they are those of attention and nothing else reads what lies between."""
+    """The nodes around a softmax, if they are those of attention and nothing else reads what is between."""
     add = editor.maker(softmax.inputs[0], "Add")
     if add is None or len(editor.users(add.number)) != 1 or len(softmax.outputs[0].shape) != 4:
         return None
@@ -222,7 +222,7 @@ def documents_of(editor: Editor, bias: int) -> int | None:
 
 
 def documents_input(graph: Graph) -> int | None:
-    """The place among a graph's inputs of the documents' numbers on which all its attention masks depend; None where a
+    """The index among a graph's inputs of the documents' numbers on which all its attention masks depend; None where a
     mask is of another kind, or there is none."""
     editor = Editor(graph)
     plain_items(editor)
@@ -243,7 +243,7 @@ def fuse_cross_entropy(editor: Editor) -> int:
     """sum exp(x - max) and x[label] - max of every row of logits, and the gradient, without keeping [N, V] in float32.
 
     The pattern is that of `parallel.layers.loss.CrossEntropy`, sharded over the vocabulary or not: what is reduced over
-    ranks lies between the pieces that are fused here.
+    ranks is between the nodes that are fused here.
     """
     found = 0
     for shift in list(editor.nodes.values()):

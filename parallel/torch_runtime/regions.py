@@ -1,4 +1,4 @@
-"""Compiled regions: what lies between fused attention, collectives and updates is traced and compiled by Inductor.
+"""Compiled regions: what is between fused attention, collectives and updates is traced and compiled by Inductor.
 
 A network's layers give the same region again and again, which is compiled once. Views, casts to a wider type and GELUs
 are computed again in every region that reads them, so that what is kept for the backward pass is the narrow tensor.

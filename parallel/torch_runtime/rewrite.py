@@ -14,7 +14,7 @@ from parallel.torch_runtime.rules import VIEWS, WRITES
 
 
 class Editor:
-    """Nodes by number, with a place each in the order of the graph.
+    """Nodes by number, with an index each in the order of the graph.
 
     Args:
         graph: it is not changed; `graph()` gives the new one.

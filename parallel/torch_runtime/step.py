@@ -59,7 +59,7 @@ class TorchStep:
         rank: which; there is one process for each of `program.world`.
         device: "cpu", "cuda" (takes LOCAL_RANK) or "cuda:N"; None = a GPU where there is one.
         mode: "exact", op by op in the graph's order; "eager", with fused nodes (`passes`); "cuda_graph", the same
-            captured once; "inductor", what lies between fused nodes compiled, and captured on a GPU (`regions`);
+            captured once; "inductor", what is between fused nodes compiled, and captured on a GPU (`regions`);
             "auto", see `parallel.execution`.
         floating: "declared", or "float64" for all floating types (exact mode only).
         address: HOST:PORT where the processes meet; None = MASTER_ADDR and MASTER_PORT.

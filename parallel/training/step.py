@@ -134,7 +134,7 @@ class GlobalNorm(nn.Cell):
     of the groups is counted k times by the sum, hence divided by k (rule of the released PanGu-alpha code).
 
     Args:
-        replicas: for each gradient, on how many ranks of the groups the same values lie.
+        replicas: for each gradient, on how many ranks of the groups the same values are.
         groups: communication groups over which partial sums are added, one after the other.
     """
 
@@ -222,7 +222,7 @@ class TrainStep(nn.Cell):
         optimizer: made from `network.trainable_params()`.
         settings: accumulation, clip norm, loss scale, precision, seed.
         weighted: whether the network returns (loss, weight).
-        group, rank, ranks: data-parallel group, this rank's place in it and its size.
+        group, rank, ranks: data-parallel group, this rank's index in it and its size.
         gradient: replaces `MeanGradient` (a pipeline accumulates by itself).
         norm: replaces the `GlobalNorm` of unsharded gradients.
     """

@@ -39,7 +39,7 @@ def features_of(data: DataSettings) -> list:
 
 
 def spec_without_data(data: DataSettings, embedding_size: int) -> FeatureSpec | None:
-    """The places of the features if they are known without reading the log, else None."""
+    """The columns of the features if they are known without reading the log, else None."""
     features = features_of(data)
     if any(f.rows is None and f.values == "vocabulary" and f.type != "numeric" and f.target is None for f in features):
         return None

@@ -1,4 +1,4 @@
-"""What the columns of a click log mean: typed features, and where each one lies in a model's input.
+"""What the columns of a click log mean: typed features, and which columns of a model's input each one has.
 
 Every feature with an embedding table keeps the first two rows: row 0 is *missing* (an empty cell, and the padding of
 lists, which pooling leaves out), row 1 is *unseen* (a value that the vocabulary does not hold). Known values follow.
@@ -174,7 +174,7 @@ def _check_target(feature: Feature, by_name: dict[str, Feature]) -> None:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a feature with a table lies: columns `start .. start + length` of the ids, rows from `offset` in the table
+    """A feature with a table: columns `start .. start + length` of the ids, rows from `offset` in the table
     of its width."""
 
     feature: Feature
@@ -187,7 +187,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class NumericSlot:
-    """Where a feature without a table lies: one column of the numbers."""
+    """A feature without a table: one column of the numbers."""
 
     feature: Feature
     column: int
@@ -196,7 +196,7 @@ class NumericSlot:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """All features of a model in their places, groups in order: user side first, then context, item and cross.
+    """All features of a model with their columns, groups in order: user side first, then context, item and cross.
 
     Args:
         slots: features with tables, in the order of `ordered`.
@@ -247,7 +247,7 @@ _SIDE_ORDER = {"user": 0, "context": 1, "item": 2, "cross": 3}
 
 
 def assign_columns(features: list[Feature], embedding_size: int, known: dict[str, int] | None = None) -> FeatureSpec:
-    """Puts features in their places.
+    """Assigns columns and rows of tables to features.
 
     Args:
         features: as `expand` gives them.
@@ -296,7 +296,7 @@ def _rows_of(feature: Feature, known: dict[str, int] | None) -> int:
         buckets = len(feature.boundaries) + 1 if feature.boundaries is not None else feature.buckets
         return FIRST_KNOWN + buckets
     if feature.is_dynamic:
-        return FIRST_KNOWN  # the rest lies on the host
+        return FIRST_KNOWN  # the rest is on the host
     if feature.rows is None and known is not None and feature.name in known:
         return FIRST_KNOWN + known[feature.name]
     if feature.rows is None:

@@ -1,7 +1,7 @@
 """Passes over a log: what its training rows hold, and its rows as numbers on disk.
 
 A log is a number of units (files, where the reader reads single ones). What a unit gives depends on the unit and on
-where it stands in the log alone, so units may be gone over in any place and put together in their order: see
+its rank in the log alone, so units may be read anywhere and put together in their order: see
 `recsys.data.spark_passes`.
 """
 
@@ -30,7 +30,7 @@ FIELDS = ("ids", "numbers", "labels", "users")
 
 @dataclass
 class Unit:
-    """A piece of a log that is read on its own.
+    """A part of a log that is read on its own.
 
     Args:
         path: file or folder; None = the reader needs none.

@@ -205,7 +205,7 @@ class FeatureEmbedding(Layer):
     """groups: for each semantic group the concatenation [B, width of the group] of its features' vectors.
 
     Args:
-        spec: features in their places.
+        spec: features with their columns.
         std: sigma of the tables' start.
         tables: those of a larger spec that this one is a part of; None makes new ones.
         lookup: how they are looked up when they are sharded (`recsys.settings.LookupSettings`); None = `Table`.
@@ -232,7 +232,7 @@ class FeatureEmbedding(Layer):
         # Where micro-batches of a pipeline share one graph, MindSpore loses the shapes of a tuple that a cell returns.
         self.sliced = False
         self.id_slices = slices_of(lengths, 2)
-        self.row_slices, self.places = [], [(0, 0)] * len(runs)
+        self.row_slices, self.sources = [], [(0, 0)] * len(runs)
         self.members, self.split_rows, self.join_ids = [], [], []
         for width in self.widths:
             mine = [index for index, run in enumerate(runs) if run[0].width == width]
@@ -241,8 +241,8 @@ class FeatureEmbedding(Layer):
             self.join_ids.append(Join(len(mine)))
             self.row_slices.append(slices_of([lengths[index] for index in mine]))
             for number, index in enumerate(mine):
-                self.places[index] = (len(self.row_slices) - 1, number)
-        self.members, self.places = tuple(self.members), tuple(self.places)
+                self.sources[index] = (len(self.row_slices) - 1, number)
+        self.members, self.sources = tuple(self.members), tuple(self.sources)
         self.row_slices = nn.CellList(self.row_slices)
         self.split_rows, self.join_ids = nn.CellList(self.split_rows), nn.CellList(self.join_ids)
         self._make_numbers(spec, std)
@@ -329,7 +329,7 @@ class FeatureEmbedding(Layer):
                 for member in self.members[index]:
                     mine += (ids[member],)
                 found += (self.tables[index](self.join_ids[index](*mine)),)
-        for table, number in self.places:
+        for table, number in self.sources:
             rows += (self.row_slices[table][number](found[table]),)
         return ids, rows
 

@@ -128,7 +128,7 @@ class GroupTokenizer(nn.Cell):
 
 
 class TakeParts(Layer):
-    """The `count` pieces [B, D] of a tensor [B, count D]."""
+    """The `count` slices [B, D] of a tensor [B, count D]."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ def _compressed(metadata: pa.Buffer) -> bool:
 
 
 def _field(data: bytes, table: int, number: int) -> int | None:
-    """Place of a field of a flatbuffer's table."""
+    """Position of a field of a flatbuffer's table."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if 4 + 2 * number >= struct.unpack_from("<H", data, vtable)[0]:
         return None

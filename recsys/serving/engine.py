@@ -45,7 +45,7 @@ class Scorer:
         model: a ranker, settled, in inference mode.
         settings: the shapes.
         cache: of user states.
-        tables: `recsys.tables.host.HostTables`, where the model's lie on the host.
+        tables: `recsys.tables.host.HostTables`, where the model's are on the host.
     """
 
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache, tables: Any = None) -> None:
@@ -67,7 +67,7 @@ class Scorer:
             sides = self.model.sides
             self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
             self.candidate_pass = Hosted(self.candidate_pass, self.model, tables,
-                                         np.array(sides.candidate.ids, np.int64), place=2)
+                                         np.array(sides.candidate.ids, np.int64), argument=2)
 
     def warm(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
         """Compiles and runs every graph once."""

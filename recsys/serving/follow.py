@@ -36,7 +36,7 @@ class PutRows(nn.Cell):
 
 
 class RowWriter:
-    """`PutRows` in pieces of a few sizes, the last one filled up with its last row again."""
+    """`PutRows` in batches of a few sizes, the last one filled up with its last row again."""
 
     def __init__(self, parameter: Parameter) -> None:
         self.cell, self.width = PutRows(parameter), parameter.shape[1]

@@ -51,7 +51,7 @@ def read_request(body: Any, trained: Trained, most: int) -> Ask:
 
     Args:
         body: parsed JSON.
-        trained: the model's features, vocabulary and places.
+        trained: the model's features, vocabulary and columns.
         most: candidates at most.
 
     Raises:

@@ -121,7 +121,7 @@ class Service:
         self.engine.stop()
 
     async def answer(self, request: Any) -> dict:
-        """The answer to a call of /rank. Only a request whose body has come takes a place, and of these only so many
+        """The answer to a call of /rank. Only a request whose body has come takes a slot, and of these only so many
         are held at once as could be scored or wait.
 
         Raises:
@@ -152,7 +152,7 @@ class Service:
         """The answer to a request's body.
 
         Raises:
-            Refusal: 400 not JSON, 422 wrong content, 503 no place or no time.
+            Refusal: 400 not JSON, 422 wrong content, 503 no slot or no time.
         """
         seconds = self.settings.engine.timeout_seconds
         for _ in range(2):

@@ -37,7 +37,7 @@ _SPECIAL = np.array([MISSING_KEY, UNSEEN_KEY], np.int64)
 
 @dataclass
 class _Asked:
-    """What a step asked of one table: distinct keys (the two special ones first), their places in the window (-1 for
+    """What a step asked of one table: distinct keys (the two special ones first), their rows in the window (-1 for
     those without a row), which of them the step touches, and their rows where no other process holds them."""
 
     keys: np.ndarray
@@ -51,7 +51,7 @@ class HostTables(Companion):
 
     Args:
         settings: the run (`model.embedding_std`, `data.tables`, `train`).
-        spec: places of the features in the log.
+        spec: columns of the features in the log.
         batch: samples of a step on this process.
         exchange: of the processes.
     """
@@ -122,7 +122,7 @@ class HostTables(Companion):
             slots, free[plan.width] = self._window_rows(plan, known[name][0], free[plan.width])
             self._fill(name, known[name], slots)
             self._asked[name] = _Asked(keys, slots, self._touched(slots, times), known[name][1])
-            # An id without a row has the place of the unseen value.
+            # An id without a row has the row of the unseen value.
             slots = np.where(slots < 0, plan.first + 1, slots)
             ids_BM[:, chosen[name]] = slots[which[name]].reshape(len(keys_BM), -1)
         return ids_BM
@@ -140,7 +140,7 @@ class HostTables(Companion):
         return keys, which[FIRST_KNOWN:], times
 
     def _window_rows(self, plan: TablePlan, known: np.ndarray, free: int) -> tuple[np.ndarray, int]:
-        """Place of each distinct key in the window (-1: it has no row), and the next free one."""
+        """Row of each distinct key in the window (-1: it has no row), and the next free one."""
         slots = np.full(len(known), -1, np.int32)
         slots[:FIRST_KNOWN] = plan.first + np.arange(FIRST_KNOWN)
         found = np.flatnonzero(known[FIRST_KNOWN:]) + FIRST_KNOWN
@@ -268,7 +268,7 @@ class HostTables(Companion):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def before_checkpoint(self, directory: Path, step: int) -> None:
-        """Writes this process's rows beside the checkpoint's place."""
+        """Writes this process's rows beside the checkpoint."""
         stage_tables(self.tables, directory, self.exchange.rank, self.exchange.ranks)
         self.exchange.all_to_all([b""] * self.exchange.ranks)
         self._staged = directory

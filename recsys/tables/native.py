@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
 
 
 def address(array: np.ndarray | None) -> int | None:
-    """Where a contiguous array lies; None for none."""
+    """Address of a contiguous array; None for none."""
     return None if array is None else array.ctypes.data
 
 

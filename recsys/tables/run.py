@@ -1,4 +1,4 @@
-"""Training and loading of rankers whose tables lie on the host."""
+"""Training and loading of rankers whose tables are on the host."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
     rows = validation_rows(settings, log.parts["validation"])
-    # The windows have places for a batch of this process, no more.
+    # The windows have rows for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
                             scores=backend.scorer, backend=backend)
     best = Best(settings, evaluation, lambda: dense_parameters(network), processes.rank, tables=tables)

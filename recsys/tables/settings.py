@@ -10,7 +10,7 @@ from parallel.common.settings import Settings
 
 
 class TableSettings(Settings):
-    """Where the embedding tables lie and how they are looked up."""
+    """Where the embedding tables are and how they are looked up."""
 
     place: Literal["graph", "host"] = "graph"
     """graph: tables are parameters of the network, in full on the device (or sharded by the op axis). host: rows are on

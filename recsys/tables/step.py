@@ -1,4 +1,4 @@
-"""The training step of a network whose tables lie on the host, and its scores.
+"""The training step of a network whose tables are on the host, and its scores.
 
 Shapes: B samples, M id columns, W width.
 """
@@ -154,7 +154,7 @@ def put_windows(parameters: list[Parameter], windows: list[np.ndarray]) -> None:
 
 
 class Hosted:
-    """A network in inference mode whose tables lie on the host, called as the network is: `hosted(ids, numbers)`.
+    """A network in inference mode whose tables are on the host, called as the network is: `hosted(ids, numbers)`.
 
     Args:
         cell: takes ids_BM and other tensors.
@@ -166,8 +166,8 @@ class Hosted:
     """
 
     def __init__(self, cell: nn.Cell, network: nn.Cell, tables: HostTables, columns: np.ndarray | None = None,
-                 place: int = 0) -> None:
-        self.cell, self.tables, self.columns, self.place = cell, tables, columns, place
+                 argument: int = 0) -> None:
+        self.cell, self.tables, self.columns, self.argument = cell, tables, columns, argument
         self.windows = window_parameters(network)
 
     def set_train(self, mode: bool = True) -> None:
@@ -176,8 +176,8 @@ class Hosted:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the cell gives for rows read from the tables."""
-        ids = inputs[self.place].asnumpy()
+        ids = inputs[self.argument].asnumpy()
         own = self.columns if self.columns is not None else slice(None)
         found = self.tables.fetch(self.tables.columns.keys(ids, own), columns=self.columns)
         put_windows(self.windows, self.tables.windows)
-        return self.cell(*inputs[:self.place], Tensor(found), *inputs[self.place + 1:])
+        return self.cell(*inputs[:self.argument], Tensor(found), *inputs[self.argument + 1:])

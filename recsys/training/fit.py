@@ -61,7 +61,7 @@ def start_values(settings: Run, network: TrainingLoss, log: Log, tables: Any = N
         settings: the run.
         network: of the log's spec, or of a window's.
         log: with spec and vocabulary.
-        tables: `recsys.tables.host.HostTables`, where they lie on the host.
+        tables: `recsys.tables.host.HostTables`, where they are on the host.
     """
     initialize(network.model, settings.train.seed)
     own = list_checkpoints(Path(settings.output.directory) / "checkpoints")

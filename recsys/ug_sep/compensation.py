@@ -21,7 +21,7 @@ class Compensation(Layer):
         rank: of low_rank.
 
     The paper only says that the masked U representation goes through a learnable linear projection and is added to the
-    G tokens; the three forms, their source (U mixed tokens, after the mask) and their place (the block's first
+    G tokens; the three forms, their source (U mixed tokens, after the mask) and their position (the block's first
     residual) are ours.
     """
 

@@ -48,7 +48,7 @@ class TwoSidedEmbedding(nn.Cell):
 
 
 class Widths(Layer):
-    """Pieces of the given sizes of the last dim of x_TBD."""
+    """Slices of the given sizes of the last dim of x_TBD."""
 
     def __init__(self, sizes: tuple[int, ...], stream: Operand) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Repeat(Layer):
 
 
 class Take(nn.Cell):
-    """Pieces [c, R, K] for each candidate: row index_N[n] for candidate n; as they are without an index (R = N)."""
+    """Components [c, R, K] for each candidate: row index_N[n] for candidate n; as they are without an index (R = N)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -170,7 +170,7 @@ class SeparatedRanker(Ranker):
         return result
 
     def user_layers(self, groups: tuple) -> tuple:
-        """Pieces: the tokenizer's, each layer's, the mean of the U tokens."""
+        """Components: the tokenizer's, each layer's, the mean of the U tokens."""
         x_uRD, first = self.tokenize.user(groups)
         components, inputs = (first,), ()
         for index in range(len(self.layers)):

@@ -126,7 +126,7 @@ def allot(groups: list[str], tokens: int, named: dict[str, int]) -> list[tuple[t
 
 @dataclass(frozen=True)
 class Side:
-    """One side's features: `spec` places them in an input of their own, made of the columns `ids` and `numbers`."""
+    """One side's features: `spec` gives them an input of their own, made of the columns `ids` and `numbers`."""
 
     spec: FeatureSpec
     ids: tuple[int, ...]

@@ -32,7 +32,7 @@ def warm_start(network: Any, spec: FeatureSpec, vocabulary: Vocabulary, path: st
         network: the new one.
         spec, vocabulary: of the new run.
         path: the old checkpoint, or its run's folder.
-        tables: `recsys.tables.host.HostTables` of the new run, where its tables lie on the host.
+        tables: `recsys.tables.host.HostTables` of the new run, where its tables are on the host.
 
     Returns: how many parameters (and tables of features) were kept, kept in part, and started anew.
 
@@ -66,7 +66,7 @@ def _is_state(name: str) -> bool:
 
 
 class _Move:
-    """From one model's places to another's."""
+    """From one model's columns to another's."""
 
     def __init__(self, old: Trained, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
         self.old, self.spec, self.vocabulary = old, spec, vocabulary
@@ -174,7 +174,7 @@ class _Move:
         return count, count, ""
 
     def host_tables(self, tables: Any) -> list[tuple[str, str]]:
-        """Rows of features by key; the old run's may lie on the host or in the graph."""
+        """Rows of features by key; the old run's may be on the host or in the graph."""
         from recsys.tables.dynamic import Entries
         from recsys.tables.files import FOLDER, read_entries, table_files
 

@@ -8,7 +8,7 @@ On the generated log (default) the small configs of configs/recsys are trained, 
 chosen among `--rates` by the validation AUC of seed 1. On MovieLens-100k (`--movielens`; rating >= 4 is a click; sorted
 by time, 80/10/10) the recipes of configs/recsys/movielens are taken as they are; they were chosen by validation AUC.
 Test AUC is that of the parameters of the best validation. Each finished run is added to the file `--runs` and taken
-from there the next time, so that a long table can be made in pieces.
+from there the next time, so that a long table can be made in parts.
 
 The last line of stdout is JSON with every run; `ratio` is the mean AUC of the last model over that of the first.
 """

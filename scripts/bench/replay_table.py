@@ -36,7 +36,7 @@ MODELS = {
         "tokenmixer_large_moe", "rankmixer", "tokenmixer_large", "rankmixer_ug_sep", "tokenmixer_large_ug_sep",
         "longer", "dhen", "wukong", "hiformer", "autoint", "dcnv2", "dlrm_mlp")},
 }
-# With seed 1 and four layers one input of one ReLU lies within rounding of 0 (docs/replay.md).
+# With seed 1 and four layers one input of one ReLU is within rounding of 0 (docs/replay.md).
 MODELS["recsys/longer"] += " train.seed=2"
 # On one rank MindSpore adds up the gradients of a DHEN layer's input in another order if the layer is not recomputed.
 OTHER_ORDER = {("recsys/dhen", "recompute")}

@@ -13,7 +13,7 @@ with a fifth of them models are still learning what the log is made of, the sepa
 docs/ug_sep.md), and on 12,000 test rows differences of 0.1 % cannot be separated from chance.
 
 `--runs` keeps finished runs in a file of JSON lines and reads it when started again; `--minutes` stops beginning new
-ones, so that a table can be made piece by piece. Last line of stdout: JSON with the table; `ratio` is the mean over
+ones, so that a table can be made in parts. Last line of stdout: JSON with the table; `ratio` is the mean over
 models of separated (the first of `--variants` that is not unseparated) over unseparated AUC at the first of `--ratios`.
 """
 

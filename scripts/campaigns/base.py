@@ -104,7 +104,7 @@ def _raises(call: Callable[[Any], Any], data: Any, kind: type[Exception], allowe
 
 
 def shrunk(data: Any, fails: Callable[[Any], bool], trials: int = 300) -> Any:
-    """The smallest part of `data` found by leaving out pieces that still fails (delta debugging, bounded)."""
+    """The smallest part of `data` found by leaving out parts that still fails (delta debugging, bounded)."""
     size = max(1, len(data) // 2)
     while size >= 1 and trials > 0:
         at, changed = 0, False

@@ -252,7 +252,7 @@ def requests(campaign: Campaign, folder: Path, rng: random.Random) -> None:
 
 
 def _trained(folder: Path) -> Any:
-    """What `read_request` needs of a ranker: features, places and vocabulary, without a network."""
+    """What `read_request` needs of a ranker: features, columns and vocabulary, without a network."""
     from types import SimpleNamespace
 
     from recsys.data.columns import columns_of, features_of

@@ -84,7 +84,7 @@ def _token(text: str, at: int, rng: random.Random) -> tuple[int, int]:
 
 
 def mutated_tree(tree: Any, rng: random.Random) -> Any:
-    """A copy of a tree of JSON values with one place replaced, left out, doubled or wrapped."""
+    """A copy of a tree of JSON values with one value replaced, left out, doubled or wrapped."""
     places = list(_places(tree))
     path = rng.choice(places)
     return _changed(tree, path, rng)

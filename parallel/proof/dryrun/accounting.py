@@ -78,8 +78,8 @@ class Collective:
 
 def coordinates(rank: int, config: ParallelConfig) -> tuple[int, int, int]:
     """(stage, data, op) of a rank: op moves fastest, stages are the slowest (MindSpore's order)."""
-    stage, place = divmod(rank, config.data * config.op)
-    return stage, *divmod(place, config.op)
+    stage, inner = divmod(rank, config.data * config.op)
+    return stage, *divmod(inner, config.op)
 
 
 def collectives(graph: Graph, rank: int, config: ParallelConfig,
@@ -108,7 +108,7 @@ def _within(cell: str, name: str) -> bool:
 
 
 def _maker(function: Function, node: Node) -> Node:
-    """The node that computed what a collective is about: what lies between only moves it."""
+    """The node that computed what a collective is about: what is between only moves it."""
     found = node
     while found.inputs and (found is node or found.op in _MOVING or "redistribution_op" in found.instance):
         before = function.source(found.inputs[0])
@@ -181,7 +181,7 @@ def _dimension(node: Node, purpose: str, ranks: tuple[int, ...], config: Paralle
     if "parallel_optimizer" in node.instance or (purpose == "gradient" and node.op in _SCATTERING):
         return "optimizer"
     places = [coordinates(rank, config) for rank in ranks]
-    stages, data, op = (len({place[axis] for place in places}) for axis in range(3))
+    stages, data, op = (len({inner[axis] for inner in places}) for axis in range(3))
     if purpose == "gradient":  # of a parameter that is replicated on every rank of the stage, the sum runs over op too
         return "data" if data > 1 else "op"
     if stages > 1:
@@ -284,7 +284,7 @@ def kept_activations(graph: Graph) -> int:
 
 
 def kept_tensors(function: Function, graph: Graph) -> dict[tuple, int]:
-    """Bytes of each forward result of one function that outlives it, by (name of the node, place in its tuple)."""
+    """Bytes of each forward result of one function that outlives it, by (name of the node, index in its tuple)."""
     if function is not graph.main and any(node.backward for node in function.nodes):
         return {}  # a backward function: what it computes again it drops again
     kept: dict[tuple, int] = {}
@@ -356,11 +356,11 @@ def _received(function: Function, name: str, graph: Graph) -> dict[tuple, int]:
     """An input of a shared function that its callers received from another stage (and cast, perhaps)."""
     if name not in function.inputs:
         return {}
-    place = function.inputs.index(name)
+    inner = function.inputs.index(name)
     for caller in (graph.main, *graph.functions.values()):
         for node in caller.nodes:
-            if node.op == "call" and node.callee == function.name and place < len(node.inputs):
-                given, source = _passed_on(caller, node.inputs[place]), caller.source(node.inputs[place])
+            if node.op == "call" and node.callee == function.name and inner < len(node.inputs):
+                given, source = _passed_on(caller, node.inputs[inner]), caller.source(node.inputs[inner])
                 if given is not None and source is not None and source.op == "Receive" and (
                         "pipeline_param" not in source.marks):
                     return {(given.name, 0): sum(kind.bytes for kind in given.outputs)}

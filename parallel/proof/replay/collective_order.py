@@ -35,7 +35,7 @@ def wrong_order(programs: Sequence[Program]) -> str | None:
 
 def _groups_order(programs: Sequence[Program]) -> str | None:
     # The strictest notion of sameness under which the ranks have the same collectives: constants are the same along the
-    # data axis, computations within a stage, places in the network everywhere.
+    # data axis, computations within a stage, positions in the network everywhere.
     notions = [[purposes(program, constants) for program in programs] for constants in (True, False)]
     notions.append([{node.name: origin(node) for node in program.nodes} for program in programs])
     for members, calls in sorted(calls_of_groups(programs).items()):

@@ -35,7 +35,7 @@ _PROJECT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place where a replay differs from one device.
+    """The first node at which a replay differs from one device.
 
     Args:
         step: training step, from 0.
@@ -263,7 +263,7 @@ def _parameter_of(program: Program, node: Node) -> str:
 
 def _first_parameter(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference],
                      bounds: Bounds) -> Divergence:
-    """The parameter whose gradient or update differs, by its update's place in the graph of the backward pass."""
+    """The parameter whose gradient or update differs, by its update's position in the graph of the backward pass."""
     trainable = [item.name for item in reference.task.network.trainable_params()]
 
     def owner(name: str) -> str:

@@ -69,7 +69,7 @@ class Program:
 
     @property
     def copies(self) -> set[str]:
-        """Parameters that another stage owns and sends here at every step: what lies here is read by nobody."""
+        """Parameters that another stage owns and sends here at every step: the copy here is read by nobody."""
         return {self.aliases.get(node.inputs[0], node.inputs[0]) for node in self.nodes
                 if node.op == "Receive" and "pipeline_param" in node.marks}
 

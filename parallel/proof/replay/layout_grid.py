@@ -114,7 +114,7 @@ LAYOUTS = (
                                 "parallel.pipeline.interleave=2 model.layers=4")),
     Layout("uneven_stages", _keys(stages=2, more="model.layers=4 parallel.pipeline.offsets=[1,-1]")),
     Layout("uneven_stages_back", _keys(2, 1, 2, shard=-1, more="model.layers=4 parallel.pipeline.offsets=[-1,1]")),
-    # Dropout: masks belong to samples and places, whoever holds them.
+    # Dropout: masks belong to samples and positions, whoever holds them.
     Layout("dropout", _keys(2, 2, more="model.dropout=0.1")),
     Layout("dropout_stages", _keys(2, 1, 2, more="model.dropout=0.1")),
     Layout("dropout_accumulation", _keys(data=2, more="train.accumulation=2 model.dropout=0.1")),

@@ -42,7 +42,7 @@ def _bare_suffix(file: Path) -> str:
 
 def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = None,
                quoted: bool = True) -> Iterator[tuple[pa.Table, str]]:
-    """Tables of a text file with a header line (or `names`), every cell as text, in pieces of a few MB.
+    """Tables of a text file with a header line (or `names`), every cell as text, in chunks of a few MB.
 
     Raises:
         UserError: not UTF-8, rows of different lengths, quotes that do not balance, a damaged archive; names the row.

@@ -31,7 +31,7 @@ class Position:
         self.file, self.delimiter, self.row = file, delimiter, -1 if headed else 0
 
     def error(self, what: str, data: bytes, start: int) -> UserError:
-        """About the record that byte `start` of `data` lies in."""
+        """About the record that byte `start` of `data` is in."""
         before = io.StringIO(data[:start].decode("utf-8", "replace") + "x", newline="")
         csv.field_size_limit(1 << 30)
         records = sum(1 for cells in csv.reader(before, delimiter=self.delimiter) if cells)
@@ -82,7 +82,7 @@ def _last_end(data: bytes, delimiter: bytes, quoted: bool, last: bool, position:
 
 
 def _end_outside(data: bytes, stop: int, marks: np.ndarray) -> int:
-    """Behind the last line end before `stop` that lies outside quotes."""
+    """Behind the last line end before `stop` that is outside quotes."""
     end = data.rfind(b"\n", 0, stop)
     while end >= 0 and np.searchsorted(marks, end) % 2:
         end = data.rfind(b"\n", 0, int(marks[np.searchsorted(marks, end) - 1]))

@@ -1,6 +1,6 @@
 """Frappe (app usage in context) as libfm text: `label index:1 index:1 ...`, ten fields a line.
 
-The files give no field names; index i belongs to the field in whose place it stands, in the order of the published
+The files give no field names; index i belongs to the field of the same position in the order of the published
 converter: user, item, daytime, weekday, weekend, homework, cost, weather, country, city. Label -1 counts as 0.
 """
 

@@ -28,8 +28,8 @@ _BLOCK = 1 << 20
 
 
 class Folder:
-    """A `Transport` of one partition. A position is [file, place]: rows of a parquet file that were read, or bytes of a
-    csv file.
+    """A `Transport` of one partition. A position is [file, offset]: rows of a parquet file that were read, or bytes of
+    a csv file.
 
     Args:
         data: `DataSettings`; `path` is the folder.

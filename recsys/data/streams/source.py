@@ -38,7 +38,7 @@ class _Moved(Exception):
 
 
 class StreamSource(Companion):
-    """A `DataSource` without epochs, and the companion that keeps the stream's place in the checkpoints.
+    """A `DataSource` without epochs, and the companion that keeps the stream's position in the checkpoints.
 
     Args:
         transport: brings the events.

@@ -55,10 +55,10 @@ class SeparatedTokenMixerLarge(SeparatedRanker):
     def check_experts(self, parallel: ParallelConfig) -> None:
         check_routed_experts(self.settings.moe, parallel)
 
-    def _counts(self, users: dict[str, int], groups: dict[str, int], place: str) -> Shape:
-        settings, extra = self.settings, int(place != "none")
+    def _counts(self, users: dict[str, int], groups: dict[str, int], global_token: str) -> Shape:
+        settings, extra = self.settings, int(global_token != "none")
         named = settings.group_tokens
-        natural = (sum(named.get(name, 1) for name in users) + int(place == "per_side"),
+        natural = (sum(named.get(name, 1) for name in users) + int(global_token == "per_side"),
                    sum(named.get(name, 1) for name in groups) + extra)
         if settings.ug_sep.ratio is not None:
             return tokens_of_ratio(settings.ug_sep.ratio, settings.tokens or sum(natural))

@@ -108,7 +108,7 @@ def test_planning_reads_common_beginnings_once():
     # Each scored token of each request has its place and label once.
     for tree in trees:
         row = row_of(tree, items, prefix)
-        for index, places, labels in zip(tree.members, row.places, row.labels, strict=True):
+        for index, places, labels in zip(tree.members, row.predicting_at, row.labels, strict=True):
             ids, first = items[index]
             assert labels.tolist() == ids[first:].tolist()
             assert row.ids[places].tolist() == ids[first - 1:-1].tolist()
