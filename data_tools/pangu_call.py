@@ -19,7 +19,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs `python -m pangu <verb>` with `key=value` for every override; returns its JSON line.
 
-    Its progress goes to our stderr.
+    Its progress goes to this process's stderr.
 
     Raises:
         UserError: the command failed; its own message stands above.

@@ -250,7 +250,7 @@ def clear_stale(layout: OutputLayout, expected: set[str]) -> None:
     """Makes the folders and clears what an earlier run with more parts left; other people's files are left alone.
 
     Raises:
-        UserError: the folder of the documents holds files and no state of ours.
+        UserError: the folder of the documents holds files and no state of these tools.
     """
     documents = Path(layout.documents)
     if documents.exists() and not documents.is_dir():

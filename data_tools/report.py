@@ -44,7 +44,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     """Writes `report.html` for the output folder of `run` or of a single step.
 
     Raises:
-        UserError: the folder holds no figures of ours.
+        UserError: the folder holds no figures of these tools.
     """
     folder = Path(folder)
     results = load_results(folder)

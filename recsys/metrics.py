@@ -127,7 +127,7 @@ def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 def calibration_free_ne(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """NE after one number is added to all logits so that as many clicks are predicted as observed: what remains once
-    calibration is put right. Others divide the entropies in other ways; this definition is ours."""
+    calibration is put right. Others divide the entropies in other ways; this definition was chosen here."""
     if len(labels) == 0 or not 0 < np.sum(np.asarray(labels) > 0) < len(labels):
         return float("nan")
     p = np.clip(np.asarray(probabilities, np.float64), CLIP, 1.0 - CLIP)

@@ -14,7 +14,7 @@ from parallel.common.settings import Settings
 
 
 class DedupSettings(Settings):
-    """Exact and near duplicates; all numbers are our choice (the PanGu-alpha paper does not disclose its own)."""
+    """Exact and near duplicates; all numbers were chosen here (the PanGu-alpha paper does not disclose its own)."""
 
     threshold: float = pydantic.Field(0.8, gt=0, le=1)
     """Jaccard similarity of the sets of character n-grams from which two documents are near duplicates."""

@@ -2,7 +2,7 @@
 
 MinHash: Broder, "On the resemblance and containment of documents" (1997). The share of equal entries of two signatures
 estimates the Jaccard similarity of the two sets of n-grams. The PanGu-alpha paper (section 3.1.2) does not disclose
-its own algorithm, n-gram size or number of hashes: all of these are our choice and stand in the settings.
+its own algorithm, n-gram size or number of hashes: all of these were chosen here and stand in the settings.
 Legend: N documents, P hashes, L n-grams.
 """
 

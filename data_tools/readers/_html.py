@@ -47,7 +47,7 @@ def extract_html(data: bytes, content_type: str = "", link_share: float = 0.7, l
         data: the page's bytes.
         content_type: the HTTP header, for its charset.
         link_share: a list or block with `links` links or more is navigation when this share of its characters is
-            link text (rule 8 of the PanGu-alpha paper, section 3.1.1; the criterion is our choice).
+            link text (rule 8 of the PanGu-alpha paper, section 3.1.1; the criterion was chosen here).
         links: see `link_share`.
     """
     try:

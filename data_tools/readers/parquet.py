@@ -1,4 +1,4 @@
-"""Parquet with a text column; our own files keep further keys as JSON in the column `other`."""
+"""Parquet with a text column; files written here keep further keys as JSON in the column `other`."""
 
 from __future__ import annotations
 

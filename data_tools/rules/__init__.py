@@ -1,7 +1,7 @@
 """Cleaning rules: one module a rule, found automatically; each has its thresholds in YAML under `rules.<name>`.
 
 The eight rules are those of the PanGu-alpha paper, section 3.1.1; the paper prints two thresholds (60 %, 150
-characters) and names the other rules only, so their thresholds, and the order, are our choice. A rule module defines
+characters) and names the other rules only, so their thresholds, and the order, were chosen here. A rule module defines
 one subclass of `Rule` with the name of the module; `order` ranks it among the others.
 """
 

@@ -1,7 +1,7 @@
 """Removes documents that share long n-grams with the evaluation sets, so that a test is not in the training data.
 
-GPT-3 (Brown et al. 2020, appendix C) looks for n-grams of 8 to 13 words; ours are of characters in the normal form of
-`dedup.normalise`, 24 by default, about 13 Chinese words (our choice; the PanGu-alpha paper does not decontaminate).
+GPT-3 (Brown et al. 2020, appendix C) looks for n-grams of 8 to 13 words; here they are of characters in the normal form
+of `dedup.normalise`, 24 by default, about 13 Chinese words (chosen here; the PanGu-alpha paper does not decontaminate).
 """
 
 from __future__ import annotations

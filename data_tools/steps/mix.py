@@ -1,7 +1,7 @@
 """The training mixture: each category drawn by its number of epochs, shuffled, the same for a seed.
 
 Weights are those of Table 4 of the PanGu-alpha paper. The quantities in that table do not all agree with its weights,
-so the weights, normalised, are taken as the sampling ratios (our reading).
+so the weights, normalised, are taken as the sampling ratios (as understood here).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A tiny language model that reads it learns three skills that can be measured against chance: answering a question whose
 fact stands in the context, the sentiment of an opinion, and one-step arithmetic. Everything is a function of the seed.
-The design (what is told, how often, what is held out) is ours.
+The design (what is told, how often, what is held out) was chosen here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What each world calls the parameters, and which way round it keeps matrices.
 
-Ours keeps every matrix as [out, in]. The released MindSpore code keeps query, key and value so (`nn.Dense`) and the
-other three as [in, out] (`Mapping`: x @ W); PyTorch's ports keep all as [out, in]. Sources: the strategy file published
-with the 2.6B checkpoint for `mindspore`; MindFormers v1.0 for `mindformers`; imoneoi/transformers-pangu for
+`pangu.model` keeps every matrix as [out, in]. The released MindSpore code keeps query, key and value so (`nn.Dense`)
+and the other three as [in, out] (`Mapping`: x @ W); PyTorch's ports keep all as [out, in]. Sources: the strategy file
+published with the 2.6B checkpoint for `mindspore`; MindFormers v1.0 for `mindformers`; imoneoi/transformers-pangu for
 `huggingface`; the package pcl_pangu for `megatron`.
 """
 
@@ -19,11 +19,11 @@ _NORMS = {"gamma": "weight", "beta": "bias"}
 
 @dataclass(frozen=True)
 class Key:
-    """One parameter: our name and shape, their name, and whether theirs is the transpose."""
+    """One parameter: its name and shape here, its name there, and whether theirs is the transpose."""
 
     name: str
     shape: tuple[int, ...]
-    theirs: str
+    foreign: str
     transposed: bool
 
     @property
@@ -48,7 +48,7 @@ def keys(config: ModelConfig, naming: str) -> list[Key]:
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameters and their shapes, without building the model."""
+    """The model's parameters and their shapes, without building the model."""
     width, ffn, positions = config.hidden_size, config.ffn, config.sequence_length
     found: dict[str, tuple[int, ...]] = {"embedding.word.table": (config.vocabulary_size, width),
                                          "embedding.position.table": (positions, width)}

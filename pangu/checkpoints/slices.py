@@ -46,7 +46,7 @@ def release_layouts(config: ModelConfig, data: int = 64, op: int = 8) -> dict[st
     """The release's layouts for a model of any size: what the strategy files published with 2.6B and 13B say."""
     layouts = {}
     for key in keys(config, "mindspore"):
-        name, dims = key.theirs, [-1] * len(key.their_shape)
+        name, dims = key.foreign, [-1] * len(key.their_shape)
         full = "layernorm" in name or "embedding" in name or name.endswith("projection.bias")
         if not full:
             dims[1 if name.endswith("mapping.weight") else 0] = 0

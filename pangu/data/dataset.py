@@ -64,7 +64,7 @@ def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     """Where a shuffle of `range(count)` puts `positions`, computed without making all of the shuffle.
 
     A Feistel network of six rounds over the next even number of bits, walked along its cycle until it lands below
-    `count`: a permutation chosen by `key`, at the cost of the positions asked for (our choice; a list of all records
+    `count`: a permutation chosen by `key`, at the cost of the positions asked for (chosen here; a list of all records
     of a large corpus would fill the memory of every rank).
 
     Args:

@@ -42,7 +42,7 @@ class PackOptions(Settings):
     """Share of the documents held out for validation, chosen by a hash of their text."""
     last_chunk: Literal["pad", "drop"] = "pad"
     """The last, short record of a shard: filled with <pad> (6, without loss) or left out. The published code drops it,
-    the SDK pads; padding is our default because it loses no text."""
+    the SDK pads; padding is the default here because it loses no text."""
     text_key: str = "text"
     """Key of the text in a JSON line."""
     whole_file: bool = False

@@ -113,7 +113,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special id before or after.
 
-        A lone surrogate, which no UTF-8 file can hold, counts as U+FFFD (our choice: the release would stop).
+        A lone surrogate, which no UTF-8 file can hold, counts as U+FFFD (chosen here: the release would stop).
         """
         return self._model.encode(self._segmenter.join(text))
 

@@ -86,7 +86,7 @@ def register() -> type:
         UserError: lm-eval is not installed.
     """
     try:
-        # The harness fills its registry when it is first asked, if it is empty: its own models come before ours.
+        # The harness fills its registry when it is first asked, if it is empty: its own models come first.
         import lm_eval.models  # noqa: F401
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model

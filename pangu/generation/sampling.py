@@ -30,7 +30,7 @@ class SamplingRule:
     Source: PanGu-alpha code (`generate`): penalties look at generated tokens only, never at the prompt. There, the
     penalised probabilities go into top-p truncation without adding up to 1, so that a high penalty keeps more tokens,
     and the temperature only moves the truncation; here temperature and penalties act on the logits, and the
-    distribution is normalised before each truncation, as is usual (our choice).
+    distribution is normalised before each truncation, as is usual (chosen here).
     """
 
     temperature: float = 1.0

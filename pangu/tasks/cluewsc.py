@@ -1,5 +1,5 @@
 """CLUEWSC2020: does the pronoun stand for the name? The text with the pronoun replaced by the name against the text
-as it is. The paper does not say how it makes choices of the task; this is our choice."""
+as it is. The paper does not say how it makes choices of the task; this was chosen here."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
     """Parses `argv`, runs the verb and prints its figures; returns the exit code: 0, 2, or figures["exit_code"]."""
     if argv is None:
         argv = sys.argv[1:]
-    # Before MindSpore is imported: its warnings are for its developers and would drown ours.
+    # Before MindSpore is imported: its warnings are for its developers and would drown the command's own.
     os.environ.setdefault("GLOG_v", "3")
     end_with_launcher()
     try:
@@ -167,8 +167,8 @@ def own_file(name: str | None) -> str | None:
     """A file of this repository that nobody named, from whatever folder the command is typed in."""
     if name is None or Path(name).exists():
         return name
-    ours = Path(__file__).resolve().parents[2] / name
-    return str(ours) if ours.exists() else name
+    path = Path(__file__).resolve().parents[2] / name
+    return str(path) if path.exists() else name
 
 
 def _resolve(target: Any) -> Any:

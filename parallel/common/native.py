@@ -76,7 +76,7 @@ def _key(compiler: str, source: Path, flags: list[str]) -> str:
 
 
 def _headers(source: Path) -> list[Path]:
-    """Our headers that a file includes, and those that they include."""
+    """The project's headers that a file includes, and those that they include."""
     found: list[Path] = []
     pending = [source]
     while pending:

@@ -45,7 +45,7 @@ def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict:
         surrogates: an escape that is half of a pair: refuse it, read it as U+FFFD, or keep it as it is.
         strict: refuse control characters inside strings, as the standard does.
         foreign_numbers: NaN, Infinity and numbers that no float64 holds: refuse them, read them as null, or keep
-            them as Python writes them (files of our own).
+            them as Python writes them (files that this project writes).
         max_bytes: longest text.
 
     Raises:

@@ -173,7 +173,7 @@ class MsrunLauncher(Launcher):
 
         plan = self.plan
         with _quiet_stdout(), _kept_environment():
-            # msrun starts "python": let that be ours.
+            # msrun starts "python": let that be this one.
             os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
             os.environ["RANK_SIZE"] = str(plan.ranks)
             manager = _ProcessManager(argparse.Namespace(

@@ -245,7 +245,7 @@ class SparsePertokenMoE(Layer):
 
     The gate is a softmax over all routed experts; the chosen ones' are divided by their sum only if there are at least
     two. With one chosen expert that division would make it 1 whatever the router says, and the router would learn
-    nothing; the paper does not say what it does there, so this is our choice.
+    nothing; the paper does not say what it does there, so this was chosen here.
 
     Source: TokenMixer-Large eq. 19-21 (arXiv 2602.06563).
     """

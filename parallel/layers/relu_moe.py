@@ -39,7 +39,8 @@ class ReluMoE(Layer):
     Output: (v_TBD, penalty scalar). The biases of the routers start at 1, so that every expert starts active.
 
     Source: RankMixer eq. 10-11; the penalty's rule is that of ReMoE (arXiv 2412.14711): lambda is multiplied by the
-    step while more than the budget is active, and divided while less. The paper gives neither rule nor blend: ours.
+    step while more than the budget is active, and divided while less. The paper gives neither rule nor blend: both were
+    chosen here.
     """
 
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, router: Literal["dtsi", "single_relu"],

@@ -331,8 +331,8 @@ def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
 
 
 def _compared(item: Estimate, report: Any) -> dict[str, list[int]]:
-    ours, dry = item.memory[0], report.memory
-    result = {name: [getattr(ours, name), getattr(dry, name)] for name in _COMPARED}
+    estimated, dry = item.memory[0], report.memory
+    result = {name: [getattr(estimated, name), getattr(dry, name)] for name in _COMPARED}
     mine = sum(collective.bytes * times for collective, times in item.stages[0].collectives.items())
     return result | {"communication": [mine,
                                        sum(collective.bytes * collective.times for collective in report.collectives)]}

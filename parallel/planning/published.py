@@ -78,7 +78,7 @@ _MINDSPEED = ("MindSpeed-LLM linearity plot; flash attention, mc2, op 8, stages 
               "sequences a replica: the repository's script for 128 devices")
 _GROWN = _MINDSPEED + "; that the batch grows with the devices is an assumption"
 _MEGATRON = ("Megatron-LM README, strong scaling on H100 with 1,152 sequences and all overlaps on; op 8, stages 12, "
-             "4 chunks and micro-batches of 1 are ours")
+             "4 chunks and micro-batches of 1 are assumptions")
 
 POINTS = [
     Point("PanGu-alpha 2.6B, 8 x 910", "2_6b_8.yaml",

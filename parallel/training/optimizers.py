@@ -191,7 +191,7 @@ def adagrad_update(rate: Tensor, epsilon: float, parameter: Parameter, a: Parame
 class RMSProp(nn.Cell):
     """RMSProp (Hinton 2012): `s = d s + (1-d) g^2`, `u = momentum u + g / (sqrt(s) + epsilon)`, `p -= rate u`.
 
-    Epsilon outside the root and the learning rate outside the momentum, as in PyTorch; the choice is ours.
+    Epsilon outside the root and the learning rate outside the momentum, as in PyTorch; chosen here.
     """
 
     def __init__(self, parameters: Sequence[Parameter], settings: OptimizerSettings) -> None:

@@ -35,7 +35,7 @@ class SliceTokenizer(Layer):
     """x_t = Proj_t(e[d (t - 1) : d t]): the concatenated groups split into T slices of equal width d (RankMixer eq. 2).
 
     The last slice is filled with zeros where T does not divide the width. Each slice has a projection of its own with a
-    bias; `shared` makes it one for all. The paper leaves both open; the choice is ours.
+    bias; `shared` makes it one for all. The paper leaves both open; chosen here.
 
     Args:
         widths: of the groups.

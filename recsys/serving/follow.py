@@ -213,7 +213,8 @@ class Follower:
         self.engine.take_version(newest.version)
 
     def _take_complete(self, newest: Current) -> None:
-        """A chain that does not begin at our version: its complete version, then its deltas, put in place together."""
+        """A chain that does not begin at the version served: its complete version, then its deltas, put in place
+        together."""
         prepared = self.engine.prepare(newest.chain[0][1])
         deltas = [read_delta(path) for _, path in newest.chain[1:]]
         delta = merged(deltas) if deltas else None

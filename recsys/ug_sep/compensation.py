@@ -22,7 +22,7 @@ class Compensation(Layer):
 
     The paper only says that the masked U representation goes through a learnable linear projection and is added to the
     G tokens; the three forms, their source (U mixed tokens, after the mask) and their position (the block's first
-    residual) are ours.
+    residual) were chosen here.
     """
 
     def __init__(self, form: str, sources: int, width: int, targets: int, outputs: int, rank: int,

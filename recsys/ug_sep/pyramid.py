@@ -5,8 +5,8 @@ D / P, M = T d, A width of queries and keys.
 
 Source: UG-Sep (arXiv 2602.10455): where the token count changes, a plain residual would bring G into U; it is replaced
 by cross-attention whose query is the output of mixing and per-token network, whose keys and values are the layer's
-input tokens, under one more mask. The paper's formulas could not be read; ours is O + softmax(q(O) k(X)^T / sqrt(A)) X,
-one head, projections of their own for every token.
+input tokens, under one more mask. The paper's formulas could not be read; here it is O + softmax(q(O) k(X)^T / sqrt(A))
+X, one head, projections of their own for every token.
 """
 
 from __future__ import annotations

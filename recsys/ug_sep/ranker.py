@@ -10,7 +10,7 @@ checkpoints they are.
 
 Source: UG-Sep (arXiv 2602.10455). The masks: a U mixed token reads U heads only, M_mix[h, j] = 0 for h < h_u, j >= c_u
 d_h; a U token takes back U mixed tokens only, M_rev[t, j] = 0 for t < c_u, j >= h_u d_h. The paper's formulas could not
-be read; these are ours (UI-MixFormer, arXiv 2602.14110 eq. 10-11, prints a mask of the same kind).
+be read; these were chosen here (UI-MixFormer, arXiv 2602.14110 eq. 10-11, prints a mask of the same kind).
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from recsys.data.features import FeatureSpec
 
 
 class UGSepSettings(Settings):
-    """Separation of user (U) and candidate (G) tokens. The formulas of the paper could not be read: what follows is
-    ours, and every choice that others may make differently is a key."""
+    """Separation of user (U) and candidate (G) tokens. The formulas of the paper could not be read: what follows was
+    chosen here, and every choice that others may make differently is a key."""
 
     ratio: str | None = "1:1"
     """U tokens : G tokens, of model.tokens in all (a global token counted on its side); null = what the groups make
@@ -37,7 +37,7 @@ class UGSepSettings(Settings):
     """Separated residual: U tokens look at U tokens only. False only to ablate or test."""
     user_heads: int | None = Field(None, ge=1)
     """TokenMixer-Large: mixing heads that are U, layers that keep their tokens only; null = about the share that U has
-    of the tokens. Fewer let G tokens mix more of every token, for more work a candidate (ours)."""
+    of the tokens. Fewer let G tokens mix more of every token, for more work a candidate (not in the paper)."""
     global_token: Literal["candidate", "per_side"] = "candidate"
     """TokenMixer-Large: candidate: one global token of all groups, a G token; per_side: U has one of its own besides,
     made of user groups. model.global_token: false = none."""
@@ -108,7 +108,7 @@ def allot(groups: list[str], tokens: int, named: dict[str, int]) -> list[tuple[t
     """[(groups, tokens that they make together), ...]: `tokens` given out over semantic groups.
 
     As `named` says where that fits; else evenly, the first groups one more; with fewer tokens than groups, neighbours
-    are joined. The papers do not say how; the choice is ours.
+    are joined. The papers do not say how; chosen here.
 
     Raises:
         UserError: there is no token to give.

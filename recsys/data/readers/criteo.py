@@ -1,7 +1,7 @@
 """Criteo display advertising: label, 13 counts I1..I13, 26 hashed categories C1..C26 (no user, in order of time).
 
 The Kaggle file is tab-separated without a header; samples in circulation are CSV with one. Both are read. The meaning
-of the columns was never published, so the groups are consecutive runs of columns; the choice is ours.
+of the columns was never published, so the groups are consecutive runs of columns; chosen here.
 """
 
 from __future__ import annotations

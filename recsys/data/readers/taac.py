@@ -4,8 +4,8 @@
     seq_<name>                             sequences in order of time, newest last
     label or label_<task>, timestamp, user_id, item_id
 
-Column names differ between the rounds of the contest; this reader takes the prefixes as its contract (the choice is
-ours) and reads types from the file. A column that fits no prefix is left out with a note.
+Column names differ between the rounds of the contest; this reader takes the prefixes as its contract (chosen
+here) and reads types from the file. A column that fits no prefix is left out with a note.
 """
 
 from __future__ import annotations

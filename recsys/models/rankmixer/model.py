@@ -33,7 +33,7 @@ class ReluMoESettings(Settings):
     """Experts of each token; together they are as wide as the dense network."""
     router: Literal["dtsi", "single_relu"] = "dtsi"
     """dtsi: two routers, h_train and h_infer; training takes the mean of both gates, so both get the task's gradient
-    (how they enter the forward pass is not in the paper; the mean is ours), inference takes h_infer alone.
+    (how they enter the forward pass is not in the paper; the mean was chosen here), inference takes h_infer alone.
     single_relu: one router for both, as ReMoE."""
     budget: float = Field(0.5, gt=0.0, le=1.0)
     """Share of experts that should be active; the penalty's factor moves until it is so."""
