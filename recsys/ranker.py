@@ -235,7 +235,7 @@ class Scores(Layer):
     """probabilities_BK of a ranker, float32; products of them and numbers where tasks are such."""
 
     inputs = 2
-    """It takes so many of the inputs of a `Task`: ids_BM and numbers_BN."""
+    """Number of the inputs that it takes of a `Task`: ids_BM and numbers_BN."""
 
     def __init__(self, model: Ranker) -> None:
         super().__init__(auto_prefix=False)

@@ -217,7 +217,7 @@ class RankerSettings(Settings):
     head: HeadSettings = HeadSettings()
     """What is shared and what is not between tasks."""
     tasks: list[TaskSettings] = Field(default_factory=list)
-    """Names, loss weights and kinds of the tasks; empty = as many as there are labels, all clicks with weight 1."""
+    """Names, loss weights and kinds of the tasks; empty = one for each label, all clicks with weight 1."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Rate on the features' concatenation (embedding dropout)."""
 

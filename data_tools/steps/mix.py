@@ -47,7 +47,7 @@ class MixSettings(Settings):
     categories: dict[str, list[str]] = {}
     """Which sources belong to a category, as patterns (`news*`); one not named here is the source of that name."""
     characters: float | None = pydantic.Field(None, gt=0)
-    """Characters of the mixture; null = as many as `maximum_epochs` allows."""
+    """Characters of the mixture; null = the most that `maximum_epochs` allows."""
     maximum_epochs: float = pydantic.Field(4.0, gt=0)
     """Most often that a category may be repeated (the paper's own go up to 3.65)."""
     allow_missing: bool = False

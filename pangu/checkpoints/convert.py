@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="PATH", required=True, help="folder or file to write; must not exist. mindspore: a .ckpt; "
         "mindformers: a .ckpt or .safetensors; megatron: a .pt; else a folder")
     add("--dtype", choices=["keep", *DTYPES], default="keep", help="type of what is written (default: as read; the "
-        "layout is always fp32)")
+        "layout pangu is always fp32)")
     add("--allow-unmapped", action="store_true", help="go on when the source has keys that the model does not know")
 
 

@@ -80,7 +80,7 @@ def train_vocabulary(documents: Iterable[str], output: str | Path, *, size: int 
         options: the other fields of `VocabularySettings`.
 
     Returns:
-        `model` (path), `vocabulary_size`, `kind`, `documents` and `sentences` (read and learnt from), `seconds`.
+        `model` (path), `vocabulary_size`, `kind`, `documents` and `sentences` (read and trained on), `seconds`.
 
     Raises:
         UserError: an option is wrong, there is no text, too little text for the size (the message names the largest

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(task_names())}")
     add("--data", metavar="DIR", default="data/evaluation", help="folder with a folder for each data set, as published "
         "(default %(default)s)")
-    add("--shots", default="0", metavar="K", help="solved examples per instance: 0, 1, another number, or 'few' for "
+    add("--shots", default="0", metavar="K", help="demonstrations per instance: 0, 1, another number, or 'few' for "
         "the paper's number of each task (default 0)")
     add("--questions", metavar="FILE", help="jsonl of multiple-choice questions: id, skill, prompt, choices, answer")
     add("--limit", type=int, metavar="N", help="at most N instances of each task (drawn at random) or skill")

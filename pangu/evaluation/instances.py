@@ -1,4 +1,4 @@
-"""From records to what a model is asked: candidates, solved examples in front, lengths that fit.
+"""From records to what a model is asked: candidates, demonstrations in front, lengths that fit.
 
 Solved examples are encoded apart from the instance and joined as ids, so all instances share the same ids in front
 (with a newline as separator these are the ids of the joined text). Nothing is truncated in silence: examples are left
@@ -57,7 +57,7 @@ class InstanceBuilder:
         source: its data.
         tokenizer: with `encode`.
         context: tokens that the model reads at most.
-        shots: solved examples per instance, or "few" for the paper's number.
+        shots: demonstrations per instance, or "few" for the paper's number.
         seed: of examples, wrong labels and `limit`.
     """
 
@@ -189,10 +189,10 @@ class InstanceBuilder:
                             where=f"{self.task.name}, record {record['id']}", hint="use a model with a longer context")
         return fields, truncated
 
-    # ------------------------------------------------------------ solved examples
+    # ------------------------------------------------------------ demonstrations
 
     def _examples(self, record: dict, used: int) -> tuple[list[int], int]:
-        """Ids of as many solved examples as fit beside `used` tokens, and how many that are."""
+        """Ids of the demonstrations that fit beside `used` tokens, and how many that are."""
         if not self.shots:
             return [], 0
         order = self.order
@@ -233,7 +233,7 @@ class InstanceBuilder:
         return [queue[turn] for turn in range(max(map(len, turns))) for queue in turns if turn < len(queue)]
 
     def _example(self, record: dict) -> list[int]:
-        """Ids of one solved example with its separator."""
+        """Ids of one demonstration with its separator."""
         key = f"{record.get('part', '')} {record['id']}"
         if key not in self._example_ids:
             task, fields = self.task, dict(record)

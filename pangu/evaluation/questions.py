@@ -1,4 +1,4 @@
-"""Multiple-choice questions answered by likelihood: what a small model has learnt, against chance."""
+"""Multiple-choice questions answered by likelihood: a small model's accuracy, against chance."""
 
 from __future__ import annotations
 

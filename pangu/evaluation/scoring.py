@@ -1,6 +1,7 @@
 """Log-likelihood of continuations given their prefixes: what few-shot tasks with choices are decided by.
 
-Shapes: B rows of a batch, S tokens of a row, P trunk slots, M scored tokens (a fixed number at once), D width.
+Shapes: B rows of a batch, S tokens of a row, P slots of the common prefix, M scored tokens (a fixed number at once), D
+width.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SCORED_AT_ONCE = 256
 _LONGEST_TREE = 512  # a longer row costs more attention between siblings than sharing saves
 _TOKENS_AT_ONCE = 2048
 _NO_LIMIT = 1 << 30
-# On the CPU a compiled graph keeps the memory of all its activations as long as it lives: in each layer about so many
+# On the CPU a compiled graph keeps the memory of all its activations as long as it lives: in each layer about this many
 # bytes per token and unit of width, and per token, head and token it looks at (measured with MindSpore 2.9).
 _BYTES_PER_UNIT, _BYTES_PER_SCORE = 200, 16
 _BYTES_OF_A_GRAPH, _BYTES_OF_GRAPHS = 1 << 30, 4 << 30
@@ -55,7 +56,7 @@ class Graphs:
         self._cells: OrderedDict[tuple, tuple[nn.Cell, int]] = OrderedDict()
 
     def row_bytes(self, length: int, slots: int = 0) -> int:
-        """What a graph holds for each row of `length` tokens after `slots` tokens of a trunk, about."""
+        """What a graph holds for each row of `length` tokens after `slots` tokens of the common prefix, about."""
         config = self.model.config
         seen = _BYTES_PER_SCORE * config.heads * (length + slots)
         return config.layers * length * (_BYTES_PER_UNIT * config.hidden_size + seen)
@@ -135,7 +136,8 @@ class Scorer:
         return results
 
     def _group(self, items: list[Item]) -> Any:
-        """Yields (members, their scores) of each batch of items with one trunk; each length of row comes once."""
+        """Yields (members, their scores) of each batch of items with one common prefix; each length of row comes
+        once."""
         if not items:
             return
         prefix = prefix_length(items) if self.share else 0
@@ -149,7 +151,7 @@ class Scorer:
             yield [member for _, tree in batch for member in tree.members], self._score(batch, count, length, states)
 
     def _prefix_states(self, ids: np.ndarray) -> tuple[Tensor, ...]:
-        """Length, keys and values of the trunk; nothing when there is none."""
+        """Length, keys and values of the common prefix; nothing when there is none."""
         if not len(ids):
             return ()
         slots = length_bucket(len(ids), self.config.sequence_length)

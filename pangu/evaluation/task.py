@@ -73,7 +73,7 @@ class TaskSettings(Settings):
     every_file: bool = False
     """Whether all files that exist are evaluated, each also for itself, instead of the first."""
     examples: list[str] = []
-    """File that solved examples come from; none of them there: the evaluated file without the instance itself."""
+    """File that demonstrations come from; none of them there: the evaluated file without the instance itself."""
     reader: str = "json_lines"
     """Module of pangu/tasks that reads the files."""
     skill: str | None = None
@@ -89,7 +89,7 @@ class TaskSettings(Settings):
     scored: str = ""
     """Template of the scored text. With {label} in `prefix` alone, all candidates score the same text (channel)."""
     answer: str = "{answer}"
-    """Generation: what a solved example has after its prompt."""
+    """Generation: what a demonstration has after its prompt."""
     shots: int = Field(1, ge=0)
     """Solved examples of "few"; the paper's K."""
     dynamic: bool = False
@@ -97,7 +97,7 @@ class TaskSettings(Settings):
     fresh: bool = False
     """Whether examples are drawn anew for every instance, or once for all."""
     separator: str = "\n"
-    """What ends a solved example."""
+    """What ends a demonstration."""
     example_characters: int | None = Field(None, ge=1)
     """Fields named in `shorten` are truncated to this many characters in demonstrations."""
     shorten: dict[str, Literal["end", "start"]] = {}
@@ -192,7 +192,7 @@ class Source:
                 yield record
 
     def examples(self) -> Iterator[dict]:
-        """Records that solved examples may be made of."""
+        """Records that demonstrations may be made of."""
         return self._read(self.examples_path or self.paths[0])
 
     @property

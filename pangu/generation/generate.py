@@ -132,7 +132,7 @@ class Generator:
                 scheduler.abort(request)
 
     def _prepared(self, requests: list[GenerationState], settings: GenerateSettings) -> Scheduler:
-        """A scheduler whose cache holds as many of these requests as run at once, to their ends."""
+        """A scheduler whose cache holds those of these requests that run at once, to their ends."""
         together = 1 if len(requests) == 1 else settings.batch_size
         longest = max(len(request.prompt) + request.room - 1 for request in requests)
         runner = self.backend.runner(together, longest, settings.prefill_chunk)

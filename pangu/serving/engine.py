@@ -215,7 +215,7 @@ class BatchingEngine:
         tokens = max(self.context, self.settings.cache_bytes // bytes_per_token)
         tokens = min(tokens, self.settings.running * self.context)
         check_memory(tokens * bytes_per_token)
-        # For kernels without blocks this is so many sequences of full length.
+        # For kernels without blocks this is the number of sequences of full length.
         sequences = max(1, tokens // self.context)
         return backend.runner(sequences, -(-tokens // sequences), self.settings.prefill_chunk)
 

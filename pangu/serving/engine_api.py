@@ -101,7 +101,7 @@ Event = PromptEvent | TokenEvent
 
 
 class QueueFull(UserError):
-    """As many requests wait as may; to be tried again after `retry_after` seconds (HTTP 429)."""
+    """The queue is full; to be tried again after `retry_after` seconds (HTTP 429)."""
 
     def __init__(self, waiting: int, retry_after: float = 1.0) -> None:
         super().__init__("the queue is full", value=waiting)

@@ -70,7 +70,7 @@ def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rank_plan(slices: Slices, full_parameters: dict[str, Any], rank: int) -> list[tuple]:
-    """What a rank holds: (name, kind of file, dtype, full shape, box); moments are sharded as their parameters."""
+    """What a rank holds: (name, kind of file, dtype, full shape, extent); moments are sharded as their parameters."""
     plan = []
     for name, tensor in slices.tensors.items():
         extent = full_parameters[parameter_of(name)].slice_of_rank(rank)

@@ -211,8 +211,8 @@ def write_rank(folder: Path, rank: int, ranks: int,
     Args:
         folder: a folder that becomes a checkpoint when all ranks are written.
         rank, ranks: whose files, of how many.
-        tensors: (name, kind of file, dtype, full shape, box).
-        read: gives the data of a box when its turn comes.
+        tensors: (name, kind of file, dtype, full shape, extent).
+        read: gives the data of an extent when its turn comes.
     """
     # Sorted: the bytes then do not depend on the layout that the data come from.
     tensors, layout = sorted(tensors, key=lambda entry: entry[0]), {}
@@ -248,9 +248,9 @@ def write_full(folder: Path, slices: Slices) -> None:
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds slices: its rank, how many there are, its boxes and the full shapes by parameter name, and
+    """A process that holds slices: its rank, how many there are, its extents and the full shapes by parameter name, and
     `barrier()`, which returns when all ranks have called it. Moments are sharded as their parameters; a parameter
-    without a box is not held (it belongs to another stage)."""
+    without an extent is not held (it belongs to another stage)."""
 
     rank: int
     ranks: int
@@ -325,7 +325,7 @@ def write_checkpoint(target: str | Path, needed: int, write: Callable[[Path], No
 
 
 def volume(extent: Sequence[tuple[int, int]]) -> int:
-    """Elements in a box."""
+    """Elements in an extent."""
     return math.prod(stop - start for start, stop in extent)
 
 

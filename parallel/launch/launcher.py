@@ -160,7 +160,7 @@ class Launcher:
 
 
     def _reported_error(self, rank: int) -> str | None:
-        """The line of an error that a user can mend at the end of a rank's log."""
+        """The line of an error that a user can repair at the end of a rank's log."""
         lines = _last_lines(self.log(rank), 4 * _TAIL_LINES) if rank >= 0 else []
         return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 

@@ -3,7 +3,7 @@
 MindSpore's own Dropout keeps a generator inside its kernel, which no checkpoint can save, and its mask depends on how
 the batch is sharded. Here samples are numbered through the whole run, and the numbers travel with the rows of the batch
 as one more input of the network, `rows_B`. A run that is stopped and resumed, micro-batches, data-parallel ranks,
-pipeline stages and blocks that are computed again all see the masks of the straight run.
+pipeline stages and blocks that are computed again all see the masks of the uninterrupted run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a network computes, counted from the network itself: every primitive with the shapes and shardings of its
 inputs.
 
-The forward pass is walked once with shapes instead of numbers: cells and primitives are called as always, but a
+The forward pass is traced once with shapes instead of numbers: cells and primitives are called as always, but a
 primitive only notes what it was given (`parallel.planning.shapes` says what comes out). The layouts are those that the
 layers declare (`Layer.sharding()`), so there is no second list of formulas: a model that can be built can be planned.
 Axes stay names here; `parallel.planning.cost` puts numbers on them for one `ParallelConfig`.
@@ -35,7 +35,7 @@ _FUNCTIONS = {"cast": "Cast", "reshape": "Reshape", "stop_gradient": "StopGradie
 
 
 class SymbolicTensor:
-    """A tensor of the walk: dims, element type and where it comes from.
+    """A tensor of the trace: dims, element type and where it comes from.
 
     Args:
         dims: sizes (what shards them is computed for one layout by `parallel.planning.cost`).
@@ -208,7 +208,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 class Trace:
-    """State of one walk: the operations so far, the cell that runs, tensors of parameters."""
+    """State of one trace: the operations so far, the cell that runs, tensors of parameters."""
 
     def __init__(self, network: nn.Cell) -> None:
         self.operations: list[Op] = []
@@ -238,7 +238,7 @@ class Trace:
         self.stack.pop()
 
     def item(self, value: Any) -> SymbolicTensor | None:
-        """The walk's tensor for an argument, or None for plain values."""
+        """The trace's tensor for an argument, or None for plain values."""
         if isinstance(value, SymbolicTensor):
             return value
         if isinstance(value, Parameter):
@@ -419,10 +419,10 @@ def _noting(trace: Trace) -> Iterator[None]:
 
 
 def describe(task: Task, micro_batches: int = 1) -> Description:
-    """Walks the network of `task` for one micro-batch.
+    """Traces the network of `task` for one micro-batch.
 
     Args:
-        task: built within `as_on_ascend()`; its network keeps no trace of the walk.
+        task: built within `as_on_ascend()`; its network keeps nothing of the trace.
         micro_batches: parts of the global batch.
 
     Raises:

@@ -18,7 +18,8 @@ from parallel.planning.shapes import PRODUCTS, VIEWS, Dim, Dims
 BACK = {"AllReduce": "AllReduce", "AllGather": "ReduceScatter", "ReduceScatter": "AllGather", "AlltoAll": "AlltoAll"}
 """Collective of the gradient for each collective of the forward pass."""
 
-# Forward results that a primitive's gradient reads: i input, o output; cross: an input whose fellow has a gradient.
+# Forward results that a primitive's gradient reads: i input, o output; cross: an input whose other operand has a
+# gradient.
 _READS: dict[str, str | tuple[str, ...]] = {
     "MatMul": "cross", "BatchMatMul": "cross", "Mul": "cross", "Maximum": ("i0", "i1"), "Minimum": ("i0", "i1"),
     "RealDiv": ("i1", "o0"), "Div": ("i1", "o0"), "Softmax": ("o0",), "LogSoftmax": ("o0",), "Sigmoid": ("o0",),

@@ -136,7 +136,7 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
     """Tries every layout quickly, then works the best ones out exactly.
 
     Raises:
-        UserError: no layout of so many devices divides model and batch.
+        UserError: no layout of this number of devices divides model and batch.
     """
     started, found, fitting = time.monotonic(), Search([]), []
     nearest: tuple[int, ParallelConfig] | None = None

@@ -112,7 +112,7 @@ class Planner:
         self.units, self.parameters = full.units, full.parameter_count
 
     def description(self, micro_batches: int, data: int) -> tuple[Description, list[Segment]]:
-        """The network for one micro-batch, walked once for each size."""
+        """The network for one micro-batch, traced once for each size."""
         key = (micro_batches, data if self.parted else 1)
         if key not in self._descriptions:
             for cell in self.parted:

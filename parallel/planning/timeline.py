@@ -42,7 +42,7 @@ class Timeline:
 def order(schedule: str, stages: int, stage: int, micro_batches: int, chunks: int = 1) -> list[Pass]:
     """Passes of one stage in order.
 
-    gpipe: all forward, then all backward. 1f1b: as many forward passes ahead as stages follow, then one of each
+    gpipe: all forward, then all backward. 1f1b: one forward pass ahead for each stage that follows, then one of each
     (PipeDream-flush). interleaved: the same with several chunks a stage, micro-batches in groups of as many as stages
     (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
     """

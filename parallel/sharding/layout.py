@@ -65,12 +65,12 @@ class Axes:
         self.mesh = Layout((data // config.expert, config.expert, op), ("replica", "expert", "op"))
         data_axes = ("replica", "expert")
         self.mesh_axes = {"batch": data_axes, "tokens": data_axes,
-                       "residual": (*data_axes, "op") if config.sequence else data_axes,
-                       "experts": "expert", "data_in_expert": "replica", "rows": (*data_axes, "op"),
-                       **dict.fromkeys(("heads", "width", "vocabulary", "feature_tokens"), "op")}
+                          "residual": (*data_axes, "op") if config.sequence else data_axes,
+                          "experts": "expert", "data_in_expert": "replica", "rows": (*data_axes, "op"),
+                          **dict.fromkeys(("heads", "width", "vocabulary", "feature_tokens"), "op")}
 
     def strategy(self, operands: tuple[Operand, ...]) -> tuple:
-        """MindSpore's strategy: a tuple of ways for each operand, or a `Layout` where numbers would not do.
+        """MindSpore's strategy: a tuple of degrees for each operand, or a `Layout` where numbers would not do.
 
         From numbers MindSpore lays devices out in the order of the dims: the first sharded dim gets the slowest axis. A
         ranker's tensors have the tokens (op) before the batch (data), so there the mesh must be named.

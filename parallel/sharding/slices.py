@@ -1,7 +1,7 @@
 """Which part of every parameter each rank holds: extents, from the layers' layouts, without compiling.
 
-A box is `((start, stop), ...)`, one pair a dim. Ranks are numbered as MindSpore does: stage slowest, then data, then
-op.
+An extent is `((start, stop), ...)`, one pair a dim. Ranks are numbered as MindSpore does: stage slowest, then data,
+then op.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Extent = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class FullParameter:
-    """A parameter as the model has it: full shape, and which boxes of it the ranks of a layout hold."""
+    """A parameter as the model has it: full shape, and which extents of it the ranks of a layout hold."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,17 +31,17 @@ class FullParameter:
 
 
 def extent_shape(extent: Extent) -> tuple[int, ...]:
-    """Sizes of a box."""
+    """Sizes of an extent."""
     return tuple(stop - start for start, stop in extent)
 
 
 def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullParameter]:
-    """All parameters of `network` with their boxes under `config` (resolved).
+    """All parameters of `network` with their extents under `config` (resolved).
 
     The rules are those of MindSpore's semi-automatic parallelism: a dim is sharded over the axis that its layer names;
     under optimizer parallelism dim 0 of what is left is sharded again over the ranks that hold the same slice, in
     consecutive groups of `shard` ranks, where it divides, is not below the threshold and the layer allows it. On a
-    stage that does not use a parameter there is no box.
+    stage that does not use a parameter there is no extent.
     """
     axes, stages = Axes(config), _stages_of_parameters(network, config)
     operands = _operands(network)
@@ -86,7 +86,7 @@ def _stages_of_parameters(network: nn.Cell, config: ParallelConfig) -> dict[int,
 
 @dataclass(frozen=True)
 class SliceOfRank:
-    """rank -> box of one parameter.
+    """rank -> extent of one parameter.
 
     Args:
         shape: the full parameter's.
@@ -167,7 +167,7 @@ def _part(size: int, degree: int, number: int) -> tuple[int, int]:
 
 
 def slice_of_mindspore(layout: Sequence[Any], rank: int, same_slice: Sequence[int] = ()) -> Extent:
-    """The box of `rank` from an entry of `cell.parameter_layout_dict` of a compiled cell.
+    """The extent of `rank` from an entry of `cell.parameter_layout_dict` of a compiled cell.
 
     Args:
         layout: device matrix, tensor map, slice shape before the optimizer's shard, field size, uniform split, name of

@@ -35,7 +35,7 @@ FORMAT, VERSION = "parallel-program", 1
 FILE = "program.json.gz"
 KINDS = ("step", "loss", "scores")
 INLINE = 64
-"""Constants of at most so many elements are written into the JSON."""
+"""Constants of at most this many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30
 # Settings that shape no graph.
 _SHAPELESS = {

@@ -288,7 +288,7 @@ class _Parts:
 
 
 def _joined(drafts: list, graph: Graph, several: bool) -> list:
-    """Drafts with runs of single collectives of the same kind, group and type gathered into lists."""
+    """Drafts with runs of single collectives of the same kind, group and type joined into lists."""
     made: list = []
     run: dict[tuple, list[Node]] = defaultdict(list)
 

@@ -20,7 +20,7 @@ _FLUSH_SECONDS = 30.0
 class MetricsLog:
     """Appends one JSON object per line to `metrics.jsonl` and the same scalars to TensorBoard.
 
-    A resumed run first drops the lines after its first step, so that the file reads like that of a straight run.
+    A resumed run first drops the lines after its first step, so that the file reads like that of an uninterrupted run.
 
     Args:
         directory: folder of the run.

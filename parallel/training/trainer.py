@@ -1,6 +1,6 @@
 """The training loop, whatever the model and the backend: data in, steps, log, validation, checkpoints, resume, stop.
 
-A run that is stopped and resumed gives bit for bit what the straight run gives: batch i depends only on (seed, i),
+A run that is stopped and resumed gives bit for bit what the uninterrupted run gives: batch i depends only on (seed, i),
 dropout on (seed, step), and parameters, moments and counters are saved exactly. Nothing here imports a framework: the
 step, its device and the other processes are a `parallel.training.backend.Backend`.
 """

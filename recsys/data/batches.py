@@ -23,7 +23,7 @@ class Batches:
         seed: of the order; None keeps the rows' order.
         rank, ranks: this data-parallel process's share of every batch.
         spec: columns of the features, for those with an unseen_rate.
-        together: up to so many samples of a user stand one after the other in a drawn order.
+        together: up to this many samples of a user stand one after the other in a drawn order.
         groups: whether the labels end in a column that says which samples are of one user.
     """
 

@@ -81,7 +81,7 @@ class Feature(Settings):
     attention_size: int = Field(36, ge=1)
     """attention: hidden width of the unit that weighs values."""
     repeat: int = Field(1, ge=1, le=10_000)
-    """Stands for so many features alike, named name_0, name_1, ...: for presets without data."""
+    """Stands for this many features alike, named name_0, name_1, ...: for presets without data."""
 
     @property
     def source(self) -> str:

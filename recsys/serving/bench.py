@@ -2,7 +2,8 @@
 weights.
 
 All variants score the same random request in turns, from encoded rows to probabilities, without HTTP. Weights are start
-values: time does not depend on what was learned. The unseparated model has as many tokens, widths and layers.
+values: time does not depend on what was learned. The unseparated model has the same number of tokens, widths and
+    layers.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _matmul_ratio() -> float:
 
 
 def unseparated(settings: Run, spec: Any) -> Any:
-    """Settings of the model without separation and with as many tokens.
+    """Settings of the model without separation and with the same number of tokens.
 
     Raises:
         UserError: fewer tokens than semantic groups.

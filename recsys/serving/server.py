@@ -121,8 +121,8 @@ class Service:
         self.engine.stop()
 
     async def answer(self, request: Any) -> dict:
-        """The answer to a call of /rank. Only a request whose body has come takes a slot, and of these only so many
-        are held at once as could be scored or wait.
+        """The answer to a call of /rank. Only a request whose body has come takes a slot, and of these only a limited
+        number are held at once as could be scored or wait.
 
         Raises:
             Refusal, ClientGone: as `rank` and `Bodies.read`.

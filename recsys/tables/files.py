@@ -91,8 +91,8 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def read_tables(tables: dict[str, DynamicTable], folder: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Fills tables with the entries of a checkpoint that `rank` owns. Rows keep their numbers where as many processes
-    read as wrote.
+    """Fills tables with the entries of a checkpoint that `rank` owns. Rows keep their numbers where the number of
+    processes that read is that which wrote.
 
     Raises:
         UserError: a table is missing, damaged, or of another width.

@@ -20,8 +20,8 @@ class TableSettings(Settings):
     """host: folder for the rows' files (scratch: what lasts is in the checkpoints), for tables larger than the memory;
     null = in memory."""
     window: int | None = Field(None, ge=1)
-    """host: rows of each width that a step may use on a device; null = as many as a batch can name. A step that needs
-    more ends the run with one line."""
+    """host: rows of each width that a step may use on a device; null = the most that a batch can name. A step that
+    needs more ends the run with one line."""
     sweep_every: int | None = Field(None, ge=1)
     """host: steps between two sweeps that evict expired ids (see expire_after and expire_below of a feature); null =
     none."""

@@ -1,6 +1,6 @@
 """Separated layers that change the number of tokens (pyramid), and their separated residual.
 
-Shapes: R rows of U, N rows of G, T = c_u + c_g tokens in, P = p_u + p_g tokens out (as many mixing heads), D width, d =
+Shapes: R rows of U, N rows of G, T = c_u + c_g tokens in, P = p_u + p_g tokens out (and mixing heads), D width, d =
 D / P, M = T d, A width of queries and keys.
 
 Source: UG-Sep (arXiv 2602.10455): where the token count changes, a plain residual would bring G into U; it is replaced

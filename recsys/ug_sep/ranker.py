@@ -1,4 +1,4 @@
-"""UG-Sep: the parts of a ranker whose user tokens (U) know nothing of the candidate (G), so that they are
+"""UG-Sep: the parts of a ranker whose user tokens (U) do not depend on the candidate (G), so that they are
 computed once a request.
 
 Shapes: R requests (rows of U), N candidates (rows of G), T tokens of which the first are U, H mixing heads, D width,

@@ -86,7 +86,7 @@ def zipf(rows: int, count: int, generator: np.random.Generator) -> np.ndarray:
 
 
 class Sized:
-    """The training step with tables of so many rows.
+    """The training step with tables of this many rows.
 
     Args:
         rows: of users and items together.
@@ -302,7 +302,7 @@ def torchrec_side(rows: int, name: str):
 
 
 def memory(ids: int) -> dict:
-    """Peak resident bytes of a process that makes a table of so many ids, and seconds."""
+    """Peak resident bytes of a process that makes a table of this many ids, and seconds."""
     side = turns.Side(__file__, "memory", "--ids", str(ids))
     side.close()
     print(f"{ids:,} ids of width 8: {side.about}", file=sys.stderr)

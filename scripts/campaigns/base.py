@@ -45,7 +45,7 @@ class Campaign:
         return time.monotonic() < min(self.end, self._until or self.end)
 
     def share(self, seconds: float) -> None:
-        """From here on a part has so many seconds."""
+        """From here on a part has this many seconds."""
         self._until = time.monotonic() + seconds
 
     def count(self, what: str, by: int = 1) -> None:

@@ -63,7 +63,7 @@ def run(campaign: Campaign) -> None:
 
 
 def measure(campaign: Campaign, job: Job, folder: Path) -> bool:
-    """The straight run: what it leaves, and how long it takes."""
+    """The uninterrupted run: what it leaves, and how long it takes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     job.prepare(folder)
@@ -72,7 +72,7 @@ def measure(campaign: Campaign, job: Job, folder: Path) -> bool:
                           cwd=ROOT)
     job.seconds = time.monotonic() - begun
     if done.returncode != 0:
-        campaign.fail(f"straight {job.name}", done.stderr[-3000:])
+        campaign.fail(f"uninterrupted {job.name}", done.stderr[-3000:])
         return False
     job.wanted = job.result(folder)
     return True

@@ -110,7 +110,7 @@ def link_stubs(cache: Path | None = None) -> Path:
 
 
 def missing_symbols(plugin: Path) -> list[str]:
-    """Functions that the Ascend plugin wants from CANN: its undefined symbols less everybody else's definitions."""
+    """Functions that the Ascend plugin needs from CANN: its undefined symbols less everybody else's definitions."""
     users = [path for pattern in _PLUGINS for path in sorted(plugin.glob(pattern)) if _is_x86_64(path)]
     wanted = _symbols(users, "--undefined-only")
     givers = [path for path in mindspore_folder().rglob("*.so*") if path.is_file() and _is_x86_64(path)]

@@ -210,7 +210,7 @@ class _Server:
 
 
 def _raise_stack_limit() -> None:
-    """Deep graphs are walked recursively; a thread's stack takes the limit at the start of the process."""
+    """Deep graphs are traversed recursively; a thread's stack takes the limit at the start of the process."""
     _, hard = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = _STACK_BYTES if hard == resource.RLIM_INFINITY else min(_STACK_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))

@@ -78,7 +78,7 @@ class OneDevice:
         """The same network as a world of one rank, compiled like a layout; compiled when first asked for.
 
         Args:
-            count: micro-batches; None = those of the layout. Their gradients are not gathered in a world of one rank,
+            count: micro-batches; None = those of the layout. Their gradients are not accumulated on a single rank,
                 so only forward nodes are of use where there are several.
         """
         count = self.count if count is None else count

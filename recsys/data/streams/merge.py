@@ -26,7 +26,7 @@ class Merge:
     Args:
         transport: opened.
         settings: `StreamSettings`: buffered, partition_idle_seconds, end_after_idle_seconds.
-        stop: set by whoever wants the wait to end.
+        stop: set by whoever ends the wait.
     """
 
     def __init__(self, transport: Transport, settings, stop: threading.Event) -> None:

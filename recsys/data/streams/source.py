@@ -34,7 +34,7 @@ _REBALANCE_SECONDS = 10.0
 
 
 class _Moved(Exception):
-    """Partitions came or went: the batch is gathered anew."""
+    """Partitions came or went: the batch is collected anew."""
 
 
 class StreamSource(Companion):

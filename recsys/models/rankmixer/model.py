@@ -51,7 +51,7 @@ class RankMixerSettings(RankerSettings):
     tokens: int = Field(8, ge=1)
     """T; with tokenization groups it must be what the groups make."""
     width: int = Field(64, ge=1)
-    """D; T must divide it, since there are as many mixing heads as tokens."""
+    """D; T must divide it, since there is one mixing head for each token."""
     layers: int = Field(2, ge=1, le=10_000)
     """L blocks."""
     ffn_ratio: float = Field(4.0, gt=0.0)

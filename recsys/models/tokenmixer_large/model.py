@@ -57,7 +57,7 @@ class TokenMixerLargeSettings(RankerSettings):
     width: int = Field(64, ge=1)
     """D."""
     heads: int | None = Field(None, ge=1)
-    """H mixing heads, must divide D; null = as many as tokens, or the next smaller number that divides D."""
+    """H mixing heads, must divide D; null = the number of tokens, or the next smaller number that divides D."""
     layers: int = Field(2, ge=1, le=10_000)
     """L blocks."""
     ratio: float = Field(2.0, gt=0.0)
@@ -69,7 +69,8 @@ class TokenMixerLargeSettings(RankerSettings):
     inner_residual: bool = False
     """figure_prenorm: adds the mixed tokens to the output of F1, h + F1(norm h), as eq. 12 does."""
     inter_residual: int | None = Field(2, ge=1)
-    """Every so many layers the input of the layer that many below is added again, never on the last layer; null =
+    """At every such number of layers the input of the layer that many below is added again, never on the last layer;
+    null =
     never. Paper: every 2 or 3 layers."""
     auxiliary_weight: float = Field(0.1, ge=0.0)
     """Factor of the loss of the heads on lower layers (where inter_residual begins); 0 = no such heads. The paper gives

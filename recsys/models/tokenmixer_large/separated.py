@@ -38,7 +38,7 @@ class SeparatedTokenMixerLarge(SeparatedRanker):
         self.layers = nn.CellList([self._block(before, after, compute_dtype)
                                    for before, after in zip(path[:-1], path[1:], strict=True)])
         self.gap = settings.inter_residual or 0
-        # A lower layer's tokens can be added where they are still as many.
+        # A lower layer's tokens can be added where their number is the same.
         self.sources = tuple(i for i in settings.residual_sources if path[i - self.gap + 1] == path[i + 1])
         adds = [Add(self.layout.stream) for _ in range(2 * settings.layers)]
         self.adds_user, self.adds_candidate = nn.CellList(adds[::2]), nn.CellList(adds[1::2])

@@ -27,7 +27,7 @@ from recsys.ug_sep.split_swiglu import SplitSwiGLU
 
 def separated_block(settings: TokenMixerLargeSettings, counts: Shape, heads: Shape, layout: TokenLayout,
                     compute_dtype: mstype) -> SeparatedBlock:
-    """A block whose tokens stay as many as they are.
+    """A block that keeps the number of tokens.
 
     Args:
         counts: (c_u, c_g).

@@ -239,7 +239,7 @@ def test_predictions_do_not_depend_on_the_order_of_candidates(place):
     assert picked[0] == picked[1] == picked[2]
 
 
-# ---- solved examples ----------------------------------------------------------------------------------------------
+# ---- demonstrations -----------------------------------------------------------------------------------------------
 
 def ocnli_rows(count, start=0):
     return [{"sentence1": f"前{n}", "sentence2": f"后{n}", "id": n,
