@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pangu.generation.sharded.shapes import shapes_inference
+from parallel.common.errors import UserError
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
 from parallel.task import Input, Task, with_sample_numbers
@@ -13,8 +15,22 @@ from parallel.task import Input, Task, with_sample_numbers
 if TYPE_CHECKING:
     from pangu.settings import Run
 
+__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "settings_class",
+           "shapes_inference", "train_on"]
 MODELS = frozenset({"pangu_alpha"})
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
+INFERENCE_VERBS = {"generate": False, "evaluate": True, "serve": False}
+"""Verbs that run graphs of inference -> whether MindSpore's processes share their work where nothing is sharded."""
+
+
+def check_adapts(settings: Run) -> None:
+    """Raises a UserError unless a run says what to adapt to."""
+    if settings.adapt is None:
+        raise UserError("the config file does not say what to adapt to", where="adapt",
+                        hint="add adapt.checkpoint=DIR adapt.pairs=FILE")
+
+
+TRAINING_VERBS = {"train": lambda settings: None, "finetune": check_adapts}
 
 
 def settings_class(name: str) -> type[Settings]:
@@ -64,6 +80,46 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     task = Task(network, inputs, lambda seed: sample_batch(settings, seed), batch * length,
                 {"model": settings.model.name, "layers": settings.model.layers})
     return with_sample_numbers(task, settings.model.dropout)
+
+
+def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind: str) -> Task:
+    """The network that generates and scores over a paged cache (`pangu.generation.sharded.graph`).
+
+    Args:
+        settings: a `pangu.settings.Run`; `generate` says how much is read at once.
+        parallel: resolved, of one group of data parallelism.
+        compute_dtype: see `build`.
+        kind: one of `pangu.generation.sharded.shapes.KINDS`.
+
+    Raises:
+        UserError: an axis does not divide what it cuts.
+    """
+    from mindspore import dtype as mstype
+    from mindspore.nn.utils import no_init_parameters
+
+    from pangu.config import check_layout
+    from pangu.generation.sharded.graph import span_decoder
+    from pangu.generation.sharded.shapes import span_shape
+    from pangu.model import PanGuAlpha
+
+    model, shape = settings.model, span_shape(kind, settings.model, settings.generate)
+    check_layout(model, parallel)
+    with no_init_parameters():
+        network = span_decoder(PanGuAlpha(model, getattr(mstype, compute_dtype)), shape)
+    tokens = shape.groups * shape.tokens
+    inputs = [Input("ids", (shape.groups, shape.tokens), "int32", model.vocabulary_size),
+              Input("positions", (shape.groups, shape.tokens), "int32", model.sequence_length),
+              Input("write", (tokens,), "int32", shape.cache), Input("read", (shape.groups, shape.seen), "int32"),
+              Input("visible", (shape.groups, shape.tokens, shape.seen), "int8"),
+              Input("wanted", (shape.rows,), "int32", tokens)]
+    return Task(network, inputs, lambda seed: (), tokens, {"model": model.name, "layers": model.layers})
+
+
+def check_inference(settings: Run) -> None:
+    """Raises a UserError unless a resolved layout fits the model."""
+    from pangu.config import check_layout
+
+    check_layout(settings.model, settings.parallel.resolve())
 
 
 def training_network(settings: Run, compute_dtype: str, weighted: bool = False) -> Any:

@@ -21,6 +21,8 @@ VERBS = [
          settings="recsys.serving.settings:ServeSettings", arguments="recsys.serving.server:add_arguments"),
     Verb("bench", "recsys.serving.bench:run", "latency of a ranker: unseparated, separated, cached; float32 and int8",
          settings=RUN, arguments="recsys.serving.bench:add_arguments"),
+    Verb("export", "recsys.passes.export:run", "a trained ranker as ONNX or MindIR, for other programs", settings=RUN,
+         arguments="recsys.passes.export:add_arguments"),
     Verb("refresh", "recsys.refresh:run", "admit and evict values of open vocabularies after new data", settings=RUN,
          arguments="recsys.refresh:add_arguments"),
 ]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from recsys.settings import Run
 
 MODELS = NAMES
+TRAINING_VERBS = {"train": lambda settings: None}
 
 
 def settings_class(name: str) -> type[Settings]:

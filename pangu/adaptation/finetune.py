@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pangu.build import check_adapts
 from pangu.evaluation.task import Source, TaskSettings, load_task, render
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
@@ -23,9 +24,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """
     from pangu.train import run as train
 
-    if settings.adapt is None:
-        raise UserError("the config file does not say what to adapt to", where="adapt",
-                        hint="add adapt.checkpoint=DIR adapt.pairs=FILE")
+    check_adapts(settings)
     return train(settings, arguments)
 
 

@@ -187,22 +187,46 @@ def run_generate(settings: Run, arguments: argparse.Namespace) -> dict:
     from pangu.data.tokenizer import Tokenizer
     from pangu.generation.backend import load_backend
     from pangu.generation.prompts import read_prompts
+    from pangu.generation.sharded.model import open_sharded
 
     texts, rules = read_prompts(arguments.prompts, arguments.prompt, settings.generate)
     if arguments.stream and len(texts) != 1:
         raise UserError("--stream shows one prompt", where="--stream", value=f"{len(texts)} prompts")
     tokenizer = Tokenizer(getattr(arguments, "tokenizer", None) or settings.data.tokenizer)
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
-    backend = load_backend(settings, arguments.checkpoint or settings.output.directory,
-                           getattr(arguments, "int8", False))
-    generator = Generator(backend, tokenizer, rules)
+    place, int8 = arguments.checkpoint or settings.output.directory, getattr(arguments, "int8", False)
+    sharded = open_sharded(settings, place, int8)
+    if sharded is not None:
+        return sharded.follow() if sharded.backend is None else _generate_sharded(sharded, tokenizer, texts, rules)
+    generator = Generator(load_backend(settings, place, int8), tokenizer, rules)
     if arguments.stream:
         outputs = [_stream_to_terminal(generator, texts[0])]
     else:
         outputs = [completion.text for completion in generator.generate(texts)]
-        for text, output in zip(texts, outputs, strict=True):
-            print(f"{text}\033[1m{output}\033[0m" if sys.stderr.isatty() else text + output, file=sys.stderr)
+        _show(texts, outputs)
     return {"prompts": texts, "outputs": outputs, "tokens_per_second": round(generator.tokens_per_second, 2)}
+
+
+def _generate_sharded(sharded: Any, tokenizer: Any, texts: list[str], rules: GenerateSettings) -> dict:
+    """This group's part of the texts; the first process tells those of all groups."""
+    from pangu.generation.sharded.dealing import dealt, put_together
+
+    began = time.perf_counter()
+    generator = Generator(sharded.backend, tokenizer, rules)
+    mine = dealt([tokenizer.encode(text) for text in texts], sharded.member.groups)[sharded.member.group]
+    own = [completion.text for completion in generator.generate([texts[number] for number in mine])]
+    gathered = sharded.member.gather([list(zip(mine, own, strict=True)), generator.tokens_generated])
+    sharded.close()
+    outputs = put_together([pairs for pairs, _ in gathered], len(texts))
+    if sharded.first:
+        _show(texts, outputs)
+    speed = sum(tokens for _, tokens in gathered) / (time.perf_counter() - began)
+    return {"prompts": texts, "outputs": outputs, "tokens_per_second": round(speed, 2)}
+
+
+def _show(texts: list[str], outputs: list[str]) -> None:
+    for text, output in zip(texts, outputs, strict=True):
+        print(f"{text}\033[1m{output}\033[0m" if sys.stderr.isatty() else text + output, file=sys.stderr)
 
 
 def _stream_to_terminal(generator: Generator, prompt: str) -> str:

@@ -50,6 +50,7 @@ class Verb:
             `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
         overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings are elsewhere.
         config: the config file taken when the user names none; None = the defaults of the settings class.
+        passes: what follows `--` is the list `arguments.passed`, untouched.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Verb:
     run_file: bool = False
     overrides: bool = False
     config: str | None = None
+    passes: bool = False
 
 
 def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
@@ -90,8 +92,12 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
 
 def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     _refuse_old_names(package, argv)
+    passed: list[str] | None = None
+    if "--" in argv and any(verb.passes for verb in verbs if verb.name == argv[0]):
+        argv, passed = argv[:argv.index("--")], argv[argv.index("--") + 1:]
     parser = _parser(package, verbs, argv[0] if argv else None)
     arguments, rest = parser.parse_known_args(argv)
+    arguments.passed = passed or []
     verb = next(verb for verb in verbs if verb.name == arguments.verb)
     overrides = [word for word in rest if _OVERRIDE.match(word)]
     unknown = [word for word in rest if not _OVERRIDE.match(word)]

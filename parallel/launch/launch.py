@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from parallel.common.errors import UserError
 from parallel.common.progress import info
 from parallel.launch.choose import choose
+from parallel.launch.inference import grouped, launch_inference, takes_torch
 from parallel.launch.launcher import MsrunLauncher, TorchLauncher
 from parallel.launch.plan import Plan, add_node_arguments
 from parallel.launch.programs import exported, rank_command
@@ -31,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="go on from a checkpoint; without DIR from the newest of output.directory")
     parser.add_argument("--compile-only", action="store_true",
                         help="compile the graphs of all distinct ranks, run nothing")
+    parser.add_argument("--program", metavar="DIR", help="of verbs that generate: an exported program to run, where "
+                        "MindSpore is missing")
+    parser.epilog = "What follows -- goes to the verb: launch ... --run generate -- --prompt TEXT"
 
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -50,21 +55,32 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     module, run_settings = load_run(arguments.config, overrides)
     if arguments.compile_only:
         _compile_only(arguments.config, overrides)
-    plan = Plan.of(arguments, run_settings.parallel.devices, run_settings.parallel)
     package = module.__name__.partition(".")[0]
-    command = ["-m", package, arguments.what, "--config", str(arguments.config), *overrides]
+    command = ["-m", package, arguments.what, "--config", str(arguments.config), *overrides, *arguments.passed]
+    verbs = getattr(module, "INFERENCE_VERBS", {})
+    if arguments.what in verbs:
+        run_settings, plan = grouped(run_settings, arguments)
+        if takes_torch(run_settings, arguments.program) or (plan.ranks > 1 and not verbs[arguments.what]):
+            logs = Path(run_settings.output.directory) / "logs" / arguments.what
+            return launch_inference(module, run_settings, plan, command, logs, arguments.program)
+    elif arguments.program is not None:
+        raise UserError("only verbs that generate or score take a program", where="--program", value=arguments.program,
+                        hint="python -m parallel.torch_runtime run DIR trains one")
+    else:
+        plan = Plan.of(arguments, run_settings.parallel.devices, run_settings.parallel)
     if plan.ranks == 1:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *command])
     logs = Path(run_settings.output.directory) / "logs"
-    if arguments.what != "train":
+    if arguments.what not in module.TRAINING_VERBS:
         return MsrunLauncher(plan, command, logs).run()
+    module.TRAINING_VERBS[arguments.what](run_settings)
     choice = choose(run_settings.parallel.resolve(plan.ranks), run_settings.train.precision)
     info(choice.text())
     if choice.backend == "mindspore":
-        return MsrunLauncher(plan, command, logs).run()
+        return MsrunLauncher(plan, command, logs, trains=True).run()
     program, settings = exported(run_settings, plan.ranks, plan.node_rank)
-    return TorchLauncher(plan, rank_command(program, settings, choice.device), logs).run()
+    return TorchLauncher(plan, rank_command(program, settings, choice.device), logs, trains=True).run()
 
 
 def _compile_only(config: str, overrides: list[str]) -> None:

@@ -35,10 +35,11 @@ class Launcher:
         plan: numbers and addresses.
         command: arguments of the Python interpreter.
         logs: folder of the logs.
+        trains: whether the ranks write checkpoints beside that folder, which one launch at a time may.
     """
 
-    def __init__(self, plan: Plan, command: list[str], logs: Path) -> None:
-        self.plan, self.command, self.logs = plan, command, logs
+    def __init__(self, plan: Plan, command: list[str], logs: Path, *, trains: bool = False) -> None:
+        self.plan, self.command, self.logs, self.trains = plan, command, logs, trains
         self.processes: dict[int, subprocess.Popen] = {}
         self.scheduler: subprocess.Popen | None = None
         self.signalled: int | bool = False
@@ -54,7 +55,7 @@ class Launcher:
     def _owning(self) -> Iterator[dict[str, str]]:
         """Owns the run's folder on machine 0, where something is trained; the variables by which ranks know it."""
         directory = self.logs.parent
-        if not {"train", "rank"} & set(self.command) or self.plan.node_rank > 0:
+        if not self.trains or self.plan.node_rank > 0:
             yield owner_environment(None)
         else:
             with owned(directory, "launch"):
@@ -158,7 +159,6 @@ class Launcher:
         return {**_figures(self.log(0)), "exit_code": code if code >= 0 else 128 - code, "ranks": self.plan.ranks,
                 "failed_rank": rank, "logs": str(self.logs)}
 
-
     def _reported_error(self, rank: int) -> str | None:
         """The line of an error that a user can repair at the end of a rank's log."""
         lines = _last_lines(self.log(rank), 4 * _TAIL_LINES) if rank >= 0 else []
@@ -191,14 +191,24 @@ class MsrunLauncher(Launcher):
 
 
 class TorchLauncher(Launcher):
-    """Ranks of torch, each given its rank by variables and their meeting point, as torchrun does."""
+    """Ranks of torch, each given its rank by variables and their meeting point, as torchrun does.
+
+    Args:
+        plan, command, logs, trains: see `Launcher`.
+        environment: more variables for them.
+    """
+
+    def __init__(self, plan: Plan, command: list[str], logs: Path, *, trains: bool = False,
+                 environment: dict[str, str] | None = None) -> None:
+        super().__init__(plan, command, logs, trains=trains)
+        self.environment = environment or {}
 
     def _start(self) -> None:
         plan, cores = self.plan, len(os.sched_getaffinity(0))
         for local in range(plan.local):
             rank = plan.node_rank * plan.local + local
             environment = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
+                **os.environ, **self.environment, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
                 "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(plan.local), "MASTER_ADDR": plan.host,
                 "MASTER_PORT": str(plan.port), "PARALLEL_MEET_SECONDS": str(plan.timeout),
             }  # fmt: skip

@@ -34,6 +34,8 @@ from parallel.common.structured import parse_json
 FORMAT, VERSION = "parallel-program", 1
 FILE = "program.json.gz"
 KINDS = ("step", "loss", "scores")
+INFERENCE = ("decode", "prefill", "score")
+"""Graphs over a cache, of one group of data parallelism; a program holds these or those of training."""
 INLINE = 64
 """Constants of at most this many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30
@@ -287,8 +289,12 @@ class Program:
         return found
 
     def has(self, kind: str) -> bool:
-        """Whether there are graphs of this kind ("step", "loss", "scores")."""
+        """Whether there are graphs of this kind."""
         return kind in self.ranks[0].graphs
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs of a kind of inference graph, by name."""
+        return {name: tuple(shape) for name, shape, _ in self.tree["shapes"][kind]}
 
     def graph(self, rank: int, kind: str = "step") -> Graph:
         """The graph of a rank.

@@ -445,8 +445,13 @@ def _assign(node: Node, p: Tensor, value: Any, *_: Any) -> None:
         p.fill_(value)
 
 
+def _scatter_update(node: Node, p: Tensor, rows: Tensor, value: Tensor, *_: Any) -> None:
+    p.index_copy_(0, rows.reshape(-1).long(), value.reshape(-1, *p.shape[1:]).to(p.dtype))
+
+
 UPDATES |= {
     "Assign": _assign,
+    "ScatterUpdate": _scatter_update,
     "AssignAdd": lambda node, p, value, *_: p.add_(value),
     "AssignSub": lambda node, p, value, *_: p.sub_(value),
     "InplaceZero": lambda node, p, *_: p.zero_(),

@@ -45,7 +45,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     path = folder / (f"settings-{plan.node_rank}.json" if plan.node_rank else "settings.json")
     with atomic_write(path) as file:
         json.dump(own.model_dump(mode="json"), file, ensure_ascii=False, indent=1)
-    return TorchLauncher(plan, rank_command(program.folder, path, device), folder / "logs").run()
+    return TorchLauncher(plan, rank_command(program.folder, path, device), folder / "logs", trains=True).run()
 
 
 def settings_of(program: Program, overrides: list[str]) -> Any:

@@ -75,7 +75,7 @@ class TorchStep:
         self.program, self.rank, self.ranks = program, rank, program.world
         if not 0 <= rank < program.world:
             raise UserError(f"the layout is one of {program.world} processes", where="rank", value=rank)
-        self.device = _device(device)
+        self.device = device_of(device)
         if mode == "auto":
             mode = "exact" if self.device.type == "cpu" else "cuda_graph"
         if mode not in MODES:
@@ -273,7 +273,12 @@ class TorchStep:
         return bound
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of this process: "cpu", "cuda" (takes LOCAL_RANK) or "cuda:N"; None = a GPU where there is one.
+
+    Raises:
+        UserError: no GPU that torch can use.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

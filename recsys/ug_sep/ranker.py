@@ -22,7 +22,9 @@ from mindspore.ops.auto_generate import SplitWithSize
 from parallel.common.errors import UserError
 from parallel.layers.grouped import TokenLayout
 from parallel.sharding.config import ParallelConfig
+from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import FeatureSpec
+from recsys.layers.losses import Answers
 from recsys.layers.tokenization import MeanPool
 from recsys.ranker import Ranker, check_token_axes
 from recsys.settings import RankerSettings
@@ -240,8 +242,10 @@ class SeparatedRanker(Ranker):
         return [[self.embedding, self.drop, self.tokenize], *self.layers, last]
 
 
-class UserPass(nn.Cell):
+class UserPass(Layer):
     """`SeparatedRanker.user_pass` as a graph of its own."""
+
+    inputs = 2
 
     def __init__(self, model: SeparatedRanker) -> None:
         super().__init__(auto_prefix=False)
@@ -262,3 +266,24 @@ class CandidatePass(nn.Cell):
 
     def construct(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:
         return self.model.candidate_pass(state_RS, index_N, ids_Nm, numbers_Nn)
+
+
+class CandidateScores(Layer):
+    """`CandidatePass` up to the probabilities_NK (products of them and numbers where tasks are such)."""
+
+    inputs = 4
+
+    def __init__(self, model: SeparatedRanker) -> None:
+        super().__init__(auto_prefix=False)
+        model.check_masks()
+        self.model, self.sigmoid = model, ops.Sigmoid()
+        self.answers = None if model.plan.plain else Answers(model.plan)
+
+    def construct(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:
+        logits_NK = self.model.candidate_pass(state_RS, index_N, ids_Nm, numbers_Nn)
+        if self.answers is not None:
+            return self.answers(logits_NK)
+        return self.sigmoid(logits_NK)
+
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.sigmoid, (("batch", None),))]

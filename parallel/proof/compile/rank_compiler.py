@@ -32,6 +32,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import read_json
+from parallel.torch_runtime.program import INFERENCE
 
 _PROJECT = Path(__file__).resolve().parents[3]
 _LOG_LINES = 30
@@ -56,7 +57,8 @@ class Request:
         compute_dtype: of the matmuls; None = what train.precision says.
         reuse: micro-batches share one copy of the network's graph (see `sharded_step`).
         own_stage: only the layers of the rank's own stage are analysed (see `sharded_step`).
-        graph: "step", the training step; "loss", the loss without gradients; "scores", the predictions of a ranker.
+        graph: "step", the training step; "loss", the loss without gradients; "scores", the predictions of a ranker;
+            "prefill", "decode" or "score", what generates and scores over a cache.
     """
 
     world: int
@@ -341,7 +343,7 @@ def _compile(request: Request, folder: Path) -> None:
     from parallel.proof.dryrun.accounting import coordinates
     from parallel.sharding.layout import redistributing
     from parallel.sharding.parallelize import layers_of_stages
-    from parallel.training.sharded.run import evaluation_graph
+    from parallel.training.sharded.run import evaluation_graph, inference_graph
     from parallel.training.sharded.step import input_shapes, micro_batches, sharded_step
 
     task, settings, config = _build(request)
@@ -350,9 +352,12 @@ def _compile(request: Request, folder: Path) -> None:
         step = sharded_step(task, settings, config, reuse=request.reuse,
                             stage=coordinates(request.rank, config)[0] if request.own_stage else None)
         fed, tensors = task.inputs, _tensors(step.network)
+    elif request.graph in INFERENCE:
+        step, fed, tensors = inference_graph(task, config), task.inputs, _held(task.network)
     else:
         (step, fed), tensors = evaluation_graph(task, config, request.graph), []
-    shapes = input_shapes(dataclasses.replace(task, inputs=fed), settings, config)
+    shapes = [item.shape for item in fed] if request.graph in INFERENCE else \
+        input_shapes(dataclasses.replace(task, inputs=fed), settings, config)
     # Only types matter; np.zeros takes no memory until it is touched.
     inputs = [ms.Tensor(np.zeros(shape, item.dtype)) for shape, item in zip(shapes, fed, strict=True)]
     built = time.monotonic()
@@ -387,6 +392,12 @@ def _tensors(step: Any) -> list[list]:
             *(entry(item, "counter", ["fill", item.asnumpy().item()]) for item in step.counters())]
 
 
+def _held(network: Any) -> list[list]:
+    """The same of what a network holds that is not trained."""
+    return [[item.name, "parameter", list(item.shape), str(item.dtype).lower(), list(item.start)]
+            for item in network.get_parameters()]
+
+
 def _build(request: Request) -> tuple[Any, Any, Any]:
     from parallel.task import build_task, load_run
     from parallel.training.settings import COMPUTE_DTYPES
@@ -398,6 +409,10 @@ def _build(request: Request) -> tuple[Any, Any, Any]:
     if dtype is None:
         precision = load_run(request.config, request.overrides)[1].train.precision
         dtype = COMPUTE_DTYPES[precision]
+    if request.graph in INFERENCE:
+        module, settings = load_run(request.config, request.overrides)
+        config = settings.parallel.resolve(request.world)
+        return module.inference(settings, config, dtype, request.graph), settings.train, config
     task, settings, config = build_task(request.config, request.overrides, request.world, dtype)
     return task, settings.train, config
 

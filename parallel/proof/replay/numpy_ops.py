@@ -347,7 +347,14 @@ def _adam(node: Node, p: np.ndarray, m: np.ndarray, v: np.ndarray, rate: Any, be
     return p - rate * (m / (np.sqrt(v) + epsilon) + decay * p), m, v
 
 
+def _scatter_update(node: Node, p: np.ndarray, rows: np.ndarray, value: np.ndarray, *_: Any) -> tuple:
+    new = p.copy()
+    new[rows] = value
+    return (new,)
+
+
 UPDATES |= {
+    "ScatterUpdate": _scatter_update,
     "Assign": lambda node, p, value, *_: (value,),
     "AssignAdd": lambda node, p, value, *_: (p + value,),
     "AssignSub": lambda node, p, value, *_: (p - value,),

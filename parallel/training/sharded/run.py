@@ -127,6 +127,15 @@ def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
     return _evaluation_cell(task, config, graph)
 
 
+def inference_graph(task: Task, config: ParallelConfig) -> nn.Cell:
+    """The cut network of a task that `build.inference` made, ready to compile; see `evaluation_graph`."""
+    network = parallelize(task.network, config)
+    # Told by the graph the others would add zeros of another shape.
+    cut = switch_on(network, config, [(1,) * len(item.shape) for item in task.inputs], False, told=False)
+    cut.set_train(False)
+    return cut
+
+
 def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
     fed = [item for item in task.inputs if item.name != SAMPLE_NUMBERS]
     cell = ForwardLoss(task.network)

@@ -17,6 +17,7 @@ from parallel.checkpoint.folder import PARAMETERS_FILE, resolve_checkpoint
 from parallel.checkpoint.sharded import Slices
 from parallel.common.command import main
 from parallel.common.errors import UserError
+from parallel.training.metrics_log import read_metrics
 from tests.pangu.tiny import PairTokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -197,6 +198,33 @@ def test_sharded_adapters_equal_one_device(layout, capsys):
              "adapt.low_rank.targets=[query,value,output,mapping,projection]"]
     assert main("parallel", PROOFS, ["replay", "--config", TINY, "--steps", "2", *words, *layout]) == 0
     assert last_json(capsys)["equal"]
+
+
+@pytest.mark.slow
+def test_launched_adapters_under_tensor_parallelism_equal_one_process(home, capsys):
+    """`launch --run finetune` over gloo on real pairs: losses of one process, the frozen weights those of the base."""
+    from parallel.__main__ import VERBS as LAUNCH
+
+    words = ["adapt.low_rank.rank=4", "adapt.low_rank.targets=[query,value,output,mapping,projection]",
+             "train.steps=12", "train.log_every=1"]
+    told = finetune(home, "one_process", *words)
+    told = [word for word in told if not word.startswith("output.directory")]
+    assert main("parallel", LAUNCH, ["launch", "--config", TINY, "--nproc", "2", "--run", "finetune", *told,
+                                     "parallel.op=2", f"output.directory={home / 'op_2'}"]) == 0
+    assert last_json(capsys)["layout"] == "op 2"
+    one, two = (read_metrics(home / name / "metrics.jsonl") for name in ("one_process", "op_2"))
+    losses_of = [[row["loss"] for row in rows if "loss" in row] for rows in (one, two)]
+    np.testing.assert_allclose(*losses_of, rtol=1e-5)
+    base, adapted = parameters(home / "base"), parameters(home / "op_2")
+    assert all(np.array_equal(base[name], adapted[name]) for name in base) and len(adapted) > len(base)
+
+
+def test_a_launched_finetune_says_what_it_misses(home, capsys):
+    from parallel.__main__ import VERBS as LAUNCH
+
+    assert main("parallel", LAUNCH, ["launch", "--config", TINY, "--nproc", "2", "--run", "finetune", *where(home),
+                                     "parallel.op=2", f"output.directory={home / 'never'}"]) == 2
+    assert "adapt: the config file does not say what to adapt to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb, words, told", [

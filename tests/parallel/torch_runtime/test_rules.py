@@ -160,6 +160,7 @@ def test_a_rule_gives_what_the_replay_gives(case):
 UPDATES = {
     "AdamWeightDecay": [P, X, Q, 0.1, 0.9, 0.99, 1e-6, 0.01, Y], "Assign": [X, Y], "AssignAdd": [X, Y],
     "AssignSub": [X, Y], "InplaceZero": [X], "InplaceCopy": [X, floats(4)],
+    "ScatterUpdate": [X, lambda generator: generator.permutation(3)[:2].astype(np.int32), floats(2, 4)],
 }  # fmt: skip
 
 

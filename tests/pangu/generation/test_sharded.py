@@ -1,0 +1,111 @@
+"""A model over several processes computes what one process does: logits, greedy text, drawn text."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+from pangu import build
+from pangu.config import ModelConfig
+from pangu.generation.generate import Generator
+from pangu.generation.sharded.dealing import dealt
+from pangu.settings import Run
+from parallel.checkpoint.full import save_checkpoint
+from parallel.common.settings import load_settings
+from parallel.launch.inference import grouped, launch_inference
+from tests.pangu.generation.sharded_child import GREEDY, SEEDED, texts
+from tests.pangu.kernel_model import parameters
+from tests.pangu.numpy_model import forward
+
+CONFIG = ModelConfig(layers=3, hidden_size=48, heads=4, ffn_size=72, vocabulary_size=96, sequence_length=80,
+                     dropout=0.0)
+OP_2 = {"op": 2}
+OTHERS = [{"op": 4}, {"pipeline": {"stages": 2}}, {"op": 2, "pipeline": {"stages": 2}}, {"data": 2, "op": 2},
+          {"data": 2}, {"op": 2, "vocabulary": False}]
+
+
+class Held:
+    """A float32 array as a `NamedTensor`."""
+
+    dtype = "F32"
+
+    def __init__(self, name, value):
+        self.name, self.value, self.shape = name, value, value.shape
+
+    def read(self):
+        return self.value
+
+    def assign(self, value):
+        self.value[...] = value
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A whole checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    save_checkpoint(folder / "checkpoints", 1, [Held(name, value) for name, value in parameters(CONFIG).items()])
+    return folder
+
+
+def written(folder, **blocks):
+    """A config file of the model with some blocks."""
+    tree = {"model": CONFIG.model_dump(mode="json"), "output": {"directory": str(folder / "out")},
+            "generate": {"batch_size": 3, "prefill_chunk": 16}, **blocks}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "run.yaml"
+
+
+def launched(checkpoint, folder, layout, nproc):
+    """What the ranks of a layout wrote: logits of each text, and the texts generated."""
+    path = written(folder, parallel=layout)
+    arguments = SimpleNamespace(nodes=1, node_rank=0, master=None, nproc=nproc, timeout=120)
+    settings, plan = grouped(load_settings(Run, path), arguments)
+    command = ["-m", "tests.pangu.generation.sharded_child", str(path), str(checkpoint), str(folder / "told")]
+    figures = launch_inference(build, settings, plan, command, folder / "logs")
+    assert figures["failed_rank"] is None
+    with np.load(folder / "told.npz") as found:
+        logits = [found[str(number)] for number in range(len(found.files))]
+    return logits, json.loads((folder / "told.json").read_text())
+
+
+def one_process(checkpoint):
+    """Greedy and drawn continuations by the C++ kernels."""
+    from pangu.generation.backend import Backend
+    from pangu.generation.weights import CheckpointWeights
+    from parallel.checkpoint.folder import resolve_checkpoint
+
+    generator = Generator(Backend(CheckpointWeights(CONFIG, resolve_checkpoint(checkpoint)).packed()), None)
+    return {name: [done.ids for done in generator.generate_ids(texts(CONFIG.vocabulary_size), rule)]
+            for name, rule in (("greedy", GREEDY), ("seeded", SEEDED))}
+
+
+def assert_equals_one_process(checkpoint, folder, layout, nproc):
+    logits, generated = launched(checkpoint, folder, layout, nproc)
+    for ids, rows in zip(texts(CONFIG.vocabulary_size), logits, strict=True):
+        expected = forward(parameters(CONFIG), CONFIG, np.array(ids))
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert generated == one_process(checkpoint)
+
+
+def test_op_2_computes_what_one_process_does(checkpoint, tmp_path):
+    assert_equals_one_process(checkpoint, tmp_path, OP_2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", OTHERS, ids=str)
+def test_every_layout_computes_what_one_process_does(checkpoint, tmp_path, layout):
+    size = layout.get("data", 1) * layout.get("op", 1) * layout.get("pipeline", {}).get("stages", 1)
+    assert_equals_one_process(checkpoint, tmp_path, layout, size)
+
+
+def test_equal_prompts_stay_together_and_the_longest_are_spread():
+    prompts = [[1] * 5, [2] * 50, [1] * 5, [3] * 40, [4] * 30]
+    first, second = dealt(prompts, 2)
+    assert sorted(first + second) == list(range(5))
+    assert any({0, 2} <= set(part) for part in (first, second))
+    assert 1 in first and 3 in second
