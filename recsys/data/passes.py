@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from recsys.data.features import Feature, FeatureSpec
 from recsys.data.readers import Reader
 from recsys.data.times import TimeReader
 from recsys.data.vocabulary import Statistics, Vocabulary
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 PARTS = ("train", "validation", "test")
 FIELDS = ("ids", "numbers", "labels", "users")
@@ -67,7 +70,7 @@ class Passes:
         unit: read this unit alone, at the rank that it has.
     """
 
-    def __init__(self, data: Any, source: Reader, encoder: Encoder, unit: Unit | None = None) -> None:
+    def __init__(self, data: DataSettings, source: Reader, encoder: Encoder, unit: Unit | None = None) -> None:
         self.data, self.source, self.encoder = data, source, encoder
         self.by = data.split.by if data.split.by != "default" else source.split_by
         self.units = [unit] if unit is not None else units_of(data, self.by)
@@ -161,7 +164,7 @@ class Passes:
         return Written(counts, sums)
 
 
-def units_of(data: Any, by: str) -> list[Unit]:
+def units_of(data: DataSettings, by: str) -> list[Unit]:
     """The log as one unit, or one for each file of a split by files."""
     if by != "files":
         return [Unit(data.path)]

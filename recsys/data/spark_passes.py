@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from parallel.common.digests import BlockSums
 from parallel.common.errors import UserError
@@ -21,6 +21,9 @@ from recsys.data.passes import FIELDS, PARTS, Passes, Unit, Written, rank, units
 from recsys.data.readers import Reader, reader
 from recsys.data.vocabulary import Statistics, Vocabulary
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
+
 _Result = TypeVar("_Result")
 _BLOCK = 16 << 20
 
@@ -28,7 +31,7 @@ _BLOCK = 16 << 20
 class SparkPasses(Passes):
     """See `Passes`; of a log whose reader names its files each is a task, any other log is one."""
 
-    def __init__(self, data: Any, source: Reader, encoder: Encoder) -> None:
+    def __init__(self, data: DataSettings, source: Reader, encoder: Encoder) -> None:
         self.session = _session(data)
         super().__init__(data, source, encoder)
 
@@ -111,7 +114,7 @@ def merge_reports(report: Report, other: Report) -> None:
     report.empty_files += other.empty_files
 
 
-def _session(data: Any) -> Any:
+def _session(data: DataSettings) -> Any:
     from importlib.util import find_spec
 
     if find_spec("pyspark") is None:

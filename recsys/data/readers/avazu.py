@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,8 +13,11 @@ from recsys.data.features import Feature
 from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, ids, shards
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
-def features(data: Any) -> list[Feature]:
+
+def features(data: DataSettings) -> list[Feature]:
     """All columns but the row id; the hour is split into hour of day and day."""
     return [
         *ids(["device_id", "device_ip"], "user", "device", minimum_count=2),
@@ -32,7 +35,7 @@ def files_of(path: Path) -> list[Path]:
     return shards(path, (".csv", ".txt"))
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables with `hour` split into `hour_of_day` and `day`."""
     for file in files_of(path):
         for table, where in csv_tables(file):

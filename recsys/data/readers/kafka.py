@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
@@ -19,6 +19,9 @@ from recsys.data.readers import Reader
 from recsys.data.readers._files import no_default_features
 from recsys.data.streams.events import Event, Positions, TimeOf, read_object
 from recsys.data.streams.no_log import refuse
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 _ASK_SECONDS = 5.0
 
@@ -30,7 +33,7 @@ class Topic:
         data: `DataSettings`.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: DataSettings) -> None:
         try:
             import confluent_kafka
         except ImportError:
@@ -217,7 +220,7 @@ class Topic:
             self.away_since = self.away_since or time.monotonic()
 
 
-def read(data: Any, path: Path | None) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path | None) -> Iterator[tuple[Any, str]]:
     """A stream is no log."""
     refuse(data)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
@@ -17,6 +17,9 @@ from recsys.data.readers import Reader
 from recsys.data.readers._files import no_default_features
 from recsys.data.streams.events import Event, Positions, TimeOf, read_object
 from recsys.data.streams.no_log import refuse
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 _RETRY_SECONDS = 0.1
 _EMPTY = "0-0"
@@ -32,7 +35,7 @@ class RedisStreams:
 
     shared = False
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: DataSettings) -> None:
         try:
             import redis
         except ImportError:
@@ -200,7 +203,7 @@ def _order(identity: str) -> tuple[int, int]:
     return int(milliseconds), int(number or 0)
 
 
-def read(data: Any, path: Path | None) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path | None) -> Iterator[tuple[Any, str]]:
     """A stream is no log."""
     refuse(data)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -23,10 +23,13 @@ from recsys.data.features import Feature
 from recsys.data.readers import Reader
 from recsys.data.readers._files import parquet_tables, shards
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
+
 _SIDES = {"user_": "user", "context_": "context", "item_": "item", "cross_": "cross"}
 
 
-def features(data: Any) -> list[Feature]:
+def features(data: DataSettings) -> list[Feature]:
     """One feature a column, read from the schema of the first file that is not empty.
 
     Raises:
@@ -68,7 +71,7 @@ def _feature(field: pa.Field, side: str) -> Feature:
     return Feature(name=field.name, side=side, values="hash", rows=1 << 17)
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of all shards in order of their names."""
     for file in shards(path, (".parquet",)):
         yield from parquet_tables(file)

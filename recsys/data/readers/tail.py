@@ -11,7 +11,7 @@ import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -21,6 +21,9 @@ from parallel.common.progress import info
 from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, no_default_features, parquet_tables
 from recsys.data.streams.events import Event, Positions, TimeOf
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 _SUFFIXES = (".parquet", ".pq", ".csv", ".tsv")
 _LOOK_SECONDS = 0.05
@@ -37,7 +40,7 @@ class Folder:
 
     shared = False
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: DataSettings) -> None:
         if not data.path or not Path(data.path).is_dir():
             raise UserError("reader tail needs a folder", where="data.path", value=data.path)
         self.folder, self.delimiter, self.settings = Path(data.path), data.delimiter, data.stream
@@ -193,7 +196,7 @@ class Folder:
             raise UserError("not UTF-8 text", where=f"{file}, byte {offset}") from None
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of the files that are there now, for other verbs than train."""
     for file in sorted(path.iterdir(), key=lambda file: file.name):
         if file.suffix in (".parquet", ".pq") and file.name[0] not in "._":
