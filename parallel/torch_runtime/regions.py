@@ -205,9 +205,9 @@ class RegionBinder(Binder):
 
     def _region(self, nodes: list[Node], outside: list[int], needed: set[int]) -> Step:
         outputs = [node.number for node in nodes if node.number in needed and not self._pulled(node)]
-        place = {number: index for index, number in enumerate(outside)}
+        position = {number: index for index, number in enumerate(outside)}
         description = self._description(nodes, outside, outputs)
-        region = _Region(self, nodes, place, outputs, description)
+        region = _Region(self, nodes, position, outputs, description)
         joined = Node("Region", list(outside), [], {}, nodes[0].scope if nodes else "", {},
                       outputs[0] if outputs else nodes[-1].number)
         return Step(joined, region, joined.number, more=tuple(outputs))
@@ -318,9 +318,9 @@ def _joined(drafts: list, graph: Graph, several: bool) -> list:
 class _Region:
     """A region's function: compiled when it is first run, from the tensors that it is then given."""
 
-    def __init__(self, binder: RegionBinder, nodes: list[Node], place: dict[int, int], outputs: list[int],
+    def __init__(self, binder: RegionBinder, nodes: list[Node], position: dict[int, int], outputs: list[int],
                  description: str) -> None:
-        self.nodes, self.inputs, self.outputs, self.description = nodes, list(place), outputs, description
+        self.nodes, self.inputs, self.outputs, self.description = nodes, list(position), outputs, description
         self.rules, self.values, self.dtype = binder.traced, binder.values, binder.dtype
         self.known, self.compile, self.declared = binder.known, binder.compile, binder._declared
         self.ready: Callable | None = None

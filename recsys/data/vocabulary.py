@@ -141,11 +141,11 @@ class Statistics:
         self.forgotten: dict[str, int] = {}
         self.samples: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.sums: dict[str, list[tuple[float, float, float]]] = {}
-        self.place = (0, 0)
+        self.position = (0, 0)
 
     def begin(self, where: str, first_row: int) -> None:
         """What is added next comes from here: the sample depends on it, and not on what was added before."""
-        self.place = zlib.crc32(Path(where).name.encode()), first_row
+        self.position = zlib.crc32(Path(where).name.encode()), first_row
 
     def merge(self, other: Statistics) -> None:
         """Adds what was found in rows that follow."""
@@ -189,7 +189,7 @@ class Statistics:
         self.sums.setdefault(feature.name, []).append(
             (float(len(numbers)), float(numbers.sum()), float(np.square(numbers).sum())))
         # Each number draws a key; the smallest keys are a uniform sample of everything seen.
-        generator = np.random.default_rng((zlib.crc32(feature.name.encode()), *self.place))
+        generator = np.random.default_rng((zlib.crc32(feature.name.encode()), *self.position))
         self._sample(feature.name, generator.random(len(numbers)), numbers)
 
     def _sample(self, name: str, keys: np.ndarray, numbers: np.ndarray) -> None:

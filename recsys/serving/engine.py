@@ -51,7 +51,7 @@ class Scorer:
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache, tables: Any = None) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
         self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
-        self.whole_pass = model
+        self.full_pass = model
         if self.separated:
             self.user_pass, self.candidate_pass = UserPass(model), CandidatePass(model)
         if tables is not None:
@@ -62,7 +62,7 @@ class Scorer:
         """Lets every pass read its rows from tables on the host."""
         from recsys.tables.step import Hosted
 
-        self.whole_pass = Hosted(self.model, self.model, tables)
+        self.full_pass = Hosted(self.model, self.model, tables)
         if self.separated:
             sides = self.model.sides
             self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
@@ -87,7 +87,7 @@ class Scorer:
         """probabilities_CK of each (ids_CM, numbers_CN); the user columns of a request's first row hold for all."""
         sizes = [len(ids) for ids, _ in batch]
         logits = self._separated(batch) if self.separated else self._chunks(
-            self.whole_pass, np.concatenate([ids for ids, _ in batch]),
+            self.full_pass, np.concatenate([ids for ids, _ in batch]),
             np.concatenate([numbers for _, numbers in batch]))
         return np.split(self.model.plan.predictions(logits), np.cumsum(sizes)[:-1])
 

@@ -143,9 +143,9 @@ class Service:
         if self.peers is None:
             return await self.rank(raw, kind)
         try:
-            owner = self.peers.place.owner(user_of(raw, kind, self.engine.trained, self.settings.max_candidates))
+            owner = self.peers.worker.owner(user_of(raw, kind, self.engine.trained, self.settings.max_candidates))
         except (BadText, UserError):
-            owner = self.peers.place.index  # says here what is wrong with it
+            owner = self.peers.worker.index  # says here what is wrong with it
         return await self.peers.answer(owner, raw, kind)
 
     async def rank(self, raw: bytes, kind: int = JSON) -> dict:
@@ -248,7 +248,7 @@ class Service:
         return {"status": "ok", "version": self.engine.version, "checkpoint": str(trained.path),
                 "model": trained.settings.model.name, "separated": self.engine.scorer.separated,
                 "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4),
-                **({"worker": self.peers.place.index} if self.peers is not None else {}),
+                **({"worker": self.peers.worker.index} if self.peers is not None else {}),
                 **(self.follower.figures() if self.follower is not None else {})}
 
 
@@ -335,14 +335,14 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
         UserError: a package is missing, the port is taken, or the checkpoint cannot be served.
     """
     require()
-    place = WorkerAddress.mine()
-    if settings.workers > 1 and place is None:
+    worker = WorkerAddress.mine()
+    if settings.workers > 1 and worker is None:
         return run_workers(settings, f"serve {arguments.checkpoint}")
     from parallel.training.device import start_device
     from recsys.saved_model import load
     from recsys.serving.engine import Engine
 
-    listener = bind(settings) if place is None else shared_listener(settings, place.port)
+    listener = bind(settings) if worker is None else shared_listener(settings, worker.port)
     start_device()
     rows, current = max(settings.engine.candidates[-1], settings.engine.requests), None
     if settings.follow:
@@ -354,8 +354,8 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     engine = Engine(trained, settings.engine)
     engine.start(lambda graph: info(f"compiled {graph}"))
     service = Service(engine, settings, arguments.checkpoint)
-    if place is not None:
-        service.peers = Peers(place, service.rank, service.control)
+    if worker is not None:
+        service.peers = Peers(worker, service.rank, service.control)
     if current is not None:
         service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
     line = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"

@@ -151,15 +151,15 @@ class Peers:
         control: does here what concerns every worker: `await control(call, name)`.
     """
 
-    def __init__(self, place: WorkerAddress, rank: Any, control: Any = None) -> None:
-        self.place, self.rank, self.control = place, rank, control
-        self.free: dict[int, list] = {index: [] for index in range(place.count)}
+    def __init__(self, worker: WorkerAddress, rank: Any, control: Any = None) -> None:
+        self.worker, self.rank, self.control = worker, rank, control
+        self.free: dict[int, list] = {index: [] for index in range(worker.count)}
         self.server: Any = None
         self.passed_on = self.fallen_back = 0
 
     async def start(self) -> None:
         """Takes bodies from the others."""
-        path = self.place.socket(self.place.index)
+        path = self.worker.socket(self.worker.index)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         self.server = await asyncio.start_unix_server(self._serve, path)
@@ -170,7 +170,7 @@ class Peers:
         Raises:
             Refusal: as `rank`.
         """
-        if owner == self.place.index:
+        if owner == self.worker.index:
             return await self.rank(raw, kind)
         try:
             status, body = await self._ask(owner, raw, kind)
@@ -184,8 +184,8 @@ class Peers:
 
     async def tell_all(self, call: dict) -> None:
         """`control` in every other worker; one that is away reads the newest model when it starts anew."""
-        for other in range(self.place.count):
-            if other != self.place.index:
+        for other in range(self.worker.count):
+            if other != self.worker.index:
                 with contextlib.suppress(OSError, EOFError):
                     status, body = await self._ask(other, json.dumps(call).encode(), CONTROL)
                     if status != 200:
@@ -193,7 +193,7 @@ class Peers:
 
     async def _ask(self, owner: int, raw: bytes, kind: int) -> tuple[int, dict]:
         free = self.free[owner]
-        reader, writer = free.pop() if free else await asyncio.open_unix_connection(self.place.socket(owner))
+        reader, writer = free.pop() if free else await asyncio.open_unix_connection(self.worker.socket(owner))
         try:
             writer.write(_HEAD.pack(len(raw), kind) + raw)
             await writer.drain()
