@@ -19,7 +19,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, matching
 from parallel.common.json_text import dump_json, plain
 
-REMOVED_FOLDER = "removed"  # stands beside documents that we wrote, and is never read as input
+REMOVED_FOLDER = "removed"  # is beside documents that these tools wrote, and is never read as input
 _PARQUET_BATCH = 1000
 OutputFormat = Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 
@@ -39,7 +39,7 @@ def plan_splits(inputs: list[str], settings: ReadSettings) -> list[Split]:
 
 
 def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
-    """(path, name) of every input file; the name is the path below the input folder, and stands in generated ids."""
+    """(path, name) of every input file; the name is the path below the input folder, and is part of generated ids."""
     found: dict[Path, str] = {}
     for text in inputs:
         root = Path(text)

@@ -22,7 +22,7 @@ def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict
     Its progress goes to this process's stderr.
 
     Raises:
-        UserError: the command failed; its own message stands above.
+        UserError: the command failed; its own message is above.
     """
     words = [sys.executable, "-m", "pangu", verb, *(["--config", config] if config else [])]
     words += [f"{key}={dump_yaml(value, flow=True)}" for key, value in overrides.items()]

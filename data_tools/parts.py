@@ -120,7 +120,7 @@ class OutputLayout:
     @staticmethod
     def under(output: str | Path, step: str) -> OutputLayout:
         """The output folders of a verb of one step."""
-        output = Path(output).absolute()  # workers may stand in another folder
+        output = Path(output).absolute()  # workers may run in another folder
         return OutputLayout(str(output), f"{output}/removed", f"{output}/.state/{step}")
 
 

@@ -154,7 +154,7 @@ def inversions(values: np.ndarray) -> int:
     _, ranks = np.unique(np.asarray(values), return_inverse=True)
     total = 0
     for bit in reversed(range(max(1, int(ranks.max(initial=0)).bit_length()))):
-        # Within each run of equal higher bits (kept together, in order): ones that stand before a zero.
+        # Within each run of equal higher bits (kept together, in order): ones before a zero.
         high, one = ranks >> (bit + 1), (ranks >> bit) & 1
         order = np.argsort(high, kind="stable")
         high, one = high[order], one[order]

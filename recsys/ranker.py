@@ -342,7 +342,7 @@ class TrainingLoss(Trainable):
         return loss
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
-        """See `Ranker.pipeline_cells`; the loss stands with the head."""
+        """See `Ranker.pipeline_cells`; the loss goes with the head."""
         units = self.model.pipeline_cells()
         if units is None:
             return None

@@ -72,7 +72,7 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
 
 
 def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:
-    """The vocabulary that stands beside a checkpoint or above it, or in the run's folder.
+    """The vocabulary beside a checkpoint or above it, or in the run's folder.
 
     Raises:
         UserError: there is none, and the features need one.

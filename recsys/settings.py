@@ -141,7 +141,7 @@ class TaskSettings(Settings):
     """One task of a multi-task ranker."""
 
     name: str
-    """Name; tasks stand in the order of data.labels."""
+    """Name; tasks are in the order of data.labels."""
     weight: float = Field(1.0, ge=0.0)
     """Factor of its loss."""
     kind: Literal["binary", "regression"] = "binary"

@@ -139,5 +139,5 @@ class Bucketer:
                 group = members[order[start:start + length]]
                 shards = shard_of(self.digest_low[group], length, self.limit)
                 for shard in np.unique(shards):
-                    # The first member stands in every shard, so that groups of like members stay tied together.
+                    # The first member is in every shard, so that groups of like members stay tied together.
                     self._bucket(np.unique(np.append(group[shards == shard], group[0])))

@@ -2,7 +2,7 @@
 
 MinHash: Broder, "On the resemblance and containment of documents" (1997). The share of equal entries of two signatures
 estimates the Jaccard similarity of the two sets of n-grams. The PanGu-alpha paper (section 3.1.2) does not disclose
-its own algorithm, n-gram size or number of hashes: all of these were chosen here and stand in the settings.
+its own algorithm, n-gram size or number of hashes: all of these were chosen here and are settings.
 Legend: N documents, P hashes, L n-grams.
 """
 
@@ -126,7 +126,7 @@ class Signer:
         for row, multiplier in enumerate(self.multipliers):
             np.multiply(hashes_L, multiplier, out=product_L)
             minima = np.minimum.reduceat(product_L, starts)
-            # A text stands at most once in a block, so plain indexing is safe.
+            # A text is at most once in a block, so plain indexing is safe.
             signatures_PN[row, owners] = np.minimum(signatures_PN[row, owners], minima)
 
 

@@ -121,7 +121,7 @@ def _pairs_of_bucket(members: Any, floor: float, neighbours: int) -> list[tuple[
 
 
 def _shingles(plan: DedupPlan, engine: SparkEngine, nodes: Any, pairs: Any) -> Any:
-    """Frame node, hashes: the n-gram sets of all nodes that stand in a pair, read from the parts once more."""
+    """Frame node, hashes: the n-gram sets of all nodes that occur in a pair, read from the parts once more."""
     wanted = pairs.select("u").union(pairs.select("v")).distinct().withColumnRenamed("u", "node")
     places = nodes.join(wanted, "node").select("part", "row", "node").rdd
     by_part = places.map(lambda row: (row["part"], (row["row"], bytes(row["node"])))).groupByKey()

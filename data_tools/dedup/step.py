@@ -69,7 +69,7 @@ def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], 
 
 
 def decide(plan: DedupPlan, engine: Engine) -> dict[str, Any]:
-    """Writes the decision files, unless they stand there for the same input and settings already."""
+    """Writes the decision files, unless they are there for the same input and settings already."""
     marker = Path(plan.work) / "decisions" / "done.json"
     digest = digest_of([plan.settings.model_dump(mode="json"), plan.read.model_dump(mode="json"),
                         [split_identity(split) for split in plan.splits]])

@@ -66,7 +66,7 @@ def _records(split: Split, log: ReadLog) -> Iterator[Any]:
 
 
 class _Available:
-    """A stream whose `read` gives what is there at once, so that what stands before the damage is not lost."""
+    """A stream whose `read` gives what is there at once, so that what precedes the damage is not lost."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.read = stream.read1

@@ -137,7 +137,7 @@ class DecontaminateStep(Step):
 
 
 def _shared(hashes: np.ndarray, path: str, changed: int) -> np.ndarray:
-    """Positions of the n-grams that stand in the index."""
+    """Positions of the n-grams that are in the index."""
     index, bits = _index(path, changed)
     likely = np.flatnonzero(bits[hashes >> np.uint64(64 - _FILTER_BITS)])
     places = np.minimum(np.searchsorted(index, hashes[likely]), len(index) - 1)

@@ -132,7 +132,7 @@ def plan_epochs(settings: MixSettings, characters: dict[str, int]) -> dict[str, 
 
 
 def copies_of(document: Document, epochs: float, seed: int) -> int:
-    """How often the document stands in the mixture: epochs rounded down, and once more with the chance left over."""
+    """How often the document occurs in the mixture: epochs rounded down, and once more with the chance left over."""
     whole = int(epochs)
     return whole + (uniform(seed, "draw", document.id, document.text) < epochs - whole)
 

@@ -70,7 +70,7 @@ class MindSporeFile:
         return file.read(7) == b"crc_num"
 
     def _value(self, file, begin: int, length: int) -> None:
-        """Notes one value without reading its data, which stand at its end."""
+        """Notes one value without reading its data, which are at its end."""
         at, name, tensor = begin, None, None
         while at < begin + length:
             file.seek(at)

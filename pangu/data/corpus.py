@@ -97,7 +97,7 @@ def corpus_bytes(path: str | Path) -> int:
 def in_validation(text: str, fraction: float) -> bool:
     """True for the documents held out for validation: a fixed hash of the text decides.
 
-    A document falls on the same side in every run, wherever it stands, and equal documents fall on the same side.
+    A document falls on the same side in every run, wherever it is, and equal documents fall on the same side.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

@@ -1,4 +1,4 @@
-"""Packed records as batches: which record stands where in which batch, positions and documents.
+"""Packed records as batches: which record is where in which batch, positions and documents.
 
 Shapes: B batch (of one rank), S sequence. Batch number i depends only on (seed, i): a run resumes at any step without
 reading what came before, and the contiguous slices of N ranks make up the batch of a single process.
@@ -48,7 +48,7 @@ def document_positions(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.
 def plain_positions(ids_BS: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions 0..S-1 and a single document: `eod_reset` off.
 
-    Padding is numbered apart. It stands at the end of a record, so no token sees it, and it carries no loss; what it
+    Padding is numbered apart. It is at the end of a record, so no token sees it, and it carries no loss; what it
     sees itself does not matter.
 
     Returns:

@@ -35,7 +35,7 @@ class Instance:
     group: str
     """Passage it belongs to, or its own id."""
     part: str
-    """File it stands in, where a task has several."""
+    """File it is in, where a task has several."""
     target: Any
     """Index of the right candidate, or the accepted answers."""
     candidates: list[str] = field(default_factory=list)
@@ -198,7 +198,7 @@ class InstanceBuilder:
         order = self.order
         if self.task.fresh:
             order = self._example_order(self.pool, self._generator("examples", record["id"]))
-        # Nearest to the instance stands the first that was drawn, which is also the one of one-shot.
+        # Nearest to the instance is the first that was drawn, which is also the one of one-shot.
         front, count = [], 0
         for example in islice(self._usable(order, record), self.shots):
             ids = self._example(example)

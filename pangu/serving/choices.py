@@ -64,7 +64,7 @@ class Texts:
         return Entry(scored.id, self(scored.id), max(scored.logprob, LOWEST), top, offset)
 
     def prompt_entries(self, ids: Sequence[int], scores: Sequence[TokenLogprob | None] | None) -> tuple[Entry, ...]:
-        """Of the tokens of a prompt; nothing stands before the first."""
+        """Of the tokens of a prompt; nothing precedes the first."""
         entries, offset = [], 0
         for number, scored in zip(ids, scores or (), strict=False):
             entries.append(Entry(number, self(number), None, (), offset) if scored is None

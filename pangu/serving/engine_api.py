@@ -72,7 +72,7 @@ class PromptEvent:
     Args:
         prompt_tokens: its length.
         cached_tokens: of those, how many were not computed, since a request before had them in common.
-        logprobs: with `prompt_logprobs`, one for each token of the prompt; the first is None, nothing stands before it.
+        logprobs: with `prompt_logprobs`, one for each token of the prompt; the first is None, nothing precedes it.
     """
 
     prompt_tokens: int

@@ -20,7 +20,7 @@ _BIAS, _PENALTY, _TEMPERATURE = 100.0, 2.0, 2.0
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids, and the text that was sent or stands for them."""
+    """Ids, and the text that was sent or corresponds to them."""
 
     ids: list[int]
     text: str
@@ -37,7 +37,7 @@ class Ask:
         n: answers for each prompt.
         best_of: sequences for each prompt, of which the `n` with the highest mean log-probability are given.
         logprobs: alternatives a token to show; None = no log-probabilities.
-        echo: whether the prompt stands before its answer.
+        echo: whether the prompt precedes its answer.
         stream: whether the answer is streamed.
         include_usage: whether a stream ends with the counts of tokens.
         as_ids: whether tokens in log-probabilities are called "token_id:N".

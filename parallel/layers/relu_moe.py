@@ -80,7 +80,7 @@ class ReluMoE(Layer):
         return self.halve(self.blend(train_TBE, infer_TBE), 0.5), infer_TBE
 
     def construct(self, s_TBD: Tensor, index_N: Tensor | None = None) -> tuple:
-        """`index_N`: where rows stand for several samples, the row of each sample: the penalty counts samples."""
+        """`index_N`: where rows serve several samples, the row of each sample: the penalty counts samples."""
         gates_TBE, infer_TBE = self.gates(s_TBD)
         v_TBD = self.mix(s_TBD, gates_TBE)
         if not self.training:

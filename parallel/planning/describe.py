@@ -120,7 +120,7 @@ class Op:
         one_hot_axis: what shards the classes of a OneHot (its strategy is that of its result).
         needed: whether a gradient flows through it to the parameters.
         layer: whether it is in the first cell of its unit, which full recomputation runs again.
-        free: whether it stands outside every unit: each stage that needs its result works it out for itself.
+        free: whether it is outside every unit: each stage that needs its result computes it for itself.
     """
 
     primitive: str

@@ -53,7 +53,7 @@ def _headline(planner: Planner, estimate: Estimate) -> str:
 
 def timeline_picture(line: Timeline) -> str:
     """Passes of every stage over time; forward and backward in two colours, idle time white. Where there are too many
-    passes to draw, every k-th stage stands for its neighbours."""
+    passes to draw, every k-th stage represents its neighbours."""
     row, left = 18, 60
     step = max(1, -(-sum(map(len, line.passes)) // _MOST_PASSES))
     drawn = sorted({*range(0, len(line.passes), step), len(line.passes) - 1})

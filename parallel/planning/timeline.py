@@ -34,7 +34,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Share of all stages' time in which they stand idle."""
+        """Share of all stages' time in which they are idle."""
         busy = sum(end - start for stage in self.passes for _, start, end in stage)
         return 1.0 - busy / (self.end * len(self.passes)) if self.end else 0.0
 

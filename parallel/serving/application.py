@@ -38,7 +38,7 @@ def require(extra: str = "serve", packages: tuple[str, ...] = ("fastapi", "uvico
 
 
 class Front:
-    """What stands before the handlers of one server.
+    """What comes before the handlers of one server.
 
     Args:
         settings: bounds, API key, origins.

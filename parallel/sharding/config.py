@@ -16,7 +16,7 @@ class PipelineConfig(Settings):
     stages: int = Field(1, ge=1)
     """Number of pipeline stages; consecutive layers share a stage."""
     micro_batches: int = Field(1, ge=1)
-    """Micro-batches a global batch is split into; at least the number of stages, or stages stand idle. Not given:
+    """Micro-batches a global batch is split into; at least the number of stages, or stages are idle. Not given:
     as many as stages."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """Order of forward and backward passes. 1f1b holds the fewest activations; interleaved gives each stage several

@@ -67,7 +67,7 @@ def layers_of_stages(network: nn.Cell, config: ParallelConfig) -> list[int]:
 
 
 def place_on_stages(network: nn.Cell, config: ParallelConfig) -> None:
-    """Gives cells their pipeline stage; what stands before the layers goes to the first, what follows to the last."""
+    """Gives cells their pipeline stage; what comes before the layers goes to the first, what follows to the last."""
     if config.pipeline.stages == 1:
         return
     before, *layers, after = _units(network)
@@ -83,7 +83,7 @@ def place_on_stages(network: nn.Cell, config: ParallelConfig) -> None:
 
 
 def fuse_gradients(network: nn.Cell, config: ParallelConfig) -> None:
-    """Numbers the groups whose gradient communication is fused into one call: 1 for what stands before the layers, then
+    """Numbers the groups whose gradient communication is fused into one call: 1 for what comes before the layers, then
     `gradient_fusion_groups` groups of layers; under pipeline all layers are one group (PanGu-alpha code)."""
     if not has_stack(network):
         return

@@ -280,7 +280,7 @@ class Binder:
 
 
 def read_by(node: Node) -> list[int]:
-    """Numbers of the values whose contents a node reads; what a Depend stands after is not read."""
+    """Numbers of the values whose contents a node reads; what a Depend follows is not read."""
     return node.inputs[:1] if node.op == "Depend" else [] if node.op in _FREE_OF_TENSORS else node.inputs
 
 

@@ -1,6 +1,6 @@
 """Process groups and collectives: gloo between CPU processes, NCCL between GPUs.
 
-Every collective begins where its node stands and is waited for before its result is first read, so communication and
+Every collective begins where its node is and is waited for before its result is first read, so communication and
 computation overlap. A Send never waits before the end of the step. Each direction of each pair of stages has a group of
 its own: on NCCL two messages in opposite directions on one communicator would wait for each other.
 """

@@ -77,7 +77,7 @@ class Editor:
         return self.original.constant(number)
 
     def add(self, op: str, inputs: list[int], outputs: Iterable[Kind], like: Node, **attributes: Any) -> int:
-        """Adds a node where `like` stands; its number."""
+        """Adds a node where `like` is; its number."""
         number, self.next = self.next, self.next + 1
         self.nodes[number] = Node(op, inputs, list(outputs), attributes, like.scope, dict(like.marks), number)
         self.position[number] = self.position[like.number]

@@ -103,7 +103,7 @@ class Trainer:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Trains from where the run stands to its end (or early stop, or a signal) and returns its figures.
+        """Trains from the run's current step to its end (or early stop, or a signal) and returns its figures.
 
         Raises:
             UserError: nothing to read, a checkpoint that does not fit, gradients that stay non-finite, no disk space.
@@ -344,7 +344,7 @@ class Trainer:
             info(f"starting from the parameters of {path}")
 
     def _same_on_all_ranks(self) -> None:
-        """Refuses to go on when the ranks stand at different steps, each knowing its own disk only."""
+        """Refuses to go on when the ranks are at different steps, each knowing its own disk only."""
         first, = self.backend.exchange([float(self.iteration) if self.backend.rank == 0 else 0.0])
         different, = self.backend.exchange([float(first != self.iteration)])
         if different:

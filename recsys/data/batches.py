@@ -23,7 +23,7 @@ class Batches:
         seed: of the order; None keeps the rows' order.
         rank, ranks: this data-parallel process's share of every batch.
         spec: columns of the features, for those with an unseen_rate.
-        together: up to this many samples of a user stand one after the other in a drawn order.
+        together: up to this many samples of a user follow each other in a drawn order.
         groups: whether the labels end in a column that says which samples are of one user.
     """
 
@@ -97,7 +97,7 @@ class Batches:
 
 
 def _together(users: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
-    """An order of shuffled samples in which each user's stand together in runs of up to `most`, the runs shuffled."""
+    """An order of shuffled samples in which each user's are together in runs of up to `most`, the runs shuffled."""
     order = np.argsort(users, kind="stable")
     sorted_ = users[order]
     begin = np.flatnonzero(np.r_[True, sorted_[1:] != sorted_[:-1]])

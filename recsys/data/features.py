@@ -36,7 +36,7 @@ class Feature(Settings):
     side: Side
     """Whom it describes. Only `user` features may be computed once for all candidates of a request."""
     group: str | None = None
-    """Semantic group; features of a group stand together in the tokens. Null = the side."""
+    """Semantic group; features of a group are together in the tokens. Null = the side."""
     values: Literal["vocabulary", "hash", "integer", "dynamic"] = "vocabulary"
     """vocabulary: values seen in training, listed by the statistics pass; hash: row = hash mod rows; integer: the
     value itself is the number, 0 to rows - 1; dynamic: any ids, each with a row of its own from when it is admitted to
@@ -72,7 +72,7 @@ class Feature(Settings):
     length: int = Field(16, ge=1, le=100_000)
     """multi, sequence: values kept (multi: the first, sequence: the newest)."""
     separator: str = " "
-    """multi, sequence in text files: what stands between values."""
+    """multi, sequence in text files: what separates values."""
     pooling: Literal["mean", "sum", "max", "attention", "none"] = "mean"
     """multi, sequence: how the values become one vector; attention: weighed by the `target` feature (DIN); none: kept
     whole, for models with a module for long sequences."""
@@ -269,7 +269,7 @@ def assign_columns(features: list[Feature], embedding_size: int, known: dict[str
     numeric: dict[str, NumericSlot] = {}
     tables: dict[int, int] = {}
     start = 0
-    # A target stands before the sequences that share its rows.
+    # A target comes before the sequences that share its rows.
     for feature in sorted(ordered, key=lambda item: item.target is not None):
         width = feature.width or embedding_size
         if feature.is_value:

@@ -137,7 +137,7 @@ def _encode_to(directory: Path, data: DataSettings, source: Reader, given: Path 
 
 
 def count_values(data: DataSettings) -> dict[str, dict[str, float]]:
-    """How often each value of each vocabulary feature stands in the training rows of a log."""
+    """How often each value of each vocabulary feature occurs in the training rows of a log."""
     features, source = features_of(data), reader(data.reader)
     if source.needs_path and not data.path:
         raise UserError(f"reader {data.reader} needs a path", where="data.path", hint="set data.path=...")

@@ -195,7 +195,7 @@ def _uniform(rows: np.ndarray) -> np.ndarray:
 
 
 def write_log(directory: Path, written: Written, passes: Passes, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
-    """What stands beside the encoded rows: the vocabulary, and `log.json`.
+    """What is stored beside the encoded rows: the vocabulary, and `log.json`.
 
     Raises:
         UserError: no row is left for training.

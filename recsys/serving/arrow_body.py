@@ -3,7 +3,7 @@
     Content-Type: application/vnd.apache.arrow.stream
 
 The body is two IPC streams one after the other: the user's features, one row, and the candidates' features, a row each;
-`top_k` stands in the metadata of the second schema. With `Accept: application/vnd.apache.arrow.stream` the answer is a
+`top_k` is in the metadata of the second schema. With `Accept: application/vnd.apache.arrow.stream` the answer is a
 table `candidate, score, <label>...` with `version` in its schema's metadata. Needs no MindSpore.
 """
 
@@ -67,7 +67,7 @@ def _stream(source: pa.BufferReader, most: int, where: str) -> pa.Table:
 def _compressed(metadata: pa.Buffer) -> bool:
     """Whether a message's header is a record batch with compressed buffers: field 3 of the flatbuffer `RecordBatch`.
 
-    A few bytes could stand for gigabytes, and the reader gives no bound.
+    A few bytes could mean gigabytes, and the reader gives no bound.
     """
     data = bytes(metadata)
     message = struct.unpack_from("<I", data, 0)[0]

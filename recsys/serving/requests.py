@@ -2,7 +2,7 @@
 
     {"user": {"user_id": 7, "history": [3, 5]}, "candidates": [{"item_id": 11}, {"item_id": 12}], "top_k": 10}
 
-A feature stands in `user` (it holds for all candidates: anything about the user, the context, the user's lists) or in
+A feature is in `user` (it holds for all candidates: anything about the user, the context, the user's lists) or in
 every candidate; null is a missing value. Needs no MindSpore.
 """
 

@@ -13,7 +13,7 @@ from recsys.ug_sep.layers import Take
 
 
 class SplitSwiGLU(nn.Cell):
-    """A per-token SwiGLU whose input stands in two parts: what U gives, and what comes from the candidate.
+    """A per-token SwiGLU whose input comes in two parts: what U gives, and what comes from the candidate.
 
     The first products are sums over both parts; `user` gives U's summands, `candidate` the result.
     """

@@ -25,7 +25,7 @@ _HINT = 'double a quote inside a quoted cell, or set data.quoted: false where qu
 
 
 class Position:
-    """Where reading stands in a file: `row` data rows came before the bytes looked at (-1: the header is ahead too)."""
+    """Where reading is in a file: `row` data rows came before the bytes looked at (-1: the header is ahead too)."""
 
     def __init__(self, file: Path, delimiter: str, headed: bool) -> None:
         self.file, self.delimiter, self.row = file, delimiter, -1 if headed else 0

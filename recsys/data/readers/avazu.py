@@ -1,4 +1,4 @@
-"""Avazu clicks: 24 columns, `click` the label, `hour` as YYMMDDHH; without a user id, the device stands in."""
+"""Avazu clicks: 24 columns, `click` the label, `hour` as YYMMDDHH; without a user id, the device is used."""
 
 from __future__ import annotations
 

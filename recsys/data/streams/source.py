@@ -1,6 +1,6 @@
 """Batches of a stream for the trainer: every event is counted exactly once in the model.
 
-A batch is the next `global_batch_size` good samples. The checkpoint of a step holds where the stream stood after that
+A batch is the next `global_batch_size` good samples. The checkpoint of a step holds where the stream was after that
 step's batch, together with the parameters that the batch moved, so a run that is killed at any moment goes on with the
 same batches as if it had not been.
 """
@@ -106,7 +106,7 @@ class StreamSource(Companion):
     def _begin(self, step: int) -> None:
         if step:
             if self._restored is None:
-                raise UserError("the checkpoint does not say where the stream stood", where="output.resume",
+                raise UserError("the checkpoint does not say where the stream was", where="output.resume",
                                 value=step, hint="it is of a run on files; start a new run")
             self.samples.restore(self._restored)
             return
@@ -198,7 +198,7 @@ class StreamSource(Companion):
             del self._states[old]
 
     def state(self, step: int) -> dict | None:
-        """Where the stream stood after the batch of `step`."""
+        """Where the stream was after the batch of `step`."""
         return self._states.get(step)
 
     def restore(self, state: dict) -> None:

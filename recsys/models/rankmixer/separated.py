@@ -3,7 +3,7 @@
 Shapes: R rows of U, N rows of G, T = c_u + c_g tokens = mixing heads, D width, d = D / T.
 
 A U mixed token is 0 from column c_u d on, but RankMixer adds the token itself before its network, so here the network's
-first matrix keeps all its rows; all that G needs of U are the heads of the U tokens that stand in G mixed tokens.
+first matrix keeps all its rows; all that G needs of U are the heads of the U tokens that are in G mixed tokens.
 """
 
 from __future__ import annotations

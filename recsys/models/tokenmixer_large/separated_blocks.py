@@ -54,7 +54,7 @@ class SeparatedBlock(TwoSidedBlock):
     """
 
     norms_tokens = False
-    """Whether norm1 stands before the mixing; otherwise it is one of mixed tokens."""
+    """Whether norm1 comes before the mixing; otherwise it is one of mixed tokens."""
     needs_all_columns = False
     """Whether a G mixed token's columns that no token takes back are needed, for a norm over all of them."""
     adds_reverted = False
