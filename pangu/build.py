@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pangu.generation.sharded.shapes import shapes_inference
+from pangu.generation.sharded.shapes import KINDS, shapes_inference
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig
@@ -15,8 +15,8 @@ from parallel.task import Input, Task, with_sample_numbers
 if TYPE_CHECKING:
     from pangu.settings import Run
 
-__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "settings_class",
-           "shapes_inference", "train_on"]
+__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "inference_kinds",
+           "settings_class", "shapes_inference", "train_on"]
 MODELS = frozenset({"pangu_alpha"})
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
 INFERENCE_VERBS = {"generate": False, "evaluate": True, "serve": False}
@@ -113,6 +113,11 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
               Input("visible", (shape.groups, shape.tokens, shape.seen), "int8"),
               Input("wanted", (shape.rows,), "int32", tokens)]
     return Task(network, inputs, lambda seed: (), tokens, {"model": model.name, "layers": model.layers})
+
+
+def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
+    """The graphs of `inference`; every verb takes all."""
+    return KINDS
 
 
 def check_inference(settings: Run) -> None:

@@ -7,8 +7,9 @@ A package that has models holds a module `build` with
     build(settings, parallel, compute_dtype) -> Task
     train_on(settings, backend, figures) -> dict: trains on any backend; imports no framework
     replay_overrides(settings) -> list[str]: overrides without which a layout would not compute what one device does
-    inference(settings, parallel, compute_dtype, kind) -> Task: a graph over a cache ("decode", "prefill", "score"), for
-        models that generate; with `check_inference(settings)`, and `shapes_inference(tree)`: the part of the settings
+    inference(settings, parallel, compute_dtype, kind) -> Task: a graph that a trained model is used by ("decode",
+        "prefill", "score" over a cache, say); with `inference_kinds(settings, verb)`: those that a verb needs (none =
+        all), `check_inference(settings)`, and `shapes_inference(tree)`: the part of the settings
         as JSON that shapes such graphs; and INFERENCE_VERBS, which run them, each with whether processes of MindSpore
         share its work where nothing is sharded
     TRAINING_VERBS: verbs that are `train_on`, each with `check(settings)`, which raises a UserError where a verb asks

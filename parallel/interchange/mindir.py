@@ -72,6 +72,11 @@ class Loaded:
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
         """The pass's result for its inputs, in order."""
+        return self.all(*arrays)[0]
+
+    def all(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Its results, where it has several."""
         import mindspore as ms
 
-        return self.cell(*(ms.Tensor(np.ascontiguousarray(array)) for array in arrays)).asnumpy()
+        found = self.cell(*(ms.Tensor(np.ascontiguousarray(array)) for array in arrays))
+        return [item.asnumpy() for item in (found if isinstance(found, (tuple, list)) else (found,))]

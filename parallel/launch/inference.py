@@ -18,7 +18,6 @@ from parallel.sharding.config import ParallelConfig
 
 PROGRAM, DEVICE = "PARALLEL_PROGRAM", "PARALLEL_DEVICE"
 """Variables that tell a process which program it runs, and on what ("cpu", "gpu")."""
-_GRAPHS = ("decode", "prefill", "score")
 _FOLDER = "inference"
 
 
@@ -62,13 +61,14 @@ def takes_torch(settings: Any, program: str | None = None) -> bool:
         or choose(parallel, settings.train.precision).backend == "torch"
 
 
-def launch_inference(module: Any, settings: Any, plan: Plan, command: list[str], logs: Path,
+def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command: list[str], logs: Path,
                      program: str | None = None) -> dict[str, Any]:
     """Starts this machine's processes of a verb, waits for them and returns rank 0's figures.
 
     Args:
         module: `build` of the model's package.
         settings, plan: see `grouped`.
+        verb: what is run.
         command: the verb's, for the Python interpreter.
         logs: folder of the logs.
         program: folder of an exported program; None = compiled here.
@@ -85,6 +85,7 @@ def launch_inference(module: Any, settings: Any, plan: Plan, command: list[str],
                         value=parallel.layout(), hint="python -m parallel dryrun --graph decode")
     info(f"{choice.text()}; {parallel.layout()}")
     if program is None:
-        program, _ = exported(settings, plan.ranks, plan.node_rank, folder=_FOLDER, graphs=_GRAPHS)
+        kinds = module.inference_kinds(settings, verb)
+        program, _ = exported(settings, plan.ranks, plan.node_rank, folder=_FOLDER, graphs=kinds)
     environment = {PROGRAM: str(Path(program).resolve()), DEVICE: choice.device.lower()}
     return TorchLauncher(plan, command, logs, environment=environment).run()

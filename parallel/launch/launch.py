@@ -62,7 +62,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         run_settings, plan = grouped(run_settings, arguments)
         if takes_torch(run_settings, arguments.program) or (plan.ranks > 1 and not verbs[arguments.what]):
             logs = Path(run_settings.output.directory) / "logs" / arguments.what
-            return launch_inference(module, run_settings, plan, command, logs, arguments.program)
+            return launch_inference(module, run_settings, plan, arguments.what, command, logs, arguments.program)
     elif arguments.program is not None:
         raise UserError("only verbs that generate or score take a program", where="--program", value=arguments.program,
                         hint="python -m parallel.torch_runtime run DIR trains one")

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the program")
     parser.add_argument("--graphs", metavar="LIST", help="step, loss, scores with commas between (default: all that "
-                        "the model has); or of inference, decode, prefill, score")
+                        "the model has); or those of inference, as decode, prefill, score")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
                         help="processes that compile at once (default: 2, or 1 on one core)")
 
@@ -64,11 +64,11 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("no such file", where="--config", value=arguments.config)
     started = time.monotonic()
     kinds = [kind for kind in (arguments.graphs or "").split(",") if kind]
-    if set(kinds) and not ("step" in kinds and set(kinds) <= set(portable.KINDS)) \
-            and not set(kinds) <= set(portable.INFERENCE):
-        raise UserError("the graphs are step, and any of loss and scores; or any of "
-                        f"{', '.join(portable.INFERENCE)}", where="--graphs", value=arguments.graphs)
-    make = exported_inference if set(kinds) & set(portable.INFERENCE) else exported
+    served = _served_kinds(arguments)
+    if set(kinds) and not ("step" in kinds and set(kinds) <= set(portable.KINDS)) and not set(kinds) <= set(served):
+        raise UserError(f"the graphs are step, and any of loss and scores; or any of {', '.join(served)}",
+                        where="--graphs", value=arguments.graphs)
+    make = exported_inference if set(kinds) & set(served) else exported
     made = make(arguments.config, arguments.overrides, processes=arguments.processes, kinds=kinds)
     target = Path(arguments.output)
     target.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,14 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"world": opened.world, "distinct_graphs": len({rank.graphs[first] for rank in opened.ranks}),
             "bytes": sum(path.stat().st_size for path in target.iterdir()),
             "seconds": round(time.monotonic() - started, 2), "program": str(target)}
+
+
+def _served_kinds(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The graphs of inference that the model has."""
+    from parallel.task import load_run
+
+    module, settings = load_run(arguments.config, list(arguments.overrides))
+    return tuple(module.inference_kinds(settings)) if hasattr(module, "inference_kinds") else ()
 
 
 def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds: Sequence[str] | None = None,
@@ -111,7 +119,7 @@ def exported_inference(config: str, overrides: Sequence[str], *, processes: int 
 
     Args:
         config, overrides, processes, compilers: see `exported`.
-        kinds: of `program.INFERENCE`; None = all.
+        kinds: of the model's `inference_kinds`; None = all.
 
     Raises:
         UserError: a model without such graphs, or a layout that does not fit it.
@@ -120,8 +128,8 @@ def exported_inference(config: str, overrides: Sequence[str], *, processes: int 
 
     module, settings = load_run(config, list(overrides))
     if not hasattr(module, "inference"):
-        raise UserError("this model has no graphs that generate", where="model.name", value=settings.model.name)
-    kinds = tuple(kinds or portable.INFERENCE)
+        raise UserError("this model has no graphs of inference", where="model.name", value=settings.model.name)
+    kinds = tuple(kinds or module.inference_kinds(settings))
     overrides = [*overrides, *inference_layout(settings.parallel.resolve())]
     settings = load_run(config, list(overrides))[1]
     shaping = module.shapes_inference(settings.model_dump(mode="json"))

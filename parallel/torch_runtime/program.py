@@ -34,8 +34,8 @@ from parallel.common.structured import parse_json
 FORMAT, VERSION = "parallel-program", 1
 FILE = "program.json.gz"
 KINDS = ("step", "loss", "scores")
-INFERENCE = ("decode", "prefill", "score")
-"""Graphs over a cache, of one group of data parallelism; a program holds these or those of training."""
+"""Graphs of a program of training. Others are of inference, of one group of data parallelism: a program holds these or
+those, and the model's package says what they are called (`build.inference_kinds`)."""
 INLINE = 64
 """Constants of at most this many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30
@@ -222,6 +222,7 @@ class Program:
             raise UserError("the program is of another version", where=path, value=tree.get("version"),
                             hint=f"export it again: this code reads version {VERSION}")
         self.tree = tree
+        self._results: dict[tuple[int, str], tuple[int, ...]] = {}
         try:
             self.tensors = [Tensor(*item[:2], tuple(item[2]), item[3], tuple(item[4])) for item in tree["tensors"]]
             self.inputs = [(name, tuple(shape), dtype) for name, shape, dtype in tree["inputs"]]
@@ -292,6 +293,11 @@ class Program:
         """Whether there are graphs of this kind."""
         return kind in self.ranks[0].graphs
 
+    @property
+    def inference_kinds(self) -> list[str]:
+        """Its graphs that are not of training."""
+        return [kind for kind in self.ranks[0].graphs if kind not in KINDS]
+
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs of a kind of inference graph, by name."""
         return {name: tuple(shape) for name, shape, _ in self.tree["shapes"][kind]}
@@ -315,6 +321,14 @@ class Program:
             raise UserError("the graph is damaged", where=path, hint="export it again") from None
         made.groups = own.groups[kind]
         return made
+
+    def result_shape(self, rank: int, kind: str) -> tuple[int, ...]:
+        """Shape of what a rank's graph returns."""
+        if (rank, kind) not in self._results:
+            graph = self.graph(rank, kind)
+            made = next(node for node in graph.nodes if node.number == graph.result)
+            self._results[rank, kind] = made.outputs[0].shape
+        return self._results[rank, kind]
 
     def _check(self, name: str) -> None:
         known, path = self.tree["files"].get(name), self.folder / name

@@ -32,7 +32,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.files import read_json
-from parallel.torch_runtime.program import INFERENCE
+from parallel.torch_runtime.program import KINDS
 
 _PROJECT = Path(__file__).resolve().parents[3]
 _LOG_LINES = 30
@@ -352,11 +352,11 @@ def _compile(request: Request, folder: Path) -> None:
         step = sharded_step(task, settings, config, reuse=request.reuse,
                             stage=coordinates(request.rank, config)[0] if request.own_stage else None)
         fed, tensors = task.inputs, _tensors(step.network)
-    elif request.graph in INFERENCE:
+    elif request.graph not in KINDS:
         step, fed, tensors = inference_graph(task, config), task.inputs, _held(task.network)
     else:
         (step, fed), tensors = evaluation_graph(task, config, request.graph), []
-    shapes = [item.shape for item in fed] if request.graph in INFERENCE else \
+    shapes = [item.shape for item in fed] if request.graph not in KINDS else \
         input_shapes(dataclasses.replace(task, inputs=fed), settings, config)
     # Only types matter; np.zeros takes no memory until it is touched.
     inputs = [ms.Tensor(np.zeros(shape, item.dtype)) for shape, item in zip(shapes, fed, strict=True)]
@@ -409,7 +409,7 @@ def _build(request: Request) -> tuple[Any, Any, Any]:
     if dtype is None:
         precision = load_run(request.config, request.overrides)[1].train.precision
         dtype = COMPUTE_DTYPES[precision]
-    if request.graph in INFERENCE:
+    if request.graph not in KINDS:
         module, settings = load_run(request.config, request.overrides)
         config = settings.parallel.resolve(request.world)
         return module.inference(settings, config, dtype, request.graph), settings.train, config

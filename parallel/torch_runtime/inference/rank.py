@@ -16,7 +16,7 @@ from parallel.checkpoint.sharded import Extent
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
 from parallel.torch_runtime.inference.member import Member
-from parallel.torch_runtime.program import INFERENCE, Program
+from parallel.torch_runtime.program import Program
 
 CACHE = "cache."
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -42,10 +42,10 @@ class InferenceRank:
     def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool) -> None:
         self.program, self.member, self.device = program, member, member.device
         self.own = program.ranks[member.number]
-        self.graphs = {kind: program.graph(member.number, kind) for kind in INFERENCE if program.has(kind)}
+        self.graphs = {kind: program.graph(member.number, kind) for kind in program.inference_kinds}
         if not self.graphs:
             raise UserError("the program is none of inference", where=program.folder,
-                            hint=f"export it with --graphs {','.join(INFERENCE)}")
+                            hint="export it with --graphs and the names of such graphs")
         self.last = program.parallel["op"] * (program.parallel["pipeline"]["stages"] - 1)
         self.slots, self.captured = slots, captured and self.device.type == "cuda"
         self.state = self._state(read)
@@ -56,7 +56,7 @@ class InferenceRank:
         return self.program.shapes(kind)
 
     def run(self, kind: str, inputs: Sequence[np.ndarray]) -> Tensor | None:
-        """Logits [M, V] float32 on the device of the group's first rank; None elsewhere."""
+        """The graph's result (logits [M, V] float32, say) on the device of the group's first rank; None elsewhere."""
         with torch.no_grad():
             bound = self._bound(kind)
             result = bound.run([torch.from_numpy(array).to(self.device, non_blocking=True) for array in inputs])
@@ -70,8 +70,7 @@ class InferenceRank:
         if self.member.number:
             dist.send(result.contiguous(), base)
             return None
-        rows = self.shape(kind)["wanted"][0]
-        found = torch.empty((rows, self.program.settings["model"]["vocabulary_size"]), device=self.device)
+        found = torch.empty(self.program.result_shape(self.last, kind), device=self.device)
         dist.recv(found, base + self.last)
         return found
 
@@ -97,7 +96,7 @@ class InferenceRank:
         if kind not in self.bound:
             if kind not in self.graphs:
                 raise UserError(f"the program holds no {kind} graph", where=self.program.folder,
-                                hint=f"export it with --graphs {','.join(INFERENCE)}")
+                                hint=f"it holds {', '.join(self.graphs)}; export it with --graphs")
             graph = self.graphs[kind]
             graph.groups = [tuple(rank + self.member.base for rank in members) for members in graph.groups]
             bound = Binder(graph, self.state, self.device, communicator=self.member.communicator).bind()
@@ -119,14 +118,14 @@ def tensor_of(array: np.ndarray) -> Tensor:
 
 def cache_bytes_per_slot(program: Program, number: int) -> int:
     """Bytes of keys and values of one token on a rank of the program."""
-    graph = program.graph(number, next(kind for kind in INFERENCE if program.has(kind)))
+    graph = program.graph(number, program.inference_kinds[0])
     return sum(math.prod(kind.shape[1:]) * _BYTES[kind.dtype] for name, kind in graph.parameters
                if name.startswith(CACHE))
 
 
 def weight_bytes(program: Program, number: int) -> int:
     """Bytes of the weights of a rank of the program."""
-    graph = program.graph(number, next(kind for kind in INFERENCE if program.has(kind)))
+    graph = program.graph(number, program.inference_kinds[0])
     return sum(math.prod(kind.shape) * _BYTES[kind.dtype] for name, kind in graph.parameters
                if not name.startswith(CACHE))
 

@@ -66,7 +66,7 @@ def launched(checkpoint, folder, layout, nproc):
     arguments = SimpleNamespace(nodes=1, node_rank=0, master=None, nproc=nproc, timeout=120)
     settings, plan = grouped(load_settings(Run, path), arguments)
     command = ["-m", "tests.pangu.generation.sharded_child", str(path), str(checkpoint), str(folder / "told")]
-    figures = launch_inference(build, settings, plan, command, folder / "logs")
+    figures = launch_inference(build, settings, plan, "generate", command, folder / "logs")
     assert figures["failed_rank"] is None
     with np.load(folder / "told.npz") as found:
         logits = [found[str(number)] for number in range(len(found.files))]

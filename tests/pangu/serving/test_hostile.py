@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pangu.serving.servers import started
+
 pytest.importorskip("fastapi")
 GOOD = {"model": "pangu-test", "prompt": "今天天气很好", "max_tokens": 4, "temperature": 0}
 
@@ -178,6 +180,26 @@ def test_hostile_clients_harm_nobody(tokenizer, bodies, clients):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert not any("Traceback" in line for line in said), "".join(said)[-2000:]
+
+
+@pytest.mark.slow
+def test_hostile_clients_harm_nobody_beside_the_real_engine(run):
+    """The command with its model: 10,000 bodies beside 64 clients; the cache is empty of holders afterwards."""
+    words = ["name=pangu-test", "max_body_bytes=200000", "bodies=32", "body_grace_seconds=1", "header_seconds=3",
+             "connections=400", "engine.queue=2000"]
+    process, address = started(run, *words)
+    try:
+        host, port = address.removeprefix("http://").split(":")
+        asyncio.run(campaign(host, int(port), 160, 4))
+        before = resident(process)
+        codes, answered = asyncio.run(campaign(host, int(port), 10_000, 64))
+        assert sum(codes.values()) == 10_000 and codes.get(400, 0) > 2500 and codes.get(200, 0) and answered > 64
+        assert resident(process) - before < 150 << 20
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_sigterm_finishes_what_was_accepted(tokenizer):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 import urllib.request
 
 import pytest
@@ -15,43 +11,13 @@ import pytest
 from pangu.data.tokenizer import Tokenizer
 from pangu.settings import Run, ServeRun
 from parallel.common.errors import UserError
-from parallel.common.settings import load_settings, to_yaml, validate
-from tests.pangu.serving.servers import write_vocabulary
+from parallel.common.settings import load_settings, validate
+from tests.pangu.serving.servers import started
 from tests.pangu.tiny import tiny_model
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 PROMPTS = ["今天天气很好，", "问：王芳的工作是什么？\n答：", "上联："]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """(folder of a run with a checkpoint of random weights, its settings)."""
-    from parallel.checkpoint.full import save_checkpoint
-
-    folder = tmp_path_factory.mktemp("run")
-    tokenizer = Tokenizer(write_vocabulary(folder / "v.model"))
-    model = tiny_model(4, vocabulary_size=tokenizer.vocabulary_size, sequence_length=64)
-    settings = Run(model=model.config, data={"tokenizer": str(folder / "v.model")},
-                   output={"directory": str(folder / "train")})
-    save_checkpoint(folder / "train" / "checkpoints", 1, list(model.get_parameters()), (),
-                    {"run": settings.model_dump(mode="json")})
-    (folder / "run.yaml").write_text(to_yaml(settings))
-    return folder, settings
-
-
-def started(run, *words):
-    """(process, address) of the command, once it says that it serves."""
-    process = subprocess.Popen([sys.executable, "-m", "pangu", "serve", "--config", str(run[0] / "run.yaml"), "port=0",
-                                "engine.running=4", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "COLUMNS": "400"})
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if "http://" in line:
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return process, line[line.index("http://"):].strip()
-    pytest.fail("".join(said))
 
 
 def test_texts_are_those_of_generate_and_reload_takes_a_newer_model(run):
