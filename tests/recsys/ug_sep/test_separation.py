@@ -122,7 +122,7 @@ def test_two_passes_are_the_block_with_masks(model, name, counts, other):
     assert [(component.shape[0], component.shape[2]) for component in components] == list(cell.components)
     x_candidate, _ = cell.candidate(Tensor(group), components, Tensor(index))
     got = np.concatenate([x_user.asnumpy()[:, index], x_candidate.asnumpy()])
-    assert np.abs(got - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
+    assert np.abs(got - wanted).max() <= 2e-6 * max(1.0, np.abs(wanted).max())
     one = tuple(Tensor(component.asnumpy()[:, 1:2]) for component in components)
     alone, _ = cell.candidate(Tensor(group), one, Tensor(np.zeros(11, np.int32)))
     wanted = masked(cell, users[:, np.ones(11, np.int32)], group)[after(model, counts, other):]
@@ -260,7 +260,7 @@ def test_up_to_a_thousand_candidates_of_one_user_and_of_several(name, candidates
     state = model.user_pass(Tensor(users[:requests]), Tensor(user_numbers[:requests]))
     got = model.candidate_pass(state, Tensor(index), *map(Tensor, group)).asnumpy()
     wanted = scores(model, ids, numbers, masks=True)
-    assert np.abs(got - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
+    assert np.abs(got - wanted).max() <= 2e-6 * max(1.0, np.abs(wanted).max())
 
 
 def test_the_same_in_compiled_graphs(tasks):
