@@ -86,7 +86,7 @@ def test_evaluate_gives_the_same_figures_from_disk(trained, capsys):
     assert other["samples"] == 2400 and other["auc"] > best["auc"] - 0.05
 
 
-def test_metrics_are_those_of_the_whole_part_whatever_the_batch(trained):
+def test_metrics_are_those_of_all_rows_whatever_the_batch(trained):
     _, settings, figures = trained["straight"]
     log = prepare(settings.data, settings.model.embedding_size)
     model = loss_network(settings, log.spec, 2).model

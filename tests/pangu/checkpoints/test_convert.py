@@ -116,7 +116,7 @@ def test_file_is_mindspores(tmp_path, monkeypatch):
     assert len(opened.entries["large"].pieces) == 7
 
 
-def test_pieces_of_mindspores_large_parameters(tmp_path, monkeypatch):
+def test_parts_of_mindspores_large_parameters(tmp_path, monkeypatch):
     import mindspore as ms
     from mindspore.train import serialization
 
@@ -190,7 +190,7 @@ def sliced(tmp_path_factory, model, values):
     return folder
 
 
-def test_slices_become_ours(home, sliced, capsys, tmp_path, values):
+def test_slices_become_a_checkpoint(home, sliced, capsys, tmp_path, values):
     figures = convert(home, capsys, "--from", "mindspore-512", "--to", "pangu", "--slices", sliced, "--strategy",
                       sliced / "strategy.ckpt", "--embeddings", sliced, "--output", tmp_path / "ours")
     assert figures["unmapped"] == 0

@@ -80,7 +80,7 @@ def test_scores_equal_the_slow_scorer(model, reference, share):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_greedy_continuations_are_told_from_others(model, share):
+def test_greedy_continuations_are_marked(model, share):
     weights = arrays(model)
     requests = []
     for prefix, scored in [(a, b) for some in requests_of_all_shapes(4) for a, b in some]:
@@ -404,7 +404,7 @@ def test_mistakes_are_one_line(home, capsys, words, part):
     assert part in line
 
 
-def test_table_stands_beside_the_papers():
+def test_table_shows_the_papers_figures():
     text = markdown({"tnews": {"metric": 0.5, "name": "accuracy", "stderr": 0.01, "instances": 10, "shots": 1.0,
                                "chance": 0.25}}, "1")
     assert "| tnews | accuracy | 50.00 | 1.00 | 25.0 | 10 | 1.0 | 69.5 | 57.95 | 63.83 |" in text

@@ -60,10 +60,10 @@ def started(run, *words) -> tuple[subprocess.Popen, str]:
     process = subprocess.Popen([sys.executable, "-m", "pangu", "serve", "--config", str(run[0] / "run.yaml"), "port=0",
                                 "engine.running=4", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "COLUMNS": "400"})
-    said = []
+    output = []
     for line in process.stderr:
-        said.append(line)
+        output.append(line)
         if "http://" in line:
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return process, line[line.index("http://"):].strip()
-    raise AssertionError("".join(said))
+    raise AssertionError("".join(output))

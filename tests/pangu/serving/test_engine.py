@@ -147,7 +147,7 @@ def test_cancelled_requests_free_their_blocks(make):
     assert stats.blocks_used == 0 and 0 < stats.cancelled_total <= 8
 
 
-def test_an_event_loop_is_told_at_once(make):
+def test_an_event_loop_is_woken_at_once(make):
     engine = make()
 
     async def work():
@@ -241,7 +241,7 @@ def test_close_ends_at_once(make):
         engine.submit(EngineRequest([10]))
 
 
-def test_a_step_that_fails_is_told_and_the_engine_goes_on(make, monkeypatch):
+def test_a_step_that_fails_is_reported_and_the_engine_goes_on(make, monkeypatch):
     engine = make()
     runner = engine._schedulers[0].runner
     run, calls = runner.run, []

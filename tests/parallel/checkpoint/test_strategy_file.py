@@ -59,7 +59,7 @@ def test_what_is_read_is_what_was_written(written):
     assert read_strategy(path) == layouts_of(full_parameters)
 
 
-def test_the_cuts_give_every_rank_its_box(written):
+def test_the_layouts_give_every_rank_its_extent(written):
     path, full_parameters, config = written
     layouts, per_stage = read_strategy(path), config.data * config.op
     for full in full_parameters:

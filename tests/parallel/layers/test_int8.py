@@ -167,8 +167,8 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path, capsys):
         assert int8.library() is None
     finally:
         int8._library.cache_clear()
-    said = capsys.readouterr().err
-    assert "no C++ compiler" in said and "neither faster nor smaller" in " ".join(said.split())
+    output = capsys.readouterr().err
+    assert "no C++ compiler" in output and "neither faster nor smaller" in " ".join(output.split())
 
 
 ASCEND = """

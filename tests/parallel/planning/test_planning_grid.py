@@ -125,6 +125,6 @@ def test_plan_confirms_its_winner(capsys):
 
     words = ["--config", str(TINY), "--cluster", str(CLUSTER), "--devices", "8", "train.precision=fp16"]
     assert main("parallel", VERBS, ["plan", *words]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["confirmed_place"] == 1
-    assert all(ours == pytest.approx(dry, abs=64) for ours, dry in told["confirmed"].values())
+    message = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert message["confirmed_place"] == 1
+    assert all(ours == pytest.approx(dry, abs=64) for ours, dry in message["confirmed"].values())

@@ -46,14 +46,14 @@ def test_strategies_of_the_released_code(network):
         assert primitive.attrs["in_strategy"] == strategy, primitive
 
 
-def test_norms_and_biases_after_a_sum_stay_whole_under_optimizer_sharding(network):
+def test_norms_and_biases_after_a_sum_stay_unsharded_under_optimizer_sharding(network):
     full = {name for name, item in network.parameters_and_names() if not item.parallel_optimizer}
     for name, _ in network.parameters_and_names():
         expected = ".norm" in f".{name}" or name.endswith(("output.bias", "projection.bias", "table"))
         assert (name in full) == expected, name
 
 
-def test_sequence_parallelism_cuts_the_residual_stream_over_both_axes(network):
+def test_sequence_parallelism_shards_the_residual_stream_over_both_axes(network):
     with no_init_parameters():
         other = PanGuAlpha(ModelConfig(layers=2, hidden_size=16, heads=2, vocabulary_size=32, sequence_length=8))
     apply_sharding(other, ParallelConfig(data=DATA, op=OP, sequence=True))

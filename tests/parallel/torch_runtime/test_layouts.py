@@ -165,13 +165,13 @@ def compared(case: Compiled, way: str, tolerance: float) -> list[dict[str, np.nd
     results, states = replayed(case, way.endswith("float64"))
     for rank, state in enumerate(states):
         got = np.load(case.folder / f"{way.replace('/', '-')}-{rank}.npz")
-        told = json.loads(str(got["told"]))
-        for number, (step, wanted) in enumerate(zip(told, results, strict=True)):
+        steps = json.loads(str(got["results"]))
+        for number, (step, wanted) in enumerate(zip(steps, results, strict=True)):
             loss, norm, finite = (float(item) for item in wanted[rank][:3])
             assert far(step["loss"], loss) < tolerance, (way, rank, number)
             assert far(step["global_norm"], norm) < tolerance, (way, rank, number)
             assert step["finite"] == bool(finite)
-        state["torch"] = {name: got[name] for name in got.files if name != "told"}
+        state["torch"] = {name: got[name] for name in got.files if name != "results"}
     return states
 
 

@@ -78,7 +78,7 @@ def test_tables_of_several_widths_and_shared_rows(tmp_path):
         assert slot.offset + slot.rows <= log.spec.tables[slot.width]
 
 
-def test_numbers_are_standardised_or_cut_at_quantiles(tmp_path):
+def test_numbers_are_standardised_or_divided_at_quantiles(tmp_path):
     generator = np.random.default_rng(0)
     price = generator.normal(3.0, 2.0, 1000)
     rows = "\n".join(f"{i % 2},{value},{value}" for i, value in enumerate(price))
@@ -140,7 +140,7 @@ def test_columns_of_a_wrong_type_are_one_clear_line(tmp_path):
         prepare(data(tmp_path, text), 4)
 
 
-def test_ids_that_come_as_floats_are_the_same_values_in_every_piece():
+def test_ids_that_come_as_floats_are_the_same_values_in_every_chunk():
     full = strings(pa.array([3.0, 1e20, 4.5, None, float("nan"), float("inf"), -0.0]), "id", "here").to_pylist()
     assert full[0] == "3" and full[2] == "4.5" and full[3] is full[4] is None and full[5] == "inf"
     assert float(full[1]) == 1e20 and full[6] == "0"

@@ -28,7 +28,7 @@ class Here:
     def sparkContext(self):  # noqa: N802 - Spark's name
         return self
 
-    def parallelize(self, units, pieces):
+    def parallelize(self, units, parts):
         self.units = units
         return self
 

@@ -41,8 +41,8 @@ def values(cell):
 
 def mix(x, heads):
     tokens, batch, width = x.shape
-    pieces = [[x[t][:, h * (width // heads):(h + 1) * (width // heads)] for t in range(tokens)] for h in range(heads)]
-    return np.stack([np.concatenate(row, 1) for row in pieces])
+    parts = [[x[t][:, h * (width // heads):(h + 1) * (width // heads)] for t in range(tokens)] for h in range(heads)]
+    return np.stack([np.concatenate(row, 1) for row in parts])
 
 
 def gelu(x):

@@ -15,7 +15,7 @@ def full(versions: Versions, number: int) -> int:
     return versions.write_full([Values("w", np.full(3, number, np.float32))], {}, number, None)
 
 
-def test_a_chain_is_a_whole_version_and_the_deltas_after_it(tmp_path):
+def test_a_chain_is_a_complete_version_and_the_deltas_after_it(tmp_path):
     versions = Versions(tmp_path, keep=3)
     assert read_current(tmp_path) is None and full(versions, 0) == 1
     for number in range(2, 5):

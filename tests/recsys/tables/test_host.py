@@ -184,10 +184,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, graph_mode):
     assert {key: resumed[key] for key in ("auc", "logloss", "loss")} == {
         key: uninterrupted[key] for key in ("auc", "logloss", "loss")}
     assert uninterrupted["table_rows"] > 100
-    _evaluate_tells_the_same(settings, tmp_path, resumed)
+    _evaluate_gives_the_same(settings, tmp_path, resumed)
 
 
-def _evaluate_tells_the_same(settings, folder, figures) -> None:
+def _evaluate_gives_the_same(settings, folder, figures) -> None:
     from recsys.evaluate import run
 
     arguments = SimpleNamespace(checkpoint=str(folder / "stopped" / "best"), part="test", requests=None,

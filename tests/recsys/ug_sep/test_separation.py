@@ -141,7 +141,7 @@ def dead(weight, rows=None, columns=None, before=False):
     return full
 
 
-def test_tokenmixer_block_equals_numpy_with_whole_matrices():
+def test_tokenmixer_block_equals_numpy_with_full_matrices():
     """The definition, written with whole tensors, masks and matrices of full size whose dead parts are random."""
     (c_u, c_g), (h_u, h_g) = (2, 4), (3, 5)
     cell = block("tml", "low_rank", (c_u, c_g), (h_u, h_g))
@@ -407,7 +407,7 @@ def test_without_a_mask_there_is_no_state(tasks):
             cell(model)
 
 
-def test_users_are_told_apart_by_what_the_model_sees():
+def test_users_are_distinguished_by_what_the_model_sees():
     ids = np.array([[1, 2], [1, 2], [3, 4], [1, 2]], np.int32)
     numbers = np.array([[0.5], [0.5], [0.5], [0.25]], np.float32)
     distinct, distinct_numbers, index = distinct_users(ids, numbers)

@@ -36,8 +36,8 @@ class TestOrders:
 
         sends = rank("Send", "dest_rank", 1, 4, 5)
         assert wrong_order([sends, rank("Receive", "src_rank", 0, 4, 5)]) is None
-        told = wrong_order([sends, rank("Receive", "src_rank", 0, 5, 4)])
-        assert "rank 0 sends rank 1 comes in another order" in told and "tag 4" in told and "tag 5" in told
+        message = wrong_order([sends, rank("Receive", "src_rank", 0, 5, 4)])
+        assert "rank 0 sends rank 1 comes in another order" in message and "tag 4" in message and "tag 5" in message
 
     def test_other_collectives_on_another_stage_are_no_order(self):
         assert wrong_order(self.ranks("ab", "aa")) is None and wrong_order(self.ranks("ab", "a")) is None

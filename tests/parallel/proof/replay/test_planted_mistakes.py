@@ -186,8 +186,8 @@ class TestPlantedMistakes:
         programs = [world.programs[0], prepare(graph), *world.programs[2:]]
         figures = Replay(dataclasses.replace(world, programs=programs), reference, 1).run()
         assert not figures["equal"] and figures["exit_code"] == 1
-        told = figures["deadlock"]
-        assert "another order" in told and "layers.0.norm2.gamma" in told and "layers.0.norm2.beta" in told
+        message = figures["deadlock"]
+        assert "another order" in message and "layers.0.norm2.gamma" in message and "layers.0.norm2.beta" in message
 
     def test_a_rank_that_skips_a_collective_is_a_deadlock(self, layout):
         def change(rank, item):

@@ -38,9 +38,9 @@ def test_files_are_read_while_they_come_and_grow(folder, tmp_path):
 
     def write():
         with (folder / "day1.csv").open("w") as file:
-            for piece in (HEADER[:9], HEADER[9:], csv_lines(events[:20]), csv_lines(events[20:30])[:-4],
-                          csv_lines(events[20:30])[-4:]):
-                file.write(piece)
+            for part in (HEADER[:9], HEADER[9:], csv_lines(events[:20]), csv_lines(events[20:30])[:-4],
+                         csv_lines(events[20:30])[-4:]):
+                file.write(part)
                 file.flush()
                 time.sleep(0.05)
         table = pa.Table.from_pylist(events[30:80])
