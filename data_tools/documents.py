@@ -16,7 +16,7 @@ from typing import Any, Literal
 from data_tools import readers
 from data_tools.records import Document, ReadLog, ReadSettings, Split
 from parallel.common.errors import UserError
-from parallel.common.files import atomic_write, matching
+from parallel.common.files import atomic_write, matching, name_text
 from parallel.common.json_text import dump_json, plain
 
 REMOVED_FOLDER = "removed"  # is beside documents that these tools wrote, and is never read as input
@@ -45,7 +45,7 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
         root = Path(text)
         if root.is_file():
             readers.reader_for(root)
-            found[root] = root.name
+            found[root] = name_text(root.name)
             continue
         if root.is_dir():
             paths, base = sorted(root.rglob("*")), root
@@ -55,7 +55,7 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
             inner = path.relative_to(base) if base is not None else path
             hidden = any(part == REMOVED_FOLDER or part.startswith((".", "_")) for part in inner.parts)
             if path.is_file() and not (base is not None and hidden) and readers.known(path):
-                found[path] = inner.as_posix() if base is not None else path.name
+                found[path] = name_text(inner.as_posix() if base is not None else path.name)
     if not found:
         raise UserError("no documents found", where="--input", value=inputs,
                         hint=f"give a file, folder or pattern of {', '.join(readers.suffixes())}")

@@ -216,7 +216,9 @@ class PartTask:
 
 def digest_of(value: Any) -> str:
     """A digest of a JSON value: equal values, equal digests."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+    # Names of files need not be UTF-8.
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def split_identity(split: Split) -> list[Any]:

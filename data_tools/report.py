@@ -15,7 +15,7 @@ import pydantic
 
 from data_tools.pipeline import StepResult
 from parallel.common.errors import UserError
-from parallel.common.files import atomic_write, read_json
+from parallel.common.files import atomic_write, name_text, read_json
 from parallel.common.lines import json_lines
 from parallel.common.structured import typed
 
@@ -69,7 +69,7 @@ def load_results(folder: Path) -> list[StepResult]:
 
 def _page(folder: Path, results: list[StepResult]) -> Iterator[str]:
     yield f"<!doctype html><meta charset=utf-8><title>Data report</title><style>{_STYLE}</style><h1>Data report</h1>"
-    yield f"<p>{html.escape(str(folder))}</p><h2>Steps</h2>"
+    yield f"<p>{html.escape(name_text(folder))}</p><h2>Steps</h2>"
     yield _table(["step", "documents in", "documents out", "MB in", "MB out", "seconds of workers"], [
         [result.name, result.figures.documents_in, result.figures.documents_out, result.figures.bytes_in / 1e6,
          result.figures.bytes_out / 1e6, result.figures.worker_seconds] for result in results])

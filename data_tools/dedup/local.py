@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
 from data_tools.records import Split
 from parallel.common.files import atomic_write
+from parallel.common.json_text import dump_json
 
 if TYPE_CHECKING:
     from data_tools.engines.base import Engine
@@ -75,12 +76,15 @@ def cluster_figures(sizes: np.ndarray) -> dict[str, Any]:
             "cluster_sizes": {str(size): int(count) for size, count in enumerate(counts) if count}}
 
 
-def _load_documents(plan: DedupPlan) -> _Documents:
-    from pyarrow import parquet
+def _signatures(plan: DedupPlan, split: Split, columns: list[str]) -> Any:
+    """Columns of a part's signature file; pyarrow's own opening knows names in UTF-8 only."""
+    from pyarrow import OSFile, parquet
 
-    tables = [parquet.read_table(plan.signature_path(split.index),
-                                 columns=["row", "id", "source_rank", "size", "record", "node"])
-              for split in plan.splits]
+    return parquet.read_table(OSFile(os.fsencode(plan.signature_path(split.index))), columns=columns)
+
+
+def _load_documents(plan: DedupPlan) -> _Documents:
+    tables = [_signatures(plan, split, ["row", "id", "source_rank", "size", "record", "node"]) for split in plan.splits]
     part = np.concatenate([np.full(len(table), split.index) for split, table in zip(plan.splits, tables, strict=True)])
     column = {name: [table[name] for table in tables] for name in tables[0].column_names}
     digests = b"".join(value for chunk in column["node"] for value in chunk.to_pylist())
@@ -111,8 +115,6 @@ def _collapse_exact(documents: _Documents) -> _Nodes:
 
 def _candidate_pairs(plan: DedupPlan, documents: _Documents, nodes: _Nodes) -> tuple[np.ndarray, int]:
     """Pairs of node numbers. Nodes without an n-gram never become candidates."""
-    from pyarrow import parquet
-
     signed = np.flatnonzero(documents.size[nodes.best] >= plan.settings.ngram)
     if len(signed) < 2:
         return np.empty((0, 2), dtype=np.int64), 0
@@ -124,7 +126,7 @@ def _candidate_pairs(plan: DedupPlan, documents: _Documents, nodes: _Nodes) -> t
     for position, split in enumerate(plan.splits):
         mine = np.flatnonzero(documents.part[best] == split.index)
         if len(mine):
-            table = parquet.read_table(plan.signature_path(split.index), columns=["bands", "signature"])
+            table = _signatures(plan, split, ["bands", "signature"])
             table = table.take(best[mine] - part_starts[position])
             keys[mine] = np.stack(table["bands"].to_numpy()).view(np.uint64)
             signatures[mine] = np.frombuffer(b"".join(table["signature"].to_pylist()), np.uint32).reshape(-1, entries)
@@ -261,7 +263,7 @@ def _write_decisions(plan: DedupPlan, documents: _Documents, nodes: _Nodes, repr
                 same = representative[node[index]] == node[index]
                 decision = {"row": int(documents.row[index]), "kept_id": documents.ids[kept_document[index]],
                             "similarity": float(to_representative[node[index]]), "rule": decision_rule(same)}
-                file.write(json.dumps(decision, ensure_ascii=False) + "\n")
+                file.write(dump_json(decision) + "\n")
 
 
 def decision_rule(same_node: bool) -> str:

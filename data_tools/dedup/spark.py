@@ -7,7 +7,6 @@ documents, a frequent band) does not have to fit into a worker. Python sees buck
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
 from parallel.common.files import atomic_write
+from parallel.common.json_text import dump_json
 
 if TYPE_CHECKING:
     from data_tools.engines.spark import SparkEngine
@@ -240,7 +240,7 @@ def _write_decisions(plan: DedupPlan, engine: SparkEngine, documents: Any, nodes
                 for row in group:
                     decision = {"row": row["row"], "kept_id": row["kept_id"], "similarity": row["similarity"],
                                 "rule": decision_rule(not row["near"])}
-                    file.write(json.dumps(decision, ensure_ascii=False) + "\n")
+                    file.write(dump_json(decision) + "\n")
             yield part
 
     decisions.repartition("part").sortWithinPartitions("part", "row").rdd.mapPartitions(write).count()

@@ -22,7 +22,7 @@ def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
     from pyarrow import parquet
 
     try:
-        groups = parquet.ParquetFile(path).metadata.num_row_groups
+        groups = parquet.ParquetFile(_opened(path)).metadata.num_row_groups
     except _damage():
         return [(0, None)]
     parts = max(1, min(groups, path.stat().st_size // settings.split_bytes))
@@ -40,7 +40,7 @@ def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Documen
         log.damaged("empty_file", split.path, "0 bytes")
         return
     try:
-        file = parquet.ParquetFile(split.path)
+        file = parquet.ParquetFile(_opened(split.path))
         if settings.text_key not in file.schema_arrow.names:
             log.damaged("no_text_column", split.path, f"columns: {', '.join(file.schema_arrow.names)}")
             return
@@ -56,6 +56,13 @@ def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Documen
                         yield document
     except _damage() as error:
         log.damaged("truncated", split.path, f"{default_source(split, settings)}: {type(error).__name__}: {error}")
+
+
+def _opened(path: str | Path) -> Any:
+    """The file for pyarrow, whose own opening knows names in UTF-8 only."""
+    import pyarrow
+
+    return pyarrow.OSFile(os.fsencode(path))
 
 
 def _damage() -> tuple[type[Exception], ...]:

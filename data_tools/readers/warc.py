@@ -81,12 +81,16 @@ def _document_record(record: Any, number: int, split: Split, settings: ReadSetti
         _check_length(record, number)
         return None
     identity = headers.get_header("WARC-Record-ID") or f"{split.name}:{number}"
-    data = record.content_stream().read(settings.maximum_document_bytes + 1)
+    body = record.content_stream()
+    data = body.read(settings.maximum_document_bytes + 1)
     if len(data) > settings.maximum_document_bytes:
         log.drop("too_long", identity, settings.source or split.name,
                  f"more than {settings.maximum_document_bytes} bytes")
         return None
     _check_length(record, number)
+    if record.rec_headers.get_header("WARC-Truncated") or _ends_early(body):
+        log.drop("cut_page", identity, settings.source or split.name, "the crawl got a part of the page only")
+        return None
     if content_type == _UNTYPED and not _HTML_START.match(data[:1024]):
         return None
     made = {settings.id_key: identity, "url": headers.get_header("WARC-Target-URI") or "",
@@ -108,6 +112,12 @@ def _check_length(record: Any, number: int) -> None:
     missing = getattr(record.raw_stream, "limit", 0)
     if missing > 0:
         raise EOFError(f"the file ends {missing} bytes before the record does")
+
+
+def _ends_early(body: Any) -> bool:
+    """Whether a compressed body that was read ended before its own end; warcio gives what was there."""
+    decompressor = getattr(body, "decompressor", None)
+    return decompressor is not None and not getattr(decompressor, "eof", True)
 
 
 def _content_type(record: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import field_validator
 
 from pangu.generation.settings import GenerateSettings
+from parallel.common.command import own_file
 from parallel.common.errors import UserError
 from parallel.common.lines import text_lines
 from parallel.common.settings import Settings, load_settings
@@ -101,7 +102,7 @@ def find_recipe(name: str | None) -> Path | None:
     if name is None:
         return None
     if name.endswith((".yaml", ".yml")):
-        return Path(name)
+        return Path(own_file(name))
     built_in = RECIPES / f"{name}.yaml"
     return built_in if name.isidentifier() and built_in.is_file() and not Path(name).exists() else None
 

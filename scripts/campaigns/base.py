@@ -24,12 +24,14 @@ class Campaign:
         folder: where artefacts are made and failures kept.
         end: `time.monotonic()` at which no further trial begins.
         short: the few trials of the suite.
+        before: counts of earlier runs.
     """
 
     seed: int
     folder: Path
     end: float
     short: bool = False
+    before: Counter = field(default_factory=Counter)
     counts: Counter = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
     _until: float | None = None
@@ -51,6 +53,10 @@ class Campaign:
     def count(self, what: str, by: int = 1) -> None:
         """Counts trials."""
         self.counts[what] += by
+
+    def killed(self, name: str) -> int:
+        """Kills of a job, earlier runs counted in."""
+        return self.counts[f"kill {name}"] + self.before[f"kill {name}"]
 
     def fail(self, kind: str, what: str, data: bytes | str | None = None) -> None:
         """Keeps a failure: its input in a file of its own."""

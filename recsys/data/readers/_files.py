@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv as python_csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def parquet_tables(file: Path) -> Iterator[tuple[pa.Table, str]]:
         info(f"{file}: empty, left out")
         return
     try:
-        source = parquet.ParquetFile(file)
+        source = parquet.ParquetFile(pa.OSFile(os.fsencode(file)))  # a name need not be UTF-8
         for batch in source.iter_batches(ROWS_AT_ONCE):
             yield pa.Table.from_batches([batch]), str(file)
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:

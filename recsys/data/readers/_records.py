@@ -21,7 +21,7 @@ from parallel.common.errors import UserError
 _CHUNK_BYTES = 4 << 20
 _MAX_RECORD_BYTES = 64 << 20
 _QUOTE, _LINE_END, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
-_HINT = 'double a quote inside a quoted cell, or set data.quoted: false where quotes are text'
+HINT = 'double a quote inside a quoted cell, or set data.quoted: false where quotes are text'
 
 
 class Position:
@@ -36,7 +36,7 @@ class Position:
         csv.field_size_limit(1 << 30)
         records = sum(1 for cells in csv.reader(before, delimiter=self.delimiter) if cells)
         return UserError(what, where=f"{self.file}, row {self.row + records}",
-                         value=data[start:start + 40].decode("utf-8", "replace"), hint=_HINT)
+                         value=data[start:start + 40].decode("utf-8", "replace"), hint=HINT)
 
 
 def complete_records(stream: BinaryIO, position: Position, quoted: bool) -> Iterator[bytes]:
@@ -109,19 +109,53 @@ def _refuse_rows(data: bytes, start: int, stop: int, delimiter: bytes, position:
                              "is not closed where it should be", data, start)
 
 
+def record_ends(data: bytes, quoted: bool, last: bool, position: Position) -> list[int]:
+    """Where each complete record of `data`, which begins with one, ends; with `last` the last one may lack its line
+    end.
+
+    Raises:
+        UserError: quotes that do not balance; as `position` says it.
+    """
+    if not quoted or _QUOTE not in data:
+        ends = [match.end() for match in re.finditer(b"\n", data)]
+    else:
+        ends = list(_scanned(data, position.delimiter.encode(), last, position))
+    return [*ends, len(data)] if last and len(data) > (ends[-1] if ends else 0) else ends
+
+
+def cells_of(record: bytes, delimiter: str, quoted: bool) -> list[str]:
+    """The cells of one record, its line end left out; [] for a blank line.
+
+    Raises:
+        UnicodeDecodeError: not UTF-8.
+    """
+    text = record.decode().removesuffix("\n").removesuffix("\r")
+    if quoted and '"' in text:
+        csv.field_size_limit(1 << 30)
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    return text.split(delimiter) if text else []
+
+
 def _scan(data: bytes, delimiter: bytes, last: bool, position: Position) -> int:
-    """Cell by cell, for data with quotes that are text."""
+    end = 0
+    for end in _scanned(data, delimiter, last, position):  # noqa: B007
+        pass
+    return len(data) if last else end
+
+
+def _scanned(data: bytes, delimiter: bytes, last: bool, position: Position) -> Iterator[int]:
+    """Ends of records, cell by cell, for data with quotes that are text."""
     mark = re.escape(delimiter)
     plain = re.compile(rb'[^"' + mark + rb'\n][^' + mark + rb'\n]*|')
     inside = re.compile(rb'"[^"]*(?:""[^"]*)*"')
-    at, end = 0, 0
+    at = 0
     while at < len(data):
         if data[at] == _QUOTE:
             match = inside.match(data, at)
             if match is None:
                 if last:
                     raise position.error("a quoted cell has no end", data, at)
-                return end
+                return
             _refuse_rows(data, at, match.end() - 1, delimiter, position)
             at = match.end()
             if at < len(data) and data[at:at + 1] not in (delimiter, b"\n", b"\r"):
@@ -130,6 +164,5 @@ def _scan(data: bytes, delimiter: bytes, last: bool, position: Position) -> int:
         else:
             at = plain.match(data, at).end()
         if at < len(data) and data[at] == _LINE_END:
-            end = at + 1
+            yield at + 1
         at += 1
-    return len(data) if last else end

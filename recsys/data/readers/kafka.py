@@ -191,7 +191,7 @@ class Topic:
         self.at[name] = offset
         row = read_object(message.value() or b"", f"{self.topic} {name}") or {}
         _, stamp = message.timestamp()
-        return Event(name, offset, self.time(row, stamp / 1000.0), row)
+        return self.time.event(name, offset, row, stamp / 1000.0)
 
     def _failed(self, message: Any) -> None:
         error = message.error()

@@ -191,7 +191,7 @@ class RedisStreams:
                {_text(column): _text(value) for column, value in fields.items()})
         stamped = int(name.partition("-")[0]) / 1000.0
         row = {} if row is None else row
-        return Event(key, list(self.at[key]), self.time(row, stamped), row)
+        return self.time.event(key, list(self.at[key]), row, stamped)
 
 
 def _text(value: bytes | str) -> str:

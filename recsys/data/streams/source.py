@@ -24,7 +24,7 @@ from recsys.data.encode import Columns, Encoded, Encoder
 from recsys.data.features import Feature, FeatureSpec
 from recsys.data.streams.events import Event, Positions, Tables, Transport
 from recsys.data.streams.merge import Interrupted, Merge
-from recsys.data.streams.samples import Counts, Samples
+from recsys.data.streams.samples import Counts, Samples, fault_of
 from recsys.data.streams.settings import StreamSettings
 from recsys.data.vocabulary import Vocabulary
 
@@ -62,7 +62,8 @@ class StreamSource(Companion):
         self.encoder, self.tables = Encoder(features, columns, on_bad_row), Tables(features, columns)
         self.strict = on_bad_row == "error"
         self.stop = threading.Event()
-        self.samples = Samples(Merge(transport, settings, self.stop), columns.labels, settings.labels)
+        self.samples = Samples(Merge(transport, settings, self.stop), columns.labels, settings.labels,
+                               on_bad_row == "error")
         share = batch // ranks
         self.rank, self.mine = rank, slice(rank * share, (rank + 1) * share)
         self.skipped: Counter = Counter()
@@ -172,11 +173,11 @@ class StreamSource(Companion):
 
     def _encoded(self, events: list[Event]) -> Encoded:
         table, bad = self.tables.table(events)
+        bad = {**{index: event.fault for index, event in enumerate(events) if event.fault is not None}, **bad}
         if bad:
-            index, (column, what, value) = min(bad.items())
+            index, fault = min(bad.items())
             if self.strict:
-                raise UserError(f"{what} in column '{column}'", where=where_of(events[index]), value=value,
-                                hint="repair what writes the stream, or set data.on_bad_row: skip")
+                raise fault_of(events[index], fault)
             for column, what, _ in bad.values():
                 self.skipped[f"{column}: {what}"] += 1
             good = [index for index in range(len(events)) if index not in bad]
