@@ -118,7 +118,7 @@ def compiled(model: str, keys: list[str], compilers: Compilers, data: Path, fold
         check_layout(config, keys)
     except UserError as error:
         known = [why for text, why in REFUSALS.items() if text in str(error)]
-        if not known and "of micro-batches in a world of one rank" not in str(error):
+        if not known and "of micro-batches on a single rank" not in str(error):
             raise
         pytest.skip(f"refused: {error}")
     settings = load_run(config, keys)[1]

@@ -220,7 +220,7 @@ def test_parquet_with_native_lists_equals_csv(tmp_path):
     other = prepare(data(tmp_path).model_copy(update={"reader": "parquet", "path": str(tmp_path / "log.parquet")}), 4)
     assert np.array_equal(one.parts["train"].ids, other.parts["train"].ids)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match="not a whole parquet file"):
+    with pytest.raises(UserError, match="not a complete parquet file"):
         prepare(data(tmp_path).model_copy(update={"reader": "parquet", "path": str(tmp_path / "bad.parquet")}), 4)
 
 
