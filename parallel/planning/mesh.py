@@ -48,7 +48,7 @@ class Mesh:
         """Shards that these factors make; the size of a group that differs in them."""
         return math.prod(self.degree_of[factor] for factor in factors)
 
-    def axis(self, names: list[str]) -> dict[str, tuple[int, ...]]:
+    def placement(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Factors of each named axis of one primitive, given in the order of its device matrix."""
         if {"feature_tokens", "experts"} & set(names):
             # Here the layers name the mesh itself (`Axes.strategy`).
