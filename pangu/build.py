@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from pangu.settings import Run
 
 __all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "inference_kinds",
-           "settings_class", "shapes_inference", "train_on"]
+           "inference_overrides", "settings_class", "shapes_inference", "train_on"]
 MODELS = frozenset({"pangu_alpha"})
+_LARGEST_BATCH = 256  # sequences that one graph decodes at once; more take several calls
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
 INFERENCE_VERBS = {"generate": False, "evaluate": True, "serve": False}
 """Verbs that run graphs of inference -> whether MindSpore's processes share their work where nothing is sharded."""
@@ -92,7 +93,7 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
         kind: one of `pangu.generation.sharded.shapes.KINDS`.
 
     Raises:
-        UserError: an axis does not divide what it cuts.
+        UserError: an axis does not divide what it shards.
     """
     from mindspore import dtype as mstype
     from mindspore.nn.utils import no_init_parameters
@@ -118,6 +119,15 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
 def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
     """The graphs of `inference`; every verb takes all."""
     return KINDS
+
+
+def inference_overrides(settings: Run, verb: str) -> list[str]:
+    """Overrides that give the graphs of a verb the shapes that it works in."""
+    if verb != "serve":
+        return []
+    engine = settings.serve.engine
+    return [f"generate.batch_size={min(engine.running, _LARGEST_BATCH)}",
+            f"generate.prefill_chunk={engine.prefill_chunk}"]
 
 
 def check_inference(settings: Run) -> None:

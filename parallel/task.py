@@ -10,7 +10,8 @@ A package that has models holds a module `build` with
     inference(settings, parallel, compute_dtype, kind) -> Task: a graph that a trained model is used by ("decode",
         "prefill", "score" over a cache, say); with `inference_kinds(settings, verb)`: those that a verb needs (none =
         all), `check_inference(settings)`, and `shapes_inference(tree)`: the part of the settings
-        as JSON that shapes such graphs; and INFERENCE_VERBS, which run them, each with whether processes of MindSpore
+        as JSON that shapes such graphs; `inference_overrides(settings, verb)` where a verb works in shapes of its own;
+        and INFERENCE_VERBS, which run them, each with whether processes of MindSpore
         share its work where nothing is sharded
     TRAINING_VERBS: verbs that are `train_on`, each with `check(settings)`, which raises a UserError where a verb asks
         for more than the settings say

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pangu.evaluation.scoring import Scorer
+from pangu.generation.completion import Completion
 from pangu.generation.generate import Generator
 from pangu.generation.settings import GenerateSettings
 from parallel.common.files import explain_os_error, open_text
@@ -72,17 +72,22 @@ class LanguageModel:
     """Scores and continues ids.
 
     Args:
-        model: a `pangu.model.PanGuAlpha`.
+        model: a `pangu.model.PanGuAlpha`, or a `pangu.generation.backend.Backend` where there is a `scorer`.
         tokenizer: a `pangu.data.tokenizer.Tokenizer`; None if nothing is generated.
         batch_size: rows at once; None = by their length.
         share: whether common beginnings are computed once.
         cache: where answers are kept.
+        scorer: what scores; None = MindSpore's graphs of `model`.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, batch_size: int | None = None, share: bool = True,
-                 cache: RequestCache | None = None) -> None:
+                 cache: RequestCache | None = None, scorer: Any = None) -> None:
         self.config, self.tokenizer = model.config, tokenizer
-        self.scorer = Scorer(model, batch_size, share)
+        if scorer is None:
+            from pangu.evaluation.scoring import Scorer
+
+            scorer = Scorer(model, batch_size, share)
+        self.scorer = scorer
         self.generator = Generator(model, tokenizer)
         self.batch_size, self.cache = batch_size, cache or RequestCache(None)
 
@@ -134,16 +139,17 @@ class LanguageModel:
         if self.batch_size is not None:
             settings = settings.model_copy(update={"batch_size": self.batch_size})
 
-        def answer(some: Sequence[_Ids]) -> list[str]:
-            return [completion.text for completion in self.generator.generate_ids(some, settings)]
-
         open_ones = self._open(keys, prompts, on_done)
         names = list(open_ones)
         for first in range(0, len(names), BLOCK):
             block = names[first:first + BLOCK]
-            self.cache.add(dict(zip(block, answer([open_ones[name] for name in block]), strict=True)))
-            if on_done is not None:
-                on_done(len(block))
+
+            def keep(index: int, completion: Completion, block: list[str] = block) -> None:
+                self.cache.add({block[index]: completion.text})
+                if on_done is not None:
+                    on_done(1)
+
+            self.generator.generate_ids([open_ones[name] for name in block], settings, on_done=keep)
         return [self.cache.answers[key] for key in keys]
 
     def _open(self, keys: list[str], requests: Sequence[Any], on_done: Callable[[int], None] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from pangu.evaluation.requests import Item
 from pangu.model import DecoderLayer, PanGuAlpha
 from parallel.layers.attention import MASKED
 from parallel.layers.loss import CrossEntropy
@@ -26,8 +27,6 @@ from parallel.layers.loss import CrossEntropy
 _SMALLEST_SAVING = 8  # tokens of one request; below it a tree of its own is as good
 _SHORTEST_PREFIX = 16
 _FEWEST_ON_PREFIX = 16  # requests; a tree serves fewer as well
-
-Item = tuple[np.ndarray, int]  # all ids of a request, index of its first scored one
 
 
 @dataclass

@@ -16,7 +16,6 @@ from mindspore import dtype as mstype
 
 from pangu.evaluation.prefix_sharing import (
     HeadScores,
-    Item,
     PrefixStates,
     Row,
     Tree,
@@ -26,8 +25,8 @@ from pangu.evaluation.prefix_sharing import (
     prefix_length,
     row_of,
 )
+from pangu.evaluation.requests import Item, OnScored, ScoreRequest, scored_item, total
 from pangu.model import PanGuAlpha
-from parallel.common.errors import UserError
 
 _SHORTEST = 32
 _SCORED_AT_ONCE = 256
@@ -38,9 +37,6 @@ _NO_LIMIT = 1 << 30
 # bytes per token and unit of width, and per token, head and token it looks at (measured with MindSpore 2.9).
 _BYTES_PER_UNIT, _BYTES_PER_SCORE = 200, 16
 _BYTES_OF_A_GRAPH, _BYTES_OF_GRAPHS = 1 << 30, 4 << 30
-
-ScoreRequest = tuple[Sequence[int], Sequence[int]]
-OnScored = Callable[[list[int], list[tuple[float, bool]]], None]
 
 
 class Graphs:
@@ -116,15 +112,15 @@ class Scorer:
         """
         def report(members: list[int], scores: list[tuple[np.ndarray, np.ndarray]]) -> None:
             if on_scored is not None:
-                on_scored(members, [_total(*pair) for pair in scores])
+                on_scored(members, [total(*pair) for pair in scores])
 
-        return [_total(*pair) for pair in self.token_scores(requests, report)]
+        return [total(*pair) for pair in self.token_scores(requests, report)]
 
     def token_scores(self, requests: Sequence[ScoreRequest],
                      on_scored: Callable[[list[int], list], None] = lambda *_: None
                      ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each request log p of each token of its continuation, float32, and whether it is the likeliest, bool."""
-        items = [_item(prefix, continuation, self.config, index)
+        items = [scored_item(prefix, continuation, self.config, index)
                  for index, (prefix, continuation) in enumerate(requests)]
         results: list[Any] = [None] * len(items)
         for group in group_by_prefix(items) if self.share else [list(range(len(items)))]:
@@ -197,10 +193,6 @@ def _slots(states: tuple[Tensor, ...]) -> int:
     return states[1].shape[2] if states else 0
 
 
-def _total(log_p: np.ndarray, likeliest: np.ndarray) -> tuple[float, bool]:
-    return float(sum(log_p)), bool(likeliest.all())
-
-
 def loglikelihood(model: PanGuAlpha, requests: Sequence[ScoreRequest], batch_size: int | None = None) -> list[float]:
     """`Scorer.loglikelihood` once."""
     return Scorer(model, batch_size).loglikelihood(requests)
@@ -213,19 +205,3 @@ def length_bucket(length: int, context: int) -> int:
         double *= 2
     middle = double // 4 * 3
     return min(middle if double >= 4 * _SHORTEST and middle >= length else double, context)
-
-
-def _item(prefix: Sequence[int], continuation: Sequence[int], config: Any, index: int) -> Item:
-    """All ids (the last is not read, only scored) and the index of the first scored one."""
-    where = f"request {index + 1}"
-    if not len(prefix) or not len(continuation):
-        raise UserError("prefix and continuation each need at least one token", where=where)
-    room = config.sequence_length + 1 - len(continuation)
-    if room < 1:
-        raise UserError(f"the continuation is longer than the context of {config.sequence_length} tokens", where=where,
-                        value=len(continuation))
-    prefix = list(prefix)[-room:]
-    ids = np.asarray([*prefix, *continuation], np.int64)
-    if ids.min() < 0 or ids.max() >= config.vocabulary_size:
-        raise UserError(f"id outside the vocabulary of {config.vocabulary_size}", where=where, value=int(ids.max()))
-    return ids, len(prefix)

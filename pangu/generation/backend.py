@@ -32,6 +32,9 @@ class Backend:
             parameters when they are first used.
     """
 
+    has_cache = False
+    """Whether its one runner has been made, with a cache that was measured then."""
+
     def __init__(self, source: Any) -> None:
         self.config, self._source = source.config, source
         self._weights: Any = None

@@ -62,13 +62,18 @@ class Generator:
         return self.generate_ids([self.tokenizer.encode(prompt) for prompt in prompts], settings)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], settings: GenerateSettings | None = None,
-                     on_text: Callable[[int, str], None] | None = None) -> list[Completion]:
-        """`generate` for prompts that are ids already; `on_text(index, piece)` is called as text becomes certain."""
+                     on_text: Callable[[int, str], None] | None = None,
+                     on_done: Callable[[int, Completion], None] | None = None) -> list[Completion]:
+        """`generate` for prompts that are ids already; `on_text(index, piece)` is called as text becomes certain,
+        `on_done(index, completion)` when one has ended."""
         settings = settings or self.settings
         began = time.perf_counter()
         requests = self._requests(prompts, settings, on_text)
+        running = set(range(len(requests))) if on_done is not None else set()
         for _ in self._steps(requests, settings):
-            pass
+            for index in [index for index in running if requests[index].done]:
+                running.remove(index)
+                on_done(index, requests[index].completion())
         self.tokens_generated += sum(request.generated for request in requests)
         self.seconds += time.perf_counter() - began
         return [request.completion() for request in requests]

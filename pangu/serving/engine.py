@@ -34,6 +34,7 @@ from pangu.serving.engine_settings import EngineSettings
 from parallel.common.errors import UserError
 
 if TYPE_CHECKING:
+    from pangu.generation.sharded.model import ShardedModel
     from pangu.settings import Run
 
 _MOST_TOP_LOGPROBS = 1000
@@ -211,6 +212,8 @@ class BatchingEngine:
         return scheduler
 
     def _runner(self, backend: Backend) -> Runner:
+        if backend.has_cache:
+            return backend.runner(self.settings.running, self.context, self.settings.prefill_chunk)
         bytes_per_token = cache_bytes_per_token(self._config)
         tokens = max(self.context, self.settings.cache_bytes // bytes_per_token)
         tokens = min(tokens, self.settings.running * self.context)
@@ -335,8 +338,13 @@ def _add(total: Counters, more: Counters) -> None:
         setattr(total, name, getattr(total, name) + value)
 
 
+def _cannot_load(checkpoint: str | None) -> tuple[Backend, str]:
+    raise UserError("a model over several processes is not replaced while it serves", where="reload",
+                    hint="start the server again")
+
+
 def start_engine(settings: Run, checkpoint: str | None, engine_settings: EngineSettings,
-                 int8: bool = False) -> BatchingEngine:
+                 int8: bool = False, sharded: ShardedModel | None = None) -> BatchingEngine:
     """An engine with a run's model, ready: all is compiled.
 
     Args:
@@ -345,12 +353,15 @@ def start_engine(settings: Run, checkpoint: str | None, engine_settings: EngineS
             folder.
         engine_settings: batch, cache, queue.
         int8: whether float checkpoints are quantized when they are loaded.
+        sharded: this process's part of a model over several, which has been opened; it cannot be reloaded.
 
     Raises:
         UserError: no checkpoint, or one of another model; too large a cache.
     """
     from parallel.checkpoint.folder import resolve_checkpoint
 
+    if sharded is not None:
+        return BatchingEngine(sharded.backend, str(sharded.checkpoint), engine_settings, _cannot_load)
     place = checkpoint or settings.output.directory
 
     def load(path: str | None) -> tuple[Backend, str]:

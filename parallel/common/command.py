@@ -65,7 +65,8 @@ class Verb:
 
 
 def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
-    """Parses `argv`, runs the verb and prints its figures; returns the exit code: 0, 2, or figures["exit_code"]."""
+    """Parses `argv`, runs the verb and prints its figures; returns the exit code: 0, the error's (2), or
+    figures["exit_code"]."""
     if argv is None:
         argv = sys.argv[1:]
     # Before MindSpore is imported: its warnings are for its developers and would drown the command's own.
@@ -75,7 +76,7 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
         return _main(package, verbs, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS,
                                errno.ENAMETOOLONG, errno.ELOOP):

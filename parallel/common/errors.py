@@ -23,6 +23,8 @@ class UserError(Exception):
     The command line prints `str(error)` and exits with code 2; libraries raise it like any exception.
     """
 
+    exit_code = 2
+
     def __init__(self, what: str, *, where: Any = None, value: Any = None, hint: str | None = None) -> None:
         self.what, self.where, self.value, self.hint = what, where, value, hint
         super().__init__(self._line())
@@ -39,6 +41,13 @@ class UserError(Exception):
         if self.hint:
             parts.append(f"; {_shortened(self.hint)}")
         return " ".join("".join(parts).split())[:_LONGEST_LINE]
+
+
+class PeerError(UserError):
+    """Another process of the run is at fault, not the user: the run may begin again from its last checkpoint."""
+
+    exit_code = 75
+    """As EX_TEMPFAIL of sysexits.h."""
 
 
 def _rebuilt(what: str, where: Any, value: Any, hint: str | None) -> UserError:

@@ -52,6 +52,36 @@ class RecomputeConfig(Settings):
     """Whether the op axis's AllReduce is run again in the recomputation (true), or its result kept (false)."""
 
 
+class MindSporeConfig(Settings):
+    """How MindSpore runs its graphs; none of it shapes them. null leaves what MindSpore and CANN take by themselves."""
+
+    jit_level: Literal["O0", "O1", "O2"] | None = None
+    """Optimisation of the back end: O0 kernel by kernel, O1 fused kernels, O2 the whole graph sunk (Ascend only)."""
+    compile_cache: str | None = None
+    """Folder in which compiled graphs are kept, so that the same ranks start faster the next time (experimental in
+    MindSpore)."""
+    deterministic: bool = False
+    """Kernels and reductions that give the same bits every time; slower."""
+    memory_gb: float | None = Field(None, gt=0.0)
+    """Most device memory that a process takes, GB."""
+    memory_level: Literal["O0", "O1"] | None = None
+    """Level at which memory is planned: O1 packs it tighter."""
+    hccl_connect_seconds: int | None = Field(None, ge=120, le=7200)
+    """Seconds that devices wait for each other while they connect (HCCL_CONNECT_TIMEOUT; CANN takes 120). Ascend only;
+    long enough for the slowest compile of a rank."""
+    hccl_exec_seconds: int | None = Field(None, ge=1, le=2147483647)
+    """Seconds that a collective waits for the slowest device (HCCL_EXEC_TIMEOUT). Ascend only."""
+    hccl_buffer_mb: int | None = Field(None, ge=1, le=1 << 20)
+    """MB of the buffer that two devices share, for each communication group (HCCL_BUFFSIZE; CANN takes 200). Ascend
+    only."""
+
+    def chosen(self, *prefixes: str) -> list[str]:
+        """Names of the keys (that begin so) which are not at their default."""
+        default = type(self)()
+        return [name for name in type(self).model_fields if name.startswith(prefixes or "")
+                and getattr(self, name) != getattr(default, name)]
+
+
 class ParallelConfig(Settings):
     """How a model is sharded: data x op x pipeline = devices; the other dimensions reuse these axes.
 
@@ -85,6 +115,8 @@ class ParallelConfig(Settings):
     execution: Literal["auto", "exact", "eager", "cuda_graph", "inductor"] = "auto"
     """How torch runs a graph. exact: op by op in the graph's order; eager: with fused nodes; cuda_graph: the same,
     captured once; inductor: compiled, slow to start and fast after. auto: exact on CPUs, cuda_graph on GPUs."""
+    mindspore: MindSporeConfig = MindSporeConfig()
+    """How MindSpore runs its graphs; refused where torch runs them."""
     gradient_fusion_groups: int = Field(4, ge=1)
     """Groups of layers whose gradient communication is fused into one call each."""
 

@@ -56,6 +56,41 @@ def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullPar
     return found
 
 
+def holders(parameters: Sequence[FullParameter], config: ParallelConfig,
+            rank: int | None = None) -> dict[str, dict[Extent, tuple[int, ...]]]:
+    """Who holds which slice of every parameter: {name: {box: ranks in rising order}}.
+
+    Of a parameter that several stages hold, the first one's slices alone: the others borrow it.
+
+    Args:
+        parameters: of `sharded_parameters`.
+        config: resolved.
+        rank: leave out what this rank does not hold; None = nothing.
+    """
+    found: dict[str, dict[Extent, tuple[int, ...]]] = {}
+    alike: dict[Any, dict[Extent, tuple[int, ...]]] = {}
+    per_stage = config.data * config.op
+    for full in parameters:
+        rule = full.slice_of_rank
+        if rank is not None and rule(rank) is None:
+            continue
+        # Most parameters are those of one layer once more.
+        key = rule.key if isinstance(rule, SliceOfRank) else full.name
+        if key not in alike:
+            boxes: dict[Extent, list[int]] = {}
+            for stage in range(config.pipeline.stages):
+                for holder in range(stage * per_stage, (stage + 1) * per_stage):
+                    extent = rule(holder)
+                    if extent is None:
+                        break
+                    boxes.setdefault(extent, []).append(holder)
+                if boxes:
+                    break
+            alike[key] = {extent: tuple(ranks) for extent, ranks in boxes.items()}
+        found[full.name] = alike[key]
+    return found
+
+
 def _operands(network: nn.Cell) -> dict[int, tuple]:
     """Axis names of each parameter's dims, by identity, for the parameters whose layer says them."""
     found = {}
@@ -101,6 +136,11 @@ class SliceOfRank:
     stages: set[int] | None
     config: ParallelConfig
     shardable: bool
+
+    @property
+    def key(self) -> tuple:
+        """Equal for parameters of which every rank of one `config` holds the same box."""
+        return self.shape, self.mesh_axes, None if self.stages is None else frozenset(self.stages), self.shardable
 
     @property
     def mesh(self) -> dict[str, int]:

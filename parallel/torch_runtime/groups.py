@@ -18,6 +18,7 @@ from torch import Tensor
 
 from parallel.common.errors import UserError
 from parallel.torch_runtime.program import Node
+from parallel.training.operation.stall import ACTIVITY, waiting
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,
                "prod": dist.ReduceOp.PRODUCT}
@@ -27,18 +28,23 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+_COLLECTIVE = datetime.timedelta(seconds=600.0)
+"""After which a collective that others do not join is an error."""
+
+
 class Pending:
     """A collective under way: its result once `wait` has returned. Keeps what is sent alive until then."""
 
-    __slots__ = ("finish", "kept", "result", "work")
+    __slots__ = ("finish", "kept", "result", "what", "work")
 
     def __init__(self, work: Any, result: Any, kept: Any = None, finish: Any = None) -> None:
-        self.work, self.result, self.kept, self.finish = work, result, kept, finish
+        self.work, self.result, self.kept, self.finish, self.what = work, result, kept, finish, None
 
     def wait(self) -> Tensor:
         """The result; on a GPU the stream waits, not the caller."""
         if self.work is not None:
-            self.work.wait()
+            with waiting(self.what):
+                self.work.wait()
             self.work = self.kept = None
         return self.result if self.finish is None else self.finish(self.result)
 
@@ -76,6 +82,12 @@ class Communicator:
         Raises:
             UserError: a collective without a rule.
         """
+        ACTIVITY.last = (node.op, members, node.scope)
+        pending = self._begun(node, value, members)
+        pending.what = ACTIVITY.last
+        return pending
+
+    def _begun(self, node: Node, value: Any, members: tuple[int, ...]) -> Pending:
         if node.op in ("Send", "Receive"):
             return self._message(node, value, members)
         if len(members) == 1:
@@ -117,6 +129,7 @@ class Communicator:
         if node.op == "Send":
             value = value.contiguous()
             self.sent.append(Pending(dist.isend(value, pair[1], group, tag), None, value))
+            self.sent[-1].what = ACTIVITY.last
             return Pending(None, value)
         kind = node.outputs[0]
         result = torch.empty(kind.shape, dtype=value, device=self.device)
@@ -142,8 +155,9 @@ class Communicator:
         if self.world == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        with waiting(("exchange of numbers", range(self.world), "")):
+            dist.all_reduce(total)
+            return total.tolist()
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
@@ -151,14 +165,15 @@ class Communicator:
             self.add([0.0])
 
 
-def join(rank: int, world: int, device: torch.device, *, address: str | None = None, seconds: float = 600.0) -> None:
+def join(rank: int, world: int, device: torch.device, *, address: str | None = None,
+         seconds: float | None = None) -> None:
     """Meets the other processes.
 
     Args:
         rank, world: this process's number and how many there are.
         device: "cpu" takes gloo, "cuda" NCCL.
         address: HOST:PORT of rank 0; None = MASTER_ADDR and MASTER_PORT.
-        seconds: after which a process that does not answer is given up.
+        seconds: after which processes that do not come are given up; None = PARALLEL_MEET_SECONDS.
 
     Raises:
         UserError: the address is taken or nobody answers there.
@@ -167,10 +182,13 @@ def join(rank: int, world: int, device: torch.device, *, address: str | None = N
         return
     if address is None:
         address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
+    seconds = seconds or float(os.environ.get("PARALLEL_MEET_SECONDS", "600"))
     options = {"device_id": device} if device.type == "cuda" else {}
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank,
-                                world_size=world, timeout=datetime.timedelta(seconds=seconds), **options)
+        host, _, port = address.rpartition(":")
+        store = dist.TCPStore(host, int(port), world, rank == 0, timeout=datetime.timedelta(seconds=seconds))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=_COLLECTIVE, **options)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the processes did not find each other: {reason}", where=f"rank {rank} of {world}",

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel.checkpoint.owners import Holders, held_alike
 from parallel.common.errors import UserError
 from parallel.common.settings import without
 from parallel.common.start_value import start_value
@@ -44,9 +45,9 @@ _SHAPELESS = {
     "output": True, "generate": True, "evaluate": True, "serve": True, "pack": True, "vocabulary": True,
     "publish": True, "adapt": {"checkpoint", "pairs", "validation"},
     "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
-              "data_sink", "keep_best"},
+              "data_sink", "keep_best", "profile", "stall_after"},
     "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache"},
-    "parallel": {"backend", "devices", "execution"},
+    "parallel": {"backend", "devices", "execution", "mindspore"},
 }  # fmt: skip
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
 Extent = tuple[tuple[int, int], ...]
@@ -288,6 +289,11 @@ class Program:
                 if owner is not None and self.by_name[name].kind == "parameter":
                     found.append((name, owner.number, rank.number))
         return found
+
+    def holders(self, names: Iterable[str]) -> Holders:
+        """Who holds which slice of some parameters; copies of another stage's are nobody's."""
+        return held_alike(((rank.number, {name: extent for name, extent in rank.extents.items()
+                                          if name not in rank.copies}) for rank in self.ranks), names)
 
     def has(self, kind: str) -> bool:
         """Whether there are graphs of this kind."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.sharded import Holder
+from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
 from parallel.torch_runtime.fused import fused_rules
@@ -20,6 +21,7 @@ from parallel.torch_runtime.groups import Communicator, join, leave
 from parallel.torch_runtime.passes import documents_input, optimized
 from parallel.torch_runtime.program import Graph, Program, start_of
 from parallel.torch_runtime.program import Tensor as Held
+from parallel.training.operation.stall import waiting
 
 MODES = ("exact", "eager", "cuda_graph", "inductor")
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
@@ -59,7 +61,7 @@ class TorchStep:
         rank: which; there is one process for each of `program.world`.
         device: "cpu", "cuda" (takes LOCAL_RANK) or "cuda:N"; None = a GPU where there is one.
         mode: "exact", op by op in the graph's order; "eager", with fused nodes (`passes`); "cuda_graph", the same
-            captured once; "inductor", what is between fused nodes compiled, and captured on a GPU (`regions`);
+            captured once; "inductor", what lies between fused nodes compiled, and captured on a GPU (`regions`);
             "auto", see `parallel.execution`.
         floating: "declared", or "float64" for all floating types (exact mode only).
         address: HOST:PORT where the processes meet; None = MASTER_ADDR and MASTER_PORT.
@@ -108,9 +110,14 @@ class TorchStep:
         self.copies_are_old = True
         names = ("loss", "global_norm", "finite", "loss_scale", "learning_rate")
         # One transfer for all five.
-        scalars = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
-                               for item in results]).tolist()
-        return {**dict(zip(names, scalars, strict=True)), "finite": bool(scalars[2])}
+        told = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
+                            for item in results])
+        if self.device.type == "cuda":
+            with waiting("the end of a step"):
+                told = told.tolist()
+        else:
+            told = told.tolist()
+        return {**dict(zip(names, told, strict=True)), "finite": bool(told[2])}
 
     def loss(self, batch: Sequence[np.ndarray]) -> tuple[float, float]:
         """(loss x weight, weight) of the whole batch on one rank, (0, 0) on the others. See `Backend.loss`."""
@@ -148,8 +155,8 @@ class TorchStep:
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of device memory: {str(error).splitlines()[0]}", where="train.global_batch_size",
                             hint="lower it, raise train.accumulation or parallel.pipeline.micro_batches, or set "
-                            "parallel.recompute.policy: full; python -m parallel estimate says how much a layout "
-                            "needs") from None
+                                 "parallel.recompute.policy: full; python -m parallel estimate says how much a layout "
+                                 "needs") from None
 
     def fed(self, item: tuple[str, Any], array: np.ndarray) -> Tensor:
         """A batch's array on the device in the type of the graph's input."""
@@ -178,7 +185,8 @@ class TorchStep:
         if self.ranks == 1:
             return None
         extents = {tensor.name: self.own.extents[tensor.name] for tensor in tensors if self._holds(tensor)}
-        return Holder(self.rank, self.ranks, extents, {tensor.name: tensor.shape for tensor in tensors}, self.barrier)
+        return Holder(self.rank, self.ranks, extents, {tensor.name: tensor.shape for tensor in tensors}, self.barrier,
+                      lambda: self.program.holders(extents))
 
     def exchange(self, values: list[float]) -> list[float]:
         """Adds lists of equal length over all ranks."""
@@ -192,7 +200,21 @@ class TorchStep:
     def peak_tflops(self, precision: str) -> float | None:
         """Measured speed of a large matrix product in the type of `precision` on this device."""
         return measured_tflops(self.device, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision,
-                                                                                                torch.float32))
+                                                                                               torch.float32))
+
+    def profiler(self, folder: Path) -> Callable[[], None]:
+        """Begins to profile; the function ends it and writes `folder/rank_<r>.json`, a trace for chrome://tracing."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        running = profile(activities=kinds)
+        running.start()
+
+        def stop() -> None:
+            running.stop()
+            running.export_chrome_trace(str(folder / f"rank_{self.rank}.json"))
+
+        return stop
 
     def close(self) -> None:
         """Leaves the other processes."""

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
-from parallel.checkpoint.sharded import Holder
 from parallel.checkpoint.tensors import NamedTensor
+from parallel.checkpoint.writing import Holder
 
 Batch = tuple[np.ndarray, ...]
 """One array per input of the network (`parallel.task.Input`), this process's rows of the global batch first dim."""

@@ -17,9 +17,11 @@ class Companion:
 
     Attributes:
         name: of its state in the checkpoint; unique in a run.
+        may_wait: whether a checkpoint may be completed some steps after it was begun (`output.save_in_background`).
     """
 
     name = "companion"
+    may_wait = False
     save: Callable[[], Any] = staticmethod(lambda: None)
     """Set by the trainer: writes a checkpoint of the steps done; for use between two steps."""
     go_back: Callable[[int], Any] = staticmethod(lambda step: None)

@@ -3,9 +3,11 @@ parallelism, or the slices of a sharded one."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -16,6 +18,7 @@ from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
 from parallel.training.backend import Batch, Outputs
 from parallel.training.device import DeviceSum
+from parallel.training.operation.stall import waiting
 from parallel.training.sharded.run import ShardedRun
 from parallel.training.step import TrainStep
 
@@ -54,7 +57,18 @@ class MindSporeBackend:
         self.rank, self.ranks, self.share, self.numbered = step.rank, step.ranks, step.share, step.numbered
         self.add = all_reduce or (DeviceSum(step.group) if step.ranks > 1 else None)
         self.mean_loss = MeanLoss(step.network, step.weighted)
-        self.training = False
+        self.training = self.stepped = False
+
+    def profiler(self, folder: Path) -> Callable[[], None]:
+        """Begins to profile; the function ends it. See `parallel.training.operation.profile`."""
+        from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
+
+        on_ascend = ms.get_context("device_target") == "Ascend"
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.NPU] if on_ascend else [])
+        running = profile(activities=kinds, on_trace_ready=tensorboard_trace_handler(
+            str(folder), worker_name=f"rank_{self.rank}"), start_profile=False)
+        running.start()
+        return running.stop
 
     @property
     def cell(self) -> Any:
@@ -64,7 +78,11 @@ class MindSporeBackend:
     def step(self, batch: Batch) -> Outputs:
         """See `Backend`."""
         self._mode(True)
-        return _outputs(self.cell(*map(Tensor, batch)))
+        # The first call compiles, which takes as long as it takes.
+        with waiting("a training step of MindSpore") if self.stepped and self.ranks > 1 else contextlib.nullcontext():
+            outputs = _outputs(self.cell(*map(Tensor, batch)))
+        self.stepped = True
+        return outputs
 
     def stretches(self, source: Any, first: int, steps: int, size: int) -> Iterator[tuple[int, Outputs]]:
         """See `SinkingBackend` (Ascend only, never run by us).

@@ -6,8 +6,8 @@ from typing import Any
 
 # Changing these changes neither the steps nor what they learn.
 _HARMLESS = ("output.", "train.validate_every", "train.validation_batches", "train.log_every", "train.peak_tflops",
-             "train.early_stop", "train.max_skipped", "train.data_sink", "data.cache", "data.workers", "generate.",
-             "evaluate.", "serve.", "parallel.", "train.steps")
+             "train.early_stop", "train.max_skipped", "train.profile", "train.stall_after", "train.data_sink",
+             "data.cache", "data.workers", "generate.", "evaluate.", "serve.", "parallel.", "train.steps")
 _ABSENT = object()
 _MOST = 20
 

@@ -11,10 +11,12 @@ import numpy as np
 
 from parallel.checkpoint.folder import damage, list_checkpoints
 from parallel.checkpoint.full import load_checkpoint, save
-from parallel.checkpoint.sharded import Holder
+from parallel.checkpoint.writing import Holder
 from parallel.common.files import read_json
 from parallel.common.progress import info
+from parallel.launch.session import ranks_here
 from parallel.training.backend import Backend
+from parallel.training.operation.saving import disks_of
 from recsys.data.batches import in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
@@ -108,6 +110,7 @@ class Best:
         self.metric, self.evaluation, self.parameters = settings.train.keep_best, evaluation, parameters
         self.directory, self.rank = Path(settings.output.directory) / "best", rank
         self.holder, self.tables = holder, tables
+        self.disks = disks_of(holder.ranks if holder is not None else ranks_here(), settings.output)
         self.value, self.step = None, None
         found = list_checkpoints(self.directory) if self.metric and settings.output.resume != "never" else []
         if found:
@@ -133,7 +136,7 @@ class Best:
             if self.tables is not None:
                 self.tables.before_checkpoint(self.directory, step)
             save(self.directory, step, self.parameters(), (), {"value": value, "step": step, "metric": self.metric}, 1,
-                 rank=self.rank, holder=self.holder,
+                 rank=self.rank, holder=self.holder, disks=self.disks,
                  add_files=self.tables.add_files if self.tables is not None else None)
         return metrics
 

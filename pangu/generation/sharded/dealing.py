@@ -23,6 +23,17 @@ def dealt(items: Sequence[Sequence[int]], groups: int) -> list[list[int]]:
     return [sorted(numbers) for numbers in found]
 
 
+def dealt_by_size(sizes: Sequence[int], groups: int) -> list[list[int]]:
+    """The same for items of which only the sizes count."""
+    found: list[list[int]] = [[] for _ in range(groups)]
+    totals = [0] * groups
+    for number in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
+        group = min(range(groups), key=lambda place: (totals[place], place))
+        found[group].append(number)
+        totals[group] += sizes[number] + 1
+    return [sorted(numbers) for numbers in found]
+
+
 def put_together(parts: Sequence[Sequence[tuple[int, Any]]], count: int) -> list[Any]:
     """The results of all groups, each with its number, in the items' order."""
     found: list[Any] = [None] * count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ _NOTHING = np.zeros(0, np.int32)
 
 class ShardedBackend(Backend):
     """A `Backend` whose one runner was made when the model was opened."""
+
+    has_cache = True
 
     def __init__(self, config: Any, runner: SpanRunner) -> None:
         self.config, self._runner = config, runner
@@ -77,13 +80,31 @@ class ShardedModel:
                  f"{self.blocks * SLOTS} tokens")
 
     @property
+    def chunk(self) -> int:
+        """Tokens that one call of the graph for prompts reads."""
+        return self.rank.shape("prefill")["ids"][1]
+
+    @property
     def first(self) -> bool:
         """Whether this is the process that reads prompts, answers and tells figures."""
         return self.member.rank == 0
 
+    def check_one_group(self) -> None:
+        """Raises a UserError where several groups would serve."""
+        if self.member.groups > 1:
+            raise UserError("a server is one group of op x stages processes", where="--nproc", value=self.member.world,
+                            hint=f"start {self.member.size}, and a server for each further group")
+
     def follow(self) -> dict:
-        """What a rank that does not lead does until its group's first rank has ended."""
-        follow(self.rank, self.member.hear, self.blocks)
+        """What a rank that does not lead does until its group's first rank has ended, which alone heeds signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            follow(self.rank, self.member.hear, self.blocks)
+        except RuntimeError as error:
+            # That of the other process is the one to be told.
+            info(f"the first process of the group has ended: {str(error).splitlines()[0]}")
+            return {"exit_code": 1}
         self.member.close()
         return {}
 

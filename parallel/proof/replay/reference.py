@@ -51,7 +51,7 @@ class OneDevice:
         from parallel.training.device import start_device
         from parallel.training.sharded.step import micro_batches
 
-        start_device("CPU")
+        start_device(target="CPU")
         self.config, self.overrides = config, list(overrides)
         self.compilers = compilers
         self.single: dict[int, AllRanks] = {}

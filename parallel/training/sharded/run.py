@@ -12,13 +12,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from parallel.checkpoint.sharded import Holder
+from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize
-from parallel.sharding.slices import Extent, sharded_parameters
+from parallel.sharding.slices import Extent, holders, sharded_parameters
 from parallel.sharding.trainable import is_weighted
 from parallel.task import SAMPLE_NUMBERS, Input, Task
 from parallel.training.device import DeviceSum, Processes
@@ -70,7 +70,8 @@ class ShardedRun:
         self.stage, place = divmod(processes.rank, config.data * config.op)
         self.rows = (place // config.op, config.data)
         self.all_reduce = all_reduce or DeviceSum(processes.group)
-        full_parameters = {full.name: full for full in sharded_parameters(task.network, config)}
+        listed = sharded_parameters(task.network, config)
+        full_parameters = {full.name: full for full in listed}
         self.cell = sharded_step(task, settings, config, start_values=True)
         self.step: ShardedStep = self.cell.network
         self.step.rank, self.step.ranks, self.step.group = processes.rank, processes.ranks, processes.group
@@ -78,7 +79,8 @@ class ShardedRun:
         extents = {name: full.slice_of_rank(processes.rank) for name, full in full_parameters.items()}
         self.holder = Holder(processes.rank, processes.ranks,
                              {name: extent for name, extent in extents.items() if extent is not None},
-                             {name: full.shape for name, full in full_parameters.items()}, self.barrier)
+                             {name: full.shape for name, full in full_parameters.items()}, self.barrier,
+                             lambda: holders(listed, config, processes.rank))
         self.inputs = [Tensor(np.zeros(shape, item.dtype))
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
         # From here on parameters have the shape of their slices, which MindSpore would shard again in another graph: so
@@ -128,7 +130,7 @@ def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
 
 
 def inference_graph(task: Task, config: ParallelConfig) -> nn.Cell:
-    """The cut network of a task that `build.inference` made, ready to compile; see `evaluation_graph`."""
+    """The sharded network of a task that `build.inference` made, ready to compile; see `evaluation_graph`."""
     network = parallelize(task.network, config)
     # Told by the graph the others would add zeros of another shape.
     cut = switch_on(network, config, [(1,) * len(item.shape) for item in task.inputs], False, told=False)

@@ -57,13 +57,17 @@ def serving(engine, tokenizer: Tokenizer, **settings):
 
 def started(run, *words) -> tuple[subprocess.Popen, str]:
     """(process, address) of `python -m pangu serve`, once it says that it serves."""
-    process = subprocess.Popen([sys.executable, "-m", "pangu", "serve", "--config", str(run[0] / "run.yaml"), "port=0",
-                                "engine.running=4", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "COLUMNS": "400"})
-    output = []
+    return says_where("pangu", "serve", "--config", str(run[0] / "run.yaml"), "port=0", "engine.running=4", *words)
+
+
+def says_where(*words) -> tuple[subprocess.Popen, str]:
+    """The same of `python -m` and any words that begin a server."""
+    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "COLUMNS": "400"})
+    said = []
     for line in process.stderr:
-        output.append(line)
+        said.append(line)
         if "http://" in line:
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return process, line[line.index("http://"):].strip()
-    raise AssertionError("".join(output))
+    raise AssertionError("".join(said))

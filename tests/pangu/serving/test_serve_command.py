@@ -12,7 +12,7 @@ from pangu.data.tokenizer import Tokenizer
 from pangu.settings import Run, ServeRun
 from parallel.common.errors import UserError
 from parallel.common.settings import load_settings, validate
-from tests.pangu.serving.servers import started
+from tests.pangu.serving.servers import says_where, started
 from tests.pangu.tiny import tiny_model
 
 openai = pytest.importorskip("openai")
@@ -53,6 +53,35 @@ def test_texts_are_those_of_generate_and_reload_takes_a_newer_model(run):
         process.send_signal(signal.SIGTERM)
         figures = json.loads(process.stdout.read().strip().splitlines()[-1])
         assert process.wait(20) == 0 and figures["version"] == 2 and figures["requests"] == 22
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["parallel.op=2"], ["parallel.pipeline.stages=2"]], ids=str)
+def test_a_sharded_server_gives_the_texts_of_one_process_and_ends_when_told(run, tmp_path, layout):
+    from pangu.generation.backend import load_backend
+    from pangu.generation.generate import Generator
+    from pangu.generation.settings import GenerateSettings
+
+    folder, settings = run
+    place = str(folder / "train" / "checkpoints" / "step_00000001")
+    process, address = says_where("parallel", "launch", "--config", str(folder / "run.yaml"), "--run", "serve",
+                                  "--nproc", "2", "serve.port=0", "serve.engine.running=4",
+                                  f"output.directory={tmp_path}", *layout, "--", "--checkpoint", place)
+    try:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+        generator = Generator(load_backend(settings, place), Tokenizer(folder / "v.model"))
+        for rule in ({"temperature": 0.0}, {"seed": 7, "top_p": 0.9}):
+            wanted = generator.generate(PROMPTS, GenerateSettings(max_new_tokens=12, **rule))
+            answer = client.completions.create(model="pangu_alpha", prompt=PROMPTS, max_tokens=12, **rule)
+            assert [choice.text for choice in answer.choices] == [completion.text for completion in wanted]
+        with pytest.raises(openai.APIStatusError, match="start the server again"):
+            openai.OpenAI(base_url=address, api_key="none", max_retries=0).post("/reload", cast_to=object)
+        process.send_signal(signal.SIGTERM)
+        figures = json.loads(process.stdout.read().strip().splitlines()[-1])
+        assert process.wait(30) == 0 and figures["requests"] == 6 and figures["ranks"] == 2
     finally:
         process.kill()
         process.wait()

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from mindspore import Parameter, Tensor
 
-from parallel.checkpoint import full as module
+from parallel.checkpoint import writing as module
 from parallel.checkpoint.folder import list_checkpoints
 from parallel.checkpoint.full import Checkpoint, load_checkpoint, load_parameters, save_checkpoint
 from parallel.checkpoint.safetensors_file import SafetensorsFile, write_safetensors

@@ -8,6 +8,7 @@ from parallel.__main__ import VERBS
 from parallel.common.command import main
 from parallel.common.errors import UserError
 from parallel.launch import inference, launch
+from parallel.launch.machines import Machines
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "pangu" / "tiny.yaml")
 
@@ -24,9 +25,10 @@ def started(monkeypatch):
         def run(self):
             return {"exit_code": 3, "ranks": 2}
 
-    monkeypatch.setattr(launch, "MsrunLauncher", Recorder)
+    monkeypatch.setattr(launch, "MindSporeLauncher", Recorder)
     monkeypatch.setattr(launch, "TorchLauncher", Recorder)
     monkeypatch.setattr(launch, "exported", lambda settings, ranks, node_rank: (Path("P"), Path("S")))
+    monkeypatch.setattr(launch, "machines_of", lambda plan, facts: Machines(plan, facts))
     monkeypatch.setattr(inference, "TorchLauncher", Recorder)
     monkeypatch.setattr(inference, "exported", lambda settings, ranks, node_rank, **more: (Path("P"), Path("S")))
     monkeypatch.setattr(launch.os, "execv", lambda *what: calls.append(what))
@@ -36,7 +38,7 @@ def started(monkeypatch):
 def test_flags_become_a_plan_and_a_command(started, capsys):
     code = main("parallel", VERBS, ["launch", "--config", CONFIG, "--nodes", "2", "--node-rank", "1", "--nproc", "4",
                                     "--master", "10.0.0.7:9000", "--resume", "parallel.data=8", "output.directory=o"])
-    plan, command, logs = started[0]
+    plan, command, logs, _ = started[0]
     assert (plan.ranks, plan.local, plan.node_rank, plan.host, plan.port) == (8, 4, 1, "10.0.0.7", 9000)
     assert command == ["-m", "pangu", "train", "--config", CONFIG, "parallel.data=8", "output.directory=o",
                        "output.resume=auto"]
