@@ -15,6 +15,7 @@ from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
 from data_tools.records import Split
+from parallel.common.digests import check_summed, summed_write
 from parallel.common.files import atomic_write
 from parallel.common.json_text import dump_json
 
@@ -146,7 +147,7 @@ class _ShingleTask:
 
     def __call__(self) -> tuple[int, list[int]]:
         lengths = []
-        with atomic_write(self.plan.shingle_path(self.split.index), "wb") as file:
+        with summed_write(self.plan.shingle_path(self.split.index)) as file:
             for _, hashes in read_shingles(self.plan, self.split, set(self.rows)):
                 file.write(hashes.tobytes())
                 lengths.append(len(hashes))
@@ -206,6 +207,7 @@ class _VerifyTask:
 
     def _set(self, files: dict[int, np.ndarray], part: int, start: int, length: int) -> np.ndarray:
         if part not in files:
+            check_summed(self.plan.shingle_path(part))
             files[part] = np.memmap(self.plan.shingle_path(part), dtype=np.uint64, mode="r")
         return np.array(files[part][start:start + length])
 

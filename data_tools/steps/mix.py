@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import shutil
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from data_tools.engines.base import Engine
 from data_tools.parts import OutputLayout, PartFigures, clear_stale, digest_of, histogram_bin, split_identity
 from data_tools.records import Document, ReadLog, ReadSettings, Split
 from data_tools.steps.filter import uniform
+from parallel.common.digests import load_array, save_array
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
 from parallel.common.json_text import dump_json
@@ -139,7 +141,7 @@ def copies_of(document: Document, epochs: float, seed: int) -> int:
 
 @dataclass(frozen=True)
 class _DrawTask:
-    """Writes the copies of each document of a part, and the shard and position in the file of each."""
+    """Writes the copies of each document of a part, and the shard, position in the file and checksum of each."""
 
     plan: MixPlan
     split: Split
@@ -156,10 +158,9 @@ class _DrawTask:
                     record["id"] = document.id if copy == 0 else f"{document.id}#{copy + 1}"
                     record["category"], record["_place"] = category, place
                     line = dump_json(record).encode() + b"\n"
-                    index.append((int(place[:12], 16) % self.plan.shards, offset, len(line)))
+                    index.append((int(place[:12], 16) % self.plan.shards, offset, len(line), zlib.crc32(line)))
                     offset += file.write(line)
-        with atomic_write(path.with_suffix(".npy"), "wb") as file:
-            np.save(file, np.array(index, dtype=np.int64).reshape(-1, 3))
+        save_array(path.with_suffix(".npy"), np.array(index, dtype=np.int64).reshape(-1, 4))
 
 
 def _sort_key(seed: int, document: Document, copy: int) -> str:
@@ -182,11 +183,14 @@ class _SortTask:
         figures, records = PartFigures(), []
         for part in self.parts:
             path = self.plan.drawn_path(part)
-            index = np.load(path.with_suffix(".npy"), allow_pickle=False)
+            index = load_array(path.with_suffix(".npy"))
             with path.open("rb") as file:
-                for _, offset, length in index[index[:, 0] == self.shard].tolist():
+                for _, offset, length, crc32 in index[index[:, 0] == self.shard].tolist():
                     file.seek(offset)
-                    records.append(parse_object(file.read(length)))
+                    if zlib.crc32(line := file.read(length)) != crc32:
+                        raise UserError("file is damaged: it has changed since it was written", where=path,
+                                        hint="make it anew")
+                    records.append(parse_object(line))
         records.sort(key=lambda record: (record["_place"], record["id"]))
         with RecordWriter(Path(self.layout.documents) / f"part-{self.shard:05d}.{self.format}") as out:
             for record in records:

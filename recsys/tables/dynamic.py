@@ -82,7 +82,7 @@ class DynamicTable:
         most: rows at most, 0 = no bound; when it is reached newcomers stay unknown until others expire.
         least: times that a key must have been seen before it gets a row.
         share: probability that a step which meets an unknown key admits it.
-        folder: files for the rows; None = in memory.
+        folder: of the file for the rows; None = in memory.
 
     Raises:
         UserError: no memory, or the files cannot be made.
@@ -102,13 +102,13 @@ class DynamicTable:
 
     def __post_init__(self) -> None:
         self.states = STATES[self.optimizer](self.width)
-        files = [None] * 4
+        file = None
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            files = [str(self.folder / f"{name}.bin").encode() for name in ("values", "states", "counts", "seen")]
+            file = str(self.folder / "rows.bin").encode()
         self._kernel = library()
         self._table = self._kernel.table_new(self.width, self.states, self.direct_rows, self.most,
-                                             self.seed & (2**64 - 1), self.std, self.state_start, *files)
+                                             self.seed & (2**64 - 1), self.std, self.state_start, file)
         if not self._table:
             raise UserError("the table cannot be made: no memory or no space", where=self.folder or "data.tables",
                             value=f"{self.direct_rows} rows of {self.width}")

@@ -16,7 +16,7 @@ _LONG, _INT, _UNSIGNED, _DOUBLE, _FLOAT, _TEXT, _POINTER = (
     ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_double, ctypes.c_float, ctypes.c_char_p, ctypes.c_void_p)
 
 _SIGNATURES = {
-    "table_new": (_POINTER, [_LONG] * 4 + [ctypes.c_uint64, _DOUBLE, _FLOAT] + [_TEXT] * 4),
+    "table_new": (_POINTER, [_LONG] * 4 + [ctypes.c_uint64, _DOUBLE, _FLOAT, _TEXT]),
     "table_free": (None, [_POINTER]),
     "table_sizes": (None, [_POINTER] * 2),
     "keys_unique": (_LONG, [_POINTER, _LONG] + [_POINTER] * 3),

@@ -5,8 +5,9 @@
 
 1. A whole training step of configs/recsys/tokenmixer_large.yaml with tables of width 16 and row-wise Adagrad, whose
    users and items (and histories of items) are Zipf-distributed ids of that many rows in all, in files mapped into
-   memory; every row is written before the clock starts. The sizes take turns in one process. Beside it the lookup and
-   the update alone. `ratio` is the step with the fewest rows over the step with the most: the aim is 0.87 or more.
+   memory (--folder says where: on a disk the time of writing back comes in); every row is written before the clock
+   starts. The sizes take turns in one process. Beside it the lookup and the update alone. `ratio` is the step with the
+   fewest rows over the step with the most: the aim is 0.87 or more.
 2. Lookup + update of one table (element-wise Adagrad, ids Zipf-distributed, --peer-rows rows): ours with ids found by
    hashing and by number, torch's EmbeddingBag with sparse gradients and its Adagrad, and the table of fbgemm that
    TorchRec's modules are made of, with its fused row-wise Adagrad, where --torchrec names a Python that has it.

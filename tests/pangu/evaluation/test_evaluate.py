@@ -190,6 +190,9 @@ def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
                         lambda some, keep: some and pytest.fail("all answers are known"))
     assert third.loglikelihood(together) == second.loglikelihood(together)
     assert not RequestCache(tmp_path, "other").answers
+    known = RequestCache(tmp_path, "f").answers
+    file.write_text(file.read_text().replace("-", "-1"))
+    assert known.items() > RequestCache(tmp_path, "f").answers.items()  # what has changed is asked again
 
 
 class WordTokenizer(PairTokenizer):
