@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from parallel.common.settings import Settings
+from parallel.planning.cost.segments import Collective, Work
 from parallel.planning.mesh import Mesh
-from parallel.planning.segments import Collective, Work
 
 
 class LinkSettings(Settings):

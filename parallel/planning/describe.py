@@ -4,7 +4,7 @@ inputs.
 The forward pass is traced once with shapes instead of numbers: cells and primitives are called as always, but a
 primitive only notes what it was given (`parallel.planning.shapes` says what comes out). The layouts are those that the
 layers declare (`Layer.sharding()`), so there is no second list of formulas: a model that can be built can be planned.
-Axes stay names here; `parallel.planning.cost` puts numbers on them for one `ParallelConfig`.
+Axes stay names here; `parallel.planning.cost.network` puts numbers on them for one `ParallelConfig`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SymbolicTensor:
     """A tensor of the trace: dims, element type and where it comes from.
 
     Args:
-        dims: sizes (what shards them is computed for one layout by `parallel.planning.cost`).
+        dims: sizes (what shards them is computed for one layout by `parallel.planning.cost.network`).
         dtype: name of the element type.
         parameter: name of the parameter that it is (also after casts), or None.
         differentiable: whether a gradient may flow to it.

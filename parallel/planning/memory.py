@@ -1,6 +1,7 @@
 """What one rank holds and communicates in a step: parameters, states, gradients, activations, collectives.
 
-`parallel.planning.cost` knows one micro-batch of every unit; here units are put on stages and the choices that come on
+`parallel.planning.cost.network` knows one micro-batch of every unit; here units are put on stages and the choices that
+come on
 top are added: pipeline, micro-batches, recomputation, optimizer parallelism. The figures mean what the dry run's mean
 (`parallel.proof.dryrun.accounting`), so the two can be held against each other; two kinds that a graph
 before memory planning does not show are listed apart: copies of weights in the compute type, and communication
@@ -13,10 +14,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from parallel.planning.cost import NetworkCost
+from parallel.planning.cost.network import NetworkCost
+from parallel.planning.cost.segments import Collective, Segment, SegmentCost
 from parallel.planning.describe import WIDTH, Description, ParameterCount
 from parallel.planning.mesh import Mesh
-from parallel.planning.segments import Collective, Segment, SegmentCost
 from parallel.planning.shapes import Dim, Dims
 from parallel.planning.timeline import most_held
 from parallel.sharding.config import ParallelConfig

@@ -14,7 +14,8 @@ from typing import Any
 
 from parallel.common.settings import load_settings
 from parallel.planning.cluster import ClusterSettings, Network
-from parallel.planning.cost import NetworkCost, network_cost
+from parallel.planning.cost.network import NetworkCost, network_cost
+from parallel.planning.cost.segments import Collective, Segment, SegmentCost, segments
 from parallel.planning.describe import Description, as_on_ascend, describe
 from parallel.planning.memory import (
     Holdings,
@@ -26,7 +27,6 @@ from parallel.planning.memory import (
     stage_figures,
     stages_of_units,
 )
-from parallel.planning.segments import Collective, Segment, SegmentCost, segments
 from parallel.planning.timeline import Timeline, bound, timeline
 from parallel.sharding.config import ParallelConfig
 from parallel.task import Task, load_run

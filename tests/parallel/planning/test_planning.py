@@ -13,7 +13,7 @@ import pytest
 from parallel.common.errors import UserError
 from parallel.common.settings import load_settings
 from parallel.planning.cluster import ClusterSettings
-from parallel.planning.cost import network_cost
+from parallel.planning.cost.network import network_cost
 from parallel.planning.describe import as_on_ascend, describe
 from parallel.planning.hints import hints
 from parallel.planning.memory import Holdings, parameter_slices, stage_figures

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from parallel.planning.cost.forward import ForwardPass, ForwardTracer, FusedCells, source_tensor
+from parallel.planning.cost.segments import Segment, SegmentCost, segments
 from parallel.planning.describe import WIDTH, Description
-from parallel.planning.forward import ForwardPass, ForwardTracer, FusedCells, source_tensor
 from parallel.planning.mesh import Mesh
-from parallel.planning.segments import Segment, SegmentCost, segments
 from parallel.planning.shapes import Dim, Dims
 from parallel.sharding.config import ParallelConfig
 

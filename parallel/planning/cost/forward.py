@@ -2,7 +2,7 @@
 
 Every operation of the segment is followed in order. Its operands are redistributed to the layouts that its layer
 states, its rule gives the layouts of its results, and a dim that is summed over and sharded makes the result a sum of
-the ranks' parts. `parallel.planning.cost` derives from the result what is kept and what a recomputation runs.
+the ranks' parts. `parallel.planning.cost.network` derives from the result what is kept and what a recomputation runs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from parallel.planning.cost.segments import Collective, Segment, Work
 from parallel.planning.describe import WIDTH, Op, SymbolicTensor, axes_in_order
 from parallel.planning.mesh import Mesh, redistribution
-from parallel.planning.segments import Collective, Segment, Work
 from parallel.planning.shapes import PRODUCTS, VIEWS, Dim, Dims
 
 BACK = {"AllReduce": "AllReduce", "AllGather": "ReduceScatter", "ReduceScatter": "AllGather", "AlltoAll": "AlltoAll"}
