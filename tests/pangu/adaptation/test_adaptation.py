@@ -102,7 +102,7 @@ def test_ranks_share_the_batch_of_one_process_and_every_pair_comes_once_an_epoch
     assert (np.bincount(numbers, minlength=single.records) == 4).all()
 
 
-@pytest.mark.parametrize("rows, told", [
+@pytest.mark.parametrize("rows, message", [
     (['{"prompt": "a"}'], "line 1: 'answer' is no text"), (["[1]"], "line 1: not a JSON object"),
     (["{"], "line 1: not JSON"), ([], "no pairs"), ([{"prompt": "字" * 50, "answer": "b"}], "pair 1 has")])
 def test_bad_pairs_are_one_line(tmp_path, rows, message):
@@ -227,7 +227,7 @@ def test_a_launched_finetune_says_what_it_misses(home, capsys):
     assert "adapt: the config file does not say what to adapt to" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb, words, told", [
+@pytest.mark.parametrize("verb, words, message", [
     ("finetune", [], "adapt: the config file does not say what to adapt to"),
     ("extract-adapter", ["--checkpoint", "{base}", "--output", "{new}"], "there are no adapters in the checkpoint"),
     ("merge-adapter", ["--checkpoint", "{base}", "--output", "{new}"], "there are no adapters in the checkpoint")])
