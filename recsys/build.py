@@ -11,14 +11,20 @@ from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig, divides
 from parallel.task import Input, Task, with_sample_numbers
 from recsys.data.features import FeatureSpec
-from recsys.models import NAMES, module_of
+from recsys.models import NAMES
+from recsys.network import labels_of, loss_network
+from recsys.passes.tasks import check_inference, inference, inference_kinds, shapes_inference
 from recsys.settings import run_class
 from recsys.tables.columns import window_spec
 
 if TYPE_CHECKING:
     from recsys.settings import Run
 
+__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "inference_kinds",
+           "labels_of", "loss_network", "settings_class", "shapes_inference", "stored_settings_class", "train_on"]
 MODELS = NAMES
+INFERENCE_VERBS = {"evaluate": False, "serve": False, "bench": False}
+"""See `parallel.task`."""
 TRAINING_VERBS = {"train": lambda settings: None}
 
 
@@ -62,8 +68,8 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     Raises:
         UserError: an axis does not divide what it shards, or a vocabulary's size is neither given nor to be had.
     """
-    from recsys.layers.embedding import is_sparse
     from recsys.layers.sizes import count
+    from recsys.tables.names import is_sparse
 
     spec = spec_of(settings)
     if settings.data.tables.place == "host":
@@ -89,40 +95,10 @@ def scores(network: Any) -> Any:
     return Scores(network.model)
 
 
-def loss_network(settings: Run, spec: FeatureSpec, tasks: int, compute_dtype: str = "float32") -> Any:
-    """The model under its loss, without parameter values."""
-    from mindspore import dtype as mstype
-    from mindspore.nn.utils import no_init_parameters
-
-    from recsys.ranker import TrainingLoss
-
-    if spec.is_dynamic and settings.data.tables.place != "host":
-        name = next(name for name, slot in spec.slots.items() if slot.feature.is_dynamic)
-        raise UserError("values: dynamic needs tables on the host", where=f"features.{name}.values",
-                        hint="set data.tables.place: host")
-    with no_init_parameters():
-        model = module_of(settings.model.name).MODEL(settings.model, spec, tasks, getattr(mstype, compute_dtype))
-        return TrainingLoss(model, label_weights(settings) if settings.data.label_weights else None)
-
-
-def label_weights(settings: Run) -> np.ndarray:
-    """bool [K, W]: which of the columns of weights each label's samples have."""
-    names, own = labels_of(settings), settings.data.label_weights
-    columns = list(dict.fromkeys(own.values()))
-    return np.array([[own.get(name) == column for column in columns] for name in names])
-
-
 def target_columns(settings: Run) -> int:
     """T: labels, columns of weights, and one for the group where a loss compares a user's samples."""
     return (len(labels_of(settings)) + len(set(settings.data.label_weights.values()))
             + int(any(task.pairwise or task.listwise for task in settings.model.tasks)))
-
-
-def labels_of(settings: Run) -> list[str]:
-    """Label columns of the run."""
-    from recsys.data.readers import reader
-
-    return settings.data.labels or reader(settings.data.reader).labels
 
 
 def spec_of(settings: Run) -> FeatureSpec:

@@ -231,7 +231,7 @@ def check_token_axes(settings: RankerSettings, parallel: ParallelConfig, batch: 
     divides(op * parallel.data, batch, where="parallel.op", what="train.global_batch_size")
 
 
-class Scores(Layer):
+class Scores(Layer, Trainable):
     """probabilities_BK of a ranker, float32; products of them and numbers where tasks are such."""
 
     inputs = 2
@@ -247,6 +247,10 @@ class Scores(Layer):
         if self.answers is not None:
             return self.answers(logits_BK)
         return self.sigmoid(logits_BK)
+
+    def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]] | None:
+        """See `Ranker.pipeline_cells`; what follows the model stands on its last stage."""
+        return self.model.pipeline_cells()
 
     def sharding(self) -> list[OpSharding]:
         return [OpSharding(self.sigmoid, (("batch", None),))]

@@ -21,7 +21,7 @@ from recsys.data.columns import features_of
 from recsys.data.features import Feature, FeatureSpec, assign_columns
 from recsys.data.log import VOCABULARY, count_values
 from recsys.data.vocabulary import Vocabulary
-from recsys.layers.embedding import is_sparse
+from recsys.tables.names import is_sparse
 from recsys.tables.refresh import refresh_run
 
 if TYPE_CHECKING:

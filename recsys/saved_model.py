@@ -54,13 +54,18 @@ class Trained:
         return encoding_version(self) == encoding_version(other)
 
 
-def settings_of(checkpoint: Path, config: str | None = None) -> Any:
+def settings_of(checkpoint: Path, config: str | None = None, stored: bool = False) -> Any:
     """The run's settings: those of a file, or those that the trainer kept in the checkpoint.
+
+    Args:
+        checkpoint: where they are kept.
+        config: the file.
+        stored: take the model's block as it was kept, without importing the model.
 
     Raises:
         UserError: neither is there.
     """
-    from recsys.settings import Run, run_class
+    from recsys.settings import Run, StoredRun, run_class
 
     if config is not None:
         return load_settings(Run.for_file(config, []), config, [])
@@ -68,7 +73,8 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     if not kept or "model" not in kept:
         raise UserError("the checkpoint does not say which settings it was trained with", where=checkpoint,
                         hint="name them with --config")
-    return run_class(kept["model"].get("name", "")).model_validate(current_keys(kept))
+    kind = StoredRun if stored else run_class(kept["model"].get("name", ""))
+    return kind.model_validate(current_keys(kept))
 
 
 def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:
@@ -87,14 +93,14 @@ def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:
     return Vocabulary()
 
 
-def describe(checkpoint: str | Path, config: str | None = None) -> Trained:
-    """Everything of a trained ranker but its network.
+def describe(checkpoint: str | Path, config: str | None = None, stored: bool = False) -> Trained:
+    """Everything of a trained ranker but its network; see `settings_of`.
 
     Raises:
         UserError: no checkpoint, settings or vocabulary there.
     """
     path = resolve_checkpoint(checkpoint)
-    settings = settings_of(path, config)
+    settings = settings_of(path, config, stored)
     features = features_of(settings.data)
     vocabulary = vocabulary_of(path, settings)
     spec = assign_columns(features, settings.model.embedding_size, vocabulary.sizes())
@@ -112,7 +118,7 @@ def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) ->
     Raises:
         UserError: see `describe` and `parallel.checkpoint.full.load_parameters`.
     """
-    from recsys.build import loss_network
+    from recsys.network import loss_network
     from recsys.quantization import layers as quantization
 
     trained = describe(checkpoint, config)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 from pydantic import ConfigDict, Field, model_validator
 
 from parallel.common.errors import UserError
-from parallel.common.settings import Settings
+from parallel.common.settings import Settings, apply_override, read_yaml_tree
 from parallel.sharding.config import ParallelConfig
 from parallel.training.settings import (
     EarlyStopSettings,
@@ -22,6 +22,7 @@ from recsys.data.features import Feature
 from recsys.data.streams.settings import StreamSettings
 from recsys.live.settings import PublishSettings
 from recsys.models import module_of
+from recsys.serving.settings import ServeSettings
 from recsys.tables.settings import TableSettings
 
 
@@ -314,12 +315,12 @@ class Run(Settings):
     """Where results go."""
     publish: PublishSettings = PublishSettings()
     """Versions for servers that follow the run."""
+    serve: ServeSettings = ServeSettings()
+    """The HTTP server, where the run's file is what it is started with."""
 
     @classmethod
     def for_file(cls, path: str | None, overrides: list[str]) -> type[Run]:
         """This class with the `model` block of the model that the file (or an override) names."""
-        from parallel.common.settings import apply_override, read_yaml_tree
-
         tree = read_yaml_tree(path) if path is not None else {}
         for override in overrides:
             apply_override(tree, override)
@@ -333,6 +334,31 @@ def run_class(name: str) -> type[Run]:
     settings = module_of(name).SETTINGS
     field = pydantic.Field(default_factory=settings, description="The ranker's sizes and choices.")
     return pydantic.create_model("Run", __base__=Run, __doc__=Run.__doc__, model=(settings, field))
+
+
+class ServeRun:
+    """Settings of `serve`: of the server alone, or a run's file, whose block `serve` they are; there a key of the block
+    may stand without its name, as port=8000."""
+
+    @classmethod
+    def for_file(cls, path: str | None, overrides: list[str]) -> type[Settings]:
+        """The class that fits the file."""
+        if path is None or "model" not in read_yaml_tree(path):
+            return ServeSettings
+        return _serve_run_class(Run.for_file(path, []))
+
+
+@cache
+def _serve_run_class(run: type[Run]) -> type[Run]:
+    def moved(cls: type[Run], tree: Any) -> Any:
+        if not isinstance(tree, dict) or not isinstance(tree.get("serve") or {}, dict):
+            return tree
+        short = {key for key in tree if key in ServeSettings.model_fields and key not in cls.model_fields}
+        block = {**(tree.get("serve") or {}), **{key: tree[key] for key in short}}
+        return {key: value for key, value in tree.items() if key not in short} | ({"serve": block} if short else {})
+
+    return pydantic.create_model("ServeRun", __base__=run, __doc__=run.__doc__, __validators__={
+        "serve_keys": model_validator(mode="before")(classmethod(moved))})
 
 
 class StoredModel(RankerSettings):

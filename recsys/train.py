@@ -24,10 +24,10 @@ from recsys.data.batches import Batches
 from recsys.data.log import Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
-from recsys.layers.embedding import is_sparse
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
+from recsys.tables.names import is_sparse
 from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
 from recsys.training.fit import check_device, finish, start_values
 from recsys.training.validation import Best, evaluation_batch, validation_rows

@@ -170,6 +170,10 @@ class TorchStep:
         """Of the network, those that this rank holds."""
         return self._of("parameter")
 
+    def whole_start(self, name: str) -> np.ndarray:
+        """Start value of a parameter before it is sharded."""
+        return start_of(self.program.by_name[name], None, self.program.seed)
+
     def states(self) -> list[TorchTensor]:
         """Moments that this rank holds."""
         return self._of("state")

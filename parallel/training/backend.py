@@ -101,6 +101,14 @@ class Backend(Protocol):
         ...
 
 
+class SlicedBackend(Backend, Protocol):
+    """A backend that can tell what its parameters started from (all but MindSpore's of a whole network)."""
+
+    def whole_start(self, name: str) -> np.ndarray:
+        """Start value of a parameter of the network before it is sharded."""
+        ...
+
+
 @runtime_checkable
 class SinkingBackend(Protocol):
     """A backend that can run stretches of steps by itself (MindSpore's data sink on Ascend)."""

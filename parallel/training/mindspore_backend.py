@@ -16,6 +16,7 @@ from mindspore import Tensor, nn, ops
 
 from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
+from parallel.layers.parameter import start_value
 from parallel.training.backend import Batch, Outputs
 from parallel.training.device import DeviceSum
 from parallel.training.operation.stall import waiting
@@ -163,6 +164,11 @@ class ShardedBackend(MindSporeBackend):
     def cell(self) -> Any:
         """See `MindSporeBackend`."""
         return self.run.cell
+
+    def whole_start(self, name: str) -> np.ndarray:
+        """See `SlicedBackend`."""
+        starts = {parameter.name: parameter.start for parameter in self.run.task.network.get_parameters()}
+        return start_value(name, self.holder.shapes[name], starts[name], self.run.settings.seed)
 
     def loss(self, batch: Batch) -> tuple[float, float]:
         """See `Backend`."""

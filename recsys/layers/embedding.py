@@ -406,8 +406,3 @@ def group_widths(spec: FeatureSpec) -> dict[str, int]:
     widths = {name: sum(spec.width(f.name) for f in features if not (f.is_list and f.pooling == "none"))
               for name, features in spec.groups.items()}
     return {name: width for name, width in widths.items() if width}
-
-
-def is_sparse(name: str) -> bool:
-    """Whether a parameter is an embedding table (trained by `train.sparse_optimizer`)."""
-    return name.endswith(".table") and ".tables." in name

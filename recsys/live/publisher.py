@@ -22,10 +22,10 @@ from parallel.training.backend import Backend
 from parallel.training.companions import Companion
 from recsys.data.features import FeatureSpec
 from recsys.data.readers import reader
-from recsys.layers.embedding import is_sparse
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Values, Versions
 from recsys.tables.files import FOLDER, write_entries
+from recsys.tables.names import is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -205,7 +205,7 @@ def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: 
                         hint="set publish.every_steps")
     if tables is not None and backend.ranks > 1:
         raise UserError("tables spread over processes are not published", where="publish",
-                        hint="train with one process, or with data.tables.place: device")
+                        hint="train with one process, or with data.tables.place: graph")
     optimizer = settings.train.sparse_optimizer or settings.train.optimizer
     folder = Path(own.directory or Path(settings.output.directory) / "live")
     return Publisher(own, folder, backend, spec, settings.model_dump(mode="json"),

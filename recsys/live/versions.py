@@ -60,7 +60,7 @@ class Delta:
     """What changed since the version before.
 
     Args:
-        dense: full parameters by name.
+        dense: full parameters by name; to be written also `NamedTensor`s, which are read one at a time.
         rows: of tables in the graph: name -> (row numbers int64 [n], values [n, W]).
         entries: of tables on the host: feature -> `recsys.tables.dynamic.Entries`.
         version, step, event_time: which version it makes.
@@ -152,8 +152,8 @@ class Versions:
             for name, (rows, values) in delta.rows.items():
                 arrays[name + _ROWS], arrays[name + _VALUES] = rows, values
             checksums = write_safetensors(hidden / "delta.safetensors", [
-                (name, dtype_name(array.dtype), array.shape, lambda array=array: array)
-                for name, array in arrays.items()])
+                (item.name, item.dtype, item.shape, item.read) for item in (
+                    Values(name, value) if isinstance(value, np.ndarray) else value for name, value in arrays.items())])
             if add_files is not None:
                 add_files(hidden)
             write_json(hidden / "manifest.json", {"version": version, "step": delta.step,

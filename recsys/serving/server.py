@@ -32,11 +32,12 @@ from parallel.serving.metrics import SECONDS, HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.run import address, bind, serve
 from recsys.layers.tasks import Formula
+from recsys.passes.sharded import is_sharded
 from recsys.serving import arrow_body
 from recsys.serving.feature_store import FeatureStore, StoreAway
 from recsys.serving.requests import Ask, read_request
 from recsys.serving.settings import ServeSettings
-from recsys.serving.workers import ARROW, JSON, Peers, WorkerAddress, run_workers, shared_listener
+from recsys.serving.workers import ARROW, JSON, Peers, Place, run_workers, shared_listener
 from recsys.versions.pinned import Versions
 from recsys.versions.request_log import RequestLog
 
@@ -121,8 +122,8 @@ class Service:
         self.engine.stop()
 
     async def answer(self, request: Any) -> dict:
-        """The answer to a call of /rank. Only a request whose body has come takes a slot, and of these only a limited
-        number are held at once as could be scored or wait.
+        """The answer to a call of /rank. Only a request whose body has come takes a place, and of these only so many
+        are held at once as could be scored or wait.
 
         Raises:
             Refusal, ClientGone: as `rank` and `Bodies.read`.
@@ -143,16 +144,16 @@ class Service:
         if self.peers is None:
             return await self.rank(raw, kind)
         try:
-            owner = self.peers.worker.owner(user_of(raw, kind, self.engine.trained, self.settings.max_candidates))
+            owner = self.peers.place.owner(user_of(raw, kind, self.engine.trained, self.settings.max_candidates))
         except (BadText, UserError):
-            owner = self.peers.worker.index  # says here what is wrong with it
+            owner = self.peers.place.index  # says here what is wrong with it
         return await self.peers.answer(owner, raw, kind)
 
     async def rank(self, raw: bytes, kind: int = JSON) -> dict:
         """The answer to a request's body.
 
         Raises:
-            Refusal: 400 not JSON, 422 wrong content, 503 no slot or no time.
+            Refusal: 400 not JSON, 422 wrong content, 503 no place or no time.
         """
         seconds = self.settings.engine.timeout_seconds
         for _ in range(2):
@@ -200,10 +201,10 @@ class Service:
 
     async def everywhere(self, call: str, name: str | None = None) -> dict:
         """`control` here, and then by the other workers."""
-        answer = await self.control(call, name)
+        told = await self.control(call, name)
         if self.peers is not None:
             await self.peers.tell_all({"call": call, "name": name})
-        return answer
+        return told
 
     async def control(self, call: str, name: str | None) -> dict:
         """Reloads ("reload"), or pins, goes back or lets go ("pin", "rollback", "unpin"), in this process.
@@ -248,7 +249,7 @@ class Service:
         return {"status": "ok", "version": self.engine.version, "checkpoint": str(trained.path),
                 "model": trained.settings.model.name, "separated": self.engine.scorer.separated,
                 "waiting": self.engine.waiting, "cache_hit_rate": round(self.engine.cache.hit_rate, 4),
-                **({"worker": self.peers.worker.index} if self.peers is not None else {}),
+                **({"worker": self.peers.place.index} if self.peers is not None else {}),
                 **(self.follower.figures() if self.follower is not None else {})}
 
 
@@ -268,8 +269,7 @@ def _object(raw: bytes, most: int, kind: int) -> Any:
 
 
 def user_of(raw: bytes, kind: int, trained: Any, most: int) -> Any:
-    """What identifies a request's user: the id, where the run's `data.user` is in it, else all that it says of the
-    user."""
+    """What tells a request's user: the id, where the run's `data.user` is in it, else all that it says of the user."""
     body = _object(raw, most, kind)
     user = body.get("user") if isinstance(body, dict) else None
     if not isinstance(user, dict):
@@ -322,8 +322,9 @@ def application(service: Service) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `serve`."""
-    parser.add_argument("--checkpoint", metavar="DIR", required=True,
-                        help="the run or checkpoint to serve, float or quantized; reloads look for a newer one there")
+    parser.add_argument("--checkpoint", metavar="DIR",
+                        help="the run or checkpoint to serve, float or quantized; reloads look for a newer one there "
+                        "(may be missing where --config is a run's file: its output.directory)")
     parser.add_argument("--run-config", metavar="FILE",
                         help="settings of the run (default: those kept in the checkpoint)")
 
@@ -335,14 +336,22 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
         UserError: a package is missing, the port is taken, or the checkpoint cannot be served.
     """
     require()
-    worker = WorkerAddress.mine()
-    if settings.workers > 1 and worker is None:
+    run_settings = None if isinstance(settings, ServeSettings) else settings
+    if run_settings is not None:
+        settings = run_settings.serve
+        arguments.checkpoint = arguments.checkpoint or run_settings.output.directory
+    if arguments.checkpoint is None:
+        raise UserError("say what to serve", where="--checkpoint", hint="name a run or a checkpoint")
+    if is_sharded():
+        return _run_sharded(run_settings, settings, arguments)
+    place = Place.mine()
+    if settings.workers > 1 and place is None:
         return run_workers(settings, f"serve {arguments.checkpoint}")
     from parallel.training.device import start_device
     from recsys.saved_model import load
     from recsys.serving.engine import Engine
 
-    listener = bind(settings) if worker is None else shared_listener(settings, worker.port)
+    listener = bind(settings) if place is None else shared_listener(settings, place.port)
     start_device()
     rows, current = max(settings.engine.candidates[-1], settings.engine.requests), None
     if settings.follow:
@@ -351,14 +360,36 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
         trained, current = load_current(live_folder(arguments.checkpoint), rows)
     else:
         trained = load(arguments.checkpoint, arguments.run_config, rows)
-    engine = Engine(trained, settings.engine)
-    engine.start(lambda graph: info(f"compiled {graph}"))
-    service = Service(engine, settings, arguments.checkpoint)
-    if worker is not None:
-        service.peers = Peers(worker, service.rank, service.control)
+    service = _started(Engine(trained, settings.engine), settings, arguments.checkpoint)
+    if place is not None:
+        service.peers = Peers(place, service.rank, service.control)
     if current is not None:
-        service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
-    line = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
-    serve(application(service), listener, settings, one_line, lambda: info(line))
+        service.follow(Follower(service.engine, current, settings.follow_seconds, service.metrics.took_version))
+    return _served(service, listener)
+
+
+def _run_sharded(run_settings: Any, settings: ServeSettings, arguments: argparse.Namespace) -> dict:
+    """One of the processes of a launch."""
+    from recsys.serving.sharded import open_engine
+
+    engine = open_engine(run_settings, settings, arguments.checkpoint, arguments.run_config)
+    if engine is None:
+        return {}
+    try:
+        return _served(_started(engine, settings, arguments.checkpoint), bind(settings))
+    finally:
+        engine.ranker.close()
+
+
+def _started(engine: Any, settings: ServeSettings, folder: str) -> Service:
+    engine.start(lambda graph: info(f"compiled {graph}"))
+    return Service(engine, settings, folder)
+
+
+def _served(service: Service, listener: Any) -> dict:
+    """Until a signal; the verb's figures."""
+    engine, trained = service.engine, service.engine.trained
+    said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
+    serve(application(service), listener, service.settings, one_line, lambda: info(said))
     service.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}

@@ -34,7 +34,7 @@ _LONGEST = 64 << 20
 JSON, ARROW, CONTROL = 0, 1, 2
 
 
-class WorkerAddress:
+class Place:
     """Which of how many workers this process is, and where the others are.
 
     Args:
@@ -47,8 +47,8 @@ class WorkerAddress:
         self.index, self.count, self.folder, self.port = index, count, Path(folder), port
 
     @classmethod
-    def mine(cls) -> WorkerAddress | None:
-        """As the parent passed it; None in a process that serves alone, and in the parent."""
+    def mine(cls) -> Place | None:
+        """As the parent said; None in a process that serves alone, and in the parent."""
         text = os.environ.get(_VARIABLE)
         return cls(*parse_json(text)) if text else None
 
@@ -82,7 +82,7 @@ def shared_listener(settings: HttpSettings, port: int | None = None) -> socket.s
 # ---------------------------------------------------------------- the parent
 
 
-def run_workers(settings: Any, summary: str) -> dict:
+def run_workers(settings: Any, said: str) -> dict:
     """Starts the workers, starts one anew that dies, and ends them at SIGTERM or SIGINT."""
     _nobody_listens(settings)
     listener = shared_listener(settings)  # never listens: it keeps the port
@@ -96,7 +96,7 @@ def run_workers(settings: Any, summary: str) -> dict:
         signal.signal(number, end)
     with tempfile.TemporaryDirectory(prefix="ranker-") as folder:
         workers = [_start(index, settings.workers, folder, port) for index in range(settings.workers)]
-        info(f"{settings.workers} processes {summary}")
+        info(f"{settings.workers} processes {said}")
         try:
             while not ending:
                 for index, worker in enumerate(workers):
@@ -151,15 +151,15 @@ class Peers:
         control: does here what concerns every worker: `await control(call, name)`.
     """
 
-    def __init__(self, worker: WorkerAddress, rank: Any, control: Any = None) -> None:
-        self.worker, self.rank, self.control = worker, rank, control
-        self.free: dict[int, list] = {index: [] for index in range(worker.count)}
+    def __init__(self, place: Place, rank: Any, control: Any = None) -> None:
+        self.place, self.rank, self.control = place, rank, control
+        self.free: dict[int, list] = {index: [] for index in range(place.count)}
         self.server: Any = None
         self.passed_on = self.fallen_back = 0
 
     async def start(self) -> None:
         """Takes bodies from the others."""
-        path = self.worker.socket(self.worker.index)
+        path = self.place.socket(self.place.index)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         self.server = await asyncio.start_unix_server(self._serve, path)
@@ -170,7 +170,7 @@ class Peers:
         Raises:
             Refusal: as `rank`.
         """
-        if owner == self.worker.index:
+        if owner == self.place.index:
             return await self.rank(raw, kind)
         try:
             status, body = await self._ask(owner, raw, kind)
@@ -184,8 +184,8 @@ class Peers:
 
     async def tell_all(self, call: dict) -> None:
         """`control` in every other worker; one that is away reads the newest model when it starts anew."""
-        for other in range(self.worker.count):
-            if other != self.worker.index:
+        for other in range(self.place.count):
+            if other != self.place.index:
                 with contextlib.suppress(OSError, EOFError):
                     status, body = await self._ask(other, json.dumps(call).encode(), CONTROL)
                     if status != 200:
@@ -193,7 +193,7 @@ class Peers:
 
     async def _ask(self, owner: int, raw: bytes, kind: int) -> tuple[int, dict]:
         free = self.free[owner]
-        reader, writer = free.pop() if free else await asyncio.open_unix_connection(self.worker.socket(owner))
+        reader, writer = free.pop() if free else await asyncio.open_unix_connection(self.place.socket(owner))
         try:
             writer.write(_HEAD.pack(len(raw), kind) + raw)
             await writer.drain()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.full import load_parameters
 from parallel.layers.parameter import initialize
-from recsys.build import loss_network
 from recsys.data.features import FeatureSpec
+from recsys.network import loss_network
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, dense_parameters
 

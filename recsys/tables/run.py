@@ -1,4 +1,4 @@
-"""Training and loading of rankers whose tables are on the host."""
+"""Training and loading of rankers whose tables lie on the host."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from parallel.training.device import Processes
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.trainer import Trainer
-from recsys.build import loss_network
 from recsys.data.batches import Batches
 from recsys.data.features import FeatureSpec
 from recsys.data.log import Log
 from recsys.evaluation import Evaluation
-from recsys.layers.embedding import is_sparse
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
+from recsys.network import loss_network
 from recsys.ranker import Scores, TrainingLoss
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
+from recsys.tables.names import is_sparse
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
 from recsys.training.any_backend import compares, keep_vocabulary, run_of
 from recsys.training.validation import Best, evaluation_batch, validation_rows
@@ -47,7 +47,7 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
     rows = validation_rows(settings, log.parts["validation"])
-    # The windows have rows for a batch of this process, no more.
+    # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
                             scores=backend.scorer, backend=backend)
     best = Best(settings, evaluation, lambda: dense_parameters(network), processes.rank, tables=tables)

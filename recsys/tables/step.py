@@ -17,8 +17,8 @@ from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.optimizers import Optimizer, pick
 from parallel.training.settings import TrainSettings
 from parallel.training.step import GlobalNorm, MeanGradient, TrainStep, times
-from recsys.layers.embedding import is_sparse
 from recsys.tables.host import HostTables
+from recsys.tables.names import is_sparse
 
 
 def dense_parameters(network: nn.Cell) -> list[Parameter]:

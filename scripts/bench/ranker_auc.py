@@ -118,8 +118,8 @@ class Trained:
         from recsys.build import loss_network
         from recsys.data.log import prepare
         from recsys.evaluation import Evaluation
-        from recsys.layers.embedding import is_sparse
         from recsys.layers.sizes import count
+        from recsys.tables.names import is_sparse
         from recsys.training.any_backend import attainable_auc
 
         ms.set_context(mode=ms.GRAPH_MODE)

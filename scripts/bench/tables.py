@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--torchrec", metavar="PYTHON", help="a Python with torchrec and fbgemm-gpu-cpu")
     parser.add_argument("--skip-step", action="store_true", help="leave part 1 out")
     parser.add_argument("--skip-peers", action="store_true", help="leave part 2 out")
-    parser.add_argument("--ids", type=int, help="measure the memory of a table of this many ids")
+    parser.add_argument("--ids", type=int, help="measure the memory of a table of so many ids")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side == "memory":
@@ -87,7 +87,7 @@ def zipf(rows: int, count: int, generator: np.random.Generator) -> np.ndarray:
 
 
 class Sized:
-    """The training step with tables of this many rows.
+    """The training step with tables of so many rows.
 
     Args:
         rows: of users and items together.
@@ -102,8 +102,8 @@ class Sized:
         from recsys.build import loss_network
         from recsys.data.columns import features_of
         from recsys.data.features import assign_columns
-        from recsys.layers.embedding import is_sparse
         from recsys.tables.host import HostTables
+        from recsys.tables.names import is_sparse
         from recsys.tables.step import HostedBackend, TableStep
 
         _, plain = load_run(str(ROOT / "configs/recsys/tokenmixer_large.yaml"))
@@ -303,7 +303,7 @@ def torchrec_side(rows: int, name: str):
 
 
 def memory(ids: int) -> dict:
-    """Peak resident bytes of a process that makes a table of this many ids, and seconds."""
+    """Peak resident bytes of a process that makes a table of so many ids, and seconds."""
     side = turns.Side(__file__, "memory", "--ids", str(ids))
     side.close()
     print(f"{ids:,} ids of width 8: {side.about}", file=sys.stderr)

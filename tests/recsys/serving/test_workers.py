@@ -16,7 +16,7 @@ import pytest
 
 from parallel.serving.errors import Refusal
 from recsys.saved_model import load
-from recsys.serving.workers import JSON, Peers, WorkerAddress
+from recsys.serving.workers import JSON, Peers, Place
 from tests.recsys.runs import body_of, make_run
 
 
@@ -34,7 +34,7 @@ def test_bodies_go_to_their_owner_and_are_scored_here_when_it_is_away(tmp_path):
 
             return rank
 
-        peers = [Peers(WorkerAddress(index, 3, str(tmp_path), 0), rank_of(index)) for index in range(3)]
+        peers = [Peers(Place(index, 3, str(tmp_path), 0), rank_of(index)) for index in range(3)]
         for one in peers[:2]:
             await one.start()
         answers = await asyncio.gather(*(peers[0].answer(number % 3, str(number).encode(), JSON)
@@ -48,7 +48,7 @@ def test_bodies_go_to_their_owner_and_are_scored_here_when_it_is_away(tmp_path):
         peers[1].server.close()
 
     asyncio.run(scenario())
-    place = WorkerAddress(0, 8, "", 0)
+    place = Place(0, 8, "", 0)
     owners = [place.owner(user) for user in range(800)]
     assert owners == [place.owner(user) for user in range(800)] and min(map(owners.count, range(8))) > 50
     assert place.owner({"a": 1, "b": 2}) == place.owner({"b": 2, "a": 1})

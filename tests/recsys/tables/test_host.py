@@ -184,10 +184,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, graph_mode):
     assert {key: resumed[key] for key in ("auc", "logloss", "loss")} == {
         key: uninterrupted[key] for key in ("auc", "logloss", "loss")}
     assert uninterrupted["table_rows"] > 100
-    _evaluate_gives_the_same(settings, tmp_path, resumed)
+    _evaluate_tells_the_same(settings, tmp_path, resumed)
 
 
-def _evaluate_gives_the_same(settings, folder, figures) -> None:
+def _evaluate_tells_the_same(settings, folder, figures) -> None:
     from recsys.evaluate import run
 
     arguments = SimpleNamespace(checkpoint=str(folder / "stopped" / "best"), part="test", requests=None,
@@ -207,7 +207,7 @@ def test_host_and_graph_train_alike(tmp_path, graph_mode):
     from recsys.build import loss_network
     from recsys.data.batches import Batches
     from recsys.data.log import prepare
-    from recsys.layers.embedding import is_sparse
+    from recsys.tables.names import is_sparse
     from recsys.tables.step import HostedStep, TableStep
 
     _, settings = load_run("configs/recsys/dlrm_mlp.yaml", [
