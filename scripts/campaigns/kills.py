@@ -75,8 +75,11 @@ def single(words: Callable[[Path], list[str]]) -> Callable[[Path], list[Child]]:
 def measure(campaign: Campaign, job: Job, folder: Path) -> bool:
     """The uninterrupted run: what it leaves, and how long it takes."""
     _fresh(job, folder)
-    for child in job.start(folder):  # the first brings what is imported late
-        child.ended(LIMIT)
+    first = job.start(folder)  # what is imported late, compiled once
+    if not all_ended(first, LIMIT):
+        campaign.fail(f"straight {job.name}", "does not end\n" + "\n".join(child.told()[-2000:] for child in first))
+        _end(first)
+        return False
     _fresh(job, folder)
     begun = time.monotonic()
     children = job.start(folder)

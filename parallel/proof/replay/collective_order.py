@@ -24,13 +24,28 @@ _FIRST_INPUT_ONLY = ("Depend", "Load")  # what follows only says when
 
 
 def wrong_order(programs: Sequence[Program]) -> str | None:
-    """The first collective of a group that is for something else on one rank than on another, or the first Send that
-    meets another one's Receive, in words; None if there is none.
+    """The first collective of a group that is for something else or of another shape on one rank than on another, or
+    the first Send that meets another one's Receive, in words; None if there is none.
 
     Args:
         programs: of all ranks, by number.
     """
-    return _groups_order(programs) or _pairs_order(programs)
+    return _groups_order(programs) or _groups_shapes(programs) or _pairs_order(programs)
+
+
+def _groups_shapes(programs: Sequence[Program]) -> str | None:
+    """Collectives that cannot meet: a cluster waits for ever where one rank brings more than another."""
+    for members, calls in sorted(calls_of_groups(programs).items()):
+        kinds = {rank: [node.op for node in nodes] for rank, nodes in calls.items()}
+        if set(calls) != set(members) or any(kind != kinds[members[0]] for kind in kinds.values()):
+            continue
+        for rank in members[1:]:
+            for number, (one, other) in enumerate(zip(calls[members[0]], calls[rank], strict=True)):
+                shapes = [[(item.shape, item.dtype) for item in node.outputs] for node in (one, other)]
+                if shapes[0] != shapes[1]:
+                    return (f"collective {number} of group {list(members)} is not of one shape: rank {members[0]} has "
+                            f"{shapes[0]} at {describe(one)}, but rank {rank} {shapes[1]} at {describe(other)}")
+    return None
 
 
 def _groups_order(programs: Sequence[Program]) -> str | None:

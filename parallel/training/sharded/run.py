@@ -146,7 +146,9 @@ def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
         cell.apply_sharding(Axes(config))
         fed = fed[:cell.inputs]
     ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
-    cut = switch_on(cell, config, ways, False)
+    # The last stage tells the result. Told to the others by the graph, it would meet zeros cut over two devices of a
+    # stage, whatever the result's own shape: no rank would ever have it.
+    cut = switch_on(cell, config, ways, False, told=False)
     cut.set_train(False)
     return cut, fed
 

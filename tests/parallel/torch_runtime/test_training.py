@@ -30,6 +30,7 @@ LAYOUTS = {
     "rankmixer op 2": ("rankmixer", 2, ["parallel.op=2"]),
     "pangu op 2, dropout": ("pangu", 2, ["parallel.op=2", "model.dropout=0.1"]),
     "pangu 2 stages": ("pangu", 2, DEEP),
+    "pangu op 2 x 2 stages": ("pangu", 4, ["parallel.op=2", *DEEP]),
     "pangu data 2 x op 2, sequence parallel": ("pangu", 4, ["parallel.data=2", "parallel.op=2",
                                                             "parallel.sequence=true"]),
     "pangu op 2, recompute": ("pangu", 2, ["parallel.op=2", "parallel.recompute.policy=full"]),

@@ -25,6 +25,14 @@ class TestOrders:
         inputs = [[np.ones(2, np.float32)]] * 2
         run_step([Rank(number, program, {}) for number, program in enumerate(programs)], inputs)  # it would not hang
 
+    def test_a_collective_that_cannot_meet(self):
+        """A cluster, and gloo, would wait for ever."""
+        one = graph_of(node("Neg", "a", ("x",), (2,)), collective("AllReduce", (0, 1), "out", "a"))
+        other = graph_of(node("Reshape", "a", ("x",), (1,)), node("AllReduce", "out", ("a",), (1,),
+                                                                  group_rank_ids=[[0], [1]]))
+        problem = wrong_order([prepare(one), prepare(other)])
+        assert problem.startswith("collective 0 of group [0, 1] is not of one shape: rank 0 has [((2,), 'float32')]")
+
     def test_same_order(self):
         assert wrong_order(self.ranks("ab", "ab")) is None and wrong_order(self.ranks("ba", "ba")) is None
 
