@@ -48,6 +48,11 @@ def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, 
     return any_backend.train_on(settings, backend, figures)
 
 
+def replay_overrides(settings: Run) -> list[str]:
+    """See `parallel.task`: PanGu-alpha needs none."""
+    return []
+
+
 def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of PanGu-alpha for one global batch, checked against the layout.
 
@@ -57,7 +62,7 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
         compute_dtype: "float32" or "float16".
 
     Raises:
-        UserError: an axis does not divide what it cuts, or the batch.
+        UserError: an axis does not divide what it shards, or the batch.
     """
     from mindspore.nn.utils import no_init_parameters
 
@@ -88,7 +93,7 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
         kind: one of `pangu.generation.sharded.shapes.KINDS`.
 
     Raises:
-        UserError: an axis does not divide what it cuts.
+        UserError: an axis does not divide what it shards.
     """
     from mindspore import dtype as mstype
     from mindspore.nn.utils import no_init_parameters

@@ -134,7 +134,7 @@ def distinct_ranks(report: RankReport) -> list[int]:
     kinds: dict[tuple, int] = {}
     for stage, count in enumerate(layers):
         last = stage == len(layers) - 1
-        # What a stage keeps alive under 1f1b depends on its number too, so memory is told for the earliest of a kind.
+        # What a stage keeps alive under 1f1b depends on its number too, so memory is given for the earliest of a kind.
         kinds.setdefault((stage == 0, last, count), stage * per_stage)
     return sorted(kinds.values())
 
@@ -148,7 +148,7 @@ def check(reports: list[RankReport]) -> None:
             raise UserError(
                 f"{sum(entry.times for entry in wrong)} unexpected redistributions on rank {report.rank}: two layers "
                 f"disagree on a layout, the first is {item.kind} of {list(item.shape)} {item.dtype}",
-                where=item.scope, hint="give both sides the same cut")
+                where=item.scope, hint="give both sides the same sharding")
 
 
 def check_transfers(reports: list[RankReport]) -> None:

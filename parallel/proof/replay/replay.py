@@ -30,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="training steps to compare (default 3)")
     parser.add_argument("--grid", metavar="LIST",
                         help="replay many layouts and print a table: all, or names with commas between (see "
-                             "docs/replay.md); overrides of the parallel block come on top of each")
+                        "docs/replay.md); overrides of the parallel block come on top of each")
     parser.add_argument("--float32", action="store_true",
                         help="execute the ranks in float32 and compare them with MindSpore's own step alone (default: "
-                             "ranks and one device in float64)")
+                        "ranks and one device in float64)")
     parser.add_argument("--graph", default="step", metavar="KIND",
                         help="the training step (default), or one call of a graph by which a trained model is used: "
-                             "decode, prefill, score")
+                        "decode, prefill, score")
     parser.add_argument("--keep", metavar="DIR", help="keep graphs, layouts and logs of all compiled ranks there")
     parser.add_argument("--every-rank", action="store_true",
                         help="compile every rank, also those whose graphs differ from others in their groups only")

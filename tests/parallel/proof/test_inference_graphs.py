@@ -19,6 +19,8 @@ CONFIG = str(Path(__file__).parents[3] / "configs" / "pangu" / "tiny.yaml")
 SIZES = {"layers": 3, "hidden_size": 32, "heads": 4, "vocabulary_size": 304, "sequence_length": 64}
 SMALL = [*(f"model.{name}={size}" for name, size in SIZES.items()), "generate.batch_size=3",
          "generate.prefill_chunk=16", "model.linear_std=0.2", "model.ffn_std=0.2", "model.embedding_std=0.5"]
+LAYOUTS = ["parallel.op=4", "parallel.pipeline.stages=2", "parallel.op=2 parallel.vocabulary=false",
+           "parallel.op=2 parallel.pipeline.stages=3"]
 
 
 def told(capsys, *words, code=0):
@@ -35,8 +37,7 @@ def test_ranks_of_op_2_decode_what_one_device_does(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", ["parallel.op=4", "parallel.pipeline.stages=2", "parallel.op=2 parallel.vocabulary=false",
-                                    "parallel.op=2 parallel.pipeline.stages=3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_graph_of_every_layout_is_one_devices(capsys, kind, layout):
     figures = told(capsys, "replay", "--graph", kind, *layout.split())
     assert figures["result"] < 1e-12 and figures["cache"] < 1e-12
