@@ -59,10 +59,10 @@ def _source(path: Path, config: ModelConfig) -> tuple[Any, str]:
     if path.is_dir() and any(next(path.glob(pattern), None) for pattern in _FIRST_SLICES):
         strategy = path / STRATEGY_NAME
         layouts = read_strategy(strategy) if strategy.is_file() else release_layouts(config)
-        shapes = {key.theirs: key.their_shape for key in keys(config, "mindspore")}
+        shapes = {key.foreign: key.their_shape for key in keys(config, "mindspore")}
         return SlicedCheckpoint(path, layouts, None, shapes), "mindspore"
     source = ManyFiles(path) if path.is_dir() else open_file(path)
-    known = {naming: sum(key.theirs in source.entries for key in keys(config, naming)) for naming in _NAMINGS}
+    known = {naming: sum(key.foreign in source.entries for key in keys(config, naming)) for naming in _NAMINGS}
     best = max(known, key=known.__getitem__)
     if not known[best]:
         raise UserError("no parameter of this model is in it", where=path,

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(task_names())}")
     add("--data", metavar="DIR", default="data/evaluation", help="folder with a folder for each data set, as published "
         "(default %(default)s)")
-    add("--shots", default="0", metavar="K", help="solved examples per instance: 0, 1, another number, or 'few' for "
+    add("--shots", default="0", metavar="K", help="demonstrations per instance: 0, 1, another number, or 'few' for "
         "the paper's number of each task (default 0)")
     add("--questions", metavar="FILE", help="jsonl of multiple-choice questions: id, skill, prompt, choices, answer")
     add("--limit", type=int, metavar="N", help="at most N instances of each task (drawn at random) or skill")
@@ -245,7 +245,7 @@ def judge(task: TaskSettings, instances: list[Instance], answers: list[Any]) -> 
             row |= {"scores": [nll], "prediction": 0, "tokens": len(instance.requests[0][1]), "perplexity": nll,
                     "accuracy": float(greedy)}
         else:
-            # Equal scores are told apart by the word, so the order of the candidates has no influence.
+            # Equal scores are ordered by the word, so the order of the candidates has no influence.
             best = min(range(len(answer)), key=lambda index: (answer[index], instance.candidates[index]))
             row |= {"scores": answer, "prediction": best, "candidates": instance.candidates}
         rows.append(row)
@@ -334,6 +334,6 @@ def markdown(results: dict[str, dict], shots: str) -> str:
     """The table as markdown."""
     columns, rows = comparison(results, shots)
     lines = [columns, ["---"] * len(columns), *rows]
-    head = (f"# {shots}-shot evaluation\n\nIn percent; EM/F1 where two numbers stand; perplexity as it is. The last "
+    head = (f"# {shots}-shot evaluation\n\nIn percent; EM/F1 with two numbers; perplexity as it is. The last "
             "columns are published (PanGu-α, Tables 9 and 10), not measured here.\n\n")
     return head + "".join("| " + " | ".join(line) + " |\n" for line in lines)

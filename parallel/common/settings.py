@@ -177,7 +177,7 @@ def _first_error(cls: type[Settings], error: pydantic.ValidationError, where: st
     value = None if details["type"] == "missing" or isinstance(details["input"], dict) else details["input"]
     sixty = isinstance(value, str) and SEXAGESIMAL.fullmatch(value)
     return UserError(f"{key}: {message}" if key else message, where=where, value=value,
-                     hint="write a number in decimal digits; what stands here is text" if sixty else None)
+                     hint="write a number in decimal digits; this is text" if sixty else None)
 
 
 def _known_keys(cls: type[Settings], path: list) -> list[str]:

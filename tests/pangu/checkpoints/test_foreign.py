@@ -21,8 +21,8 @@ VALUES = parameters(CONFIG)
 
 def plan_of(naming):
     """The parameters as another code names, turns and types them."""
-    return [(key.theirs, "F32", key.their_shape, lambda key=key: np.ascontiguousarray(
-        VALUES[key.ours].T if key.transposed else VALUES[key.ours])) for key in keys(CONFIG, naming)]
+    return [(key.foreign, "F32", key.their_shape, lambda key=key: np.ascontiguousarray(
+        VALUES[key.own].T if key.transposed else VALUES[key.own])) for key in keys(CONFIG, naming)]
 
 
 @pytest.fixture(params=["huggingface", "mindformers", "mindspore", "slices"])
