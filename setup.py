@@ -14,6 +14,8 @@ EXTRAS = {
     "evaluate": ["scipy", "rouge-chinese", "opencc"],
     # The bridge to MindFormers; pulls many packages.
     "mindformers": ["mindformers==1.9.0"],
+    # ONNX models of rankers, checked by running them.
+    "export": ["onnx>=1.17", "onnxruntime>=1.20"],
     # Peers for scripts/bench.
     "bench": ["torch==2.13.0", "transformers==4.57.1", "datasketch"],
     # Training by PyTorch: sharded graphs on CPU processes (gloo) and NVIDIA GPUs (NCCL).

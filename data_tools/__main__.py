@@ -8,11 +8,14 @@ from parallel.common.command import Verb, main
 
 _SETTINGS = "data_tools.settings:DataSettings"
 VERBS = [
-    Verb("run", "data_tools.verbs:run_all", "the whole pipeline: clean, filter, dedup, decontaminate, mix, report",
+    Verb("run", "data_tools.verbs:run_all", "all steps: clean, filter, dedup, decontaminate, mix, report",
          settings=_SETTINGS, arguments="data_tools.flags:add_input_output"),
     Verb("generate-corpus", "data_tools.synthetic.generate:run_generate_corpus",
          "generate a small synthetic Chinese corpus and questions about it",
          arguments="data_tools.synthetic.generate:add_arguments"),
+    Verb("generate-pages", "data_tools.synthetic.pages:run_generate_pages",
+         "generate raw pages with every fault that the pipeline removes or mends",
+         arguments="data_tools.synthetic.pages:add_arguments"),
     Verb("clean", "data_tools.verbs:run_clean", "the eight cleaning rules over raw documents",
          settings=_SETTINGS, arguments="data_tools.flags:add_input_output"),
     Verb("filter", "data_tools.verbs:run_filter", "sensitive words, spam and quality filters",

@@ -1,6 +1,6 @@
 """Documents, the parts they are read from, and the files they are written to.
 
-A document is a JSON object with `id`, `text`, `source`; other keys pass through untouched. An input is cut into
+A document is a JSON object with `id`, `text`, `source`; other keys pass through untouched. An input is split into
 `Split`s: a file, or a byte range of it (plain jsonl), or row groups (parquet). What a reader cannot use is not an
 exception but a line in the `ReadLog`: a document that is dropped, a document that was repaired, or a damaged file.
 """
@@ -16,16 +16,16 @@ from typing import Any, Literal
 from data_tools import readers
 from data_tools.records import Document, ReadLog, ReadSettings, Split
 from parallel.common.errors import UserError
-from parallel.common.files import atomic_write, matching
+from parallel.common.files import atomic_write, matching, name_text
 from parallel.common.json_text import dump_json, plain
 
-REMOVED_FOLDER = "removed"  # stands beside documents that we wrote, and is never read as input
+REMOVED_FOLDER = "removed"  # is beside documents that these tools wrote, and is never read as input
 _PARQUET_BATCH = 1000
 OutputFormat = Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 
 
 def plan_splits(inputs: list[str], settings: ReadSettings) -> list[Split]:
-    """Cuts files, folders (searched to the bottom) and glob patterns into parts, in the order of their names.
+    """Splits files, folders (searched to the bottom) and glob patterns into parts, in the order of their names.
 
     Raises:
         UserError: nothing is found, or a file has a suffix that no reader knows.
@@ -39,13 +39,13 @@ def plan_splits(inputs: list[str], settings: ReadSettings) -> list[Split]:
 
 
 def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
-    """(path, name) of every input file; the name is the path below the input folder, and stands in generated ids."""
+    """(path, name) of every input file; the name is the path below the input folder, and is part of generated ids."""
     found: dict[Path, str] = {}
     for text in inputs:
         root = Path(text)
         if root.is_file():
             readers.reader_for(root)
-            found[root] = root.name
+            found[root] = name_text(root.name)
             continue
         if root.is_dir():
             paths, base = sorted(root.rglob("*")), root
@@ -55,7 +55,7 @@ def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
             inner = path.relative_to(base) if base is not None else path
             hidden = any(part == REMOVED_FOLDER or part.startswith((".", "_")) for part in inner.parts)
             if path.is_file() and not (base is not None and hidden) and readers.known(path):
-                found[path] = inner.as_posix() if base is not None else path.name
+                found[path] = name_text(inner.as_posix() if base is not None else path.name)
     if not found:
         raise UserError("no documents found", where="--input", value=inputs,
                         hint=f"give a file, folder or pattern of {', '.join(readers.suffixes())}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from parallel.common.command import own_file
 from parallel.common.errors import UserError
 from parallel.common.lines import split_lines
 from parallel.common.progress import info
@@ -17,20 +19,23 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Runs `python -m pangu <verb>` with `key=value` for every override; returns its JSON line.
+    """Runs `python -m pangu <verb>` with `key=value` for every override; returns its JSON line. Paths mean what they
+    mean here.
 
-    Its progress goes to our stderr.
+    Its progress goes to this process's stderr.
 
     Raises:
-        UserError: the command failed; its own message stands above.
+        UserError: the command failed; its own message is above.
     """
-    words = [sys.executable, "-m", "pangu", verb, *(["--config", config] if config else [])]
+    words = [sys.executable, "-m", "pangu", verb, *(["--config", own_file(config)] if config else [])]
     words += [f"{key}={dump_yaml(value, flow=True)}" for key, value in overrides.items()]
     info(f"pangu {verb} ...")
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", cwd=_ROOT, check=False)
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False,
+                          env={**os.environ, "PYTHONPATH": path})
     if done.returncode != 0:
         raise UserError(f"python -m pangu {verb} failed", value=f"exit code {done.returncode}",
-                        hint="its message stands above")
+                        hint="its message is above")
     try:
         return parse_object(split_lines(done.stdout.strip())[-1])
     except (IndexError, BadText):

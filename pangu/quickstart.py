@@ -16,12 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pangu.quickstart_page import write_page
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
 from parallel.common.lines import split_lines
 from parallel.common.progress import info, table
 from parallel.common.settings import to_yaml
 from parallel.common.structured import parse_object
+from parallel.training.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     from pangu.settings import Run
@@ -52,8 +54,9 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     started = time.monotonic()
     job = Job(settings, arguments)
     figures = {name: job.step(name, command) for name, command in job.steps().items()}
+    page = job.write_page(figures)
     job.show(figures, time.monotonic() - started)
-    return {"output": str(job.output), "seconds": round(time.monotonic() - started, 1),
+    return {"output": str(job.output), "page": str(page), "seconds": round(time.monotonic() - started, 1),
             **{key: figures["train"].get(key) for key in ("steps", "loss", "validation_perplexity",
                                                           "tokens_per_second", "checkpoint")},
             "accuracy": {skill: row["accuracy"] for skill, row in _results(figures).items()},
@@ -126,7 +129,7 @@ class Job:
         """Names and commands, in order."""
         questions, config = str(self.output / "questions.jsonl"), ["--config", str(self.config)]
         corpus = ["data_tools", "generate-corpus", "--output", self.corpus, "--bytes", self.arguments.bytes,
-                 "--questions", questions]
+                  "--questions", questions]
         steps = {"corpus": corpus, "vocabulary": ["pangu", "train-vocabulary", *config],
                  "pack": ["pangu", "pack", *config, "pack.overwrite=true"], "train": ["pangu", "train", *config],
                  "evaluate": ["pangu", "evaluate", *config, "--questions", questions],
@@ -145,13 +148,23 @@ class Job:
             info(f"-- {name}: finished earlier")
             return earlier["figures"]
         info(f"-- {name}: python -m {' '.join(command)}")
+        started = time.monotonic()
         figures = run_command(command)
-        write_json(kept, {"made_from": made_from, "figures": figures})
+        seconds = round(time.monotonic() - started, 2)
+        write_json(kept, {"made_from": made_from, "figures": figures, "seconds": seconds})
         # What follows was made from an older result of this step.
         following = list(self.steps())
         for later in following[following.index(name) + 1:]:
             (kept.parent / f"{later}.json").unlink(missing_ok=True)
         return figures
+
+    def write_page(self, figures: dict[str, dict]) -> Path:
+        """Writes `report.html`."""
+        seconds = {name: read_json(self.output / "figures" / f"{name}.json").get("seconds", 0.0) for name in figures}
+        title = "PanGu-alpha on your text" if self.own_text else "PanGu-alpha on a generated world"
+        page = self.output / "report.html"
+        write_page(page, title, figures, seconds, read_metrics(self.output / "train" / "metrics.jsonl"))
+        return page
 
     def show(self, figures: dict[str, dict], seconds: float) -> None:
         """What was made, where, and how good it is."""
@@ -169,6 +182,7 @@ class Job:
             ("records", out / "records", f"{figures['pack']['tokens']:,} tokens"),
             ("model", train["checkpoint"], f"validation perplexity {perplexity:.2f}" if perplexity else ""),
             ("loss curve", out / "train" / "loss.png", f"{train['tokens_per_second']:,.0f} tokens/s"),
+            ("all on one page", out / "report.html", ""),
         ])
         info(f"Generate more: python -m pangu generate --config {self.config} --prompt 你好")
 
@@ -187,11 +201,11 @@ def run_command(command: list[str], runner: Callable[..., subprocess.CompletedPr
     """Runs `python -m ...` with stderr passed on; returns the JSON object of the last line of stdout.
 
     Raises:
-        UserError: the command failed; it has told the user why.
+        UserError: the command failed; it has shown the user why.
     """
     done = runner([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, env=os.environ.copy())
     if done.returncode == 130 or done.returncode < 0:
         raise KeyboardInterrupt
     if done.returncode:
-        raise UserError("the step failed; its message stands above", where=" ".join(command[:2]))
+        raise UserError("the step failed; its message is above", where=" ".join(command[:2]))
     return parse_object(split_lines(done.stdout.strip())[-1])

@@ -24,14 +24,15 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
 
 
 def mindspore_backend(settings: Run) -> Any:
-    """This process on MindSpore: the whole model, or its slices of it (Ascend)."""
+    """This process on MindSpore: the full model, or its slices of it (Ascend)."""
     from pangu.build import build
+    from parallel.training.agreement import graph_key
     from parallel.training.device import set_seed, start_device
     from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
     from parallel.training.settings import COMPUTE_DTYPES
     from parallel.training.sharded.run import ShardedRun, needs_sharding
 
-    processes = start_device()
+    processes = start_device(settings.parallel.mindspore, key=graph_key(settings.model_dump(mode="json")))
     parallel = settings.parallel.resolve(processes.ranks)
     sharded = needs_sharding(parallel, processes)
     _check_device(settings, processes)

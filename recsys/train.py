@@ -10,6 +10,7 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.launch.session import runs_on_torch, train_on_torch
 from parallel.sharding.config import ParallelConfig
+from parallel.training.agreement import graph_key
 from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
@@ -19,13 +20,14 @@ from parallel.training.step import TrainStep
 from parallel.training.stop import listen_early
 from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
-from recsys.data.dataset import Batches, Log, prepare
+from recsys.data.batches import Batches
+from recsys.data.log import Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
-from recsys.layers.embedding import is_sparse
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
+from recsys.tables.names import is_sparse
 from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
 from recsys.training.fit import check_device, finish, start_values
 from recsys.training.validation import Best, evaluation_batch, validation_rows
@@ -40,7 +42,7 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     if _is_flat(settings) and runs_on_torch(settings):
         return train_on_torch(settings)
     listen_early()
-    processes = start_device()
+    processes = start_device(settings.parallel.mindspore, key=graph_key(settings.model_dump(mode="json")))
     if reader(settings.data.reader).stream is not None:
         return run_stream(settings, processes)
     log = prepare(settings.data, settings.model.embedding_size)

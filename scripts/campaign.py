@@ -1,7 +1,7 @@
 """Kills, damage, wrong input, full disks and slow clients: what must never end in a traceback, half a file or silence.
 
-    python scripts/campaign.py [--minutes 10] [--only inputs,damage,kills,disk,launch,clients] [--seed N] [--short]
-                               [--folder runs/campaign]
+    python scripts/campaign.py [--minutes 10] [--only inputs,damage,saves,kills,layouts,disk,launch,clients]
+                               [--seed N] [--short] [--folder runs/campaign]
 
 Each part gets its share of the time. Seeds are printed; a failure is kept in `<folder>/failures/`, its input made as
 small as can be, and tried again with `--seed`. Counts add up over runs in `<folder>/counts.json`, with the seed and
@@ -26,7 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ.setdefault("GLOG_v", "3")
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
-PARTS = {"inputs": 0.25, "damage": 0.2, "kills": 0.4, "disk": 0.05, "launch": 0.05, "clients": 0.05}
+PARTS = {"inputs": 0.25, "damage": 0.15, "saves": 0.05, "kills": 0.2, "layouts": 0.2, "disk": 0.05, "launch": 0.05,
+         "clients": 0.05}
 """Parts and their share of the time."""
 
 
@@ -55,7 +56,8 @@ def run(parts: list[str], arguments: argparse.Namespace) -> dict:
     started, folder = time.monotonic(), Path(arguments.folder)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}", file=sys.stderr, flush=True)
-    campaign = Campaign(seed, folder.resolve(), started + 60 * arguments.minutes, arguments.short)
+    campaign = Campaign(seed, folder.resolve(), started + 60 * arguments.minutes, arguments.short,
+                        Counter(kept_counts(folder / "counts.json").get("total", {})))
     weight = sum(PARTS[name] for name in parts)
     for name in parts:
         campaign.share(60 * arguments.minutes * PARTS[name] / weight)
@@ -69,11 +71,22 @@ def run(parts: list[str], arguments: argparse.Namespace) -> dict:
             "failures": len(campaign.failures), "total": total, "folder": str(folder)}
 
 
+def kept_counts(path: Path) -> dict:
+    """The file of counts."""
+    from parallel.common.files import read_json
+
+    return read_json(path) if path.is_file() else {"runs": []}
+
+
 def add_up(path: Path, campaign: object, seconds: float) -> dict[str, int]:
     """Adds a run to the file of counts; the totals over all runs."""
-    from parallel.common.files import read_json, write_json
+    import fcntl
 
-    kept = read_json(path) if path.is_file() else {"runs": []}
+    from parallel.common.files import write_json
+
+    lock = path.with_name(f".{path.name}.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # several campaigns may end at once; given back with the file
+    kept = kept_counts(path)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     kept["runs"].append({"seed": campaign.seed, "commit": commit.strip(), "date": time.strftime("%Y-%m-%d"),
                          "seconds": round(seconds, 1), "counts": dict(campaign.counts)})

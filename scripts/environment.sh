@@ -1,6 +1,7 @@
 # Sourced by the other scripts: makes .venv with pinned packages, once.
 #   prepare_environment [extra ...]     extras of setup.py, none = the core
-# Set PYTHON to choose the interpreter (3.10 or 3.11).
+# Set PYTHON to choose the interpreter (3.10 or 3.11) that .venv is made of.
+# NO_INSTALL=1 takes what is installed in .venv and asks no registry; RUN_PYTHON=PATH runs that interpreter instead.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -19,6 +20,20 @@ find_python() {
 }
 
 prepare_environment() {
+  if [ -n "${RUN_PYTHON:-}" ] || [ -n "${NO_INSTALL:-}" ]; then
+    use_python "${RUN_PYTHON:-$ROOT/.venv/bin/python}"
+    return
+  fi
+  # Machines that share a disk would install into one folder at once.
+  exec 9>"$ROOT/.venv.lock" && flock 9
+  install_packages "$@" 9>&-
+  local code=$?
+  exec 9>&-
+  [ $code -eq 0 ] || return $code
+  use_python "$ROOT/.venv/bin/python"
+}
+
+install_packages() {
   local extras="" sum extra python missing="" stamp="$ROOT/.venv/.installed"
   sum="$(cat "$ROOT/setup.py" "$ROOT/scripts/constraints.txt" | cksum | tr ' ' '-')"
   for extra in core "$@"; do
@@ -36,11 +51,18 @@ prepare_environment() {
     }
     for extra in core "$@"; do echo "$sum $extra" >>"$stamp"; done
   fi
+}
+
+use_python() {
+  if ! [ -x "$1" ]; then
+    echo "error: no interpreter at $1; give --python the path of one that has the packages, or leave --no-install out" >&2
+    return 2
+  fi
+  export PATH="$(cd "$(dirname "$1")" && pwd):$PATH"
   # glibc gives large blocks back to the kernel at every step otherwise; keeping them saves page faults.
   export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-8589934592}"
   export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
   export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-536870912}"
   export GLOG_v="${GLOG_v:-3}"
-  export PATH="$ROOT/.venv/bin:$PATH"
   export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 }

@@ -5,11 +5,10 @@
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 case " $* " in
-  *" --config "*) ;;
+  *" --config "* | *" --config="*) ;;
   *)
-    cd "$ROOT" || exit 2  # the quickstart's config names its files from here
     if [ ! -f runs/quickstart/run.yaml ]; then
-      echo "error: runs/quickstart/run.yaml: there is no model yet; run bash scripts/quickstart.sh, or name a --config" >&2
+      echo "error: runs/quickstart/run.yaml: there is no model in this folder yet; run bash scripts/quickstart.sh here, or name a --config" >&2
       exit 2
     fi
     set -- --config runs/quickstart/run.yaml "$@"

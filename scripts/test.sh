@@ -4,5 +4,5 @@
 # Set TEST_WORKERS to the number of processes (2; each takes up to 3 GB; 0 = this process alone).
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment data serve stream evaluate mindformers bench test || exit $?
+prepare_environment data serve stream evaluate mindformers export bench test || exit $?
 cd "$ROOT" && exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_short_campaign_finds_nothing(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / "campaign.py"), "--short", "--seed", "7", "--folder",
-                           str(tmp_path), "--only", "inputs,damage,kills"], capture_output=True, text=True,
+                           str(tmp_path), "--only", "inputs,damage,saves"], capture_output=True, text=True,
                           timeout=300)
     figures = json.loads(done.stdout.strip().split("\n")[-1])
     assert done.returncode == 0 and figures["failures"] == 0, done.stderr[-3000:]

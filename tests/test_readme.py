@@ -28,6 +28,7 @@ ADDED = [
                                     *SMALL]),
     ("bash scripts/serve.sh", ["--config", "{tmp}/quickstart/run.yaml", "port=0"]),
     ("python -m data_tools generate-corpus", []),
+    ("python -m data_tools generate-pages", ["--pages", "200"]),
     ("python -m data_tools dedup", []),
     ("python -m data_tools run", ["engine.name=local"]),
     ("python -m parallel estimate", []),
@@ -85,8 +86,8 @@ def small(command: str, place: Path) -> list[str]:
         at = words.index("--bytes")
         del words[at:at + 2]
     words = [str(place) if word == "." else word for word in words]
-    files = {"corpus.jsonl", "synthetic/questions.jsonl", "my_text.txt", "data.corpus=corpus.jsonl", "deduplicated",
-             "cleaned", "quantized"}
+    files = {"corpus.jsonl", "pages.jsonl", "synthetic/questions.jsonl", "my_text.txt", "data.corpus=corpus.jsonl",
+             "deduplicated", "cleaned", "quantized"}
     words = [str(place / "ranker") if word == "runs/recsys/tokenmixer_large_ug_sep" else word for word in words]
     return [word.replace("=", f"={place}/", 1) if word in files and "=" in word
             else str(place / word) if word in files else word for word in words]
@@ -110,16 +111,16 @@ def ended_once_it_serves(words: list[str], environment: dict[str, str], ask: Cal
     """Starts a server, asks it for its health and what else there is, and ends it as an operator would."""
     with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as server:
-        said = []
+        output = []
         for line in server.stderr:
-            said.append(line)
+            output.append(line)
             if address := re.search(r"serving .* on (http://\S+)", line):
                 with urllib.request.urlopen(f"{address[1]}/health", timeout=60) as answer:
                     assert json.load(answer)["status"] == "ok"
                 ask(address[1], environment)
                 server.terminate()
         out = server.stdout.read()
-    assert server.returncode == 0, "".join(said)[-3000:]
+    assert server.returncode == 0, "".join(output)[-3000:]
     assert "version" in json.loads(out.strip().splitlines()[-1])
 
 
@@ -135,4 +136,6 @@ def test_command(command, place):
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     if "test.sh" not in command and "--print-reference" not in command:
-        assert isinstance(json.loads(done.stdout.strip().splitlines()[-1]), dict)
+        figures = json.loads(done.stdout.strip().splitlines()[-1])
+        assert isinstance(figures, dict)
+        assert Path(ROOT, figures.get("page", "README.md")).is_file()

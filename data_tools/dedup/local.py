@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,9 @@ from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
 from data_tools.records import Split
+from parallel.common.digests import check_summed, summed_write
 from parallel.common.files import atomic_write
+from parallel.common.json_text import dump_json
 
 if TYPE_CHECKING:
     from data_tools.engines.base import Engine
@@ -75,12 +77,15 @@ def cluster_figures(sizes: np.ndarray) -> dict[str, Any]:
             "cluster_sizes": {str(size): int(count) for size, count in enumerate(counts) if count}}
 
 
-def _load_documents(plan: DedupPlan) -> _Documents:
-    from pyarrow import parquet
+def _signatures(plan: DedupPlan, split: Split, columns: list[str]) -> Any:
+    """Columns of a part's signature file; pyarrow's own opening knows names in UTF-8 only."""
+    from pyarrow import OSFile, parquet
 
-    tables = [parquet.read_table(plan.signature_path(split.index),
-                                 columns=["row", "id", "source_rank", "size", "record", "node"])
-              for split in plan.splits]
+    return parquet.read_table(OSFile(os.fsencode(plan.signature_path(split.index))), columns=columns)
+
+
+def _load_documents(plan: DedupPlan) -> _Documents:
+    tables = [_signatures(plan, split, ["row", "id", "source_rank", "size", "record", "node"]) for split in plan.splits]
     part = np.concatenate([np.full(len(table), split.index) for split, table in zip(plan.splits, tables, strict=True)])
     column = {name: [table[name] for table in tables] for name in tables[0].column_names}
     digests = b"".join(value for chunk in column["node"] for value in chunk.to_pylist())
@@ -111,8 +116,6 @@ def _collapse_exact(documents: _Documents) -> _Nodes:
 
 def _candidate_pairs(plan: DedupPlan, documents: _Documents, nodes: _Nodes) -> tuple[np.ndarray, int]:
     """Pairs of node numbers. Nodes without an n-gram never become candidates."""
-    from pyarrow import parquet
-
     signed = np.flatnonzero(documents.size[nodes.best] >= plan.settings.ngram)
     if len(signed) < 2:
         return np.empty((0, 2), dtype=np.int64), 0
@@ -124,7 +127,7 @@ def _candidate_pairs(plan: DedupPlan, documents: _Documents, nodes: _Nodes) -> t
     for position, split in enumerate(plan.splits):
         mine = np.flatnonzero(documents.part[best] == split.index)
         if len(mine):
-            table = parquet.read_table(plan.signature_path(split.index), columns=["bands", "signature"])
+            table = _signatures(plan, split, ["bands", "signature"])
             table = table.take(best[mine] - part_starts[position])
             keys[mine] = np.stack(table["bands"].to_numpy()).view(np.uint64)
             signatures[mine] = np.frombuffer(b"".join(table["signature"].to_pylist()), np.uint32).reshape(-1, entries)
@@ -144,7 +147,7 @@ class _ShingleTask:
 
     def __call__(self) -> tuple[int, list[int]]:
         lengths = []
-        with atomic_write(self.plan.shingle_path(self.split.index), "wb") as file:
+        with summed_write(self.plan.shingle_path(self.split.index)) as file:
             for _, hashes in read_shingles(self.plan, self.split, set(self.rows)):
                 file.write(hashes.tobytes())
                 lengths.append(len(hashes))
@@ -153,7 +156,7 @@ class _ShingleTask:
 
 @dataclass
 class _ShingleStore:
-    """Where the n-gram set of each wanted node lies: part file, first entry, length."""
+    """Where the n-gram set of each wanted node is: part file, first entry, length."""
 
     plan: DedupPlan
     part: np.ndarray
@@ -185,18 +188,18 @@ class _ShingleStore:
 
 @dataclass(frozen=True)
 class _VerifyTask:
-    """Similarities of some pairs. `places` is int64 [pairs, 6]: part, start, length of either side."""
+    """Similarities of some pairs. `spans` is int64 [pairs, 6]: part, start, length of either side."""
 
     plan: DedupPlan
     number: int
-    places: np.ndarray
+    spans: np.ndarray
     at_least: float
 
     def __call__(self) -> tuple[int, np.ndarray]:
         files: dict[int, np.ndarray] = {}
-        result = np.empty(len(self.places))
+        result = np.empty(len(self.spans))
         left, left_place = np.empty(0, np.uint64), (-1, -1)
-        for index, (part, start, length, *other) in enumerate(self.places.tolist()):
+        for index, (part, start, length, *other) in enumerate(self.spans.tolist()):
             if (part, start) != left_place:
                 left, left_place = self._set(files, part, start, length), (part, start)
             result[index] = jaccard(left, self._set(files, *other), self.at_least)
@@ -204,6 +207,7 @@ class _VerifyTask:
 
     def _set(self, files: dict[int, np.ndarray], part: int, start: int, length: int) -> np.ndarray:
         if part not in files:
+            check_summed(self.plan.shingle_path(part))
             files[part] = np.memmap(self.plan.shingle_path(part), dtype=np.uint64, mode="r")
         return np.array(files[part][start:start + length])
 
@@ -211,9 +215,9 @@ class _VerifyTask:
 def _verify(plan: DedupPlan, engine: Engine, shingles: _ShingleStore, pairs: np.ndarray, at_least: float) -> np.ndarray:
     """Real Jaccard similarity of every pair (0 for those whose sizes rule `at_least` out): float64 [pairs]."""
     left, right = pairs[:, 0], pairs[:, 1]
-    places = np.stack([shingles.part[left], shingles.start[left], shingles.length[left],
+    spans = np.stack([shingles.part[left], shingles.start[left], shingles.length[left],
                        shingles.part[right], shingles.start[right], shingles.length[right]], axis=1)
-    tasks = [_VerifyTask(plan.without_splits(), start, places[start:start + _PAIRS_A_TASK], at_least)
+    tasks = [_VerifyTask(plan.without_splits(), start, spans[start:start + _PAIRS_A_TASK], at_least)
              for start in range(0, len(pairs), _PAIRS_A_TASK)]
     similarity = np.empty(len(pairs))
     for start, part in engine.map(_call, tasks, "dedup: verify pairs"):
@@ -261,7 +265,7 @@ def _write_decisions(plan: DedupPlan, documents: _Documents, nodes: _Nodes, repr
                 same = representative[node[index]] == node[index]
                 decision = {"row": int(documents.row[index]), "kept_id": documents.ids[kept_document[index]],
                             "similarity": float(to_representative[node[index]]), "rule": decision_rule(same)}
-                file.write(json.dumps(decision, ensure_ascii=False) + "\n")
+                file.write(dump_json(decision) + "\n")
 
 
 def decision_rule(same_node: bool) -> str:

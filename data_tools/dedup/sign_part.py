@@ -87,10 +87,11 @@ def node_digest(text: str, codes: np.ndarray, ngram: int) -> bytes:
 
 
 def record_digest(document: Document) -> bytes:
-    """16 bytes for the whole record: tells apart documents of one id."""
+    """16 bytes for the whole record: distinguishes documents of one id."""
     import json
 
-    return text_digest(json.dumps(document.record(), sort_keys=True, ensure_ascii=False).encode(), b"record")
+    text = json.dumps(document.record(), sort_keys=True, ensure_ascii=False)
+    return text_digest(text.encode("utf-8", "surrogatepass"), b"record")
 
 
 def read_shingles(plan: DedupPlan, split: Split, rows: set[int]) -> Iterator[tuple[int, np.ndarray]]:

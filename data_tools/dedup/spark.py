@@ -7,7 +7,6 @@ documents, a frequent band) does not have to fit into a worker. Python sees buck
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from data_tools.dedup.plan import DedupPlan
 from data_tools.dedup.sign_part import read_shingles
 from data_tools.dedup.verify import jaccard
 from parallel.common.files import atomic_write
+from parallel.common.json_text import dump_json
 
 if TYPE_CHECKING:
     from data_tools.engines.spark import SparkEngine
@@ -63,7 +63,7 @@ def _nodes(documents: Any) -> Any:
 
 
 def _candidate_pairs(plan: DedupPlan, engine: SparkEngine, nodes: Any) -> tuple[Any, int]:
-    """(frame u, v of node digests with u < v, number of buckets that had to be cut)."""
+    """(frame u, v of node digests with u < v, number of buckets that had to be split)."""
     from pyspark.sql import functions as f
 
     limit = plan.settings.bucket_limit
@@ -84,7 +84,7 @@ def _candidate_pairs(plan: DedupPlan, engine: SparkEngine, nodes: Any) -> tuple[
 
 
 def _split_buckets(large: Any, keyed: Any, signatures: Any, limit: int) -> Any:
-    """Buckets above the limit: cut by the keys of the other bands, then by digest (see `candidates`)."""
+    """Buckets above the limit: split by the keys of the other bands, then by digest (see `candidates`)."""
     from pyspark.sql import functions as f
 
     other = keyed.select("node", f.col("band").alias("other_band"), f.col("key").alias("other_key"))
@@ -121,7 +121,7 @@ def _pairs_of_bucket(members: Any, floor: float, neighbours: int) -> list[tuple[
 
 
 def _shingles(plan: DedupPlan, engine: SparkEngine, nodes: Any, pairs: Any) -> Any:
-    """Frame node, hashes: the n-gram sets of all nodes that stand in a pair, read from the parts once more."""
+    """Frame node, hashes: the n-gram sets of all nodes that occur in a pair, read from the parts once more."""
     wanted = pairs.select("u").union(pairs.select("v")).distinct().withColumnRenamed("u", "node")
     places = nodes.join(wanted, "node").select("part", "row", "node").rdd
     by_part = places.map(lambda row: (row["part"], (row["row"], bytes(row["node"])))).groupByKey()
@@ -240,7 +240,7 @@ def _write_decisions(plan: DedupPlan, engine: SparkEngine, documents: Any, nodes
                 for row in group:
                     decision = {"row": row["row"], "kept_id": row["kept_id"], "similarity": row["similarity"],
                                 "rule": decision_rule(not row["near"])}
-                    file.write(json.dumps(decision, ensure_ascii=False) + "\n")
+                    file.write(dump_json(decision) + "\n")
             yield part
 
     decisions.repartition("part").sortWithinPartitions("part", "row").rdd.mapPartitions(write).count()

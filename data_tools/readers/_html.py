@@ -6,6 +6,7 @@ import codecs
 import re
 from dataclasses import dataclass
 
+from data_tools.readers._charsets import CHINESE, by_mark, likeliest, strict
 from parallel.common.errors import UserError
 
 _MARK = "\x1e"  # stands for a line break until the white space of the source is collapsed
@@ -26,8 +27,6 @@ _CHINESE_BREAK = re.compile("(?<=[\u2e80-\u9fff\uf900-\uffef])[ \t\r]*\n\\s*(?=[
 _CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]{2,24})""", re.I)
 # A page that says gb2312 or gbk uses characters of its superset more often than not.
 _SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "gb_2312-80": "gb18030", "x-gbk": "gb18030", "big5": "big5hkscs"}
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _REFUTED = frozenset(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-7"])
 
 
@@ -47,7 +46,7 @@ def extract_html(data: bytes, content_type: str = "", link_share: float = 0.7, l
         data: the page's bytes.
         content_type: the HTTP header, for its charset.
         link_share: a list or block with `links` links or more is navigation when this share of its characters is
-            link text (rule 8 of the PanGu-alpha paper, section 3.1.1; the way to tell is our choice).
+            link text (rule 8 of the PanGu-alpha paper, section 3.1.1; the criterion was chosen here).
         links: see `link_share`.
     """
     try:
@@ -119,7 +118,7 @@ def _drop_link_lists(body: object, link_share: float, links: int) -> None:
     for index, node in enumerate(nodes):
         gone[index] = parents[index] >= 0 and gone[parents[index]]
         if (not gone[index] and node.tag in _LIST_TAGS and anchors[index] >= links and total[index]
-                and linked[index] >= link_share * total[index]):
+            and linked[index] >= link_share * total[index]):
             gone[index] = True
             node.decompose()
 
@@ -128,25 +127,33 @@ def decode_html(data: bytes, content_type: str = "") -> tuple[str, str]:
     """(text, what was repaired): by BOM or valid UTF-8, else the declared charsets that the bytes do not refute (header
     before meta), else GB18030, else with U+FFFD.
 
-    Charsets of one byte a character (iso-8859-1, windows-1252) fit any bytes, so they are believed only where the bytes
-    are not those of Chinese text in GB2312 or of another charset that the page names.
+    Between GB18030 and Big5 the characters that come out decide, whatever is declared. Charsets of one byte a character
+    (iso-8859-1, windows-1252) fit any bytes, so they are believed only where the bytes are not those of Chinese text or
+    of another charset that the page names.
     """
-    for mark, name in _MARKS:
-        if data.startswith(mark):
-            return data.decode(name, "replace"), ""
-    try:
-        return data.decode(), ""
-    except UnicodeDecodeError:
-        repaired = data.decode("utf-8", "replace")
+    if mark := by_mark(data):
+        return data.decode(mark, "replace"), ""
+    if (text := strict(data, "utf-8")) is not None:
+        return text, ""
+    repaired = data.decode("utf-8", "replace")
     # A few broken bytes in UTF-8 leave most characters whole; other charsets read as UTF-8 leave hardly any.
     if repaired.count("\ufffd") <= sum(byte >= 0xC0 for byte in data) // 8:
         return repaired, "broken_utf8"
     declared = _declared(data, content_type)
-    for name in sorted([*declared, "gb18030"], key=_is_one_byte):
-        text = _strict(data, name)
-        if text is not None and not (name not in declared and any(map(_is_one_byte, declared)) and not _chinese(text)):
-            return text, "" if declared and name == declared[0] else name
+    for name in sorted(declared, key=_is_one_byte):
+        if name not in CHINESE and not _is_one_byte(name) and (text := strict(data, name)) is not None:
+            return text, _recoded(name, declared)
+    chinese, western = likeliest(data), [name for name in declared if _is_one_byte(name)]
+    if chinese is not None and not (western and not _surely_chinese(chinese[1])):
+        return chinese[1], _recoded(chinese[0], declared)
+    for name in (*western, *declared, *([] if western else ["gb18030"])):
+        if (text := strict(data, name)) is not None:
+            return text, _recoded(name, declared)
     return _least_broken(data, repaired, declared)
+
+
+def _recoded(name: str, declared: list[str]) -> str:
+    return "" if declared and name == declared[0] else name
 
 
 def _declared(data: bytes, content_type: str) -> list[str]:
@@ -168,18 +175,12 @@ def _is_one_byte(name: str) -> bool:
     return codecs.lookup(name).name.startswith(("iso8859", "cp125", "latin", "ascii", "koi8", "cp437", "mac"))
 
 
-def _strict(data: bytes, name: str) -> str | None:
-    try:
-        return data.decode(name)
-    except (UnicodeDecodeError, LookupError):
-        return None
-
-
-def _chinese(text: str) -> bool:
-    """Whether nearly all characters beyond ASCII are those of everyday Chinese text (GB2312)."""
+def _surely_chinese(text: str) -> bool:
+    """Whether nearly all characters beyond ASCII are those of everyday simplified text (GB2312), or many are Chinese:
+    a few letters with accents read as GB18030 give rare characters, or one or two common ones."""
     beyond = [character for character in text if character > "\x7f"]
     known = "".join(beyond).encode("gb2312", "replace").count(b"?")
-    return bool(beyond) and known <= len(beyond) // 20
+    return bool(beyond) and (known <= len(beyond) // 20 or len(beyond) >= 16)
 
 
 def _least_broken(data: bytes, repaired: str, declared: list[str]) -> tuple[str, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_tools import readers
-from data_tools.records import ReadLog, Split
+from data_tools.readers._charsets import by_mark, likeliest, strict
 from parallel.common.files import open_binary
 
 if TYPE_CHECKING:
@@ -26,9 +28,10 @@ def read_lines(split: Split, limit: int, log: ReadLog) -> Iterator[tuple[int, by
     if os.path.getsize(path) == 0:
         log.damaged("empty_file", split.path, "0 bytes")
         return
-    with open_binary(path) as file:
+    with open_binary(path) as opened:
         offset = split.start
         try:
+            file = _as_utf8(opened) if offset == 0 else opened
             if offset > 0:
                 file.seek(offset - 1)
                 offset = offset - 1 + _skip_line(file)
@@ -46,6 +49,39 @@ def read_lines(split: Split, limit: int, log: ReadLog) -> Iterator[tuple[int, by
             log.damaged("truncated", split.path, f"after {offset} bytes of text: {type(error).__name__}: {error}")
 
 
+def is_wide(path: Path) -> bool:
+    """Whether a plain file begins with the byte order mark of UTF-16 or UTF-32, so that it cannot be cut at bytes."""
+    with path.open("rb") as file:
+        return by_mark(file.read(4)) not in (None, "utf-8-sig")
+
+
+def _as_utf8(file: io.BufferedReader) -> io.BufferedReader:
+    """`file`, or what it holds in UTF-8 where its byte order mark says UTF-16 or UTF-32."""
+    mark = by_mark(file.peek(4)[:4])
+    return file if mark in (None, "utf-8-sig") else io.BufferedReader(_Recoded(file, mark), _CHUNK)
+
+
+class _Recoded(io.RawIOBase):
+    """A stream of another charset as UTF-8; what cannot be decoded is U+FFFD."""
+
+    def __init__(self, stream: BinaryIO, charset: str) -> None:
+        self._stream, self._ready = stream, b""
+        self._decoder = codecs.getincrementaldecoder(charset)("replace")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        ended = False
+        while not self._ready and not ended:
+            data = self._stream.read(1 << 16)
+            ended = not data
+            self._ready = self._decoder.decode(data, ended).encode()
+        piece, self._ready = self._ready[:len(buffer)], self._ready[len(buffer):]
+        buffer[:len(piece)] = piece
+        return len(piece)
+
+
 def _skip_line(file: BinaryIO) -> int:
     """Reads to the end of the line without keeping it; returns the bytes passed."""
     passed = 0
@@ -57,20 +93,16 @@ def _skip_line(file: BinaryIO) -> int:
 
 
 def decode(data: bytes, log: ReadLog) -> str:
-    """UTF-8, else GB18030 if all of it decodes so and looks Chinese, else UTF-8 with U+FFFD for what is broken."""
-    try:
-        return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
-    except UnicodeDecodeError:
-        pass
+    """By BOM or valid UTF-8, else GB18030 or Big5 if all of it decodes so and looks Chinese, else UTF-8 with U+FFFD for
+    what is broken."""
+    if mark := by_mark(data):
+        return data.decode(mark, "replace")
+    if (text := strict(data, "utf-8")) is not None:
+        return text
     repaired = data.decode("utf-8", "replace")
     # A few broken bytes in UTF-8 leave most characters whole; GB text read as UTF-8 leaves hardly any.
-    if repaired.count("\ufffd") > len(repaired) // 8:
-        try:
-            text = data.decode("gb18030")
-        except UnicodeDecodeError:
-            pass
-        else:
-            log.repair("gb18030")
-            return text
+    if repaired.count("\ufffd") > len(repaired) // 8 and (found := likeliest(data)) is not None:
+        log.repair(found[0])
+        return found[1]
     log.repair("broken_utf8")
     return repaired

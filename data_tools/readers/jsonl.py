@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools import readers
-from data_tools.readers._lines import decode, read_lines
+from data_tools.readers._lines import decode, is_wide, read_lines
 from parallel.common.structured import BadText, parse_object
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ _ESCAPE_ROOM = 2  # a text may be longer as JSON than as UTF-8
 
 
 def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
-    """Byte ranges of about `split_bytes` of a plain file; a compressed one cannot be cut."""
+    """Byte ranges of about `split_bytes` of a plain file; a compressed one and UTF-16 cannot be split."""
     size = path.stat().st_size
-    if readers.is_compressed(path) or size <= settings.split_bytes:
+    if readers.is_compressed(path) or size <= settings.split_bytes or is_wide(path):
         return [(0, None)]
     starts = list(range(0, size, settings.split_bytes))
     return list(zip(starts, [*starts[1:], None], strict=True))

@@ -1,4 +1,4 @@
-"""Parquet with a text column; our own files keep further keys as JSON in the column `other`."""
+"""Parquet with a text column; files written here keep further keys as JSON in the column `other`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _BATCH_ROWS = 256
 
 
 def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
-    """Ranges of row groups of about `split_bytes` compressed bytes; a damaged file is one part (and told when read)."""
+    """Ranges of row groups of about `split_bytes` compressed bytes; a damaged file is one part (and reported when
+    read)."""
     from pyarrow import parquet
 
     try:
-        groups = parquet.ParquetFile(path).metadata.num_row_groups
+        groups = parquet.ParquetFile(_opened(path)).metadata.num_row_groups
     except _damage():
         return [(0, None)]
     parts = max(1, min(groups, path.stat().st_size // settings.split_bytes))
@@ -39,7 +40,7 @@ def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Documen
         log.damaged("empty_file", split.path, "0 bytes")
         return
     try:
-        file = parquet.ParquetFile(split.path)
+        file = parquet.ParquetFile(_opened(split.path))
         if settings.text_key not in file.schema_arrow.names:
             log.damaged("no_text_column", split.path, f"columns: {', '.join(file.schema_arrow.names)}")
             return
@@ -55,6 +56,13 @@ def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Documen
                         yield document
     except _damage() as error:
         log.damaged("truncated", split.path, f"{default_source(split, settings)}: {type(error).__name__}: {error}")
+
+
+def _opened(path: str | Path) -> Any:
+    """The file for pyarrow, whose own opening knows names in UTF-8 only."""
+    import pyarrow
+
+    return pyarrow.OSFile(os.fsencode(path))
 
 
 def _damage() -> tuple[type[Exception], ...]:

@@ -66,7 +66,7 @@ def _records(split: Split, log: ReadLog) -> Iterator[Any]:
 
 
 class _Available:
-    """A stream whose `read` gives what is there at once, so that what stands before a damaged place is not lost."""
+    """A stream whose `read` gives what is there at once, so that what precedes the damage is not lost."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.read = stream.read1
@@ -81,12 +81,16 @@ def _document_record(record: Any, number: int, split: Split, settings: ReadSetti
         _check_length(record, number)
         return None
     identity = headers.get_header("WARC-Record-ID") or f"{split.name}:{number}"
-    data = record.content_stream().read(settings.maximum_document_bytes + 1)
+    body = record.content_stream()
+    data = body.read(settings.maximum_document_bytes + 1)
     if len(data) > settings.maximum_document_bytes:
         log.drop("too_long", identity, settings.source or split.name,
                  f"more than {settings.maximum_document_bytes} bytes")
         return None
     _check_length(record, number)
+    if record.rec_headers.get_header("WARC-Truncated") or _ends_early(body):
+        log.drop("cut_page", identity, settings.source or split.name, "the crawl got a part of the page only")
+        return None
     if content_type == _UNTYPED and not _HTML_START.match(data[:1024]):
         return None
     made = {settings.id_key: identity, "url": headers.get_header("WARC-Target-URI") or "",
@@ -110,8 +114,14 @@ def _check_length(record: Any, number: int) -> None:
         raise EOFError(f"the file ends {missing} bytes before the record does")
 
 
+def _ends_early(body: Any) -> bool:
+    """Whether a compressed body that was read ended before its own end; warcio gives what was there."""
+    decompressor = getattr(body, "decompressor", None)
+    return decompressor is not None and not getattr(decompressor, "eof", True)
+
+
 def _content_type(record: Any) -> str:
     if record.http_headers is not None:
-        # Servers that say nothing mostly mean HTML; its first bytes tell.
+        # Servers that say nothing mostly mean HTML; its first bytes decide.
         return (record.http_headers.get_header("Content-Type") or _UNTYPED).lower()
     return (record.rec_headers.get_header("Content-Type") or "").lower()

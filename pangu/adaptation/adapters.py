@@ -16,7 +16,8 @@ import numpy as np
 from pangu.adaptation.settings import LowRankSettings
 from parallel.checkpoint import adapter_names
 from parallel.checkpoint.folder import FORMAT, PARAMETERS_FILE, VERSION
-from parallel.checkpoint.sharded import Slices, write_checkpoint, write_full
+from parallel.checkpoint.sharded import Slices
+from parallel.checkpoint.writing import write_checkpoint, write_full
 from parallel.common.errors import UserError
 from parallel.common.settings import validate
 

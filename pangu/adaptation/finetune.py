@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pangu.build import check_adapts
 from pangu.evaluation.task import Source, TaskSettings, load_task, render
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
@@ -23,9 +24,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """
     from pangu.train import run as train
 
-    if settings.adapt is None:
-        raise UserError("the config file does not say what to adapt to", where="adapt",
-                        hint="add adapt.checkpoint=DIR adapt.pairs=FILE")
+    check_adapts(settings)
     return train(settings, arguments)
 
 
@@ -37,7 +36,7 @@ def pairs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_make_pairs(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Writes the solved examples of a task (its training file) as pairs, in the words in which the task asks.
+    """Writes the demonstrations of a task (its training file) as pairs, in the words in which the task asks.
 
     Raises:
         UserError: no such task, no data, or data without a file of examples.
@@ -57,7 +56,7 @@ def run_make_pairs(settings: None, arguments: argparse.Namespace) -> dict[str, A
 
 
 def pair_of(task: TaskSettings, record: dict) -> tuple[str, str]:
-    """(prompt, answer) of a solved example: for a choice its prefix and scored text with the right candidate.
+    """(prompt, answer) of a demonstration: for a choice its prefix and scored text with the right candidate.
 
     Raises:
         UserError: a field or the label is missing.

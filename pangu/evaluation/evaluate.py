@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pangu.data.tokenizer import Tokenizer
 from pangu.evaluation.instances import FEW, Instance, InstanceBuilder
+from pangu.evaluation.language_model import LanguageModel, RequestCache
 from pangu.evaluation.metrics import assign, begins_with, bootstrap, exact_match, f1, rouge
 from pangu.evaluation.task import Source, TaskSettings, load_task, task_names
+from pangu.evaluation.workers import is_worker, launch_evaluation, wants_launch, workers_of
+from pangu.generation.generate import check_vocabulary
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, write_json
 from parallel.common.progress import Bar, info, table
+from parallel.launch.plan import add_node_arguments
 
 if TYPE_CHECKING:
     from pangu.settings import Run
 
-_SECONDS_TO_MEET = 300
 _COLUMNS = {"cpm_2_6b": "CPM 2.6B", "pangu_2_6b": "PanGu-α 2.6B", "pangu_13b": "PanGu-α 13B"}
 
 
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(task_names())}")
     add("--data", metavar="DIR", default="data/evaluation", help="folder with a folder for each data set, as published "
         "(default %(default)s)")
-    add("--shots", default="0", metavar="K", help="solved examples per instance: 0, 1, another number, or 'few' for "
+    add("--shots", default="0", metavar="K", help="demonstrations per instance: 0, 1, another number, or 'few' for "
         "the paper's number of each task (default 0)")
     add("--questions", metavar="FILE", help="jsonl of multiple-choice questions: id, skill, prompt, choices, answer")
     add("--limit", type=int, metavar="N", help="at most N instances of each task (drawn at random) or skill")
@@ -45,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-samples", metavar="FILE", help="write every instance's scores, prediction and target as jsonl")
     add("--output", metavar="DIR", help="where the table goes as markdown and JSON, and the answers given so far "
         "(default: evaluation in output.directory)")
-    add("--nproc", type=int, default=1, metavar="P", help="processes over which the instances are spread (default 1)")
     add("--no-cache", action="store_true", help="neither use nor keep the answers of earlier runs")
     add("--no-sharing", action="store_true", help="compute common beginnings anew for every request")
+    add_node_arguments(parser)
 
 
 def run(settings: Run, arguments: argparse.Namespace) -> dict:
@@ -59,15 +62,19 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     if not arguments.tasks and not arguments.questions:
         raise UserError("nothing to evaluate", where="evaluate", hint="give --tasks NAMES or --questions FILE")
     _check(arguments)
-    if arguments.nproc > 1 and int(os.environ.get("MS_WORKER_NUM", "1")) == 1:
-        return _launch(settings, arguments)
+    if not is_worker() and wants_launch(arguments):
+        return launch_evaluation(settings, arguments)
+    sources = _sources(arguments) if arguments.tasks else []
+    evaluation = Evaluation(settings, arguments)
+    if evaluation.workers.follows:
+        return evaluation.workers.follow()
     results: dict[str, dict] = {}
     figures: dict[str, Any] = {"results": results}
-    if arguments.tasks:
-        sources = _sources(arguments)
-        figures |= Evaluation(settings, arguments).run(sources, results)
+    if sources:
+        figures |= evaluation.run(sources, results)
     if arguments.questions:
-        figures |= _answer_questions(settings, arguments, results)
+        figures |= evaluation.answer_questions(results)
+    evaluation.workers.close()
     return figures
 
 
@@ -82,20 +89,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"must be at least {least}", where=f"--{name}", value=value)
     if arguments.log_samples and not arguments.tasks:
         raise UserError("only tasks have a log of samples", where="--log-samples", hint="give --tasks")
-
-
-def _launch(settings: Run, arguments: argparse.Namespace) -> dict:
-    """The same command as --nproc processes of msrun on this machine; rank 0's figures."""
-    from parallel.launch.launcher import MsrunLauncher
-    from parallel.launch.plan import Plan, free_port
-
-    command = ["-m", "pangu", "evaluate"]
-    for name, value in vars(arguments).items():
-        if name not in ("verb", "overrides", "print_config", "print_reference") and value not in (None, False):
-            command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    logs = Path(arguments.output or Path(settings.output.directory) / "evaluation") / "logs"
-    plan = Plan(1, 0, "127.0.0.1", free_port(), arguments.nproc, _SECONDS_TO_MEET)
-    return MsrunLauncher(plan, [*command, *arguments.overrides], logs).run()
 
 
 def _sources(arguments: argparse.Namespace) -> list[Source]:
@@ -114,16 +107,6 @@ def _sources(arguments: argparse.Namespace) -> list[Source]:
     return sources
 
 
-def _answer_questions(settings: Run, arguments: argparse.Namespace, results: dict[str, dict]) -> dict:
-    from pangu.evaluation import questions
-
-    began = time.perf_counter()
-    for skill, row in questions.run(settings, arguments)["results"].items():
-        results[skill] = {"metric": row["accuracy"], **row}
-    count = sum(row["instances"] for row in results.values())
-    return {"instances_per_second": count / (time.perf_counter() - began)}
-
-
 class Evaluation:
     """One model on some tasks.
 
@@ -133,30 +116,43 @@ class Evaluation:
     """
 
     def __init__(self, settings: Run, arguments: argparse.Namespace) -> None:
-        from parallel.training.device import start_device
-
         self.arguments, self.settings = arguments, settings
-        self.processes = start_device()
-        self.first = self.processes.rank == 0
         self.output = Path(arguments.output or Path(settings.output.directory) / "evaluation")
-        self.model = self._load()
+        self.tokenizer = Tokenizer(settings.data.tokenizer)
+        check_vocabulary(self.tokenizer, settings.model.vocabulary_size)
+        self.workers = workers_of(settings, arguments.checkpoint or settings.output.directory, arguments.int8)
+        self.checkpoint = self.workers.checkpoint
+        self.first = self.workers.rank == 0
+        if not self.workers.follows:
+            self.model = self._load()
 
-    def _load(self) -> Any:
-        from pangu.data.tokenizer import Tokenizer
-        from pangu.evaluation.language_model import LanguageModel, RequestCache
-        from pangu.generation.backend import load_model
-        from pangu.generation.generate import check_vocabulary
-        from parallel.checkpoint.folder import resolve_checkpoint
-
+    def _load(self) -> LanguageModel:
         arguments, settings = self.arguments, self.settings
-        self.checkpoint = resolve_checkpoint(arguments.checkpoint or settings.output.directory)
-        tokenizer = Tokenizer(settings.data.tokenizer)
-        check_vocabulary(tokenizer, settings.model.vocabulary_size)
         cache = RequestCache(None if arguments.no_cache else self.output / "requests",
-                             model_fingerprint(self.checkpoint, settings, arguments.int8), self.processes.rank)
+                             model_fingerprint(self.checkpoint, settings, arguments.int8, self.workers.identity()),
+                             self.workers.rank)
         batch = None if arguments.batch == "auto" else int(arguments.batch)
-        return LanguageModel(load_model(settings, self.checkpoint, arguments.int8), tokenizer, batch,
-                             not arguments.no_sharing, cache)
+        model, scorer = self.workers.load(not arguments.no_sharing)
+        return LanguageModel(model, self.tokenizer, batch, not arguments.no_sharing, cache, scorer)
+
+    def answer_questions(self, results: dict[str, dict]) -> dict:
+        """Adds the accuracy of each skill of a file of questions to `results`."""
+        from pangu.evaluation import questions
+
+        began, arguments = time.perf_counter(), self.arguments
+        listed = questions.limit_each_skill(list(questions.read_questions(arguments.questions)), arguments.limit)
+        if not listed:
+            raise UserError("there is no question in the file", where=arguments.questions)
+        requests = questions.requests_of(listed, self.tokenizer)
+        picked = self.workers.shared([sum(map(_tokens, choices)) for choices in requests], lambda mine: (
+            questions.answer([requests[number] for number in mine], self.model)))
+        told = questions.tally(listed, picked)
+        if self.first:
+            table("Accuracy", ["skill", "accuracy", "chance", "questions", "standard error"],
+                  [(skill, row["accuracy"], row["chance"], row["instances"], row["stderr"])
+                   for skill, row in told.items()])
+        results |= {skill: {"metric": row["accuracy"], **row} for skill, row in told.items()}
+        return {"instances_per_second": len(listed) / (time.perf_counter() - began)}
 
     def run(self, sources: list[Source], results: dict[str, dict]) -> dict:
         """Fills `results` and writes tables and samples; rank 0 writes, all return the same."""
@@ -176,18 +172,16 @@ class Evaluation:
     def _task(self, source: Source) -> list[dict]:
         """A row for each instance of a task, from all processes, in the file's order."""
         task, arguments = source.task, self.arguments
-        builder = InstanceBuilder(task, source, self.model.tokenizer, self.settings.model.sequence_length,
+        builder = InstanceBuilder(task, source, self.tokenizer, self.settings.model.sequence_length,
                                   arguments.shots, arguments.seed)
         instances = builder.instances(arguments.limit)
         truncated = sum(instance.truncated > 0 for instance in instances)
         if truncated and self.first:
             info(f"{task.name}: {truncated} of {len(instances)} instances did not fit into {builder.room} tokens; "
                  f"fields {', '.join(task.shorten)} lost characters (see `truncated` in --log-samples)")
-        mine = list(range(self.processes.rank, len(instances), self.processes.ranks))
-        answers = self._answers(task, [instances[index] for index in mine])
-        gathered = gather(list(zip(mine, answers, strict=True)), self.processes)
-        ordered = [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
-        return judge(task, instances, ordered)
+        sizes = [len(instance.prompt) + sum(map(_tokens, instance.requests)) for instance in instances]
+        answers = self.workers.shared(sizes, lambda mine: self._answers(task, [instances[number] for number in mine]))
+        return judge(task, instances, answers)
 
     def _answers(self, task: TaskSettings, instances: list[Instance]) -> list[Any]:
         """For each instance the mean nll of each candidate, or the generated text; of a continuation the mean nll and
@@ -224,37 +218,18 @@ class Evaluation:
         sys.stderr.flush()
 
 
-def model_fingerprint(checkpoint: Path, settings: Run, int8: bool = False) -> str:
-    """What answers depend on: the checkpoint's checksums, the model's settings, the precision and the tokenizer."""
-    digest = hashlib.sha256((checkpoint / "layout.json").read_bytes() + b"int8" * int8)
+def _tokens(request: tuple[list[int], list[int]]) -> int:
+    return len(request[0]) + len(request[1])
+
+
+def model_fingerprint(checkpoint: Path, settings: Run, int8: bool = False, identity: bytes = b"") -> str:
+    """What answers depend on: the checkpoint's checksums (or `identity`, where it is of another code), the model's
+    settings, the precision and the tokenizer."""
+    layouts = sorted(checkpoint.glob("layout*.json"))  # one, or one for each rank's slices
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in layouts) + identity + b"int8" * int8)
     digest.update(settings.model.model_dump_json().encode() + str(settings.train.precision).encode())
     digest.update(Path(settings.data.tokenizer).read_bytes())
     return digest.hexdigest()[:16]
-
-
-def gather(items: list, processes: Any) -> list:
-    """The JSON-like `items` of all processes, rank after rank; every process gets all."""
-    if processes.ranks == 1:
-        return items
-    from mindspore import Tensor, nn, ops
-
-    class Gathered(nn.Cell):
-        def __init__(self) -> None:
-            super().__init__()
-            self.all = ops.AllGather(group=processes.group)
-
-        def construct(self, x: Tensor) -> Tensor:
-            return self.all(x)
-
-    # Bytes travel as float32, which every backend gathers.
-    cell, data = Gathered(), np.frombuffer(json.dumps(items).encode(), np.uint8)
-    sizes = [int(size) for size in cell(Tensor(np.array([len(data) % 4096, len(data) // 4096], np.float32))).asnumpy()]
-    lengths = [low + 4096 * high for low, high in zip(sizes[::2], sizes[1::2], strict=True)]
-    padded = np.zeros(max(lengths), np.float32)
-    padded[:len(data)] = data
-    parts = cell(Tensor(padded)).asnumpy().reshape(processes.ranks, -1)
-    return [item for part, length in zip(parts, lengths, strict=True)
-            for item in json.loads(part[:length].astype(np.uint8).tobytes())]
 
 
 def judge(task: TaskSettings, instances: list[Instance], answers: list[Any]) -> list[dict]:
@@ -270,7 +245,7 @@ def judge(task: TaskSettings, instances: list[Instance], answers: list[Any]) -> 
             row |= {"scores": [nll], "prediction": 0, "tokens": len(instance.requests[0][1]), "perplexity": nll,
                     "accuracy": float(greedy)}
         else:
-            # Equal scores are told apart by the word, so the order of the candidates has no influence.
+            # Equal scores are ordered by the word, so the order of the candidates has no influence.
             best = min(range(len(answer)), key=lambda index: (answer[index], instance.candidates[index]))
             row |= {"scores": answer, "prediction": best, "candidates": instance.candidates}
         rows.append(row)
@@ -359,6 +334,6 @@ def markdown(results: dict[str, dict], shots: str) -> str:
     """The table as markdown."""
     columns, rows = comparison(results, shots)
     lines = [columns, ["---"] * len(columns), *rows]
-    head = (f"# {shots}-shot evaluation\n\nIn percent; EM/F1 where two numbers stand; perplexity as it is. The last "
+    head = (f"# {shots}-shot evaluation\n\nIn percent; EM/F1 with two numbers; perplexity as it is. The last "
             "columns are published (PanGu-α, Tables 9 and 10), not measured here.\n\n")
     return head + "".join("| " + " | ".join(line) + " |\n" for line in lines)

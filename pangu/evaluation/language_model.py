@@ -7,17 +7,18 @@ until a stop; `pangu.evaluation.lm_eval_adapter` puts that package's texts and r
 from __future__ import annotations
 
 import hashlib
-import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pangu.evaluation.scoring import Scorer
+from pangu.generation.completion import Completion
 from pangu.generation.generate import Generator
 from pangu.generation.settings import GenerateSettings
 from parallel.common.files import explain_os_error, open_text
+from parallel.common.json_text import dump_json
 from parallel.common.structured import BadText, parse_json
 
 BLOCK = 512
@@ -28,7 +29,7 @@ class RequestCache:
     """Answers by request, in jsonl files of a folder; one file per process, all are read.
 
     Args:
-        folder: where the files lie; None = nothing is kept.
+        folder: of the files; None = nothing is kept.
         fingerprint: of the model; another one has other files.
         rank: this process.
     """
@@ -50,7 +51,8 @@ class RequestCache:
                     kept = parse_json(line)
                 except BadText:
                     continue  # the last line of a run that was killed
-                if isinstance(kept, list) and len(kept) == 2 and isinstance(kept[0], str):
+                # A line that has changed is forgotten like one that was cut off.
+                if isinstance(kept, list) and len(kept) == 3 and kept[2] == _sum(kept[:2]):
                     self.answers[kept[0]] = kept[1]
 
     def add(self, answers: dict[str, Any]) -> None:
@@ -60,29 +62,39 @@ class RequestCache:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # The line before may have been cut off.
-            text = "\n" + "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in answers.items())
+            # The line before may have been truncated.
+            text = "\n" + "".join(dump_json([*item, _sum(list(item))]) + "\n" for item in answers.items())
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise explain_os_error(error, self._path) from error
 
 
+def _sum(answer: list) -> int:
+    """Checksum of a request and its answer."""
+    return zlib.crc32(dump_json(answer).encode())
+
+
 class LanguageModel:
     """Scores and continues ids.
 
     Args:
-        model: a `pangu.model.PanGuAlpha`.
+        model: a `pangu.model.PanGuAlpha`, or a `pangu.generation.backend.Backend` where there is a `scorer`.
         tokenizer: a `pangu.data.tokenizer.Tokenizer`; None if nothing is generated.
         batch_size: rows at once; None = by their length.
         share: whether common beginnings are computed once.
         cache: where answers are kept.
+        scorer: what scores; None = MindSpore's graphs of `model`.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, batch_size: int | None = None, share: bool = True,
-                 cache: RequestCache | None = None) -> None:
+                 cache: RequestCache | None = None, scorer: Any = None) -> None:
         self.config, self.tokenizer = model.config, tokenizer
-        self.scorer = Scorer(model, batch_size, share)
+        if scorer is None:
+            from pangu.evaluation.scoring import Scorer
+
+            scorer = Scorer(model, batch_size, share)
+        self.scorer = scorer
         self.generator = Generator(model, tokenizer)
         self.batch_size, self.cache = batch_size, cache or RequestCache(None)
 
@@ -134,16 +146,17 @@ class LanguageModel:
         if self.batch_size is not None:
             settings = settings.model_copy(update={"batch_size": self.batch_size})
 
-        def answer(some: Sequence[_Ids]) -> list[str]:
-            return [completion.text for completion in self.generator.generate_ids(some, settings)]
-
         open_ones = self._open(keys, prompts, on_done)
         names = list(open_ones)
         for first in range(0, len(names), BLOCK):
             block = names[first:first + BLOCK]
-            self.cache.add(dict(zip(block, answer([open_ones[name] for name in block]), strict=True)))
-            if on_done is not None:
-                on_done(len(block))
+
+            def keep(index: int, completion: Completion, block: list[str] = block) -> None:
+                self.cache.add({block[index]: completion.text})
+                if on_done is not None:
+                    on_done(1)
+
+            self.generator.generate_ids([open_ones[name] for name in block], settings, on_done=keep)
         return [self.cache.answers[key] for key in keys]
 
     def _open(self, keys: list[str], requests: Sequence[Any], on_done: Callable[[int], None] | None) -> dict[str, Any]:

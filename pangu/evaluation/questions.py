@@ -1,21 +1,17 @@
-"""Multiple-choice questions answered by likelihood: what a small model has learnt, against chance."""
+"""Multiple-choice questions answered by likelihood: a small model's accuracy, against chance."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.lines import json_lines
-from parallel.common.progress import table
-
-if TYPE_CHECKING:
-    from pangu.settings import Run
 
 _MAX_QUESTIONS = 1_000_000
+Request = tuple[list[int], list[int]]
 
 
 def read_questions(path: str | Path) -> Iterator[dict]:
@@ -45,28 +41,32 @@ def _check(question: Any, where: str) -> None:
         raise UserError("answer must be the index of a choice", where=where, value=answer)
 
 
-def answer(questions: list[dict], scorer: Any, tokenizer: Any) -> list[int]:
-    """Index of the likeliest choice of each question: mean log-likelihood of the choice's tokens after the prompt.
+def requests_of(questions: list[dict], tokenizer: Any) -> list[list[Request]]:
+    """(prefix ids, scored ids) of each choice of each question.
 
-    Args:
-        questions: as `read_questions` yields them.
-        scorer: anything with `loglikelihood(list of (prefix ids, continuation ids)) -> list of float`.
-        tokenizer: with `encode`.
-
-    A choice is encoded together with the prompt, since words are cut differently at a joint; what follows the ids that
-    all choices of a question have in common is scored, and divided by its number of tokens.
+    A choice is encoded together with the prompt, since words are segmented differently at a joint; what follows the ids
+    that all choices of a question have in common is scored, and divided by its number of tokens.
     """
-    requests, spans = [], []
+    found = []
     for question in questions:
         encoded = [tokenizer.encode(question["prompt"] + choice) for choice in question["choices"]]
         common = min(common_prefix(encoded), min(len(ids) for ids in encoded) - 1)
-        spans.append((len(requests), len(encoded)))
-        requests += [(ids[:common], ids[common:]) for ids in encoded]
-    scores = scorer.loglikelihood(requests)
+        found.append([(ids[:common], ids[common:]) for ids in encoded])
+    return found
+
+
+def answer(requests: list[list[Request]], scorer: Any) -> list[int]:
+    """Index of the likeliest choice of each question: mean log-likelihood of the choice's tokens after the prompt.
+
+    Args:
+        requests: see `requests_of`.
+        scorer: anything with `loglikelihood(list of requests) -> list of (log-likelihood, ...)`.
+    """
+    scores = iter(scorer.loglikelihood([request for choices in requests for request in choices]))
     picked = []
-    for start, count in spans:
-        means = [scores[start + i] / max(len(requests[start + i][1]), 1) for i in range(count)]
-        picked.append(max(range(count), key=means.__getitem__))
+    for choices in requests:
+        means = [next(scores)[0] / max(len(scored), 1) for _, scored in choices]
+        picked.append(max(range(len(choices)), key=means.__getitem__))
     return picked
 
 
@@ -92,24 +92,6 @@ def tally(questions: list[dict], picked: list[int]) -> dict[str, dict[str, float
         results[skill] = {"accuracy": accuracy, "chance": chance, "instances": count,
                           "stderr": math.sqrt(accuracy * (1 - accuracy) / max(count - 1, 1))}
     return results
-
-
-def run(settings: Run, arguments: argparse.Namespace) -> dict:
-    """Verb `evaluate` on a file of questions."""
-    from pangu.data.tokenizer import Tokenizer
-    from pangu.evaluation.scoring import Scorer
-    from pangu.generation.backend import load_model
-
-    questions = limit_each_skill(list(read_questions(arguments.questions)), arguments.limit)
-    if not questions:
-        raise UserError("there is no question in the file", where=arguments.questions)
-    tokenizer = Tokenizer(settings.data.tokenizer)
-    scorer = Scorer(load_model(settings, arguments.checkpoint or settings.output.directory,
-                               getattr(arguments, "int8", False)))
-    results = tally(questions, answer(questions, scorer, tokenizer))
-    table("Accuracy", ["skill", "accuracy", "chance", "questions", "standard error"],
-          [(skill, row["accuracy"], row["chance"], row["instances"], row["stderr"]) for skill, row in results.items()])
-    return {"results": results}
 
 
 def limit_each_skill(questions: list[dict], limit: int | None) -> list[dict]:

@@ -62,19 +62,24 @@ class Generator:
         return self.generate_ids([self.tokenizer.encode(prompt) for prompt in prompts], settings)
 
     def generate_ids(self, prompts: Sequence[Sequence[int]], settings: GenerateSettings | None = None,
-                     on_text: Callable[[int, str], None] | None = None) -> list[Completion]:
-        """`generate` for prompts that are ids already; `on_text(index, piece)` is called as text becomes certain."""
+                     on_text: Callable[[int, str], None] | None = None,
+                     on_done: Callable[[int, Completion], None] | None = None) -> list[Completion]:
+        """`generate` for prompts that are ids already; `on_text(index, piece)` is called as text becomes certain,
+        `on_done(index, completion)` when one has ended."""
         settings = settings or self.settings
         began = time.perf_counter()
         requests = self._requests(prompts, settings, on_text)
+        running = set(range(len(requests))) if on_done is not None else set()
         for _ in self._steps(requests, settings):
-            pass
+            for index in [index for index in running if requests[index].done]:
+                running.remove(index)
+                on_done(index, requests[index].completion())
         self.tokens_generated += sum(request.generated for request in requests)
         self.seconds += time.perf_counter() - began
         return [request.completion() for request in requests]
 
     def stream(self, prompt: str, settings: GenerateSettings | None = None) -> Iterator[str]:
-        """Pieces of the continuation of `prompt` as they are generated; joined, they are `generate`'s text."""
+        """Parts of the continuation of `prompt` as they are generated; joined, they are `generate`'s text."""
         settings = settings or self.settings
         pieces: list[str] = []
         began = time.perf_counter()
@@ -98,8 +103,8 @@ class Generator:
             room = context - len(ids) + 1
             limit = (room, "context") if room < settings.max_new_tokens else (settings.max_new_tokens, "max_new_tokens")
             requests.append(GenerationState(ids, Sampler(settings.rule(), stream), limit, stop_ids, stops,
-                                    self.tokenizer.stream() if self.tokenizer is not None else None,
-                                    partial(on_text, index) if on_text is not None else None))
+                                            self.tokenizer.stream() if self.tokenizer is not None else None,
+                                            partial(on_text, index) if on_text is not None else None))
         return requests
 
     def _stops(self, settings: GenerateSettings) -> list[str]:
@@ -132,7 +137,7 @@ class Generator:
                 scheduler.abort(request)
 
     def _prepared(self, requests: list[GenerationState], settings: GenerateSettings) -> Scheduler:
-        """A scheduler whose cache holds as many of these requests as run at once, to their ends."""
+        """A scheduler whose cache holds those of these requests that run at once, to their ends."""
         together = 1 if len(requests) == 1 else settings.batch_size
         longest = max(len(request.prompt) + request.room - 1 for request in requests)
         runner = self.backend.runner(together, longest, settings.prefill_chunk)
@@ -187,22 +192,46 @@ def run_generate(settings: Run, arguments: argparse.Namespace) -> dict:
     from pangu.data.tokenizer import Tokenizer
     from pangu.generation.backend import load_backend
     from pangu.generation.prompts import read_prompts
+    from pangu.generation.sharded.model import open_sharded
 
     texts, rules = read_prompts(arguments.prompts, arguments.prompt, settings.generate)
     if arguments.stream and len(texts) != 1:
         raise UserError("--stream shows one prompt", where="--stream", value=f"{len(texts)} prompts")
     tokenizer = Tokenizer(getattr(arguments, "tokenizer", None) or settings.data.tokenizer)
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
-    backend = load_backend(settings, arguments.checkpoint or settings.output.directory,
-                           getattr(arguments, "int8", False))
-    generator = Generator(backend, tokenizer, rules)
+    place, int8 = arguments.checkpoint or settings.output.directory, getattr(arguments, "int8", False)
+    sharded = open_sharded(settings, place, int8)
+    if sharded is not None:
+        return sharded.follow() if sharded.backend is None else _generate_sharded(sharded, tokenizer, texts, rules)
+    generator = Generator(load_backend(settings, place, int8), tokenizer, rules)
     if arguments.stream:
         outputs = [_stream_to_terminal(generator, texts[0])]
     else:
         outputs = [completion.text for completion in generator.generate(texts)]
-        for text, output in zip(texts, outputs, strict=True):
-            print(f"{text}\033[1m{output}\033[0m" if sys.stderr.isatty() else text + output, file=sys.stderr)
+        _show(texts, outputs)
     return {"prompts": texts, "outputs": outputs, "tokens_per_second": round(generator.tokens_per_second, 2)}
+
+
+def _generate_sharded(sharded: Any, tokenizer: Any, texts: list[str], rules: GenerateSettings) -> dict:
+    """This group's part of the texts; the first process tells those of all groups."""
+    from pangu.generation.sharded.dealing import dealt, put_together
+
+    began = time.perf_counter()
+    generator = Generator(sharded.backend, tokenizer, rules)
+    mine = dealt([tokenizer.encode(text) for text in texts], sharded.member.groups)[sharded.member.group]
+    own = [completion.text for completion in generator.generate([texts[number] for number in mine])]
+    gathered = sharded.member.gather([list(zip(mine, own, strict=True)), generator.tokens_generated])
+    sharded.close()
+    outputs = put_together([pairs for pairs, _ in gathered], len(texts))
+    if sharded.first:
+        _show(texts, outputs)
+    speed = sum(tokens for _, tokens in gathered) / (time.perf_counter() - began)
+    return {"prompts": texts, "outputs": outputs, "tokens_per_second": round(speed, 2)}
+
+
+def _show(texts: list[str], outputs: list[str]) -> None:
+    for text, output in zip(texts, outputs, strict=True):
+        print(f"{text}\033[1m{output}\033[0m" if sys.stderr.isatty() else text + output, file=sys.stderr)
 
 
 def _stream_to_terminal(generator: Generator, prompt: str) -> str:

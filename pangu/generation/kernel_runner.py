@@ -5,7 +5,6 @@ Shapes: O outputs, I inputs, P panels of 32 outputs, G groups of inputs with a s
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pangu.generation.runner import LogProbabilities, Span
-from pangu.generation.sampling import Draw
+from pangu.generation.choosing import LibraryChoice, at
+from pangu.generation.runner import Span
 
 SLOTS = 16  # tokens of a block
 PANEL = 32
@@ -137,7 +136,7 @@ def pack_weights(config: Any, source: WeightSource) -> PackedWeights:
                          (_own(source.array("norm.gamma")), _own(source.array("norm.beta"))), layers)
 
 
-class KernelRunner:
+class KernelRunner(LibraryChoice):
     """A `Runner` of the C++ kernels. A row's logits depend on its sequence alone, bit for bit.
 
     Args:
@@ -151,7 +150,7 @@ class KernelRunner:
     def __init__(self, weights: PackedWeights, blocks: int, library: Path) -> None:
         config = weights.config
         self.weights, self.blocks, self.config = weights, blocks, config
-        self._library = _entries(library)
+        super().__init__(library)
         heads, head_width = config.heads, config.hidden_size // config.heads
         padded = -(-head_width // _WIDE) * _WIDE
         self._cache = [(aligned((blocks, heads, head_width, SLOTS), np.float32, zeros=True),
@@ -160,7 +159,7 @@ class KernelRunner:
                           config.sequence_length, blocks, _GELU[config.gelu], config.final_norm == "before_query"],
                          np.int64)
         pointers, groups = self._pointers()
-        self._model = self._library.paged_create(_at(sizes), _at(pointers), _at(groups))
+        self._model = self._library.paged_create(at(sizes), at(pointers), at(groups))
         weakref.finalize(self, self._library.paged_destroy, self._model)
         self._logits = np.empty((0, config.vocabulary_size), np.float32)
 
@@ -203,49 +202,8 @@ class KernelRunner:
             begin += needed
         ids = np.fromiter((token for span in spans for token in span.ids), np.int32)
         table = np.array(tables, np.int32)
-        code = self._library.paged_run(self._model, len(spans), _at(numbers), _at(table), _at(ids), _at(logits),
-                                       _at(best))
+        code = self._library.paged_run(self._model, len(spans), at(numbers), at(table), at(ids), at(logits),
+                                       at(best))
         if code != 0:
             raise ValueError(f"the kernels refuse the call: code {code}")
         return logits, best
-
-    def log_probabilities(self, logits_MV: np.ndarray, targets_M: np.ndarray, k: int) -> LogProbabilities:
-        """See `Runner`."""
-        rows, vocabulary = logits_MV.shape
-        k = min(k, vocabulary)
-        logits_MV = np.ascontiguousarray(logits_MV, np.float32)
-        targets_M = np.ascontiguousarray(targets_M, np.int32)
-        found = LogProbabilities(np.empty(rows, np.float32), np.empty(rows, np.int32), np.empty((rows, k), np.int32),
-                                 np.empty((rows, k), np.float32))
-        self._library.paged_log_p(_at(logits_MV), rows, vocabulary, _at(targets_M), k, _at(found.target),
-                                  _at(found.above), _at(found.top_ids), _at(found.top))
-        return found
-
-
-    def choose(self, logits_MV: np.ndarray, rows: Sequence[int], draws: Sequence[Draw]) -> list[int]:
-        """See `Runner`. Weights are float32 here and float64 in Python: one draw in a million may differ."""
-        rules = np.array([(draw.rule.temperature, draw.rule.top_k, draw.rule.top_p, draw.uniform) for draw in draws])
-        first = np.cumsum([0, *(len(draw.ids) for draw in draws)], dtype=np.int64)
-        ids = np.concatenate([draw.ids for draw in draws]).astype(np.int32)
-        values = np.concatenate([draw.values for draw in draws]).astype(np.float32)
-        places, chosen = np.array(rows, np.int32), np.empty(len(draws), np.int32)
-        self._library.paged_choose(_at(logits_MV), logits_MV.shape[1], len(draws), _at(places), _at(rules), _at(first),
-                                   _at(ids), _at(values), _at(chosen))
-        return chosen.tolist()
-
-
-def _at(array: np.ndarray) -> int:
-    return array.ctypes.data
-
-
-def _entries(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.paged_create.restype, library.paged_create.argtypes = pointer, [pointer] * 3
-    library.paged_destroy.restype, library.paged_destroy.argtypes = None, [pointer]
-    library.paged_run.argtypes = [pointer, number, *[pointer] * 5]
-    library.paged_log_p.restype = None
-    library.paged_log_p.argtypes = [pointer, number, number, pointer, number, *[pointer] * 4]
-    library.paged_choose.restype = None
-    library.paged_choose.argtypes = [pointer, number, number, *[pointer] * 6]
-    return library

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import field_validator
 
 from pangu.generation.settings import GenerateSettings
+from parallel.common.command import own_file
 from parallel.common.errors import UserError
 from parallel.common.lines import text_lines
 from parallel.common.settings import Settings, load_settings
@@ -36,7 +37,7 @@ class Recipe(Settings):
     @classmethod
     def _readable(cls, template: str) -> str:
         if any(name is not None and not name.isidentifier() for _, name, _, _ in string.Formatter().parse(template)):
-            raise ValueError("a place for an input is a plain name in braces")
+            raise ValueError("a placeholder is a plain name in braces")
         return template
 
     @property
@@ -71,7 +72,7 @@ class Recipe(Settings):
 
 
 def read_prompts(file: str | None, typed: list[str] | None, settings: GenerateSettings) -> tuple[list[str],
-                                                                                                GenerateSettings]:
+                                                                                                 GenerateSettings]:
     """The prompts that a command line asks for and how to decode them.
 
     Args:
@@ -101,7 +102,7 @@ def find_recipe(name: str | None) -> Path | None:
     if name is None:
         return None
     if name.endswith((".yaml", ".yml")):
-        return Path(name)
+        return Path(own_file(name))
     built_in = RECIPES / f"{name}.yaml"
     return built_in if name.isidentifier() and built_in.is_file() and not Path(name).exists() else None
 

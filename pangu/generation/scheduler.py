@@ -23,7 +23,7 @@ from pangu.generation.sampling import Sampler
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability (nats), its rank (1 = likeliest) and the likeliest tokens in its place, best first.
+    """A token's log-probability (nats), its rank (1 = likeliest) and the likeliest tokens at its position, best first.
 
     The token itself is among `top` only if it is one of them. Equal tokens have equal floats, so that
     `logprob == top[0][1]` says whether the token is the greedy one (two tokens may tie).
@@ -46,26 +46,28 @@ class Sequence:
         sampler: chooses its tokens.
         logprobs: None, or how many likely tokens are wanted beside each generated one.
         prompt_logprobs: the same for the prompt.
+        scored_from: place of the first token of the prompt whose log-probability is wanted; those before have none.
     """
 
     def __init__(self, prompt: SequenceOf[int], sampler: Sampler, logprobs: int | None = None,
-                 prompt_logprobs: int | None = None) -> None:
+                 prompt_logprobs: int | None = None, scored_from: int = 1) -> None:
         self.prompt, self.sampler = list(prompt), sampler
         self.logprobs, self.prompt_logprobs = logprobs, prompt_logprobs
         self.all_ids = list(prompt)
         """The prompt and what was generated."""
         self.computed = 0
-        """Tokens whose keys and values lie in the blocks of `table`."""
+        """Tokens whose keys and values are in the blocks of `table`."""
         self.table: list[int] = []
         self.digests: list[bytes] = []
         self.registered = 0
         """Blocks of `table` that can be found."""
-        self.scores: Scores | None = [None] if prompt_logprobs is not None else None
+        self.scored_from = scored_from
+        self.scores: Scores | None = [None] * scored_from if prompt_logprobs is not None else None
         """Log-probabilities of the prompt's tokens as far as they are known."""
         self.cached: int | None = None
         """Tokens of the prompt that were found in the cache when the sequence first joined."""
         self.number = -1
-        self.told = False
+        self.reported = False
 
     @property
     def done(self) -> bool:
@@ -222,8 +224,8 @@ class Scheduler:
         """Blocks with the sequence's beginning, at most all but its last token; what they know of its scores; and how
         many blocks of it are known.
 
-        Where the prompt is scored, a block is of use only with the scores of its tokens; and the token after them is
-        scored by the one before it, so the last such block is computed again.
+        Where tokens of a block are scored, it is of use only with their scores; and the token after the blocks is
+        scored by the one before it, so the last block is computed again.
         """
         found: list[int] = []
         scores: Scores = []
@@ -232,17 +234,26 @@ class Scheduler:
         size = self.pool.block_size
         sequence.digests = digests(sequence.all_ids, size, sequence.digests)
         unknown = sequence.scores is not None and len(sequence.scores) < len(sequence.prompt)
-        for digest in sequence.digests[:(len(sequence.all_ids) - 1) // size]:
+        for number, digest in enumerate(sequence.digests[:(len(sequence.all_ids) - 1) // size]):
             block = self.pool.find(digest)
             if block is None:
                 break
-            if unknown:
+            if unknown and self._wanted_in(sequence, number) >= 0:
                 noted = self.pool.notes[block]
                 if noted is None or noted[0] < sequence.prompt_logprobs:
                     break
                 scores += [_shortened(score, sequence.prompt_logprobs) for score in noted[1]]
+            else:
+                scores += [None] * size
             found.append(block)
-        return found[:-1] if unknown else found, scores, len(found)
+        again = unknown and len(found) * size >= sequence.scored_from
+        return found[:-1] if again else found, scores if unknown else [], len(found)
+
+    def _wanted_in(self, sequence: Sequence, number: int) -> int:
+        """How many likely tokens are wanted beside each token of a sequence's block; -1 where none of it is scored."""
+        if sequence.prompt_logprobs is None or (number + 1) * self.pool.block_size <= sequence.scored_from:
+            return -1
+        return sequence.prompt_logprobs
 
     def _coming(self) -> dict[bytes, int]:
         coming: dict[bytes, int] = {}
@@ -254,15 +265,20 @@ class Scheduler:
         """Digests of the blocks that a sequence is about to fill, and how many scores a token they will have."""
         if sequence.pending <= 1:
             return {}
-        scored = -1 if sequence.prompt_logprobs is None else sequence.prompt_logprobs
-        return dict.fromkeys(sequence.digests[sequence.computed // self.pool.block_size:], scored)
+        first = sequence.computed // self.pool.block_size
+        return {digest: self._noted_in(sequence, number)
+                for number, digest in enumerate(sequence.digests[first:], start=first)}
+
+    def _noted_in(self, sequence: Sequence, number: int) -> int:
+        """How many likely tokens a token of a sequence's block will be noted with; -1 where not all have scores."""
+        all_scored = sequence.scored_from <= 1 or number * self.pool.block_size >= sequence.scored_from
+        return sequence.prompt_logprobs if all_scored and sequence.prompt_logprobs is not None else -1
 
     def _is_coming(self, sequence: Sequence, known: int, coming: dict[bytes, int]) -> bool:
         """Whether another sequence is reading what this one needs after the `known` blocks."""
         if not coming or known >= (len(sequence.all_ids) - 1) // self.pool.block_size:
             return False
-        wanted = -1 if sequence.prompt_logprobs is None else sequence.prompt_logprobs
-        return coming.get(sequence.digests[known], -2) >= wanted
+        return coming.get(sequence.digests[known], -2) >= self._wanted_in(sequence, known)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -318,7 +334,7 @@ class Scheduler:
             digest, end = sequence.digests[number], (number + 1) * size
             self.pool.register(sequence.table[number], digest)
             block, scores = self.pool.find(digest), sequence.scores
-            if scores is not None and len(scores) >= end:
+            if scores is not None and len(scores) >= end and self._noted_in(sequence, number) >= 0:
                 noted = self.pool.notes[block]
                 if noted is None or noted[0] < sequence.prompt_logprobs:
                     self.pool.notes[block] = sequence.prompt_logprobs, scores[number * size:end]
@@ -351,8 +367,8 @@ class Scheduler:
             sequence = part.sequence
             if not part.ends:
                 continue
-            if not sequence.told:
-                sequence.told = True
+            if not sequence.reported:
+                sequence.reported = True
                 sequence.read(sequence.cached or 0, sequence.scores)
             if not sequence.done:
                 choosing.append((sequence, row))

@@ -1,4 +1,4 @@
-"""A PanGu-alpha's parameters for the C++ kernels: straight from a checkpoint, tensor by tensor, or of a model.
+"""A PanGu-alpha's parameters for the C++ kernels: read from a checkpoint, tensor by tensor, or of a model.
 
 Shapes: O outputs, I inputs, G groups of inputs with a scale.
 """
@@ -48,6 +48,22 @@ def is_matrix(name: str) -> bool:
     return name == WORDS or name.endswith(".weight")
 
 
+def check_parameters(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raises a `UserError` unless a checkpoint's parameters are just those that are wanted, by name and shape."""
+    layout, where = checkpoint.layout, checkpoint.path
+    for name in checkpoint.names(PARAMETERS_FILE):
+        if name not in wanted:
+            raise UserError(f"the checkpoint has the unknown parameter {name}", where=where,
+                            hint=hint_for_unknown([name], "is it of another model?"))
+    for name, shape in wanted.items():
+        if name not in layout:
+            raise UserError(f"the checkpoint lacks parameter {name}", where=where, hint="is it of another model?")
+        if tuple(layout[name]["shape"]) != shape:
+            raise UserError(f"'{name}' has shape {list(shape)} in the model and {layout[name]['shape']} in the "
+                            "checkpoint", where=where, hint="use the model settings that the checkpoint was trained "
+                                                            "with")
+
+
 class CheckpointWeights:
     """Reads the parameters of a checkpoint of either kind, float or int8.
 
@@ -84,19 +100,7 @@ class CheckpointWeights:
                     outputs, inputs = shape
                     wanted[name] = (1, inputs, outputs)
                     wanted[name + SCALE] = (1, count_groups(inputs, group), outputs)
-        layout, where = self.checkpoint.layout, self.checkpoint.path
-        for name in self.checkpoint.names(PARAMETERS_FILE):
-            if name not in wanted:
-                raise UserError(f"the checkpoint has the unknown parameter {name}", where=where,
-                                hint=hint_for_unknown([name], "is it of another model?"))
-        for name, shape in wanted.items():
-            if name not in layout:
-                raise UserError(f"the checkpoint lacks parameter {name}", where=where,
-                                hint="is it of another model?")
-            if tuple(layout[name]["shape"]) != shape:
-                raise UserError(f"'{name}' has shape {list(shape)} in the model and {layout[name]['shape']} in the "
-                                "checkpoint", where=where,
-                                hint="use the model settings that the checkpoint was trained with")
+        check_parameters(self.checkpoint, wanted)
 
     def _matrix(self, name: str, bias: str | None) -> PackedMatrix:
         read = self.checkpoint.read

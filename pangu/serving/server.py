@@ -163,16 +163,25 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     require("serve", ("fastapi", "uvicorn", "httptools", "prometheus_client", "jinja2"))
     from pangu.data.tokenizer import Tokenizer
     from pangu.generation.generate import check_vocabulary
+    from pangu.generation.sharded.model import open_sharded
     from pangu.serving.engine import start_engine
 
     serving: ServeSettings = settings.serve
+    sharded = open_sharded(settings, arguments.checkpoint or settings.output.directory, arguments.int8,
+                           serving.engine.cache_bytes)
+    if sharded is not None:
+        sharded.check_one_group()
+        if sharded.backend is None:
+            return sharded.follow()
     listener = bind(serving)
     tokenizer = Tokenizer(settings.data.tokenizer)
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
-    engine = start_engine(settings, arguments.checkpoint, serving.engine, arguments.int8)
+    engine = start_engine(settings, arguments.checkpoint, serving.engine, arguments.int8, sharded)
     service = Service(engine, tokenizer, serving, serving.name or settings.model.name)
-    said = f"serving {service.name} of {engine.stats().checkpoint} on {address(listener)}"
-    serve(application(service), listener, serving, openai_shape, lambda: info(said))
+    line = f"serving {service.name} of {engine.stats().checkpoint} on {address(listener)}"
+    serve(application(service), listener, serving, openai_shape, lambda: info(line))
     stats = engine.stats()
+    if sharded is not None:
+        sharded.close()
     return {"version": stats.version, "requests": stats.requests_total, "prompt_tokens": stats.prompt_tokens_total,
             "generated_tokens": stats.generation_tokens_total}

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: its name, its place, and how it appears there complete or not at all. What is in it:
+"""The folder of a checkpoint: its name and path, and how it appears there complete or not at all. What is in it:
 `checkpoint`, `sliced_checkpoint`."""
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from parallel.common.structured import DIGEST_KEY
 FORMAT = "parallel.checkpoint"
 VERSION = 2
 """2: JSON files carry their digest. 1: without."""
+INDEX_VERSION = 3
+"""Of a checkpoint in slices with an index (`parallel.checkpoint.index`)."""
 PARAMETERS_FILE = "parameters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_LAYOUT = re.compile(r"^layout(-\d{5,}-of-\d{5,})?\.json$")
+LAYOUT_PART = re.compile(r"^layout-(\d{5,})-of-(\d{5,})\.json$")
 _NAME = re.compile(r"^step_(\d{8,})$")
 
 
@@ -49,12 +51,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if not found:
         raise UserError("no checkpoint here", where=path, hint="give the folder of a run or of a checkpoint")
-    return newest_whole(found)
+    return newest_undamaged(found)
 
 
-def newest_whole(found: Sequence[Path], damaged: Callable[[Path], UserError | None] | None = None) -> Path:
-    """The last of `found` that is not damaged; each one that is passed over is told. `damaged` looks for what is wrong;
-    None = `damage`.
+def newest_undamaged(found: Sequence[Path], damaged: Callable[[Path], UserError | None] | None = None) -> Path:
+    """The last of `found` that is not damaged; each one that is passed over is reported. `damaged` looks for what is
+    wrong; None = `damage`.
 
     Raises:
         UserError: all are damaged (what is wrong with the newest).
@@ -87,7 +89,7 @@ def read_sealed_json(path: Path) -> dict:
     value = read_json(path, dict, hint="use another checkpoint")
     # A digest that was there has been compared and taken off.
     known = value.get("version")
-    if known == VERSION and DIGEST_KEY.encode() not in path.read_bytes():
+    if known not in (None, 1) and DIGEST_KEY.encode() not in path.read_bytes():
         raise UserError("file is damaged: it has no digest", where=path, hint="use another checkpoint")
     return value
 
@@ -98,15 +100,13 @@ def damage(path: Path) -> UserError | None:
     Cheap: the tensors are compared with their checksums when they are read (`newest.good_checkpoint` reads them all).
     """
     try:
-        layouts = [entry for entry in path.iterdir() if _LAYOUT.match(entry.name)]
+        layouts = [entry for entry in path.iterdir() if entry.name == "layout.json" or LAYOUT_PART.match(entry.name)]
         if not layouts:
             return UserError("the checkpoint has no layout", where=path)
         if (path / "state.json").is_file():
             read_sealed_json(path / "state.json")
         for layout in layouts:
-            tensors = read_sealed_json(layout).get("tensors")
-            files = {entry.get("file") for entry in tensors.values()}
-            for name in sorted(files):
+            for name in sorted(_files_named(layout)):
                 if not inside(path, name).is_file():
                     return UserError("a file of the checkpoint is missing", where=path / name)
     except UserError as error:
@@ -114,6 +114,13 @@ def damage(path: Path) -> UserError | None:
     except (OSError, AttributeError, TypeError) as error:
         return UserError(f"file is damaged: {type(error).__name__}", where=path)
     return None
+
+
+def _files_named(path: Path) -> set[str]:
+    layout = read_sealed_json(path)
+    if layout.get("version") == INDEX_VERSION:
+        return set(layout.get("files"))
+    return {entry.get("file") for entry in layout.get("tensors").values()}
 
 
 def write_plain_json(path: Path, value: dict) -> None:

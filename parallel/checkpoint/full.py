@@ -12,107 +12,64 @@ ever unpickled. Slices of many ranks: `parallel.checkpoint.sharded`; both kinds 
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from parallel.checkpoint.adapter_names import hint_for_unknown
-from parallel.checkpoint.folder import (
-    FORMAT,
-    OPTIMIZER_FILE,
-    PARAMETERS_FILE,
-    VERSION,
-    checkpoint_path,
-    remove_old,
-    write_plain_json,
-)
-from parallel.checkpoint.safetensors_file import DTYPES, write_safetensors
-from parallel.checkpoint.sharded import Holder, Slices, parameter_of, save_slices
+from parallel.checkpoint.folder import OPTIMIZER_FILE, PARAMETERS_FILE
+from parallel.checkpoint.owners import Disks
+from parallel.checkpoint.sharded import Slices, parameter_of
 from parallel.checkpoint.tensors import NamedTensor, named
+from parallel.checkpoint.writing import Holder, Save, SlicedSave, WholeSave
 from parallel.common.errors import UserError
-from parallel.common.files import explain_os_error
-from parallel.common.folders import put_in_place, sweep, temporary_name
 
 _MAX_SHOWN = 3
 
 
 def save(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any], state: dict[str, Any],
-         keep: int | None, *, rank: int = 0, holder: Holder | None = None,
-         add_files: Callable[[Path], None] | None = None) -> Path | None:
-    """A checkpoint of a run of any number of processes: rank 0 writes whole tensors, or every rank its slices.
+         keep: int | None, *, rank: int = 0, holder: Holder | None = None, disks: Disks | None = None,
+         barrier: Callable[[], None] | None = None, add_files: Callable[[Path], None] | None = None) -> Path:
+    """A checkpoint of a run of any number of processes, which all call it: whole tensors, or every rank's slices.
 
-    All ranks call it; see `save_checkpoint` and `save_slices`. None on a rank that writes nothing.
+    Args: see `parallel.checkpoint.writing.Save`;
+        holder: which slices this process holds; None = everything.
+        barrier: returns when all processes have called it; None = the holder's, or there is nobody to wait for.
+
+    Raises:
+        UserError: no space or no permission; what was there before is untouched.
     """
+    under_way = begun(directory, step, parameters, states, state, keep, rank=rank, holder=holder, disks=disks,
+                      add_files=add_files)
+    return under_way.run(barrier or (holder.barrier if holder is not None else _nobody))
+
+
+def begun(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any], state: dict[str, Any],
+          keep: int | None, *, rank: int = 0, holder: Holder | None = None, disks: Disks | None = None,
+          add_files: Callable[[Path], None] | None = None) -> Save:
+    """What `save` does, to be done step by step."""
     if holder is not None:
-        return save_slices(directory, step, parameters, states, state, keep, holder, add_files)
-    return save_checkpoint(directory, step, parameters, states, state, keep, add_files) if rank == 0 else None
+        return SlicedSave(directory, step, parameters, states, state, keep, holder, disks, add_files)
+    return WholeSave(directory, step, parameters, states, state, keep, rank=rank,
+                     disks=disks or Disks.shared(rank + 1), add_files=add_files)
 
 
 def save_checkpoint(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any] = (),
                     state: dict[str, Any] | None = None, keep: int | None = None,
                     add_files: Callable[[Path], None] | None = None) -> Path:
-    """Writes `<directory>/step_<step>` atomically, then deletes all but the newest `keep`.
+    """Writes `<directory>/step_<step>` atomically from one process, then deletes all but the newest `keep`.
 
-    Args:
-        directory: folder of the run's checkpoints.
-        step: names the checkpoint; one that exists is replaced.
-        parameters: the network's, `NamedTensor`s or MindSpore parameters.
-        states: the optimizer's.
-        state: JSON values to keep beside them.
-        keep: how many to keep; None = all.
-        add_files: called with the folder before it is complete, to put more files into it.
-
-    Raises:
-        UserError: no space or no permission; what was there before is untouched.
+    Args, errors: see `parallel.checkpoint.writing.Save`.
     """
-    directory, target = Path(directory), checkpoint_path(directory, step)
-    parameters, states = named(parameters), named(states)
-    if not parameters:
-        raise ValueError("a checkpoint without parameters")
-    hidden = temporary_name(target)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        sweep(directory)
-        _check_space(directory, [*parameters, *states])
-        hidden.mkdir()
-        entries = {}
-        for name, tensors in ((PARAMETERS_FILE, parameters), (OPTIMIZER_FILE, states)):
-            if tensors:
-                entries.update(_write_tensors(hidden / name, tensors))
-        if add_files is not None:
-            add_files(hidden)
-        write_plain_json(hidden / "layout.json", {"format": FORMAT, "version": VERSION, "tensors": entries})
-        write_plain_json(hidden / "state.json", {"format": FORMAT, "version": VERSION, "step": step, **(state or {})})
-        put_in_place(hidden, target)
-    except OSError as error:
-        raise explain_os_error(error, target) from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-    remove_old(directory, keep)
-    return target
+    return save(directory, step, parameters, states, state or {}, keep, add_files=add_files)
 
 
-def _check_space(directory: Path, tensors: Sequence[NamedTensor]) -> None:
-    needed = sum(math.prod(t.shape) * np.dtype(DTYPES[t.dtype]).itemsize for t in tensors) + (1 << 20)
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise UserError(f"a checkpoint needs {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB left; "
-                        "nothing was written", where=directory, hint="free some space or lower output.keep")
-
-
-def _write_tensors(path: Path, tensors: Sequence[NamedTensor]) -> dict[str, dict]:
-    plan = [(t.name, t.dtype, tuple(t.shape), t.read) for t in tensors]
-    checksums = write_safetensors(path, plan)
-    return {name: {"file": path.name, "dtype": dtype, "shape": list(shape), "crc32": checksums[name]}
-            for name, dtype, shape, _ in plan}
+def _nobody() -> None:
+    """The barrier of one process."""
 
 
 class Checkpoint:
-    """A checkpoint, whole or in slices, as whole tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
+    """A checkpoint, whole or in slices, as full tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
 
     Raises:
         UserError: not a checkpoint, or damaged.
@@ -130,7 +87,7 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequenc
                     extents: dict[str, tuple] | None = None) -> dict[str, Any]:
     """Fills parameters and moments and returns the JSON state; compares all names and shapes before it changes any.
 
-    The checkpoint may be whole or in the slices of any layout.
+    The checkpoint may be full or in the slices of any layout.
 
     Args:
         path: a checkpoint, or a folder of them (the newest is taken).
@@ -138,12 +95,13 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequenc
             way round.
         states: the optimizer's; () leaves moments alone.
         extents: by parameter name the part that this process holds; parameters without one are on another stage and
-            left alone. None: everything is whole.
+            left alone. None: everything is held in full.
 
     Raises:
         UserError: missing, extra, of another shape or type, damaged; the parameter is named.
     """
-    checkpoint, parameters, states = Slices(path), named(parameters), named(states)
+    # Where every process takes its part, each asks for what is on its machine's disk.
+    checkpoint, parameters, states = Slices(path, partial=extents is not None), named(parameters), named(states)
     if extents is not None:
         parameters, states = ([p for p in many if parameter_of(p.name) in extents] for many in (parameters, states))
     _compare(checkpoint, PARAMETERS_FILE, parameters, extents or {})

@@ -13,15 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from parallel.checkpoint.folder import PARAMETERS_FILE
-from parallel.checkpoint.sharded import (
-    Slices,
-    parameter_of,
-    volume,
-    write_checkpoint,
-    write_full,
-    write_rank,
-)
+from parallel.checkpoint.owners import Disks, Holders, pieces
+from parallel.checkpoint.safetensors_file import DTYPES
+from parallel.checkpoint.sharded import Slices, parameter_of
+from parallel.checkpoint.writing import write_checkpoint, write_full, write_index, write_rank
 from parallel.common.errors import UserError
 from parallel.common.progress import Bar
 
@@ -33,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Cuts a checkpoint by the parallel block of `--config`; a layout of one device gives a whole checkpoint.
+    """Shards a checkpoint by the parallel block of `--config`; a layout of one device gives a full checkpoint.
 
     Raises:
         UserError: the checkpoint is of another model, damaged or incomplete; no disk space.
@@ -44,23 +42,25 @@ def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]
     slices = Slices(arguments.source)
     if config.world == 1:
         return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))
-    from parallel.sharding.slices import sharded_parameters
+    from parallel.sharding.slices import holders, sharded_parameters
 
-    full_parameters = {full.name: full for full in sharded_parameters(task.network, config)}
-    _compare(slices, full_parameters)
-    plans = [rank_plan(slices, full_parameters, rank) for rank in range(config.world)]
+    listed = sharded_parameters(task.network, config)
+    _compare(slices, {full.name: full for full in listed})
+    plans = rank_plans(slices, holders(listed, config), config.world)
 
     def write(folder: Path) -> None:
+        written = []
         with Bar(config.world, "ranks") as bar:
             for rank, plan in enumerate(plans):
-                write_rank(folder, rank, config.world, plan, slices.read)
+                written += write_rank(folder, rank, config.world, plan, slices.read)
                 bar.advance()
+        write_index(folder, written, config.world)
 
-    return _timed(arguments, slices, config.world, write, config.world * max(map(plan_bytes, plans)))
+    return _timed(arguments, slices, config.world, write, slices_bytes(slices))
 
 
 def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Puts slices together into a whole checkpoint.
+    """Joins slices into a full checkpoint.
 
     Raises:
         UserError: the checkpoint is damaged or incomplete; no disk space.
@@ -69,23 +69,20 @@ def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))
 
 
-def rank_plan(slices: Slices, full_parameters: dict[str, Any], rank: int) -> list[tuple]:
-    """What a rank holds: (name, kind of file, dtype, full shape, box); moments are cut as their parameters."""
-    plan = []
-    for name, tensor in slices.tensors.items():
-        extent = full_parameters[parameter_of(name)].slice_of_rank(rank)
-        if extent is not None:
-            plan.append((name, tensor.kind, tensor.dtype, tensor.shape, extent))
-    return plan
-
-
-def plan_bytes(plan: list[tuple]) -> int:
-    """Bytes of a rank's slices (four a number)."""
-    return sum(4 * volume(extent) for *_, extent in plan)
+def rank_plans(slices: Slices, holders: Holders, ranks: int) -> list[list[tuple]]:
+    """What each rank writes: (name, kind of file, dtype, full shape, extent); moments are sharded as their
+    parameters."""
+    plans: list[list[tuple]] = [[] for _ in range(ranks)]
+    listed = [(name, parameter_of(name), np.dtype(DTYPES[tensor.dtype]).itemsize)
+              for name, tensor in slices.tensors.items()]
+    for piece in pieces(listed, holders, Disks.shared(ranks)):
+        tensor = slices.tensors[piece.name]
+        plans[piece.rank].append((piece.name, tensor.kind, tensor.dtype, tensor.shape, piece.extent))
+    return plans
 
 
 def slices_bytes(slices: Slices) -> int:
-    """Bytes of all tensors, whole."""
+    """Bytes of all full tensors."""
     return sum(tensor.nbytes for tensor in slices.tensors.values())
 
 

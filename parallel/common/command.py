@@ -48,8 +48,9 @@ class Verb:
             user types this verb).
         run_file: for verbs that take a config file of any model: adds `--config` and lets overrides through as the list
             `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
-        overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings lie elsewhere.
+        overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings are elsewhere.
         config: the config file taken when the user names none; None = the defaults of the settings class.
+        passes: what follows `--` is the list `arguments.passed`, untouched.
     """
 
     name: str
@@ -60,26 +61,28 @@ class Verb:
     run_file: bool = False
     overrides: bool = False
     config: str | None = None
+    passes: bool = False
 
 
 def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
-    """Parses `argv`, runs the verb and prints its figures; returns the exit code: 0, 2, or figures["exit_code"]."""
+    """Parses `argv`, runs the verb and prints its figures; returns the exit code: 0, the error's (2), or
+    figures["exit_code"]."""
     if argv is None:
         argv = sys.argv[1:]
-    # Before MindSpore is imported: its warnings are for its developers and would drown ours.
+    # Before MindSpore is imported: its warnings are for its developers and would drown the command's own.
     os.environ.setdefault("GLOG_v", "3")
     end_with_launcher()
     try:
         return _main(package, verbs, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS,
                                errno.ENAMETOOLONG, errno.ELOOP):
             raise
         hint = "check the path" if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else \
-            "free some space or choose another place"
+            "free some space or choose another folder"
         place = shown(error.filename).strip("'") if error.filename else "output"
         print(f"error: {place}: {error.strerror}; {hint}", file=sys.stderr)
         return 2
@@ -90,8 +93,12 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
 
 def _main(package: str, verbs: list[Verb], argv: list[str]) -> int:
     _refuse_old_names(package, argv)
+    passed: list[str] | None = None
+    if "--" in argv and any(verb.passes for verb in verbs if verb.name == argv[0]):
+        argv, passed = argv[:argv.index("--")], argv[argv.index("--") + 1:]
     parser = _parser(package, verbs, argv[0] if argv else None)
     arguments, rest = parser.parse_known_args(argv)
+    arguments.passed = passed or []
     verb = next(verb for verb in verbs if verb.name == arguments.verb)
     overrides = [word for word in rest if _OVERRIDE.match(word)]
     unknown = [word for word in rest if not _OVERRIDE.match(word)]
@@ -167,8 +174,8 @@ def own_file(name: str | None) -> str | None:
     """A file of this repository that nobody named, from whatever folder the command is typed in."""
     if name is None or Path(name).exists():
         return name
-    ours = Path(__file__).resolve().parents[2] / name
-    return str(ours) if ours.exists() else name
+    path = Path(__file__).resolve().parents[2] / name
+    return str(path) if path.exists() else name
 
 
 def _resolve(target: Any) -> Any:

@@ -12,7 +12,7 @@ _LONGEST_LINE = 4000
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us (a key, a file, a size), told in one line.
+    """A mistake in what the user gave (a key, a file, a size), reported in one line.
 
     Args:
         what: what is wrong, as a short statement.
@@ -22,6 +22,8 @@ class UserError(Exception):
 
     The command line prints `str(error)` and exits with code 2; libraries raise it like any exception.
     """
+
+    exit_code = 2
 
     def __init__(self, what: str, *, where: Any = None, value: Any = None, hint: str | None = None) -> None:
         self.what, self.where, self.value, self.hint = what, where, value, hint
@@ -39,6 +41,13 @@ class UserError(Exception):
         if self.hint:
             parts.append(f"; {_shortened(self.hint)}")
         return " ".join("".join(parts).split())[:_LONGEST_LINE]
+
+
+class PeerError(UserError):
+    """Another process of the run is at fault, not the user: the run may begin again from its last checkpoint."""
+
+    exit_code = 75
+    """As EX_TEMPFAIL of sysexits.h."""
 
 
 def _rebuilt(what: str, where: Any, value: Any, hint: str | None) -> UserError:
@@ -77,7 +86,7 @@ _BOUNDED = _Bounded()
 
 
 def shown(value: Any, longest: int = _LONGEST_VALUE) -> str:
-    """`repr(value)` cut to `longest` characters, in bounded time and memory whatever the value."""
+    """`repr(value)` truncated to `longest` characters, in bounded time and memory whatever the value."""
     try:
         text = _BOUNDED.repr(value)
     except Exception:  # a value whose own repr fails must not hide the error that it is part of

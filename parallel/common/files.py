@@ -10,7 +10,7 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,14 +20,15 @@ from parallel.common.json_text import dump_json
 from parallel.common.structured import MAX_JSON_BYTES, is_file, read_json, seal
 
 __all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside", "matching",
-           "open_binary", "open_text", "read_json", "write_json"]
+           "name_text", "open_binary", "open_text", "read_json", "write_json"]
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
+_OUTPUT = 1 << 20
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary file beside `path` that takes its place only when the block ends without an error.
+    """Opens a temporary file beside `path` that replaces it only when the block ends without an error.
 
     Raises:
         UserError: no space on the disk, or the folder cannot be written; nothing is left behind.
@@ -54,7 +55,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def explain_os_error(error: OSError, path: str | Path) -> Exception:
-    """A `UserError` for a full disk or a place that cannot be written; any other error unchanged."""
+    """A `UserError` for a full disk or a folder that cannot be written; any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # EFBIG: a limit on the size of files
         return UserError("no space left on the disk; nothing was written", where=path, hint="free some space")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -71,7 +72,7 @@ class DamagedFile(UserError):
 def open_binary(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading bytes, decompressing `.xz`, `.gz` and `.zst` (streaming).
 
-    What is read before a damaged place is given; then `DamagedFile` is raised, whatever the compression.
+    What is read before the damage is given; then `DamagedFile` is raised, whatever the compression.
 
     Raises:
         UserError: the file is missing or cannot be read, or `.zst` and the package zstandard is not installed.
@@ -79,7 +80,7 @@ def open_binary(path: str | Path) -> io.BufferedReader:
     path = Path(path)
     if not is_file(path):
         raise UserError("no such file", where=path, hint="check the path")
-    opened: Any = {".xz": lzma.open, ".gz": gzip.open, ".zst": _ZstdReader}.get(path.suffix.lower())
+    opened: Any = {".xz": _xz, ".gz": gzip.open, ".zst": _zstd}.get(path.suffix.lower())
     try:
         if opened is None:
             return path.open("rb")
@@ -104,9 +105,9 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            # At most one read below: what comes before a damaged place is not lost with it.
+            # At most one read below: what comes before the damage is not lost with it.
             data = self._stream.read1(len(buffer))
-        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, _Damage) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, _Damage) as error:
             raise DamagedFile(f"file is damaged: it cannot be read to its end ({error})", where=self._path,
                               hint="get it anew") from None
         buffer[:len(data)] = data
@@ -114,20 +115,23 @@ class _Decompressed(io.RawIOBase):
 
 
 class _Damage(Exception):
-    """A frame of a `.zst` file that is no frame."""
+    """A frame that is no frame."""
 
 
-class _ZstdReader:
-    """Frames of a `.zst` file one after the other; unlike zstandard's own reader it notices a file that was cut off."""
+class _Frames:
+    """Frames (`.zst`) or streams (`.xz`) of a file one after the other; unlike the libraries' own readers it notices a
+    file that was cut off between or inside them, and what is no frame behind one.
 
-    def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("reading .zst needs the package zstandard", where=path,
-                            hint="pip install zstandard") from None
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
+    Args:
+        path: the file.
+        new: makes what decompresses one frame.
+        error: what that raises at damage.
+        padding: bytes that may be between frames.
+        piece: bytes that are decompressed at once.
+    """
+
+    def __init__(self, path: Path, new: Callable[[], Any], error: type[Exception], padding: bytes, piece: int) -> None:
+        self._new, self._error, self._padding, self._piece = new, error, padding, piece
         self._file, self._frame, self._ready = path.open("rb"), None, memoryview(b"")
 
     def close(self) -> None:
@@ -135,20 +139,46 @@ class _ZstdReader:
 
     def read1(self, size: int) -> memoryview:
         while not self._ready:
-            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            data = data or self._file.read(1 << 17)
-            if self._frame is None or self._frame.eof:
+            data = self._next_piece()
+            if self._frame is None:
                 if not data:
                     return self._ready
-                self._frame = self._new_frame()
-            elif not data:
+                self._frame = self._new()
+            elif not data and getattr(self._frame, "needs_input", True):
                 raise EOFError("the file ends inside a frame")
             try:
-                self._ready = memoryview(self._frame.decompress(data))
+                # A piece may stand for thousands of times its size: LZMA's output is bounded, zstd's input is.
+                more = (_OUTPUT,) if hasattr(self._frame, "needs_input") else ()
+                self._ready = memoryview(self._frame.decompress(data, *more))
             except self._error as error:
                 raise _Damage(str(error)) from None
         piece, self._ready = self._ready[:size], self._ready[size:]
         return piece
+
+    def _next_piece(self) -> bytes:
+        """What comes next, without padding before a frame; `_frame` is None there, and b"" is the end of the file."""
+        frame, rest = self._frame, b""
+        if frame is not None and not frame.eof:
+            return self._file.read(self._piece) if getattr(frame, "needs_input", True) else b""
+        if frame is not None:
+            rest, self._frame = frame.unused_data, None
+        while True:
+            data = rest or self._file.read(self._piece)
+            kept, rest = data.lstrip(self._padding), b""
+            if kept or not data:
+                return kept
+
+
+def _zstd(path: Path) -> _Frames:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError("reading .zst needs the package zstandard", where=path, hint="pip install zstandard") from None
+    return _Frames(path, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError, padding=b"", piece=4 << 10)
+
+
+def _xz(path: Path) -> _Frames:
+    return _Frames(path, lzma.LZMADecompressor, lzma.LZMAError, padding=b"\0", piece=128 << 10)
 
 
 def open_text(path: str | Path, errors: str = "strict") -> IO[str]:
@@ -192,7 +222,7 @@ def json_with_digest(value: Any) -> str:
 
 
 def matching(path: str | Path) -> list[Path]:
-    """What a path stands for: itself if it exists, else what it matches as a pattern (`*`, `?`, `[...]`, `**`), sorted.
+    """What a path means: itself if it exists, else what it matches as a pattern (`*`, `?`, `[...]`, `**`), sorted.
 
     Names that exist are taken as they are, also above the first wildcard: `logs [2024]/*.csv` looks into that folder.
     """
@@ -207,6 +237,11 @@ def matching(path: str | Path) -> list[Path]:
     root = next((parent for parent in path.parents if parent.is_dir()), Path())
     pattern = str(path.relative_to(root)) if root in path.parents else str(path)
     return sorted(root / name for name in glob.glob(pattern, root_dir=root, recursive=True))
+
+
+def name_text(path: str | Path) -> str:
+    r"""A path as text that UTF-8 can hold, bytes that are none as `\xff`; different paths stay different."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def inside(root: str | Path, path: str | Path) -> Path:

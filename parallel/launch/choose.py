@@ -35,13 +35,20 @@ def choose(config: ParallelConfig, precision: str = "fp32") -> Choice:
         precision: `train.precision`.
 
     Raises:
-        UserError: the backend that is needed or asked for is not installed; `execution` is set, which torch alone has.
+        UserError: the backend that is needed or asked for is not installed; a key is set that another backend or
+            device alone has.
     """
     choice = _chosen(config, precision)
     if choice.backend == "mindspore" and config.execution != "auto":
         raise UserError(f"it says how torch runs a graph, and MindSpore runs this one ({choice.reason})",
                         where="parallel.execution", value=config.execution,
                         hint="set it to auto, or parallel.backend to torch")
+    keys = config.mindspore.chosen(*(() if choice.backend == "torch" else ("hccl_",)))
+    if keys and choice.device != "Ascend":
+        what = "MindSpore runs a graph" if choice.backend == "torch" else "Ascend devices talk"
+        raise UserError(f"it says how {what}, and {choice.backend} runs this one on {choice.device} ({choice.reason})",
+                        where=f"parallel.mindspore.{keys[0]}", value=getattr(config.mindspore, keys[0]),
+                        hint="leave it out")
     return choice
 
 
@@ -96,7 +103,7 @@ def installed(package: str) -> bool:
     """Whether a package can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # sys.modules has None in its place
+    except ValueError:  # sys.modules has None for it
         return False
 
 

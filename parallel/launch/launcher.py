@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,16 +15,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from parallel.common.errors import PeerError, UserError
 from parallel.common.ownership import owned, owner_environment, start_guard
 from parallel.common.progress import info
 from parallel.common.structured import parse_object
+from parallel.launch.machines import End, Machines
 from parallel.launch.plan import Plan
+from parallel.training.operation.saving import LOCAL_RANKS, RESTARTS
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30.0
 _COLLECT_SECONDS = 1.0
 _TAIL_LINES = 12
-_USER_ERROR = 2
+_USER_ERROR = UserError.exit_code
+_TOLD = (UserError.exit_code, PeerError.exit_code)
+_SCHEDULER, _ELSEWHERE = -1, -2
 _CHATTER = re.compile(r"\[(INFO|WARNING)\] ")  # of MindSpore, which would push the error out of sight
 
 
@@ -35,42 +40,73 @@ class Launcher:
         plan: numbers and addresses.
         command: arguments of the Python interpreter.
         logs: folder of the logs.
+        machines: this machine among those of the run, met; None = there is one.
+        trains: whether the ranks write checkpoints beside that folder, which one launch at a time may.
     """
 
-    def __init__(self, plan: Plan, command: list[str], logs: Path) -> None:
-        self.plan, self.command, self.logs = plan, command, logs
+    def __init__(self, plan: Plan, command: list[str], logs: Path, machines: Machines | None = None, *,
+                 trains: bool = False) -> None:
+        self.plan, self.command, self.logs, self.trains = plan, command, logs, trains
+        self.machines = machines or Machines(plan, {})
         self.processes: dict[int, subprocess.Popen] = {}
         self.scheduler: subprocess.Popen | None = None
         self.signalled: int | bool = False
+        self.silent: list[int] = []
 
     def run(self) -> dict[str, Any]:
-        """Until all ranks have ended; the exit code is 0 or that of the first rank that failed."""
-        if self.plan.node_rank == 0:
-            self.plan.keep_port()
+        """Until all ranks have ended; the exit code is 0 or that of the first rank that failed. Where `max_restarts`
+        allows it, all ranks of all machines begin again after a failure that no user has to mend."""
+        restarts = 0
         with self._owning() as environment:
-            return self._run(environment)
+            while True:
+                if self.plan.node_rank == 0:
+                    self.plan.keep_port()
+                self.machines.ready(restarts)
+                failed = self._run({**environment, RESTARTS: str(restarts)})
+                end = self.machines.ended(self._end_of(failed))
+                figures = self._report(failed, end) | {"restarts": restarts}
+                if not end.why or end.final or restarts >= self.plan.max_restarts:
+                    return figures
+                restarts += 1
+                info(f"starting all ranks again from the last complete checkpoint (restart {restarts} of at most "
+                     f"{self.plan.max_restarts})")
+                self._put_logs_aside(restarts)
+                self.processes, self.scheduler = {}, None
+
+    def _end_of(self, failed: tuple[int, int] | None) -> End:
+        if failed is None or failed[0] == _ELSEWHERE:
+            return End()
+        final = failed[1] == _USER_ERROR or self.signalled is not False
+        return End(f"rank {failed[0]} {_how(failed[1])}", final)
+
+    def _put_logs_aside(self, restart: int) -> None:
+        for rank in self.processes:
+            with suppress(FileNotFoundError):
+                self.log(rank).rename(self.logs / f"rank_{rank}.before_restart_{restart}.log")
 
     @contextmanager
     def _owning(self) -> Iterator[dict[str, str]]:
         """Owns the run's folder on machine 0, where something is trained; the variables by which ranks know it."""
         directory = self.logs.parent
-        if not {"train", "rank"} & set(self.command) or self.plan.node_rank > 0:
+        if not self.trains or self.plan.node_rank > 0:
             yield owner_environment(None)
         else:
             with owned(directory, "launch"):
                 yield owner_environment(directory)
 
-    def _run(self, environment: dict[str, str]) -> dict[str, Any]:
+    def _run(self, environment: dict[str, str]) -> tuple[int, int] | None:
+        """The ranks once from start to end; see `_watch`."""
         self.logs.mkdir(parents=True, exist_ok=True)
         guard = None
         before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with _kept_environment():
                 os.environ.update(environment)
+                os.environ[LOCAL_RANKS] = str(self.plan.local)
                 self._start()
             # Ranks watch over their parent themselves; the scheduler is MindSpore's own program.
             if self.signalled is not False:
-                self._forward(self.signalled, None)  # it came before there was anybody to tell
+                self._forward(self.signalled, None)  # it came before there was a process to forward it to
             guard = start_guard([item.pid for item in [*self.processes.values(), self.scheduler] if item is not None])
             first = self.plan.node_rank * self.plan.local
             info(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
@@ -82,11 +118,17 @@ class Launcher:
                 guard.wait()
             for number, old in before.items():
                 signal.signal(number, old)
-        return self._report(failed)
+        return failed
 
     def _start(self) -> None:
         """Fills `processes` (and `scheduler`, if there is one)."""
         raise NotImplementedError
+
+    def _started(self, rank: int, environment: dict[str, str]) -> subprocess.Popen:
+        """A rank's process, its output in its log."""
+        with open(self.log(rank), "w", encoding="utf-8") as log:
+            return subprocess.Popen([sys.executable, "-u", *self.command], stdout=log, stderr=subprocess.STDOUT,
+                                    stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
 
     def _watch(self) -> tuple[int, int] | None:
         """(rank, exit code) of the first to fail, or None when all have ended well."""
@@ -99,7 +141,9 @@ class Launcher:
                 if all(code == 0 for code in codes.values()):
                     return None
                 if self.scheduler is not None and self.scheduler.poll() not in (None, 0) and not self.signalled:
-                    return -1, self.scheduler.returncode
+                    return _SCHEDULER, self.scheduler.returncode
+                if self.machines.failure() is not None:
+                    return _ELSEWHERE, PeerError.exit_code
                 time.sleep(_POLL_SECONDS)
         finally:
             if shown is not None:
@@ -107,12 +151,13 @@ class Launcher:
 
     def _first_failure(self) -> tuple[int, int]:
         """(rank, exit code) of the rank that took the others with it: when one ends, the rest fail soon after for want
-        of it. A killed one comes first, then one that told an error of the user's."""
+        of it. A killed one comes first, then one that reported an error of the user's."""
         deadline = time.monotonic() + _COLLECT_SECONDS
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes.values()):
             time.sleep(_POLL_SECONDS)
         failed = {rank: process.poll() for rank, process in self.processes.items() if process.poll() not in (None, 0)}
-        order = {-signal.SIGKILL: 0, _USER_ERROR: 1}
+        self.silent = [rank for rank, process in self.processes.items() if process.poll() is None]
+        order = {-signal.SIGKILL: 0, _USER_ERROR: 1, PeerError.exit_code: 3}
         return min(failed.items(), key=lambda item: order.get(item[1], 2))
 
     def log(self, rank: int) -> Path:
@@ -142,71 +187,79 @@ class Launcher:
                         process.kill()
             process.wait()
 
-    def _report(self, failed: tuple[int, int] | None) -> dict[str, Any]:
+    def _report(self, failed: tuple[int, int] | None, end: End) -> dict[str, Any]:
+        if failed is None and end.why:
+            failed = (_ELSEWHERE, PeerError.exit_code)
         rank, code = failed if failed is not None else (None, 0)
-        told = self._told_error(rank) if code == _USER_ERROR else None
-        if told is not None:
-            info(f"{told} (rank {rank} of {self.plan.ranks}; the other ranks were ended)")
+        told = self._told_error(rank) if code in _TOLD else None
+        if rank == _ELSEWHERE:
+            info(f"error: {end.why or self.machines.failure()}; the ranks of this machine were ended")
+        elif told is not None:
+            silent = f"rank {' '.join(map(str, self.silent[:8]))} did not answer; " if self.silent else ""
+            info(f"{told} (rank {rank} of {self.plan.ranks}; {silent if code == PeerError.exit_code else ''}the other "
+                 "ranks were ended)")
         elif failed is not None:
-            name = "the scheduler" if rank == -1 else f"rank {rank}"
-            log = self.logs / "scheduler.log" if rank == -1 else self.log(rank)
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            info(f"error: {name} {how}; the other ranks were ended. The end of {log}:")
+            name = "the scheduler" if rank == _SCHEDULER else f"rank {rank}"
+            log = self.logs / "scheduler.log" if rank == _SCHEDULER else self.log(rank)
+            info(f"error: {name} {_how(code)}; the other ranks were ended. The end of {log}:")
             for line in [line for line in _last_lines(log, 4 * _TAIL_LINES) if not _CHATTER.match(line)][-_TAIL_LINES:]:
                 info(f"  {line}")
         # A shell shows a death by signal n as 128 + n.
-        return {**_figures(self.log(0)), "exit_code": code if code >= 0 else 128 - code, "ranks": self.plan.ranks,
+        return {**figures_in(self.log(0)), "exit_code": code if code >= 0 else 128 - code, "ranks": self.plan.ranks,
                 "failed_rank": rank, "logs": str(self.logs)}
 
-
     def _told_error(self, rank: int) -> str | None:
-        """The line of an error that a user can mend at the end of a rank's log."""
+        """The line of an error that a user can repair at the end of a rank's log."""
         lines = _last_lines(self.log(rank), 4 * _TAIL_LINES) if rank >= 0 else []
         return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
 
-class MsrunLauncher(Launcher):
-    """Ranks of MindSpore: the scheduler (on machine 0) and the workers of msrun's process manager."""
+class MindSporeLauncher(Launcher):
+    """Ranks of MindSpore, told who they are by the variables of its dynamic cluster, and on machine 0 the scheduler at
+    which they meet. https://www.mindspore.cn/tutorials/en/r2.7.0/parallel/dynamic_cluster.html
+    """
 
     def _start(self) -> None:
-        from mindspore.parallel.cluster.process_entity import _ProcessManager
-
         plan = self.plan
-        with _quiet_stdout(), _kept_environment():
-            # msrun starts "python": let that be ours.
-            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-            os.environ["RANK_SIZE"] = str(plan.ranks)
-            manager = _ProcessManager(argparse.Namespace(
-                worker_num=plan.ranks, local_worker_num=plan.local, master_addr=plan.host, master_port=plan.port,
-                node_rank=plan.node_rank, log_dir=str(self.logs), join=False, cluster_time_out=plan.timeout,
-                bind_core=False, bind_numa=False, sim_level=-1, sim_rank_id=-1, rank_table_file="",
-                worker_log_name="rank", tail_worker_log="-1", task_script="python",
-                task_script_args=["-u", *self.command]))
-            if plan.node_rank == 0:
-                manager.start_scheduler()
-                self.scheduler = manager.msn_process
-            manager.start_workers()
-        first = plan.node_rank * plan.local
-        self.processes = {first + local: process for local, process in manager.proc_rank_map.items()}
+        shared = {
+            **os.environ, "MS_WORKER_NUM": str(plan.ranks), "MS_SCHED_HOST": _numeric(plan.host),
+            "MS_SCHED_PORT": str(plan.port), "MS_TOPO_TIMEOUT": str(plan.timeout), "RANK_SIZE": str(plan.ranks),
+        }  # fmt: skip
+        if plan.node_rank == 0:
+            meet = ["-c", "import mindspore.communication as c; c.init()"]
+            with open(self.logs / "scheduler.log", "w", encoding="utf-8") as log:
+                self.scheduler = subprocess.Popen([sys.executable, *meet], stdout=log, stderr=subprocess.STDOUT,
+                                                  env={**shared, "MS_ROLE": "MS_SCHED"}, stdin=subprocess.DEVNULL)
+        for local in range(plan.local):
+            rank = plan.node_rank * plan.local + local
+            own = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": str(rank), "RANK_ID": str(rank), "DEVICE_ID": str(local)}
+            self.processes[rank] = self._started(rank, {**shared, **own})
 
 
 class TorchLauncher(Launcher):
-    """Ranks of torch, each told by variables who it is and where they meet, as torchrun does."""
+    """Ranks of torch, each given its rank by variables and their meeting point, as torchrun does.
+
+    Args:
+        plan, command, logs, machines, trains: see `Launcher`.
+        environment: more variables for them.
+    """
+
+    def __init__(self, plan: Plan, command: list[str], logs: Path, machines: Machines | None = None, *,
+                 trains: bool = False, environment: dict[str, str] | None = None) -> None:
+        super().__init__(plan, command, logs, machines, trains=trains)
+        self.environment = environment or {}
 
     def _start(self) -> None:
         plan, cores = self.plan, len(os.sched_getaffinity(0))
         for local in range(plan.local):
             rank = plan.node_rank * plan.local + local
             environment = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
+                **os.environ, **self.environment, "RANK": str(rank), "WORLD_SIZE": str(plan.ranks),
                 "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(plan.local), "MASTER_ADDR": plan.host,
                 "MASTER_PORT": str(plan.port), "PARALLEL_MEET_SECONDS": str(plan.timeout),
             }  # fmt: skip
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.local)))
-            with open(self.log(rank), "w", encoding="utf-8") as log:
-                self.processes[rank] = subprocess.Popen([sys.executable, "-u", *self.command], stdout=log,
-                                                        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                                        env=environment, start_new_session=True)
+            self.processes[rank] = self._started(rank, environment)
 
 
 class _Follower:
@@ -223,7 +276,7 @@ class _Follower:
                 stopping = self._stop.is_set()
                 text = file.readline()
                 if text:
-                    # Its own errors are told by the launcher, in a line.
+                    # Its own errors are reported by the launcher, in a line.
                     if not text.startswith("error: "):
                         sys.stderr.write(text)
                         sys.stderr.flush()
@@ -238,20 +291,22 @@ class _Follower:
         self._thread.join(timeout=5.0)
 
 
-class _quiet_stdout:
-    """msrun prints its commands on stdout, which here belongs to the JSON line."""
+def _how(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
-    def __enter__(self) -> None:
-        self._stdout, sys.stdout = sys.stdout, sys.stderr
 
-    def __exit__(self, *_: object) -> None:
-        sys.stdout = self._stdout
+def _numeric(host: str) -> str:
+    """The address of a host, as MindSpore wants it."""
+    try:
+        return socket.gethostbyname(host)
+    except socket.gaierror:
+        raise UserError("this host is not known", where="--master", value=host) from None
 
 
 @contextmanager
 def _kept_environment() -> Iterator[None]:
-    """msrun tells the processes who they are by this process's own variables: they go once the processes have them, so
-    that what this process starts later is no worker."""
+    """What processes are told by this process's own variables goes once they have it, so that what this process starts
+    later is none of them."""
     before = dict(os.environ)
     try:
         yield
@@ -260,8 +315,8 @@ def _kept_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _figures(log: Path) -> dict[str, Any]:
-    """The JSON line at the end of rank 0's log, {} if there is none."""
+def figures_in(log: Path) -> dict[str, Any]:
+    """The JSON line at the end of a rank's log, {} if there is none."""
     for line in reversed(_last_lines(log)):
         if line.startswith("{"):
             with suppress(ValueError):

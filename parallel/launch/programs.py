@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,30 @@ PROGRAM = "program"
 _EXPORTED, _RESOLVED = "exported.json", "settings.json"
 
 
-def exported(settings: Any, ranks: int, node_rank: int = 0) -> tuple[Path, Path]:
+def exported(settings: Any, ranks: int, node_rank: int = 0, *, folder: str = PROGRAM,
+             graphs: Sequence[str] = ()) -> tuple[Path, Path]:
     """Writes the settings of a run and its program into the run's folder.
 
     Args:
         settings: of a run of any model.
         ranks: processes on all machines.
         node_rank: this machine; each writes a folder of its own, for they may share the disk.
+        folder: its name in the run's folder.
+        graphs: kinds to export; none = those of training.
 
     Returns:
         (folder of the program, file of the settings).
     Raises:
         UserError: MindSpore, which compiles, is missing, or it refuses the layout.
     """
-    folder = Path(settings.output.directory) / (PROGRAM if node_rank == 0 else f"{PROGRAM}-{node_rank}")
+    folder = Path(settings.output.directory) / (folder if node_rank == 0 else f"{folder}-{node_rank}")
     folder.mkdir(parents=True, exist_ok=True)
-    # What the user did not say stays unsaid for the export: some defaults depend on other keys.
+    # What the user did not give is not given to the export either: some defaults depend on other keys.
     tree = settings.model_dump(mode="json", exclude_unset=True)
     tree.setdefault("model", {})["name"] = settings.model.name
     tree.setdefault("parallel", {})["devices"] = ranks
     _write(folder / _EXPORTED, tree)
-    _export(folder)
+    _export(folder, graphs)
     resolved = settings.parallel.resolve(ranks).model_copy(update={"devices": ranks})
     _write(folder / _RESOLVED, settings.model_copy(update={"parallel": resolved}).model_dump(mode="json"))
     return folder, folder / _RESOLVED
@@ -50,8 +54,9 @@ def _write(path: Path, tree: dict[str, Any]) -> None:
         json.dump(tree, file, ensure_ascii=False, indent=1)
 
 
-def _export(folder: Path) -> dict[str, Any]:
+def _export(folder: Path, graphs: Sequence[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "parallel", "export", "--config", str(folder / _EXPORTED), "--output", str(folder)]
+    command += ["--graphs", ",".join(graphs)] if graphs else []
     error = None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
@@ -60,12 +65,12 @@ def _export(folder: Path) -> dict[str, Any]:
             else:
                 sys.stderr.write(line)
                 sys.stderr.flush()
-        told = split_lines(process.stdout.read())
+        lines = split_lines(process.stdout.read())
     if error is not None:
         raise UserError(error)
-    if process.returncode or not told:
+    if process.returncode or not lines:
         raise RuntimeError(f"exporting the program failed with exit code {process.returncode}")
-    return parse_object(told[-1])
+    return parse_object(lines[-1])
 
 
 def rank_command(program: Path, settings: Path, device: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info, table
+from parallel.planning.checkpoint import checkpoint_bytes
 from parallel.planning.hints import hints
 from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.planning.report import write_report
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `estimate`."""
     parser.add_argument("--cluster", metavar="FILE", default="configs/cluster/ascend910.yaml",
                         help="YAML file that describes devices and network, or the name of one of configs/cluster "
-                             "(default: %(default)s)")
+                        "(default: %(default)s)")
     parser.add_argument("--tokens", type=float, metavar="N", default=None,
                         help="tokens (samples) to train on, for days and device-hours; default: steps x batch")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")
@@ -29,12 +30,17 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     config = run_settings.parallel.resolve()
     count = max(config.pipeline.micro_batches, run_settings.train.accumulation)
     if not planner.divides(config, count):
-        raise UserError("an axis does not divide what it cuts, or data x micro-batches the batch", where="parallel",
+        raise UserError("an axis does not divide what it shards, or data x micro-batches the batch", where="parallel",
                         value=f"data {config.data}, op {config.op}, micro-batches {count}")
     estimate = planner.evaluate(config)
     show(estimate, planner)
     tokens = arguments.tokens or float(estimate.tokens) * run_settings.train.steps
     figures = figures_of(estimate, planner)
+    saved = checkpoint_bytes(planner.task, run_settings.train, config)
+    figures |= {"checkpoint_bytes": saved.written, "checkpoint_bytes_held": saved.held,
+                "checkpoint_bytes_of_largest_rank": saved.largest, "checkpoint_slices": saved.slices}
+    info(f"a checkpoint: {saved.written / 1e9:.4g} GB in {saved.slices:,} slices, each written once; at most "
+         f"{saved.largest / 1e6:.4g} MB a rank (all that the ranks hold, replicas too: {saved.held / 1e9:.4g} GB)")
     hours = tokens / estimate.tokens * estimate.step_seconds / 3600
     figures |= {"tokens": tokens, "days": hours / 24, "device_hours": hours * estimate.devices}
     info(f"{tokens:.3g} tokens: {hours / 24:.1f} days, {hours * estimate.devices:,.0f} device-hours")

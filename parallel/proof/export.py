@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from parallel.proof.replay.collective_order import wrong_order
 from parallel.proof.replay.collectives import Call, address, group_ranks
 from parallel.proof.replay.executor import BFLOAT16, Program, constant, data_inputs
 from parallel.proof.replay.ranks import AllRanks, compile_graphs, read_ranks
+from parallel.sharding.config import ParallelConfig
 from parallel.torch_runtime import program as portable
 
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -47,8 +48,8 @@ _SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parall
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the program")
-    parser.add_argument("--graphs", metavar="LIST", help="step, loss, scores with commas between (default: all "
-                                                         "that the model has)")
+    parser.add_argument("--graphs", metavar="LIST", help="step, loss, scores with commas between (default: all that "
+                        "the model has); or those of inference, as decode, prefill, score")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1),
                         help="processes that compile at once (default: 2, or 1 on one core)")
 
@@ -63,18 +64,29 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("no such file", where="--config", value=arguments.config)
     started = time.monotonic()
     kinds = [kind for kind in (arguments.graphs or "").split(",") if kind]
-    unknown = [kind for kind in kinds if kind not in portable.KINDS]
-    if unknown or (kinds and "step" not in kinds):
-        raise UserError("the graphs are step, and any of loss and scores", where="--graphs", value=arguments.graphs)
-    made = exported(arguments.config, arguments.overrides, processes=arguments.processes, kinds=kinds)
+    served = _served_kinds(arguments)
+    if set(kinds) and not ("step" in kinds and set(kinds) <= set(portable.KINDS)) and not set(kinds) <= set(served):
+        raise UserError(f"the graphs are step, and any of loss and scores; or any of {', '.join(served)}",
+                        where="--graphs", value=arguments.graphs)
+    make = exported_inference if set(kinds) & set(served) else exported
+    made = make(arguments.config, arguments.overrides, processes=arguments.processes, kinds=kinds)
     target = Path(arguments.output)
     target.mkdir(parents=True, exist_ok=True)
     for path in made.iterdir():
         shutil.copyfile(path, target / path.name)
     opened = portable.Program(target)
-    return {"world": opened.world, "distinct_graphs": len({rank.graphs["step"] for rank in opened.ranks}),
+    first = next(iter(opened.ranks[0].graphs))
+    return {"world": opened.world, "distinct_graphs": len({rank.graphs[first] for rank in opened.ranks}),
             "bytes": sum(path.stat().st_size for path in target.iterdir()),
             "seconds": round(time.monotonic() - started, 2), "program": str(target)}
+
+
+def _served_kinds(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The graphs of inference that the model has."""
+    from parallel.task import load_run
+
+    module, settings = load_run(arguments.config, list(arguments.overrides))
+    return tuple(module.inference_kinds(settings)) if hasattr(module, "inference_kinds") else ()
 
 
 def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds: Sequence[str] | None = None,
@@ -85,7 +97,7 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
         config: YAML file of a run.
         overrides: key.sub=value.
         processes: that compile at once.
-        kinds: which graphs; None = step, loss, and scores where the model can tell them.
+        kinds: which graphs; None = step, loss, and scores where the model has them.
         compilers: what compiles; None = started here.
 
     Raises:
@@ -96,11 +108,50 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
 
     module, settings = load_run(config, list(overrides))
     kinds = tuple(kinds or ("step", "loss", *(("scores",) if hasattr(module, "scores") else ())))
-    digest = digest_of(settings, kinds)
+    shaping = portable.shaping(settings.model_dump(mode="json"))
+    return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,
+                   lambda: check_layout(config, list(overrides)))
+
+
+def exported_inference(config: str, overrides: Sequence[str], *, processes: int = 1,
+                       kinds: Sequence[str] | None = None, compilers: Compilers | None = None) -> Path:
+    """`exported` for the graphs that generate and score, of one group of data parallelism.
+
+    Args:
+        config, overrides, processes, compilers: see `exported`.
+        kinds: of the model's `inference_kinds`; None = all.
+
+    Raises:
+        UserError: a model without such graphs, or a layout that does not fit it.
+    """
+    from parallel.task import load_run
+
+    module, settings = load_run(config, list(overrides))
+    if not hasattr(module, "inference"):
+        raise UserError("this model has no graphs of inference", where="model.name", value=settings.model.name)
+    kinds = tuple(kinds or module.inference_kinds(settings))
+    overrides = [*overrides, *inference_layout(settings.parallel.resolve())]
+    settings = load_run(config, list(overrides))[1]
+    shaping = module.shapes_inference(settings.model_dump(mode="json"))
+    return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,
+                   lambda: module.check_inference(settings))
+
+
+def inference_layout(config: ParallelConfig) -> list[str]:
+    """Overrides that leave of a resolved layout what shards a forward pass: op and stages, of one data group."""
+    return [f"parallel.op={config.op}", "parallel.data=1", "parallel.expert=1", "parallel.devices=null",
+            "parallel.sequence=false", "parallel.micro_batch_interleave=1", "parallel.recompute.policy=none",
+            "parallel.optimizer.shard=1", "parallel.optimizer.level=1", "parallel.pipeline.schedule=1f1b",
+            "parallel.pipeline.interleave=1", f"parallel.pipeline.micro_batches={config.pipeline.stages}"]
+
+
+def _cached(config: str, overrides: Sequence[str], digest: str, kinds: Sequence[str], processes: int,
+            compilers: Compilers | None, check: Callable[[], None]) -> Path:
+    """The folder of the program with this digest, made if it is missing."""
     folder = cache_folder() / "programs" / digest
     if (folder / portable.FILE).is_file():
         return folder
-    check_layout(config, list(overrides))
+    check()
     hidden = folder.with_name(f".{digest}.{os.getpid()}")
     try:
         if compilers is not None:
@@ -118,9 +169,10 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
     return folder
 
 
-def digest_of(settings: Settings, kinds: Sequence[str] = ()) -> str:
-    """Hash of everything that shapes the graphs of a run: its settings and the code."""
-    tree = portable.shaping(settings.model_dump(mode="json"))
+def digest_of(settings: Settings, kinds: Sequence[str] = (), tree: dict[str, Any] | None = None) -> str:
+    """Hash of everything that shapes the graphs of a run: its settings (`tree`, as JSON; None = those of training) and
+    the code."""
+    tree = portable.shaping(settings.model_dump(mode="json")) if tree is None else tree
     found = hashlib.sha256(json.dumps([portable.VERSION, list(kinds), tree], sort_keys=True).encode())
     found.update(importlib.metadata.version("mindspore").encode())
     package = type(settings).__module__.partition(".")[0]
@@ -138,8 +190,9 @@ def write_program(config: str, overrides: Sequence[str], folder: Path, compilers
 
     settings = load_run(config, list(overrides))[1]
     compiled = {kind: compile_graphs(config, overrides, compilers, graph=kind) for kind in kinds}
-    write_worlds(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings, digest=digest,
-                 config=Path(config).name, overrides=list(overrides), needs=_needs(config, overrides))
+    write_compiled(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings,
+                   digest=digest, config=Path(config).name, overrides=list(overrides),
+                   needs=_needs(config, overrides))
 
 
 def _needs(config: str, overrides: Sequence[str]) -> dict[str, Any] | None:
@@ -155,13 +208,13 @@ def _needs(config: str, overrides: Sequence[str]) -> dict[str, Any] | None:
         return None
 
 
-def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,
-                 **more: Any) -> None:
-    """Writes compiled worlds as a program.
+def write_compiled(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,
+                   **more: Any) -> None:
+    """Writes what was compiled for all ranks as a program.
 
     Args:
         folder: of the program.
-        worlds: for each kind of graph what was compiled and read; "step" is among them.
+        worlds: for each kind of graph what was compiled and read; the first is "step" or one of inference.
         settings: of the run.
         more: further entries of program.json.gz; `digest` is one.
 
@@ -174,17 +227,18 @@ def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllR
         problem = wrong_order(world.programs)
         if problem:
             raise UserError(f"the ranks' collectives do not agree: {problem}", where=f"{kind} graph")
-    step = results["step"]
+    main = next(iter(worlds))
+    step = results[main]
     writer = portable.Writer(folder)
     tensors = [portable.Tensor(name, kind, tuple(shape), dtype, tuple(start))
                for name, kind, shape, dtype, start in step["tensors"]]
     ranks, groups = [], {"groups": set(), "messages": set()}
-    for number in range(len(read["step"].programs)):
+    for number in range(len(read[main].programs)):
         ranks.append(_rank(number, read, writer, groups))
     writer.finish(
         tensors=tensors, inputs=step["whole_inputs"], ranks=ranks, parallel=step["parallel"],
         settings=settings.model_dump(mode="json"), micro_batches=step["micro_batches"], tokens=step["tokens"],
-        figures=step["figures"],
+        figures=step["figures"], shapes={kind: result["whole_inputs"] for kind, result in results.items()},
         **{key: sorted(listed) for key, listed in groups.items()},
         mindspore=importlib.metadata.version("mindspore"),
         ordered_messages={kind: ordered_messages(world.programs) for kind, world in read.items()}, **more,
@@ -206,9 +260,10 @@ def _rank(number: int, worlds: dict[str, AllRanks], writer: portable.Writer, kno
                 known[key].add(made.groups[node.attributes["group"]])
         graphs[kind], groups[kind] = writer.add(made), made.groups
         extents = {**world.extents[number], **extents}
-    stage, data, op = coordinates(number, worlds["step"].config)
+    main = next(iter(worlds.values()))
+    stage, data, op = coordinates(number, main.config)
     return portable.Rank(number, stage, data, op, graphs, groups, extents,
-                         tuple(sorted(worlds["step"].programs[number].copies)))
+                         tuple(sorted(main.programs[number].copies)))
 
 
 def ordered_messages(programs: Sequence[Program]) -> bool:

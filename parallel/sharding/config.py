@@ -1,4 +1,4 @@
-"""`ParallelConfig`: the one block that says how a model is cut over devices."""
+"""`ParallelConfig`: the one block that says how a model is sharded over devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PipelineConfig(Settings):
     stages: int = Field(1, ge=1)
     """Number of pipeline stages; consecutive layers share a stage."""
     micro_batches: int = Field(1, ge=1)
-    """Micro-batches a global batch is split into; at least the number of stages, or stages stand idle. Not given:
+    """Micro-batches a global batch is split into; at least the number of stages, or stages are idle. Not given:
     as many as stages."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """Order of forward and backward passes. 1f1b holds the fewest activations; interleaved gives each stage several
@@ -28,10 +28,10 @@ class PipelineConfig(Settings):
 
 
 class OptimizerShardConfig(Settings):
-    """Optimizer parallelism: states (and, by level, gradients and weights) cut along the data axis."""
+    """Optimizer parallelism: states (and, by level, gradients and weights) sharded along the data axis."""
 
     shard: int = Field(1, ge=-1)
-    """Devices that share one set of optimizer states: 1 = none, -1 = the whole data axis, else a divisor of it."""
+    """Devices that share one set of optimizer states: 1 = none, -1 = all of the data axis, else a divisor of it."""
     level: Literal[1, 2, 3] = 1
     """What is sharded (MindSpore's hsdp levels): 1: weights and states; 2: the gradients of micro-batches too; 3: the
     backward pass gathers the weights again (not with pipeline stages)."""
@@ -52,8 +52,38 @@ class RecomputeConfig(Settings):
     """Whether the op axis's AllReduce is run again in the recomputation (true), or its result kept (false)."""
 
 
+class MindSporeConfig(Settings):
+    """How MindSpore runs its graphs; none of it shapes them. null leaves what MindSpore and CANN take by themselves."""
+
+    jit_level: Literal["O0", "O1", "O2"] | None = None
+    """Optimisation of the back end: O0 kernel by kernel, O1 fused kernels, O2 the whole graph sunk (Ascend only)."""
+    compile_cache: str | None = None
+    """Folder in which compiled graphs are kept, so that the same ranks start faster the next time (experimental in
+    MindSpore)."""
+    deterministic: bool = False
+    """Kernels and reductions that give the same bits every time; slower."""
+    memory_gb: float | None = Field(None, gt=0.0)
+    """Most device memory that a process takes, GB."""
+    memory_level: Literal["O0", "O1"] | None = None
+    """Level at which memory is planned: O1 packs it tighter."""
+    hccl_connect_seconds: int | None = Field(None, ge=120, le=7200)
+    """Seconds that devices wait for each other while they connect (HCCL_CONNECT_TIMEOUT; CANN takes 120). Ascend only;
+    long enough for the slowest compile of a rank."""
+    hccl_exec_seconds: int | None = Field(None, ge=1, le=2147483647)
+    """Seconds that a collective waits for the slowest device (HCCL_EXEC_TIMEOUT). Ascend only."""
+    hccl_buffer_mb: int | None = Field(None, ge=1, le=1 << 20)
+    """MB of the buffer that two devices share, for each communication group (HCCL_BUFFSIZE; CANN takes 200). Ascend
+    only."""
+
+    def chosen(self, *prefixes: str) -> list[str]:
+        """Names of the keys (that begin so) which are not at their default."""
+        default = type(self)()
+        return [name for name in type(self).model_fields if name.startswith(prefixes or "")
+                and getattr(self, name) != getattr(default, name)]
+
+
 class ParallelConfig(Settings):
-    """How a model is cut: data x op x pipeline = devices; the other dimensions reuse these axes.
+    """How a model is sharded: data x op x pipeline = devices; the other dimensions reuse these axes.
 
     Paper: PanGu-alpha section 4 (the five dimensions). Exactly one of the axes may be -1: it takes the rest.
     """
@@ -85,6 +115,8 @@ class ParallelConfig(Settings):
     execution: Literal["auto", "exact", "eager", "cuda_graph", "inductor"] = "auto"
     """How torch runs a graph. exact: op by op in the graph's order; eager: with fused nodes; cuda_graph: the same,
     captured once; inductor: compiled, slow to start and fast after. auto: exact on CPUs, cuda_graph on GPUs."""
+    mindspore: MindSporeConfig = MindSporeConfig()
+    """How MindSpore runs its graphs; refused where torch runs them."""
     gradient_fusion_groups: int = Field(4, ge=1)
     """Groups of layers whose gradient communication is fused into one call each."""
 
@@ -151,7 +183,7 @@ class ParallelConfig(Settings):
         stages, shard = self.pipeline.stages, self.optimizer.shard
         if shard == 0 or (shard > 0 and self.data % shard):
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.optimizer.shard", value=shard,
-                            hint="use -1 for the whole data axis")
+                            hint="use -1 for all of the data axis")
         if self.data % self.expert:
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.expert", value=self.expert)
         if self.pipeline.micro_batches < stages:

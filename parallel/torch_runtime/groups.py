@@ -1,6 +1,6 @@
 """Process groups and collectives: gloo between CPU processes, NCCL between GPUs.
 
-Every collective begins where its node stands and is waited for before its result is first read, so communication and
+Every collective begins where its node is and is waited for before its result is first read, so communication and
 computation overlap. A Send never waits before the end of the step. Each direction of each pair of stages has a group of
 its own: on NCCL two messages in opposite directions on one communicator would wait for each other.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from parallel.common.errors import UserError
 from parallel.torch_runtime.program import Node
+from parallel.training.operation.stall import ACTIVITY, waiting
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,
                "prod": dist.ReduceOp.PRODUCT}
@@ -30,18 +31,23 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+_COLLECTIVE = datetime.timedelta(seconds=600.0)
+"""After which a collective that others do not join is an error."""
+
+
 class Pending:
     """A collective under way: its result once `wait` has returned. Keeps what is sent alive until then."""
 
-    __slots__ = ("finish", "kept", "result", "work")
+    __slots__ = ("finish", "kept", "result", "what", "work")
 
     def __init__(self, work: Any, result: Any, kept: Any = None, finish: Any = None) -> None:
-        self.work, self.result, self.kept, self.finish = work, result, kept, finish
+        self.work, self.result, self.kept, self.finish, self.what = work, result, kept, finish, None
 
     def wait(self) -> Tensor:
         """The result; on a GPU the stream waits, not the caller."""
         if self.work is not None:
-            self.work.wait()
+            with waiting(self.what):
+                self.work.wait()
             self.work = self.kept = None
         if self.finish is not None:
             self.result, self.finish = self.finish(self.result), None
@@ -53,7 +59,7 @@ class Communicator:
 
     Args:
         rank, world: its number and how many there are.
-        device: where tensors lie.
+        device: of tensors.
         groups: all groups of the world, the same on every rank.
         messages: all directions of messages, (sender, receiver).
     """
@@ -82,6 +88,12 @@ class Communicator:
         Raises:
             UserError: a collective without a rule.
         """
+        ACTIVITY.last = (node.op, members, node.scope)
+        pending = self._started(node, value, members, own)
+        pending.what = ACTIVITY.last
+        return pending
+
+    def _started(self, node: Node, value: Any, members: tuple[int, ...], own: bool) -> Pending:
         if node.op in ("Send", "Receive"):
             return self._message(node, value, members)
         if len(members) == 1:
@@ -110,6 +122,7 @@ class Communicator:
             nodes, values, own: of each, as in `start`.
             members: their group.
         """
+        ACTIVITY.last = (nodes[0].op, members, nodes[0].scope)
         group, pointers = self.groups[("group", *members)], set()
         found = []
         for node, value, alone in zip(nodes, values, own, strict=True):
@@ -122,7 +135,7 @@ class Communicator:
             for node, pending in zip(nodes, found, strict=True):
                 self._begun(node, pending, group, async_op=False)
         for pending in found:
-            pending.work = work
+            pending.work, pending.what = work, ACTIVITY.last
         return found
 
     def _drafted(self, node: Node, value: Tensor, count: int, own: bool) -> Pending:
@@ -156,6 +169,7 @@ class Communicator:
         if node.op == "Send":
             value = value.contiguous()
             self.sent.append(Pending(dist.isend(value, pair[1], group, tag), None, value))
+            self.sent[-1].what = ACTIVITY.last
             return Pending(None, value)
         kind = node.outputs[0]
         result = torch.empty(kind.shape, dtype=value, device=self.device)
@@ -170,7 +184,7 @@ class Communicator:
             dist.recv(received, source)
             tensor.copy_(received)
 
-    def settle(self) -> None:
+    def wait_for_sends(self) -> None:
         """Waits for all messages that were sent."""
         for item in self.sent:
             item.wait()
@@ -181,8 +195,9 @@ class Communicator:
         if self.world == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        with waiting(("exchange of numbers", range(self.world), "")):
+            dist.all_reduce(total)
+            return total.tolist()
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
@@ -190,14 +205,15 @@ class Communicator:
             self.add([0.0])
 
 
-def join(rank: int, world: int, device: torch.device, *, address: str | None = None, seconds: float = 600.0) -> None:
+def join(rank: int, world: int, device: torch.device, *, address: str | None = None,
+         seconds: float | None = None) -> None:
     """Meets the other processes.
 
     Args:
         rank, world: this process's number and how many there are.
         device: "cpu" takes gloo, "cuda" NCCL.
         address: HOST:PORT of rank 0; None = MASTER_ADDR and MASTER_PORT.
-        seconds: after which a process that does not answer is given up.
+        seconds: after which processes that do not come are given up; None = PARALLEL_MEET_SECONDS.
 
     Raises:
         UserError: the address is taken or nobody answers there.
@@ -206,10 +222,13 @@ def join(rank: int, world: int, device: torch.device, *, address: str | None = N
         return
     if address is None:
         address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
+    seconds = seconds or float(os.environ.get("PARALLEL_MEET_SECONDS", "600"))
     options = {"device_id": device} if device.type == "cuda" else {}
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank,
-                                world_size=world, timeout=datetime.timedelta(seconds=seconds), **options)
+        host, _, port = address.rpartition(":")
+        store = dist.TCPStore(host, int(port), world, rank == 0, timeout=datetime.timedelta(seconds=seconds))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=_COLLECTIVE, **options)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the processes did not find each other: {reason}", where=f"rank {rank} of {world}",

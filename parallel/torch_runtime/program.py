@@ -18,7 +18,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel.checkpoint.owners import Holders, held_alike
 from parallel.common.errors import UserError
 from parallel.common.settings import without
 from parallel.common.start_value import start_value
@@ -34,17 +35,19 @@ from parallel.common.structured import parse_json
 FORMAT, VERSION = "parallel-program", 1
 FILE = "program.json.gz"
 KINDS = ("step", "loss", "scores")
+"""Graphs of a program of training. Others are of inference, of one group of data parallelism: a program holds these or
+those, and the model's package says what they are called (`build.inference_kinds`)."""
 INLINE = 64
-"""Constants of at most so many elements are written into the JSON."""
+"""Constants of at most this many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30
 # Settings that shape no graph.
 _SHAPELESS = {
     "output": True, "generate": True, "evaluate": True, "serve": True, "pack": True, "vocabulary": True,
     "publish": True, "adapt": {"checkpoint", "pairs", "validation"},
     "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
-              "data_sink", "keep_best"},
+              "data_sink", "keep_best", "profile", "stall_after"},
     "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache"},
-    "parallel": {"backend", "devices", "execution"},
+    "parallel": {"backend", "devices", "execution", "mindspore"},
 }  # fmt: skip
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
 _WIDTHS = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
@@ -168,7 +171,7 @@ class Tensor:
     Args:
         name: as in checkpoints.
         kind: "parameter", "state" or "counter".
-        shape: whole.
+        shape: the full one.
         dtype: element type.
         start: (distribution, scale) of `start_value`, or ("fill", value).
     """
@@ -218,7 +221,7 @@ class Program:
         path = self.folder / FILE
         if not path.is_file():
             raise UserError("no exported program", where=path, hint="make one: python -m parallel export --config F "
-                                                                    "--output DIR")
+                            "--output DIR")
         tree = _read_json(path)
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise UserError("not an exported program", where=path)
@@ -226,6 +229,7 @@ class Program:
             raise UserError("the program is of another version", where=path, value=tree.get("version"),
                             hint=f"export it again: this code reads version {VERSION}")
         self.tree = tree
+        self._results: dict[tuple[int, str], tuple[int, ...]] = {}
         try:
             self.tensors = [Tensor(*item[:2], tuple(item[2]), item[3], tuple(item[4])) for item in tree["tensors"]]
             self.inputs = [(name, tuple(shape), dtype) for name, shape, dtype in tree["inputs"]]
@@ -292,9 +296,23 @@ class Program:
                     found.append((name, owner.number, rank.number))
         return found
 
+    def holders(self, names: Iterable[str]) -> Holders:
+        """Who holds which slice of some parameters; copies of another stage's are nobody's."""
+        return held_alike(((rank.number, {name: extent for name, extent in rank.extents.items()
+                                          if name not in rank.copies}) for rank in self.ranks), names)
+
     def has(self, kind: str) -> bool:
-        """Whether there are graphs of this kind ("step", "loss", "scores")."""
+        """Whether there are graphs of this kind."""
         return kind in self.ranks[0].graphs
+
+    @property
+    def inference_kinds(self) -> list[str]:
+        """Its graphs that are not of training."""
+        return [kind for kind in self.ranks[0].graphs if kind not in KINDS]
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs of a kind of inference graph, by name."""
+        return {name: tuple(shape) for name, shape, _ in self.tree["shapes"][kind]}
 
     def graph(self, rank: int, kind: str = "step") -> Graph:
         """The graph of a rank.
@@ -329,6 +347,14 @@ class Program:
                     if pair in tags:
                         tags[pair][node.op == "Receive"].append(int(node.attributes["tag"]))
         return tags
+
+    def result_shape(self, rank: int, kind: str) -> tuple[int, ...]:
+        """Shape of what a rank's graph returns."""
+        if (rank, kind) not in self._results:
+            graph = self.graph(rank, kind)
+            made = next(node for node in graph.nodes if node.number == graph.result)
+            self._results[rank, kind] = made.outputs[0].shape
+        return self._results[rank, kind]
 
     def _check(self, name: str) -> None:
         known, path = self.tree["files"].get(name), self.folder / name

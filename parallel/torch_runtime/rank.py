@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from parallel.common.errors import UserError
+from parallel.common.errors import PeerError
 from parallel.common.files import read_json
 from parallel.common.settings import validate
 from parallel.task import package_of
@@ -53,7 +53,7 @@ def run_rank(program: Path, settings: Any, *, device: str = "cpu") -> dict[str, 
         device: "cpu" or "gpu".
 
     Raises:
-        UserError: anything that a user can mend.
+        UserError: anything that a user can repair.
     """
     from parallel.torch_runtime.step import TorchStep
 
@@ -73,6 +73,6 @@ def run_rank(program: Path, settings: Any, *, device: str = "cpu") -> dict[str, 
 def _explained(error: RuntimeError, rank: int, world: int) -> Exception:
     """What collectives throw when a process of the run is gone, as a user's error."""
     if world > 1 and any(word in str(error) for word in _GONE):
-        return UserError("another process of the run has ended or does not answer", where=f"rank {rank} of {world}",
+        return PeerError("another process of the run has ended or does not answer", where=f"rank {rank} of {world}",
                          hint="its own log says why; start the run again to go on from the newest checkpoint")
     return error

@@ -15,7 +15,7 @@ from parallel.torch_runtime.rules import VIEWS, WRITES
 
 
 class Editor:
-    """Nodes by number, with a place each in the order of the graph.
+    """Nodes by number, with an index each in the order of the graph.
 
     Args:
         graph: it is not changed; `graph()` gives the new one.
@@ -28,7 +28,7 @@ class Editor:
         self.nodes = {node.number: dataclasses.replace(node, inputs=[item for item in node.inputs
                                                                      if item not in states])
                       for node in graph.nodes if node.number not in states}
-        self.place: dict[int, float] = {node.number: float(place) for place, node in enumerate(graph.nodes)}
+        self.position: dict[int, float] = {node.number: float(position) for position, node in enumerate(graph.nodes)}
         self.constants = list(graph.constants)
         self.result = graph.result
         self.next = 1 + max(self.nodes, default=graph.first_node)
@@ -78,10 +78,10 @@ class Editor:
         return self.original.constant(number)
 
     def add(self, op: str, inputs: list[int], outputs: Iterable[Kind], like: Node, **attributes: Any) -> int:
-        """Adds a node where `like` stands; its number."""
+        """Adds a node where `like` is; its number."""
         number, self.next = self.next, self.next + 1
         self.nodes[number] = Node(op, inputs, list(outputs), attributes, like.scope, dict(like.marks), number)
-        self.place[number] = self.place[like.number]
+        self.position[number] = self.position[like.number]
         self._read(number, inputs)
         return number
 
@@ -111,7 +111,7 @@ class Editor:
         return dataclasses.replace(original, nodes=nodes, result=self.result)
 
     def _key(self, node: Node) -> tuple[float, int]:
-        return self.place[node.number], node.number
+        return self.position[node.number], node.number
 
     def _drop_unread(self) -> None:
         wanted, pending = set(), [self.result]

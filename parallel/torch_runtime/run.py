@@ -1,8 +1,9 @@
-"""Verb `run`: an exported program trained by as many processes as it has ranks, without MindSpore."""
+"""Verb `run`: an exported program trained by one process for each of its ranks, without MindSpore."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -13,10 +14,12 @@ from parallel.common.files import atomic_write
 from parallel.common.settings import apply_override
 from parallel.launch.choose import gpus, torch_has_cuda
 from parallel.launch.launcher import TorchLauncher
+from parallel.launch.machines import machines_of
 from parallel.launch.plan import Plan, add_node_arguments
 from parallel.launch.programs import rank_command
 from parallel.torch_runtime.program import Program, shaping
 from parallel.torch_runtime.rank import run_rank, stored_settings
+from parallel.training.agreement import facts_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +48,11 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     path = folder / (f"settings-{plan.node_rank}.json" if plan.node_rank else "settings.json")
     with atomic_write(path) as file:
         json.dump(own.model_dump(mode="json"), file, ensure_ascii=False, indent=1)
-    return TorchLauncher(plan, rank_command(program.folder, path, device), folder / "logs").run()
+    machines = machines_of(plan, facts_of(own.model_dump(mode="json")))
+    command = rank_command(program.folder, path, device)
+    with contextlib.closing(machines):
+        machines.meet()
+        return TorchLauncher(plan, command, folder / "logs", machines, trains=True).run()
 
 
 def settings_of(program: Program, overrides: list[str]) -> Any:

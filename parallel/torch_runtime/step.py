@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.sharded import Holder
+from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
 from parallel.torch_runtime.fused import fused_rules
@@ -20,6 +21,7 @@ from parallel.torch_runtime.groups import Communicator, join, leave
 from parallel.torch_runtime.passes import documents_input, optimized
 from parallel.torch_runtime.program import Graph, Program, start_of
 from parallel.torch_runtime.program import Tensor as Held
+from parallel.training.operation.stall import waiting
 
 MODES = ("exact", "eager", "cuda_graph", "inductor")
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
@@ -75,7 +77,7 @@ class TorchStep:
         self.program, self.rank, self.ranks = program, rank, program.world
         if not 0 <= rank < program.world:
             raise UserError(f"the layout is one of {program.world} processes", where="rank", value=rank)
-        self.device = _device(device)
+        self.device = device_of(device)
         if mode == "auto":
             mode = "exact" if self.device.type == "cpu" else "cuda_graph"
         if mode not in MODES:
@@ -114,7 +116,12 @@ class TorchStep:
         names = ("loss", "global_norm", "finite", "loss_scale", "learning_rate")
         # One transfer for all five.
         told = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
-                            for item in results]).tolist()
+                            for item in results])
+        if self.device.type == "cuda":
+            with waiting("the end of a step"):
+                told = told.tolist()
+        else:
+            told = told.tolist()
         return {**dict(zip(names, told, strict=True)), "finite": bool(told[2])}
 
     def loss(self, batch: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -127,7 +134,7 @@ class TorchStep:
         return mean * weight, weight
 
     def scores(self, batch: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Probabilities [rows, tasks] of this rank's rows; None where another rank tells them. See `Backend.scores`."""
+        """Probabilities [rows, tasks] of this rank's rows; None where another rank has them. See `Backend.scores`."""
         self._refresh_copies()
         result = self.run("scores", batch)
         if not self.is_last or self.own.op:
@@ -165,6 +172,10 @@ class TorchStep:
         """Of the network, those that this rank holds."""
         return self._of("parameter")
 
+    def whole_start(self, name: str) -> np.ndarray:
+        """Start value of a parameter before it is sharded."""
+        return start_of(self.program.by_name[name], None, self.program.seed)
+
     def states(self) -> list[TorchTensor]:
         """Moments that this rank holds."""
         return self._of("state")
@@ -180,7 +191,8 @@ class TorchStep:
         if self.ranks == 1:
             return None
         extents = {tensor.name: self.own.extents[tensor.name] for tensor in tensors if self._holds(tensor)}
-        return Holder(self.rank, self.ranks, extents, {tensor.name: tensor.shape for tensor in tensors}, self.barrier)
+        return Holder(self.rank, self.ranks, extents, {tensor.name: tensor.shape for tensor in tensors}, self.barrier,
+                      lambda: self.program.holders(extents))
 
     def exchange(self, values: list[float]) -> list[float]:
         """Adds lists of equal length over all ranks."""
@@ -195,6 +207,20 @@ class TorchStep:
         """Measured speed of a large matrix product in the type of `precision` on this device."""
         return measured_tflops(self.device, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision,
                                                                                                torch.float32))
+
+    def profiler(self, folder: Path) -> Callable[[], None]:
+        """Begins to profile; the function ends it and writes `folder/rank_<r>.json`, a trace for chrome://tracing."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        running = profile(activities=kinds)
+        running.start()
+
+        def stop() -> None:
+            running.stop()
+            running.export_chrome_trace(str(folder / f"rank_{self.rank}.json"))
+
+        return stop
 
     def close(self) -> None:
         """Leaves the other processes."""
@@ -211,7 +237,7 @@ class TorchStep:
         owner = tensor.name.partition(".")[2] if tensor.kind == "state" else tensor.name
         if owner in self.own.copies or tensor.name in self.own.copies:
             return False
-        # A world of one has no extents: everything is held whole.
+        # A single rank has no extents: everything is held in full.
         return tensor.kind == "counter" or self.ranks == 1 or tensor.name in self.own.extents
 
     def _start(self) -> dict[str, Tensor]:
@@ -309,7 +335,12 @@ def out_of_memory(error: Exception, program: Program, rank: int) -> UserError:
     return UserError(f"out of device memory on rank {rank}: {told}", where=key, hint=hint)
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of this process: "cpu", "cuda" (takes LOCAL_RANK) or "cuda:N"; None = a GPU where there is one.
+
+    Raises:
+        UserError: no GPU that torch can use.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

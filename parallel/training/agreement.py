@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,27 @@ def settings_digest(describe: dict[str, Any]) -> str:
     """SHA-256 of a run's settings but those of folders."""
     tree = without(describe, _OWN)
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def graph_key(describe: dict[str, Any]) -> str:
+    """A name for the graphs that this code makes of a run's settings."""
+    return hashlib.sha256(f"{code_digest()} {settings_digest(describe)}".encode()).hexdigest()[:16]
+
+
+def facts_of(describe: dict[str, Any]) -> dict[str, Any]:
+    """What a machine tells the others before its ranks start: host, digests of code and settings, commit."""
+    return {"host": socket.gethostname(), "code": code_digest(), "settings": settings_digest(describe),
+            "commit": commit()}
+
+
+def commit() -> str:
+    """The commit of these sources, "unknown" outside a repository."""
+    try:
+        told = subprocess.run(["git", "-C", str(_ROOT), "describe", "--always", "--dirty"], capture_output=True,
+                              text=True, timeout=10.0, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.stdout.strip()
 
 
 def agree(backend: Backend, describe: dict[str, Any]) -> None:

@@ -17,9 +17,11 @@ class Companion:
 
     Attributes:
         name: of its state in the checkpoint; unique in a run.
+        may_wait: whether a checkpoint may be completed some steps after it was begun (`output.save_in_background`).
     """
 
     name = "companion"
+    may_wait = False
     save: Callable[[], Any] = staticmethod(lambda: None)
     """Set by the trainer: writes a checkpoint of the steps done; for use between two steps."""
     go_back: Callable[[int], Any] = staticmethod(lambda step: None)
@@ -29,7 +31,7 @@ class Companion:
         """Called with the number of steps done and this process's rows of the next batch."""
 
     def after_step(self, step: int, outputs: dict[str, float]) -> None:
-        """Called with the number of steps done and what the last one told."""
+        """Called with the number of steps done and the results of the last one."""
 
     def before_checkpoint(self, directory: Path, step: int) -> None:
         """Called on every rank before a checkpoint of `step` is written below `directory`."""

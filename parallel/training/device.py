@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 
 from parallel.common.errors import UserError
+from parallel.sharding.config import MindSporeConfig
+from parallel.training.operation.stall import waiting
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,12 @@ class Processes:
     target: str
 
 
-def start_device(target: str | None = None) -> Processes:
+def start_device(options: MindSporeConfig | None = None, *, key: str = "", target: str | None = None) -> Processes:
     """Sets graph mode and the device, and joins the other processes where a launcher started several.
 
     Args:
+        options: `parallel.mindspore`; None = the defaults.
+        key: of what is compiled (`agreement.graph_key`): MindSpore's cache of graphs looks at the sources only.
         target: "CPU", "Ascend", or None for what this MindSpore finds.
 
     Raises:
@@ -43,12 +47,41 @@ def start_device(target: str | None = None) -> Processes:
         except (RuntimeError, ValueError):
             raise UserError("this device is not available", where="device", value=target, hint="use CPU") from None
     target = mindspore.get_context("device_target")
+    if options is not None:
+        _set_options(options, key, target)
     if int(os.environ.get("MS_WORKER_NUM", "1")) <= 1:
         return Processes(0, 1, None, target)
     from mindspore.communication import GlobalComm, get_group_size, get_rank, init
 
     init()
     return Processes(get_rank(), get_group_size(), GlobalComm.WORLD_COMM_GROUP, target)
+
+
+def _set_options(options: MindSporeConfig, key: str, target: str) -> None:
+    """What must be said before communication begins and anything is compiled. HCCL's variables:
+    https://www.hiascend.com/document/detail/en/CANNCommunityEdition/900/API/hcclug/hcclenvref_07_0001.html
+    """
+    import mindspore
+
+    hccl = {"HCCL_CONNECT_TIMEOUT": options.hccl_connect_seconds, "HCCL_EXEC_TIMEOUT": options.hccl_exec_seconds,
+            "HCCL_BUFFSIZE": options.hccl_buffer_mb}
+    os.environ.update({name: str(value) for name, value in hccl.items() if value is not None})
+    if options.compile_cache is not None:
+        place = os.path.abspath(os.path.join(options.compile_cache, key))
+        os.makedirs(place, exist_ok=True)
+        os.environ |= {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": place}
+    if options.deterministic:
+        os.environ["HCCL_DETERMINISTIC"] = "true"
+        mindspore.set_deterministic(True)
+    if options.jit_level == "O2" and target != "Ascend":
+        raise UserError("whole graphs are sunk on Ascend only", where="parallel.mindspore.jit_level", value="O2",
+                        hint="choose O0 or O1")
+    if options.jit_level is not None:
+        mindspore.set_context(jit_config={"jit_level": options.jit_level})
+    memory = {} if options.memory_gb is None else {"max_size": f"{options.memory_gb:g}GB"}
+    memory |= {} if options.memory_level is None else {"optimize_level": options.memory_level}
+    if memory:
+        mindspore.runtime.set_memory(**memory)
 
 
 def set_seed(seed: int) -> None:
@@ -76,4 +109,5 @@ class DeviceSum:
         from mindspore import Tensor
         from mindspore import dtype as mstype
 
-        return self.add(Tensor(values, mstype.float32)).asnumpy().tolist()
+        with waiting(f"a sum of {len(values)} numbers over all processes"):
+            return self.add(Tensor(values, mstype.float32)).asnumpy().tolist()

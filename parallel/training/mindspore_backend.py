@@ -1,11 +1,13 @@
-"""MindSpore as a `parallel.training.backend.Backend`: a whole network on one device or under plain data parallelism,
-or the slices of a sharded one."""
+"""MindSpore as a `parallel.training.backend.Backend`: an unsharded network on one device or under plain data
+parallelism, or the slices of a sharded one."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -14,8 +16,10 @@ from mindspore import Tensor, nn, ops
 
 from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
+from parallel.layers.parameter import start_value
 from parallel.training.backend import Batch, Outputs
 from parallel.training.device import DeviceSum
+from parallel.training.operation.stall import waiting
 from parallel.training.sharded.run import ShardedRun
 from parallel.training.step import TrainStep
 
@@ -38,7 +42,7 @@ class MeanLoss(nn.Cell):
 
 
 class MindSporeBackend:
-    """A `TrainStep` of a whole network. See `Backend`.
+    """A `TrainStep` of an unsharded network. See `Backend`.
 
     Args:
         step: the training step.
@@ -54,7 +58,18 @@ class MindSporeBackend:
         self.rank, self.ranks, self.share, self.numbered = step.rank, step.ranks, step.share, step.numbered
         self.add = all_reduce or (DeviceSum(step.group) if step.ranks > 1 else None)
         self.mean_loss = MeanLoss(step.network, step.weighted)
-        self.training = False
+        self.training = self.stepped = False
+
+    def profiler(self, folder: Path) -> Callable[[], None]:
+        """Begins to profile; the function ends it. See `parallel.training.operation.profile`."""
+        from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
+
+        on_ascend = ms.get_context("device_target") == "Ascend"
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.NPU] if on_ascend else [])
+        running = profile(activities=kinds, on_trace_ready=tensorboard_trace_handler(
+            str(folder), worker_name=f"rank_{self.rank}"), start_profile=False)
+        running.start()
+        return running.stop
 
     @property
     def cell(self) -> Any:
@@ -64,7 +79,11 @@ class MindSporeBackend:
     def step(self, batch: Batch) -> Outputs:
         """See `Backend`."""
         self._mode(True)
-        return _outputs(self.cell(*map(Tensor, batch)))
+        # The first call compiles, which takes as long as it takes.
+        with waiting("a training step of MindSpore") if self.stepped and self.ranks > 1 else contextlib.nullcontext():
+            outputs = _outputs(self.cell(*map(Tensor, batch)))
+        self.stepped = True
+        return outputs
 
     def stretches(self, source: Any, first: int, steps: int, size: int) -> Iterator[tuple[int, Outputs]]:
         """See `SinkingBackend` (Ascend only, never run by us).
@@ -146,11 +165,16 @@ class ShardedBackend(MindSporeBackend):
         """See `MindSporeBackend`."""
         return self.run.cell
 
+    def whole_start(self, name: str) -> np.ndarray:
+        """See `SlicedBackend`."""
+        starts = {parameter.name: parameter.start for parameter in self.run.task.network.get_parameters()}
+        return start_value(name, self.holder.shapes[name], starts[name], self.run.settings.seed)
+
     def loss(self, batch: Batch) -> tuple[float, float]:
         """See `Backend`."""
         self._mode(False)
         loss, weight = self.mean_loss(*map(Tensor, batch)).asnumpy().tolist()
-        return (loss * weight, weight) if self.run.tells else (0.0, 0.0)
+        return (loss * weight, weight) if self.run.reports_loss else (0.0, 0.0)
 
     def scores(self, batch: Batch) -> np.ndarray | None:
         """See `Backend`."""

@@ -67,7 +67,7 @@ class OptimizerSettings(Settings):
     @pydantic.model_validator(mode="after")
     def _check(self) -> OptimizerSettings:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise UserError("betas lie in [0, 1)", where="optimizer.betas", value=list(self.betas))
+            raise UserError("betas must be in [0, 1)", where="optimizer.betas", value=list(self.betas))
         if self.schedule.end_learning_rate > self.learning_rate:
             raise UserError("the schedule ends above its start", where="optimizer.schedule.end_learning_rate",
                             value=self.schedule.end_learning_rate, hint=f"at most {self.learning_rate}")
@@ -106,6 +106,16 @@ class EarlyStopSettings(Settings):
     """Less than this does not count as an improvement."""
 
 
+class ProfileSettings(Settings):
+    """Which steps are profiled."""
+
+    start: int = pydantic.Field(10, ge=1)
+    """The first step of the window, counted from 1; the first steps of a run compile and warm up."""
+
+    steps: int = pydantic.Field(3, ge=1)
+    """Steps in the window."""
+
+
 class TrainSettings(Settings):
     """How a model is trained, whatever the model."""
 
@@ -137,7 +147,7 @@ class TrainSettings(Settings):
     """Steps between validations; null = only at the end."""
 
     validation_batches: int | None = pydantic.Field(None, ge=1)
-    """Batches of a validation; null = the whole validation source."""
+    """Batches of a validation; null = all of the validation source."""
 
     log_every: int = pydantic.Field(10, ge=1)
     """Steps between lines of the metrics log (the mean loss of these steps)."""
@@ -152,8 +162,17 @@ class TrainSettings(Settings):
     """Peak of one device in TFLOP/s for the MFU; null = on the CPU the measured speed of a large matrix product,
     elsewhere no MFU."""
 
+    profile: ProfileSettings | None = None
+    """Profile some steps: one trace for each rank in `<output.directory>/profile`, by torch.profiler (JSON for
+    chrome://tracing and Perfetto) or MindSpore's profiler (for MindStudio Insight); null = none."""
+
+    stall_after: float | None = pydantic.Field(None, gt=0.0)
+    """Seconds after which a rank that waits for others ends the run, telling its number, the step, the collective and
+    its stack; longer than the slowest compile of a rank, validation or checkpoint. null = as long as the backend
+    waits. MindSpore tells no collective: the whole step counts, from the second on."""
+
     data_sink: bool = False
-    """Feed whole stretches of log_every steps to the device at once (Ascend only)."""
+    """Feed log_every steps to the device at once (Ascend only)."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -161,6 +180,10 @@ class TrainSettings(Settings):
             raise UserError("accumulation does not divide global_batch_size", where="train.accumulation",
                             value=self.accumulation, hint=f"choose a divisor of {self.global_batch_size}")
         return self
+
+    def sparse_settings(self) -> OptimizerSettings | None:
+        """Of the optimizer that embedding tables have to themselves; None = they have the same one."""
+        return None
 
 
 class OutputSettings(Settings):
@@ -178,6 +201,14 @@ class OutputSettings(Settings):
     resume: str = "auto"
     """auto: go on from the newest checkpoint in `directory`, from scratch if there is none. never: from scratch;
     refused where checkpoints exist, so that none is lost. Anything else is the path of a checkpoint to go on from."""
+
+    save_in_background: bool = False
+    """Write checkpoints while training goes on: the state is copied to host memory (each rank what it writes of it),
+    one checkpoint is under way at a time, and a stop or the end of the run waits for it. false: training waits."""
+
+    shared_disk: bool = True
+    """Whether all machines of a run see the same `directory`. true: every slice is written once. false: once a machine,
+    so that each finds on its own disk what its ranks hold."""
 
     save_optimizer: bool = True
     """Save moments beside the parameters; without them a run cannot be resumed."""

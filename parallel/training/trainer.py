@@ -1,6 +1,6 @@
 """The training loop, whatever the model and the backend: data in, steps, log, validation, checkpoints, resume, stop.
 
-A run that is stopped and resumed gives bit for bit what the straight run gives: batch i depends only on (seed, i),
+A run that is stopped and resumed gives bit for bit what the uninterrupted run gives: batch i depends only on (seed, i),
 dropout on (seed, step), and parameters, moments and counters are saved exactly. Nothing here imports a framework: the
 step, its device and the other processes are a `parallel.training.backend.Backend`.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +18,19 @@ from typing import Any
 import numpy as np
 
 from parallel.checkpoint.folder import checkpoint_path, list_checkpoints, resolve_checkpoint
-from parallel.checkpoint.full import load_checkpoint, save
-from parallel.checkpoint.newest import good_checkpoint
+from parallel.checkpoint.full import load_checkpoint
+from parallel.checkpoint.newest import agreed_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.ownership import owned
 from parallel.common.progress import Bar, info
 from parallel.training.agreement import agree
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
-from parallel.training.data_source import DataSource, NumberedSource, prefetch
+from parallel.training.data_source import DataSource, NumberedSource, WaitingSource, prefetch
 from parallel.training.metrics_log import Clock, MetricsLog
+from parallel.training.operation.profile import ProfileWindow
+from parallel.training.operation.saving import RESTARTS, Saver
+from parallel.training.operation.stall import ACTIVITY, watched
 from parallel.training.resume_notes import changed_settings
 from parallel.training.settings import OutputSettings, TrainSettings
 from parallel.training.stop import StopRequest
@@ -35,7 +39,7 @@ from parallel.training.validation import Validation
 
 @dataclass
 class Run:
-    """What is trained on and what is told about it; the same on every backend.
+    """What is trained on and what is reported about it; the same on every backend.
 
     Args:
         source: training batches, this process's rows (`Backend.share`).
@@ -81,14 +85,17 @@ class Trainer:
         self.backend, self.plan = backend, run
         self.settings, self.output = run.settings, run.output
         self.source = NumberedSource(run.source, *backend.share) if backend.numbered else run.source
+        self.stream = run.source if isinstance(run.source, WaitingSource) else None
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
         for companion in self.companions:
-            companion.save, companion.go_back = self.save, self.go_back
+            companion.save, companion.go_back = lambda: self.save(at_once=True), self.go_back
         if run.validation is not None:
             self.evaluators.insert(0, Validation(backend, run.validation, run.settings.validation_batches))
         self.on_step = run.on_step
         self.directory = Path(run.output.directory)
         self.checkpoints = self.directory / "checkpoints"
+        self.profile = ProfileWindow(backend, run.settings.profile, self.directory)
+        self.saver = Saver(backend, run.output, self.checkpoints, self.companions)
         self.iteration, self.window, self.skipped = 0, [], 0
         self.early_stop: dict[str, Any] = {"best": None, "bad": 0}
         self.last: dict[str, Any] = {}
@@ -96,20 +103,20 @@ class Trainer:
         self.more_figures: dict[str, Any] = {}
         self.stop = run.stop
         self.stopped_by: str | None = None
-        self.checkpoint: Path | None = None
         self.log: MetricsLog | None = None
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Trains from where the run stands to its end (or early stop, or a signal) and returns its figures.
+        """Trains from the run's current step to its end (or early stop, or a signal) and returns its figures.
 
         Raises:
             UserError: nothing to read, a checkpoint that does not fit, gradients that stay non-finite, no disk space.
         """
         # A stream may be waiting for events that do not come; with other ranks it is they who end the wait together.
-        interrupt = getattr(self.source, "interrupt", None) if self.backend.ranks == 1 else None
-        with owned(self.directory, self.plan.title, self.backend.rank == 0), self.stop.listening(interrupt):
+        interrupt = self.stream.interrupt if self.stream is not None and self.backend.ranks == 1 else None
+        with (owned(self.directory, self.plan.title, self.backend.rank == 0), self.stop.listening(interrupt),
+              watched(self.backend.rank, self.backend.ranks, self.settings.stall_after)):
             agree(self.backend, self.plan.describe)
             self.restore()
             chief = self.backend.rank == 0
@@ -140,37 +147,44 @@ class Trainer:
                 self._data_ended()
 
     def _data_ended(self) -> None:
-        """A source with `ends` (a stream) may end a run; others repeat their epochs."""
-        if not getattr(self.source, "ends", False):
+        """A stream may end a run; other sources repeat their epochs."""
+        if self.stream is None or not self.stream.ends:
             raise UserError("the training data ended", value=self.iteration, hint="sources repeat their epochs")
         self.stopped_by = self.stopped_by or self.stop.asked or "end of data"
         if self.iteration and not self.metrics:
             self.validate()
-        self.save()
+        self.save(at_once=True)
 
     def _outputs(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(steps done, what the last of them told) until the run's last step."""
+        """(steps done, results of the last of them) until the run's last step."""
         if self.settings.data_sink:
             yield from self._sunk_outputs()
             return
         batches = self.source.batches(self.iteration)
-        if getattr(self.source, "read_ahead", True):
+        if self.stream is None or self.stream.read_ahead:
             batches = prefetch(itertools.islice(batches, self.settings.steps - self.iteration))
         try:
             for batch in batches:
                 for companion in self.companions:
                     companion.before_step(self.iteration, batch)
+                ACTIVITY.step = self.iteration + 1
+                self.profile.before_step(self.iteration + 1)
                 with self.clock.stepping():
                     outputs = self.backend.step(batch)
+                self.profile.after_step(self.iteration + 1)
                 yield 1, outputs
         finally:
             batches.close()
+            self.profile.close()
 
     def _sunk_outputs(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Stretches of log_every steps run by the device alone."""
         if not isinstance(self.backend, SinkingBackend):
             raise UserError("data sink needs MindSpore on an Ascend device", where="train.data_sink",
                             hint="set it to false")
+        if self.settings.profile is not None:
+            raise UserError("the steps of a sunk stretch are not told apart", where="train.profile",
+                            hint="set it to null, or train.data_sink to false")
         steps = self.settings.steps - self.iteration
         size = math.gcd(steps, self.settings.log_every)
         stretches = self.backend.stretches(self.source, self.iteration, steps, size)
@@ -198,8 +212,9 @@ class Trainer:
             self.validate()
         # A signal reaches the ranks between different steps; from here on all of them say the same.
         self.stopped_by = self.stop.agreed(self.backend)
+        self.saver.look()
         if self._due(self.output.checkpoint_every) or last or self.stopped_by:
-            self.save()
+            self.save(at_once=last or self.stopped_by is not None)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.iteration % every == 0
@@ -231,7 +246,7 @@ class Trainer:
             "steps": self.iteration, "loss": loss[-1] if loss else self.last.get("loss"), **self.metrics,
             f"{self.plan.units}_per_second": self.clock.mean_rate(), "mfu": self.clock.mean_mfu(),
             "peak_tflops": self.clock.peak_tflops,
-            "checkpoint": str(self.checkpoint) if self.checkpoint is not None else None, "stopped": self.stopped_by,
+            "checkpoint": str(self.saver.newest) if self.saver.newest is not None else None, "stopped": self.stopped_by,
             "backend": self.backend.name, "layout": self.plan.layout, "world": self.backend.ranks, **self.more_figures,
         }
 
@@ -268,27 +283,18 @@ class Trainer:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def save(self) -> Path | None:
-        """Writes a checkpoint of this iteration: rank 0 alone, or every rank its slices."""
+    def save(self, *, at_once: bool = False) -> None:
+        """Begins a checkpoint of this iteration: rank 0's, or every rank's slices; `at_once`: it is in place on
+        return."""
         for companion in self.companions:
             companion.before_checkpoint(self.checkpoints, self.iteration)
         counters = {counter.name: counter.read().item() for counter in self.backend.counters()}
-        state = {"iteration": self.iteration, "counters": counters, "window": self.window, "skipped": self.skipped,
-                 "early_stop": self.early_stop, "metrics": _json_floats(self.metrics),
+        state = {"iteration": self.iteration, "counters": counters, "window": list(self.window),
+                 "skipped": self.skipped, "early_stop": self.early_stop, "metrics": _json_floats(self.metrics),
                  "train": {"seed": self.settings.seed, "global_batch_size": self.settings.global_batch_size},
                  "companions": states_of(self.companions, self.iteration), "run": self.plan.describe}
         states = self.backend.states() if self.output.save_optimizer else ()
-        self.checkpoint = save(self.checkpoints, self.iteration, self.backend.parameters(), states, state,
-                               self.output.keep, rank=self.backend.rank, holder=self.backend.holder,
-                               add_files=self._add_files)
-        if self.checkpoint is not None:
-            for companion in self.companions:
-                companion.after_checkpoint(self.iteration)
-        return self.checkpoint
-
-    def _add_files(self, folder: Path) -> None:
-        for companion in self.companions:
-            companion.add_files(folder)
+        self.saver.save(self.iteration, states, state, at_once=at_once)
 
     def restore(self) -> None:
         """Goes on from the checkpoint that `output.resume` names, if any.
@@ -297,11 +303,13 @@ class Trainer:
             UserError: resume is `never` and there are checkpoints; the checkpoint does not fit; the ranks found
                 different ones.
         """
-        path = None
-        if self.output.resume == "auto":
-            path = self._newest()
-        elif self.output.resume != "never":
-            path = resolve_checkpoint(self.output.resume)
+        path, resume = None, self.output.resume
+        if int(os.environ.get(RESTARTS, "0")) and list_checkpoints(self.checkpoints):
+            resume = "auto"  # where it began, this run began from something else, and has come further since
+        if resume == "auto":
+            path = agreed_checkpoint(self.checkpoints, self.backend, self.saver.disks)
+        elif resume != "never":
+            path = resolve_checkpoint(resume)
         elif found := list_checkpoints(self.checkpoints):
             raise UserError("the run already has checkpoints", where=self.checkpoints, value=found[-1].name,
                             hint="choose another output.directory or output.resume=auto")
@@ -313,15 +321,6 @@ class Trainer:
         if path is not None and self.backend.rank == 0:
             info(f"going on from {path} (step {self.iteration})")
 
-    def _newest(self) -> Path | None:
-        """The newest checkpoint that is whole, as rank 0 finds it."""
-        path = good_checkpoint(self.checkpoints) if self.backend.rank == 0 else None
-        # Two numbers: each is exact in float32.
-        step = int(path.name.rpartition("_")[2]) + 1 if path is not None else 0
-        high, low = self.backend.exchange([float(step >> 20), float(step & 0xFFFFF)])
-        step = (int(high) << 20) + int(low)
-        return checkpoint_path(self.checkpoints, step - 1) if step else None
-
     def _load(self, path: Path) -> None:
         extents = self.backend.holder.extents if self.backend.holder is not None else None
         state = load_checkpoint(path, self.backend.parameters(), self.backend.states(), extents)
@@ -330,6 +329,7 @@ class Trainer:
 
     def go_back(self, step: int) -> None:
         """Returns to the checkpoint of an earlier step of this run."""
+        self.saver.settle()
         self._load(checkpoint_path(self.checkpoints, step))
         if self.log is not None:
             self.log.close()
@@ -343,7 +343,7 @@ class Trainer:
             info(f"starting from the parameters of {path}")
 
     def _same_on_all_ranks(self) -> None:
-        """Refuses to go on when the ranks stand at different steps, each knowing its own disk only."""
+        """Refuses to go on when the ranks are at different steps, each knowing its own disk only."""
         first, = self.backend.exchange([float(self.iteration) if self.backend.rank == 0 else 0.0])
         different, = self.backend.exchange([float(first != self.iteration)])
         if different:
@@ -366,7 +366,7 @@ class Trainer:
         except (KeyError, TypeError, ValueError):
             raise UserError("the checkpoint's state.json is damaged", where=path,
                             hint="use another checkpoint") from None
-        self.checkpoint = path
+        self.saver.newest = path
         was, now = state.get("run") or {"train": state.get("train", {})}, self.plan.describe
         if self.backend.rank == 0:
             for line in changed_settings(was, now or {"train": {

@@ -60,7 +60,7 @@ class TimeReader:
 
     def _text(self, values: pa.Array, name: str, errors: RowErrors) -> np.ndarray:
         encoded = values.dictionary_encode()
-        read = [_seconds(text) for text in encoded.dictionary.to_pylist()]
+        read = [seconds_of(text) for text in encoded.dictionary.to_pylist()]
         known = np.array([np.nan if seconds is None else seconds for seconds in read] + [np.nan])
         index = pc.fill_null(encoded.indices, len(read)).to_numpy(zero_copy_only=False)
         dates = ~np.isnan(known[index])
@@ -87,7 +87,7 @@ class TimeReader:
         self.form = form
 
 
-def _seconds(text: str) -> float | None:
+def seconds_of(text: str) -> float | None:
     """Seconds since 1970 of an ISO-like date and time; None if it is none."""
     match = _DATE.fullmatch(text)
     if match is None:

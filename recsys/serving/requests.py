@@ -2,7 +2,7 @@
 
     {"user": {"user_id": 7, "history": [3, 5]}, "candidates": [{"item_id": 11}, {"item_id": 12}], "top_k": 10}
 
-A feature stands in `user` (it holds for all candidates: anything about the user, the context, the user's lists) or in
+A feature is in `user` (it holds for all candidates: anything about the user, the context, the user's lists) or in
 every candidate; null is a missing value. Needs no MindSpore.
 """
 
@@ -51,7 +51,7 @@ def read_request(body: Any, trained: Trained, most: int) -> Ask:
 
     Args:
         body: parsed JSON.
-        trained: the model's features, vocabulary and places.
+        trained: the model's features, vocabulary and columns.
         most: candidates at most.
 
     Raises:
@@ -75,19 +75,24 @@ def encode_tables(trained: Trained, user: pa.Table, candidates: pa.Table) -> tup
     Raises:
         UserError: a feature is missing or cannot be read.
     """
-    parts = []
-    given = [feature for feature in trained.features if feature.source in user.column_names]
-    asked = [feature for feature in trained.features if feature.source not in user.column_names]
-    for features, table, where in ((given, user, "user"), (asked, candidates, "candidates")):
-        missing = next((f.source for f in features if f.source not in table.column_names), None)
+    parts, of_user, of_candidates = [], _arrays(user), _arrays(candidates)
+    given = [feature for feature in trained.features if feature.source in of_user]
+    asked = [feature for feature in trained.features if feature.source not in of_user]
+    for features, columns, where in ((given, of_user, "user"), (asked, of_candidates, "candidates")):
+        missing = next((f.source for f in features if f.source not in columns), None)
         if missing is not None:
             raise UserError(f"feature '{missing}' is missing", where=where,
-                            hint="give it there or in user; null stands for a missing value")
+                            hint="give it there or in user; null means a missing value")
         if features:
-            parts.append(_encode(trained, features, table, where))
+            parts.append(_encode(trained, features, columns, where))
     count = len(candidates)
     return tuple(np.ascontiguousarray(sum(np.broadcast_to(array, (count, array.shape[1])) for array in arrays))
                  for arrays in zip(*parts, strict=True))
+
+
+def _arrays(table: pa.Table) -> dict[str, pa.Array]:
+    return {name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+            for name, column in zip(table.column_names, table.columns, strict=True)}
 
 
 def _checked(body: Any, most: int) -> tuple[dict, list[dict], int | None]:
@@ -110,19 +115,22 @@ def _checked(body: Any, most: int) -> tuple[dict, list[dict], int | None]:
     return user, candidates, top_k
 
 
-def _encode(trained: Trained, features: list[Feature], rows: list[dict] | pa.Table,
+def _encode(trained: Trained, features: list[Feature], rows: list[dict] | dict[str, pa.Array],
             where: str) -> tuple[np.ndarray, np.ndarray]:
-    """ids and numbers of some features; the columns of the others are 0."""
-    spec, closer = trained.spec, []
-    ids = np.zeros((len(rows) if features else 1, spec.id_columns), id_type(spec))
+    """ids and numbers of some features, of rows or of columns; the columns of the others are 0."""
+    spec, closer, in_columns = trained.spec, [], isinstance(rows, dict)
+    count = 1 if not features else len(rows[features[0].source]) if in_columns else len(rows)
+    ids = np.zeros((count, spec.id_columns), id_type(spec))
     numbers = np.zeros((len(ids), spec.numeric_columns), np.float32)
     for feature in features:
-        in_columns = isinstance(rows, pa.Table)
-        values = _listed(feature, rows, where) if in_columns else _values(feature, rows, where)
-        found = None if feature.is_dynamic else quick_column(feature, values, trained)
+        if in_columns:
+            column = rows[feature.source]
+            found = None if feature.is_dynamic else quick_array(feature, column, trained)
+        else:
+            values = _values(feature, rows, where)
+            found = None if feature.is_dynamic else quick_column(feature, values, trained)
         if found is None:
-            closer.append((feature, rows.column(feature.source).combine_chunks() if in_columns
-                           else _column(feature, values, where)))
+            closer.append((feature, column if in_columns else _column(feature, values, where)))
         elif feature.is_value:
             numbers[:, spec.numeric[feature.name].column] = found
         else:
@@ -146,14 +154,6 @@ def _encode_closely(trained: Trained, columns: list[tuple[Feature, pa.Array]], w
         raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=where) from None
 
 
-def _listed(feature: Feature, table: pa.Table, where: str) -> list:
-    try:
-        return table.column(feature.source).to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException) as error:  # a moment that Python has no date for
-        raise UserError(f"feature '{feature.source}' cannot be read: {str(error).splitlines()[0]}",
-                        where=where) from None
-
-
 def _values(feature: Feature, rows: list[dict], where: str) -> list:
     name = feature.source
     try:
@@ -161,7 +161,7 @@ def _values(feature: Feature, rows: list[dict], where: str) -> list:
     except KeyError:
         index = next(index for index, row in enumerate(rows) if name not in row)
     raise UserError(f"feature '{name}' is missing", where=where if where == "user" else f"{where}[{index}]",
-                    hint="give it there or in user; null stands for a missing value")
+                    hint="give it there or in user; null means a missing value")
 
 
 # ---------------------------------------------------------------- columns whose values are what is expected
@@ -190,13 +190,57 @@ def quick_column(feature: Feature, values: list, trained: Trained) -> np.ndarray
     return result
 
 
+def quick_array(feature: Feature, column: pa.Array, trained: Trained) -> np.ndarray | None:
+    """As `quick_column`, of a column that is in Arrow's memory already: numbers are never made objects of Python."""
+    if isinstance(column, pa.ChunkedArray) or column.null_count:
+        return None
+    kind = column.type
+    if feature.is_list:
+        if not pa.types.is_list(kind) or not _is_whole(kind.value_type) or column.values.null_count:
+            return None
+        return _quick_lists(feature, column, trained)
+    if feature.type == "numeric":
+        if not (_is_whole(kind) or pa.types.is_floating(kind)):
+            return None
+        values = column.to_numpy()
+        return None if np.isnan(values).any() else _numbers(feature, values, trained)  # NaN is a missing value
+    if pa.types.is_string(kind):
+        return quick_column(feature, column.to_pylist(), trained)
+    found = _quick_rows(feature, column.to_numpy(), trained) if _is_whole(kind) else None
+    return None if found is None or _outside(feature, found) else found[:, None]
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) and not pa.types.is_uint64(kind)
+
+
+def _quick_lists(feature: Feature, column: pa.ListArray, trained: Trained) -> np.ndarray | None:
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    begin_n1, kept_n1 = offsets[:-1, None], np.minimum(np.diff(offsets), feature.length)[:, None]
+    place = np.arange(feature.length)
+    if feature.type == "sequence":  # its end, at the end of the slot
+        inside, source = place >= feature.length - kept_n1, offsets[1:, None] - feature.length + place
+    else:
+        inside, source = place < kept_n1, begin_n1 + place
+    result = np.zeros(inside.shape, np.int64)
+    if inside.any():
+        found = _quick_rows(feature, column.values.to_numpy()[source[inside]], trained)
+        if found is None:
+            return None
+        result[inside] = found
+    return result
+
+
 def _outside(feature: Feature, rows: np.ndarray) -> bool:
     return feature.values == "integer" and bool((rows == UNSEEN).any())
 
 
-def _quick_rows(feature: Feature, values: list, trained: Trained) -> np.ndarray | None:
-    kinds = set(map(type, values))
-    numbers = np.array(values) if kinds == {int} else None
+def _quick_rows(feature: Feature, values: list | np.ndarray, trained: Trained) -> np.ndarray | None:
+    if isinstance(values, np.ndarray):
+        numbers, kinds = values.astype(np.int64), {int}
+    else:
+        kinds = set(map(type, values))
+        numbers = np.array(values) if kinds == {int} else None
     if numbers is not None and numbers.dtype != np.int64:
         return None
     if feature.values == "integer":
@@ -204,7 +248,7 @@ def _quick_rows(feature: Feature, values: list, trained: Trained) -> np.ndarray 
             return None
         return np.where((numbers < 0) | (numbers >= feature.rows), UNSEEN, numbers + FIRST_KNOWN)
     if numbers is not None:
-        values = list(map(str, values))
+        values = list(map(str, numbers.tolist()))
     elif kinds != {str}:
         return None
     if feature.values == "hash":
@@ -240,6 +284,12 @@ def _quick_numbers(feature: Feature, values: list, trained: Trained) -> np.ndarr
     if kinds <= {int, float}:
         found = np.array(values)
     if found is None or found.dtype not in (np.int64, np.float64) or (int in kinds and np.abs(found).max() > 2**53):
+        return None
+    return _numbers(feature, found, trained)
+
+
+def _numbers(feature: Feature, found: np.ndarray, trained: Trained) -> np.ndarray | None:
+    if found.dtype.kind in "iu" and np.abs(found.astype(np.float64)).max() > 2**53:
         return None
     found, vocabulary = found.astype(np.float64), trained.vocabulary
     if (np.isfinite(found) & (np.abs(found) > np.finfo(np.float32).max)).any():

@@ -1,6 +1,6 @@
-"""Seconds and peak memory of cutting a 350M training checkpoint anew: data 2 x op 4, op 2 x 4 stages, one device.
+"""Seconds and peak memory of resharding a 350M training checkpoint: data 2 x op 4, op 2 x 4 stages, one device.
 
-A whole checkpoint of random numbers with two moments is made first (4.1 GB; the chain takes four times that on the
+A full checkpoint of random numbers with two moments is made first (4.1 GB; the chain takes four times that on the
 disk). Each step is a command in a process of its own; what comes out at the end must be the beginning, byte for byte.
 
     python scripts/bench/reshard.py [--config configs/pangu/350m.yaml] [--folder runs] [key=value ...]
@@ -32,9 +32,10 @@ LAYOUTS = {
 
 
 def make_checkpoint(folder: Path, config: str, overrides: list[str]) -> None:
-    """A whole training checkpoint of random numbers in `folder`."""
+    """A full training checkpoint of random numbers in `folder`."""
     from parallel.checkpoint.folder import OPTIMIZER_FILE, PARAMETERS_FILE
-    from parallel.checkpoint.sharded import Slices, write_checkpoint, write_full, write_rank
+    from parallel.checkpoint.sharded import Slices
+    from parallel.checkpoint.writing import write_checkpoint, write_full, write_index, write_rank
     from parallel.task import build_task
 
     task, _, _ = build_task(config, [*overrides, *LAYOUTS["one device"]])
@@ -48,7 +49,7 @@ def make_checkpoint(folder: Path, config: str, overrides: list[str]) -> None:
 
     size = sum(4 * int(np.prod(shape)) for *_, shape, _ in tensors)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        write_rank(Path(scratch), 0, 1, tensors, read)
+        write_index(Path(scratch), write_rank(Path(scratch), 0, 1, tensors, read), 1)
         write_checkpoint(folder, size, lambda place: write_full(place, Slices(scratch)), {"step": 1, "iteration": 1})
 
 

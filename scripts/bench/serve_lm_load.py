@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import socket
@@ -61,7 +62,7 @@ class Load:
         ordered = sorted(self.first) or [0.0]
         return {"tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "requests": self.requests,
                 "first_p50_ms": round(1e3 * statistics.median(ordered), 1),
-                "first_p99_ms": round(1e3 * ordered[int(0.99 * (len(ordered) - 1))], 1)}
+                "first_p99_ms": round(1e3 * ordered[math.ceil(0.99 * len(ordered)) - 1], 1)}
 
 
 def main() -> None:
@@ -137,6 +138,8 @@ def server(name: str, command: tuple[list[str], dict[str, str], str]):
             until_it_answers(process, port, name, log)
             yield lambda requests, clients, seconds: asyncio.run(
                 hammer(port, model, name == "llama", requests, clients, seconds))
+        except ConnectionError as error:
+            raise SystemExit(f"error: the side {name} {error}:\n{tail(log)}") from error
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -154,8 +157,13 @@ def until_it_answers(process: subprocess.Popen, port: int, name: str, log) -> No
             if connection.recv(12).endswith(b"200"):
                 return
         time.sleep(0.5)
+    raise SystemExit(f"error: the side {name} did not start:\n{tail(log)}")
+
+
+def tail(log) -> str:
+    """The end of what a server wrote."""
     log.seek(0)
-    raise SystemExit(f"error: the side {name} did not start:\n{log.read()[-2000:]}")
+    return log.read()[-4000:]
 
 
 async def hammer(port: int, model: str, as_text: bool, requests: list, clients: int, seconds: float) -> Load:
@@ -167,7 +175,7 @@ async def hammer(port: int, model: str, as_text: bool, requests: list, clients: 
             ids, count = requests[next(place) % len(requests)]
             prompt = "".join(chr(97 + number % 26) for number in ids) if as_text else ids
             await one(port, {"model": model, "prompt": prompt, "max_tokens": count, "stream": True, "ignore_eos": True,
-                             "temperature": 1.0, "seed": 1}, load, begun + seconds)
+                             "temperature": 1.0}, load, begun + seconds)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     load.seconds = min(seconds, time.perf_counter() - begun)
@@ -184,7 +192,7 @@ async def one(port: int, body: dict, load: Load, end: float) -> None:
     try:
         while line := await reader.readline():
             if line.startswith(b"HTTP/1.1") and b" 200" not in line:
-                raise SystemExit(f"error: a server refused: {line!r} {(await reader.read())[-500:]!r}")
+                raise ConnectionError(f"refused: {line!r} {(await reader.read())[-500:]!r}")
             if not line.startswith(b"data: {"):
                 continue
             if first:

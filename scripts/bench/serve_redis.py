@@ -1,4 +1,4 @@
-"""Latency of /rank when requests name ids only and the features lie in Redis, beside requests that bring them along.
+"""Latency of /rank when requests name ids only and the features are in Redis, beside requests that bring them along.
 
 Starts a real redis-server (scripts/redis_server.sh), fills it with features of users and items, starts `python -m
 recsys serve` for a checkpoint of start values and lets clients ask, each on a connection of its own. The peer is the
@@ -106,8 +106,12 @@ def bodies(checkpoint: str, arguments: argparse.Namespace, redis: Redis) -> tupl
     def record(sides: tuple[str, ...], leave: str) -> dict:
         return {f.source: value(f) for f in trained.features if f.side in sides and f.source != leave}
 
-    users = {number: record(("user", "cross"), user_id) for number in range(arguments.users)}
-    items = {number: record(("item",), item_id) for number in range(arguments.items)}
+    def numbers(source: str, wanted: int) -> range:
+        rows = next((f.rows for f in trained.features if f.source == source), None)
+        return range(min(wanted, rows or wanted))  # an id outside its table is refused
+
+    users = {number: record(("user", "cross"), user_id) for number in numbers(user_id, arguments.users)}
+    items = {number: record(("item",), item_id) for number in numbers(item_id, arguments.items)}
     pipe = redis.client.pipeline(transaction=False)
     for kind, records in (("user", users), ("item", items)):
         for number, one in records.items():
@@ -115,7 +119,7 @@ def bodies(checkpoint: str, arguments: argparse.Namespace, redis: Redis) -> tupl
     pipe.execute()
     thin, thick, arrow = [], [], []
     for number, own in users.items():
-        chosen = generator.choices(range(arguments.items), k=arguments.candidates)
+        chosen = generator.choices(list(items), k=arguments.candidates)
         moment = record(("context",), "")
         user = {user_id: number, **moment}
         thin.append({"user": user, "candidates": [{item_id: item} for item in chosen], "top_k": 10})

@@ -24,12 +24,14 @@ class Campaign:
         folder: where artefacts are made and failures kept.
         end: `time.monotonic()` at which no further trial begins.
         short: the few trials of the suite.
+        before: counts of earlier runs.
     """
 
     seed: int
     folder: Path
     end: float
     short: bool = False
+    before: Counter = field(default_factory=Counter)
     counts: Counter = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
     _until: float | None = None
@@ -45,12 +47,16 @@ class Campaign:
         return time.monotonic() < min(self.end, self._until or self.end)
 
     def share(self, seconds: float) -> None:
-        """From here on a part has so many seconds."""
+        """From here on a part has this many seconds."""
         self._until = time.monotonic() + seconds
 
     def count(self, what: str, by: int = 1) -> None:
         """Counts trials."""
         self.counts[what] += by
+
+    def killed(self, name: str) -> int:
+        """Kills of a job, earlier runs counted in."""
+        return self.counts[f"kill {name}"] + self.before[f"kill {name}"]
 
     def fail(self, kind: str, what: str, data: bytes | str | None = None) -> None:
         """Keeps a failure: its input in a file of its own."""
@@ -104,7 +110,7 @@ def _raises(call: Callable[[Any], Any], data: Any, kind: type[Exception], allowe
 
 
 def shrunk(data: Any, fails: Callable[[Any], bool], trials: int = 300) -> Any:
-    """The smallest part of `data` found by leaving out pieces that still fails (delta debugging, bounded)."""
+    """The smallest part of `data` found by leaving out parts that still fails (delta debugging, bounded)."""
     size = max(1, len(data) // 2)
     while size >= 1 and trials > 0:
         at, changed = 0, False

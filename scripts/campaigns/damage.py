@@ -34,7 +34,7 @@ class Kind:
         name: for the counts.
         files: of which one is damaged at a time.
         read: reads all of it; the result stands for the content.
-        sealed: carries digests, so a changed byte must be told or change nothing.
+        sealed: carries digests, so a changed byte must be reported or change nothing.
     """
 
     name: str
@@ -120,9 +120,10 @@ def digest_of_folder(folder: Path) -> str:
 
 
 def checkpoints(folder: Path) -> list[Kind]:
-    """A whole checkpoint and one of two ranks."""
+    """A full checkpoint and one of two ranks."""
     from parallel.checkpoint.full import save_checkpoint
-    from parallel.checkpoint.sharded import Slices, write_checkpoint, write_rank
+    from parallel.checkpoint.sharded import Slices
+    from parallel.checkpoint.writing import write_checkpoint, write_index, write_rank
 
     tensors = [Plain(f"layer.{i}.weight", np.arange(i, 60 + i, dtype=np.float32).reshape(6, 10)) for i in range(3)]
     path = save_checkpoint(folder / "checkpoints", 3, tensors, [Plain("adam_m.layer.0.weight", tensors[0].values)],
@@ -136,10 +137,12 @@ def checkpoints(folder: Path) -> list[Kind]:
     sharded = folder / "sharded" / "step_00000003"
     if not sharded.exists():
         def write(place: Path) -> None:
+            written = []
             for rank in range(2):
-                write_rank(place, rank, 2, [("w", "parameters.safetensors", "F32", (6, 10),
-                                             ((3 * rank, 3 * rank + 3), (0, 10)))],
-                           lambda name, box: tensors[0].values[tuple(slice(*pair) for pair in box)])
+                written += write_rank(place, rank, 2, [("w", "parameters.safetensors", "F32", (6, 10),
+                                                        ((3 * rank, 3 * rank + 3), (0, 10)))],
+                                      lambda name, box: tensors[0].values[tuple(slice(*pair) for pair in box)])
+            write_index(place, written, 2)
         write_checkpoint(sharded, 1000, write, {"format": "parallel.checkpoint", "version": 2, "iteration": 7})
     return [*made, Kind("sharded checkpoint", sorted(sharded.iterdir()), lambda: read(sharded))]
 
@@ -155,7 +158,7 @@ def strategies(folder: Path) -> list[Kind]:
 
 def logs(folder: Path) -> list[Kind]:
     """A click log as it is encoded, and the log itself."""
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from recsys.settings import DataSettings
 
     path = folder / "log.csv"

@@ -1,18 +1,15 @@
 """SIGKILL at random moments; then the same command again, and the end must be what it is without a kill, byte for byte.
 
-Saves are killed by the hundred in a process that does nothing else; training of both families, packing, deduplication
-and quantization as the commands that a user types.
+Training of both families on one process, packing, deduplication, cleaning and quantization, as the commands that a user
+types. What is furthest from its goal, over all runs of the campaign, comes first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,89 +17,126 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from campaigns.base import Campaign
+from campaigns.children import Child, all_ended
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 600.0
+LIMIT = 300.0
+_A_FEW = 10
 
 
 @dataclass
 class Job:
-    """A command that is killed.
+    """Something that is killed.
 
     Args:
         name: for the counts.
-        command: `command(folder)`: arguments of the Python interpreter; the same each time, so that it goes on.
+        start: `start(folder)`: its processes, started; the same each time, so that they go on.
         result: `result(folder)`: a digest of what it leaves at its end.
+        goal: kills wanted over all runs of the campaign.
         prepare: what the folder holds before.
-        clean: what the folder must hold no leftovers of: looked for after the end.
     """
 
     name: str
-    command: Callable[[Path], list[str]]
+    start: Callable[[Path], list[Child]]
     result: Callable[[Path], str]
+    goal: int
     prepare: Callable[[Path], None] = lambda folder: None
     wanted: str = ""
     seconds: float = 0.0
 
 
 def run(campaign: Campaign) -> None:
-    """Saves first, then the commands in turn."""
-    folder = campaign.folder / "kills"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    saves(campaign, folder / "saves", campaign.part("saves"))
-    if campaign.short:
-        return
-    rng, ready, done = campaign.part("kills"), [], 0
-    for job in jobs(folder):
-        if campaign.more(done, 0) and measure(campaign, job, folder / "straight"):
-            ready.append(job)
-    while ready and campaign.more(done, 0):
-        kill_one(campaign, ready[done % len(ready)], folder / "killed", rng)
-        done += 1
+    """All commands, by what is missing."""
+    if not campaign.short:
+        kill_all(campaign, "kills", lambda folder: jobs(folder))
+
+
+def kill_all(campaign: Campaign, name: str, make: Callable[[Path], list[Job]]) -> None:
+    """Kills the jobs that `make(folder)` makes until the part's time is up; what takes long to make (corpus,
+    vocabulary, programs) stays in the folder for the next campaign."""
+    folder, rng = campaign.folder / name, campaign.part(name)
+    (folder / "home").mkdir(parents=True, exist_ok=True)
+    ready: list[Job] = []
+    waiting = sorted(make(folder / "home"), key=lambda job: campaign.killed(job.name) / job.goal)
+    while campaign.more(0, 0) and (ready or waiting):
+        begun = [job for job in ready if campaign.killed(job.name) < min(job.goal, _A_FEW)]
+        if waiting and not begun:
+            job = waiting.pop(0)
+            ready += [job] if measure(campaign, job, folder / "straight") else []
+        else:
+            kill_one(campaign, min(begun or ready, key=lambda job: campaign.killed(job.name) / job.goal),
+                     folder / "killed", rng)
+            print(f"{name}: {dict(campaign.counts)}", file=sys.stderr, flush=True)
+
+
+def single(words: Callable[[Path], list[str]]) -> Callable[[Path], list[Child]]:
+    """A job of one process; `words(folder)`: what follows `python -m`."""
+    return lambda place: [Child(words(place), place.with_name(f"{place.name}.log"))]
 
 
 def measure(campaign: Campaign, job: Job, folder: Path) -> bool:
-    """The straight run: what it leaves, and how long it takes."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    job.prepare(folder)
+    """The uninterrupted run: what it leaves, and how long it takes."""
+    _fresh(job, folder)
+    first = job.start(folder)  # what is imported late, compiled once
+    if not all_ended(first, LIMIT):
+        campaign.fail(f"straight {job.name}", "does not end\n" + "\n".join(child.told()[-2000:] for child in first))
+        _end(first)
+        return False
+    _fresh(job, folder)
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, *job.command(folder)], capture_output=True, text=True, timeout=LIMIT,
-                          cwd=ROOT)
+    children = job.start(folder)
+    all_ended(children, LIMIT)
     job.seconds = time.monotonic() - begun
-    if done.returncode != 0:
-        campaign.fail(f"straight {job.name}", done.stderr[-3000:])
+    if any(child.code != 0 for child in children):
+        _end(children)
+        campaign.fail(f"uninterrupted {job.name}", "\n".join(child.told()[-2000:] for child in children))
         return False
     job.wanted = job.result(folder)
     return True
 
 
-def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random) -> None:
-    """Kills the job one to three times, lets it end, and compares."""
+def _fresh(job: Job, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     job.prepare(folder)
-    told = ""
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        process = subprocess.Popen([sys.executable, *job.command(folder)], stdout=subprocess.DEVNULL, cwd=ROOT,
-                                   stderr=subprocess.PIPE, text=True, start_new_session=True)
-        wait = rng.uniform(0.3, 1.0) * job.seconds
-        try:
-            told = process.communicate(timeout=wait)[1]
+
+
+def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random) -> None:
+    """Kills the job a few times, one of its processes a moment before the others, lets it end, and compares."""
+    _fresh(job, folder)
+    for _ in range(rng.randrange(3, 13)):
+        children = job.start(folder)
+        if all_ended(children, rng.uniform(0.05, 1.0) * job.seconds):
             break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            campaign.count(f"kill {job.name}")
-    done = subprocess.run([sys.executable, *job.command(folder)], capture_output=True, text=True, timeout=LIMIT,
-                          cwd=ROOT)
-    if done.returncode != 0 or "Traceback" in done.stderr + told:
-        campaign.fail(f"kill {job.name}", f"exit code {done.returncode}\n{told[-1000:]}\n{done.stderr[-2500:]}")
+        rng.choice(children).kill()
+        time.sleep(rng.choice((0.0, 0.05, 0.3)) if len(children) > 1 else 0.0)
+        _end(children)
+        campaign.count(f"kill {job.name}")
+    else:
+        children = job.start(folder)
+        all_ended(children, LIMIT)
+    codes, output = [child.code for child in children], "\n---\n".join(child.told()[-2500:] for child in children)
+    _end(children)
+    if any(codes) or "Traceback" in output:
+        _keep(campaign, job, folder, f"exit codes {codes}\n{output}")
     elif job.result(folder) != job.wanted:
-        campaign.fail(f"kill {job.name}", "the resumed run left something else than the straight one")
+        _keep(campaign, job, folder, f"{output}\nthe resumed run left something else than the uninterrupted one")
     elif left := leftovers(folder):
-        campaign.fail(f"kill {job.name}", f"left behind: {left[:5]}")
+        _keep(campaign, job, folder, f"left behind: {left[:5]}")
+    campaign.count(f"resumed {job.name}")
+
+
+def _end(children: list[Child]) -> None:
+    for child in children:
+        child.kill()
+
+
+def _keep(campaign: Campaign, job: Job, folder: Path, what: str) -> None:
+    """A failure, with the folder as it stands."""
+    kept = campaign.folder / "failures" / f"{job.name.replace(' ', '_')}-{time.time_ns()}"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, kept)
+    campaign.fail(f"kill {job.name}", f"kept in {kept}\n{what}", what)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -124,113 +158,72 @@ def newest(folder: Path) -> str:
     return steps[-1].name + digest(list(steps[-1].glob("*.safetensors"))) if steps else "none"
 
 
-def jobs(folder: Path) -> list[Job]:
-    """What is killed besides saves."""
-    home = folder / "home"
-    home.mkdir()
-    pangu = ["model.layers=2", "model.hidden_size=16", "model.heads=2", "model.sequence_length=32",
-             "model.vocabulary_size=950", "train.global_batch_size=4", "train.validation_batches=1",
-             "output.tensorboard=false", f"data.tokenizer={home}/v.model", f"data.corpus={home}/corpus.jsonl"]
-    for words in (["data_tools", "generate-corpus", "--output", f"{home}/corpus.jsonl", "--bytes", "200KB"],
-                  ["pangu", "train-vocabulary", *pangu], ["pangu", "pack", *pangu, f"data.directory={home}/records"]):
-        subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True, cwd=ROOT)
-    train = ["train.steps=60", "output.checkpoint_every=5", "train.log_every=5", "train.validate_every=20"]
-    recsys = ["--config", "configs/recsys/rankmixer.yaml", "data.synthetic.samples=4000", "data.synthetic.users=60",
-              "data.synthetic.items=40", "train.global_batch_size=64", "train.log_every=5", "train.validate_every=20",
-              "output.tensorboard=false", "output.checkpoint_every=5", "train.steps=60"]
+def trained(folder: Path) -> str:
+    """Of the newest checkpoint and of the metrics but what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().strip().split("\n")]
+    kept = [{key: value for key, value in line.items() if key != "mfu" and not key.endswith("_per_second")}
+            for line in lines]
+    return newest(folder) + json.dumps(kept)
+
+
+TRAIN = ["train.log_every=1", "train.validate_every=8", "train.validation_batches=1", "output.checkpoint_every=3",
+         "output.tensorboard=false", "output.loss_curve=false", "train.peak_tflops=1", "train.steps=30"]
+PANGU = ["model.layers=2", "model.hidden_size=16", "model.heads=2", "model.sequence_length=32",
+         "model.vocabulary_size=512", "train.global_batch_size=8", "train.optimizer.schedule.warmup_steps=4"]
+CLICKS = ["data.synthetic.samples=2000", "data.synthetic.users=60", "data.synthetic.items=40",
+          "train.global_batch_size=64"]
+
+
+def jobs(home: Path) -> list[Job]:
+    """Everything on one process."""
+    from campaigns.damage import records, train_vocabulary
+
+    records(home)
+    if not (home / "v.model").exists():
+        train_vocabulary(home, home / "v.model")
+    corpus = home / "world.jsonl"
+    pack = ["model.vocabulary_size=950", "model.sequence_length=32", f"data.tokenizer={home}/v.model",
+            f"data.corpus={corpus}", "pack.overwrite=true", "pack.workers=2", "pack.shards=2"]
+    recsys = ["--config", str(ROOT / "configs/recsys/rankmixer.yaml"), *CLICKS, *TRAIN]
+    alone = ["train.validate_every=null"]  # a graph less to compile at every start
 
     def parts(place: Path) -> str:
         return digest([path for path in place.rglob("part-*") if ".state" not in path.parts])
 
     def documents(place: Path) -> None:
-        shutil.copy(home / "corpus.jsonl", place / "in.jsonl")
+        shutil.copy(corpus, place / "in.jsonl")
+
+    def tool(verb: str, *words: str) -> Callable[[Path], list[str]]:
+        return lambda place: ["data_tools", verb, "--input", f"{place}/in.jsonl", "--output", f"{place}/out", *words,
+                              "engine.workers=2", "read.split_bytes=40000"]
+
+    def pangu(place: Path) -> list[str]:
+        return ["pangu", "train", *PANGU, *TRAIN, *alone, f"data.directory={home}/records",
+                f"output.directory={place}/run"]
+
+    def ranker(place: Path) -> list[str]:
+        return ["recsys", "train", *recsys, *alone, "model.layers=1", f"data.cache={place}/cache",
+                f"output.directory={place}/run"]
 
     return [
-        Job("train pangu", lambda place: ["-m", "pangu", "train", *pangu, *train, f"data.directory={home}/records",
-                                          f"output.directory={place}/run"], newest),
-        Job("train recsys", lambda place: ["-m", "recsys", "train", *recsys, f"data.cache={place}/cache",
-                                           f"output.directory={place}/run"], newest),
-        Job("pack", lambda place: ["-m", "pangu", "pack", *pangu, "pack.overwrite=true", "pack.workers=2",
-                                   "pack.shards=2", f"data.directory={place}/records"],
-            lambda place: digest(list((place / "records").glob("*.ids")))),
-        Job("dedup", lambda place: ["-m", "data_tools", "dedup", "--input", f"{place}/in.jsonl", "--output",
-                                    f"{place}/out", "--engine", "local", "engine.workers=2", "read.split_bytes=40000"],
-            parts, documents),
-        Job("clean", lambda place: ["-m", "data_tools", "clean", "--input", f"{place}/in.jsonl", "--output",
-                                    f"{place}/out", "engine.workers=2", "read.split_bytes=40000"], parts, documents),
-        quantize(folder, home, recsys),
+        Job("train pangu", single(pangu), trained, 100), Job("train recsys", single(ranker), trained, 100),
+        Job("pack", single(lambda place: ["pangu", "pack", *pack, f"data.directory={place}/records"]),
+            lambda place: digest(list((place / "records").glob("*.ids"))), 20),
+        Job("dedup", single(tool("dedup", "--engine", "local")), parts, 20, documents),
+        Job("clean", single(tool("clean")), parts, 20, documents),
+        quantize(home, recsys),
     ]
 
 
-def quantize(folder: Path, home: Path, recsys: list[str]) -> Job:
+def quantize(home: Path, recsys: list[str]) -> Job:
     """Quantization of a ranker trained once."""
     source = home / "ranker"
 
     def prepare(place: Path) -> None:
         if not source.exists():
-            subprocess.run([sys.executable, "-m", "recsys", "train", *recsys[:-1], "train.steps=5",
-                            f"data.cache={home}/cache", f"output.directory={source}"], check=True, capture_output=True,
-                           cwd=ROOT)
+            training = Child(["recsys", "train", *recsys, "train.steps=5", f"data.cache={home}/cache",
+                              f"output.directory={source}"], home / "ranker.log")
+            training.ended(LIMIT)
 
-    return Job("quantize", lambda place: ["-m", "recsys", "quantize", "--checkpoint", str(source), "--output",
-                                          f"{place}/run", "--part", "none"], newest, prepare)
-
-
-_SAVES = """
-import sys, json
-sys.path[:0] = [{root!r}, {scripts!r}]
-import numpy as np
-from campaigns.damage import Plain
-from parallel.checkpoint.full import save_checkpoint
-from parallel.checkpoint.newest import good_checkpoint
-from parallel.checkpoint.sharded import Slices
-folder = {folder!r}
-path = good_checkpoint(folder)
-step = int(Slices(path).state["iteration"]) if path else 0
-print(json.dumps(["from", step]), flush=True)
-while True:
-    step += {by}
-    tensors = [Plain(f"w{{i}}", np.full((64, 256), step + i, np.float32)) for i in range(4)]
-    save_checkpoint(folder, max(step, 1), tensors, (), {{"iteration": step}}, keep=2)
-    print(json.dumps(["saved", step]), flush=True)
-"""
-
-
-def saves(campaign: Campaign, folder: Path, rng: random.Random) -> None:
-    """Kills a process that saves and saves: what was told saved must be there whole, by the next start, and no more
-    than the kept checkpoints. Half of the runs replace one and the same checkpoint."""
-    done, limit = 0, 3 if campaign.short else 100
-    while done < limit and (campaign.short or campaign.more(done, 0)):
-        by = done // 10 % 2
-        place = folder / f"{done // 10}"
-        script = _SAVES.format(root=str(ROOT), scripts=str(ROOT / "scripts"), folder=str(place), by=by)
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True)
-        first = process.stdout.readline()
-        time.sleep(rng.uniform(0.0, 0.4))
-        process.kill()
-        out, told = process.communicate()
-        if not first or "Traceback" in told:
-            campaign.fail("kill save", f"{first}\n{told[-2000:]}")
-        lines = [json.loads(line) for line in out.split("\n") if line.endswith("]")]
-        saved = [step for what, step in lines if what == "saved"]
-        check_saves(campaign, place, saved[-1] if saved else json.loads(first)[1] if first else 0)
-        campaign.count("kill save")
-        done += 1
-
-
-def check_saves(campaign: Campaign, place: Path, told: int) -> None:
-    """The newest checkpoint is whole and at least what was told; nothing lies beside it after a sweep."""
-    from parallel.checkpoint.newest import good_checkpoint
-    from parallel.checkpoint.sharded import Slices
-
-    try:
-        path = good_checkpoint(place)
-        step = int(Slices(path).state["iteration"]) if path else 0
-    except Exception as error:
-        campaign.fail("kill save", f"{type(error).__name__}: {error}")
-        return
-    if step < told:
-        campaign.fail("kill save", f"step {told} was told saved, and {step} is there")
-    if left := leftovers(place):
-        campaign.fail("kill save", f"left behind: {left}")
+    return Job("quantize", single(lambda place: ["recsys", "quantize", "--checkpoint", str(source), "--output",
+                                                 f"{place}/run", "--part", "none"]), newest, 20, prepare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -89,12 +90,14 @@ def test_shuffled_text_is_judged_worse(tmp_path):
     for name, version in (("whole", texts), ("shuffled", shuffled)):
         write_jsonl(tmp_path / name / "x.jsonl", [{"text": text} for text in version])
     write_jsonl(tmp_path / "dev" / "x.jsonl", [{"text": d["text"]} for d in generate_corpus(50_000, seed=9)])
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "my.yaml").write_text(f"base: {root}/configs/pangu/tiny.yaml\n")
     done = subprocess.run(
-        [sys.executable, "-m", "data_tools", "compare-versions", "--versions", str(tmp_path / "shuffled"),
-         str(tmp_path / "whole"), "--development", str(tmp_path / "dev"), "--output", str(tmp_path / "out"),
-         "quality.characters=150000", "quality.vocabulary_size=1000",
+        [sys.executable, "-m", "data_tools", "compare-versions", "--versions", "shuffled", "whole", "--development",
+         "dev", "--output", "out", "quality.pangu_config=my.yaml", "quality.characters=150000",
+         "quality.vocabulary_size=1000",
          "quality.pangu={train.steps: 60, train.validate_every: null, model.layers: 2, model.hidden_size: 64}"],
-        cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, check=False)
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr[-2000:]
     line = json.loads(done.stdout.strip().splitlines()[-1])
     assert line["better"] == "whole" and line["perplexity"]["whole"] < 0.9 * line["perplexity"]["shuffled"]

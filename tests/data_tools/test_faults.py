@@ -12,12 +12,16 @@ import time
 import pytest
 
 from data_tools.__main__ import VERBS
+from data_tools.dedup.plan import DedupPlan, DedupSettings
+from data_tools.dedup.step import RemoveDuplicates, decide
 from data_tools.documents import plan_splits, read_split
+from data_tools.engines.local import LocalEngine
 from data_tools.readers._html import decode_html, extract_html
 from data_tools.records import ReadLog, ReadSettings
 from data_tools.rules.special_symbols import SpecialSymbols
 from data_tools.steps.decontaminate import evaluation_texts
 from parallel.common.command import main
+from parallel.common.errors import UserError
 
 TEXT = "这是一段足够长的中文网页内容，用来测试各种输入。" * 8
 
@@ -119,9 +123,54 @@ def test_archives_in_every_container(tmp_path, name, packed):
     assert [d.text for d in documents] == [f"{TEXT}第{number}页" for number in range(4)] and not log.damaged_files
 
 
+def test_every_container_of_lines_is_read_to_its_end(tmp_path):
+    import zstandard
+
+    lines = [json.dumps({"id": str(number), "text": TEXT}).encode() + b"\n" for number in range(4)]
+    zstd = zstandard.ZstdCompressor().compress
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    made = {"members.jsonl.gz": b"".join(map(gzip.compress, lines)), "zeros.jsonl.gz": gzip.compress(b"".join(lines)) +
+            bytes(512), "frames.jsonl.zst": skippable + b"".join(map(zstd, lines)),
+            "padded.jsonl.xz": b"".join(lzma.compress(line) + bytes(4) for line in lines),
+            "wide.jsonl": b"".join(lines).decode().encode("utf-16")}
+    for name, data in made.items():
+        (tmp_path / name).write_bytes(data)
+        documents, log = read_all(tmp_path / name, split_bytes=500)
+        assert [d.id for d in documents] == list("0123") and not log.damaged_files and not log.dropped, name
+    for name in ("padded.jsonl.xz", "members.jsonl.gz", "frames.jsonl.zst"):
+        (tmp_path / name).write_bytes(made[name] + b"more")
+        documents, log = read_all(tmp_path / name)
+        assert len(documents) == 4 and [entry["kind"] for entry in log.damaged_files] == ["truncated"], name
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "utf-8-sig", "gb18030", "big5", "utf-32"])
+@pytest.mark.parametrize("unit", ["file", "line"])
+def test_plain_text_in_every_charset(tmp_path, charset, unit):
+    text = "網頁內容測試，這是一個普通的網頁。" * 4
+    (tmp_path / "a.txt").write_bytes(text.encode(charset))
+    documents, _ = read_all(tmp_path / "a.txt", text_unit=unit)
+    assert [d.text for d in documents] == [text]
+
+
+def test_a_page_of_which_the_crawl_got_a_part_is_left_out(tmp_path):
+    page = f"<html><body><p>{TEXT}</p></body></html>".encode()
+    packed = gzip.compress(page)
+    made = b""
+    for number, (body, more) in enumerate([(packed, ""), (packed[:-30], ""), (page, "WARC-Truncated: length\r\n")]):
+        encoding = "Content-Encoding: gzip\r\n" if body is not page else ""
+        http = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n{encoding}\r\n".encode() + body
+        made += ("WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://x.cn\r\n"
+                 f"WARC-Record-ID: <urn:{number}>\r\n{more}Content-Type: application/http; msgtype=response\r\n"
+                 f"Content-Length: {len(http)}\r\n\r\n").encode()
+        made += http + b"\r\n\r\n"
+    (tmp_path / "a.warc").write_bytes(made)
+    documents, log = read_all(tmp_path / "a.warc")
+    assert [d.text for d in documents] == [TEXT] and [e["rule"] for e in log.dropped] == ["read_cut_page"] * 2
+
+
 @pytest.mark.parametrize(("name", "cuts"), [
     ("a.warc.gz", (20, 40, 60, 80, 100, 120)), ("a.warc", (30, 301, 601))])
-def test_an_archive_that_ends_inside_a_record_is_told_and_its_half_page_left_out(tmp_path, name, cuts):
+def test_an_archive_that_ends_inside_a_record_is_reported_and_its_half_page_left_out(tmp_path, name, cuts):
     whole = b"".join(map(gzip.compress, archive())) if name.endswith("gz") else b"".join(archive())
     for cut in cuts:
         (tmp_path / name).write_bytes(whole[:-cut])
@@ -139,17 +188,22 @@ PAGE = "<p>中文网页内容测试，这是一个普通的网页。</p>"
     ("", "utf-8", "gbk"), ("text/html; charset=iso-8859-1", "gb2312", "gbk"), ("", "", "gbk"), ("", "", "utf-16"),
     ("text/html; charset=iso-8859-1", "", "gbk"), ("text/html; charset=big5", "", "big5"), ("", "", "utf-8-sig"),
     ("text/html; charset=gbk", "gbk", "utf-8"), ("text/html; charset=zip", "gb2312", "gb18030"),
-    ("text/html; charset=utf-16", "", "gbk")])
+    ("text/html; charset=utf-16", "", "gbk"), ("", "", "big5"), ("text/html; charset=gb2312", "", "big5"),
+    ("text/html; charset=big5", "", "gbk"), ("text/html; charset=iso-8859-1", "", "big5"),
+    ("text/html; charset=shift_jis", "", "shift_jis"), ("text/html; charset=euc-kr", "", "euc-kr")])
 def test_the_bytes_decide_between_charsets(header, meta, charset):
     page = (f'<meta charset="{meta}">' if meta else "") + PAGE
     if charset == "big5":
         page = page.replace("网页内容测试，这是一个普通的网页", "網頁內容測試，這是一個普通的網頁")
+    other = {"shift_jis": "日本語のページです。内容", "euc-kr": "한국어 페이지입니다 내용"}.get(charset)
+    page = page.replace("中文网页内容测试，这是一个普通的网页。", other) if other else page
     assert decode_html(page.encode(charset), header)[0] == page
 
 
 def test_a_western_page_stays_western():
     page = "<p>L'été dernier, à Besançon, le café était déjà fermé.</p>"
     assert decode_html(page.encode("latin-1"), "text/html; charset=iso-8859-1") == (page, "")
+    assert decode_html("<p>Müller, Zoë</p>".encode("latin-1"), "charset=windows-1252")[0] == "<p>Müller, Zoë</p>"
     assert decode_html((PAGE * 9).encode()[:-5] + b"\xe4\xb8", "")[1] == "broken_utf8"
 
 
@@ -192,9 +246,49 @@ def test_one_damaged_file_ends_nothing(tmp_path, capsys, verb):
     assert "good" in {line["id"] for line in lines_of(tmp_path / "o")}
 
 
-def test_separators_inside_a_question_do_not_cut_it(tmp_path):
+def test_separators_inside_a_question_do_not_split_it(tmp_path):
     question = "第一行\u2028第二行\u0085第三行\x0c第四行"
     (tmp_path / "q.jsonl").write_text(json.dumps({"q": question}, ensure_ascii=False) + "\n" * 2 + '{"q": "b"}\n')
     assert list(evaluation_texts(tmp_path / "q.jsonl")) == [question, "b"]
     (tmp_path / "q.txt").write_text(question + "\r\nb\n")
     assert list(evaluation_texts(tmp_path / "q.txt")) == [question, "b"]
+
+
+@pytest.mark.parametrize("verb", ["clean", "dedup"])
+def test_names_of_files_that_are_no_utf8(tmp_path, capsys, verb):
+    """As archives of other systems leave them: the bytes of a name are any but / and zero."""
+    folder = tmp_path / "语料\udcd6\udcd0"
+    folder.mkdir()
+    for number, name in enumerate(("a\udcff.txt", "b\udcce\udcc4.jsonl")):
+        line = TEXT if number else "另一篇与前文无关的文章，讲的是今天的天气与旅行。" * 8
+        (folder / name).write_text(line if name.endswith("txt") else json.dumps({"text": line}) + "\n")
+    for form in ("jsonl", "parquet"):
+        code, figures = run(capsys, verb, "--input", folder, "--output", tmp_path / f"o\udcff{form}", "--format", form,
+                            "engine.workers=1", *(["--engine", "local"] if verb == "dedup" else []))
+        assert code == 0 and figures["documents_out"] == 2
+    assert run(capsys, "report", "--input", tmp_path / "o\udcffjsonl")[0] == 0
+    found = lines_of(tmp_path / "o\udcffjsonl")
+    assert [line["source"] for line in found] == ["a\\xff", "b\\xce\\xc4"] and len({line["id"] for line in found}) == 2
+
+
+def test_damage_to_what_dedup_keeps_is_mended_by_its_next_run(tmp_path):
+    """Signatures and decisions, as a kill leaves them: what has changed is made anew, not believed."""
+    lines = "".join(json.dumps({"id": str(i), "text": TEXT + "。" * (i % 3)}) + "\n" for i in range(6))
+    (tmp_path / "in.jsonl").write_text(lines)
+    read = ReadSettings()
+    plan = DedupPlan(DedupSettings(), read, tuple(plan_splits([str(tmp_path / "in.jsonl")], read)),
+                     str(tmp_path / "work"))
+    engine = LocalEngine(1)
+    wanted = decide(plan, engine)
+    path, marker = plan.decision_path(0), tmp_path / "work" / "decisions" / "done.json"
+    whole, told = path.read_bytes(), marker.read_bytes()
+    assert whole.count(b"_duplicate") == 5
+    for file, damaged in ((path, whole.replace(b"1", b"7")), (path, whole[:-9]), (path, b""), (path, b"\xff"),
+                          (marker, told.replace(b"1", b"2")), (marker, b"{")):
+        path.write_bytes(whole)
+        marker.write_bytes(told)
+        file.write_bytes(damaged)
+        assert decide(plan, engine) == wanted and path.read_bytes() == whole, damaged[:40]
+    path.write_bytes(whole[:-1] + b" ")
+    with pytest.raises(UserError, match="damaged"):
+        RemoveDuplicates(plan, wanted[1]).begin_part(plan.splits[0])

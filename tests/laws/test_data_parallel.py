@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 NODE = """
 import sys
 from pathlib import Path
-from parallel.launch.launcher import MsrunLauncher
+from parallel.launch.launcher import MindSporeLauncher
 from parallel.launch.plan import Plan
 plan = Plan(nodes={nodes}, node_rank={node_rank}, host="127.0.0.2", port={port}, local={local}, timeout=120)
-report = MsrunLauncher(plan, {command!r}, Path({logs!r})).run()
+report = MindSporeLauncher(plan, {command!r}, Path({logs!r})).run()
 import json; print(json.dumps(report)); sys.exit(report["exit_code"])
 """
 
@@ -91,7 +91,7 @@ def test_a_dying_rank_ends_all_and_gives_its_exit_code(tmp_path):
     assert "rank 1 failed with exit code 7" in errors and "out of luck" in errors
     assert "[INFO] chatter\n" not in errors
     pids = [int(path.read_text()) for path in tmp_path.glob("pid*")]
-    assert len(pids) == 3 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_signal_reaches_all_ranks(tmp_path):
@@ -100,7 +100,7 @@ def test_a_signal_reaches_all_ranks(tmp_path):
     node = start_node(nodes=1, node_rank=0, port=free_port(), local=2, command=["-c", script, str(tmp_path)],
                       logs=str(tmp_path / "logs"))
     deadline = time.monotonic() + 30
-    while len(list(tmp_path.glob("ready*"))) < 3 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     node.send_signal(signal.SIGTERM)
     _, errors = node.communicate(timeout=60)
@@ -109,12 +109,12 @@ def test_a_signal_reaches_all_ranks(tmp_path):
 
 
 def test_what_is_started_after_a_launch_is_no_worker(tmp_path):
-    from parallel.launch.launcher import MsrunLauncher
+    from parallel.launch.launcher import MindSporeLauncher
     from parallel.launch.plan import Plan
 
     before = dict(os.environ)
     script = "import os, sys; print(os.environ['MS_ROLE'], os.environ['RANK_SIZE'])"
-    figures = MsrunLauncher(Plan(1, 0, "127.0.0.1", free_port(), 2, 60), ["-c", script], tmp_path / "logs").run()
+    figures = MindSporeLauncher(Plan(1, 0, "127.0.0.1", free_port(), 2, 60), ["-c", script], tmp_path / "logs").run()
     assert figures["exit_code"] == 0 and dict(os.environ) == before
     assert all("MS_WORKER 2" in (tmp_path / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1))
 

@@ -1,4 +1,4 @@
-"""A cut network on real devices: what the trainer needs beside the step where every process holds slices.
+"""A sharded network on real devices: what the trainer needs beside the step where every process holds slices.
 
 Everything here that MindSpore can do without an Ascend device is tried by the tests in a simulated cluster: building,
 compiling, start values, checkpoints, resuming. Executing the step is not: compiled, not run.
@@ -12,13 +12,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from parallel.checkpoint.sharded import Holder
+from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize
-from parallel.sharding.slices import Extent, sharded_parameters
+from parallel.sharding.slices import Extent, holders, sharded_parameters
 from parallel.sharding.trainable import is_weighted
 from parallel.task import SAMPLE_NUMBERS, Input, Task
 from parallel.training.device import DeviceSum, Processes
@@ -30,13 +30,13 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
     """Whether a run needs slices: everything but plain data parallelism.
 
     Raises:
-        UserError: it does, and the processes run on the CPU, where MindSpore cuts nothing.
+        UserError: it does, and the processes run on the CPU, where MindSpore shards nothing.
     """
     wanted = {"op": config.op, "pipeline.stages": config.pipeline.stages, "optimizer.shard": config.optimizer_shard,
               "expert": config.expert}
     sharded = {name: degree for name, degree in wanted.items() if degree > 1}
     if processes.target == "CPU":
-        # Sharded states and experts give the same numbers whole, so the CPU takes these for plain data parallelism.
+        # Sharded states and experts give the same numbers unsharded, so the CPU takes these for plain data parallelism.
         refused = {name: degree for name, degree in sharded.items() if name in ("op", "pipeline.stages")}
         if refused:
             raise UserError("on the CPU MindSpore runs data parallelism only", where="parallel",
@@ -47,7 +47,7 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
 
 
 class ShardedRun:
-    """The training step of a cut network on this process's device.
+    """The training step of a sharded network on this process's device.
 
     After construction the step is compiled and every parameter of this process's stage holds its slice of the start
     values, which are those of one device.
@@ -70,7 +70,8 @@ class ShardedRun:
         self.stage, place = divmod(processes.rank, config.data * config.op)
         self.rows = (place // config.op, config.data)
         self.all_reduce = all_reduce or DeviceSum(processes.group)
-        full_parameters = {full.name: full for full in sharded_parameters(task.network, config)}
+        listed = sharded_parameters(task.network, config)
+        full_parameters = {full.name: full for full in listed}
         self.cell = sharded_step(task, settings, config, start_values=True)
         self.step: ShardedStep = self.cell.network
         self.step.rank, self.step.ranks, self.step.group = processes.rank, processes.ranks, processes.group
@@ -78,10 +79,11 @@ class ShardedRun:
         extents = {name: full.slice_of_rank(processes.rank) for name, full in full_parameters.items()}
         self.holder = Holder(processes.rank, processes.ranks,
                              {name: extent for name, extent in extents.items() if extent is not None},
-                             {name: full.shape for name, full in full_parameters.items()}, self.barrier)
+                             {name: full.shape for name, full in full_parameters.items()}, self.barrier,
+                             lambda: holders(listed, config, processes.rank))
         self.inputs = [Tensor(np.zeros(shape, item.dtype))
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
-        # From here on parameters have the shape of their slices, which MindSpore would cut again in another graph: so
+        # From here on parameters have the shape of their slices, which MindSpore would shard again in another graph: so
         # the loss comes first.
         self.loss = self._compiled("loss") if validated else None
         self.scores = self._compiled("scores") if scored else None
@@ -90,8 +92,8 @@ class ShardedRun:
         self.give_start_values()
 
     @property
-    def tells(self) -> bool:
-        """Whether this process tells the loss, which every process of the last stage knows of the global batch."""
+    def reports_loss(self) -> bool:
+        """Whether this process reports the loss, which every process of the last stage knows of the global batch."""
         return self.processes.rank == (self.config.pipeline.stages - 1) * self.config.data * self.config.op
 
     def give_start_values(self) -> None:
@@ -100,8 +102,8 @@ class ShardedRun:
         for parameter in self.task.network.get_parameters():
             if parameter.name in self.holder.extents:
                 full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
-                                    self.settings.seed)
-                put_slice(parameter, full[_places(self.holder.extents[parameter.name])])
+                                   self.settings.seed)
+                put_slice(parameter, full[_slices(self.holder.extents[parameter.name])])
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""
@@ -116,10 +118,10 @@ class ShardedRun:
 
 
 def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
-    """The cut network without gradients, dropout off, ready to compile, and the inputs that it takes.
+    """The sharded network without gradients, dropout off, ready to compile, and the inputs that it takes.
 
     Args:
-        task: as a package's `build` made it; its network is cut in place.
+        task: as a package's `build` made it; its network is sharded in place.
         config: resolved.
         graph: "loss" (`ForwardLoss`) or "scores" (the cell that `task.scores` makes).
     """
@@ -127,21 +129,32 @@ def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
     return _evaluation_cell(task, config, graph)
 
 
+def inference_graph(task: Task, config: ParallelConfig) -> nn.Cell:
+    """The sharded network of a task that `build.inference` made, ready to compile; see `evaluation_graph`."""
+    network = parallelize(task.network, config)
+    # Told by the graph the others would add zeros of another shape.
+    cut = switch_on(network, config, [(1,) * len(item.shape) for item in task.inputs], False, told=False)
+    cut.set_train(False)
+    return cut
+
+
 def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
     fed = [item for item in task.inputs if item.name != SAMPLE_NUMBERS]
     cell = ForwardLoss(task.network)
     if graph == "scores":
         cell = task.scores(task.network)
-        cell.lay_out(Axes(config))
+        cell.apply_sharding(Axes(config))
         fed = fed[:cell.inputs]
     ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
-    cut = switch_on(cell, config, ways, False)
+    # The last stage tells the result. Told to the others by the graph, it would meet zeros cut over two devices of a
+    # stage, whatever the result's own shape: no rank would ever have it.
+    cut = switch_on(cell, config, ways, False, told=False)
     cut.set_train(False)
     return cut, fed
 
 
 class ForwardLoss(nn.Cell):
-    """The mean loss of a batch, and its weight where the network tells one (else 1): float32 [2]."""
+    """The mean loss of a batch, and its weight where the network has one (else 1): float32 [2]."""
 
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
@@ -159,9 +172,9 @@ class ForwardLoss(nn.Cell):
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:
-    """Sets a sliced parameter, whose Python object may still have the whole shape."""
+    """Sets a sliced parameter, whose Python object may still have the full shape."""
     parameter.set_data(Tensor(np.ascontiguousarray(value), parameter.dtype), slice_shape=True)
 
 
-def _places(extent: Extent) -> tuple[slice, ...]:
+def _slices(extent: Extent) -> tuple[slice, ...]:
     return tuple(slice(*pair) for pair in extent)

@@ -1,17 +1,17 @@
 """A growing folder of parquet or csv files, read in order of their names as a stream.
 
-Writers put a file in place whole (a temporary name beginning with `.` or `_`, then a rename) under a name after all
+Writers put a finished file in place (a temporary name beginning with `.` or `_`, then a rename) under a name after all
 others, for example by time; a csv file may also grow by whole lines while it is the newest. Each row is an event.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import codecs
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -20,7 +20,11 @@ from parallel.common.errors import UserError
 from parallel.common.progress import info
 from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, no_default_features, parquet_tables
+from recsys.data.readers._records import HINT, Position, cells_of, record_ends
 from recsys.data.streams.events import Event, Positions, TimeOf
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 _SUFFIXES = (".parquet", ".pq", ".csv", ".tsv")
 _LOOK_SECONDS = 0.05
@@ -28,17 +32,20 @@ _BLOCK = 1 << 20
 
 
 class Folder:
-    """A `Transport` of one partition. A position is [file, place]: rows of a parquet file that were read, or bytes of a
-    csv file.
+    """A `Transport` of one partition. A position is [file, offset]: rows of a parquet file that were read, or bytes of
+    a csv file.
 
     Args:
         data: `DataSettings`; `path` is the folder.
     """
 
-    def __init__(self, data: Any) -> None:
+    shared = False
+
+    def __init__(self, data: DataSettings) -> None:
         if not data.path or not Path(data.path).is_dir():
             raise UserError("reader tail needs a folder", where="data.path", value=data.path)
         self.folder, self.delimiter, self.settings = Path(data.path), data.delimiter, data.stream
+        self.quoted = data.quoted
         self.time, self.name = TimeOf(data.time, data.stream.time_unit), "folder"
         self.at: list = ["", 0]
         self.header: tuple[str, list[str]] | None = None
@@ -65,7 +72,7 @@ class Folder:
         return []
 
     def commit(self, positions: Positions) -> bool:
-        """Nobody to tell."""
+        """Nothing to commit."""
         return True
 
     def close(self) -> None:
@@ -124,14 +131,14 @@ class Folder:
             info(f"{self.folder / name} came too late and is left out")
             self.passed.add(name)
 
-    def _event(self, file: Path, place: int, row: dict) -> Event:
-        self.at = [file.name, place]
-        return Event(self.name, list(self.at), self.time(row, 0.0), row)
+    def _event(self, file: Path, position: int, row: dict) -> Event:
+        self.at = [file.name, position]
+        return self.time.event(self.name, list(self.at), row, None)
 
     def _parquet(self, file: Path, most: int) -> list[Event]:
         skip, events, row_number = self.at[1], [], 0
         try:
-            source = parquet.ParquetFile(file)
+            source = parquet.ParquetFile(pa.OSFile(os.fsencode(file)))
             for group in range(source.num_row_groups):
                 rows = source.metadata.row_group(group).num_rows
                 if row_number + rows > skip:
@@ -140,13 +147,13 @@ class Folder:
                 row_number += rows
                 if len(events) >= most:
                     break
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"not a whole parquet file: {error}", where=file,
+        except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+            raise UserError(f"not a complete parquet file: {error}", where=file,
                             hint="write it under a name that begins with . and rename it") from None
         return events
 
     def _csv(self, file: Path, most: int, final: bool) -> list[Event]:
-        """Whole lines from the position on; the last line of a finished file may lack its end."""
+        """Complete lines from the position on; the last line of a finished file may lack its end."""
         columns, start = self._columns(file)
         if columns is None:
             return []
@@ -157,47 +164,62 @@ class Folder:
             stream.seek(begin)
             block = stream.read(_BLOCK)
             ended = final and not stream.read(1)
-        if b"\n" not in block and len(block) == _BLOCK:
-            raise UserError(f"a line is longer than {_BLOCK} bytes", where=file, value=begin)
-        if not (ended and block and not block.endswith(b"\n")):
-            block = block[:block.rfind(b"\n") + 1]
-        events, place = [], begin
-        for line in block.split(b"\n")[:most]:
-            place = min(place + len(line) + 1, begin + len(block))
-            cells = next(csv.reader(io.StringIO(self._text(line, file, place)), delimiter=self._delimiter(file)), [])
+        position = _Byte(file, self._delimiter(file), begin)
+        ends = record_ends(block, self.quoted, ended, position)
+        if not ends and len(block) == _BLOCK:
+            raise UserError(f"a row is longer than {_BLOCK} bytes", where=file, value=begin)
+        events, last = [], 0
+        for end in ends[:most]:
+            cells = self._cells(block[last:end], file, begin + last)
+            if cells and len(cells) != len(columns):
+                raise UserError(f"{len(cells)} cells where the table has {len(columns)} columns",
+                                where=f"{file}, byte {begin + last}", value=block[last:last + 40].decode(),
+                                hint="check delimiter and quotes")
             if cells:
-                events.append(self._event(file, place, dict(zip(columns, cells, strict=False))))
+                events.append(self._event(file, begin + end, dict(zip(columns, cells, strict=True))))
+            last = end
         return events
 
+    def _cells(self, record: bytes, file: Path, position: int) -> list[str]:
+        try:
+            return cells_of(record, self._delimiter(file), self.quoted)
+        except UnicodeDecodeError:
+            raise UserError("not UTF-8 text", where=f"{file}, byte {position}") from None
+
     def _columns(self, file: Path) -> tuple[list[str] | None, int]:
-        """(names in the first line, where the rows begin); None while the line is not whole."""
+        """(names in the first line, where the rows begin); None while the line is not complete."""
         with file.open("rb") as stream:
             line = stream.readline(_BLOCK)
         if not line.endswith(b"\n"):
             return None, 0
         if self.header is None or self.header[0] != file.name:
-            text = self._text(line, file, 0).lstrip("\ufeff")
-            self.header = file.name, next(csv.reader(io.StringIO(text), delimiter=self._delimiter(file)))
+            self.header = file.name, self._cells(line.removeprefix(codecs.BOM_UTF8), file, 0)
         return self.header[1], len(line)
 
     def _delimiter(self, file: Path) -> str:
         return "\t" if file.suffix == ".tsv" else self.delimiter
 
-    @staticmethod
-    def _text(line: bytes, file: Path, place: int) -> str:
-        try:
-            return line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise UserError("not UTF-8 text", where=f"{file}, byte {place}") from None
+
+class _Byte(Position):
+    """Names the byte of the file, since rows are not counted."""
+
+    def __init__(self, file: Path, delimiter: str, begin: int) -> None:
+        super().__init__(file, delimiter, False)
+        self.begin = begin
+
+    def error(self, what: str, data: bytes, start: int) -> UserError:
+        return UserError(what, where=f"{self.file}, byte {self.begin + start}",
+                         value=data[start:start + 40].decode("utf-8", "replace"), hint=HINT)
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of the files that are there now, for other verbs than train."""
     for file in sorted(path.iterdir(), key=lambda file: file.name):
         if file.suffix in (".parquet", ".pq") and file.name[0] not in "._":
             yield from parquet_tables(file)
         elif file.suffix in (".csv", ".tsv") and file.name[0] not in "._":
-            yield from csv_tables(file, delimiter="\t" if file.suffix == ".tsv" else data.delimiter)
+            yield from csv_tables(file, delimiter="\t" if file.suffix == ".tsv" else data.delimiter,
+                                  quoted=data.quoted)
 
 
 READER = Reader(read, no_default_features, stream=Folder)

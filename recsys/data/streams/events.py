@@ -13,6 +13,7 @@ from parallel.common.errors import UserError
 from parallel.common.structured import BadText, parse_object
 from recsys.data.encode import Columns
 from recsys.data.features import Feature
+from recsys.data.times import seconds_of
 
 Positions = dict[str, Any]
 """By partition (a Redis stream, a Kafka partition, a folder) where reading goes on: a JSON value of its transport."""
@@ -27,16 +28,25 @@ class Event:
         after: the partition's position when the event has been read.
         time: event time in seconds.
         row: the columns.
+        fault: (column, what, value) of a time that cannot be read: the row is bad.
     """
 
     partition: str
     after: Any
     time: float
     row: dict[str, Any]
+    fault: tuple[str, str, Any] | None = None
 
 
 class Transport(Protocol):
-    """Brings events of some partitions, each in an order that never changes."""
+    """Brings events of some partitions, each in an order that never changes.
+
+    Args:
+        shared: whether the server moves partitions between the processes of a group while they read. Such a transport
+            has two more members, which its reader sets: `hand_over(partitions)` and `take_over(positions)`.
+    """
+
+    shared: bool
 
     def begin(self) -> Positions:
         """Partitions, and where each begins: in front of its oldest event."""
@@ -64,26 +74,42 @@ class Transport(Protocol):
 
 
 class TimeOf:
-    """Event time of a row in seconds.
+    """Makes events, with the event time of their rows in seconds.
 
     Args:
         column: data.time; None = what the transport stamped.
-        unit: data.stream.time_unit.
+        unit: data.stream.time_unit, of numbers.
     """
 
     def __init__(self, column: str | None, unit: str) -> None:
         self.column, self.factor = column, 1e-3 if unit == "milliseconds" else 1.0
 
-    def __call__(self, row: dict[str, Any], stamped: float) -> float:
-        """The column where it holds a finite number or a time, else `stamped`."""
+    def event(self, partition: str, after: Any, row: dict[str, Any], stamped: float | None) -> Event:
+        """An event at the time that the column holds, a number or a date (without a zone: UTC), else at `stamped`.
+
+        A time that cannot be read must not pass for another one: the event has a `fault` then, as without a time where
+        nothing is stamped.
+        """
         value = row.get(self.column) if self.column is not None else None
+        time = None if value in (None, "") else self._seconds(value)
+        fault = None
+        if self.column is not None and time is None and (value not in (None, "") or stamped is None):
+            what = "no time" if value in (None, "") else "a time that is neither a number nor a date"
+            fault = self.column, what, value
+        return Event(partition, after, (stamped or 0.0) if time is None else time, row, fault)
+
+    def _seconds(self, value: Any) -> float | None:
+        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+            value = datetime.datetime(value.year, value.month, value.day)
         if isinstance(value, datetime.datetime):
             return value.timestamp() if value.tzinfo else value.replace(tzinfo=datetime.timezone.utc).timestamp()
+        if isinstance(value, str) and (seconds := seconds_of(value)) is not None:
+            return seconds if math.isfinite(seconds) else None
         try:
-            time = float(value) * self.factor
+            time = float(value) * self.factor if not isinstance(value, bool) else math.nan
         except (TypeError, ValueError, OverflowError):
-            return stamped
-        return time if math.isfinite(time) else stamped
+            return None
+        return time if math.isfinite(time) else None
 
 
 def read_object(text: str | bytes, where: str) -> dict[str, Any] | None:
@@ -138,7 +164,7 @@ def number_of(value: Any) -> float | str | None:
 
 
 def list_of(value: Any, separator: str) -> list[str | None] | None:
-    """A list of texts; text is cut at the separator.
+    """A list of texts; text is split at the separator.
 
     Raises:
         TypeError: neither a list nor text.
@@ -182,7 +208,7 @@ class Tables:
             absent = sorted(set(self.kinds) - self.seen)
             if absent and rows:
                 raise UserError(f"no event has '{absent[0]}'", where=events[0].partition,
-                                value=sorted(rows[0])[:20], hint="null stands for a missing value; see data.features")
+                                value=sorted(rows[0])[:20], hint="null means a missing value; see data.features")
         for name, (kind, separator) in self.kinds.items():
             values = []
             for index, row in enumerate(rows):

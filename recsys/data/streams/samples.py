@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel.common.errors import UserError
 from recsys.data.streams.events import Event, Positions
 from recsys.data.streams.merge import Merge
 from recsys.data.streams.settings import DelayedLabels
@@ -43,11 +44,13 @@ class Samples:
         merge: of the events.
         labels: label columns.
         delayed: how labels come later; None = every event is a sample.
+        strict: whether a label at a time that cannot be read is an error; else it is counted among the unknown ones.
     """
 
     merge: Merge
     labels: list[str]
     delayed: DelayedLabels | None
+    strict: bool = False
     vector: Positions = field(default_factory=dict)
     time: float = -math.inf
     counts: Counts = field(default_factory=Counts)
@@ -117,7 +120,7 @@ class Samples:
             event.row = {**dict.fromkeys(self.labels, 0), **event.row}
             pending = _Pending(event, before)
             self._queue.append(pending)
-            # An id that comes again stands for the newer sample.
+            # An id that comes again means the newer sample.
             self._by_id[_key(name)] = pending
         elif kind in self.labels:
             self._label(kind, event, self._by_id.get(_key(name)))
@@ -125,7 +128,9 @@ class Samples:
             self.counts.other_events += 1
 
     def _label(self, kind: str, action: Event, pending: _Pending | None) -> None:
-        if pending is None:
+        if action.fault is not None and self.strict:
+            raise fault_of(action)
+        if pending is None or action.fault is not None:
             self.counts.unknown_labels += 1
         elif action.time > pending.event.time + self.delayed.window_seconds:
             self.counts.late_labels += 1
@@ -146,6 +151,13 @@ class Samples:
                 del self._by_id[name]
         self._queue.popleft()
         return event
+
+
+def fault_of(event: Event, fault: tuple[str, str, Any] | None = None) -> UserError:
+    """The error that names an event and what is wrong with it (its own fault, or another)."""
+    column, what, value = fault or event.fault
+    return UserError(f"{what} in column '{column}'", where=f"{event.partition}, event before {event.after}",
+                     value=value, hint="repair what writes the stream, or set data.on_bad_row: skip")
 
 
 def _key(name: Any) -> Any:

@@ -9,7 +9,8 @@ goes on and the perplexities are measured):
     python -m parallel export --config configs/pangu/350m_h200.yaml --output programs/one parallel.data=1 \\
         parallel.devices=1
 
-`records` holds packed records: `text` to train on, and `unseen_NAME` for every corpus that is measured alone (`corpora.py` writes the texts, `python -m pangu pack` packs them).
+`records` holds packed records: `text` to train on, and `unseen_NAME` for every corpus that is measured
+alone (`corpora.py` writes the texts, `python -m pangu pack` packs them).
 
 What happens: training; kill -9 of rank 1 after `--kill-at` steps; the same command again, which goes on from the newest
 checkpoint up to `--move-at`; the other layout from there to `--steps`; the perplexity of each corpus on one process.

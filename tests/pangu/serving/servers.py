@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -50,3 +53,21 @@ def serving(engine, tokenizer: Tokenizer, **settings):
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server did not end"
+
+
+def started(run, *words) -> tuple[subprocess.Popen, str]:
+    """(process, address) of `python -m pangu serve`, once it says that it serves."""
+    return says_where("pangu", "serve", "--config", str(run[0] / "run.yaml"), "port=0", "engine.running=4", *words)
+
+
+def says_where(*words) -> tuple[subprocess.Popen, str]:
+    """The same of `python -m` and any words that begin a server."""
+    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "COLUMNS": "400"})
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "http://" in line:
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            return process, line[line.index("http://"):].strip()
+    raise AssertionError("".join(said))

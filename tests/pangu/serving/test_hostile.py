@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pangu.serving.servers import started
+
 pytest.importorskip("fastapi")
 GOOD = {"model": "pangu-test", "prompt": "今天天气很好", "max_tokens": 4, "temperature": 0}
 
@@ -24,13 +26,13 @@ def server(tokenizer, seconds_per_token=0.001, *words):
     process = subprocess.Popen([sys.executable, "-m", "tests.pangu.serving.fake_server", str(tokenizer.model_file),
                                 str(seconds_per_token), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
-    said: list[str] = []
+    output: list[str] = []
     try:
         line = process.stdout.readline().strip()
         assert line.startswith("http://"), process.stderr.read()
-        threading.Thread(target=lambda: said.extend(process.stderr), daemon=True).start()
+        threading.Thread(target=lambda: output.extend(process.stderr), daemon=True).start()
         host, port = line.removeprefix("http://").split(":")
-        yield host, int(port), process, said
+        yield host, int(port), process, output
     finally:
         process.kill()
         process.wait()
@@ -168,7 +170,7 @@ async def campaign(host, port, bodies, clients):
 @pytest.mark.parametrize(("bodies", "clients"), [(800, 16), pytest.param(10_000, 64, marks=pytest.mark.slow)])
 def test_hostile_clients_harm_nobody(tokenizer, bodies, clients):
     words = ["max_body_bytes=200000", "bodies=32", "body_grace_seconds=1", "header_seconds=3", "connections=400"]
-    with server(tokenizer, 0.001, *words) as (host, port, process, said):
+    with server(tokenizer, 0.001, *words) as (host, port, process, output):
         asyncio.run(campaign(host, port, 160, 4))
         before = resident(process)
         codes, answered = asyncio.run(campaign(host, port, bodies, clients))
@@ -177,7 +179,27 @@ def test_hostile_clients_harm_nobody(tokenizer, bodies, clients):
         assert resident(process) - before < 150 << 20
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert not any("Traceback" in line for line in said), "".join(said)[-2000:]
+        assert not any("Traceback" in line for line in output), "".join(output)[-2000:]
+
+
+@pytest.mark.slow
+def test_hostile_clients_harm_nobody_beside_the_real_engine(run):
+    """The command with its model: 10,000 bodies beside 64 clients; the cache is empty of holders afterwards."""
+    words = ["name=pangu-test", "max_body_bytes=200000", "bodies=32", "body_grace_seconds=1", "header_seconds=3",
+             "connections=400", "engine.queue=2000"]
+    process, address = started(run, *words)
+    try:
+        host, port = address.removeprefix("http://").split(":")
+        asyncio.run(campaign(host, int(port), 160, 4))
+        before = resident(process)
+        codes, answered = asyncio.run(campaign(host, int(port), 10_000, 64))
+        assert sum(codes.values()) == 10_000 and codes.get(400, 0) > 2500 and codes.get(200, 0) and answered > 64
+        assert resident(process) - before < 150 << 20
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_sigterm_finishes_what_was_accepted(tokenizer):

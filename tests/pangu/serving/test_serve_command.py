@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 import urllib.request
 
 import pytest
@@ -15,43 +11,13 @@ import pytest
 from pangu.data.tokenizer import Tokenizer
 from pangu.settings import Run, ServeRun
 from parallel.common.errors import UserError
-from parallel.common.settings import load_settings, to_yaml, validate
-from tests.pangu.serving.servers import write_vocabulary
+from parallel.common.settings import load_settings, validate
+from tests.pangu.serving.servers import says_where, started
 from tests.pangu.tiny import tiny_model
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 PROMPTS = ["今天天气很好，", "问：王芳的工作是什么？\n答：", "上联："]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """(folder of a run with a checkpoint of random weights, its settings)."""
-    from parallel.checkpoint.full import save_checkpoint
-
-    folder = tmp_path_factory.mktemp("run")
-    tokenizer = Tokenizer(write_vocabulary(folder / "v.model"))
-    model = tiny_model(4, vocabulary_size=tokenizer.vocabulary_size, sequence_length=64)
-    settings = Run(model=model.config, data={"tokenizer": str(folder / "v.model")},
-                   output={"directory": str(folder / "train")})
-    save_checkpoint(folder / "train" / "checkpoints", 1, list(model.get_parameters()), (),
-                    {"run": settings.model_dump(mode="json")})
-    (folder / "run.yaml").write_text(to_yaml(settings))
-    return folder, settings
-
-
-def started(run, *words):
-    """(process, address) of the command, once it says that it serves."""
-    process = subprocess.Popen([sys.executable, "-m", "pangu", "serve", "--config", str(run[0] / "run.yaml"), "port=0",
-                                "engine.running=4", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "COLUMNS": "400"})
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if "http://" in line:
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return process, line[line.index("http://"):].strip()
-    pytest.fail("".join(said))
 
 
 def test_texts_are_those_of_generate_and_reload_takes_a_newer_model(run):
@@ -79,14 +45,43 @@ def test_texts_are_those_of_generate_and_reload_takes_a_newer_model(run):
         newer = tiny_model(5, vocabulary_size=tokenizer.vocabulary_size, sequence_length=64)
         save_checkpoint(folder / "train" / "checkpoints", 2, list(newer.get_parameters()), (),
                         {"run": settings.model_dump(mode="json")})
-        with urllib.request.urlopen(urllib.request.Request(f"{address}/reload", b""), timeout=60) as told:
-            assert json.load(told)["version"] == 2
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/reload", b""), timeout=60) as message:
+            assert json.load(message)["version"] == 2
         greedy = client.completions.create(model="tiny", prompt=PROMPTS[0], max_tokens=12, temperature=0)
         rule = GenerateSettings(max_new_tokens=12, temperature=0)
         assert greedy.choices[0].text == Generator(Backend(newer), tokenizer, rule).generate(PROMPTS[:1])[0].text
         process.send_signal(signal.SIGTERM)
         figures = json.loads(process.stdout.read().strip().splitlines()[-1])
         assert process.wait(20) == 0 and figures["version"] == 2 and figures["requests"] == 22
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["parallel.op=2"], ["parallel.pipeline.stages=2"]], ids=str)
+def test_a_sharded_server_gives_the_texts_of_one_process_and_ends_when_told(run, tmp_path, layout):
+    from pangu.generation.backend import load_backend
+    from pangu.generation.generate import Generator
+    from pangu.generation.settings import GenerateSettings
+
+    folder, settings = run
+    place = str(folder / "train" / "checkpoints" / "step_00000001")
+    process, address = says_where("parallel", "launch", "--config", str(folder / "run.yaml"), "--run", "serve",
+                                  "--nproc", "2", "serve.port=0", "serve.engine.running=4",
+                                  f"output.directory={tmp_path}", *layout, "--", "--checkpoint", place)
+    try:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+        generator = Generator(load_backend(settings, place), Tokenizer(folder / "v.model"))
+        for rule in ({"temperature": 0.0}, {"seed": 7, "top_p": 0.9}):
+            wanted = generator.generate(PROMPTS, GenerateSettings(max_new_tokens=12, **rule))
+            answer = client.completions.create(model="pangu_alpha", prompt=PROMPTS, max_tokens=12, **rule)
+            assert [choice.text for choice in answer.choices] == [completion.text for completion in wanted]
+        with pytest.raises(openai.APIStatusError, match="start the server again"):
+            openai.OpenAI(base_url=address, api_key="none", max_retries=0).post("/reload", cast_to=object)
+        process.send_signal(signal.SIGTERM)
+        figures = json.loads(process.stdout.read().strip().splitlines()[-1])
+        assert process.wait(30) == 0 and figures["requests"] == 6 and figures["ranks"] == 2
     finally:
         process.kill()
         process.wait()

@@ -12,14 +12,15 @@ from mindspore import Parameter, Tensor
 from parallel.checkpoint import reshard
 from parallel.checkpoint.full import load_checkpoint, save_checkpoint
 from parallel.checkpoint.safetensors_file import SafetensorsFile
-from parallel.checkpoint.sharded import Holder, Slices, save_slices, write_checkpoint, write_rank
+from parallel.checkpoint.sharded import Slices
+from parallel.checkpoint.writing import Holder, SlicedSave, write_checkpoint, write_index, write_rank
 from parallel.common.errors import UserError
 from parallel.layers.embedding import Embedding, TiedHead
 from parallel.layers.linear import Linear
 from parallel.layers.norm import LayerNorm
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer
-from parallel.sharding.slices import extent_shape, sharded_parameters, slice_of_mindspore
+from parallel.sharding.slices import extent_shape, holders, sharded_parameters, slice_of_mindspore
 from parallel.sharding.trainable import Trainable
 
 
@@ -78,13 +79,22 @@ def full(model, tmp_path_factory):
 
 def recut(source, target, model, layout):
     """What the verb does, for a model without a config file."""
-    slices, full_parameters = Slices(source), {w.name: w for w in sharded_parameters(model, layout)}
+    slices = Slices(source)
+    plans = reshard.rank_plans(slices, holders(sharded_parameters(model, layout), layout), layout.world)
 
     def write(folder):
-        for rank in range(layout.world):
-            write_rank(folder, rank, layout.world, reshard.rank_plan(slices, full_parameters, rank), slices.read)
+        write_index(folder, [item for rank, plan in enumerate(plans)
+                             for item in write_rank(folder, rank, layout.world, plan, slices.read)], layout.world)
 
     return write_checkpoint(target, 0, write, slices.state)
+
+
+def old_layout(folder, rank, ranks, written):
+    """The layout of its own that every rank wrote until version 2."""
+    tensors = {item.name: {"file": item.file, "dtype": item.dtype, "crc32": item.crc32, "full_shape": item.shape,
+                           "shape": extent_shape(item.extent), "box": item.extent} for item in written}
+    (folder / f"layout-{rank:05d}-of-{ranks:05d}.json").write_text(json.dumps(
+        {"format": "parallel.checkpoint", "version": 1, "rank": rank, "ranks": ranks, "tensors": tensors}))
 
 
 def merge(source, target):
@@ -107,7 +117,7 @@ def test_from_layout_to_layout(full, model, tmp_path):
         source = recut(source, tmp_path / str(number), model, LAYOUTS[name])
     direct = recut(full, tmp_path / "direct", model, LAYOUTS[names[-1]])
     files = sorted(path.name for path in direct.iterdir())
-    assert files == sorted(path.name for path in source.iterdir()) and len(files) == 8 * 3 + 1
+    assert files == sorted(path.name for path in source.iterdir()) and len(files) == 8 * 2 + 2
     assert all((direct / name).read_bytes() == (source / name).read_bytes() for name in files)
 
 
@@ -170,6 +180,10 @@ def test_one_device_reads_slices_and_a_rank_reads_its_part(full, model, tmp_path
     assert np.array_equal(got, moved[20:24])
 
 
+def slice_of(file, name, extent):
+    return Tensor(np.array(file.map(name)[tuple(slice(start, stop) for start, stop in extent)]))
+
+
 def test_every_rank_saves_its_slices(full, model, tmp_path):
     layout = LAYOUTS["all"]
     full_parameters = sharded_parameters(model, layout)
@@ -178,12 +192,12 @@ def test_every_rank_saves_its_slices(full, model, tmp_path):
 
     def save(rank):
         extents = {w.name: w.slice_of_rank(rank) for w in full_parameters if w.slice_of_rank(rank) is not None}
-        holder = Holder(rank, layout.world, extents, {w.name: w.shape for w in full_parameters}, barrier.wait)
-        parameters = [Parameter(Tensor(files[0].read_extent(name, extent)), name=name) for name,
-                      extent in extents.items()]
-        states = [Parameter(Tensor(files[1].read_extent(f"adam_{k}.{name}", extent)), name=f"adam_{k}.{name}")
+        holder = Holder(rank, layout.world, extents, {w.name: w.shape for w in full_parameters}, barrier.wait,
+                        lambda: holders(full_parameters, layout, rank))
+        parameters = [Parameter(slice_of(files[0], name, extent), name=name) for name, extent in extents.items()]
+        states = [Parameter(slice_of(files[1], f"adam_{k}.{name}", extent), name=f"adam_{k}.{name}")
                   for k in "mv" for name, extent in extents.items()]
-        save_slices(tmp_path / "run", 9, parameters, states, {"iteration": 9}, 1, holder)
+        SlicedSave(tmp_path / "run", 9, parameters, states, {"iteration": 9}, 1, holder).run(barrier.wait)
 
     threads = [threading.Thread(target=save, args=(rank,)) for rank in range(layout.world)]
     for thread in threads:
@@ -202,9 +216,10 @@ def test_the_first_stages_copy_of_a_shared_table_counts(tmp_path):
     folder.mkdir()
     extent = ((0, 6), (0, 4))
     for rank, value in ((0, 1.0), (1, 7.0)):
-        write_rank(folder, rank, 2, [("table", "parameters.safetensors", "F32", (6, 4), extent),
-                                     (f"own.{rank}", "parameters.safetensors", "F32", (2,), ((0, 2),))],
-                   lambda name, part, value=value: np.full([b - a for a, b in part], value, np.float32))
+        own = write_rank(folder, rank, 2, [("table", "parameters.safetensors", "F32", (6, 4), extent),
+                                           (f"own.{rank}", "parameters.safetensors", "F32", (2,), ((0, 2),))],
+                         lambda name, part, value=value: np.full([b - a for a, b in part], value, np.float32))
+        old_layout(folder, rank, 2, own)
     (folder / "state.json").write_text("{}")
     assert (Slices(folder).read("table") == 1.0).all()
     reshard.run_merge(None, argparse.Namespace(source=str(folder), target=str(tmp_path / "whole")))
@@ -246,8 +261,8 @@ def test_what_is_wrong_is_said(full, model, tmp_path):
     with pytest.raises(UserError, match="have changed"):
         merge(sharded, tmp_path / "no")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut"], "nothing half-written"
-    (sharded / "layout-00002-of-00008.json").unlink()
-    with pytest.raises(UserError, match="rank 2 of 8 are missing"):
+    (sharded / "layout.json").rename(sharded / "layout-00002-of-00008.json")
+    with pytest.raises(UserError, match="layout 0 of 8 is missing"):
         Slices(sharded)
     full_parameters = {w.name: w for w in sharded_parameters(Block(), LAYOUTS["dp2 op4"])}
     with pytest.raises(UserError, match="lacks parameter norm.gamma"):

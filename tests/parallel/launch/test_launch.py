@@ -7,7 +7,8 @@ import pytest
 from parallel.__main__ import VERBS
 from parallel.common.command import main
 from parallel.common.errors import UserError
-from parallel.launch import launch
+from parallel.launch import inference, launch
+from parallel.launch.machines import Machines
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "pangu" / "tiny.yaml")
 
@@ -18,15 +19,18 @@ def started(monkeypatch):
     calls = []
 
     class Recorder:
-        def __init__(self, *what):
-            calls.append(what)
+        def __init__(self, *what, trains=False, environment=None):
+            calls.append((*what, environment) if environment else what)
 
         def run(self):
             return {"exit_code": 3, "ranks": 2}
 
-    monkeypatch.setattr(launch, "MsrunLauncher", Recorder)
+    monkeypatch.setattr(launch, "MindSporeLauncher", Recorder)
     monkeypatch.setattr(launch, "TorchLauncher", Recorder)
     monkeypatch.setattr(launch, "exported", lambda settings, ranks, node_rank: (Path("P"), Path("S")))
+    monkeypatch.setattr(launch, "machines_of", lambda plan, facts: Machines(plan, facts))
+    monkeypatch.setattr(inference, "TorchLauncher", Recorder)
+    monkeypatch.setattr(inference, "exported", lambda settings, ranks, node_rank, **more: (Path("P"), Path("S")))
     monkeypatch.setattr(launch.os, "execv", lambda *what: calls.append(what))
     return calls
 
@@ -34,7 +38,7 @@ def started(monkeypatch):
 def test_flags_become_a_plan_and_a_command(started, capsys):
     code = main("parallel", VERBS, ["launch", "--config", CONFIG, "--nodes", "2", "--node-rank", "1", "--nproc", "4",
                                     "--master", "10.0.0.7:9000", "--resume", "parallel.data=8", "output.directory=o"])
-    plan, command, logs = started[0]
+    plan, command, logs, _ = started[0]
     assert (plan.ranks, plan.local, plan.node_rank, plan.host, plan.port) == (8, 4, 1, "10.0.0.7", 9000)
     assert command == ["-m", "pangu", "train", "--config", CONFIG, "parallel.data=8", "output.directory=o",
                        "output.resume=auto"]
@@ -45,6 +49,14 @@ def test_flags_become_a_plan_and_a_command(started, capsys):
 def test_the_number_of_processes_comes_from_the_block(started):
     main("parallel", VERBS, ["launch", "--config", CONFIG, "parallel.data=2", "parallel.op=2", "--run", "evaluate"])
     assert started[0][0].ranks == 4 and started[0][1][2] == "evaluate"
+
+
+def test_a_sharded_model_runs_an_exported_program_in_as_many_groups_as_there_are_processes(started):
+    words = ["--run", "generate", "--nproc", "4", "parallel.data=64", "parallel.op=2", "--", "--prompt", "a=b"]
+    main("parallel", VERBS, ["launch", "--config", CONFIG, *words])
+    plan, command, logs, environment = started[0]
+    assert plan.ranks == 4 and command[-3:] == ["parallel.op=2", "--prompt", "a=b"]
+    assert environment["PARALLEL_PROGRAM"].endswith("/P") and logs.name == "generate"
 
 
 def test_one_process_needs_no_launcher(started):
@@ -67,6 +79,9 @@ def test_a_dry_run_becomes_the_verb_dryrun(started):
     (["parallel.data=-1"], "--nproc"),
     (["--nodes", "3", "parallel.data=2"], "2 devices do not divide"),
     (["train.stepps=3"], "did you mean 'steps'"),
+    (["--run", "generate", "--nproc", "3", "parallel.op=2"], "takes groups of 2 processes"),
+    (["--run", "serve", "parallel.op=3"], "parallel.op"),
+    (["--program", "P"], "only verbs that generate or score"),
 ])
 def test_contradictions_are_one_line(started, capsys, flags, message):
     assert main("parallel", VERBS, ["launch", "--config", CONFIG, *flags]) == 2

@@ -64,12 +64,13 @@ class Launch:
     folder: Path
     ranks: int
     environment: dict = field(default_factory=dict)
+    more: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         words = ["parallel.torch_runtime", "run", str(self.arguments)]
         if isinstance(self.arguments, list):
             words = ["parallel", "launch", *self.arguments, "--nproc", str(self.ranks)]
-        command = [sys.executable, "-m", *words, f"output.directory={self.folder}"]
+        command = [sys.executable, "-m", *words, *self.more, f"output.directory={self.folder}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **self.environment}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True)
@@ -111,11 +112,20 @@ class Launch:
         return Launched(json.loads(lines[-1]) if lines else None, errors, self.process.returncode, self.folder)
 
 
-def launch(arguments: list[str] | Path, folder: Path, ranks: int, **environment: str) -> Launched:
+def launch(arguments: list[str] | Path, folder: Path, ranks: int, more: list[str] | None = None,
+           **environment: str) -> Launched:
     """A launch from start to end; it must go well."""
-    ended = Launch(arguments, folder, ranks, environment).end()
+    ended = Launch(arguments, folder, ranks, environment, more or []).end()
     assert ended.code == 0, ended.errors[-4000:]
     return ended
+
+
+def run_command(package: str, words: list[str]) -> tuple[int, dict | None, str]:
+    """A command of a package: exit code, JSON line, what it said."""
+    done = subprocess.run([sys.executable, "-m", package, *words], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, json.loads(lines[-1]) if lines else None, done.stderr
 
 
 def assert_same_tensors(one: Slices, other: Slices) -> None:

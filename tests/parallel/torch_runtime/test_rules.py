@@ -52,14 +52,14 @@ CASES: list[tuple] = [
     *[(op, [2.0, P]) for op in ("Add", "Sub", "Mul", "Div", "RealDiv", "Maximum", "Greater")],
     *[(op, [BITS, SHIFT]) for op in (*BITWISE, "RightShift", "BitwiseRightShift", "BitwiseLeftShift")],
     *[(op, [BITS, 9]) for op in ("BitwiseAndScalar", "BitwiseXorScalar", "BitwiseOrScalar", "RightShift",
-                                  "BitwiseAnd")],
+                                 "BitwiseAnd")],
     ("Mul", [BITS, 0x5EBCA6B]), ("FloorDiv", [BITS, 7]), ("FloorMod", [BITS, 7]), ("BitwiseNot", [BITS]),
     ("LogicalNot", [truths(3, 4)]), ("LogicalAnd", [truths(3), truths(3)]), ("LogicalOr", [truths(3), truths(3)]),
     *[(op, [floats(2, 3, 4), dims, keep]) for op in REDUCTIONS for dims, keep in (((), False), ((0, -1), True),
-    (1, False))],
+                                                                                  (1, False))],
     *[(op, [truths(2, 3), (1,), False]) for op in ("ReduceAny", "ReduceAll")], ("ReduceSum", [truths(2, 3), (), False]),
     ("Size", [X]), ("Shape", [X]), ("Tile", [X, (2, 1)]), ("Tile", [X, (2, 1, 3)]), ("BroadcastTo", [floats(1, 4),
-    (3, -1)]),
+                                                                                                     (3, -1)]),
     ("ExpandDims", [X, 1]), ("ExpandDims", [X, -1]), ("ExpandDims", [X, (0, 3)]), ("TransposeExt", [X, 0, 1]),
     ("Transpose", [floats(2, 3, 4), (2, 0, 1)]), ("BiasAdd", [floats(2, 3, 2, 2), floats(3)]),
     ("BiasAdd", [X, floats(4)]),
@@ -75,7 +75,7 @@ CASES: list[tuple] = [
     *[(op, [X, floats(4, 5)]) for op in ("MatMul", "Mm", "MatMulV2")], ("MatMul", [X, floats(5, 3), True, True]),
     ("BatchMatMul", [floats(2, 3, 4), floats(2, 5, 4), False, True]),
     ("StridedSlice", [floats(4, 6, 3), (0, -3), (0, 0), (1, 1), 1, 3]), ("StridedSlice", [floats(4, 6), (1, 0),
-    (4, 6), (2, 3)]),
+                                                                                          (4, 6), (2, 3)]),
     ("StridedSlice", [floats(4, 6, 3), (0, 1, 0), (0, 2, 0), (1, 1, 1), 0, 0, 1, 4, 2]),
     ("StridedSliceGrad", [floats(4, 3), (4, 6), (0, -3), (0, 0), (1, 1)], {"begin_mask": 1, "end_mask": 3}),
     ("StridedSliceGrad", [floats(2, 2), (4, 6), (1, 0), (4, 6), (2, 3), 0, 0, 0, 0, 0]),
@@ -98,7 +98,7 @@ CASES: list[tuple] = [
      {"epsilon": 1e-5}),
     ("RmsNorm", [floats(4, 6), floats(6), 1e-6]),
     ("RmsNormGrad", [floats(4, 6), floats(4, 6), floats(4, 1, positive=True),
-                                                                  floats(6)]),
+                     floats(6)]),
     ("GeLU", [X]), ("GeLUGrad", [X, Y, P]), ("TopK", [whole(4, 9, high=4), 3]), ("TopK", [floats(4, 9), 3]),
     *[(op, [X, 1], attributes) for op in ("CumSum", "CumsumExt")
       for attributes in ({}, {"exclusive": 1}, {"reverse": 1}, {"exclusive": 1, "reverse": 1})],
@@ -160,6 +160,7 @@ def test_a_rule_gives_what_the_replay_gives(case):
 UPDATES = {
     "AdamWeightDecay": [P, X, Q, 0.1, 0.9, 0.99, 1e-6, 0.01, Y], "Assign": [X, Y], "AssignAdd": [X, Y],
     "AssignSub": [X, Y], "InplaceZero": [X], "InplaceCopy": [X, floats(4)],
+    "ScatterUpdate": [X, lambda generator: generator.permutation(3)[:2].astype(np.int32), floats(2, 4)],
 }  # fmt: skip
 
 

@@ -38,9 +38,9 @@ def test_files_are_read_while_they_come_and_grow(folder, tmp_path):
 
     def write():
         with (folder / "day1.csv").open("w") as file:
-            for piece in (HEADER[:9], HEADER[9:], csv_lines(events[:20]), csv_lines(events[20:30])[:-4],
-                          csv_lines(events[20:30])[-4:]):
-                file.write(piece)
+            for part in (HEADER[:9], HEADER[9:], csv_lines(events[:20]), csv_lines(events[20:30])[:-4],
+                         csv_lines(events[20:30])[-4:]):
+                file.write(part)
                 file.flush()
                 time.sleep(0.05)
         table = pa.Table.from_pylist(events[30:80])
@@ -83,7 +83,64 @@ def test_a_file_that_comes_too_late_or_goes_too_soon_is_an_error(folder, tmp_pat
 
 def test_half_a_parquet_file_and_no_folder_are_one_line(folder, tmp_path):
     (folder / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match="whole parquet"):
+    with pytest.raises(UserError, match="complete parquet"):
         read(make_source(tmp_path, *words(folder)), 1)
     with pytest.raises(UserError, match="needs a folder"):
         make_source(tmp_path, "data.reader=tail", "data.path=nowhere")
+
+
+def rows_of(source, steps=1):
+    """The rows that come out of a transport."""
+    source.transport.open(source.transport.begin())
+    found = []
+    while events := source.transport.poll({"folder"}, 7, 0.0):
+        found += [event.row for event in events]
+    return found
+
+
+def test_quoted_cells_are_read_as_the_reader_of_files_reads_them(folder, tmp_path):
+    written = '1,"a, b\nc ""d""",x,0.5,1,0\r\n2,22" tv,,0.1,2,1\r\n\r\n3,c,,0.1,3,1'
+    (folder / "a.csv").write_bytes(("\ufeff" + HEADER + written).encode())
+    (folder / "b.csv").write_text(HEADER)
+    rows = rows_of(make_source(tmp_path, *words(folder)))
+    assert [(row["user_id"], row["item_id"]) for row in rows] == [("1", 'a, b\nc "d"'), ("2", '22" tv'), ("3", "c")]
+
+
+@pytest.mark.parametrize("second", ['22" tv', '"22 tv', "x"])
+def test_a_stray_quote_loses_no_rows_of_a_stream(folder, tmp_path, second):
+    lines = csv_lines(clicks(60)).split("\n")
+    lines[9], lines[29] = lines[9].replace("item", '"item', 1), lines[29].replace("item", second, 1)
+    (folder / "a.csv").write_text(HEADER + "\n".join(lines))
+    (folder / "b.csv").write_text(HEADER)
+    with pytest.raises(UserError, match="quote"):
+        rows_of(make_source(tmp_path, *words(folder)))
+    assert len(rows_of(make_source(tmp_path, *words(folder, "data.quoted=false")))) == 60
+
+
+def test_a_row_of_another_length_is_told(folder, tmp_path):
+    (folder / "a.csv").write_text(HEADER + "1,a,x,0.5,1,0\n1,a,x,0.5,1\n")
+    with pytest.raises(UserError, match=f"byte {len(HEADER) + 14}.*|5 cells"):
+        rows_of(make_source(tmp_path, *words(folder)))
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d %H:%M:%S", "%Y/%m/%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S+00:00"])
+def test_dates_of_events_are_times(folder, tmp_path, form):
+    events = clicks(32)
+    text = csv_lines(events)
+    for event in events:
+        text = text.replace(f",{event['time']},", f",{time.strftime(form, time.gmtime(event['time']))},")
+    (folder / "a.csv").write_text(HEADER + text)
+    source = make_source(tmp_path, *words(folder))
+    read(source, 2)
+    assert source.event_time(2) == events[-1]["time"]
+
+
+@pytest.mark.parametrize("bad", ["soon", "", "2024-13-45 00:00"])
+def test_a_time_that_cannot_be_read_is_a_bad_event(folder, tmp_path, bad):
+    lines = csv_lines(clicks(33)).split("\n")
+    lines[3] = ",".join([*lines[3].split(",")[:4], bad, "1"])
+    (folder / "a.csv").write_text(HEADER + "\n".join(lines))
+    with pytest.raises(UserError, match="column 'time'"):
+        read(make_source(tmp_path, *words(folder)), 2)
+    source = make_source(tmp_path / "skip", *words(folder, "data.on_bad_row=skip"))
+    assert len(read(source, 2)[0]) == 2 and source.finish(2)["events_skipped"] == 1

@@ -1,0 +1,54 @@
+"""Which charset bytes are written in, judged by the characters that come out."""
+
+from __future__ import annotations
+
+import codecs
+from functools import cache
+
+MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+"""Byte order marks and what they say; the longer ones first."""
+CHINESE = ("gb18030", "big5hkscs")
+LIKELY = 0.8
+_LOOKED_AT = 20_000
+
+
+def by_mark(data: bytes) -> str | None:
+    """The charset that a byte order mark at the beginning says, None without one."""
+    return next((name for mark, name in MARKS if data.startswith(mark)), None)
+
+
+def strict(data: bytes, name: str) -> str | None:
+    """`data` in a charset, None where it is not."""
+    try:
+        return data.decode(name)
+    except (UnicodeDecodeError, LookupError):
+        return None
+
+
+def everyday_share(text: str) -> float:
+    """Share of the characters beyond ASCII that everyday Chinese text is written in, simplified or traditional: those
+    of GB2312 and of the first level of Big5. Text of another charset read as one of these comes out in rare ones."""
+    known, seen, beyond = _everyday(), 0, 0
+    for character in text:
+        if character > "\x7f":
+            beyond += 1
+            seen += character in known
+            if beyond == _LOOKED_AT:
+                break
+    return seen / beyond if beyond else 0.0
+
+
+@cache
+def _everyday() -> frozenset[str]:
+    pairs = [bytes([lead, trail]) for lead in range(0xA1, 0xFF) for trail in range(0x40, 0xFF)]
+    found = [strict(pair, "gb2312") for pair in pairs] + [strict(pair, "big5") for pair in pairs if pair[0] < 0xC7]
+    return frozenset(character for character in found if character is not None)
+
+
+def likeliest(data: bytes) -> tuple[str, str] | None:
+    """(charset, text) of the Chinese charset that `data` is most likely written in; None where none is likely."""
+    texts = [(name, text) for name in CHINESE if (text := strict(data, name)) is not None]
+    shares = {name: everyday_share(text) for name, text in texts}
+    best = max(texts, key=lambda pair: shares[pair[0]], default=None)  # the first of equal ones
+    return best if best is not None and shares[best[0]] >= LIKELY else None

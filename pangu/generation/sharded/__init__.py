@@ -1,0 +1,1 @@
+"""A model over several devices: its graphs over a paged cache, and what runs them."""

@@ -1,0 +1,164 @@
+"""This process's part of a model over several devices, from what its launch says and a checkpoint of any layout."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pangu.checkpoints.foreign import ForeignCheckpoint
+from pangu.generation.backend import Backend
+from pangu.generation.sharded.runner import SpanRunner, follow
+from pangu.generation.sharded.shapes import SLOTS, shapes_inference
+from pangu.generation.weights import check_parameters, parameter_shapes
+from parallel.checkpoint.full import Checkpoint
+from parallel.common.errors import UserError
+from parallel.common.progress import info
+from parallel.launch.inference import DEVICE, PROGRAM, compare_settings
+
+if TYPE_CHECKING:
+    from pangu.settings import Run
+
+_CAPTURED = ("auto", "cuda_graph", "inductor")
+_OURS = ("layout*.json", "step_*", "checkpoints/step_*")
+_THEIRS = ("*.ckpt", "rank_*/*.ckpt", "*.safetensors", "*.bin", "*.pt", "**/mp_rank_*/model_optim_rng.pt")
+_NOTHING = np.zeros(0, np.int32)
+
+
+class ShardedBackend(Backend):
+    """A `Backend` whose one runner was made when the model was opened."""
+
+    has_cache = True
+
+    def __init__(self, config: Any, runner: SpanRunner) -> None:
+        self.config, self._runner = config, runner
+
+    def runner(self, sequences: int, tokens: int, chunk: int) -> SpanRunner:
+        """See `Backend`; the cache has the size that the settings gave it."""
+        return self._runner
+
+
+class ShardedModel:
+    """Args:
+        settings: a `pangu.settings.Run`.
+        checkpoint: see `open_checkpoint`.
+        int8: refused; see Raises.
+        cache_bytes: memory for keys and values on each device; None = enough for `generate.batch_size` sequences.
+
+    Attributes: `member`, this process among all; `backend`, what its group's first rank generates with, None elsewhere;
+    `checkpoint`, where the weights came from.
+
+    Raises:
+        UserError: no such checkpoint or one of another model; int8 weights, which have no sharded graphs; a program of
+            other settings; a cache larger than the memory that is left.
+    """
+
+    def __init__(self, settings: Run, checkpoint: str | Path, int8: bool = False, cache_bytes: int | None = None
+                 ) -> None:
+        from parallel.torch_runtime.inference.member import Member
+        from parallel.torch_runtime.inference.rank import InferenceRank
+        from parallel.torch_runtime.program import Program
+
+        program = Program(os.environ[PROGRAM])
+        check_program(program.settings, settings, program.folder)
+        opened = open_checkpoint(checkpoint, settings.model)
+        if int8 or opened.state.get("quantization") is not None:
+            raise UserError("int8 weights run on one process", where="--int8" if int8 else opened.path,
+                            hint="take the float checkpoint, or leave parallel.op and parallel.pipeline.stages at 1")
+        self.checkpoint = opened.path
+        self.identity = opened.identity if isinstance(opened, ForeignCheckpoint) else bytes
+        self.member = Member(program, os.environ.get(DEVICE, "cpu"))
+        self.blocks = self._blocks(program, settings, cache_bytes)
+        self.rank = InferenceRank(program, self.member, opened.read, (self.blocks + 1) * SLOTS,
+                                  settings.parallel.execution in _CAPTURED)
+        self.backend = None
+        if self.member.leads:
+            runner = SpanRunner(self.rank, self.member.tell, self.blocks, settings.model)
+            self.backend = ShardedBackend(settings.model, runner)
+        if self.member.rank == 0:
+            info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}; a cache of "
+                 f"{self.blocks * SLOTS} tokens")
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that one call of the graph for prompts reads."""
+        return self.rank.shape("prefill")["ids"][1]
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reads prompts, answers and tells figures."""
+        return self.member.rank == 0
+
+    def check_one_group(self) -> None:
+        """Raises a UserError where several groups would serve."""
+        if self.member.groups > 1:
+            raise UserError("a server is one group of op x stages processes", where="--nproc", value=self.member.world,
+                            hint=f"start {self.member.size}, and a server for each further group")
+
+    def follow(self) -> dict:
+        """What a rank that does not lead does until its group's first rank has ended, which alone heeds signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            follow(self.rank, self.member.hear, self.blocks)
+        except RuntimeError as error:
+            # That of the other process is the one to be told.
+            info(f"the first process of the group has ended: {str(error).splitlines()[0]}")
+            return {"exit_code": 1}
+        self.member.close()
+        return {}
+
+    def close(self) -> None:
+        """Lets the ranks that follow end."""
+        self.member.tell(_NOTHING)
+        self.member.close()
+
+    def _blocks(self, program: Any, settings: Run, cache_bytes: int | None) -> int:
+        from parallel.torch_runtime.inference.rank import cache_bytes_per_slot, free_bytes, weight_bytes
+
+        number, whole = self.member.number, -(-settings.model.sequence_length // SLOTS)
+        block_bytes = SLOTS * cache_bytes_per_slot(program, number)
+        blocks = whole * settings.generate.batch_size
+        if cache_bytes is not None:
+            blocks = max(whole, min(blocks, cache_bytes // block_bytes))
+        weights, free = weight_bytes(program, number), free_bytes(self.member.device)
+        if free is not None and weights + (blocks + 1) * block_bytes > free:
+            fits = (free - weights) // (whole * block_bytes)
+            raise UserError(f"the cache needs {(blocks + 1) * block_bytes / 1e9:.2f} GB on each device beside weights "
+                            f"of {weights / 1e9:.2f} GB, and {free / 1e9:.2f} GB are left", where="generate.batch_size",
+                            value=settings.generate.batch_size,
+                            hint=f"{fits} fits" if fits > 0 else "raise parallel.op or parallel.pipeline.stages")
+        return blocks
+
+
+def open_sharded(settings: Run, checkpoint: str | Path, int8: bool = False, cache_bytes: int | None = None
+                 ) -> ShardedModel | None:
+    """The part of this process where a launch runs graphs of a program; None where a model is whole in one process."""
+    return ShardedModel(settings, checkpoint, int8, cache_bytes) if PROGRAM in os.environ else None
+
+
+def open_checkpoint(path: str | Path, config: Any) -> Checkpoint | ForeignCheckpoint:
+    """A checkpoint to be read part by part: of this project, whole or in the slices of any layout (a run's folder means
+    its newest), or of another code.
+
+    Raises:
+        UserError: none is there, or it is of another model.
+    """
+    path = Path(path)
+    if path.is_file() or (not _has(path, _OURS) and _has(path, _THEIRS)):
+        return ForeignCheckpoint(path, config)
+    opened = Checkpoint(path)
+    check_parameters(opened, parameter_shapes(config))
+    return opened
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
+def check_program(exported: dict[str, Any], settings: Run, folder: Path) -> None:
+    """Raises a `UserError` naming the first key in which a run's settings shape other graphs than a program's."""
+    compare_settings(*(shapes_inference(tree) for tree in (settings.model_dump(mode="json"), exported)), folder)

@@ -1,0 +1,1 @@
+"""Exported graphs that generate and score, run by torch."""

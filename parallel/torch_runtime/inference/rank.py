@@ -1,0 +1,142 @@
+"""One rank of an exported inference program: its shards of the weights and of the cache, and the graphs over them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.checkpoint.sharded import Extent
+from parallel.common.errors import UserError
+from parallel.torch_runtime.execute import DTYPES, Binder, Bound
+from parallel.torch_runtime.inference.member import Member
+from parallel.torch_runtime.program import Program
+
+CACHE = "cache."
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+ReadPart = Callable[[str, Extent | None], np.ndarray]
+
+
+class InferenceRank:
+    """The graphs of one rank with weights and cache.
+
+    Args:
+        program: of inference.
+        member: this process.
+        read: part of a parameter by name, as a checkpoint has it; read one at a time, so that no more than this rank's
+            shards and one tensor are in memory.
+        slots: of the cache.
+        captured: whether graphs are captured as CUDA graphs.
+
+    Raises:
+        UserError: the program is none of inference, a parameter is missing or of another shape.
+    """
+
+    def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool) -> None:
+        self.program, self.member, self.device = program, member, member.device
+        self.own = program.ranks[member.number]
+        self.graphs = {kind: program.graph(member.number, kind) for kind in program.inference_kinds}
+        if not self.graphs:
+            raise UserError("the program is none of inference", where=program.folder,
+                            hint="export it with --graphs and the names of such graphs")
+        self.last = program.parallel["op"] * (program.parallel["pipeline"]["stages"] - 1)
+        self.slots, self.captured = slots, captured and self.device.type == "cuda"
+        self.state = self._state(read)
+        self.bound: dict[str, Any] = {}
+
+    def shape(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs of a kind of graph, by their names in the program."""
+        return self.program.shapes(kind)
+
+    def run(self, kind: str, inputs: Sequence[np.ndarray]) -> Tensor | None:
+        """The graph's result (logits [M, V] float32, say) on the device of the group's first rank; None elsewhere."""
+        with torch.no_grad():
+            bound = self._bound(kind)
+            result = bound.run([torch.from_numpy(array).to(self.device, non_blocking=True) for array in inputs])
+        if self.last and self.member.number in (0, self.last):
+            return self._handed_over(kind, result)
+        return result if self.member.leads else None
+
+    def _handed_over(self, kind: str, result: Any) -> Tensor | None:
+        """The last stage's logits, given to the group's first rank."""
+        base = self.member.base
+        if self.member.number:
+            dist.send(result.contiguous(), base)
+            return None
+        found = torch.empty(self.program.result_shape(self.last, kind), device=self.device)
+        dist.recv(found, base + self.last)
+        return found
+
+    def _state(self, read: ReadPart) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for graph in self.graphs.values():
+            for name, kind in graph.parameters:
+                if name in state:
+                    continue
+                if name.startswith(CACHE):
+                    state[name] = torch.zeros((self.slots, *kind.shape[1:]), dtype=DTYPES[kind.dtype],
+                                              device=self.device)
+                else:
+                    value = tensor_of(read(name, self.own.extents.get(name)))
+                    if tuple(value.shape) != kind.shape:
+                        raise UserError(f"'{name}' has shape {list(value.shape)} in the checkpoint and "
+                                        f"{list(kind.shape)} in the program", where=self.program.folder,
+                                        hint="export the program with the checkpoint's model settings")
+                    state[name] = value.to(self.device, DTYPES[kind.dtype])
+        return state
+
+    def _bound(self, kind: str) -> Bound:
+        if kind not in self.bound:
+            if kind not in self.graphs:
+                raise UserError(f"the program holds no {kind} graph", where=self.program.folder,
+                                hint=f"it holds {', '.join(self.graphs)}; export it with --graphs")
+            graph = self.graphs[kind]
+            graph.groups = [tuple(rank + self.member.base for rank in members) for members in graph.groups]
+            bound = Binder(graph, self.state, self.device, communicator=self.member.communicator).bind()
+            if self.captured:
+                from parallel.torch_runtime.captured import Captured
+
+                bound = Captured(bound, self.device)
+            self.bound[kind] = bound
+        return self.bound[kind]
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """A checkpoint's array as a tensor; two bytes that NumPy has no type for are bfloat16."""
+    array = np.ascontiguousarray(array)
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def cache_bytes_per_slot(program: Program, number: int) -> int:
+    """Bytes of keys and values of one token on a rank of the program."""
+    graph = program.graph(number, program.inference_kinds[0])
+    return sum(math.prod(kind.shape[1:]) * _BYTES[kind.dtype] for name, kind in graph.parameters
+               if name.startswith(CACHE))
+
+
+def weight_bytes(program: Program, number: int) -> int:
+    """Bytes of the weights of a rank of the program."""
+    graph = program.graph(number, program.inference_kinds[0])
+    return sum(math.prod(kind.shape) * _BYTES[kind.dtype] for name, kind in graph.parameters
+               if not name.startswith(CACHE))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is left for this process; of the CPU's its share among the processes here."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,1 @@
+"""What runs of days need around their loop: checkpoints in the background, stalls, profiles."""

@@ -1,0 +1,50 @@
+"""The profiler's window of a run: `train.profile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from parallel.common.errors import UserError
+from parallel.common.progress import info
+from parallel.training.settings import ProfileSettings
+
+
+class ProfileWindow:
+    """Profiles the steps of a window, this process's own, into `<directory>/profile`.
+
+    Args:
+        backend: profiles, by `profiler(folder) -> stop`.
+        settings: which steps; None = none.
+        directory: of the run.
+
+    Raises:
+        UserError: this backend cannot.
+    """
+
+    def __init__(self, backend: Any, settings: ProfileSettings | None, directory: Path) -> None:
+        self.backend, self.settings, self.folder = backend, settings, directory / "profile"
+        self.stop: Callable[[], None] | None = None
+        if settings is not None and not hasattr(backend, "profiler"):
+            raise UserError(f"the backend {backend.name} has no profiler", where="train.profile",
+                            hint="set it to null")
+
+    def before_step(self, step: int) -> None:
+        """Called with the number of the step that comes, from 1."""
+        if self.settings is not None and step == self.settings.start:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.stop = self.backend.profiler(self.folder)
+
+    def after_step(self, step: int) -> None:
+        """Called with the number of the step that was made."""
+        if self.stop is not None and step >= self.settings.start + self.settings.steps - 1:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the window, where the run ends within it."""
+        if self.stop is not None:
+            stop, self.stop = self.stop, None
+            stop()
+            if self.backend.rank == 0:
+                info(f"profile of the steps from {self.settings.start} on: {self.folder}")
