@@ -35,6 +35,52 @@ class DataSource(Protocol):
         ...
 
 
+class BatchForm:
+    """Shapes and element types of a run's batches: those that its graph was compiled for.
+
+    A framework that compiles at the first call would compile another graph for a batch of another form, and a cut
+    network cannot be compiled twice: its parameters are slices by then.
+
+    Args:
+        inputs: (name, shape, element type) of the compiled graph, this process's rows; None = those of the first batch.
+    """
+
+    def __init__(self, inputs: Sequence[tuple[str, tuple[int, ...], str]] | None = None) -> None:
+        self.inputs = [(name, tuple(shape), str(dtype)) for name, shape, dtype in inputs] if inputs else None
+
+    def check(self, batch: Sequence[np.ndarray]) -> None:
+        """
+        Raises:
+            ValueError: the batch has another form; a defect of its source.
+        """
+        found = [(tuple(item.shape), str(item.dtype)) for item in batch]
+        if self.inputs is None:
+            self.inputs = [(f"input {place}", *form) for place, form in enumerate(found)]
+        if len(found) != len(self.inputs):
+            raise ValueError(f"a batch of {len(found)} arrays where the graph takes {len(self.inputs)}")
+        for (name, shape, dtype), form in zip(self.inputs, found, strict=True):
+            if form != (shape, dtype):
+                raise ValueError(f"{name} of a batch is {form[1]} {list(form[0])}, and the graph was compiled for "
+                                 f"{dtype} {list(shape)}")
+
+
+class UnreadSource:
+    """Batches of zeros in place of a source whose batches nobody looks at.
+
+    Args:
+        source: not read.
+        inputs: (name, shape, element type) of a training batch (`Backend.inputs`).
+    """
+
+    def __init__(self, source: DataSource, inputs: Sequence[tuple[str, tuple[int, ...], str]]) -> None:
+        self.columns, self.steps_per_epoch = source.columns, source.steps_per_epoch
+        self.batch = tuple(np.zeros(shape, dtype) for name, shape, dtype in inputs if name != SAMPLE_NUMBERS)
+
+    def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
+        """See `DataSource`."""
+        return itertools.repeat(self.batch)
+
+
 class NumberedSource:
     """A source with the numbers of the samples as one more column, which a network with dropout takes.
 

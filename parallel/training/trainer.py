@@ -26,7 +26,7 @@ from parallel.common.progress import Bar, info
 from parallel.training.agreement import agree
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
-from parallel.training.data_source import DataSource, NumberedSource, prefetch
+from parallel.training.data_source import BatchForm, DataSource, NumberedSource, UnreadSource, prefetch
 from parallel.training.metrics_log import Clock, MetricsLog
 from parallel.training.operation.profile import ProfileWindow
 from parallel.training.operation.saving import RESTARTS, Saver
@@ -84,12 +84,15 @@ class Trainer:
     def __init__(self, backend: Backend, run: Run) -> None:
         self.backend, self.plan = backend, run
         self.settings, self.output = run.settings, run.output
-        self.source = NumberedSource(run.source, *backend.share) if backend.numbered else run.source
+        source = self._read_or_not(run.source)
+        self.source = NumberedSource(source, *backend.share) if backend.numbered else source
+        self.form = BatchForm(getattr(backend, "inputs", None))
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
         for companion in self.companions:
             companion.save, companion.go_back = lambda: self.save(at_once=True), self.go_back
         if run.validation is not None:
-            self.evaluators.insert(0, Validation(backend, run.validation, run.settings.validation_batches))
+            self.evaluators.insert(0, Validation(backend, self._read_or_not(run.validation),
+                                                 run.settings.validation_batches))
         self.on_step = run.on_step
         self.directory = Path(run.output.directory)
         self.checkpoints = self.directory / "checkpoints"
@@ -103,6 +106,12 @@ class Trainer:
         self.stop = run.stop
         self.stopped_by: str | None = None
         self.log: MetricsLog | None = None
+
+    def _read_or_not(self, source: DataSource) -> DataSource:
+        """A stream is always read: what has been read of it is what all processes have trained on."""
+        if getattr(self.backend, "reads", True) or getattr(source, "ends", False):
+            return source
+        return UnreadSource(source, self.backend.inputs)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -166,6 +175,7 @@ class Trainer:
             for batch in batches:
                 for companion in self.companions:
                     companion.before_step(self.iteration, batch)
+                self.form.check(batch)
                 ACTIVITY.step = self.iteration + 1
                 self.profile.before_step(self.iteration + 1)
                 with self.clock.stepping():
