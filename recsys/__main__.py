@@ -18,7 +18,7 @@ VERBS = [
          "int8 weights for a checkpoint, their errors, the AUC before and after",
          arguments="recsys.quantization.quantize:add_arguments"),
     Verb("serve", "recsys.serving.server:run", "rank candidates over HTTP",
-         settings="recsys.serving.settings:ServeSettings", arguments="recsys.serving.server:add_arguments"),
+         settings="recsys.settings:ServeRun", arguments="recsys.serving.server:add_arguments"),
     Verb("bench", "recsys.serving.bench:run", "latency of a ranker: unseparated, separated, cached; float32 and int8",
          settings=RUN, arguments="recsys.serving.bench:add_arguments"),
     Verb("export", "recsys.passes.export:run", "a trained ranker as ONNX or MindIR, for other programs", settings=RUN,

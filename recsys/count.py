@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from parallel.common.progress import table
 from recsys.build import labels_of, loss_network, spec_of
-from recsys.layers.embedding import is_sparse
 from recsys.layers.sizes import count
+from recsys.tables.names import is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run

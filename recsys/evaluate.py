@@ -13,10 +13,13 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.build import loss_network
-from recsys.data.dataset import VOCABULARY, Log, prepare
+from recsys.data.encode import Encoded
 from recsys.data.features import FIRST_KNOWN
+from recsys.data.log import VOCABULARY, Log, prepare
 from recsys.evaluation import Evaluation
 from recsys.metrics import segmented_ne
+from recsys.passes.sharded import ShardedRanker, is_sharded
+from recsys.passes.sharded_evaluation import ShardedEvaluation
 from recsys.ranker import Ranker, Scores
 from recsys.versions.request_log import compare
 
@@ -82,15 +85,15 @@ def segments(evaluation: Evaluation, log: Log, name: str) -> dict[str, float | N
 
 def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Verb `evaluate`: exact metrics of a checkpoint on one part of the log."""
+    if is_sharded():
+        return _run_sharded(settings, arguments)
     start_device()
     if arguments.requests:
         figures = compare(arguments.requests, arguments.checkpoint)
         table("Logged requests, scored again", ["figure", "value"], figures.items())
         return figures
     log = open_log(settings, arguments.checkpoint)
-    rows = log.parts[arguments.part]
-    if len(rows) == 0:
-        raise UserError("this part has no rows", where="--part", value=arguments.part)
+    rows = _part(log, arguments.part)
     batch, scores = min(settings.train.global_batch_size * 4, len(rows)), None
     if settings.data.tables.place == "host":
         from recsys.tables.loaded import load_hosted
@@ -103,5 +106,34 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     metrics = evaluation(0)
     if arguments.segments:
         metrics |= {"segments": segments(evaluation, log, arguments.segments)}
-    table(f"{settings.model.name} on {arguments.part} ({len(rows)} rows)", ["metric", "value"], metrics.items())
-    return {**metrics, "samples": len(rows), "part": arguments.part, "checkpoint": str(path)}
+    return _told(settings, arguments, metrics, len(rows), path)
+
+
+def _run_sharded(settings: Run, arguments: argparse.Namespace) -> dict:
+    """One of the processes of a launch."""
+    if arguments.requests:
+        raise UserError("logged requests are scored again by one process", where="--requests",
+                        hint="leave parallel.op and parallel.pipeline.stages at 1")
+    path = resolve_checkpoint(arguments.checkpoint or settings.output.directory)
+    ranker = ShardedRanker(settings, path, "evaluate")
+    try:
+        log = open_log(settings, arguments.checkpoint)
+        evaluation = ShardedEvaluation(ranker, settings, _part(log, arguments.part), log.labels)
+        metrics = evaluation(0)
+        if arguments.segments:
+            metrics |= {"segments": segments(evaluation, log, arguments.segments)}
+    finally:
+        ranker.member.close()
+    return _told(settings, arguments, metrics, len(evaluation.rows), path)
+
+
+def _part(log: Log, name: str) -> Encoded:
+    rows = log.parts[name]
+    if len(rows) == 0:
+        raise UserError("this part has no rows", where="--part", value=name)
+    return rows
+
+
+def _told(settings: Run, arguments: argparse.Namespace, metrics: dict, rows: int, path: Path) -> dict:
+    table(f"{settings.model.name} on {arguments.part} ({rows} rows)", ["metric", "value"], metrics.items())
+    return {**metrics, "samples": rows, "part": arguments.part, "checkpoint": str(path)}

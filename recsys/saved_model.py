@@ -11,9 +11,9 @@ from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from parallel.common.renamed import current_keys
 from parallel.common.settings import load_settings
-from recsys.data.dataset import columns_of, features_of
+from recsys.data.columns import columns_of, features_of
 from recsys.data.encode import Columns
-from recsys.data.features import Feature, FeatureSpec, place
+from recsys.data.features import Feature, FeatureSpec, assign_columns
 from recsys.data.readers import reader
 from recsys.data.vocabulary import Vocabulary
 
@@ -33,7 +33,7 @@ class Trained:
         features, columns: of the log.
         vocabulary, spec: how values become rows of the tables.
         model: the network with its values, in inference mode; None where only the rest was asked for.
-        tables: `recsys.tables.host.HostTables`, where they lie on the host.
+        tables: `recsys.tables.host.HostTables`, where they are on the host.
     """
 
     path: Path
@@ -54,13 +54,18 @@ class Trained:
         return encoding_version(self) == encoding_version(other)
 
 
-def settings_of(checkpoint: Path, config: str | None = None) -> Any:
+def settings_of(checkpoint: Path, config: str | None = None, stored: bool = False) -> Any:
     """The run's settings: those of a file, or those that the trainer kept in the checkpoint.
+
+    Args:
+        checkpoint: where they are kept.
+        config: the file.
+        stored: take the model's block as it was kept, without importing the model.
 
     Raises:
         UserError: neither is there.
     """
-    from recsys.settings import Run, run_class
+    from recsys.settings import Run, StoredRun, run_class
 
     if config is not None:
         return load_settings(Run.for_file(config, []), config, [])
@@ -68,11 +73,12 @@ def settings_of(checkpoint: Path, config: str | None = None) -> Any:
     if not kept or "model" not in kept:
         raise UserError("the checkpoint does not say which settings it was trained with", where=checkpoint,
                         hint="name them with --config")
-    return run_class(kept["model"].get("name", "")).model_validate(current_keys(kept))
+    kind = StoredRun if stored else run_class(kept["model"].get("name", ""))
+    return kind.model_validate(current_keys(kept))
 
 
 def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:
-    """The vocabulary that stands beside a checkpoint or above it, or in the run's folder.
+    """The vocabulary beside a checkpoint or above it, or in the run's folder.
 
     Raises:
         UserError: there is none, and the features need one.
@@ -87,17 +93,17 @@ def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:
     return Vocabulary()
 
 
-def describe(checkpoint: str | Path, config: str | None = None) -> Trained:
-    """Everything of a trained ranker but its network.
+def describe(checkpoint: str | Path, config: str | None = None, stored: bool = False) -> Trained:
+    """Everything of a trained ranker but its network; see `settings_of`.
 
     Raises:
         UserError: no checkpoint, settings or vocabulary there.
     """
     path = resolve_checkpoint(checkpoint)
-    settings = settings_of(path, config)
+    settings = settings_of(path, config, stored)
     features = features_of(settings.data)
     vocabulary = vocabulary_of(path, settings)
-    spec = place(features, settings.model.embedding_size, vocabulary.sizes())
+    spec = assign_columns(features, settings.model.embedding_size, vocabulary.sizes())
     return Trained(path, settings, features, columns_of(settings.data, reader(settings.data.reader)), vocabulary, spec)
 
 
@@ -107,12 +113,12 @@ def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) ->
     Args:
         checkpoint: or a folder of such.
         config: the run's settings; None = those kept in the checkpoint.
-        rows: samples of one call at most, where the tables lie on the host.
+        rows: samples of one call at most, where the tables are on the host.
 
     Raises:
         UserError: see `describe` and `parallel.checkpoint.full.load_parameters`.
     """
-    from recsys.build import loss_network
+    from recsys.network import loss_network
     from recsys.quantization import layers as quantization
 
     trained = describe(checkpoint, config)

@@ -20,13 +20,14 @@ from parallel.training.step import TrainStep
 from parallel.training.stop import listen_early
 from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
-from recsys.data.dataset import Batches, Log, prepare
+from recsys.data.batches import Batches
+from recsys.data.log import Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
-from recsys.layers.embedding import is_sparse
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
+from recsys.tables.names import is_sparse
 from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
 from recsys.training.fit import check_device, finish, start_values
 from recsys.training.validation import Best, evaluation_batch, validation_rows

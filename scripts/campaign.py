@@ -80,8 +80,12 @@ def kept_counts(path: Path) -> dict:
 
 def add_up(path: Path, campaign: object, seconds: float) -> dict[str, int]:
     """Adds a run to the file of counts; the totals over all runs."""
+    import fcntl
+
     from parallel.common.files import write_json
 
+    lock = path.with_name(f".{path.name}.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # several campaigns may end at once; given back with the file
     kept = kept_counts(path)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     kept["runs"].append({"seed": campaign.seed, "commit": commit.strip(), "date": time.strftime("%Y-%m-%d"),

@@ -13,24 +13,32 @@ from data_tools.documents import OutputFormat
 from data_tools.engines.base import Engine
 from data_tools.parts import Drop, OutputLayout, PartFigures, Step, digest_of, run_step, split_identity
 from data_tools.records import Document, ReadSettings, Split
+from parallel.common.digests import check_file, file_crc32
+from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
 from parallel.common.lines import json_lines
 from parallel.common.progress import info
 
 
 class RemoveDuplicates(Step):
-    """Drops the rows that the decision file of a part names."""
+    """Drops the rows that the decision file of a part names.
+
+    Args:
+        plan: says where the files are.
+        sums: CRC-32 of each part's file.
+    """
 
     name = "dedup"
 
-    def __init__(self, plan: DedupPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: DedupPlan, sums: dict[int, int]) -> None:
+        self.plan, self.sums = plan, sums
         self._decisions: dict[int, dict[str, Any]] = {}
 
     def digest_source(self, split: Split) -> Any:
-        return digest_of(self.plan.decision_path(split.index).read_text("utf-8"))
+        return self.sums[split.index]
 
     def begin_part(self, split: Split) -> None:
+        check_file(self.plan.decision_path(split.index), self.sums[split.index])
         decisions = [decision for _, decision in json_lines(self.plan.decision_path(split.index))]
         self._decisions = {decision["row"]: decision for decision in decisions}
 
@@ -53,7 +61,7 @@ def _find_duplicates(plan: DedupPlan, engine: Engine) -> dict[str, Any]:
     return local.find_duplicates(plan, engine)
 
 
-def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], places: OutputLayout, work: str | Path,
+def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], layout: OutputLayout, work: str | Path,
               engine: Engine, format: OutputFormat) -> tuple[PartFigures, dict[str, Any]]:
     """Deduplicates all parts together; returns the figures of the step and of the clusters.
 
@@ -64,25 +72,43 @@ def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], 
         return PartFigures(), {"clusters": 0, "largest_cluster": 0, "cluster_sizes": {}, "candidate_pairs": 0,
                                "verified_pairs": 0, "split_buckets": 0}
     plan = DedupPlan(settings, read, tuple(splits), str(work))
-    clusters = decide(plan, engine)
-    return run_step(RemoveDuplicates(plan), splits, places, engine, format, read), clusters
+    clusters, sums = decide(plan, engine)
+    return run_step(RemoveDuplicates(plan, sums), splits, layout, engine, format, read), clusters
 
 
-def decide(plan: DedupPlan, engine: Engine) -> dict[str, Any]:
-    """Writes the decision files, unless they stand there for the same input and settings already."""
+def decide(plan: DedupPlan, engine: Engine) -> tuple[dict[str, Any], dict[int, int]]:
+    """Writes the decision files, unless they are there unchanged for the same input and settings already.
+
+    Returns:
+        (figures, CRC-32 of each part's file).
+    """
     marker = Path(plan.work) / "decisions" / "done.json"
     digest = digest_of([plan.settings.model_dump(mode="json"), plan.read.model_dump(mode="json"),
                         [split_identity(split) for split in plan.splits]])
-    if marker.is_file():
-        done = read_json(marker)
-        if done["digest"] == digest and all(plan.decision_path(split.index).is_file() for split in plan.splits):
-            info("dedup: the duplicates were found already")
-            return done["figures"]
+    done = _read_marker(marker)
+    if done.get("digest") == digest and done["sums"] == _sums(plan):
+        info("dedup: the duplicates were found already")
+        return done["figures"], dict(done["sums"])
     _sign(plan, engine)
     figures = _find_duplicates(plan, engine)
-    write_json(marker, {"digest": digest, "figures": figures})
+    sums = _sums(plan)
+    write_json(marker, {"digest": digest, "figures": figures, "sums": sums})
     shutil.rmtree(plan.signature_path(0).parent, ignore_errors=True)
-    return figures
+    return figures, dict(sums)
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    """What stands there; {} where nothing does or it is damaged: what it marks is made anew."""
+    try:
+        return read_json(path, dict, sealed=True) if path.is_file() else {}
+    except UserError:
+        return {}
+
+
+def _sums(plan: DedupPlan) -> list[list[int]]:
+    """[part, CRC-32 of its decision file] of the files that are there."""
+    return [[split.index, file_crc32(path)] for split in plan.splits
+            if (path := plan.decision_path(split.index)).is_file()]
 
 
 def _sign(plan: DedupPlan, engine: Engine) -> None:
@@ -90,16 +116,18 @@ def _sign(plan: DedupPlan, engine: Engine) -> None:
     tasks = []
     for split in plan.splits:
         path, marker = plan.signature_path(split.index), _sign_marker(plan, split)
-        if not (path.is_file() and marker.is_file() and read_json(marker)["digest"] == _sign_digest(plan, split)):
+        done = _read_marker(marker)
+        if not (path.is_file() and done.get("digest") == _sign_digest(plan, split)
+                and done.get("crc32") == file_crc32(path)):
             tasks.append(SignTask(plan.without_splits(), split))
-    for index in engine.map(_run_sign, tasks, "dedup: signatures"):
+    for index, crc32 in engine.map(_run_sign, tasks, "dedup: signatures"):
         split = plan.splits[index]
-        write_json(_sign_marker(plan, split), {"digest": _sign_digest(plan, split)})
+        write_json(_sign_marker(plan, split), {"digest": _sign_digest(plan, split), "crc32": crc32})
 
 
-def _run_sign(task: SignTask) -> int:
+def _run_sign(task: SignTask) -> tuple[int, int]:
     task()
-    return task.split.index
+    return task.split.index, file_crc32(task.plan.signature_path(task.split.index))
 
 
 def _sign_marker(plan: DedupPlan, split: Split) -> Path:

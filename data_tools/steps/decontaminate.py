@@ -1,7 +1,7 @@
 """Removes documents that share long n-grams with the evaluation sets, so that a test is not in the training data.
 
-GPT-3 (Brown et al. 2020, appendix C) looks for n-grams of 8 to 13 words; ours are of characters in the normal form of
-`dedup.normalise`, 24 by default, about 13 Chinese words (our choice; the PanGu-alpha paper does not decontaminate).
+GPT-3 (Brown et al. 2020, appendix C) looks for n-grams of 8 to 13 words; here they are of characters in the normal form
+of `dedup.normalise`, 24 by default, about 13 Chinese words (chosen here; the PanGu-alpha paper does not decontaminate).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from data_tools.parts import Drop, PartFigures, Step
 from data_tools.readers._lines import decode
 from data_tools.records import Document, Split
 from data_tools.steps.filter import file_digest
+from parallel.common.digests import load_array, save_array
 from parallel.common.errors import UserError
-from parallel.common.files import atomic_write, open_binary
+from parallel.common.files import open_binary
 from parallel.common.lines import split_lines
 from parallel.common.progress import info, progress
 from parallel.common.settings import Settings
@@ -56,8 +57,7 @@ def build_index(settings: DecontaminateSettings, path: Path) -> int:
     if len(found[0]) == 0:
         raise UserError("no text as long as the n-gram in the evaluation sets", where="decontaminate.evaluation",
                         value=settings.ngram, hint="lower decontaminate.ngram")
-    with atomic_write(path, "wb") as out:
-        np.save(out, found[0])
+    save_array(path, found[0])
     info(f"decontaminate: {len(found[0]):,} n-grams of {settings.ngram} characters")
     return len(found[0])
 
@@ -137,7 +137,7 @@ class DecontaminateStep(Step):
 
 
 def _shared(hashes: np.ndarray, path: str, changed: int) -> np.ndarray:
-    """Positions of the n-grams that stand in the index."""
+    """Positions of the n-grams that are in the index."""
     index, bits = _index(path, changed)
     likely = np.flatnonzero(bits[hashes >> np.uint64(64 - _FILTER_BITS)])
     places = np.minimum(np.searchsorted(index, hashes[likely]), len(index) - 1)
@@ -147,7 +147,7 @@ def _shared(hashes: np.ndarray, path: str, changed: int) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _index(path: str, changed: int) -> tuple[np.ndarray, np.ndarray]:
     """(sorted hashes, one flag for each value of their first 24 bits: most n-grams are ruled out by it)."""
-    index = np.load(path, allow_pickle=False)
+    index = load_array(path)
     bits = np.zeros(1 << _FILTER_BITS, dtype=bool)
     bits[index >> np.uint64(64 - _FILTER_BITS)] = True
     return index, bits

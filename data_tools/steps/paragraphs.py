@@ -22,6 +22,8 @@ from data_tools.documents import OutputFormat, read_split
 from data_tools.engines.base import Engine
 from data_tools.parts import Drop, OutputLayout, PartFigures, Step, digest_of, run_step, split_identity
 from data_tools.records import Document, ReadLog, ReadSettings, Split
+from parallel.common.digests import check_summed, load_array, save_array
+from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.settings import Settings
 
@@ -88,8 +90,7 @@ class _CollectTask:
         table = np.array(entries, dtype=_ENTRY)
         bucket_of = table["digest"] % np.uint64(self.plan.buckets)
         for bucket in range(self.plan.buckets):
-            with atomic_write(self.plan.entries_path(self.split.index, bucket), "wb") as file:
-                np.save(file, table[bucket_of == bucket])
+            save_array(self.plan.entries_path(self.split.index, bucket), table[bucket_of == bucket])
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,18 @@ class _DecideTask:
     parts: tuple[int, ...]
 
     def __call__(self) -> None:
-        table = np.concatenate([np.load(self.plan.entries_path(part, self.bucket)) for part in self.parts])
+        table = np.concatenate([load_array(self.plan.entries_path(part, self.bucket)) for part in self.parts])
         table.sort(order=["digest", "rank", "owner", "part", "row"])
         first = np.ones(len(table), dtype=bool)
         first[1:] = table["digest"][1:] != table["digest"][:-1]
-        # The whole of the first document keeps the paragraph, however often it has it.
+        # All of the first document keeps the paragraph, however often it has it.
         winner = np.flatnonzero(first)[np.cumsum(first) - 1] if len(table) else np.empty(0, np.int64)
         same = (table["part"] == table["part"][winner]) & (table["row"] == table["row"][winner])
         losers = table[~same]
         for part in self.parts:
             mine = losers[losers["part"] == part]
-            with atomic_write(self.plan.losers_path(part) / f"bucket-{self.bucket:05d}.npy", "wb") as file:
-                np.save(file, np.stack([mine["row"], mine["digest"]], axis=1))
+            save_array(self.plan.losers_path(part) / f"bucket-{self.bucket:05d}.npy",
+                       np.stack([mine["row"], mine["digest"]], axis=1))
 
 
 class ParagraphStep(Step):
@@ -124,7 +125,7 @@ class ParagraphStep(Step):
 
     def _load(self, split: Split) -> np.ndarray:
         files = sorted(self.plan.losers_path(split.index).glob("*.npy"))
-        return np.concatenate([np.empty((0, 2), np.uint64), *(np.load(file) for file in files)])
+        return np.concatenate([np.empty((0, 2), np.uint64), *map(load_array, files)])
 
     def digest_source(self, split: Split) -> Any:
         return [self.plan.settings.model_dump(mode="json"), hashlib.blake2b(self._load(split).tobytes()).hexdigest()]
@@ -142,25 +143,36 @@ class ParagraphStep(Step):
             document.text = "\n".join(line for line, digest in zip(lines, digests, strict=True) if digest not in losers)
             figures.changed_by_rule["paragraphs"] += 1
             if not document.text.strip():
-                raise Drop("repeated_paragraphs", f"all {len(lines)} paragraphs stand in other documents")
+                raise Drop("repeated_paragraphs", f"all {len(lines)} paragraphs occur in other documents")
         yield document
 
 
-def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list[Split], places: OutputLayout,
+def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list[Split], layout: OutputLayout,
                    work: str | Path, engine: Engine, format: OutputFormat) -> PartFigures:
     """The three passes."""
     digest = digest_of([settings.model_dump(mode="json"), [split_identity(split) for split in splits]])
     folder = str(Path(work) / f"paragraphs-{digest[:12]}")
     plan = ParagraphPlan(settings, read, folder, len(splits) // _PARTS_A_BUCKET + 1)
     marker = Path(plan.work) / "decided"
-    if not marker.is_file():
+    if not (marker.is_file() and _whole(plan, splits)):
         list(engine.map(_call, [_CollectTask(plan, split) for split in splits], "paragraphs: digests"))
         parts = tuple(split.index for split in splits)
         tasks = [_DecideTask(plan, bucket, parts) for bucket in range(plan.buckets)]
         list(engine.map(_call, tasks, "paragraphs: repeated ones"))
         with atomic_write(marker) as file:
             file.write("done\n")
-    return run_step(ParagraphStep(plan), splits, places, engine, format, read)
+    return run_step(ParagraphStep(plan), splits, layout, engine, format, read)
+
+
+def _whole(plan: ParagraphPlan, splits: list[Split]) -> bool:
+    """Whether what an earlier run decided is unchanged."""
+    try:
+        for split in splits:
+            for file in plan.losers_path(split.index).glob("*.npy"):
+                check_summed(file)
+    except UserError:
+        return False
+    return True
 
 
 def _call(task: Any) -> Any:

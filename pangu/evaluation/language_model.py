@@ -7,7 +7,7 @@ until a stop; `pangu.evaluation.lm_eval_adapter` puts that package's texts and r
 from __future__ import annotations
 
 import hashlib
-import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pangu.generation.completion import Completion
 from pangu.generation.generate import Generator
 from pangu.generation.settings import GenerateSettings
 from parallel.common.files import explain_os_error, open_text
+from parallel.common.json_text import dump_json
 from parallel.common.structured import BadText, parse_json
 
 BLOCK = 512
@@ -28,7 +29,7 @@ class RequestCache:
     """Answers by request, in jsonl files of a folder; one file per process, all are read.
 
     Args:
-        folder: where the files lie; None = nothing is kept.
+        folder: of the files; None = nothing is kept.
         fingerprint: of the model; another one has other files.
         rank: this process.
     """
@@ -50,7 +51,8 @@ class RequestCache:
                     kept = parse_json(line)
                 except BadText:
                     continue  # the last line of a run that was killed
-                if isinstance(kept, list) and len(kept) == 2 and isinstance(kept[0], str):
+                # A line that has changed is forgotten like one that was cut off.
+                if isinstance(kept, list) and len(kept) == 3 and kept[2] == _sum(kept[:2]):
                     self.answers[kept[0]] = kept[1]
 
     def add(self, answers: dict[str, Any]) -> None:
@@ -60,12 +62,17 @@ class RequestCache:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # The line before may have been cut off.
-            text = "\n" + "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in answers.items())
+            # The line before may have been truncated.
+            text = "\n" + "".join(dump_json([*item, _sum(list(item))]) + "\n" for item in answers.items())
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise explain_os_error(error, self._path) from error
+
+
+def _sum(answer: list) -> int:
+    """Checksum of a request and its answer."""
+    return zlib.crc32(dump_json(answer).encode())
 
 
 class LanguageModel:

@@ -1,23 +1,29 @@
 """Digests of what is written, checked when it is read, so that no changed byte passes for what was written.
 
 - JSON objects: `files.write_json` and `files.read_json` themselves; the digest is a key of the object.
-- Any file as a whole (`file_crc32`).
+- Any file as a whole (`file_crc32`); `summed_write` puts the checksum at the end, behind what other readers look at.
 - Files that are mapped and read here and there (`block_crc32`, `CheckedRows`): a checksum for every block, compared
   when a block is first touched, so that opening a large file costs nothing.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
 
 BLOCK_BYTES = 1 << 20
 _CHUNK = 1 << 22
+_MARK = b"CR32"
+_TRAILER_BYTES = 8
 
 
 def file_crc32(path: str | Path, nbytes: int | None = None) -> int:
@@ -41,6 +47,60 @@ def check_file(path: str | Path, crc32: int | None, *, hint: str = "make it anew
         raise UserError(f"cannot be read: {error.strerror}", where=path) from None
     if changed:
         raise UserError("file is damaged: its data have changed since they were written", where=path, hint=hint)
+
+
+class _Summed:
+    """A file whose checksum is kept while it is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.crc32 = file, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self.file.write(data)
+
+
+@contextmanager
+def summed_write(path: str | Path) -> Iterator[_Summed]:
+    """`atomic_write` of bytes with their CRC-32 in the last 8 bytes of the file; `np.load` and maps do not mind it."""
+    with atomic_write(path, "wb") as file:
+        summed = _Summed(file)
+        yield summed
+        file.write(_MARK + summed.crc32.to_bytes(4, "little"))
+
+
+def check_summed(path: str | Path, hint: str = "make it anew") -> None:
+    """Compares a file that `summed_write` wrote with its checksum.
+
+    Raises:
+        UserError: it has changed, is cut off, or cannot be read.
+    """
+    try:
+        size = os.path.getsize(path) - _TRAILER_BYTES
+        with open(path, "rb") as file:
+            file.seek(max(0, size))
+            trailer = file.read()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=path) from None
+    if size < 0 or not trailer.startswith(_MARK):
+        raise UserError("file is damaged: its end is missing", where=path, hint=hint)
+    check_file(path, int.from_bytes(trailer[len(_MARK):], "little"), hint=hint, nbytes=size)
+
+
+def save_array(path: str | Path, array: np.ndarray) -> None:
+    """`np.save` with a checksum."""
+    with summed_write(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def load_array(path: str | Path, hint: str = "make it anew") -> np.ndarray:
+    """What `save_array` wrote.
+
+    Raises:
+        UserError: it has changed, is cut off, or cannot be read.
+    """
+    check_summed(path, hint)
+    return np.load(path, allow_pickle=False)
 
 
 class BlockSums:
@@ -110,7 +170,7 @@ class CheckedRows:
         return self.array[key]
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else that an array has, of the whole array."""
+        """Anything else that an array has, of the full array."""
         if name.startswith("_") or name == "array":
             raise AttributeError(name)
         self.check(slice(None))
@@ -121,7 +181,7 @@ class CheckedRows:
         return np.array(self.array, dtype) if copy else np.asarray(self.array, dtype)
 
     def check(self, rows: np.ndarray | slice) -> None:
-        """Compares the blocks that `rows` (numbers, or a slice with step 1) lie in and that were not read before.
+        """Compares the blocks that `rows` (numbers, or a slice with step 1) are in and that were not read before.
 
         Raises:
             UserError: a block has changed.

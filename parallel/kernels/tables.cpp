@@ -3,8 +3,9 @@
 //
 // Keys stand in an open-addressing hash table of 16-byte slots (linear probing, at most 3/4 full, doubled when fuller;
 // removal by backward shift, so that there are no tombstones). A key that is not admitted yet has a slot with its count
-// so far and no row. Rows lie in arrays that grow with mremap, in anonymous memory or in files; a row that was freed is
-// the next to be given out, the lowest first, so that what a table does depends only on what it holds.
+// so far and no row. A row is one record [values W, state S, count, last seen], so that a step touches one place of
+// memory for it; records lie in an array that grows with mremap, in anonymous memory or in a file. A row that was freed
+// is the next to be given out, the lowest first, so that what a table does depends only on what it holds.
 //
 // A *direct* table has no slots: its keys are 0, 1, ..., and lie in the rows from 2 on; rows 0 and 1 belong to the keys
 // of a missing and an unseen value.
@@ -89,6 +90,14 @@ class Growing {
   int file_ = -1;
 };
 
+// What a call returns; recsys/tables/dynamic.py has the messages.
+enum Status : int64_t {
+  kDone = 0,
+  kFull = -1,
+  kNoMemory = -2,
+  kBadRow = -3,  // a row number is taken or out of range
+};
+
 struct Slot {
   int64_t key;
   int32_t row;    // of an admitted key; of another one -1 - its count so far
@@ -103,7 +112,7 @@ struct Table {
   float state_start;
   uint64_t slots = 0, used = 0;
   Slot* slot = nullptr;
-  Growing values, state, counts, seen;
+  Growing records;
   std::priority_queue<int32_t, std::vector<int32_t>, std::greater<int32_t>> freed;
 
   ~Table() { release(slot, slots); }
@@ -162,19 +171,29 @@ struct Table {
     --used;
   }
 
+  int64_t stride() const { return width + states + 2; }
+  float* values(int64_t row) const { return records.as<float>() + row * stride(); }
+  float* state(int64_t row) const { return values(row) + width; }
+  float& count(int64_t row) const { return state(row)[states]; }
+  uint32_t& seen(int64_t row) const { return reinterpret_cast<uint32_t*>(state(row))[states + 1]; }
+
+  void ask_for(int64_t row) const {
+    const char* from = reinterpret_cast<const char*>(values(row));
+    for (int64_t at = 0; at < stride() * 4; at += 64) __builtin_prefetch(from + at, 1);
+    __builtin_prefetch(from + stride() * 4 - 1, 1);
+  }
+
   bool reserve(int64_t count) {
     if (count <= reserved) return true;
     const int64_t wanted = std::max({count, kLeastRows, reserved + reserved / 2});
-    if (!values.reserve(wanted * width * sizeof(float)) || !state.reserve(wanted * states * sizeof(float)) ||
-        !counts.reserve(wanted * sizeof(float)) || !seen.reserve(wanted * sizeof(uint32_t)))
-      return false;
+    if (!records.reserve(wanted * stride() * sizeof(float))) return false;
     reserved = wanted;
     return true;
   }
 
   // Start values depend on the table's seed and the key alone, not on the order in which keys come.
   void start(int64_t row, int64_t key) {
-    float* value = values.as<float>() + row * width;
+    float* value = values(row);
     const uint64_t base = mix(seed ^ mix(static_cast<uint64_t>(key)));
     for (int64_t i = 0; i < width; i += 2) {  // Box-Muller
       const double radius = std * std::sqrt(-2.0 * std::log(unit(mix(base + 2 * i))));
@@ -182,20 +201,19 @@ struct Table {
       value[i] = static_cast<float>(radius * std::cos(angle));
       if (i + 1 < width) value[i + 1] = static_cast<float>(radius * std::sin(angle));
     }
-    float* own = state.as<float>() + row * states;
-    for (int64_t i = 0; i < states; ++i) own[i] = state_start;
-    counts.as<float>()[row] = 0.0f;
-    seen.as<uint32_t>()[row] = 0;
+    for (int64_t i = 0; i < states; ++i) state(row)[i] = state_start;
+    count(row) = 0.0f;
+    seen(row) = 0;
   }
 
-  int64_t new_row(int64_t key) {  // -1: full, -2: no memory
-    if (most > 0 && admitted >= most) return -1;
+  int64_t new_row(int64_t key) {  // or kFull, kNoMemory
+    if (most > 0 && admitted >= most) return kFull;
     int64_t row;
     if (!freed.empty()) {
       row = freed.top();
       freed.pop();
     } else {
-      if (rows >= INT32_MAX || !reserve(rows + 1)) return -2;
+      if (rows >= INT32_MAX || !reserve(rows + 1)) return kNoMemory;
       row = rows++;
     }
     ++admitted;
@@ -214,7 +232,7 @@ struct Table {
   int64_t find(int64_t key) const {
     if (direct) {
       const int64_t row = direct_row(key);
-      return row >= 0 && seen.as<uint32_t>()[row] != 0 ? row : kUnknown;
+      return row >= 0 && seen(row) != 0 ? row : kUnknown;
     }
     if (slots == 0) return kUnknown;
     const Slot& found = slot[place(key)];
@@ -228,14 +246,12 @@ inline void ask_ahead(const Table& table, const int64_t* keys, int64_t i, int64_
   if (!table.direct) {
     if (table.slots) __builtin_prefetch(table.slot + table.home(key));
   } else if (const int64_t row = table.direct_row(key); row >= 0) {
-    __builtin_prefetch(table.seen.as<uint32_t>() + row);
+    table.ask_for(row);
   }
 }
 
-inline void ask_row_ahead(const float* base, int64_t width, const int32_t* rows, int64_t i, int64_t n) {
-  if (i + kAhead >= n || rows[i + kAhead] < 0) return;
-  const char* from = reinterpret_cast<const char*>(base + rows[i + kAhead] * width);
-  for (int64_t at = 0; at < width * 4; at += 64) __builtin_prefetch(from + at);
+inline void ask_row_ahead(const Table& table, const int32_t* rows, int64_t i, int64_t n) {
+  if (i + kAhead < n && rows[i + kAhead] >= 0) table.ask_for(rows[i + kAhead]);
 }
 
 struct Rule {
@@ -280,10 +296,10 @@ constexpr Update kUpdates[] = {sgd, rowwise_adagrad, adagrad, lazy_adam};
 
 extern "C" {
 
-// A new table, or null. `folder`: where its rows lie in files (null: in memory); `direct_rows`: rows of a direct table,
+// A new table, or null. `file`: where its rows lie (null: in memory); `direct_rows`: rows of a direct table,
 // 0 for one with slots; `most`: admitted keys at most, 0 for no bound.
 void* table_new(int64_t width, int64_t states, int64_t direct_rows, int64_t most, uint64_t seed, double std,
-                float state_start, const char* values, const char* state, const char* counts, const char* seen) {
+                float state_start, const char* file) {
   Table* table = new Table();
   table->width = width;
   table->states = states;
@@ -292,8 +308,7 @@ void* table_new(int64_t width, int64_t states, int64_t direct_rows, int64_t most
   table->seed = mix(seed);
   table->std = std;
   table->state_start = state_start;
-  bool good = values == nullptr || (table->values.open_file(values) && table->state.open_file(state) &&
-                                    table->counts.open_file(counts) && table->seen.open_file(seen));
+  bool good = file == nullptr || table->records.open_file(file);
   if (good && table->direct) {
     good = table->reserve(direct_rows);
     table->rows = direct_rows;
@@ -311,8 +326,7 @@ void table_sizes(void* handle, int64_t* sizes) {
   sizes[0] = table.admitted;
   sizes[1] = table.rows;
   sizes[2] = table.direct ? 0 : static_cast<int64_t>(table.used) - table.admitted;
-  sizes[3] = static_cast<int64_t>(table.slots * sizeof(Slot) + table.values.bytes() + table.state.bytes() +
-                                  table.counts.bytes() + table.seen.bytes());
+  sizes[3] = static_cast<int64_t>(table.slots * sizeof(Slot) + table.records.bytes());
 }
 
 // Distinct keys in the order of their first appearance, which of them each key is, and how often each came.
@@ -356,11 +370,11 @@ void table_find(void* handle, const int64_t* keys, int64_t n, int32_t* rows) {
 // Rows of distinct keys that a training step met `times` each at time `now`: counts them, admits those that are due.
 // A key is admitted when it has been seen `least` times; where `share` < 1, moreover, by a draw of that probability at
 // each step that meets it, which depends on the table's seed, the key and `now` alone. Keys below `always` (the
-// missing and the unseen value) are admitted at once. 0 = done, -2 = no memory.
+// missing and the unseen value) are admitted at once. Returns a `Status`.
 int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_t n, uint32_t now, double least,
                    double share, int64_t always, int32_t* rows) {
   Table& table = *static_cast<Table*>(handle);
-  if (!table.direct && !table.make_room(n)) return -2;
+  if (!table.direct && !table.make_room(n)) return kNoMemory;
   for (int64_t i = 0; i < n; ++i) {
     ask_ahead(table, keys, i, n);
     const int64_t key = keys[i];
@@ -368,7 +382,7 @@ int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_
     if (table.direct) {
       row = table.direct_row(key);
       if (row >= 0) {
-        if (table.seen.as<uint32_t>()[row] == 0) {
+        if (table.seen(row) == 0) {
           table.start(row, key);
           ++table.admitted;
         }
@@ -384,7 +398,7 @@ int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_
         if (admit && share < 1.0 && key >= always)
           admit = unit(mix(table.seed ^ mix(static_cast<uint64_t>(key) ^ mix(now)))) < share;
         const int64_t made = admit && (times[i] > 0.0f || key < always) ? table.new_row(key) : kUnknown;
-        if (made == -2) return -2;
+        if (made == kNoMemory) return kNoMemory;
         if (found.key != key) {
           if (made < 0 && times[i] <= 0.0f) {
             rows[i] = kUnknown;
@@ -396,7 +410,7 @@ int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_
         if (made >= 0) {
           row = made;
           found.row = static_cast<int32_t>(made);
-          table.counts.as<float>()[row] = static_cast<float>(before);
+          table.count(row) = static_cast<float>(before);
         } else {
           found.row = static_cast<int32_t>(-1.0 - std::min(count, 1e9));
           found.seen = now;
@@ -404,23 +418,21 @@ int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_
       }
     }
     if (row >= 0) {
-      table.counts.as<float>()[row] += times[i];
-      if (times[i] > 0.0f || table.seen.as<uint32_t>()[row] == 0) table.seen.as<uint32_t>()[row] = std::max(now, 1u);
+      table.count(row) += times[i];
+      if (times[i] > 0.0f || table.seen(row) == 0) table.seen(row) = std::max(now, 1u);
     }
     rows[i] = static_cast<int32_t>(row);
   }
-  return 0;
+  return kDone;
 }
 
 // out_NW = values of rows; rows of -1 are left as they are. `places`: where in `out` each goes, null: one after the
 // other.
 void table_gather(void* handle, const int32_t* rows, const int32_t* places, int64_t n, float* out) {
   const Table& table = *static_cast<Table*>(handle);
-  const float* values = table.values.as<float>();
   for (int64_t i = 0; i < n; ++i) {
-    ask_row_ahead(values, table.width, rows, i, n);
-    if (rows[i] >= 0)
-      std::memcpy(out + (places ? places[i] : i) * table.width, values + rows[i] * table.width, table.width * 4);
+    ask_row_ahead(table, rows, i, n);
+    if (rows[i] >= 0) std::memcpy(out + (places ? places[i] : i) * table.width, table.values(rows[i]), table.width * 4);
   }
 }
 
@@ -429,14 +441,12 @@ void table_update(void* handle, const int32_t* rows, const int32_t* places, int6
                   int32_t rule, double rate, double epsilon, double beta1, double beta2, double correction1,
                   double correction2) {
   Table& table = *static_cast<Table*>(handle);
-  float *values = table.values.as<float>(), *state = table.state.as<float>();
   const Rule numbers{rate, epsilon, beta1, beta2, correction1, correction2};
   for (int64_t i = 0; i < n; ++i) {
-    ask_row_ahead(values, table.width, rows, i, n);
-    ask_row_ahead(state, table.states, rows, i, n);
+    ask_row_ahead(table, rows, i, n);
     if (rows[i] >= 0)
-      kUpdates[rule](values + rows[i] * table.width, state + rows[i] * table.states,
-                     gradients + (places ? places[i] : i) * table.width, table.width, numbers);
+      kUpdates[rule](table.values(rows[i]), table.state(rows[i]), gradients + (places ? places[i] : i) * table.width,
+                     table.width, numbers);
   }
 }
 
@@ -444,18 +454,16 @@ void table_update(void* handle, const int32_t* rows, const int32_t* places, int6
 // `decay`. Keys that wait for admission leave by the same `oldest`. Keys below `always` stay. Rows removed.
 int64_t table_sweep(void* handle, uint32_t oldest, double least, double decay, int64_t always) {
   Table& table = *static_cast<Table*>(handle);
-  float* counts = table.counts.as<float>();
-  uint32_t* seen = table.seen.as<uint32_t>();
   int64_t removed = 0;
   if (table.direct) {
     for (int64_t row = kSpecial; row < table.rows; ++row) {
-      if (seen[row] == 0) continue;
-      if (seen[row] < oldest || counts[row] < least) {
-        seen[row] = 0;
+      if (table.seen(row) == 0) continue;
+      if (table.seen(row) < oldest || table.count(row) < least) {
+        table.seen(row) = 0;
         --table.admitted;
         ++removed;
       } else {
-        counts[row] = static_cast<float>(counts[row] * decay);
+        table.count(row) = static_cast<float>(table.count(row) * decay);
       }
     }
     return removed;
@@ -464,10 +472,10 @@ int64_t table_sweep(void* handle, uint32_t oldest, double least, double decay, i
   for (uint64_t at = 0; at < table.slots; ++at) {
     const Slot& one = table.slot[at];
     if (one.key == kFree || one.key < always) continue;
-    if (one.row < 0 ? one.seen < oldest : (seen[one.row] < oldest || counts[one.row] < least)) {
+    if (one.row < 0 ? one.seen < oldest : (table.seen(one.row) < oldest || table.count(one.row) < least)) {
       leaving.push_back(one.key);
     } else if (one.row >= 0) {
-      counts[one.row] = static_cast<float>(counts[one.row] * decay);
+      table.count(one.row) = static_cast<float>(table.count(one.row) * decay);
     }
   }
   for (int64_t key : leaving) {
@@ -487,17 +495,15 @@ int64_t table_sweep(void* handle, uint32_t oldest, double least, double decay, i
 // are read with `table_gather` and `table_states`.
 int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows, float* counts, uint32_t* seen) {
   const Table& table = *static_cast<Table*>(handle);
-  const float* own_counts = table.counts.as<float>();
-  const uint32_t* own_seen = table.seen.as<uint32_t>();
   if (table.direct) {
     int64_t n = 0;
     for (int64_t row = 0; row < table.rows; ++row) {
-      if (own_seen[row] == 0 || own_seen[row] < since) continue;
+      if (table.seen(row) == 0 || table.seen(row) < since) continue;
       if (keys != nullptr) {
         keys[n] = Table::direct_key(row);
         rows[n] = static_cast<int32_t>(row);
-        counts[n] = own_counts[row];
-        seen[n] = own_seen[row];
+        counts[n] = table.count(row);
+        seen[n] = table.seen(row);
       }
       ++n;
     }
@@ -506,7 +512,7 @@ int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows
   int64_t n = 0;
   for (uint64_t at = 0; at < table.slots; ++at) {
     const Slot& one = table.slot[at];
-    if (one.key != kFree && (one.row < 0 ? one.seen : own_seen[one.row]) >= since) ++n;
+    if (one.key != kFree && (one.row < 0 ? one.seen : table.seen(one.row)) >= since) ++n;
   }
   if (keys == nullptr) return n;
   std::vector<int64_t> of_row(table.rows, kFree);
@@ -516,7 +522,7 @@ int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows
     if (one.key == kFree) continue;
     if (one.row < 0) {
       if (one.seen >= since) waiting.push_back(at);
-    } else if (own_seen[one.row] >= since) {
+    } else if (table.seen(one.row) >= since) {
       of_row[one.row] = one.key;
     }
   }
@@ -525,8 +531,8 @@ int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows
     if (of_row[row] == kFree) continue;
     keys[i] = of_row[row];
     rows[i] = static_cast<int32_t>(row);
-    counts[i] = own_counts[row];
-    seen[i++] = own_seen[row];
+    counts[i] = table.count(row);
+    seen[i++] = table.seen(row);
   }
   std::sort(waiting.begin(), waiting.end(),
             [&](uint64_t one, uint64_t other) { return table.slot[one].key < table.slot[other].key; });
@@ -541,24 +547,23 @@ int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows
 
 void table_states(void* handle, const int32_t* rows, int64_t n, float* out) {
   const Table& table = *static_cast<Table*>(handle);
-  const float* state = table.state.as<float>();
   for (int64_t i = 0; i < n; ++i)
-    if (rows[i] >= 0) std::memcpy(out + i * table.states, state + rows[i] * table.states, table.states * 4);
+    if (rows[i] >= 0) std::memcpy(out + i * table.states, table.state(rows[i]), table.states * 4);
 }
 
 // Puts entries into a table (replacing those with the same keys): a key with a row keeps that row's number where
 // `keep_rows` and takes the next free one otherwise; then call `table_close_gaps`. `states` may be null: start values.
-// 0 = done, -2 = no memory, -3 = a row number is taken or out of range, -1 = full.
+// Returns a `Status`.
 int64_t table_put(void* handle, const int64_t* keys, const int32_t* rows, const float* values, const float* states,
                   const float* counts, const uint32_t* seen, int64_t n, int32_t keep_rows) {
   Table& table = *static_cast<Table*>(handle);
-  if (!table.direct && !table.make_room(n)) return -2;
+  if (!table.direct && !table.make_room(n)) return kNoMemory;
   for (int64_t i = 0; i < n; ++i) {
     int64_t row = rows[i];
     if (table.direct) {
       row = table.direct_row(keys[i]);
-      if (row < 0) return -3;
-      if (table.seen.as<uint32_t>()[row] == 0) ++table.admitted;
+      if (row < 0) return kBadRow;
+      if (table.seen(row) == 0) ++table.admitted;
       table.start(row, keys[i]);
     } else {
       const uint64_t at = table.place(keys[i]);
@@ -573,7 +578,7 @@ int64_t table_put(void* handle, const int64_t* keys, const int32_t* rows, const 
       if (there && found.row >= 0) {
         row = found.row;
       } else if (keep_rows) {
-        if (row >= INT32_MAX || !table.reserve(row + 1)) return row >= INT32_MAX ? -3 : -2;
+        if (row >= INT32_MAX || !table.reserve(row + 1)) return row >= INT32_MAX ? kBadRow : kNoMemory;
         table.rows = std::max(table.rows, row + 1);
         ++table.admitted;
         table.start(row, keys[i]);
@@ -585,29 +590,28 @@ int64_t table_put(void* handle, const int64_t* keys, const int32_t* rows, const 
       found.key = keys[i];
       found.row = static_cast<int32_t>(row);
     }
-    std::memcpy(table.values.as<float>() + row * table.width, values + i * table.width, table.width * 4);
-    if (states != nullptr)
-      std::memcpy(table.state.as<float>() + row * table.states, states + i * table.states, table.states * 4);
-    table.counts.as<float>()[row] = counts[i];
-    table.seen.as<uint32_t>()[row] = std::max(seen[i], 1u);
+    std::memcpy(table.values(row), values + i * table.width, table.width * 4);
+    if (states != nullptr) std::memcpy(table.state(row), states + i * table.states, table.states * 4);
+    table.count(row) = counts[i];
+    table.seen(row) = std::max(seen[i], 1u);
   }
-  return 0;
+  return kDone;
 }
 
-// After `table_put` with kept rows: numbers that no key has are free. -3: two keys have one row.
+// After `table_put` with kept rows: numbers that no key has are free. kBadRow: two keys have one row.
 int64_t table_close_gaps(void* handle) {
   Table& table = *static_cast<Table*>(handle);
   table.freed = {};
-  if (table.direct) return 0;
+  if (table.direct) return kDone;
   std::vector<bool> taken(table.rows, false);
   for (uint64_t at = 0; at < table.slots; ++at) {
     if (table.slot[at].key == kFree || table.slot[at].row < 0) continue;
-    if (taken[table.slot[at].row]) return -3;
+    if (taken[table.slot[at].row]) return kBadRow;
     taken[table.slot[at].row] = true;
   }
   for (int64_t row = 0; row < table.rows; ++row)
     if (!taken[row]) table.freed.push(static_cast<int32_t>(row));
-  return 0;
+  return kDone;
 }
 
 }  // extern "C"

@@ -5,6 +5,7 @@ partitioner made of the same `parallel:` block; several groups of op x stages pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from parallel.common.errors import UserError
 from parallel.common.progress import info
 from parallel.launch.choose import choose, has_ascend
 from parallel.launch.launcher import TorchLauncher
+from parallel.launch.machines import Machines, machines_of
 from parallel.launch.plan import Plan
 from parallel.launch.programs import exported
 from parallel.sharding.config import ParallelConfig
+from parallel.training.agreement import facts_of
 
 PROGRAM, DEVICE = "PARALLEL_PROGRAM", "PARALLEL_DEVICE"
 """Variables that tell a process which program it runs, and on what ("cpu", "gpu")."""
@@ -63,6 +66,25 @@ def takes_torch(settings: Any, program: str | None = None) -> bool:
         or choose(parallel, settings.train.precision).backend == "torch"
 
 
+def compare_settings(wanted: dict[str, Any], held: dict[str, Any], folder: Path) -> None:
+    """Raises a `UserError` naming the first key in which a run's settings shape other graphs than a program's.
+
+    Args:
+        wanted, held: what `shapes_inference` of the model's package says of either.
+        folder: of the program.
+    """
+    for where, one, other in _leaves(wanted, held):
+        if one != other:
+            raise UserError(f"the program was exported with {other}", where=where, value=one,
+                            hint=f"export it again, or set {where}={other} ({folder})")
+
+
+def _leaves(one: Any, other: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [leaf for key in one for leaf in _leaves(one[key], other.get(key), f"{where}.{key}" if where else key)]
+    return [(where, one, other)]
+
+
 def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command: list[str], logs: Path,
                      program: str | None = None) -> dict[str, Any]:
     """Starts this machine's processes of a verb, waits for them and returns rank 0's figures.
@@ -79,6 +101,14 @@ def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command:
         UserError: a layout that does not fit the model; torch is missing.
     """
     module.check_inference(settings)
+    machines = machines_of(plan, facts_of(settings.model_dump(mode="json")))
+    with contextlib.closing(machines):
+        machines.meet()
+        return _launched(module, settings, plan, machines, verb, command, logs, program)
+
+
+def _launched(module: Any, settings: Any, plan: Plan, machines: Machines, verb: str, command: list[str], logs: Path,
+              program: str | None) -> dict[str, Any]:
     parallel = settings.parallel
     choice = choose(parallel.model_copy(update={"backend": "auto" if has_ascend() else "torch"}),
                     settings.train.precision)
@@ -90,4 +120,4 @@ def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command:
         kinds = module.inference_kinds(settings, verb)
         program, _ = exported(settings, plan.ranks, plan.node_rank, folder=_FOLDER, graphs=kinds)
     environment = {PROGRAM: str(Path(program).resolve()), DEVICE: choice.device.lower()}
-    return TorchLauncher(plan, command, logs, environment=environment).run()
+    return TorchLauncher(plan, command, logs, machines, environment=environment).run()

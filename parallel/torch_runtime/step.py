@@ -132,7 +132,7 @@ class TorchStep:
         return mean * weight, weight
 
     def scores(self, batch: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Probabilities [rows, tasks] of this rank's rows; None where another rank tells them. See `Backend.scores`."""
+        """Probabilities [rows, tasks] of this rank's rows; None where another rank has them. See `Backend.scores`."""
         self._refresh_copies()
         result = self.run("scores", batch)
         if not self.is_last or self.own.op:
@@ -172,6 +172,10 @@ class TorchStep:
     def parameters(self) -> list[TorchTensor]:
         """Of the network, those that this rank holds."""
         return self._of("parameter")
+
+    def whole_start(self, name: str) -> np.ndarray:
+        """Start value of a parameter before it is sharded."""
+        return start_of(self.program.by_name[name], None, self.program.seed)
 
     def states(self) -> list[TorchTensor]:
         """Moments that this rank holds."""
@@ -234,7 +238,7 @@ class TorchStep:
         owner = tensor.name.partition(".")[2] if tensor.kind == "state" else tensor.name
         if owner in self.own.copies or tensor.name in self.own.copies:
             return False
-        # A world of one has no extents: everything is held whole.
+        # A single rank has no extents: everything is held in full.
         return tensor.kind == "counter" or self.ranks == 1 or tensor.name in self.own.extents
 
     def _start(self) -> dict[str, Tensor]:

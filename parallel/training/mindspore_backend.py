@@ -1,5 +1,5 @@
-"""MindSpore as a `parallel.training.backend.Backend`: a whole network on one device or under plain data parallelism,
-or the slices of a sharded one."""
+"""MindSpore as a `parallel.training.backend.Backend`: an unsharded network on one device or under plain data
+parallelism, or the slices of a sharded one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mindspore import Tensor, nn, ops
 
 from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
+from parallel.layers.parameter import start_value
 from parallel.training.backend import Batch, Outputs
 from parallel.training.device import DeviceSum
 from parallel.training.operation.stall import waiting
@@ -41,7 +42,7 @@ class MeanLoss(nn.Cell):
 
 
 class MindSporeBackend:
-    """A `TrainStep` of a whole network. See `Backend`.
+    """A `TrainStep` of an unsharded network. See `Backend`.
 
     Args:
         step: the training step.
@@ -166,11 +167,16 @@ class ShardedBackend(MindSporeBackend):
         """See `MindSporeBackend`."""
         return self.run.cell
 
+    def whole_start(self, name: str) -> np.ndarray:
+        """See `SlicedBackend`."""
+        starts = {parameter.name: parameter.start for parameter in self.run.task.network.get_parameters()}
+        return start_value(name, self.holder.shapes[name], starts[name], self.run.settings.seed)
+
     def loss(self, batch: Batch) -> tuple[float, float]:
         """See `Backend`."""
         self._mode(False)
         loss, weight = self.mean_loss(*map(Tensor, batch)).asnumpy().tolist()
-        return (loss * weight, weight) if self.run.tells else (0.0, 0.0)
+        return (loss * weight, weight) if self.run.reports_loss else (0.0, 0.0)
 
     def scores(self, batch: Batch) -> np.ndarray | None:
         """See `Backend`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from mindspore import nn
 
 from parallel.sharding.trainable import Counted, PartlyIdle
-from recsys.layers.embedding import is_sparse
+from recsys.tables.names import is_sparse
 
 
 def flops_per_sample(cell: nn.Cell) -> int:

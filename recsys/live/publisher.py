@@ -1,8 +1,8 @@
 """Publishes versions of a model while it trains: a companion of the run.
 
 The values are copied between two steps and written by a thread; while it writes, no further version is begun, so what a
-server gets is always the newest. The first version is whole and written before the first step: a folder that cannot be
-written ends the run at once and not after an hour.
+server gets is always the newest. The first version is complete and written before the first step: a folder that cannot
+be written ends the run at once and not after an hour.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from parallel.training.backend import Backend
 from parallel.training.companions import Companion
 from recsys.data.features import FeatureSpec
 from recsys.data.readers import reader
-from recsys.layers.embedding import is_sparse
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Values, Versions
 from recsys.tables.files import FOLDER, write_entries
+from recsys.tables.names import is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -39,7 +39,7 @@ class TouchedRows:
     """Which rows of the tables in the graph changed since the last version.
 
     Args:
-        spec: places of the features.
+        spec: columns of the features.
         exact: only rows that a batch names change; otherwise tables are compared with a copy of the last version.
     """
 
@@ -77,11 +77,11 @@ class Publisher(Companion):
         settings: `publish`.
         folder: of the versions.
         backend: whose parameters are published.
-        spec: places of the features in the network's input.
-        describe: the run's settings, kept in whole versions.
+        spec: columns of the features in the network's input.
+        describe: the run's settings, kept in complete versions.
         vocabulary: file that goes beside the versions.
         exact_rows: see `TouchedRows`.
-        tables: `recsys.tables.host.HostTables`, where the tables lie on the host.
+        tables: `recsys.tables.host.HostTables`, where the tables are on the host.
         event_time: of a step, in seconds.
     """
 
@@ -205,7 +205,7 @@ def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: 
                         hint="set publish.every_steps")
     if tables is not None and backend.ranks > 1:
         raise UserError("tables spread over processes are not published", where="publish",
-                        hint="train with one process, or with data.tables.place: device")
+                        hint="train with one process, or with data.tables.place: graph")
     optimizer = settings.train.sparse_optimizer or settings.train.optimizer
     folder = Path(own.directory or Path(settings.output.directory) / "live")
     return Publisher(own, folder, backend, spec, settings.model_dump(mode="json"),

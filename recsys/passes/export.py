@@ -25,8 +25,9 @@ from parallel.common.files import write_json
 from parallel.common.progress import info, table
 from parallel.interchange.ports import Port
 from parallel.interchange.sizes import variants
-from recsys.build import labels_of, sample_batch
+from recsys.build import sample_batch
 from recsys.data.features import FeatureSpec
+from recsys.network import labels_of
 from recsys.passes.tasks import KINDS, arguments_of, cell_of, exact_experts, kinds_of, whole_spec
 from recsys.passes.weights import Weights
 from recsys.saved_model import VOCABULARY, vocabulary_of

@@ -6,19 +6,27 @@ exported, and what sharded evaluation and serving run.
     candidates  state_RS, index_N, ids_Nm, numbers_Nn   -> probabilities_NK         (separated rankers)
 
 Columns of `user` and `candidates` are those of `recsys.ug_sep.sides.UserCandidateSplit`.
+
+Graphs of sharded evaluation and serving are called by their pass and rows, `scores_512` or `candidates_64`. (`scores`
+alone is a graph of training.)
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.task import Input, Task
-from recsys.build import labels_of, loss_network, run_class
-from recsys.data.dataset import features_of
-from recsys.data.features import FeatureSpec, place
+from recsys.data.columns import features_of
+from recsys.data.features import FeatureSpec, assign_columns
+from recsys.data.log import VOCABULARY
+from recsys.data.vocabulary import Vocabulary
+from recsys.network import labels_of, loss_network
+from recsys.settings import run_class
 
 if TYPE_CHECKING:
     from parallel.sharding.config import ParallelConfig
@@ -68,7 +76,7 @@ def whole_spec(settings: Run, sizes: dict[str, int]) -> FeatureSpec:
     says."""
     features = [feature.model_copy(update={"values": "integer", "rows": sizes.get(feature.target or feature.name, 1)})
                 if feature.is_dynamic else feature for feature in features_of(settings.data)]
-    return place(features, settings.model.embedding_size, sizes)
+    return assign_columns(features, settings.model.embedding_size, sizes)
 
 
 def exact_experts(settings: Run) -> None:
@@ -78,9 +86,10 @@ def exact_experts(settings: Run) -> None:
         moe.dispatch, moe.capacity_factor = "capacity", float(moe.experts)
 
 
-def task_of(settings: Run, spec: FeatureSpec, kind: str, rows: int, users: int = 1) -> Task:
+def task_of(settings: Run, spec: FeatureSpec, kind: str, rows: int, users: int = 1,
+            compute_dtype: str = "float32") -> Task:
     """A pass over so many rows, its network without parameter values."""
-    network = loss_network(settings, spec, len(labels_of(settings)))
+    network = loss_network(settings, spec, len(labels_of(settings)), compute_dtype)
     model = network.model
     ids, numbers, leading = spec.id_columns, spec.numeric_columns, []
     if kind != "scores":
@@ -102,6 +111,80 @@ def cell_of(kind: str, model: Any) -> Any:
     from recsys.ug_sep.ranker import CandidateScores, UserPass
 
     return {"scores": Scores, "user": UserPass, "candidates": CandidateScores}[kind](model)
+
+
+# -- graphs of sharded evaluation and serving --------------------------------------------------------------------------
+
+
+def evaluation_rows(settings: Run) -> int:
+    """Samples of one forward pass when a part of a log is evaluated."""
+    return 4 * settings.train.global_batch_size
+
+
+def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
+    """The graphs that a verb needs (None = all): of `evaluate` one over whole rows, of `serve` and `bench` the user's
+    for one and for all requests of a batch, and the candidates' for every size that batches are filled up to."""
+    engine = settings.serve.engine
+    evaluated, served = (f"scores_{evaluation_rows(settings)}",), tuple(f"scores_{size}" for size in engine.candidates)
+    if len(kinds_of(settings)) > 1:
+        served = (*(f"user_{count}" for count in sorted({1, engine.requests})),
+                  *(f"candidates_{size}" for size in engine.candidates))
+    return evaluated if verb == "evaluate" else served if verb else tuple(dict.fromkeys((*evaluated, *served)))
+
+
+def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind: str) -> Task:
+    """The task of such a graph; see `parallel.task`.
+
+    Raises:
+        UserError: an axis does not divide what it shards, or a vocabulary's size is not known.
+    """
+    check_inference(settings)
+    own = settings.model_copy(deep=True)
+    exact_experts(own)
+    name, _, rows = kind.rpartition("_")
+    task = task_of(own, whole_spec(own, sizes_of(own)), name, int(rows), settings.serve.engine.requests, compute_dtype)
+    task.network.model.check_layout(parallel, int(rows))
+    return replace(task, network=task.scores(task.network))
+
+
+def check_inference(settings: Run) -> None:
+    """Raises a `UserError` for what is not served sharded."""
+    if settings.data.tables.place == "host":
+        raise UserError("tables on the host are served and evaluated by one process", where="data.tables.place",
+                        value="host", hint="set parallel.op and parallel.pipeline.stages to 1")
+    if settings.model.lookup.by != "op":
+        raise UserError("a forward pass alone cuts tables over the op axis", where="model.lookup.by",
+                        value=settings.model.lookup.by, hint="set model.lookup.by=op: the checkpoint is the same")
+    if settings.parallel.pipeline.stages > 1 and len(kinds_of(settings)) > 1:
+        raise UserError("both passes of a separated ranker are sharded by op alone", where="parallel.pipeline.stages",
+                        value=settings.parallel.pipeline.stages, hint="set it to 1 and raise parallel.op")
+
+
+def shapes_inference(tree: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's settings (as JSON) that shapes these graphs."""
+    model, data, layout = tree["model"], tree["data"], tree["parallel"]
+    return {
+        "model": {key: value for key, value in model.items() if key not in ("dropout", "embedding_std")},
+        "data": {key: data[key] for key in ("reader", "features", "labels", "pooling", "history", "passed",
+                                            "like_rate")},
+        "train": {"precision": tree["train"]["precision"]},
+        "serve": {"requests": tree["serve"]["engine"]["requests"]},
+        "sizes": _sizes(data["vocabulary"], tree["output"]["directory"]),
+        "parallel": {"op": layout["op"], "vocabulary": layout["vocabulary"],
+                     "pipeline": {key: layout["pipeline"][key] for key in ("stages", "offsets")}},
+    }  # fmt: skip
+
+
+def sizes_of(settings: Run) -> dict[str, int]:
+    """Known values of each vocabulary feature, by the vocabulary that the run names or has in its folder."""
+    return _sizes(settings.data.vocabulary, settings.output.directory)
+
+
+def _sizes(vocabulary: str | None, directory: str) -> dict[str, int]:
+    path = Path(vocabulary) if vocabulary is not None else Path(directory) / VOCABULARY
+    if vocabulary is not None and not path.is_file():
+        raise UserError("there is no such file", where="data.vocabulary", value=vocabulary)
+    return Vocabulary.load(path).sizes() if path.is_file() else {}
 
 
 def _sample(inputs: list[Input], seed: int) -> tuple[np.ndarray, ...]:

@@ -10,13 +10,13 @@ import numpy as np
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.layers.int8_numbers import SCALE, dequantize
-from recsys.data.dataset import features_of
+from recsys.data.columns import features_of
 from recsys.data.features import FIRST_KNOWN, MISSING, UNSEEN, FeatureSpec
-from recsys.layers.embedding import is_sparse
 from recsys.tables.columns import KeyColumns
 from recsys.tables.dynamic import Entries
 from recsys.tables.files import read_entries, table_files
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
+from recsys.tables.names import is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run

@@ -2,7 +2,8 @@
 weights.
 
 All variants score the same random request in turns, from encoded rows to probabilities, without HTTP. Weights are start
-values: time does not depend on what was learned. The unseparated model has as many tokens, widths and layers.
+values: time does not depend on what was learned. The unseparated model has the same number of tokens, widths and
+    layers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from parallel.common.errors import UserError
 from parallel.common.files import write_json
 from parallel.common.progress import info, progress, table
+from recsys.passes.sharded import is_sharded
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -52,8 +54,10 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     from parallel.training.device import start_device
     from recsys.ug_sep.sides import pair
 
+    if is_sharded():
+        return _run_sharded(settings, arguments)
     start_device()
-    if not hasattr(settings.model, "ug_sep"):
+    if not settings.model.separable:
         raise UserError("this model has no separation to measure", where="model.name", value=settings.model.name,
                         hint="take rankmixer or tokenmixer_large")
     if arguments.candidates < 1 or arguments.rounds < 1:
@@ -76,6 +80,53 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
         if arguments.sweep:
             _draw(rows, Path(arguments.output) / "bench.png")
     return figures
+
+
+def _run_sharded(settings: Run, arguments: argparse.Namespace) -> dict:
+    """One of the processes of a launch: the model as its file says, with start values in float32, its passes over the
+    shards of all of them.
+
+    Raises:
+        UserError: flags of what one process alone measures.
+    """
+    from recsys.passes.sharded import ShardedRanker
+    from recsys.passes.tasks import kinds_of, sizes_of, whole_spec
+    from recsys.serving.sharded import ShardedScorer
+    from recsys.serving.state_cache import StateCache
+
+    if arguments.sweep or arguments.group:
+        raise UserError("several processes measure the file's model in float32",
+                        where="--sweep" if arguments.sweep else "--group", hint="leave it out")
+    ranker, engine = ShardedRanker(settings, None, "bench"), settings.serve.engine
+    if not ranker.member.leads:
+        return ranker.follow()
+    spec, separated_ = whole_spec(settings, sizes_of(settings)), len(kinds_of(settings)) > 1
+    scorer, size = ShardedScorer(ranker, spec, separated_, engine, StateCache(0)), arguments.candidates
+    ids, numbers, _ = sample_rows(spec, size, separated_)
+    figures: dict[str, Any] = {}
+    for name, users in (("separated", 0), ("cached", 1)) if separated_ else (("unseparated", 0),):
+        scorer.cache = StateCache(users)
+        times = []
+        for number in range(arguments.rounds + 2):
+            begun = time.perf_counter()
+            scorer.score([(ids, numbers)])
+            if number >= 2:
+                times.append(1e3 * (time.perf_counter() - begun))
+        figures |= {f"{name}_{key}": float(np.percentile(times, share))
+                    for key, share in (("ms", 50), ("p95_ms", 95), ("p99_ms", 99))}
+    ranker.close()
+    table("Latency of one request over all processes, ms", ["figure", "value"], figures.items())
+    return {**figures, "candidates": size}
+
+
+def sample_rows(spec: Any, size: int, of_one_user: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random rows, as those of one user's candidates where a model is separated."""
+    from recsys.build import sample_batch
+
+    ids, numbers, labels = sample_batch(spec, size, 1, 0)
+    if of_one_user:
+        ids[:], numbers[:] = _one_user(spec, ids, numbers)
+    return ids, numbers, labels
 
 
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
@@ -112,7 +163,7 @@ def _matmul_ratio() -> float:
 
 
 def unseparated(settings: Run, spec: Any) -> Any:
-    """Settings of the model without separation and with as many tokens.
+    """Settings of the model without separation and with the same number of tokens.
 
     Raises:
         UserError: fewer tokens than semantic groups.
@@ -188,7 +239,6 @@ def measure(settings: Run, ratios: list[str], sizes: list[int], rounds: int, gro
 
 
 def _one_size(scorers: dict, spec: Any, size: int, rounds: int, most_seconds: float) -> list[dict]:
-    from recsys.build import sample_batch
     from recsys.serving.state_cache import StateCache
 
     caches = {"unseparated": StateCache(0), "separated": StateCache(0), "cached": StateCache(len(PRECISIONS))}
@@ -200,8 +250,7 @@ def _one_size(scorers: dict, spec: Any, size: int, rounds: int, most_seconds: fl
         scorer.score([(ids, numbers)])
         return 1e3 * (time.perf_counter() - begun)
 
-    ids, numbers, _ = sample_batch(spec, size, 1, 0)
-    ids[:], numbers[:] = _one_user(spec, ids, numbers)
+    ids, numbers, _ = sample_rows(spec, size, True)
     variants = [(mode, kind) for mode in MODES for kind in PRECISIONS]
     for variant in variants * 2:
         score(*variant)

@@ -24,10 +24,10 @@ from parallel.common.errors import UserError
 from parallel.layers.int8 import Int8Product, products
 from parallel.layers.int8_numbers import dequantize, panels
 from parallel.serving.queue import Waiting, WorkQueue, answer
-from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
+from recsys.tables.names import is_sparse
 from recsys.ug_sep.ranker import CandidatePass, SeparatedRanker, UserPass
 
 
@@ -50,6 +50,7 @@ class Scorer:
 
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache, tables: Any = None) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
+        self.spec, self.sides = model.spec, getattr(model, "sides", None)
         self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
         self.whole_pass = model
         if self.separated:
@@ -67,11 +68,11 @@ class Scorer:
             sides = self.model.sides
             self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
             self.candidate_pass = Hosted(self.candidate_pass, self.model, tables,
-                                         np.array(sides.candidate.ids, np.int64), place=2)
+                                         np.array(sides.candidate.ids, np.int64), argument=2)
 
     def warm(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
         """Compiles and runs every graph once."""
-        spec, users = self.model.spec, sorted({1, self.settings.requests})
+        spec, users = self.spec, sorted({1, self.settings.requests})
         for requests in users if self.separated else [1]:
             for size in self.settings.candidates:
                 count = max(size, requests)
@@ -86,13 +87,38 @@ class Scorer:
     def score(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
         """probabilities_CK of each (ids_CM, numbers_CN); the user columns of a request's first row hold for all."""
         sizes = [len(ids) for ids, _ in batch]
-        logits = self._separated(batch) if self.separated else self._chunks(
-            self.whole_pass, np.concatenate([ids for ids, _ in batch]),
+        found = self._separated(batch) if self.separated else self._chunks(
+            self.score_rows, np.concatenate([ids for ids, _ in batch]),
             np.concatenate([numbers for _, numbers in batch]))
-        return np.split(self.model.plan.predictions(logits), np.cumsum(sizes)[:-1])
+        return np.split(self.predictions(found), np.cumsum(sizes)[:-1])
+
+    # -- the passes ---------------------------------------------------------------------------------------------------
+
+    def score_rows(self, ids_NM: np.ndarray, numbers_NN: np.ndarray) -> np.ndarray:
+        """The whole forward pass."""
+        return self.whole_pass(Tensor(ids_NM), Tensor(numbers_NN)).asnumpy()
+
+    def user_states(self, ids_Rm: np.ndarray, numbers_Rn: np.ndarray) -> np.ndarray:
+        """states_RS of one user, or of as many as requests are scored together."""
+        return self.user_pass(Tensor(ids_Rm), Tensor(numbers_Rn)).asnumpy()
+
+    def score_candidates(self, states: Any, index_N: np.ndarray, ids_Nm: np.ndarray,
+                         numbers_Nn: np.ndarray) -> np.ndarray:
+        """The candidates' pass; `states` is what `on_device` made."""
+        return self.candidate_pass(states, Tensor(index_N), Tensor(ids_Nm), Tensor(numbers_Nn)).asnumpy()
+
+    def on_device(self, states_RS: np.ndarray) -> Any:
+        """The states as the candidates' pass takes them, for all batches of candidates."""
+        return Tensor(states_RS)
+
+    def predictions(self, found_NK: np.ndarray) -> np.ndarray:
+        """Probabilities, float64, of what the passes give."""
+        return self.model.plan.predictions(found_NK)
+
+    # -- batches ------------------------------------------------------------------------------------------------------
 
     def _separated(self, batch: list) -> np.ndarray:
-        sides, most = self.model.sides, self.settings.requests
+        sides, most = self.sides, self.settings.requests
         if len(batch) > most:
             raise ValueError(f"{len(batch)} requests where {most} are one batch")
         states_RS = self._states([sides.user.take(ids[:1], numbers[:1]) for ids, numbers in batch])
@@ -100,8 +126,8 @@ class Scorer:
         if len(batch) > 1:
             states_RS = np.concatenate([states_RS, np.repeat(states_RS[-1:], most - len(batch), 0)])
         index_N = np.repeat(np.arange(len(batch), dtype=np.int32), [len(ids) for ids, _ in rows])
-        states = Tensor(states_RS)
-        return self._chunks(lambda index, ids, numbers: self.candidate_pass(states, index, ids, numbers), index_N,
+        states = self.on_device(states_RS)
+        return self._chunks(lambda *arrays: self.score_candidates(states, *arrays), index_N,
                             np.concatenate([ids for ids, _ in rows]), np.concatenate([numbers for _, numbers in rows]))
 
     def _states(self, users: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -113,7 +139,7 @@ class Scorer:
             ids = np.concatenate([ids for ids, _ in missing.values()])
             numbers = np.concatenate([numbers for _, numbers in missing.values()])
             count = 1 if len(missing) == 1 else self.settings.requests
-            states = self.user_pass(Tensor(_filled(ids, count)), Tensor(_filled(numbers, count))).asnumpy()
+            states = self.user_states(_filled(ids, count), _filled(numbers, count))
             for key, state in zip(missing, states, strict=False):
                 found[key] = state.copy()
                 self.cache.put(key, found[key])
@@ -126,7 +152,7 @@ class Scorer:
             size = next((size for size in self.settings.candidates if size >= total - begin),
                         self.settings.candidates[-1])
             part = [array[begin:begin + size] for array in arrays]
-            results.append(run(*(Tensor(_filled(array, size)) for array in part)).asnumpy()[:len(part[0])])
+            results.append(run(*(_filled(array, size) for array in part))[:len(part[0])])
             begin += size
         return np.concatenate(results)
 
@@ -152,13 +178,17 @@ class Engine:
         self.trained, self.settings, self.observe = trained, settings, observe
         self.encoding_version = 1  # rises with every reload after which requests read as other numbers
         self.cache = StateCache(settings.cache_users, settings.cache_mb << 20, settings.cache_seconds)
-        self.scorer = Scorer(trained.model, settings, self.cache, trained.tables)
+        self.scorer = self.make_scorer()
         self.pinned: str | None = None  # name of the checkpoint that no reload replaces
         self._queue: WorkQueue[Rows] = WorkQueue(settings.queue, settings.timeout_seconds)
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._reloading = threading.Lock()
         # Kept, since the folder of a version that a run published goes when newer ones come.
         self._quantization = Checkpoint(trained.path).state.get("quantization")
+
+    def make_scorer(self) -> Scorer:
+        """What scores the batches."""
+        return Scorer(self.trained.model, self.settings, self.cache, self.trained.tables)
 
     @property
     def version(self) -> int:
@@ -261,13 +291,7 @@ class Engine:
         Raises:
             UserError: it is not of the same model, features and quantization.
         """
-        trained = describe(checkpoint)
-        if (trained.settings.model, trained.spec) != (self.trained.settings.model, self.trained.spec):
-            raise UserError("is of another model or other features", where=trained.path,
-                            hint="start another server for it")
-        file = Checkpoint(trained.path)
-        if file.state.get("quantization") != self._quantization:
-            raise UserError("is not quantized in the same way", where=trained.path, hint="start another server for it")
+        trained, file = self.described(checkpoint)
         model = self.trained.model
         stored = {product.name: product for product in products(model)}
         values = {}
@@ -283,6 +307,21 @@ class Engine:
             values[name] = Tensor(value, parameter.dtype)
         return trained, values, int(not trained.encodes_as(self.trained))
 
+    def described(self, checkpoint: str | Path) -> tuple[Trained, Checkpoint]:
+        """A checkpoint of the same model, features and quantization.
+
+        Raises:
+            UserError: it is of another.
+        """
+        trained = describe(checkpoint)
+        if (trained.settings.model, trained.spec) != (self.trained.settings.model, self.trained.spec):
+            raise UserError("is of another model or other features", where=trained.path,
+                            hint="start another server for it")
+        file = Checkpoint(trained.path)
+        if file.state.get("quantization") != self._quantization:
+            raise UserError("is not quantized in the same way", where=trained.path, hint="start another server for it")
+        return trained, file
+
     def _lasting(self, model: Any) -> list:
         """The model's parameters, without windows of tables on the host."""
         return [parameter for parameter in model.get_parameters()
@@ -296,6 +335,10 @@ class Engine:
         if trained.tables is not None:
             self.trained.tables.tables = trained.tables.tables
             trained.tables = self.trained.tables  # the passes know this one
+        self.taken(trained, rise)
+
+    def taken(self, trained: Trained, rise: int) -> None:
+        """Names the model that was put in place."""
         # In this order: who takes version and reading first never has an older `trained` than they say.
         self.trained = trained
         self.encoding_version += rise

@@ -32,6 +32,7 @@ from parallel.serving.metrics import SECONDS, HttpMetrics
 from parallel.serving.queue import Busy
 from parallel.serving.run import address, bind, serve
 from recsys.layers.tasks import Formula
+from recsys.passes.sharded import is_sharded
 from recsys.serving import arrow_body
 from recsys.serving.feature_store import FeatureStore, StoreAway
 from recsys.serving.requests import Ask, read_request
@@ -321,8 +322,9 @@ def application(service: Service) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `serve`."""
-    parser.add_argument("--checkpoint", metavar="DIR", required=True,
-                        help="the run or checkpoint to serve, float or quantized; reloads look for a newer one there")
+    parser.add_argument("--checkpoint", metavar="DIR",
+                        help="the run or checkpoint to serve, float or quantized; reloads look for a newer one there "
+                        "(may be missing where --config is a run's file: its output.directory)")
     parser.add_argument("--run-config", metavar="FILE",
                         help="settings of the run (default: those kept in the checkpoint)")
 
@@ -334,6 +336,14 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
         UserError: a package is missing, the port is taken, or the checkpoint cannot be served.
     """
     require()
+    run_settings = None if isinstance(settings, ServeSettings) else settings
+    if run_settings is not None:
+        settings = run_settings.serve
+        arguments.checkpoint = arguments.checkpoint or run_settings.output.directory
+    if arguments.checkpoint is None:
+        raise UserError("say what to serve", where="--checkpoint", hint="name a run or a checkpoint")
+    if is_sharded():
+        return _run_sharded(run_settings, settings, arguments)
     place = Place.mine()
     if settings.workers > 1 and place is None:
         return run_workers(settings, f"serve {arguments.checkpoint}")
@@ -350,14 +360,36 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
         trained, current = load_current(live_folder(arguments.checkpoint), rows)
     else:
         trained = load(arguments.checkpoint, arguments.run_config, rows)
-    engine = Engine(trained, settings.engine)
-    engine.start(lambda graph: info(f"compiled {graph}"))
-    service = Service(engine, settings, arguments.checkpoint)
+    service = _started(Engine(trained, settings.engine), settings, arguments.checkpoint)
     if place is not None:
         service.peers = Peers(place, service.rank, service.control)
     if current is not None:
-        service.follow(Follower(engine, current, settings.follow_seconds, service.metrics.took_version))
+        service.follow(Follower(service.engine, current, settings.follow_seconds, service.metrics.took_version))
+    return _served(service, listener)
+
+
+def _run_sharded(run_settings: Any, settings: ServeSettings, arguments: argparse.Namespace) -> dict:
+    """One of the processes of a launch."""
+    from recsys.serving.sharded import open_engine
+
+    engine = open_engine(run_settings, settings, arguments.checkpoint, arguments.run_config)
+    if engine is None:
+        return {}
+    try:
+        return _served(_started(engine, settings, arguments.checkpoint), bind(settings))
+    finally:
+        engine.ranker.close()
+
+
+def _started(engine: Any, settings: ServeSettings, folder: str) -> Service:
+    engine.start(lambda graph: info(f"compiled {graph}"))
+    return Service(engine, settings, folder)
+
+
+def _served(service: Service, listener: Any) -> dict:
+    """Until a signal; the verb's figures."""
+    engine, trained = service.engine, service.engine.trained
     said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
-    serve(application(service), listener, settings, one_line, lambda: info(said))
+    serve(application(service), listener, service.settings, one_line, lambda: info(said))
     service.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}

@@ -1,4 +1,4 @@
-"""A trained ranker whose tables lie on the host, read from a checkpoint."""
+"""A trained ranker whose tables are on the host, read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.full import load_parameters
 from parallel.layers.parameter import initialize
-from recsys.build import loss_network
 from recsys.data.features import FeatureSpec
+from recsys.network import loss_network
 from recsys.tables.host import HostTables
 from recsys.tables.step import Hosted, dense_parameters
 
@@ -23,7 +23,7 @@ def load_hosted(settings: Run, spec: FeatureSpec, tasks: int, path: Path, batch:
 
     Args:
         settings: of the run.
-        spec: places of the features in the log.
+        spec: columns of the features in the log.
         tasks: K.
         path: the checkpoint.
         batch: samples of one call at most.

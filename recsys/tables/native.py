@@ -16,7 +16,7 @@ _LONG, _INT, _UNSIGNED, _DOUBLE, _FLOAT, _TEXT, _POINTER = (
     ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_double, ctypes.c_float, ctypes.c_char_p, ctypes.c_void_p)
 
 _SIGNATURES = {
-    "table_new": (_POINTER, [_LONG] * 4 + [ctypes.c_uint64, _DOUBLE, _FLOAT] + [_TEXT] * 4),
+    "table_new": (_POINTER, [_LONG] * 4 + [ctypes.c_uint64, _DOUBLE, _FLOAT, _TEXT]),
     "table_free": (None, [_POINTER]),
     "table_sizes": (None, [_POINTER] * 2),
     "keys_unique": (_LONG, [_POINTER, _LONG] + [_POINTER] * 3),
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
         UserError: they cannot be built here.
     """
     # Without -ffast-math: what a table starts from and becomes must not depend on how the compiler orders sums.
-    path = build_library(SOURCE, does="tables lie in the graph", flags=("-march=native", "-ffp-contract=off"))
+    path = build_library(SOURCE, does="tables are kept in the graph", flags=("-march=native", "-ffp-contract=off"))
     if path is None:
         raise UserError("tables on the host need a C++ compiler", where="data.tables.place", value="host",
                         hint="install g++, or set it to graph")
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
 
 
 def address(array: np.ndarray | None) -> int | None:
-    """Where a contiguous array lies; None for none."""
+    """Address of a contiguous array; None for none."""
     return None if array is None else array.ctypes.data
 
 

@@ -11,16 +11,17 @@ from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.sharded.run import whole_network
 from parallel.training.trainer import Trainer
-from recsys.build import loss_network
-from recsys.data.dataset import Batches, Log
+from recsys.data.batches import Batches
 from recsys.data.features import FeatureSpec
+from recsys.data.log import Log
 from recsys.evaluation import Evaluation
-from recsys.layers.embedding import is_sparse
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
+from recsys.network import loss_network
 from recsys.ranker import Scores, TrainingLoss
 from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
+from recsys.tables.names import is_sparse
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
 from recsys.training.any_backend import compares, keep_vocabulary, run_of
 from recsys.training.validation import Best, evaluation_batch, validation_rows

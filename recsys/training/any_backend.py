@@ -7,14 +7,18 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.checkpoint.folder import list_checkpoints
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.progress import table
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
-from recsys.data.dataset import VOCABULARY, Batches, Log, prepare
+from recsys.data.batches import Batches
+from recsys.data.log import VOCABULARY, Log, prepare
 from recsys.layers.tasks import TaskPlan
+from recsys.live.ranks import ranks_publisher
 from recsys.training.validation import Best, RanksEvaluation, validation_rows
+from recsys.versions.warm_start import warm_start_slices
 
 if TYPE_CHECKING:
     from recsys.settings import Run as RunSettings
@@ -34,12 +38,6 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     options = settings.train
     if options.share_users:
         raise UserError("a sharded run does not share users", where="train.share_users", hint="set it to false")
-    if options.start_from is not None:
-        raise UserError("a sharded run or one on torch does not start from another model", where="train.start_from",
-                        value=options.start_from, hint="set it to null, or train on one device with MindSpore")
-    if settings.publish.wanted:
-        raise UserError("a sharded run or one on torch publishes no versions", where="publish",
-                        hint="set publish.every_steps and publish.every_seconds to null")
     log = prepared(settings, backend)
     batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
                       *backend.share, log.spec, settings.data.together, compares(settings))
@@ -48,7 +46,11 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     best = Best(settings, evaluation, backend.parameters, backend.rank, holder=backend.holder)
     if backend.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
-    trainer = Trainer(backend, run_of(settings, figures, batches, ranks=backend.ranks, evaluate=[best]))
+    if options.start_from is not None and not list_checkpoints(Path(settings.output.directory) / "checkpoints"):
+        warm_start_slices(backend, log.spec, log.vocabulary, options.start_from)
+    publisher = ranks_publisher(settings, backend)
+    trainer = Trainer(backend, run_of(settings, figures, batches, ranks=backend.ranks, evaluate=[best],
+                                      companions=[publisher] if publisher is not None else []))
     told = trainer.run()
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else log.parts["validation"]

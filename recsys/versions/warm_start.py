@@ -1,6 +1,6 @@
 """A ranker with other features from an old checkpoint: parameters by name, rows of tables by value, columns of the
 first matrices by feature. What a new feature feeds starts at 0 there, so where features are only added (to groups that
-were there) the new model says at first what the old one said."""
+were there) the new model predicts at first what the old one did."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.progress import table
+from parallel.training.backend import SlicedBackend
 from recsys.data.features import FIRST_KNOWN, FeatureSpec, Slot
 from recsys.data.vocabulary import Vocabulary
-from recsys.layers.embedding import is_sparse
 from recsys.saved_model import Trained, describe
+from recsys.tables.names import is_sparse
 
 _TABLE = re.compile(r"\.tables\.(\d+)\.table$")
 _GROUP = re.compile(r"(?:^|\.)tokenize\.networks\.(\d+)\.linears\.0\.weight$")
@@ -32,15 +32,16 @@ def warm_start(network: Any, spec: FeatureSpec, vocabulary: Vocabulary, path: st
         network: the new one.
         spec, vocabulary: of the new run.
         path: the old checkpoint, or its run's folder.
-        tables: `recsys.tables.host.HostTables` of the new run, where its tables lie on the host.
+        tables: `recsys.tables.host.HostTables` of the new run, where its tables are on the host.
 
     Returns: how many parameters (and tables of features) were kept, kept in part, and started anew.
 
     Raises:
         UserError: there is no such checkpoint.
     """
-    old = describe(path)
-    move = _Move(old, spec, vocabulary)
+    from mindspore import Tensor
+
+    move = _Move(describe(path), spec, vocabulary)
     rows = []
     for parameter in network.get_parameters():
         if tables is not None and is_sparse(parameter.name):
@@ -51,14 +52,27 @@ def warm_start(network: Any, spec: FeatureSpec, vocabulary: Vocabulary, path: st
             parameter.set_data(Tensor(np.ascontiguousarray(value), parameter.dtype))
     if tables is not None:
         rows += move.host_tables(tables)
-    names = {name for name, _ in rows} | {p.name for p in network.get_parameters()}
-    rows += [(name, "dropped") for name in move.file.layout if name not in names and not _is_state(name)]
-    rows += [(f"feature {name}", "dropped") for name in old.spec.slots if name not in spec.slots]
-    table(f"Started from {old.path}", ["parameter", "what became of it"], rows)
-    counts = {"kept": 0, "in_part": 0, "anew": 0, "dropped": 0}
-    for _, what in rows:
-        counts[what if what in ("kept", "dropped") else "anew" if what.startswith("anew") else "in_part"] += 1
-    return counts
+    return move.told(rows, {parameter.name for parameter in network.get_parameters()})
+
+
+def warm_start_slices(backend: SlicedBackend, spec: FeatureSpec, vocabulary: Vocabulary,
+                      path: str | Path) -> dict[str, int]:
+    """`warm_start` of a process that holds slices (or everything, on a backend of another framework): each parameter
+    is moved whole, one at a time, and this process's slice of it taken. Process 0 prints.
+
+    Args:
+        backend: at its start values, which it can tell whole.
+        spec, vocabulary, path: see `warm_start`.
+    """
+    move, rows, holder = _Move(describe(path, stored=True), spec, vocabulary), [], backend.holder
+    for tensor in backend.parameters():
+        value, what = move.parameter(tensor.name, backend.whole_start(tensor.name))
+        rows.append((tensor.name, what))
+        if value is not None:
+            places = tuple(slice(*pair) for pair in holder.extents[tensor.name]) if holder is not None else ()
+            tensor.assign(np.ascontiguousarray(value[places]))
+    names = {tensor.name for tensor in backend.parameters()} | set(holder.shapes if holder is not None else ())
+    return move.told(rows, names, shown=backend.rank == 0)
 
 
 def _is_state(name: str) -> bool:
@@ -66,12 +80,30 @@ def _is_state(name: str) -> bool:
 
 
 class _Move:
-    """From one model's places to another's."""
+    """From one model's columns to another's."""
 
     def __init__(self, old: Trained, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
         self.old, self.spec, self.vocabulary = old, spec, vocabulary
         self.file = Checkpoint(old.path)
         self.same_input = group_columns(old.spec) == group_columns(spec)
+
+    def told(self, rows: list[tuple[str, str]], names: set[str], shown: bool = True) -> dict[str, int]:
+        """Prints what became of everything, and counts it.
+
+        Args:
+            rows: (parameter or table, what became of it).
+            names: of all parameters of the new model.
+            shown: whether it is printed.
+        """
+        names = {name for name, _ in rows} | names
+        rows = rows + [(name, "dropped") for name in self.file.layout if name not in names and not _is_state(name)]
+        rows += [(f"feature {name}", "dropped") for name in self.old.spec.slots if name not in self.spec.slots]
+        if shown:
+            table(f"Started from {self.old.path}", ["parameter", "what became of it"], rows)
+        counts = {"kept": 0, "in_part": 0, "anew": 0, "dropped": 0}
+        for _, what in rows:
+            counts[what if what in ("kept", "dropped") else "anew" if what.startswith("anew") else "in_part"] += 1
+        return counts
 
     def parameter(self, name: str, start: np.ndarray) -> tuple[np.ndarray | None, str]:
         """(value, what became of it) of one parameter whose start value is given."""
@@ -96,7 +128,7 @@ class _Move:
             if _ALL_GROUPS.search(name) or first:
                 return self._columns(value, start, old_whole, whole)
             if ".tokenize." in f".{name}" and not name.endswith(".bias"):
-                return None, "anew (it reads the features in other places)"
+                return None, "anew (it reads the features in other columns)"
         if value.shape != start.shape:
             return None, f"anew (shape {list(value.shape)}, now {list(start.shape)})"
         return value, "kept"
@@ -174,7 +206,7 @@ class _Move:
         return count, count, ""
 
     def host_tables(self, tables: Any) -> list[tuple[str, str]]:
-        """Rows of features by key; the old run's may lie on the host or in the graph."""
+        """Rows of features by key; the old run's may be on the host or in the graph."""
         from recsys.tables.dynamic import Entries
         from recsys.tables.files import FOLDER, read_entries, table_files
 

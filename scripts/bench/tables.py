@@ -5,8 +5,9 @@
 
 1. A whole training step of configs/recsys/tokenmixer_large.yaml with tables of width 16 and row-wise Adagrad, whose
    users and items (and histories of items) are Zipf-distributed ids of that many rows in all, in files mapped into
-   memory; every row is written before the clock starts. The sizes take turns in one process. Beside it the lookup and
-   the update alone. `ratio` is the step with the fewest rows over the step with the most: the aim is 0.87 or more.
+   memory (--folder says where: on a disk the time of writing back comes in); every row is written before the clock
+   starts. The sizes take turns in one process. Beside it the lookup and the update alone. `ratio` is the step with the
+   fewest rows over the step with the most: the aim is 0.87 or more.
 2. Lookup + update of one table (element-wise Adagrad, ids Zipf-distributed, --peer-rows rows): ours with ids found by
    hashing and by number, torch's EmbeddingBag with sparse gradients and its Adagrad, and the table of fbgemm that
    TorchRec's modules are made of, with its fused row-wise Adagrad, where --torchrec names a Python that has it.
@@ -99,10 +100,10 @@ class Sized:
         from parallel.task import load_run
         from parallel.training.optimizers import Optimizer
         from recsys.build import loss_network
-        from recsys.data.dataset import features_of
-        from recsys.data.features import place
-        from recsys.layers.embedding import is_sparse
+        from recsys.data.columns import features_of
+        from recsys.data.features import assign_columns
         from recsys.tables.host import HostTables
+        from recsys.tables.names import is_sparse
         from recsys.tables.step import HostedBackend, TableStep
 
         _, plain = load_run(str(ROOT / "configs/recsys/tokenmixer_large.yaml"))
@@ -112,7 +113,7 @@ class Sized:
         _, settings = load_run(str(ROOT / "configs/recsys/tokenmixer_large.yaml"), [
             "data.tables.place=host", f"data.tables.folder={folder}", "train.sparse_optimizer.name=rowwise_adagrad",
             f"train.sparse_optimizer.learning_rate={RATE}", f"train.global_batch_size={batch}"])
-        self.rows, self.spec = rows, place(features, settings.model.embedding_size)
+        self.rows, self.spec = rows, assign_columns(features, settings.model.embedding_size)
         self.tables = HostTables(settings, self.spec, batch)
         for name in ("user_id", "item_id"):
             fill(self.tables.tables[name], rows // 2, f"{rows:,} rows, {name}")

@@ -1,5 +1,5 @@
-"""SIGKILL to one rank and then to the others, in layouts of both families that run on torch over gloo: the ranks as the
-launcher starts them, of programs exported once."""
+"""SIGKILL to one rank and then to the others, in layouts of both families that run on torch over gloo, one process and
+many: the ranks as the launcher starts them, of programs exported once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from campaigns.base import Campaign
 from campaigns.children import Child
 from campaigns.kills import CLICKS, LIMIT, PANGU, ROOT, TRAIN, Job, kill_all, trained
 
-GOAL = 10
+GOAL, ALONE = 10, 100
 _DEEP = ["parallel.pipeline.stages=2", "parallel.pipeline.micro_batches=2"]
 LAYOUTS = {
+    "pangu one process on torch": ("pangu", ["parallel.backend=torch"]),
+    "ranker one process on torch": ("rankmixer", ["parallel.backend=torch"]),
     "pangu data 2": ("pangu", ["parallel.data=2", "parallel.backend=torch"]),
     "pangu op 2": ("pangu", ["parallel.op=2"]),
     "pangu 2 stages": ("pangu", _DEEP),
@@ -59,7 +61,7 @@ def job(name: str, home: Path) -> Job:
             if not export.ended(LIMIT) or export.code != 0:
                 raise RuntimeError(f"{name}: the export failed: {export.told()[-3000:]}")
 
-    return Job(name, ranks_of(program), trained, GOAL, prepare)
+    return Job(name, ranks_of(program), trained, ALONE if "one process" in name else GOAL, prepare)
 
 
 def ranks_of(program: Path) -> Callable[[Path], list[Child]]:

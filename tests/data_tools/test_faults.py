@@ -12,12 +12,16 @@ import time
 import pytest
 
 from data_tools.__main__ import VERBS
+from data_tools.dedup.plan import DedupPlan, DedupSettings
+from data_tools.dedup.step import RemoveDuplicates, decide
 from data_tools.documents import plan_splits, read_split
+from data_tools.engines.local import LocalEngine
 from data_tools.readers._html import decode_html, extract_html
 from data_tools.records import ReadLog, ReadSettings
 from data_tools.rules.special_symbols import SpecialSymbols
 from data_tools.steps.decontaminate import evaluation_texts
 from parallel.common.command import main
+from parallel.common.errors import UserError
 
 TEXT = "这是一段足够长的中文网页内容，用来测试各种输入。" * 8
 
@@ -166,7 +170,7 @@ def test_a_page_of_which_the_crawl_got_a_part_is_left_out(tmp_path):
 
 @pytest.mark.parametrize(("name", "cuts"), [
     ("a.warc.gz", (20, 40, 60, 80, 100, 120)), ("a.warc", (30, 301, 601))])
-def test_an_archive_that_ends_inside_a_record_is_told_and_its_half_page_left_out(tmp_path, name, cuts):
+def test_an_archive_that_ends_inside_a_record_is_reported_and_its_half_page_left_out(tmp_path, name, cuts):
     whole = b"".join(map(gzip.compress, archive())) if name.endswith("gz") else b"".join(archive())
     for cut in cuts:
         (tmp_path / name).write_bytes(whole[:-cut])
@@ -242,7 +246,7 @@ def test_one_damaged_file_ends_nothing(tmp_path, capsys, verb):
     assert "good" in {line["id"] for line in lines_of(tmp_path / "o")}
 
 
-def test_separators_inside_a_question_do_not_cut_it(tmp_path):
+def test_separators_inside_a_question_do_not_split_it(tmp_path):
     question = "第一行\u2028第二行\u0085第三行\x0c第四行"
     (tmp_path / "q.jsonl").write_text(json.dumps({"q": question}, ensure_ascii=False) + "\n" * 2 + '{"q": "b"}\n')
     assert list(evaluation_texts(tmp_path / "q.jsonl")) == [question, "b"]
@@ -265,3 +269,26 @@ def test_names_of_files_that_are_no_utf8(tmp_path, capsys, verb):
     assert run(capsys, "report", "--input", tmp_path / "o\udcffjsonl")[0] == 0
     found = lines_of(tmp_path / "o\udcffjsonl")
     assert [line["source"] for line in found] == ["a\\xff", "b\\xce\\xc4"] and len({line["id"] for line in found}) == 2
+
+
+def test_damage_to_what_dedup_keeps_is_mended_by_its_next_run(tmp_path):
+    """Signatures and decisions, as a kill leaves them: what has changed is made anew, not believed."""
+    lines = "".join(json.dumps({"id": str(i), "text": TEXT + "。" * (i % 3)}) + "\n" for i in range(6))
+    (tmp_path / "in.jsonl").write_text(lines)
+    read = ReadSettings()
+    plan = DedupPlan(DedupSettings(), read, tuple(plan_splits([str(tmp_path / "in.jsonl")], read)),
+                     str(tmp_path / "work"))
+    engine = LocalEngine(1)
+    wanted = decide(plan, engine)
+    path, marker = plan.decision_path(0), tmp_path / "work" / "decisions" / "done.json"
+    whole, told = path.read_bytes(), marker.read_bytes()
+    assert whole.count(b"_duplicate") == 5
+    for file, damaged in ((path, whole.replace(b"1", b"7")), (path, whole[:-9]), (path, b""), (path, b"\xff"),
+                          (marker, told.replace(b"1", b"2")), (marker, b"{")):
+        path.write_bytes(whole)
+        marker.write_bytes(told)
+        file.write_bytes(damaged)
+        assert decide(plan, engine) == wanted and path.read_bytes() == whole, damaged[:40]
+    path.write_bytes(whole[:-1] + b" ")
+    with pytest.raises(UserError, match="damaged"):
+        RemoveDuplicates(plan, wanted[1]).begin_part(plan.splits[0])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-import resource
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pangu.generation.sharded.dealing import dealt, put_together
 from pangu.generation.sharded.model import open_sharded
 from pangu.settings import Run
 from parallel.common.settings import load_settings
+from parallel.torch_runtime.inference import member, rank  # noqa: F401, before memory is measured
 
 GREEDY = GenerateSettings(max_new_tokens=12, temperature=0.0, stop_ids=[], batch_size=3, prefill_chunk=16)
 SEEDED = GREEDY.model_copy(update={"temperature": 1.0, "top_p": 0.9, "seed": 5})
@@ -60,10 +61,17 @@ def logits_of(runner, prompts: list[list[int]]) -> list[np.ndarray]:
     return [np.concatenate(rows) for rows in found]
 
 
+def memory(line: str) -> int:
+    """Bytes that the kernel tells of this process: VmRSS now, VmHWM at most."""
+    told = Path("/proc/self/status").read_text().split(f"{line}:")[1]
+    return int(told.split()[0]) * 1024
+
+
 def main() -> None:
     config, checkpoint, output = sys.argv[1:]
-    settings = load_settings(Run, config)
+    settings, before = load_settings(Run, config), memory("VmRSS")
     sharded = open_sharded(settings, checkpoint)
+    Path(f"{output}.memory-{os.environ['RANK']}").write_text(str(memory("VmHWM") - before))
     if sharded.backend is None:
         sharded.follow()
     else:
@@ -73,16 +81,15 @@ def main() -> None:
             np.savez(f"{output}.npz", **{str(number): item for number, item in enumerate(rows)})
         mine = dealt(prompts, sharded.member.groups)[sharded.member.group]
         generator = Generator(sharded.backend, None)
-        told = {name: [completion.ids for completion in generator.generate_ids([prompts[i] for i in mine], rule)]
-                for name, rule in (("greedy", GREEDY), ("seeded", SEEDED))}
-        gathered = sharded.member.gather([mine, told])
+        message = {name: [completion.ids for completion in generator.generate_ids([prompts[i] for i in mine], rule)]
+                   for name, rule in (("greedy", GREEDY), ("seeded", SEEDED))}
+        gathered = sharded.member.gather([mine, message])
         sharded.close()
         if sharded.first:
             results = {name: put_together([list(zip(numbers, own[name], strict=True)) for numbers, own in gathered],
-                                          len(prompts)) for name in told}
+                                          len(prompts)) for name in message}
             Path(f"{output}.json").write_text(json.dumps(results))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"peak_kb": peak}))
+    print(json.dumps({"rank": os.environ["RANK"]}))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import lzma
 
+import numpy as np
 import pytest
 
+from parallel.common.digests import load_array, save_array
 from parallel.common.errors import UserError
-from parallel.common.files import atomic_write, inside, open_text, read_json, write_json
+from parallel.common.files import DamagedFile, atomic_write, inside, open_binary, open_text, read_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -21,7 +23,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="no space left"), atomic_write(tmp_path / "a"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
@@ -58,3 +60,28 @@ def test_paths_stay_inside(tmp_path, path):
     with pytest.raises(UserError, match="outside"):
         inside(root, path)
     assert inside(root, "a/b") == root.resolve() / "a/b"
+
+
+def test_an_array_carries_its_checksum(tmp_path):
+    path, array = tmp_path / "a.npy", np.arange(300).reshape(100, 3)
+    save_array(path, array)
+    np.testing.assert_array_equal(load_array(path), array)
+    whole = path.read_bytes()
+    for place in (*range(0, len(whole), 97), len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+        with pytest.raises(UserError, match="damaged"):
+            load_array(path)
+    for length in (0, 5, 8, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged"):
+            load_array(path)
+
+
+def test_every_stream_of_an_archive_is_read_and_what_is_none_is_told(tmp_path):
+    path = tmp_path / "a.xz"
+    path.write_bytes(lzma.compress(b"a") + bytes(8) + lzma.compress(b"b" * 3_000_000) + bytes(4))
+    with open_binary(path) as file:
+        assert file.read() == b"a" + b"b" * 3_000_000
+    path.write_bytes(lzma.compress(b"a") + b"no stream")
+    with open_binary(path) as file, pytest.raises(DamagedFile):
+        file.read()

@@ -166,7 +166,7 @@ def test_rows_in_files_are_the_same(tmp_path):
             table.update(rows, np.full((len(rows), 3), 0.1 * step, np.float32), Rule("lazy_adam", 0.1))
     one, other = (table.entries() for table in tables)
     assert all((getattr(one, name) == getattr(other, name)).all() for name in Entries.NAMES)
-    assert (tmp_path / "table" / "values.bin").stat().st_size >= 250 * 12
+    assert (tmp_path / "table" / "rows.bin").stat().st_size >= 250 * 12
 
 
 @pytest.mark.parametrize("rule", ["sgd", "rowwise_adagrad", "adagrad", "lazy_adam"])

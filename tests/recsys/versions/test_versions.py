@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from mindspore import Tensor
 from parallel.common.errors import UserError
 from parallel.layers.parameter import initialize
 from recsys.build import loss_network
-from recsys.data.dataset import features_of
+from recsys.data.columns import features_of
 from recsys.saved_model import load
 from recsys.serving.engine import Engine
 from recsys.serving.requests import read_request
@@ -105,7 +107,7 @@ def _described(folder):
 
 def _settings(config, *words):
     from parallel.task import load_run
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from tests.recsys.runs import DATA
 
     _, settings = load_run(f"configs/recsys/{config}.yaml", [*DATA, *words])
@@ -194,3 +196,31 @@ def test_start_from_in_a_run(tmp_path, graph_mode):
     start_values(other, network, log)
     assert any((one.asnumpy() != same.asnumpy()).any() for one, same in
                zip(network.model.get_parameters(), old.get_parameters(), strict=True)), "its own checkpoint comes first"
+
+
+# Two runs of two processes: compiled once each.
+def test_a_sharded_run_starts_from_a_checkpoint_of_other_features(tmp_path):
+    """Its first losses are those of one process that starts from the same checkpoint: every slice was moved."""
+    pytest.importorskip("torch")
+    features = ("[{name: user_id, side: user, values: integer, rows: 50}, {name: item_id, side: item, values: integer, "
+                "rows: 40}%s]")
+    small = ["model.hidden=[8]", "data.synthetic.samples=600", "data.synthetic.users=50", "data.synthetic.items=40",
+             "train.global_batch_size=16", "output.tensorboard=false", "output.loss_curve=false", "train.log_every=1",
+             "train.peak_tflops=1", f"data.cache={tmp_path / 'data'}"]
+    (tmp_path / "run.yaml").write_text("model: {name: dlrm_mlp}\n")
+
+    def train(name, *more, launcher=()):
+        words = [*(launcher or ("recsys", "train")), "--config", str(tmp_path / "run.yaml"), *small,
+                 f"output.directory={tmp_path / name}", "train.steps=4", *more]
+        ended = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=600)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry], ended.stderr
+
+    train("old", "data.features=" + features % "")
+    new = ["data.features=" + features % ", {name: hour, side: context, values: integer, rows: 24}",
+           f"train.start_from={tmp_path / 'old'}"]
+    wanted, _ = train("one", *new)
+    found, told = train("two", *new, "parallel.op=2", launcher=("parallel", "launch", "--nproc", "2"))
+    assert "what became of it" in told
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)

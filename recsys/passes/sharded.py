@@ -1,0 +1,175 @@
+"""This process's part of a ranker over several devices: its shards of the weights and tables, and the passes over them.
+
+A launch starts groups of op x stages processes. Evaluation runs the same loop on all of them: each group scores every
+so many-th batch. Where requests come (serving, bench) a group's first rank leads: it tells the others a pass and its
+inputs, and they follow until it ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parallel.checkpoint.full import Checkpoint
+from parallel.checkpoint.sharded import Slices
+from parallel.common.errors import UserError
+from parallel.common.progress import info
+from parallel.launch.inference import DEVICE, PROGRAM, compare_settings
+from recsys.passes.tasks import inference_kinds, shapes_inference, sizes_of
+from recsys.saved_model import vocabulary_of
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
+
+_CAPTURED = ("auto", "cuda_graph", "inductor")
+_TAKE = -1
+_NOTHING = np.zeros(0, np.int32)
+
+
+def is_sharded() -> bool:
+    """Whether a launch runs graphs of a program in this process."""
+    return PROGRAM in os.environ
+
+
+class ShardedRanker:
+    """Args:
+        settings: of the run.
+        checkpoint: whole or in the slices of any layout; None = start values.
+        verb: says which passes there are.
+
+    Raises:
+        UserError: no such checkpoint, one of another model or features, int8 weights, a program of other settings.
+    """
+
+    def __init__(self, settings: Run, checkpoint: Path | None, verb: str) -> None:
+        from parallel.torch_runtime.inference.member import Member
+        from parallel.torch_runtime.inference.rank import InferenceRank
+        from parallel.torch_runtime.program import Program
+
+        program = Program(os.environ[PROGRAM])
+        wanted, held = (shapes_inference(tree) for tree in (settings.model_dump(mode="json"), program.settings))
+        compare_settings(wanted, held, program.folder)
+        missing = [kind for kind in inference_kinds(settings, verb) if not program.has(kind)]
+        if missing:
+            raise UserError(f"the program holds no {missing[0]} graph", where=program.folder,
+                            hint=f"export it with --graphs {','.join(inference_kinds(settings, verb))}")
+        if checkpoint is not None:
+            check_checkpoint(settings, checkpoint)
+        self.program, self.kinds = program, program.inference_kinds
+        self.member = Member(program, os.environ.get(DEVICE, "cpu"))
+        read = reading(program, checkpoint)
+        self.rank = InferenceRank(program, self.member, read, 0, settings.parallel.execution in _CAPTURED)
+        self._next: dict[str, Any] = {}
+        if self.first:
+            info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that answers and tells figures."""
+        return self.member.rank == 0
+
+    def run(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
+        """A pass over this rank's shards, called by every rank of the group with the same inputs; its result on the
+        group's first rank, None elsewhere."""
+        result = self.rank.run(kind, inputs)
+        return None if result is None else result.float().cpu().numpy()
+
+    # -- leading and following ----------------------------------------------------------------------------------------
+
+    def lead(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """`run` on all ranks of the group, called by its first rank alone."""
+        flat = [np.ascontiguousarray(array).reshape(-1).view(np.int32) for array in inputs]
+        self.member.tell(np.concatenate([[np.int32(self.kinds.index(kind))], *flat]))
+        return self.run(kind, inputs)
+
+    def follow(self) -> dict:
+        """What a rank that does not lead does until its group's first rank has ended."""
+        while len(message := self.member.hear()):
+            if message[0] == _TAKE:
+                self.take(self.read(bytes(message[1:].astype(np.uint8)).decode()))
+            else:
+                kind = self.kinds[message[0]]
+                self.run(kind, self._unpacked(kind, message[1:]))
+        self.member.close()
+        return {}
+
+    def close(self) -> None:
+        """Lets the ranks that follow end."""
+        if self.member.leads:
+            self.member.tell(_NOTHING)
+        self.member.close()
+
+    def _unpacked(self, kind: str, flat: np.ndarray) -> list[np.ndarray]:
+        inputs, begin = [], 0
+        for _, shape, dtype in self.program.tree["shapes"][kind]:
+            size = int(np.prod(shape))
+            inputs.append(flat[begin:begin + size].view(dtype).reshape(shape))
+            begin += size
+        return inputs
+
+    # -- other values -------------------------------------------------------------------------------------------------
+
+    def read(self, checkpoint: str | Path) -> dict[str, Any]:
+        """This rank's shards of another checkpoint, by parameter.
+
+        Raises:
+            UserError: one is missing or of another shape.
+        """
+        from parallel.torch_runtime.inference.rank import tensor_of
+
+        read, found = reading(self.program, Path(checkpoint)), {}
+        for name, held in self.rank.state.items():
+            value = tensor_of(read(name, self.rank.own.extents.get(name)))
+            if value.shape != held.shape:
+                raise UserError(f"'{name}' has another shape", where=checkpoint)
+            found[name] = value
+        return found
+
+    def take(self, values: dict[str, Any]) -> None:
+        """Puts what `read` gave in place."""
+        for name, value in values.items():
+            self.rank.state[name].copy_(value)
+
+    def lead_take(self, checkpoint: Path, values: dict[str, Any]) -> None:
+        """`take` on all ranks of the group, of values that this one has read; called by its first rank alone."""
+        path = np.frombuffer(str(checkpoint.resolve()).encode(), np.uint8).astype(np.int32)
+        self.member.tell(np.concatenate([[np.int32(_TAKE)], path]))
+        self.take(values)
+
+
+def reading(program: Any, checkpoint: Path | None) -> Any:
+    """`read(name, extent)` of the part of a parameter: of a checkpoint, or of the start values."""
+    if checkpoint is not None:
+        return Slices(checkpoint).read
+    from parallel.torch_runtime.program import start_of
+
+    return lambda name, extent: start_of(program.by_name[name], extent, program.seed)
+
+
+def check_checkpoint(settings: Run, path: Path) -> None:
+    """Raises a `UserError` unless a checkpoint can be read into shards of the run's passes."""
+    opened = Checkpoint(path)
+    if opened.state.get("quantization") is not None:
+        raise UserError("int8 weights run on one process", where=path,
+                        hint="take the float checkpoint, or leave parallel.op and parallel.pipeline.stages at 1")
+    own = vocabulary_of(path, settings).sizes()
+    if any(sizes_of(settings).get(name, count) != count for name, count in own.items()):
+        raise UserError("the checkpoint has another vocabulary than the passes were compiled for", where=path,
+                        hint="set data.vocabulary to its vocabulary.json")
+
+
+class GroupScores:
+    """What brings the groups' scores together (`recsys.score_merging.RankScores`): the first rank of each tells its
+    own."""
+
+    def __init__(self, ranker: ShardedRanker) -> None:
+        self.member = ranker.member
+        self.ranks, self.share = self.member.world, (self.member.group, self.member.groups)
+
+    def exchange(self, values: list[float]) -> list[float]:
+        """Adds lists of equal length over all ranks."""
+        return self.member.communicator.add(values) if self.member.communicator is not None else values

@@ -1,0 +1,158 @@
+"""`recsys evaluate`, `serve` and `bench` of rankers that are sharded over processes, from the command: one device's
+metrics and scores."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from parallel.common.command import main  # noqa: E402
+from parallel.common.errors import UserError  # noqa: E402
+from parallel.task import load_run  # noqa: E402
+from recsys.__main__ import VERBS  # noqa: E402
+from recsys.passes.tasks import check_inference  # noqa: E402
+from recsys.saved_model import load  # noqa: E402
+from recsys.serving.requests import read_request  # noqa: E402
+from tests.recsys.runs import DATA, add_checkpoint, body_of, make_run, plain  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+NAMES = ("auc", "gauc", "uauc", "logloss", "ne")
+
+
+def words_of(name: str, folder: Path, *more: str) -> list[str]:
+    return ["--config", f"configs/recsys/{name}.yaml", *DATA, f"output.directory={folder}",
+            f"data.cache={folder.parent / 'data'}", "train.global_batch_size=8", *more]
+
+
+def launch(words: list[str], nproc: int, verb: str, *passed: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "parallel", "launch", *words, "--nproc", str(nproc), "--run", verb, "--", *passed]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def figures_of(process: subprocess.Popen) -> dict:
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def evaluated(capsys, words: list[str]) -> dict:
+    assert main("recsys", VERBS, ["evaluate", *words]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def same_metrics(capsys, tmp_path: Path, name: str, nproc: int, layout: list[str], *more: str) -> None:
+    make_run(tmp_path / "run", name, *more)
+    words = words_of(name, tmp_path / "run", *more)
+    told = figures_of(launch([*words, *layout], nproc, "evaluate"))
+    wanted = evaluated(capsys, words)
+    assert told["samples"] == wanted["samples"] and told["ranks"] == nproc
+    assert [told[name] for name in NAMES] == pytest.approx([wanted[name] for name in NAMES], abs=1e-5)
+
+
+# A launch compiles the graphs of two ranks and starts them.
+def test_metrics_over_two_processes_are_those_of_one(tmp_path, capsys):
+    same_metrics(capsys, tmp_path, "tokenmixer_large", 2, ["parallel.op=2"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, nproc, layout, more", [
+    ("tokenmixer_large", 4, ["parallel.op=2"], []),  # two groups share the rows
+    ("tokenmixer_large", 2, ["parallel.op=2"], ["model.op_sharding=tokens"]),
+    ("tokenmixer_large", 2, ["parallel.op=1", "parallel.pipeline.stages=2"], []),
+    ("tokenmixer_large", 4, ["parallel.op=2", "parallel.pipeline.stages=2"], []),
+    ("tokenmixer_large_moe", 2, ["parallel.op=2"], ["model.op_sharding=tokens"]),
+    ("tokenmixer_large_ug_sep", 2, ["parallel.op=2"], []),
+    ("rankmixer", 4, ["parallel.op=4"], []),
+    ("dcnv2", 2, ["parallel.op=2"], []),
+])
+def test_metrics_under_every_layout_are_those_of_one_device(name, nproc, layout, more, tmp_path, capsys):
+    same_metrics(capsys, tmp_path, name, nproc, layout, *more)
+
+
+class Server:
+    """A launch of `serve`; its address is told on stderr."""
+
+    def __init__(self, words: list[str], nproc: int, *passed: str) -> None:
+        self.process = launch([*words, "serve.port=0"], nproc, "serve", *passed)
+        self.lines: list[str] = []
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"serving .* on (http://\S+)", line):
+                self.address = found[1]
+                break
+        else:
+            raise AssertionError("".join(self.lines)[-3000:])
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def end(self) -> dict:
+        self.process.send_signal(signal.SIGTERM)
+        out = self.process.stdout.read()
+        assert self.process.wait(120) == 0
+        return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tokenmixer_large_ug_sep", "rankmixer"])
+def test_a_server_over_two_processes_answers_as_one_does_before_and_after_a_reload(name, tmp_path):
+    settings, log = make_run(tmp_path / "run", name)
+    words = words_of(name, tmp_path / "run", "parallel.op=2", "serve.engine.requests=2",
+                     "serve.engine.candidates=[4, 16]", "serve.engine.timeout_seconds=60")
+    server = Server(words, 2)
+
+    def compared(version: int) -> None:
+        trained = load(tmp_path / "run")
+        for seed, count in ((1, 3), (2, 20)):  # one that fills up a graph, one that takes two
+            body = {**body_of(trained, log, seed, count), "top_k": count}
+            ask = read_request(body, trained, 100)
+            wanted = plain(trained.model, ask.ids, ask.numbers)[:, 0]
+            told = server.post("/rank", body)
+            assert told["version"] == version
+            found = {item["candidate"]: item["score"] for item in told["ranking"]}
+            np.testing.assert_allclose([found[index] for index in range(count)], wanted, rtol=0, atol=1e-5)
+
+    compared(1)
+    add_checkpoint(tmp_path / "run", settings, log, 2, 7)
+    assert server.post("/reload", {})["version"] == 2
+    compared(2)
+    assert server.end()["version"] == 2
+
+
+@pytest.mark.slow
+def test_bench_measures_a_request_over_all_processes(tmp_path):
+    words = words_of("tokenmixer_large_ug_sep", tmp_path / "run", "parallel.op=2", "serve.engine.requests=1",
+                     "serve.engine.candidates=[16]")
+    told = figures_of(launch(words, 2, "bench", "--candidates", "12", "--rounds", "3"))
+    assert told["ranks"] == 2 and told["cached_ms"] > 0 and told["separated_ms"] <= told["separated_p99_ms"]
+
+
+def test_what_cannot_be_sharded_is_one_line(tmp_path):
+    words = words_of("tokenmixer_large", tmp_path / "run", "data.tables.place=host", "parallel.op=2")
+    process = launch(words, 2, "evaluate")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 2 and len(error.strip().splitlines()) == 1 and "data.tables.place" in error, error
+
+
+@pytest.mark.parametrize("name, change, where", [
+    ("tokenmixer_large", ["parallel.op=2", "model.lookup.by=alltoall"], "model.lookup.by"),
+    ("rankmixer_ug_sep", ["parallel.pipeline.stages=2"], "parallel.pipeline.stages")])
+def test_layouts_without_graphs_are_refused(name, change, where):
+    with pytest.raises(UserError) as told:
+        check_inference(load_run(f"configs/recsys/{name}.yaml", change)[1])
+    assert told.value.where == where
