@@ -16,7 +16,8 @@ _PREFETCHED = 2
 
 
 class DataSource(Protocol):
-    """What the trainer reads from. Batch i depends only on the source's seed and i. See also `WaitingSource`."""
+    """What the trainer reads from. Batch i depends only on the source's seed and i. See also `WaitingSource`. A source
+    whose batches have different shapes says so by `forms_vary`; those of others are compared with the first."""
 
     columns: Sequence[str]
     steps_per_epoch: int

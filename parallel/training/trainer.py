@@ -93,7 +93,8 @@ class Trainer:
         self.settings, self.output = run.settings, run.output
         source = self._read_or_not(run.source)
         self.source = NumberedSource(source, *backend.share) if backend.numbered else source
-        self.form = BatchForm(getattr(backend, "inputs", None))
+        varies = getattr(run.source, "forms_vary", False)
+        self.form = None if varies else BatchForm(getattr(backend, "inputs", None))
         self.stream = run.source if isinstance(run.source, WaitingSource) else None
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
         for companion in self.companions:
@@ -183,7 +184,8 @@ class Trainer:
             for batch in batches:
                 for companion in self.companions:
                     companion.before_step(self.iteration, batch)
-                self.form.check(batch)
+                if self.form is not None:
+                    self.form.check(batch)
                 ACTIVITY.step = self.iteration + 1
                 self.profile.before_step(self.iteration + 1)
                 with self.clock.stepping():
