@@ -15,8 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pangu.config import ModelConfig
+from pangu.config import ModelConfig, check_layout
 from parallel.common.errors import UserError
+from parallel.sharding.config import ParallelConfig
 
 MODEL_TYPE = "pangu_alpha"
 _FIELDS = {"num_layers": "layers", "hidden_size": "hidden_size", "intermediate_size": "ffn_size", "num_heads": "heads",
@@ -37,6 +38,34 @@ def to_model_config(config: Any) -> ModelConfig:
     values = {ours: getattr(config, theirs) for theirs, ours in _FIELDS.items() if hasattr(config, theirs)}
     values = {name: str(value).lower() if name == "softmax_dtype" else value for name, value in values.items()}
     return validate(ModelConfig, values, where="MindFormers config")
+
+
+def to_parallel_config(config: Any) -> ParallelConfig:
+    """Our layout out of MindFormers' `parallel_config` (an object or a dict).
+
+    Optimizer sharding and the number of devices are settings of its context, which it makes itself.
+
+    Raises:
+        UserError: an axis that the model does not have.
+    """
+    def value(name: str, default: Any) -> Any:
+        found = config.get(name, default) if isinstance(config, dict) else getattr(config, name, default)
+        return default if found is None else found
+
+    for name in ("context_parallel", "expert_parallel"):
+        if value(name, 1) != 1:
+            raise UserError("the model has no such axis", where=f"parallel_config.{name}", value=value(name, 1),
+                            hint="set it to 1")
+    recompute = value("recompute", False)
+    full = recompute.get("recompute", False) if isinstance(recompute, dict) else getattr(recompute, "recompute",
+                                                                                         recompute)
+    stages = value("pipeline_stage", 1)
+    return ParallelConfig.model_validate({
+        "data": value("data_parallel", 1), "op": value("model_parallel", 1),
+        "sequence": bool(value("use_seq_parallel", False)), "vocabulary": not value("vocab_emb_dp", True),
+        "pipeline": {"stages": stages, "micro_batches": value("micro_batch_num", 1) if stages > 1 else 1},
+        "gradient_fusion_groups": value("gradient_aggregation_group", 4),
+        "recompute": {"policy": "full" if full is True else "none"}})
 
 
 @cache
@@ -66,7 +95,7 @@ def register() -> tuple[type, type, type]:
 @cache
 def _config_class() -> type:
     from mindformers.models.configuration_utils import PretrainedConfig
-    from mindformers.modules.transformer.transformer import default_transformer_config
+    from mindformers.modules.transformer.transformer import TransformerOpParallelConfig, default_transformer_config
 
     class PanGuAlphaConfig(PretrainedConfig):
         """Sizes of PanGu-alpha by MindFormers' names; see `pangu.config.ModelConfig` for what they mean."""
@@ -81,13 +110,18 @@ def _config_class() -> type:
                      pad_token_id: int = 6, eos_token_id: int = 9, bos_token_id: int = 9, use_past: bool = False,
                      max_decode_length: int = 1024, top_k: int = 3, top_p: float = 1.0, do_sample: bool = False,
                      repetition_penalty: float = 1.0, seed: int = 1, checkpoint_name_or_path: str = "",
+                     block_size: int = 16, num_blocks: int | None = None,
                      parallel_config: Any = default_transformer_config, **kwargs: Any) -> None:
+            if isinstance(parallel_config, dict):
+                parallel_config = TransformerOpParallelConfig(**parallel_config)
             super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, bos_token_id=bos_token_id, **kwargs)
             given = {name: value for name, value in locals().items()
-                     if name not in ("self", "kwargs", "__class__", "given")}
+                     if name not in ("self", "kwargs", "__class__", "given", "TransformerOpParallelConfig")}
             for name, value in given.items():
                 setattr(self, name, value)
             self.is_dynamic = False
+            if num_blocks is None:  # of its own accounts of the cache; ours has a row a sequence
+                self.num_blocks = batch_size * -(-seq_length // block_size) + 1
 
     return PanGuAlphaConfig
 
@@ -100,14 +134,19 @@ def _model_class() -> type:
     from mindspore import Tensor, ops
     from mindspore.nn.utils import no_init_parameters
 
+    from pangu.generation.kv_cache import CachedDecoder
     from pangu.model import PanGuAlpha
     from parallel.layers.loss import CrossEntropy, MaskedMean
     from parallel.layers.parameter import initialize
 
     class PanGuAlphaForCausalLM(PreTrainedModel):
         """Training: input_ids [B, S + 1] (or [B, S] with labels [B, S]) -> loss. Prediction: input_ids [B, S] -> logits
-        [B S, V], tokens, mask, as MindFormers' generator wants them. `use_past` is refused: our own generator has the
-        cache."""
+        [B S, V], tokens, mask, as MindFormers' generator wants them. With `use_past` it generates over the cache of
+        `pangu.generation.kv_cache`: `batch_size` prompts are read once, then a token of each is read a step.
+
+        Raises:
+            UserError: values that the model does not have, or a layout that does not fit it.
+        """
 
         config_class = _config_class()
         base_model_prefix = MODEL_TYPE
@@ -115,9 +154,6 @@ def _model_class() -> type:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config, auto_prefix=False)
-            if getattr(config, "use_past", False):
-                raise UserError("use_past is not supported in MindFormers", where="use_past", value=True,
-                                hint="use `python -m pangu generate`, whose cache it is")
             sizes = to_model_config(config)
             dtype = getattr(ms, str(config.compute_dtype).lower())
             with no_init_parameters():
@@ -130,6 +166,13 @@ def _model_class() -> type:
             # MindFormers' own (mint.argmax) has no CPU kernel.
             self.argmax = lambda logits, axis: ops.Argmax(axis=axis)(logits)
             self.cross_entropy, self.mean = CrossEntropy(sizes.vocabulary_size, axis="vocabulary"), MaskedMean()
+            layout = to_parallel_config(config.parallel_config)
+            check_layout(sizes, layout)
+            _lay_out(self, layout)
+            self.use_past, self.batch = bool(getattr(config, "use_past", False)), config.batch_size
+            if self.use_past:
+                self.decoder = CachedDecoder(self.network, self.batch, sizes.sequence_length, sizes.sequence_length)
+                self.decoder.every = True  # of a prompt MindFormers picks the rows itself
             if config.checkpoint_name_or_path:
                 self.load_checkpoint(config)
 
@@ -146,15 +189,28 @@ def _model_class() -> type:
         def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
             """MindFormers' own, given parameters: the bare data that it takes itself MindSpore 2.9 does not save."""
             if kwargs.get("save_json"):
-                kwargs.setdefault("state_dict", {item.name: item for item in self.get_parameters()})
+                kwargs.setdefault("state_dict", {item.name: item for item in self.network.get_parameters()})
             super().save_pretrained(save_directory, *args, **kwargs)
 
         def prepare_inputs_for_predict_layout(self, input_ids: Any, **kwargs: Any) -> tuple:
             """Inputs from which MindFormers compiles prediction."""
             return (Tensor(input_ids, ms.int32),) + (None,) * 2
 
+        def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict:
+            """MindFormers' own; the cache has `batch_size` rows."""
+            if self.use_past and len(input_ids) != self.batch:
+                raise UserError("the cache has a row for each prompt of a batch", where="batch_size", value=self.batch,
+                                hint=f"make the model with batch_size={len(input_ids)}, or give as many prompts")
+            return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
         def construct(self, input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None,
-                      position_ids: Tensor | None = None) -> Any:
+                      position_ids: Tensor | None = None, batch_valid_length: Tensor | None = None,
+                      block_tables: Tensor | None = None, slot_mapping: Tensor | None = None) -> Any:
+            if batch_valid_length is not None:  # a step of its generator with use_past
+                last_B = batch_valid_length.reshape((-1,)) - 1
+                start_B = last_B if input_ids.shape[1] == 1 else ops.zeros_like(last_B)
+                logits_NV, _ = self.decoder(input_ids, start_B, last_B)
+                return logits_NV, input_ids, ops.cast(ops.not_equal(input_ids, self.pad_id), ms.float32)
             if self.training and labels is None:
                 labels = input_ids[:, 1:]
                 input_ids = input_ids[:, :-1]
@@ -173,6 +229,30 @@ def _model_class() -> type:
             return self.mean(nll_N, counted_BS.reshape((-1,)))[0]
 
     return PanGuAlphaForCausalLM
+
+
+def _lay_out(model: Any, layout: ParallelConfig) -> None:
+    """Writes a layout on the model's cells: strategies, stages, fusion of gradients, recomputation. On one device it
+    has no effect."""
+    from parallel.sharding.layout import lay_out
+    from parallel.sharding.parallelize import fuse_gradients, place_on_stages, recompute
+    from parallel.sharding.trainable import Trainable
+
+    network = model.network
+
+    class Stack(Trainable):
+        """What the network says of its cells, without being another network."""
+
+        def pipeline_cells(self) -> list:
+            *rest, last = network.pipeline_cells()
+            return [*rest, [*last, model.cross_entropy, model.mean]]
+
+        def shared_parameters(self) -> list:
+            return [(network.embedding.word.table, [network.embedding, network.head])]
+
+    lay_out(model, layout)
+    for part in (place_on_stages, fuse_gradients, recompute):
+        part(Stack(auto_prefix=False), layout)
 
 
 @cache
