@@ -8,7 +8,7 @@ from parallel.common.command import Verb, main
 
 _SETTINGS = "data_tools.settings:DataSettings"
 VERBS = [
-    Verb("run", "data_tools.verbs:run_all", "the whole pipeline: clean, filter, dedup, decontaminate, mix, report",
+    Verb("run", "data_tools.verbs:run_all", "all steps: clean, filter, dedup, decontaminate, mix, report",
          settings=_SETTINGS, arguments="data_tools.flags:add_input_output"),
     Verb("generate-corpus", "data_tools.synthetic.generate:run_generate_corpus",
          "generate a small synthetic Chinese corpus and questions about it",

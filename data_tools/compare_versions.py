@@ -76,7 +76,7 @@ def draw_sample(inputs: list[str], read: ReadSettings, quality: ComparisonSettin
     """Writes a random sample of `quality.characters` characters; returns how many it has.
 
     Each document has a number from the seed and its text; those with the smallest numbers are taken, so that a document
-    that stands in two versions is in both samples or in neither, as far as their sizes allow.
+    that is in two versions is in both samples or in neither, as far as their sizes allow.
 
     Raises:
         UserError: the version is too small.

@@ -1,6 +1,6 @@
 """Documents, the parts they are read from, and the files they are written to.
 
-A document is a JSON object with `id`, `text`, `source`; other keys pass through untouched. An input is cut into
+A document is a JSON object with `id`, `text`, `source`; other keys pass through untouched. An input is split into
 `Split`s: a file, or a byte range of it (plain jsonl), or row groups (parquet). What a reader cannot use is not an
 exception but a line in the `ReadLog`: a document that is dropped, a document that was repaired, or a damaged file.
 """
@@ -19,13 +19,13 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, matching, name_text
 from parallel.common.json_text import dump_json, plain
 
-REMOVED_FOLDER = "removed"  # stands beside documents that we wrote, and is never read as input
+REMOVED_FOLDER = "removed"  # is beside documents that these tools wrote, and is never read as input
 _PARQUET_BATCH = 1000
 OutputFormat = Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
 
 
 def plan_splits(inputs: list[str], settings: ReadSettings) -> list[Split]:
-    """Cuts files, folders (searched to the bottom) and glob patterns into parts, in the order of their names.
+    """Splits files, folders (searched to the bottom) and glob patterns into parts, in the order of their names.
 
     Raises:
         UserError: nothing is found, or a file has a suffix that no reader knows.
@@ -39,7 +39,7 @@ def plan_splits(inputs: list[str], settings: ReadSettings) -> list[Split]:
 
 
 def find_files(inputs: list[str]) -> list[tuple[Path, str]]:
-    """(path, name) of every input file; the name is the path below the input folder, and stands in generated ids."""
+    """(path, name) of every input file; the name is the path below the input folder, and is part of generated ids."""
     found: dict[Path, str] = {}
     for text in inputs:
         root = Path(text)

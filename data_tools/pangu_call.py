@@ -22,10 +22,10 @@ def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict
     """Runs `python -m pangu <verb>` with `key=value` for every override; returns its JSON line. Paths mean what they
     mean here.
 
-    Its progress goes to our stderr.
+    Its progress goes to this process's stderr.
 
     Raises:
-        UserError: the command failed; its own message stands above.
+        UserError: the command failed; its own message is above.
     """
     words = [sys.executable, "-m", "pangu", verb, *(["--config", own_file(config)] if config else [])]
     words += [f"{key}={dump_yaml(value, flow=True)}" for key, value in overrides.items()]
@@ -35,7 +35,7 @@ def call_pangu(verb: str, config: str | None, overrides: dict[str, Any]) -> dict
                           env={**os.environ, "PYTHONPATH": path})
     if done.returncode != 0:
         raise UserError(f"python -m pangu {verb} failed", value=f"exit code {done.returncode}",
-                        hint="its message stands above")
+                        hint="its message is above")
     try:
         return parse_object(split_lines(done.stdout.strip())[-1])
     except (IndexError, BadText):

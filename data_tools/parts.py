@@ -119,8 +119,8 @@ class OutputLayout:
 
     @staticmethod
     def under(output: str | Path, step: str) -> OutputLayout:
-        """The places of a verb of one step."""
-        output = Path(output).absolute()  # workers may stand in another folder
+        """The output folders of a verb of one step."""
+        output = Path(output).absolute()  # workers may run in another folder
         return OutputLayout(str(output), f"{output}/removed", f"{output}/.state/{step}")
 
 
@@ -130,7 +130,7 @@ class PartTask:
 
     step: Step
     split: Split
-    places: OutputLayout
+    layout: OutputLayout
     format: OutputFormat
     read: ReadSettings
 
@@ -187,15 +187,15 @@ class PartTask:
 
     @property
     def path(self) -> Path:
-        return Path(self.places.documents) / f"{self.stem}.{self.format}"
+        return Path(self.layout.documents) / f"{self.stem}.{self.format}"
 
     @property
     def removed_path(self) -> Path:
-        return Path(self.places.removed) / f"{self.stem}.jsonl"
+        return Path(self.layout.removed) / f"{self.stem}.jsonl"
 
     @property
     def marker(self) -> Path:
-        return Path(self.places.state) / f"{self.stem}.json"
+        return Path(self.layout.state) / f"{self.stem}.json"
 
     def digest(self) -> str:
         """Stands for everything on which the output of this part depends."""
@@ -222,20 +222,20 @@ def digest_of(value: Any) -> str:
 
 
 def split_identity(split: Split) -> list[Any]:
-    """What tells this part of this state of the file from any other."""
+    """Identity of this part of this state of the file."""
     status = os.stat(split.path)
     return [*asdict(split).values(), status.st_size, status.st_mtime_ns]
 
 
-def run_step(step: Step, splits: list[Split], places: OutputLayout, engine: Engine, format: OutputFormat,
+def run_step(step: Step, splits: list[Split], layout: OutputLayout, engine: Engine, format: OutputFormat,
              read: ReadSettings) -> PartFigures:
     """Runs `step` over all parts with `engine` and adds up their figures.
 
     Raises:
         UserError: a folder holds files that did not come from here, or cannot be written.
     """
-    tasks = [PartTask(step, split, places, format, read) for split in splits]
-    clear_stale(places, {task.path.name for task in tasks})
+    tasks = [PartTask(step, split, layout, format, read) for split in splits]
+    clear_stale(layout, {task.path.name for task in tasks})
     total = PartFigures()
     for figures in engine.map(_run, tasks, step.name):
         total.add(figures)
@@ -248,26 +248,26 @@ def _run(task: PartTask) -> PartFigures:
     return task()
 
 
-def clear_stale(places: OutputLayout, expected: set[str]) -> None:
+def clear_stale(layout: OutputLayout, expected: set[str]) -> None:
     """Makes the folders and clears what an earlier run with more parts left; other people's files are left alone.
 
     Raises:
-        UserError: the folder of the documents holds files and no state of ours.
+        UserError: the folder of the documents holds files and no state of these tools.
     """
-    documents = Path(places.documents)
+    documents = Path(layout.documents)
     if documents.exists() and not documents.is_dir():
         raise UserError("the output is a file", where=documents, hint="give a folder")
     foreign = next((path for path in documents.iterdir() if path.is_file()), None) if documents.is_dir() else None
-    if foreign is not None and not Path(places.state).parent.is_dir():
+    if foreign is not None and not Path(layout.state).parent.is_dir():
         raise UserError("the output folder holds other files", where=documents, value=foreign.name,
                         hint="give a new folder")
     stems = {name.split(".")[0] for name in expected}
-    for folder in (documents, Path(places.removed)):
+    for folder in (documents, Path(layout.removed)):
         for path in folder.iterdir() if folder.is_dir() else []:
             stale = path.name not in expected if folder == documents else path.name.split(".")[0] not in stems
             if (_PART.match(path.name) and stale) or path.name.startswith(".part-"):
                 path.unlink()
     try:
-        Path(places.state).mkdir(parents=True, exist_ok=True)
+        Path(layout.state).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write here: {error.strerror}", where=documents, hint="choose another folder") from None

@@ -1,4 +1,4 @@
-"""The whole way from raw pages to a training mixture: the steps one after the other, each resumable."""
+"""From raw pages to a training mixture: the steps one after the other, each resumable."""
 
 from __future__ import annotations
 
@@ -61,25 +61,25 @@ def active_steps(settings: DataSettings) -> list[str]:
     return steps
 
 
-def run_one(name: str, settings: DataSettings, splits: list[Split], places: OutputLayout, work: Path, engine: Engine,
+def run_one(name: str, settings: DataSettings, splits: list[Split], layout: OutputLayout, work: Path, engine: Engine,
             format: OutputFormat) -> StepResult:
     """One step by its name."""
     read = settings.read
     if name == "dedup":
-        figures, more = run_dedup(settings.dedup, read, splits, places, work, engine, format)
+        figures, more = run_dedup(settings.dedup, read, splits, layout, work, engine, format)
     elif name == "mix":
-        figures, more = run_mix(settings.mix, read, splits, places, work, engine, format)
+        figures, more = run_mix(settings.mix, read, splits, layout, work, engine, format)
     elif name == "paragraphs":
-        figures, more = run_paragraphs(settings.paragraphs, read, splits, places, work, engine, format), {}
+        figures, more = run_paragraphs(settings.paragraphs, read, splits, layout, work, engine, format), {}
     elif name == "decontaminate":
         index = work / "decontaminate.npy"
         more = {"ngrams": build_index(settings.decontaminate, index)}
-        figures = run_step(DecontaminateStep(settings.decontaminate, index), splits, places, engine, format, read)
+        figures = run_step(DecontaminateStep(settings.decontaminate, index), splits, layout, engine, format, read)
     else:
         step = CleanStep(settings.rules) if name == "clean" else FilterStep(settings.filter)
-        figures, more = run_step(step, splits, places, engine, format, read), {}
+        figures, more = run_step(step, splits, layout, engine, format, read), {}
     result = StepResult(name, figures, more)
-    write_json(f"{places.state}.json", result.to_json())
+    write_json(f"{layout.state}.json", result.to_json())
     return result
 
 
@@ -101,8 +101,8 @@ def run_pipeline(settings: DataSettings, inputs: list[str], output: str | Path, 
         last = name == steps[-1]
         folder = output / ".work" / name
         documents = output if last else folder / "documents"
-        places = OutputLayout(str(documents), str(output / "removed" / name), str(output / ".state" / name))
-        results.append(run_one(name, settings, splits, places, folder / "work", engine,
+        layout = OutputLayout(str(documents), str(output / "removed" / name), str(output / ".state" / name))
+        results.append(run_one(name, settings, splits, layout, folder / "work", engine,
                                settings.format if last else "jsonl"))
         if not last:
             splits = _splits_of(documents, settings)
@@ -134,7 +134,7 @@ def _run_digest(settings: DataSettings, splits: list[Split]) -> str:
     """Stands for the input, the settings and the files that these name; where it runs does not matter."""
     filters = settings.filter
     files = [filters.sensitive.words_file, filters.spam.model, filters.quality.model]
-    files += [getattr(getattr(settings.rules, name), "keywords_file", None) for name in discover()]
+    files += [path for name in discover() for path in getattr(settings.rules, name).word_lists()]
     files += [str(path) for text in settings.decontaminate.evaluation for path in sorted(Path(text).rglob("*"))]
     files += settings.decontaminate.evaluation
     contents = [file_digest(path) for path in files if path is not None and Path(path).is_file()]

@@ -27,7 +27,7 @@ class ReadSettings(Settings):
     maximum_broken_share: float = 0.01
     """Documents of which more than this share of the characters cannot be decoded are dropped (read_broken_text)."""
     split_bytes: int = 32 << 20
-    """Plain jsonl and parquet files are cut into parts of about this size, so that several workers can share one."""
+    """Plain jsonl and parquet files are split into parts of about this size, so that several workers can share one."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     """Writes `report.html` for the output folder of `run` or of a single step.
 
     Raises:
-        UserError: the folder holds no figures of ours.
+        UserError: the folder holds no figures of these tools.
     """
     folder = Path(folder)
     results = load_results(folder)
@@ -175,13 +175,13 @@ def _steps_picture(results: list[StepResult]) -> Any:
     names = ["input", *(result.name for result in results)]
     documents = [results[0].figures.documents_in, *(result.figures.documents_out for result in results)]
     megabytes = [results[0].figures.bytes_in / 1e6, *(result.figures.bytes_out / 1e6 for result in results)]
-    places = range(len(names))
-    left.bar([place - 0.2 for place in places], documents, 0.4, color="tab:blue")
+    positions = range(len(names))
+    left.bar([position - 0.2 for position in positions], documents, 0.4, color="tab:blue")
     left.set_ylabel("documents", color="tab:blue")
     right = left.twinx()
-    right.bar([place + 0.2 for place in places], megabytes, 0.4, color="tab:orange")
+    right.bar([position + 0.2 for position in positions], megabytes, 0.4, color="tab:orange")
     right.set_ylabel("MB", color="tab:orange")
-    left.set_xticks(list(places), names)
+    left.set_xticks(list(positions), names)
     return figure
 
 

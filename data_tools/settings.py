@@ -22,7 +22,7 @@ RulesSettings = rules.settings_class()
 
 
 class RunSettings(Settings):
-    """The pipeline as a whole."""
+    """All steps of the pipeline."""
 
     steps: list[Literal["clean", "filter", "dedup", "paragraphs", "decontaminate", "mix"]] = [
         "clean", "filter", "dedup", "paragraphs", "decontaminate", "mix"]
@@ -43,7 +43,7 @@ class ComparisonSettings(Settings):
     vocabulary_size: int | None = None
     """Pieces of the vocabulary trained on all samples together; null = what the config says."""
     tokenizer: str | None = None
-    """A finished vocabulary to use in place of one trained on the samples."""
+    """A finished vocabulary to use instead of one trained on the samples."""
     seed: int = 1
     """Of the samples."""
 
@@ -54,13 +54,13 @@ class DataSettings(Settings):
     read: ReadSettings = ReadSettings()
     """How inputs are read."""
     rules: RulesSettings = RulesSettings()
-    """The cleaning rules, one block each; they run in the order in which they stand here."""
+    """The cleaning rules, one block each; they run in the order given here."""
     filter: FilterSettings = FilterSettings()
     """Sensitive words, spam and quality."""
     classifier: TrainClassifierSettings = TrainClassifierSettings()
     """How `train-classifier` trains."""
     paragraphs: ParagraphSettings = ParagraphSettings()
-    """Paragraphs that stand in several documents."""
+    """Paragraphs that occur in several documents."""
     decontaminate: DecontaminateSettings = DecontaminateSettings()
     """Documents that hold texts of the evaluation sets."""
     mix: MixSettings = MixSettings()

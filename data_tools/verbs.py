@@ -37,12 +37,12 @@ def apply_flags(settings: DataSettings, arguments: argparse.Namespace) -> DataSe
 
 
 def check_output(inputs: list[str], output: str) -> None:
-    """Refuses an output that is, or lies in, an input folder: the next run would read its own output."""
+    """Refuses an output that is, or is inside, an input folder: the next run would read its own output."""
     place = Path(output).resolve()
     for text in inputs:
         folder = Path(text).resolve()
         if folder.is_dir() and (place == folder or folder in place.parents):
-            raise UserError("the output lies inside the input", where="--output", value=output,
+            raise UserError("the output is inside the input", where="--output", value=output,
                             hint="give another folder")
 
 
@@ -80,7 +80,7 @@ def run_dedup(settings: DataSettings, arguments: argparse.Namespace) -> dict[str
     settings = apply_flags(settings, arguments)
     if arguments.threshold is not None:
         if not 0 < arguments.threshold <= 1:
-            raise UserError("must lie in (0, 1]", where="--threshold", value=arguments.threshold)
+            raise UserError("must be in (0, 1]", where="--threshold", value=arguments.threshold)
         settings.dedup.threshold = arguments.threshold
     return run_step_verb("dedup", settings, arguments)
 
@@ -118,9 +118,9 @@ def run_step_verb(name: str, settings: DataSettings, arguments: argparse.Namespa
 
 
 def run_all(settings: DataSettings, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`run`: the whole pipeline and its report."""
+    """`run`: all steps and the report."""
     settings = apply_flags(settings, arguments)
-    plan_splits(arguments.input, settings.read)  # a wrong input is told before anything is written
+    plan_splits(arguments.input, settings.read)  # a wrong input is reported before anything is written
     claim_output(arguments.output, "run")
     started = time.perf_counter()
     with open_engine(settings.engine) as engine:

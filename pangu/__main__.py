@@ -35,7 +35,7 @@ VERBS = [
          arguments="pangu.quantize:add_arguments"),
     Verb("export", "pangu.checkpoints.mindir:run", "the reading of a prompt and the single step as MindIR files",
          settings=RUN, arguments="pangu.checkpoints.mindir:add_arguments"),
-    Verb("convert", "pangu.checkpoints.convert:run", "turn checkpoints of other codes into ours and back", settings=RUN,
+    Verb("convert", "pangu.checkpoints.convert:run", "convert checkpoints of other codes, both ways", settings=RUN,
          arguments="pangu.checkpoints.convert:add_arguments"),
 ]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pangu.settings import Run
 
 __all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "inference_kinds",
-           "inference_overrides", "settings_class", "shapes_inference", "train_on"]
+           "inference_overrides", "inference_sample", "settings_class", "shapes_inference", "train_on"]
 MODELS = frozenset({"pangu_alpha"})
 _LARGEST_BATCH = 256  # sequences that one graph decodes at once; more take several calls
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
@@ -48,6 +48,11 @@ def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, 
     return any_backend.train_on(settings, backend, figures)
 
 
+def replay_overrides(settings: Run) -> list[str]:
+    """See `parallel.task`: PanGu-alpha needs none."""
+    return []
+
+
 def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of PanGu-alpha for one global batch, checked against the layout.
 
@@ -57,7 +62,7 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
         compute_dtype: "float32" or "float16".
 
     Raises:
-        UserError: an axis does not divide what it cuts, or the batch.
+        UserError: an axis does not divide what it shards, or the batch.
     """
     from mindspore.nn.utils import no_init_parameters
 
@@ -88,7 +93,7 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
         kind: one of `pangu.generation.sharded.shapes.KINDS`.
 
     Raises:
-        UserError: an axis does not divide what it cuts.
+        UserError: an axis does not divide what it shards.
     """
     from mindspore import dtype as mstype
     from mindspore.nn.utils import no_init_parameters
@@ -102,13 +107,17 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
     check_layout(model, parallel)
     with no_init_parameters():
         network = span_decoder(PanGuAlpha(model, getattr(mstype, compute_dtype)), shape)
+    inputs = [Input(name, size, "int8" if name == "visible" else "int32") for name, size in shape.inputs().items()]
     tokens = shape.groups * shape.tokens
-    inputs = [Input("ids", (shape.groups, shape.tokens), "int32", model.vocabulary_size),
-              Input("positions", (shape.groups, shape.tokens), "int32", model.sequence_length),
-              Input("write", (tokens,), "int32", shape.cache), Input("read", (shape.groups, shape.seen), "int32"),
-              Input("visible", (shape.groups, shape.tokens, shape.seen), "int8"),
-              Input("wanted", (shape.rows,), "int32", tokens)]
     return Task(network, inputs, lambda seed: (), tokens, {"model": model.name, "layers": model.layers})
+
+
+def inference_sample(settings: Run, kind: str, seed: int) -> list[np.ndarray]:
+    """Inputs of a graph of `inference` that mean something: sequences at random places of the cache."""
+    from pangu.generation.sharded.runner import sample_call
+    from pangu.generation.sharded.shapes import span_shape
+
+    return sample_call(kind, span_shape(kind, settings.model, settings.generate), settings.model, seed)
 
 
 def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:

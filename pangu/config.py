@@ -33,13 +33,13 @@ class ModelConfig(Settings):
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Rate after the embedding, on attention probabilities and on the output of attention and feed-forward."""
     final_norm: Literal["before_query", "after_query"] = "before_query"
-    """Where the last layer norm stands. before_query: released 2.6B and 13B; after_query: the pipeline code of 200B."""
+    """Position of the last layer norm. before_query: released 2.6B and 13B; after_query: the pipeline code of 200B."""
     gelu: Literal["tanh", "fast", "erf"] = "tanh"
     """tanh: released weights; fast: code from r1.5 on; erf: the Hugging Face port."""
     softmax_dtype: Literal["float32", "float16"] = "float32"
     """Type of the attention softmax. float16 is the later code's default and overflows sooner."""
     embedding_std: float = Field(0.02, gt=0)
-    """Sigma of the three embedding tables (position and query tables: normal cut at two sigma)."""
+    """Sigma of the three embedding tables (position and query tables: normal truncated at two sigma)."""
     linear_std: float = Field(0.01, gt=0)
     """Sigma of the query, key and value projections."""
     ffn_std: float = Field(0.02, gt=0)
@@ -66,7 +66,7 @@ class ModelConfig(Settings):
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises a `UserError` unless every axis divides what it cuts."""
+    """Raises a `UserError` unless every axis divides what it shards."""
     op, stages = parallel.op, parallel.pipeline.stages
     divides(op, model.heads, where="parallel.op", what="model.heads")
     divides(op, model.ffn, where="parallel.op", what="feed-forward width")
@@ -76,7 +76,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     if stages > model.layers:
         raise UserError(f"more stages than the {model.layers} layers", where="parallel.pipeline.stages", value=stages)
     if parallel.expert > 1:
-        raise UserError("PanGu-alpha has no experts to cut", where="parallel.expert", value=parallel.expert,
+        raise UserError("PanGu-alpha has no experts to shard", where="parallel.expert", value=parallel.expert,
                         hint="set it to 1")
     if parallel.sequence:
         divides(op, model.sequence_length, where="parallel.op", what="model.sequence_length")

@@ -181,7 +181,7 @@ class TrainingLoss(Layer, Trainable):
         return self.cross_entropy(logits_NV, labels_N)
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
-        """See `PanGuAlpha.pipeline_cells`; the loss stands with the head."""
+        """See `PanGuAlpha.pipeline_cells`; the loss goes with the head."""
         *rest, last = self.model.pipeline_cells()
         return [*rest, [*last, self.cross_entropy, self.mean]]
 

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent / "kernels" / "paged.cpp"
 
 @functools.lru_cache(maxsize=1)
 def kernel_library() -> Path | None:
-    """The shared object with the kernels, built now if need be; None (said once) where that cannot be done.
+    """The shared object with the kernels, built now if need be; None (logged once) where that cannot be done.
 
     The environment variable PANGU_KERNELS=0 switches them off.
     """

@@ -129,7 +129,7 @@ class Job:
         """Names and commands, in order."""
         questions, config = str(self.output / "questions.jsonl"), ["--config", str(self.config)]
         corpus = ["data_tools", "generate-corpus", "--output", self.corpus, "--bytes", self.arguments.bytes,
-                 "--questions", questions]
+                  "--questions", questions]
         steps = {"corpus": corpus, "vocabulary": ["pangu", "train-vocabulary", *config],
                  "pack": ["pangu", "pack", *config, "pack.overwrite=true"], "train": ["pangu", "train", *config],
                  "evaluate": ["pangu", "evaluate", *config, "--questions", questions],
@@ -201,11 +201,11 @@ def run_command(command: list[str], runner: Callable[..., subprocess.CompletedPr
     """Runs `python -m ...` with stderr passed on; returns the JSON object of the last line of stdout.
 
     Raises:
-        UserError: the command failed; it has told the user why.
+        UserError: the command failed; it has shown the user why.
     """
     done = runner([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, env=os.environ.copy())
     if done.returncode == 130 or done.returncode < 0:
         raise KeyboardInterrupt
     if done.returncode:
-        raise UserError("the step failed; its message stands above", where=" ".join(command[:2]))
+        raise UserError("the step failed; its message is above", where=" ".join(command[:2]))
     return parse_object(split_lines(done.stdout.strip())[-1])

@@ -60,7 +60,7 @@ class Run(Settings):
 
 
 class ServeRun(Run):
-    """All blocks; a key of `serve` may stand without the block's name, as port=8000."""
+    """All blocks; a key of `serve` may be given without the block's name, as port=8000."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -24,16 +24,16 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     Args:
         settings: a `pangu.settings.Run`.
         backend: this process.
-        figures: what the task tells of the network (not needed here).
+        figures: figures of the network (not needed here).
 
     Raises:
         UserError: records that are missing, damaged or do not fit the model, and see `Trainer.run`.
     """
     training, validation = sources(settings, backend.share)
-    told = Trainer(backend, run_of(settings, training, validation, backend.ranks)).run()
+    result = Trainer(backend, run_of(settings, training, validation, backend.ranks)).run()
     if backend.rank == 0:
-        table("Trained", ["figure", "value"], told.items())
-    return told
+        table("Trained", ["figure", "value"], result.items())
+    return result
 
 
 def run_of(settings: RunSettings, training: PackedDataset, validation: PackedDataset | None, ranks: int = 1) -> Run:
@@ -77,7 +77,7 @@ def flops_per_token(model: ModelConfig) -> float:
     """Model FLOPs of one token, forward and backward: three times the forward matmuls.
 
     Forward: 2 for each weight of the layers and of the head, and 4 S D a layer for scores and mixing. The attention is
-    counted whole, not halved for the causal mask; recomputation, norms and lookups are not counted. (Megatron-LM's
+    counted in full, not halved for the causal mask; recomputation, norms and lookups are not counted. (Megatron-LM's
     convention.)
     """
     width, inner, length = model.hidden_size, model.ffn, model.sequence_length

@@ -9,7 +9,7 @@ from parallel.common.command import Verb, main
 _DRYRUN, _REPLAY = "parallel.proof.dryrun.dryrun", "parallel.proof.replay.replay"
 _RESHARD, _EXPORT = "parallel.checkpoint.reshard", "parallel.proof.export"
 VERBS: list[Verb] = [
-    Verb("launch", "parallel.launch.launch:run", "run a verb of a model as many processes, on one node or several",
+    Verb("launch", "parallel.launch.launch:run", "run a verb of a model in several processes, on one node or several",
          arguments="parallel.launch.launch:add_arguments", run_file=True, passes=True),
     Verb("preflight", "parallel.launch.preflight:run", "look at the machines of a run before anything is compiled",
          arguments="parallel.launch.preflight:add_arguments", run_file=True),

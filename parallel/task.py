@@ -6,6 +6,7 @@ A package that has models holds a module `build` with
     settings_class(name) -> type[Settings], with at least the blocks model, train and parallel
     build(settings, parallel, compute_dtype) -> Task
     train_on(settings, backend, figures) -> dict: trains on any backend; imports no framework
+    replay_overrides(settings) -> list[str]: overrides without which a layout would not compute what one device does
     inference(settings, parallel, compute_dtype, kind) -> Task: a graph that a trained model is used by ("decode",
         "prefill", "score" over a cache, say); with `inference_kinds(settings, verb)`: those that a verb needs (none =
         all), `check_inference(settings)`, and `shapes_inference(tree)`: the part of the settings
@@ -55,14 +56,14 @@ class Task:
     """A network to be trained, and what is fed to it.
 
     Args:
-        network: a cell from the inputs to a scalar loss, not wrapped, not laid out, without parameter values.
+        network: a cell from the inputs to a scalar loss, not wrapped, not sharded, without parameter values.
         inputs: in the order of the network's construct.
         sample: `sample(seed) -> tuple of numpy arrays`, a meaningful global batch.
         tokens: tokens (or samples, for rankers) in one global batch.
         figures: anything that reports want to show (sizes and names).
         is_sparse: by name, the parameters that `train.sparse_optimizer` owns; None = there are none.
         scores: for a ranker, `scores(network)` -> the `Layer` from the first `inputs` (its attribute) of the inputs to
-            probabilities [rows, tasks], with the parameters of `network`, itself not laid out; None for others.
+            probabilities [rows, tasks], with the parameters of `network`, itself not sharded; None for others.
     """
 
     network: Any

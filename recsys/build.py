@@ -48,6 +48,15 @@ def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, 
     return any_backend.train_on(settings, backend, figures)
 
 
+def replay_overrides(settings: Run) -> list[str]:
+    """See `parallel.task`. One device computes every row of routed experts, so no capacity may leave one out. Of the
+    epsilon see docs/replay.md."""
+    capacity, epsilon = settings.model.full_capacity(), ["train.optimizer.epsilon=1e-2"]
+    if capacity is not None:
+        return [f"model.moe.capacity_factor={capacity}", *epsilon]
+    return epsilon if settings.model.separation() is not None else []
+
+
 def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
     """The training loss of a ranker for one global batch, checked against the layout.
 
@@ -57,7 +66,7 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
         compute_dtype: "float32" or "float16".
 
     Raises:
-        UserError: an axis does not divide what it cuts, or a vocabulary's size is neither given nor to be had.
+        UserError: an axis does not divide what it shards, or a vocabulary's size is neither given nor to be had.
     """
     from recsys.layers.sizes import count
     from recsys.tables.names import is_sparse
@@ -73,7 +82,7 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     inputs = [Input("ids", (batch, spec.id_columns), "int32", min(spec.tables.values())),
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, columns), "float32")]
-    figures = {"model": settings.model.name, "layers": getattr(settings.model, "layers", 1), **count(network)}
+    figures = {"model": settings.model.name, "layers": settings.model.depth(), **count(network)}
     task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch, figures, is_sparse,
                 scores)
     return with_sample_numbers(task, settings.model.dropout)
@@ -94,29 +103,30 @@ def target_columns(settings: Run) -> int:
 
 def spec_of(settings: Run) -> FeatureSpec:
     """Where the features are in rows and tables; reads the log only where a vocabulary's size is not given."""
-    from recsys.data.dataset import prepare, spec_without_data
+    from recsys.data.columns import spec_without_data
+    from recsys.data.log import prepare
 
     spec = spec_without_data(settings.data, settings.model.embedding_size)
     return spec or prepare(settings.data, settings.model.embedding_size).spec
 
 
 def check_layout(settings: Run, model: Any, parallel: ParallelConfig) -> None:
-    """Raises a `UserError` unless every axis divides what it cuts."""
+    """Raises a `UserError` unless every axis divides what it shards."""
     batch = settings.train.global_batch_size
     micro = max(parallel.pipeline.micro_batches, settings.train.accumulation)
     if any(task.pairwise or task.listwise for task in settings.model.tasks) and (parallel.world > 1 or micro > 1):
-        raise UserError("losses that compare a user's samples need the whole batch on one device", where="model.tasks",
+        raise UserError("losses that compare a user's samples need all of the batch on one device", where="model.tasks",
                         hint="set pairwise and listwise to 0, or train on one device without micro-batches")
     divides(parallel.data * parallel.pipeline.micro_batches if parallel.pipeline.stages > 1 else parallel.data, batch,
             where="parallel.data", what="train.global_batch_size")
     if parallel.sequence:
-        raise UserError("rankers have no residual stream of tokens in a row to cut", where="parallel.sequence",
-                        value=True, hint="set it to false; model.op_sharding: tokens cuts feature tokens")
+        raise UserError("rankers have no residual stream of a sequence's tokens to shard", where="parallel.sequence",
+                        value=True, hint="set it to false; model.op_sharding: tokens shards feature tokens")
     if parallel.pipeline.stages > 1 and parallel.pipeline.schedule != "1f1b":
         raise UserError("stages of rankers run 1f1b only", where="parallel.pipeline.schedule",
                         value=parallel.pipeline.schedule, hint="set it to 1f1b")
     if parallel.optimizer_shard > 1 and parallel.optimizer.level > 1 and micro > 1:
-        raise UserError("gradients of a ranker's micro-batches are not kept cut", where="parallel.optimizer.level",
+        raise UserError("gradients of a ranker's micro-batches are not kept sharded", where="parallel.optimizer.level",
                         value=parallel.optimizer.level, hint="set it to 1, or train without micro-batches")
     if settings.model.lookup.by == "alltoall":
         check_exchange(settings, model, parallel)
@@ -125,7 +135,7 @@ def check_layout(settings: Run, model: Any, parallel: ParallelConfig) -> None:
 
 def check_exchange(settings: Run, model: Any, parallel: ParallelConfig) -> None:
     """Raises a `UserError` unless tables and ids can be sharded over all devices of data x op."""
-    if getattr(settings.model, "ug_sep", None) is not None or settings.data.tables.place == "host":
+    if settings.model.separation() is not None or settings.data.tables.place == "host":
         raise UserError("is for rankers with one lookup of tables in the graph", where="model.lookup.by",
                         value="alltoall", hint="set it to op")
     if parallel.pipeline.stages > 1:

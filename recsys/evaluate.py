@@ -13,9 +13,9 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device
 from recsys.build import loss_network
-from recsys.data.dataset import VOCABULARY, Log, prepare
 from recsys.data.encode import Encoded
 from recsys.data.features import FIRST_KNOWN
+from recsys.data.log import VOCABULARY, Log, prepare
 from recsys.evaluation import Evaluation
 from recsys.metrics import segmented_ne
 from recsys.passes.sharded import ShardedRanker, is_sharded

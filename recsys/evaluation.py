@@ -10,7 +10,7 @@ from mindspore import Tensor
 
 from parallel.common.progress import progress
 from parallel.training.backend import Backend
-from recsys.data.dataset import filled_batch, in_order
+from recsys.data.batches import filled_batch, in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
 from recsys.ranker import Ranker, Scores
@@ -63,7 +63,7 @@ class Evaluation:
             yield labels[:real], scores[:real].astype(np.float64), users
 
     def _in_turn(self, total: int) -> Iterator[Prediction]:
-        """As `predictions`: of every so many batches each process scores one."""
+        """As `predictions`: every process scores one batch in turn."""
         ranks, rank, merge = self.backend.ranks, self.backend.rank, RankScores(self.backend)
         for first in range(0, total, ranks):
             # All score as often, since tables that are spread over the processes are asked together.

@@ -127,7 +127,7 @@ def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 def calibration_free_ne(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """NE after one number is added to all logits so that as many clicks are predicted as observed: what remains once
-    calibration is put right. Others divide the entropies in other ways; this definition is ours."""
+    calibration is put right. Others divide the entropies in other ways; this definition was chosen here."""
     if len(labels) == 0 or not 0 < np.sum(np.asarray(labels) > 0) < len(labels):
         return float("nan")
     p = np.clip(np.asarray(probabilities, np.float64), CLIP, 1.0 - CLIP)
@@ -154,7 +154,7 @@ def inversions(values: np.ndarray) -> int:
     _, ranks = np.unique(np.asarray(values), return_inverse=True)
     total = 0
     for bit in reversed(range(max(1, int(ranks.max(initial=0)).bit_length()))):
-        # Within each run of equal higher bits (kept together, in order): ones that stand before a zero.
+        # Within each run of equal higher bits (kept together, in order): ones before a zero.
         high, one = ranks >> (bit + 1), (ranks >> bit) & 1
         order = np.argsort(high, kind="stable")
         high, one = high[order], one[order]

@@ -36,7 +36,7 @@ class ReLU(Layer):
     """max(x, 0).
 
     Args:
-        stream: named axes that cut the dims.
+        stream: named axes that shard the dims.
     """
 
     def __init__(self, stream: tuple = ("tokens", None)) -> None:
@@ -79,7 +79,7 @@ class TaskHeads(nn.Cell):
         width: D.
         hidden: widths of a head's hidden layers.
         tasks: K.
-        sharing: what lies before the heads; None = nothing.
+        sharing: what is before the heads; None = nothing.
     """
 
     def __init__(self, width: int, hidden: list[int], tasks: int, sharing: HeadSettings | None = None) -> None:
@@ -111,7 +111,7 @@ class Ranker(nn.Cell):
 
     Args:
         settings: sizes and choices.
-        spec: features in their places.
+        spec: features with their columns.
         tasks: K.
         compute_dtype: type of the matmuls.
 
@@ -123,7 +123,7 @@ class Ranker(nn.Cell):
         super().__init__()
         if settings.tasks and len(settings.tasks) != tasks:
             raise UserError(f"there are {tasks} labels", where="model.tasks", value=[t.name for t in settings.tasks],
-                            hint="name as many tasks")
+                            hint="name the same number of tasks")
         self.settings, self.spec, self.tasks, self.compute_dtype = settings, spec, tasks, compute_dtype
         self.plan = TaskPlan.of(settings.tasks, tasks)
         self.calibration = None
@@ -235,7 +235,7 @@ class Scores(Layer, Trainable):
     """probabilities_BK of a ranker, float32; products of them and numbers where tasks are such."""
 
     inputs = 2
-    """It takes so many of the inputs of a `Task`: ids_BM and numbers_BN."""
+    """Number of the inputs that it takes of a `Task`: ids_BM and numbers_BN."""
 
     def __init__(self, model: Ranker) -> None:
         super().__init__(auto_prefix=False)
@@ -346,7 +346,7 @@ class TrainingLoss(Trainable):
         return loss
 
     def pipeline_cells(self) -> list[nn.Cell | list[nn.Cell]]:
-        """See `Ranker.pipeline_cells`; the loss stands with the head."""
+        """See `Ranker.pipeline_cells`; the loss goes with the head."""
         units = self.model.pipeline_cells()
         if units is None:
             return None

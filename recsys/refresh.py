@@ -17,8 +17,9 @@ from parallel.layers.parameter import start_value
 from parallel.training.device import start_device
 from parallel.training.optimizers import run_optimizer
 from recsys.build import labels_of, loss_network
-from recsys.data.dataset import VOCABULARY, count_values, features_of
-from recsys.data.features import Feature, FeatureSpec, place
+from recsys.data.columns import features_of
+from recsys.data.features import Feature, FeatureSpec, assign_columns
+from recsys.data.log import VOCABULARY, count_values
 from recsys.data.vocabulary import Vocabulary
 from recsys.tables.names import is_sparse
 from recsys.tables.refresh import refresh_run
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", required=True, help="folder of the run whose vocabulary is refreshed")
     parser.add_argument("--output", metavar="DIR", required=True,
                         help="folder for the new vocabulary.json and checkpoint; train goes on from there with "
-                             "output.directory=DIR data.vocabulary=DIR/vocabulary.json")
+                        "output.directory=DIR data.vocabulary=DIR/vocabulary.json")
     parser.add_argument("--decay", type=float, default=0.5, metavar="X", help="factor of the old counts (default 0.5)")
     parser.add_argument("--minimum-count", type=float, metavar="N",
                         help="decayed count below which a value is evicted (none: each feature's minimum_count)")
@@ -42,7 +43,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     """Counts the training rows of `data`, refreshes the vocabulary, and saves the run's newest checkpoint with the rows
     of newcomers at their start values and without optimizer history."""
     if not 0.0 <= arguments.decay <= 1.0:
-        raise UserError("the decay lies between 0 and 1", where="--decay", value=arguments.decay)
+        raise UserError("the decay must be between 0 and 1", where="--decay", value=arguments.decay)
     start_device()
     out = Path(arguments.output)
     if (out / "checkpoints").exists():
@@ -51,7 +52,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
         return refresh_run(settings, Path(arguments.run), out, decay=arguments.decay, least=arguments.minimum_count)
     vocabulary = Vocabulary.load(Path(arguments.run) / VOCABULARY)
     features = [feature for feature in features_of(settings.data) if feature.name in vocabulary.values]
-    spec = place(features_of(settings.data), settings.model.embedding_size, vocabulary.sizes())
+    spec = assign_columns(features_of(settings.data), settings.model.embedding_size, vocabulary.sizes())
     counted = count_values(settings.data)
     rows, figures = {}, []
     for feature in features:

@@ -11,9 +11,9 @@ from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from parallel.common.renamed import current_keys
 from parallel.common.settings import load_settings
-from recsys.data.dataset import columns_of, features_of
+from recsys.data.columns import columns_of, features_of
 from recsys.data.encode import Columns
-from recsys.data.features import Feature, FeatureSpec, place
+from recsys.data.features import Feature, FeatureSpec, assign_columns
 from recsys.data.readers import reader
 from recsys.data.vocabulary import Vocabulary
 
@@ -33,7 +33,7 @@ class Trained:
         features, columns: of the log.
         vocabulary, spec: how values become rows of the tables.
         model: the network with its values, in inference mode; None where only the rest was asked for.
-        tables: `recsys.tables.host.HostTables`, where they lie on the host.
+        tables: `recsys.tables.host.HostTables`, where they are on the host.
     """
 
     path: Path
@@ -78,7 +78,7 @@ def settings_of(checkpoint: Path, config: str | None = None, stored: bool = Fals
 
 
 def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:
-    """The vocabulary that stands beside a checkpoint or above it, or in the run's folder.
+    """The vocabulary beside a checkpoint or above it, or in the run's folder.
 
     Raises:
         UserError: there is none, and the features need one.
@@ -103,7 +103,7 @@ def describe(checkpoint: str | Path, config: str | None = None, stored: bool = F
     settings = settings_of(path, config, stored)
     features = features_of(settings.data)
     vocabulary = vocabulary_of(path, settings)
-    spec = place(features, settings.model.embedding_size, vocabulary.sizes())
+    spec = assign_columns(features, settings.model.embedding_size, vocabulary.sizes())
     return Trained(path, settings, features, columns_of(settings.data, reader(settings.data.reader)), vocabulary, spec)
 
 
@@ -113,7 +113,7 @@ def load(checkpoint: str | Path, config: str | None = None, rows: int = 1024) ->
     Args:
         checkpoint: or a folder of such.
         config: the run's settings; None = those kept in the checkpoint.
-        rows: samples of one call at most, where the tables lie on the host.
+        rows: samples of one call at most, where the tables are on the host.
 
     Raises:
         UserError: see `describe` and `parallel.checkpoint.full.load_parameters`.

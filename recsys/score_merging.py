@@ -1,7 +1,7 @@
-"""Scores of all ranks in one place: exact metrics of rows that were split over the ranks of a run.
+"""Scores of all ranks together: exact metrics of rows that were split over the ranks of a run.
 
 A backend's `exchange` adds lists of floats over all ranks and gives back exactly what only one rank gives, so every
-rank puts its rows into their places among zeros.
+rank puts its rows at their index among zeros.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RankScores:
         self.backend, (self.part, self.parts) = backend, backend.share
 
     def whole(self, own: np.ndarray | None, shape: tuple[int, int], start: int) -> np.ndarray:
-        """float32 [rows, K] of which this rank tells `own` from row `start` on; None: another rank tells its rows.
+        """float32 [rows, K] of which this rank gives `own` from row `start` on; None: another rank gives its rows.
         Every rank calls it with the same shape."""
         result = np.zeros(shape, np.float32)
         if own is not None:
@@ -48,6 +48,6 @@ class RankScores:
         if self.backend.ranks == 1:
             return scores, labels
         rows, tasks = len(labels) * self.parts, labels.shape[1]
-        told = None if scores is None else np.concatenate([scores, labels], 1)
-        found = self.whole(told, (rows, 2 * tasks), self.part * len(labels))
+        own = None if scores is None else np.concatenate([scores, labels], 1)
+        found = self.whole(own, (rows, 2 * tasks), self.part * len(labels))
         return found[:, :tasks], found[:, tasks:]

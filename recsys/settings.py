@@ -86,12 +86,12 @@ class DataSettings(Settings):
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Between the cells of reader csv."""
     quoted: bool = True
-    """csv: whether a cell may stand in double quotes, which then may hold delimiters and line ends; false: a quote is
+    """csv: whether a cell may be in double quotes, which then may hold delimiters and line ends; false: a quote is
     text like any other."""
     features: list[Feature] | None = None
     """Columns that the model reads; null = those the reader knows."""
     history: int = Field(0, ge=0, le=100_000)
-    """movielens, kuairand: adds the feature `history`, the items that the user liked before, at most so many, weighed
+    """movielens, kuairand: adds the feature `history`, the items that the user liked before, at most this many, weighed
     by the candidate unless `pooling` says otherwise (`none` for longer); 0 = no such feature."""
     passed: int = Field(0, ge=0, le=100_000)
     """The same for the feature `passed`: items that the user met before and did not like (rated lower, not clicked)."""
@@ -121,7 +121,7 @@ class DataSettings(Settings):
     shuffle: bool = True
     """Whether training rows come in an order drawn anew for every epoch."""
     together: int = Field(1, ge=1)
-    """Shuffled training rows keep up to so many of a user's samples one after the other, so that batches hold fewer
+    """Shuffled training rows keep up to this many of a user's samples one after the other, so that batches hold fewer
     users (see train.share_users)."""
     cache: str = "runs/data"
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
@@ -135,14 +135,14 @@ class DataSettings(Settings):
     stream: StreamSettings = StreamSettings()
     """redis_stream, kafka, tail: how events are read."""
     tables: TableSettings = TableSettings()
-    """Where the embedding tables lie."""
+    """Where the embedding tables are kept."""
 
 
 class TaskSettings(Settings):
     """One task of a multi-task ranker."""
 
     name: str
-    """Name; tasks stand in the order of data.labels."""
+    """Name; tasks are in the order of data.labels."""
     weight: float = Field(1.0, ge=0.0)
     """Factor of its loss."""
     kind: Literal["binary", "regression"] = "binary"
@@ -174,7 +174,7 @@ class TaskSettings(Settings):
 
 
 class HeadSettings(Settings):
-    """What lies between the shared representation and each task's head."""
+    """What is between the shared representation and each task's head."""
 
     kind: Literal["shared", "mmoe", "ple"] = "shared"
     """shared: nothing; mmoe: shared experts, mixed by a gate for each task; ple: levels of shared and own experts."""
@@ -198,7 +198,7 @@ class LookupSettings(Settings):
     capacity_factor: float = Field(2.0, gt=0.0)
     """alltoall: ids that a device may ask of another in one round, over the even share."""
     rounds: int = Field(2, ge=1, le=64)
-    """alltoall: exchanges in a step; a later one serves what the one before had no place for. What finds none in the
+    """alltoall: exchanges in a step; a later one serves what the one before had no slot for. What finds none in the
     last makes the step not count, and the run end with a line."""
 
 
@@ -218,9 +218,23 @@ class RankerSettings(Settings):
     head: HeadSettings = HeadSettings()
     """What is shared and what is not between tasks."""
     tasks: list[TaskSettings] = Field(default_factory=list)
-    """Names, loss weights and kinds of the tasks; empty = as many as there are labels, all clicks with weight 1."""
+    """Names, loss weights and kinds of the tasks; empty = one for each label, all clicks with weight 1."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Rate on the features' concatenation (embedding dropout)."""
+
+    separable: ClassVar[bool] = False  # whether the model has a form with user and candidate separated
+
+    def separation(self) -> Settings | None:
+        """The settings of that form, where it is chosen."""
+        return self.ug_sep if self.separable else None
+
+    def depth(self) -> int:
+        """Number of layers: the model's own key, 1 where it has none."""
+        return dict(self).get("layers", 1)
+
+    def full_capacity(self) -> int | None:
+        """The capacity factor under which no routed expert leaves a row out; None without such experts."""
+        return None
 
 
 class FlatSchedule(ScheduleSettings):
@@ -274,12 +288,16 @@ class RankerTrain(TrainSettings):
     """Stop before `steps` when validation no longer improves; metrics: auc, gauc, uauc, logloss, validation_loss."""
     start_from: str | None = None
     """Checkpoint or run, perhaps of other features, from which a run without checkpoints of its own starts: parameters
-    by name, rows of tables by value, optimizer states anew; a table tells what was kept. Null = start values."""
+    by name, rows of tables by value, optimizer states anew; a table shows what was kept. Null = start values."""
     share_users: bool = False
     """With model.ug_sep: samples of a batch with equal user columns share one computation of the user side; the loss is
     the same. Pays with data.together."""
     keep_best: Literal["auc", "gauc", "uauc", "logloss"] | None = None
     """Evaluate the parameters of the validation that was best in this metric; null = the last ones."""
+
+    def sparse_settings(self) -> SparseOptimizer | None:
+        """See `TrainSettings`."""
+        return self.sparse_optimizer
 
 
 class Run(Settings):

@@ -12,8 +12,9 @@ from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
-from recsys.data.dataset import VOCABULARY, columns_of, features_of
-from recsys.data.features import FeatureSpec, place
+from recsys.data.columns import columns_of, features_of
+from recsys.data.features import FeatureSpec, assign_columns
+from recsys.data.log import VOCABULARY
 from recsys.data.readers import reader
 from recsys.data.streams.source import StreamSource
 from recsys.data.vocabulary import Vocabulary
@@ -45,7 +46,7 @@ def reading_of(settings: Run) -> tuple:
         if waits:
             raise UserError("a stream cannot be counted before training", where=f"features.{feature.name}",
                             hint="values: hash or integer, boundaries for buckets, or data.vocabulary of files")
-    spec = place(features, settings.model.embedding_size, vocabulary.sizes())
+    spec = assign_columns(features, settings.model.embedding_size, vocabulary.sizes())
     return features, columns_of(data, reader(data.reader)), spec, vocabulary
 
 

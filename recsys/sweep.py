@@ -150,7 +150,8 @@ def scaling_laws(rows: list[dict]) -> dict[str, dict[str, float]]:
     """For parameters and for FLOPs the power law logloss = factor * size^exponent that fits best: a straight line
     through (log size, log loss) by least squares, with its R^2. Empty where there are fewer than three sizes.
 
-    The papers show such lines without saying how they were fitted; that no constant is taken off the loss is ours.
+    The papers show such lines without saying how they were fitted; that no constant is taken off the loss was chosen
+    here.
     """
     laws = {}
     for key in SIZES:

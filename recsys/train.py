@@ -20,7 +20,8 @@ from parallel.training.step import TrainStep
 from parallel.training.stop import listen_early
 from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
-from recsys.data.dataset import Batches, Log, prepare
+from recsys.data.batches import Batches
+from recsys.data.log import Log, prepare
 from recsys.data.readers import reader
 from recsys.evaluation import Evaluation
 from recsys.layers.sizes import count

@@ -33,7 +33,7 @@ what differs from it. An unknown key is an error that names the nearest known on
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of the page."""
     parts = [HEAD]
     for title, target in CLASSES:
         module, _, name = target.partition(":")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluates a checkpoint on few-shot tasks whose data lie in a local folder.
+# Evaluates a checkpoint on few-shot tasks whose data are in a local folder.
 #   bash scripts/run_few_shot.sh --config F --tasks tnews,ocnli,... [--data DIR] [--shots 0|1|few|K]
 #                                [--checkpoint DIR] [--limit N] [--nproc P] [--log-samples FILE] [key=value ...]
 # --tasks all takes every task whose data are found. All flags: python -m pangu evaluate --help

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_every_file_is_formatted():
     pytest.importorskip("clang_format")
-    tracked = subprocess.run(["git", "ls-files", "*.cpp", "*.h"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(["git", "ls-files", "*.cpp", "*.h", "*.inc"], cwd=ROOT, capture_output=True, text=True,
+                             check=True)
     files = [name for name in tracked.stdout.split() if (ROOT / name).is_file()]
     done = subprocess.run([Path(sys.executable).parent / "clang-format", "--dry-run", "-Werror", *files], cwd=ROOT,
                           capture_output=True, text=True, check=False)

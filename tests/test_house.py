@@ -69,7 +69,7 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imports(name: str) -> set[str]:
-    """Modules of ours that a module imports anywhere: at the top, within functions, under TYPE_CHECKING."""
+    """Modules of this project that a module imports anywhere: at the top, within functions, under TYPE_CHECKING."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -85,7 +85,7 @@ def test_a_ranker_with_old_keys_and_its_int8_form(old):
 
 def test_an_encoded_click_log_of_an_older_format_is_made_again_beside_it(old):
     """Its name holds the format, which has changed since; nothing of it is read by mistake."""
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from recsys.settings import run_class
 
     kept = json.loads((old / "ranker" / "checkpoints" / "step_00000001" / "state.json").read_text())["run"]

@@ -111,16 +111,16 @@ def ended_once_it_serves(words: list[str], environment: dict[str, str], ask: Cal
     """Starts a server, asks it for its health and what else there is, and ends it as an operator would."""
     with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as server:
-        said = []
+        output = []
         for line in server.stderr:
-            said.append(line)
+            output.append(line)
             if address := re.search(r"serving .* on (http://\S+)", line):
                 with urllib.request.urlopen(f"{address[1]}/health", timeout=60) as answer:
                     assert json.load(answer)["status"] == "ok"
                 ask(address[1], environment)
                 server.terminate()
         out = server.stdout.read()
-    assert server.returncode == 0, "".join(said)[-3000:]
+    assert server.returncode == 0, "".join(output)[-3000:]
     assert "version" in json.loads(out.strip().splitlines()[-1])
 
 

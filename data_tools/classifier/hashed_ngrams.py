@@ -1,7 +1,7 @@
 """Hashed character n-gram features and the linear classifier on them.
 
-GPT-3 (Brown et al. 2020, appendix A) tells good pages from bad by logistic regression on hashed token features. Its
-tokens are words; ours are characters and pairs of characters, which need no segmenter (our choice).
+GPT-3 (Brown et al. 2020, appendix A) separates good pages from bad by logistic regression on hashed token features. Its
+tokens are words; here they are characters and pairs of characters, which need no segmenter (chosen here).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A bucket holds the nodes that share the key of a band. Up to `ALL_PAIRS` members, every pair is taken whose signatures
 agree often enough; in a larger one each member is taken with its most similar ones only, so that the pairs grow
-linearly; one above `bucket_limit` is first cut by the keys of the other bands, then by digest. Pairs are verified
-afterwards, so cutting can lose a pair (which another band most often finds) and never make a wrong one.
+linearly; one above `bucket_limit` is first split by the keys of the other bands, then by digest. Pairs are verified
+afterwards, so splitting can lose a pair (which another band most often finds) and never make a wrong one.
 Legend: M members, P signature entries, B bands.
 """
 
@@ -68,7 +68,7 @@ def _nearest_pairs(signatures: np.ndarray, floor: float, neighbours: int) -> np.
 
 
 def shard_of(digest_low: np.ndarray, members: int, limit: int) -> np.ndarray:
-    """Shards of a bucket that is too large even after the cut by other bands: by the low half of the digest."""
+    """Shards of a bucket that is too large even after the split by other bands: by the low half of the digest."""
     return digest_low % np.uint64(-(-members // limit))
 
 
@@ -109,7 +109,7 @@ class Bucketer:
         order, starts, lengths = _runs(self.keys[:, band])
         self._equal_runs(order, starts, lengths)
         for start, length in zip(starts[lengths > self.limit], lengths[lengths > self.limit], strict=True):
-            self._cut(order[start:start + length], band)
+            self._split_bucket(order[start:start + length], band)
 
     def _equal_runs(self, order: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         """All runs within the limit; those of one length are worked on together."""
@@ -127,7 +127,7 @@ class Bucketer:
         pairs = bucket_pairs(self.signatures[members], self.floor, self.neighbours)
         self._pairs.append(members[pairs])
 
-    def _cut(self, members: np.ndarray, band: int) -> None:
+    def _split_bucket(self, members: np.ndarray, band: int) -> None:
         """A bucket above the limit: its members that share another band too, each such group a bucket of its own."""
         self.split_buckets += 1
         for other in range(self.keys.shape[1]):
@@ -139,5 +139,5 @@ class Bucketer:
                 group = members[order[start:start + length]]
                 shards = shard_of(self.digest_low[group], length, self.limit)
                 for shard in np.unique(shards):
-                    # The first member stands in every shard, so that groups of like members stay tied together.
+                    # The first member is in every shard, so that groups of like members stay tied together.
                     self._bucket(np.unique(np.append(group[shards == shard], group[0])))

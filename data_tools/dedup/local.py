@@ -156,7 +156,7 @@ class _ShingleTask:
 
 @dataclass
 class _ShingleStore:
-    """Where the n-gram set of each wanted node lies: part file, first entry, length."""
+    """Where the n-gram set of each wanted node is: part file, first entry, length."""
 
     plan: DedupPlan
     part: np.ndarray
@@ -188,18 +188,18 @@ class _ShingleStore:
 
 @dataclass(frozen=True)
 class _VerifyTask:
-    """Similarities of some pairs. `places` is int64 [pairs, 6]: part, start, length of either side."""
+    """Similarities of some pairs. `spans` is int64 [pairs, 6]: part, start, length of either side."""
 
     plan: DedupPlan
     number: int
-    places: np.ndarray
+    spans: np.ndarray
     at_least: float
 
     def __call__(self) -> tuple[int, np.ndarray]:
         files: dict[int, np.ndarray] = {}
-        result = np.empty(len(self.places))
+        result = np.empty(len(self.spans))
         left, left_place = np.empty(0, np.uint64), (-1, -1)
-        for index, (part, start, length, *other) in enumerate(self.places.tolist()):
+        for index, (part, start, length, *other) in enumerate(self.spans.tolist()):
             if (part, start) != left_place:
                 left, left_place = self._set(files, part, start, length), (part, start)
             result[index] = jaccard(left, self._set(files, *other), self.at_least)
@@ -215,9 +215,9 @@ class _VerifyTask:
 def _verify(plan: DedupPlan, engine: Engine, shingles: _ShingleStore, pairs: np.ndarray, at_least: float) -> np.ndarray:
     """Real Jaccard similarity of every pair (0 for those whose sizes rule `at_least` out): float64 [pairs]."""
     left, right = pairs[:, 0], pairs[:, 1]
-    places = np.stack([shingles.part[left], shingles.start[left], shingles.length[left],
+    spans = np.stack([shingles.part[left], shingles.start[left], shingles.length[left],
                        shingles.part[right], shingles.start[right], shingles.length[right]], axis=1)
-    tasks = [_VerifyTask(plan.without_splits(), start, places[start:start + _PAIRS_A_TASK], at_least)
+    tasks = [_VerifyTask(plan.without_splits(), start, spans[start:start + _PAIRS_A_TASK], at_least)
              for start in range(0, len(pairs), _PAIRS_A_TASK)]
     similarity = np.empty(len(pairs))
     for start, part in engine.map(_call, tasks, "dedup: verify pairs"):

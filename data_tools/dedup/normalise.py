@@ -2,7 +2,7 @@
 
 The normal form of a text is: NFKC, each character lower-cased where that gives one character, each traditional Chinese
 character replaced by its simplified twin (the character table of OpenCC t2s, characters one by one), and whitespace,
-control and format characters (zero width ones too) dropped. Punctuation stays. The choice is ours: the PanGu-alpha
+control and format characters (zero width ones too) dropped. Punctuation stays. Chosen here: the PanGu-alpha
 paper (section 3.1.2) does not say what it compares.
 """
 

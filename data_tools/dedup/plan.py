@@ -1,4 +1,4 @@
-"""What is to be deduplicated and how: settings, and the places of the files in between."""
+"""What is to be deduplicated and how: settings, and the paths of the files in between."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallel.common.settings import Settings
 
 
 class DedupSettings(Settings):
-    """Exact and near duplicates; all numbers are our choice (the PanGu-alpha paper does not disclose its own)."""
+    """Exact and near duplicates; all numbers were chosen here (the PanGu-alpha paper does not disclose its own)."""
 
     threshold: float = pydantic.Field(0.8, gt=0, le=1)
     """Jaccard similarity of the sets of character n-grams from which two documents are near duplicates."""
@@ -29,11 +29,11 @@ class DedupSettings(Settings):
     seed: int = 1
     """Of the hash functions."""
     bucket_limit: int = pydantic.Field(2048, ge=2)
-    """Documents in one bucket up to which all of them are compared by their signatures; larger buckets are cut."""
+    """Documents in one bucket up to which all of them are compared by their signatures; larger buckets are split."""
     neighbours: int = pydantic.Field(32, ge=1)
     """In a bucket above 64 documents each is verified against this many of the most similar by signature."""
     sources: list[str] = []
-    """Sources in order of preference: of duplicates the one whose source stands first is kept; others rank last."""
+    """Sources in order of preference: of duplicates the one whose source comes first is kept; others rank last."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def node_digest(text: str, codes: np.ndarray, ngram: int) -> bytes:
 
 
 def record_digest(document: Document) -> bytes:
-    """16 bytes for the whole record: tells apart documents of one id."""
+    """16 bytes for the whole record: distinguishes documents of one id."""
     import json
 
     text = json.dumps(document.record(), sort_keys=True, ensure_ascii=False)

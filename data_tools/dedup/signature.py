@@ -2,7 +2,7 @@
 
 MinHash: Broder, "On the resemblance and containment of documents" (1997). The share of equal entries of two signatures
 estimates the Jaccard similarity of the two sets of n-grams. The PanGu-alpha paper (section 3.1.2) does not disclose
-its own algorithm, n-gram size or number of hashes: all of these are our choice and stand in the settings.
+its own algorithm, n-gram size or number of hashes: all of these were chosen here and are settings.
 Legend: N documents, P hashes, L n-grams.
 """
 
@@ -52,7 +52,7 @@ def text_digest(data: bytes, kind: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Bands:
-    """How a signature is cut for locality-sensitive hashing: `count` bands of `rows` hashes."""
+    """How a signature is split for locality-sensitive hashing: `count` bands of `rows` hashes."""
 
     count: int
     rows: int
@@ -95,7 +95,7 @@ class Signer:
     def sign(self, texts: list[np.ndarray]) -> np.ndarray:
         """Signatures of normalised texts: uint32 [N, P]; a text shorter than n gives a row of 2^32 - 1.
 
-        The n-grams of all texts lie in one row and are worked on block by block, so that one giant text needs no more
+        The n-grams of all texts are in one row and are worked on block by block, so that one giant text needs no more
         memory than many short ones, and short ones share the cost of a call.
         """
         signatures_PN = np.full((self.hashes, len(texts)), _EMPTY, dtype=np.uint32)
@@ -119,14 +119,14 @@ class Signer:
         return np.ascontiguousarray(signatures_PN.T)
 
     def _fold(self, pending: list[np.ndarray], owners: list[int], signatures_PN: np.ndarray) -> None:
-        """Takes the minima of one block into the signatures of the texts that own its pieces."""
+        """Takes the minima of one block into the signatures of the texts that own its n-grams."""
         hashes_L = (np.concatenate(pending) >> np.uint64(32)).astype(np.uint32)
         starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pending])[:-1]])
         product_L = np.empty_like(hashes_L)
         for row, multiplier in enumerate(self.multipliers):
             np.multiply(hashes_L, multiplier, out=product_L)
             minima = np.minimum.reduceat(product_L, starts)
-            # A text stands at most once in a block, so plain indexing is safe.
+            # A text is at most once in a block, so plain indexing is safe.
             signatures_PN[row, owners] = np.minimum(signatures_PN[row, owners], minima)
 
 

@@ -63,7 +63,7 @@ def _nodes(documents: Any) -> Any:
 
 
 def _candidate_pairs(plan: DedupPlan, engine: SparkEngine, nodes: Any) -> tuple[Any, int]:
-    """(frame u, v of node digests with u < v, number of buckets that had to be cut)."""
+    """(frame u, v of node digests with u < v, number of buckets that had to be split)."""
     from pyspark.sql import functions as f
 
     limit = plan.settings.bucket_limit
@@ -84,7 +84,7 @@ def _candidate_pairs(plan: DedupPlan, engine: SparkEngine, nodes: Any) -> tuple[
 
 
 def _split_buckets(large: Any, keyed: Any, signatures: Any, limit: int) -> Any:
-    """Buckets above the limit: cut by the keys of the other bands, then by digest (see `candidates`)."""
+    """Buckets above the limit: split by the keys of the other bands, then by digest (see `candidates`)."""
     from pyspark.sql import functions as f
 
     other = keyed.select("node", f.col("band").alias("other_band"), f.col("key").alias("other_key"))
@@ -121,7 +121,7 @@ def _pairs_of_bucket(members: Any, floor: float, neighbours: int) -> list[tuple[
 
 
 def _shingles(plan: DedupPlan, engine: SparkEngine, nodes: Any, pairs: Any) -> Any:
-    """Frame node, hashes: the n-gram sets of all nodes that stand in a pair, read from the parts once more."""
+    """Frame node, hashes: the n-gram sets of all nodes that occur in a pair, read from the parts once more."""
     wanted = pairs.select("u").union(pairs.select("v")).distinct().withColumnRenamed("u", "node")
     places = nodes.join(wanted, "node").select("part", "row", "node").rdd
     by_part = places.map(lambda row: (row["part"], (row["row"], bytes(row["node"])))).groupByKey()

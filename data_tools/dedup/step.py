@@ -61,7 +61,7 @@ def _find_duplicates(plan: DedupPlan, engine: Engine) -> dict[str, Any]:
     return local.find_duplicates(plan, engine)
 
 
-def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], places: OutputLayout, work: str | Path,
+def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], layout: OutputLayout, work: str | Path,
               engine: Engine, format: OutputFormat) -> tuple[PartFigures, dict[str, Any]]:
     """Deduplicates all parts together; returns the figures of the step and of the clusters.
 
@@ -73,11 +73,11 @@ def run_dedup(settings: DedupSettings, read: ReadSettings, splits: list[Split], 
                                "verified_pairs": 0, "split_buckets": 0}
     plan = DedupPlan(settings, read, tuple(splits), str(work))
     clusters, sums = decide(plan, engine)
-    return run_step(RemoveDuplicates(plan, sums), splits, places, engine, format, read), clusters
+    return run_step(RemoveDuplicates(plan, sums), splits, layout, engine, format, read), clusters
 
 
 def decide(plan: DedupPlan, engine: Engine) -> tuple[dict[str, Any], dict[int, int]]:
-    """Writes the decision files, unless they stand there unchanged for the same input and settings already.
+    """Writes the decision files, unless they are there unchanged for the same input and settings already.
 
     Returns:
         (figures, CRC-32 of each part's file).

@@ -79,7 +79,7 @@ class _Worker:
 
     def give(self, number: int, function: Callable, item: Any) -> None:
         self.number = number
-        with contextlib.suppress(OSError):  # it died: its pipe tells so when it is read
+        with contextlib.suppress(OSError):  # it died: its pipe shows it when it is read
             self.pipe.send((function, item))
 
     def stop(self) -> None:
@@ -121,7 +121,7 @@ def _share_out(function: Callable, items: list, workers: list[_Worker], descript
                 worker.stop()
                 workers[workers.index(worker)] = _Worker()
                 deaths[number] += 1
-                _tell_death(description, number, deaths[number])
+                _report_death(description, number, deaths[number])
                 waiting.appendleft(number)
                 continue
             if not good:
@@ -129,7 +129,7 @@ def _share_out(function: Callable, items: list, workers: list[_Worker], descript
             yield result
 
 
-def _tell_death(description: str, number: int, deaths: int) -> None:
+def _report_death(description: str, number: int, deaths: int) -> None:
     if deaths >= _MAX_DEATHS:
         raise UserError(f"part {number} killed {deaths} workers", where=description,
                         hint="look for lack of memory; try fewer workers or a smaller read.split_bytes")

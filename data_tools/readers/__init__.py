@@ -65,7 +65,7 @@ def reader_for(path: Path) -> str:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file has to be decompressed to be read, and so cannot be cut."""
+    """Whether the file has to be decompressed to be read, and so cannot be split."""
     return path.suffix.lower() in COMPRESSED_SUFFIXES
 
 

@@ -46,7 +46,7 @@ def extract_html(data: bytes, content_type: str = "", link_share: float = 0.7, l
         data: the page's bytes.
         content_type: the HTTP header, for its charset.
         link_share: a list or block with `links` links or more is navigation when this share of its characters is
-            link text (rule 8 of the PanGu-alpha paper, section 3.1.1; the way to tell is our choice).
+            link text (rule 8 of the PanGu-alpha paper, section 3.1.1; the criterion was chosen here).
         links: see `link_share`.
     """
     try:
@@ -118,7 +118,7 @@ def _drop_link_lists(body: object, link_share: float, links: int) -> None:
     for index, node in enumerate(nodes):
         gone[index] = parents[index] >= 0 and gone[parents[index]]
         if (not gone[index] and node.tag in _LIST_TAGS and anchors[index] >= links and total[index]
-                and linked[index] >= link_share * total[index]):
+            and linked[index] >= link_share * total[index]):
             gone[index] = True
             node.decompose()
 

@@ -18,7 +18,7 @@ _ESCAPE_ROOM = 2  # a text may be longer as JSON than as UTF-8
 
 
 def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
-    """Byte ranges of about `split_bytes` of a plain file; a compressed one and UTF-16 cannot be cut."""
+    """Byte ranges of about `split_bytes` of a plain file; a compressed one and UTF-16 cannot be split."""
     size = path.stat().st_size
     if readers.is_compressed(path) or size <= settings.split_bytes or is_wide(path):
         return [(0, None)]

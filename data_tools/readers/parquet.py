@@ -1,4 +1,4 @@
-"""Parquet with a text column; our own files keep further keys as JSON in the column `other`."""
+"""Parquet with a text column; files written here keep further keys as JSON in the column `other`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _BATCH_ROWS = 256
 
 
 def ranges(path: Path, settings: ReadSettings) -> list[tuple[int, int | None]]:
-    """Ranges of row groups of about `split_bytes` compressed bytes; a damaged file is one part (and told when read)."""
+    """Ranges of row groups of about `split_bytes` compressed bytes; a damaged file is one part (and reported when
+    read)."""
     from pyarrow import parquet
 
     try:

@@ -26,7 +26,7 @@ def read(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[Documen
     """The documents of the file, empty ones left out."""
     from data_tools.readers._build import build_document, default_source
 
-    pieces = _whole(split, settings, log) if settings.text_unit == "file" else _pieces(split, settings, log)
+    pieces = _whole(split, settings, log) if settings.text_unit == "file" else _lines_or_runs(split, settings, log)
     for offset, data in pieces:
         name = f"{split.name}:{offset}"
         if isinstance(data, int):
@@ -55,7 +55,7 @@ def _whole(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[tuple
     yield 0, (total if total > settings.maximum_document_bytes else b"".join(chunks))
 
 
-def _pieces(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[tuple[int, bytes | int]]:
+def _lines_or_runs(split: Split, settings: ReadSettings, log: ReadLog) -> Iterator[tuple[int, bytes | int]]:
     """Lines, or runs of lines; a run above the size limit comes as its length."""
     first, run, size = 0, [], 0
     for offset, line in read_lines(split, settings.maximum_document_bytes, log):

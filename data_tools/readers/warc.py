@@ -66,7 +66,7 @@ def _records(split: Split, log: ReadLog) -> Iterator[Any]:
 
 
 class _Available:
-    """A stream whose `read` gives what is there at once, so that what stands before a damaged place is not lost."""
+    """A stream whose `read` gives what is there at once, so that what precedes the damage is not lost."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.read = stream.read1
@@ -122,6 +122,6 @@ def _ends_early(body: Any) -> bool:
 
 def _content_type(record: Any) -> str:
     if record.http_headers is not None:
-        # Servers that say nothing mostly mean HTML; its first bytes tell.
+        # Servers that say nothing mostly mean HTML; its first bytes decide.
         return (record.http_headers.get_header("Content-Type") or _UNTYPED).lower()
     return (record.rec_headers.get_header("Content-Type") or "").lower()

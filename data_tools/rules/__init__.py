@@ -1,8 +1,8 @@
 """Cleaning rules: one module a rule, found automatically; each has its thresholds in YAML under `rules.<name>`.
 
 The eight rules are those of the PanGu-alpha paper, section 3.1.1; the paper prints two thresholds (60 %, 150
-characters) and names the other rules only, so their thresholds, and the order, are our choice. A rule module defines
-one subclass of `Rule` with the name of the module; `order` places it among the others.
+characters) and names the other rules only, so their thresholds, and the order, were chosen here. A rule module defines
+one subclass of `Rule` with the name of the module; `order` ranks it among the others.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class Rule(Settings):
 
     enabled: bool = True
     """Whether the rule runs."""
+
+    def word_lists(self) -> list[str]:
+        """Files that the rule reads; a change of one is a change of the rule."""
+        return []
 
     def apply(self, text: str, title: str) -> str:
         """The text that stays.

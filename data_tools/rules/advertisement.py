@@ -1,4 +1,4 @@
-"""Rule 6: documents that contain advertisements, told by keywords, are removed."""
+"""Rule 6: documents that contain advertisements, recognised by keywords, are removed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ class Advertisement(Rule):
     keywords: list[str] = []
     """Further keywords; case does not matter."""
     keywords_file: str | None = None
-    """A file with one keyword a line, used in place of the built-in list."""
+    """A file with one keyword a line, used instead of the built-in list."""
     hits: int = 1
     """Remove a document with this many different keywords; the paper removes documents that contain any."""
+
+    def word_lists(self) -> list[str]:
+        """See `Rule`."""
+        return [self.keywords_file] if self.keywords_file else []
 
     def apply(self, text: str, title: str) -> str:
         finder = KeywordFinder.of(self.keywords_file, _KEYWORDS, self.keywords)

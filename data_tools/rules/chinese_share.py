@@ -21,7 +21,7 @@ class ChineseShare(Rule):
     minimum: float = 0.6
     """Smallest share of Han characters among the characters that are not white space (0.6 in the paper)."""
     count_punctuation: bool = True
-    """Whether Chinese punctuation stands in the denominator; the paper does not say."""
+    """Whether Chinese punctuation counts in the denominator; the paper does not say."""
 
     def apply(self, text: str, title: str) -> str:
         han = len(_NOT_HAN.sub("", text))

@@ -29,7 +29,7 @@ class SpecialSymbols(Rule):
     keep: str = ""
     """Characters to keep that the rule would remove."""
     longest_run: int = 6
-    """A run of one and the same punctuation mark is cut to this length."""
+    """A run of one and the same punctuation mark is shortened to this length."""
 
     def apply(self, text: str, title: str) -> str:
         for old, new in _SPACES:

@@ -26,7 +26,7 @@ class CleanStep(Step):
         self._active = [(name, getattr(rules, name)) for name in discover() if getattr(rules, name).enabled]
 
     def digest_source(self, split: Split) -> Any:
-        files = [path for _, rule in self._active if (path := getattr(rule, "keywords_file", None))]
+        files = [path for _, rule in self._active for path in rule.word_lists()]
         settings = [[name, rule.model_dump(mode="json")] for name, rule in self._active]
         return [settings, [digest_of(read_word_list(path)) for path in files]]
 

@@ -1,7 +1,7 @@
 """Removes documents that share long n-grams with the evaluation sets, so that a test is not in the training data.
 
-GPT-3 (Brown et al. 2020, appendix C) looks for n-grams of 8 to 13 words; ours are of characters in the normal form of
-`dedup.normalise`, 24 by default, about 13 Chinese words (our choice; the PanGu-alpha paper does not decontaminate).
+GPT-3 (Brown et al. 2020, appendix C) looks for n-grams of 8 to 13 words; here they are of characters in the normal form
+of `dedup.normalise`, 24 by default, about 13 Chinese words (chosen here; the PanGu-alpha paper does not decontaminate).
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class DecontaminateStep(Step):
 
 
 def _shared(hashes: np.ndarray, path: str, changed: int) -> np.ndarray:
-    """Positions of the n-grams that stand in the index."""
+    """Positions of the n-grams that are in the index."""
     index, bits = _index(path, changed)
     likely = np.flatnonzero(bits[hashes >> np.uint64(64 - _FILTER_BITS)])
     places = np.minimum(np.searchsorted(index, hashes[likely]), len(index) - 1)

@@ -26,7 +26,7 @@ class SensitiveSettings(Settings):
     allowed: int = 3
     """Documents with more hits than this are removed (three in the paper)."""
     distinct: bool = False
-    """Count different words in place of all hits; the paper does not say which."""
+    """Count different words instead of all hits; the paper does not say which."""
 
 
 class ClassifierSettings(Settings):
@@ -46,7 +46,7 @@ class ClassifierSettings(Settings):
 
 
 class QualityFilterSettings(ClassifierSettings):
-    """A classifier whose score decides by GPT-3's rule unless told otherwise."""
+    """A classifier whose score decides by GPT-3's rule unless set otherwise."""
 
     keep: Literal["threshold", "pareto"] = "pareto"
     """As in `spam`, with another default."""
@@ -74,7 +74,7 @@ class FilterStep(Step):
 
     def __init__(self, settings: FilterSettings) -> None:
         self.settings = settings
-        # Read here once, so that a wrong file is told before any work.
+        # Read here once, so that a wrong file is reported before any work.
         if settings.sensitive.words_file is not None:
             read_word_list(settings.sensitive.words_file)
         for classifier in (settings.spam, settings.quality):

@@ -1,7 +1,7 @@
 """The training mixture: each category drawn by its number of epochs, shuffled, the same for a seed.
 
 Weights are those of Table 4 of the PanGu-alpha paper. The quantities in that table do not all agree with its weights,
-so the weights, normalised, are taken as the sampling ratios (our reading).
+so the weights, normalised, are taken as the sampling ratios (as understood here).
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class MixSettings(Settings):
     preset: Literal["pangu_alpha_200b", "pangu_alpha_2.6b_13b"] | None = None
     """Weights of Table 4: for 200B, or for 2.6B and 13B."""
     weights: dict[str, float] = {}
-    """Weight of each category, in place of a preset's; any scale."""
+    """Weight of each category, instead of a preset's; any scale."""
     categories: dict[str, list[str]] = {}
     """Which sources belong to a category, as patterns (`news*`); one not named here is the source of that name."""
     characters: float | None = pydantic.Field(None, gt=0)
-    """Characters of the mixture; null = as many as `maximum_epochs` allows."""
+    """Characters of the mixture; null = the most that `maximum_epochs` allows."""
     maximum_epochs: float = pydantic.Field(4.0, gt=0)
     """Most often that a category may be repeated (the paper's own go up to 3.65)."""
     allow_missing: bool = False
     """Leave categories without a document out, their weight going to the others; otherwise that is an error."""
     seed: int = 1
-    """Decides what is drawn and in which order it stands."""
+    """Decides what is drawn and in which order."""
     shard_characters: float = pydantic.Field(2e7, ge=1)
     """Characters in an output file, about."""
 
@@ -134,14 +134,14 @@ def plan_epochs(settings: MixSettings, characters: dict[str, int]) -> dict[str, 
 
 
 def copies_of(document: Document, epochs: float, seed: int) -> int:
-    """How often the document stands in the mixture: epochs rounded down, and once more with the chance left over."""
+    """How often the document occurs in the mixture: epochs rounded down, and once more with the chance left over."""
     whole = int(epochs)
     return whole + (uniform(seed, "draw", document.id, document.text) < epochs - whole)
 
 
 @dataclass(frozen=True)
 class _DrawTask:
-    """Writes the copies of each document of a part, and the shard, place in the file and checksum of each."""
+    """Writes the copies of each document of a part, and the shard, position in the file and checksum of each."""
 
     plan: MixPlan
     split: Split
@@ -153,7 +153,7 @@ class _DrawTask:
                 category = category_of(document.source, self.plan.settings)
                 epochs = self.plan.epochs.get(category, 0.0)
                 for copy in range(copies_of(document, epochs, self.plan.settings.seed)):
-                    place = _place(self.plan.settings.seed, document, copy)
+                    place = _sort_key(self.plan.settings.seed, document, copy)
                     record = document.record()
                     record["id"] = document.id if copy == 0 else f"{document.id}#{copy + 1}"
                     record["category"], record["_place"] = category, place
@@ -163,7 +163,7 @@ class _DrawTask:
         save_array(path.with_suffix(".npy"), np.array(index, dtype=np.int64).reshape(-1, 4))
 
 
-def _place(seed: int, document: Document, copy: int) -> str:
+def _sort_key(seed: int, document: Document, copy: int) -> str:
     """Sorting by this shuffles: it depends on the seed, the document and the number of the copy."""
     source = "\x1f".join([str(seed), str(copy), document.id, document.text])
     return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
@@ -176,7 +176,7 @@ class _SortTask:
     plan: MixPlan
     shard: int
     parts: tuple[int, ...]
-    places: OutputLayout
+    layout: OutputLayout
     format: OutputFormat
 
     def __call__(self) -> PartFigures:
@@ -192,7 +192,7 @@ class _SortTask:
                                         hint="make it anew")
                     records.append(parse_object(line))
         records.sort(key=lambda record: (record["_place"], record["id"]))
-        with RecordWriter(Path(self.places.documents) / f"part-{self.shard:05d}.{self.format}") as out:
+        with RecordWriter(Path(self.layout.documents) / f"part-{self.shard:05d}.{self.format}") as out:
             for record in records:
                 del record["_place"]
                 figures.documents_out += 1
@@ -204,7 +204,7 @@ class _SortTask:
         return figures
 
 
-def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], places: OutputLayout, work: str | Path,
+def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], layout: OutputLayout, work: str | Path,
             engine: Engine, format: OutputFormat) -> tuple[PartFigures, dict[str, Any]]:
     """Counts, draws, shuffles; returns the figures and, for each category, epochs, characters and share.
 
@@ -217,10 +217,10 @@ def run_mix(settings: MixSettings, read: ReadSettings, splits: list[Split], plac
     epochs = plan_epochs(settings, counts["characters"])
     total = sum(epochs[name] * counts["characters"][name] for name in epochs)
     plan = MixPlan(settings, read, epochs, max(1, round(total / settings.shard_characters)), str(work))
-    clear_stale(places, {f"part-{shard:05d}.{format}" for shard in range(plan.shards)})
+    clear_stale(layout, {f"part-{shard:05d}.{format}" for shard in range(plan.shards)})
     digest = digest_of([settings.model_dump(mode="json"), read.model_dump(mode="json"), format,
                         [split_identity(split) for split in splits]])
-    figures = _draw_and_sort(plan, splits, places, engine, format, digest)
+    figures = _draw_and_sort(plan, splits, layout, engine, format, digest)
     figures.documents_in = sum(counts["documents"].values())
     figures.bytes_in = sum(counts["bytes"].values())
     figures.characters_in = counts["bins"]
@@ -239,10 +239,10 @@ def _count(settings: MixSettings, read: ReadSettings, splits: list[Split], engin
     return totals
 
 
-def _draw_and_sort(plan: MixPlan, splits: list[Split], places: OutputLayout, engine: Engine, format: OutputFormat,
+def _draw_and_sort(plan: MixPlan, splits: list[Split], layout: OutputLayout, engine: Engine, format: OutputFormat,
                    digest: str) -> PartFigures:
-    marker = Path(places.state) / "done.json"
-    outputs = [Path(places.documents) / f"part-{shard:05d}.{format}" for shard in range(plan.shards)]
+    marker = Path(layout.state) / "done.json"
+    outputs = [Path(layout.documents) / f"part-{shard:05d}.{format}" for shard in range(plan.shards)]
     if marker.is_file() and all(path.is_file() for path in outputs):
         done = read_json(marker)
         if done.get("digest") == digest:
@@ -250,7 +250,7 @@ def _draw_and_sort(plan: MixPlan, splits: list[Split], places: OutputLayout, eng
             return PartFigures.from_json(done["figures"])
     list(engine.map(_call, [_DrawTask(plan, split) for split in splits], "mix: drawing"))
     parts, total = tuple(split.index for split in splits), PartFigures()
-    tasks = [_SortTask(plan, shard, parts, places, format) for shard in range(plan.shards)]
+    tasks = [_SortTask(plan, shard, parts, layout, format) for shard in range(plan.shards)]
     for figures in engine.map(_call, tasks, "mix: shuffling"):
         total.add(figures)
     write_json(marker, {"digest": digest, "figures": total.to_json()})

@@ -104,7 +104,7 @@ class _DecideTask:
         table.sort(order=["digest", "rank", "owner", "part", "row"])
         first = np.ones(len(table), dtype=bool)
         first[1:] = table["digest"][1:] != table["digest"][:-1]
-        # The whole of the first document keeps the paragraph, however often it has it.
+        # All of the first document keeps the paragraph, however often it has it.
         winner = np.flatnonzero(first)[np.cumsum(first) - 1] if len(table) else np.empty(0, np.int64)
         same = (table["part"] == table["part"][winner]) & (table["row"] == table["row"][winner])
         losers = table[~same]
@@ -143,11 +143,11 @@ class ParagraphStep(Step):
             document.text = "\n".join(line for line, digest in zip(lines, digests, strict=True) if digest not in losers)
             figures.changed_by_rule["paragraphs"] += 1
             if not document.text.strip():
-                raise Drop("repeated_paragraphs", f"all {len(lines)} paragraphs stand in other documents")
+                raise Drop("repeated_paragraphs", f"all {len(lines)} paragraphs occur in other documents")
         yield document
 
 
-def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list[Split], places: OutputLayout,
+def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list[Split], layout: OutputLayout,
                    work: str | Path, engine: Engine, format: OutputFormat) -> PartFigures:
     """The three passes."""
     digest = digest_of([settings.model_dump(mode="json"), [split_identity(split) for split in splits]])
@@ -161,7 +161,7 @@ def run_paragraphs(settings: ParagraphSettings, read: ReadSettings, splits: list
         list(engine.map(_call, tasks, "paragraphs: repeated ones"))
         with atomic_write(marker) as file:
             file.write("done\n")
-    return run_step(ParagraphStep(plan), splits, places, engine, format, read)
+    return run_step(ParagraphStep(plan), splits, layout, engine, format, read)
 
 
 def _whole(plan: ParagraphPlan, splits: list[Split]) -> bool:

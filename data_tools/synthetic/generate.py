@@ -2,7 +2,7 @@
 
 A tiny language model that reads it learns three skills that can be measured against chance: answering a question whose
 fact stands in the context, the sentiment of an opinion, and one-step arithmetic. Everything is a function of the seed.
-The design (what is told, how often, what is held out) is ours.
+The design (what is told, how often, what is held out) was chosen here.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def generate_corpus(bytes: int = DEFAULT_BYTES, seed: int = 1) -> Iterator[dict[
         UserError: `bytes` below 1 kB or above 8 GB.
     """
     if not SMALLEST <= bytes <= LARGEST:
-        raise UserError(f"the size must lie between {SMALLEST} and {LARGEST} bytes", where="--bytes", value=bytes)
+        raise UserError(f"the size must be between {SMALLEST} and {LARGEST} bytes", where="--bytes", value=bytes)
     draw = Draw(random.Random(f"world {seed}"))
     weights = [share for _, share, _ in KINDS]
     written, number, seen = 0, 0, set()

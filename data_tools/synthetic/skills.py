@@ -1,6 +1,6 @@
 """The three measurable skills of the generated world: their documents for training and their questions for the test.
 
-A document ends in pairs of lines `问：...` and `答：...`; a question is the same text cut after `答：`.
+A document ends in pairs of lines `问：...` and `答：...`; a question is the same text ending after `答：`.
 """
 
 from __future__ import annotations

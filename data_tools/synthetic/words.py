@@ -71,7 +71,7 @@ class Draw:
         return self.rng.random() < probability
 
     def names(self, count: int) -> list[str]:
-        """`count` different people of the whole world."""
+        """`count` different people of the generated world."""
         return self._people(count, None, None)
 
     def neighbours(self, count: int) -> list[str]:
@@ -106,7 +106,7 @@ class Draw:
         return self.rng.choice(allowed) if allowed else None
 
     def filling(self) -> dict[str, Any]:
-        """Words for the places of a prose pattern; about one main person."""
+        """Words for the blanks of a prose pattern; about one main person."""
         name, other, third = self.names(3)
         facts = {"place": "lives", "food": "likes_food", "job": "works", "animal": "raises", "thing": "bought",
                  "skill": "learns", "city": "goes", "month": "born"}

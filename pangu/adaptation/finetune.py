@@ -36,7 +36,7 @@ def pairs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_make_pairs(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Writes the solved examples of a task (its training file) as pairs, in the words in which the task asks.
+    """Writes the demonstrations of a task (its training file) as pairs, in the words in which the task asks.
 
     Raises:
         UserError: no such task, no data, or data without a file of examples.
@@ -56,7 +56,7 @@ def run_make_pairs(settings: None, arguments: argparse.Namespace) -> dict[str, A
 
 
 def pair_of(task: TaskSettings, record: dict) -> tuple[str, str]:
-    """(prompt, answer) of a solved example: for a choice its prefix and scored text with the right candidate.
+    """(prompt, answer) of a demonstration: for a choice its prefix and scored text with the right candidate.
 
     Raises:
         UserError: a field or the label is missing.

@@ -1,1 +1,1 @@
-"""Checkpoints of PanGu-alpha as others write them: their names, their files, and how they cut parameters."""
+"""Checkpoints of PanGu-alpha as others write them: their names, their files, and how they shard parameters."""

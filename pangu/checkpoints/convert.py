@@ -1,4 +1,4 @@
-"""Verb `convert`: checkpoints of other codes into ours and back, one parameter in memory at a time.
+"""Verb `convert`: checkpoints of other codes, converted both ways, one parameter in memory at a time.
 
 Every parameter of the model must be in the source with the shape the config says, and every key of the source must be
 mapped, or known to be no weight; otherwise nothing is written.
@@ -60,13 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", dest="target", required=True, choices=LAYOUTS, help="layout of what is written")
     add("--input", metavar="PATH", help="checkpoint to read: a file or folder (not for mindspore-512)")
     add("--slices", metavar="DIR", help="mindspore-512: folder of the ranks' files")
-    add("--strategy", metavar="FILE", help="mindspore-512: the strategy file (none: the published cuts over "
+    add("--strategy", metavar="FILE", help="mindspore-512: the strategy file (none: the published layout over "
         "64 x 8 ranks)")
     add("--embeddings", metavar="DIR", help="mindspore-512: folder of the three .npy tables (none: that of --slices)")
     add("--output", metavar="PATH", required=True, help="folder or file to write; must not exist. mindspore: a .ckpt; "
         "mindformers: a .ckpt or .safetensors; megatron: a .pt; else a folder")
-    add("--dtype", choices=["keep", *DTYPES], default="keep", help="type of what is written (default: as read; our own "
-        "layout is always fp32)")
+    add("--dtype", choices=["keep", *DTYPES], default="keep", help="type of what is written (default: as read; the "
+        "layout pangu is always fp32)")
     add("--allow-unmapped", action="store_true", help="go on when the source has keys that the model does not know")
 
 
@@ -130,7 +130,7 @@ def open_source(arguments: argparse.Namespace, config: ModelConfig) -> Any:
     if arguments.source == SLICED:
         if not arguments.slices:
             raise UserError(f"--from {SLICED} needs --slices DIR", where="convert")
-        shapes = {key.theirs: key.their_shape for key in keys(config, "mindspore")}
+        shapes = {key.foreign: key.their_shape for key in keys(config, "mindspore")}
         return SlicedCheckpoint(arguments.slices, _layouts(arguments, config), arguments.embeddings, shapes)
     if not arguments.input:
         raise UserError(f"--from {arguments.source} needs --input PATH", where="convert")
@@ -158,7 +158,7 @@ def open_file(path: Path) -> Any:
 
 
 class OwnCheckpoint:
-    """A checkpoint of this project as a source, whole or in the slices of its ranks."""
+    """A checkpoint of this project as a source, full or in the slices of its ranks."""
 
     def __init__(self, path: Path) -> None:
         slices = Slices(path)
@@ -173,9 +173,9 @@ class ManyFiles:
     def __init__(self, folder: Path) -> None:
         ranks = sorted(folder.glob("**/mp_rank_*/model_optim_rng.pt"))
         if len(ranks) > 1:
-            raise UserError(f"the checkpoint is cut over {len(ranks)} ranks", where=folder,
+            raise UserError(f"the checkpoint is sharded over {len(ranks)} ranks", where=folder,
                             hint="merge it with Megatron's own tool; one rank is read")
-        # Beside Hugging Face's shards of weights other .bin files may lie (training_args.bin).
+        # Beside Hugging Face's shards of weights other .bin files may be (training_args.bin).
         patterns = ("*.safetensors", "pytorch_model*.bin", "*.bin", "*.ckpt", "*.pt")
         paths = ranks or next((found for pattern in patterns
                                if (found := sorted(folder.glob(pattern)))), [])
@@ -195,7 +195,7 @@ class ManyFiles:
 
 
 class Mapping:
-    """Which key of a source is which parameter of ours.
+    """Which key of a source is which parameter of `pangu.model`.
 
     Args:
         source: see `open_source`.
@@ -208,8 +208,8 @@ class Mapping:
 
     def __init__(self, source: Any, config: ModelConfig, naming: str) -> None:
         self.source, self.keys, self.notes = source, keys(config, naming), []
-        self._names = {key.ours: self._source_name(key) for key in self.keys}
-        missing = [key.theirs for key in self.keys if self._names[key.ours] not in source.entries]
+        self._names = {key.own: self._source_name(key) for key in self.keys}
+        missing = [key.foreign for key in self.keys if self._names[key.own] not in source.entries]
         if missing:
             raise UserError(f"the source lacks {len(missing)} of {len(self.keys)} parameters: "
                             f"{', '.join(missing[:_MAX_SHOWN])}", where=naming,
@@ -222,16 +222,16 @@ class Mapping:
         self.unmapped = [name for name in rest if name not in set(self.ignored)]
 
     def _source_name(self, key: Key) -> str:
-        alias = _ALIASES.get(key.theirs)
-        return alias if key.theirs not in self.source.entries and alias in self.source.entries else key.theirs
+        alias = _ALIASES.get(key.foreign)
+        return alias if key.foreign not in self.source.entries and alias in self.source.entries else key.foreign
 
     def _check(self, key: Key) -> None:
-        name = self._names[key.ours]
+        name = self._names[key.own]
         entry = self.source.entries[name]
         if entry.dtype not in ("F32", "F16", "BF16"):
             raise UserError(f"'{name}' is of type {entry.dtype}, not a float", where="source")
         found, wanted = tuple(entry.shape), key.their_shape
-        padded = key.theirs == "embedding.word_embeddings.weight"  # Megatron rounds the vocabulary up
+        padded = key.foreign == "embedding.word_embeddings.weight"  # Megatron rounds the vocabulary up
         if padded and found[1:] == wanted[1:] and found[0] > wanted[0]:
             self.notes.append(f"{found[0] - wanted[0]} padding rows of {name} were left out")
         elif found != wanted:
@@ -251,13 +251,13 @@ class Mapping:
         """What is to be written: their names, types, shapes and how each is read."""
         plan: Plan = []
         for key, goal in zip(self.keys, target, strict=True):
-            own = self.source.entries[self._names[key.ours]].dtype
+            own = self.source.entries[self._names[key.own]].dtype
             chosen = "F32" if layout == "pangu" else DTYPES.get(dtype, "F32" if own == "BF16" else own)
-            plan.append((goal.theirs, chosen, goal.their_shape, self._reader(key, goal, chosen)))
+            plan.append((goal.foreign, chosen, goal.their_shape, self._reader(key, goal, chosen)))
         return plan
 
     def _reader(self, key: Key, goal: Key, dtype: str) -> Callable[[], np.ndarray]:
-        name = self._names[key.ours]
+        name = self._names[key.own]
 
         def read() -> np.ndarray:
             array = self.source.read(name)
@@ -274,11 +274,11 @@ class Mapping:
         """What was mapped, by kind of parameter, for people."""
         rows: dict[str, list] = {}
         for key in self.keys:
-            kind = re.sub(r"\.\d+\.", ".*.", key.ours)
-            row = rows.setdefault(kind, [kind, re.sub(r"\.\d+\.", ".*.", self._names[key.ours]), list(key.shape),
+            kind = re.sub(r"\.\d+\.", ".*.", key.own)
+            row = rows.setdefault(kind, [kind, re.sub(r"\.\d+\.", ".*.", self._names[key.own]), list(key.shape),
                                          "transposed" if key.transposed else "", 0])
             row[-1] += 1
-        table("Mapped", ["ours", "source", "our shape", "", "tensors"], rows.values())
+        table("Mapped", ["parameter", "source", "shape", "", "tensors"], rows.values())
         for line in self.notes:
             info(line)
 
@@ -335,7 +335,7 @@ def _write_one_safetensors(output: Path, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder that takes the place of `output` when the block ends without an error."""
+    """A hidden folder that replaces `output` when the block ends without an error."""
     hidden = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ _MAX_HEAD = 4096  # name, dims and type of a value, generously
 
 @dataclass
 class Entry:
-    """Type, shape and places (offset, bytes) of one parameter."""
+    """Type, shape and position (offset, bytes) of one parameter."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class MindSporeFile:
     """A .ckpt opened for reading: `entries` by name, `read(name)` gives one parameter.
 
     Raises:
-        UserError: missing, cut short or not such a file.
+        UserError: missing, truncated or not such a file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,7 +56,7 @@ class MindSporeFile:
                     length = wire.read_varint(file) or 0
                     begin = file.tell()
                     if begin + length > size:
-                        raise ValueError("cut short")
+                        raise ValueError("truncated")
                     self._value(file, begin, length)
                     file.seek(begin + length)
         except (ValueError, UnicodeDecodeError) as error:
@@ -70,7 +70,7 @@ class MindSporeFile:
         return file.read(7) == b"crc_num"
 
     def _value(self, file, begin: int, length: int) -> None:
-        """Notes one value without reading its data, which stand at its end."""
+        """Notes one value without reading its data, which are at its end."""
         at, name, tensor = begin, None, None
         while at < begin + length:
             file.seek(at)
@@ -98,7 +98,7 @@ class MindSporeFile:
             file.seek(at)
             tag = wire.read_varint(file)
             if tag is None:
-                raise ValueError("a tensor is cut short")
+                raise ValueError("a tensor is truncated")
             if tag & 7 == wire.VARINT:
                 dims.append(wire.signed(wire.read_varint(file) or 0))
                 at = file.tell()

@@ -1,8 +1,8 @@
 """What each world calls the parameters, and which way round it keeps matrices.
 
-Ours keeps every matrix as [out, in]. The released MindSpore code keeps query, key and value so (`nn.Dense`) and the
-other three as [in, out] (`Mapping`: x @ W); PyTorch's ports keep all as [out, in]. Sources: the strategy file published
-with the 2.6B checkpoint for `mindspore`; MindFormers v1.0 for `mindformers`; imoneoi/transformers-pangu for
+`pangu.model` keeps every matrix as [out, in]. The released MindSpore code keeps query, key and value so (`nn.Dense`)
+and the other three as [in, out] (`Mapping`: x @ W); PyTorch's ports keep all as [out, in]. Sources: the strategy file
+published with the 2.6B checkpoint for `mindspore`; MindFormers v1.0 for `mindformers`; imoneoi/transformers-pangu for
 `huggingface`; the package pcl_pangu for `megatron`.
 """
 
@@ -19,11 +19,11 @@ _NORMS = {"gamma": "weight", "beta": "bias"}
 
 @dataclass(frozen=True)
 class Key:
-    """One parameter: our name and shape, their name, and whether theirs is the transpose."""
+    """One parameter: its name and shape here, its name there, and whether theirs is the transpose."""
 
-    ours: str
+    name: str
     shape: tuple[int, ...]
-    theirs: str
+    foreign: str
     transposed: bool
 
     @property
@@ -41,14 +41,14 @@ def keys(config: ModelConfig, naming: str) -> list[Key]:
     if naming not in NAMINGS:
         raise UserError("no such naming", value=naming, hint=f"known: {', '.join(NAMINGS)}")
     named = []
-    for ours, shape in shapes(config).items():
-        theirs, transposed = _TRANSLATORS[naming](ours, config)
-        named.append(Key(ours, shape, theirs, transposed))
+    for name, shape in shapes(config).items():
+        theirs, transposed = _TRANSLATORS[naming](name, config)
+        named.append(Key(name, shape, theirs, transposed))
     return named
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameters and their shapes, without building the model."""
+    """The model's parameters and their shapes, without building the model."""
     width, ffn, positions = config.hidden_size, config.ffn, config.sequence_length
     found: dict[str, tuple[int, ...]] = {"embedding.word.table": (config.vocabulary_size, width),
                                          "embedding.position.table": (positions, width)}
@@ -65,14 +65,14 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return found | {"norm.gamma": (width,), "norm.beta": (width,)}
 
 
-def _place(ours: str) -> tuple[int | None, str]:
+def _block_and_rest(name: str) -> tuple[int | None, str]:
     """(block number, rest) of a parameter of a block; the query layer is block None; (-1, name) elsewhere."""
-    if ours.startswith("query_layer."):
-        return None, ours.removeprefix("query_layer.")
-    if ours.startswith("layers."):
-        _, number, rest = ours.split(".", 2)
+    if name.startswith("query_layer."):
+        return None, name.removeprefix("query_layer.")
+    if name.startswith("layers."):
+        _, number, rest = name.split(".", 2)
         return int(number), rest
-    return -1, ours
+    return -1, name
 
 
 # ---- the released code and MindFormers
@@ -84,8 +84,8 @@ _MINDSPORE_LAYER = {"norm1": "layernorm1", "norm2": "layernorm2", "attention.que
 _MINDSPORE_IN_OUT = ("attention.output.weight", "feed_forward.mapping.weight", "feed_forward.projection.weight")
 
 
-def _mindspore(ours: str, config: ModelConfig, tables: str = "backbone.") -> tuple[str, bool]:
-    number, rest = _place(ours)
+def _mindspore(name: str, config: ModelConfig, tables: str = "backbone.") -> tuple[str, bool]:
+    number, rest = _block_and_rest(name)
     if number == -1:
         return {"embedding.word.table": f"{tables}word_embedding.embedding_table",
                 "embedding.position.table": f"{tables}position_embedding.embedding_table",
@@ -96,8 +96,8 @@ def _mindspore(ours: str, config: ModelConfig, tables: str = "backbone.") -> tup
     return f"{block}.{_MINDSPORE_LAYER[module]}.{kind}", rest in _MINDSPORE_IN_OUT
 
 
-def _mindformers(ours: str, config: ModelConfig) -> tuple[str, bool]:
-    return _mindspore(ours, config, "backbone.embedding.")
+def _mindformers(name: str, config: ModelConfig) -> tuple[str, bool]:
+    return _mindspore(name, config, "backbone.embedding.")
 
 
 # ---- PyTorch
@@ -117,8 +117,8 @@ def _torch(rest: str, block: str, layer: dict[str, str]) -> str:
     return f"{block}.{layer[module]}.{_NORMS.get(kind, kind)}"
 
 
-def _huggingface(ours: str, config: ModelConfig) -> tuple[str, bool]:
-    number, rest = _place(ours)
+def _huggingface(name: str, config: ModelConfig) -> tuple[str, bool]:
+    number, rest = _block_and_rest(name)
     if number == -1:
         return {"embedding.word.table": "transformer.wte.weight", "embedding.position.table": "transformer.wpe.weight",
                 "query_embedding.table": "transformer.wqe.weight", "norm.gamma": "transformer.ln_f.weight",
@@ -128,8 +128,8 @@ def _huggingface(ours: str, config: ModelConfig) -> tuple[str, bool]:
     return _torch(rest, block, _HUGGINGFACE_LAYER), False
 
 
-def _megatron(ours: str, config: ModelConfig) -> tuple[str, bool]:
-    number, rest = _place(ours)
+def _megatron(name: str, config: ModelConfig) -> tuple[str, bool]:
+    number, rest = _block_and_rest(name)
     if number == -1:
         return {"embedding.word.table": "embedding.word_embeddings.weight",
                 "embedding.position.table": "embedding.position_embeddings.weight",
@@ -139,5 +139,5 @@ def _megatron(ours: str, config: ModelConfig) -> tuple[str, bool]:
     return _torch(rest, "topQueryLayer" if number is None else f"transformer.layers.{number}", _MEGATRON_LAYER), False
 
 
-_TRANSLATORS = {"pangu": lambda ours, config: (ours, False), "mindspore": _mindspore, "mindformers": _mindformers,
+_TRANSLATORS = {"pangu": lambda name, config: (name, False), "mindspore": _mindspore, "mindformers": _mindformers,
                 "huggingface": _huggingface, "megatron": _megatron}

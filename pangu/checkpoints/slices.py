@@ -1,8 +1,8 @@
 """Sliced MindSpore checkpoints: one file a rank, and a strategy file that says which part of a parameter each holds.
 
 As published for 2.6B and 13B: 512 files `filerted_<rank>.ckpt`, ranks in a matrix [64, 8] (data, op). A parameter is
-cut over op along the dim that its tensor map names, then over data along dim 0 (sharded optimizer). The three embedding
-tables are whole, in .npy files.
+sharded over op along the dim that its tensor map names, then over data along dim 0 (sharded optimizer). The three
+embedding tables are unsharded, in .npy files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _RANK = re.compile(r"(\d+)$")
 
 
 def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
-    """The cuts of PanGu-alpha's parameters of a strategy file, optimizer states left out.
+    """The layouts of PanGu-alpha's parameters of a strategy file, optimizer states left out.
 
     Raises:
         UserError: missing, too large, not a strategy file, or of another model.
@@ -43,10 +43,10 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
 
 
 def release_layouts(config: ModelConfig, data: int = 64, op: int = 8) -> dict[str, SliceLayout]:
-    """The release's cuts for a model of any size: what the strategy files published with 2.6B and 13B say."""
+    """The release's layouts for a model of any size: what the strategy files published with 2.6B and 13B say."""
     layouts = {}
     for key in keys(config, "mindspore"):
-        name, dims = key.theirs, [-1] * len(key.their_shape)
+        name, dims = key.foreign, [-1] * len(key.their_shape)
         full = "layernorm" in name or "embedding" in name or name.endswith("projection.bias")
         if not full:
             dims[1 if name.endswith("mapping.weight") else 0] = 0
@@ -55,13 +55,13 @@ def release_layouts(config: ModelConfig, data: int = 64, op: int = 8) -> dict[st
 
 
 class SlicedCheckpoint:
-    """Slices opened for reading: `entries` of whole parameters, `read(name)` puts one together.
+    """Slices opened for reading: `entries` of full parameters, `read(name)` puts one together.
 
     Args:
-        folder: where the slices lie, `<anything>_<rank>.ckpt` or `rank_<rank>/<anything>.ckpt`.
+        folder: of the slices, `<anything>_<rank>.ckpt` or `rank_<rank>/<anything>.ckpt`.
         layouts: of the strategy file, or `release_layouts`.
         tables: folder of the three .npy files; None = the slices' own folder.
-        shapes: whole shapes by name, as the model has them.
+        shapes: full shapes by name, as the model has them.
 
     Raises:
         UserError: a rank's file or a table is missing; the strategy lacks a parameter.
@@ -76,7 +76,7 @@ class SlicedCheckpoint:
         missing = [name for name in shapes if name not in self.layouts and name not in TABLES]
         if missing:
             raise UserError(f"the strategy lacks {missing[0]} and {len(missing) - 1} more", where="strategy",
-                            hint="is it of a model with as many layers?")
+                            hint="has the model the same number of layers?")
 
     def _files(self, ranks: int) -> list[Path]:
         if not self.folder.is_dir():
@@ -94,12 +94,12 @@ class SlicedCheckpoint:
 
     @cached_property
     def files(self) -> list[MindSporeFile]:
-        """The files of all ranks, opened: only places are kept of them."""
+        """The files of all ranks, opened: only positions are kept of them."""
         return [MindSporeFile(path) for path in progress(self.paths, "open slices")]
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        """Type and whole shape of every parameter found, the tables' included."""
+        """Type and full shape of every parameter found, the tables' included."""
         found = {name: Entry(entry.dtype, self.shapes.get(name, entry.shape))
                  for name, entry in self.files[0].entries.items() if name not in self.tables}
         for name, path in self.tables.items():
@@ -119,7 +119,7 @@ class SlicedCheckpoint:
         return table
 
     def read(self, name: str) -> np.ndarray:
-        """One whole parameter.
+        """One full parameter.
 
         Raises:
             UserError: a slice is missing, of another shape or type, or the slices do not cover it.
@@ -155,7 +155,7 @@ def write_slices(folder: str | Path, layouts: dict[str, SliceLayout],
     Args:
         folder: made anew.
         layouts: how; they are written as a strategy file, too.
-        tensors: (name, dtype, whole shape, read() -> array); `read` is called once a rank, so it should map, not load.
+        tensors: (name, dtype, full shape, read() -> array); `read` is called once a rank, so it should map, not load.
         ranks: which ranks; None = all.
     """
     folder = Path(folder)

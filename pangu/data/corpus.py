@@ -20,7 +20,7 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 MAX_LINE_BYTES = 64 << 20
 """A longer line is refused: reading is by line, so this bounds the memory."""
 MAX_TEXT_DOCUMENT_BYTES = 1 << 20
-"""A text document (lines without a blank one between) is cut after the line that passes this size."""
+"""A text document (lines without a blank one between) is split after the line that passes this size."""
 
 _KINDS = " ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES)) + " and " + " ".join(COMPRESSED_SUFFIXES) + " of them"
 _FOREIGN = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16", b"%PDF": "PDF", b"PK\x03\x04": "a zip file",
@@ -90,14 +90,14 @@ def corpus_files(path: str | Path) -> list[Path]:
 
 
 def corpus_bytes(path: str | Path) -> int:
-    """Size of the corpus on the disk in bytes, as compressed as it lies there."""
+    """Size of the corpus on the disk in bytes, as compressed as it is."""
     return sum(file.stat().st_size for file in corpus_files(path))
 
 
 def in_validation(text: str, fraction: float) -> bool:
     """True for the documents held out for validation: a fixed hash of the text decides.
 
-    A document falls on the same side in every run, wherever it stands, and equal documents fall on the same side.
+    A document falls on the same side in every run, wherever it is, and equal documents fall on the same side.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

@@ -1,4 +1,4 @@
-"""Packed records as batches: which record stands where in which batch, positions and documents.
+"""Packed records as batches: which record is where in which batch, positions and documents.
 
 Shapes: B batch (of one rank), S sequence. Batch number i depends only on (seed, i): a run resumes at any step without
 reading what came before, and the contiguous slices of N ranks make up the batch of a single process.
@@ -48,7 +48,7 @@ def document_positions(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.
 def plain_positions(ids_BS: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions 0..S-1 and a single document: `eod_reset` off.
 
-    Padding is numbered apart. It stands at the end of a record, so no token sees it, and it carries no loss; what it
+    Padding is numbered apart. It is at the end of a record, so no token sees it, and it carries no loss; what it
     sees itself does not matter.
 
     Returns:
@@ -61,10 +61,10 @@ def plain_positions(ids_BS: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.nda
 # ---------------------------------------------------------------- order
 
 def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
-    """Where a shuffle of `range(count)` puts `positions`, computed without making the whole shuffle.
+    """Where a shuffle of `range(count)` puts `positions`, computed without making all of the shuffle.
 
     A Feistel network of six rounds over the next even number of bits, walked along its cycle until it lands below
-    `count`: a permutation chosen by `key`, at the cost of the positions asked for (our choice; a list of all records
+    `count`: a permutation chosen by `key`, at the cost of the positions asked for (chosen here; a list of all records
     of a large corpus would fill the memory of every rank).
 
     Args:
@@ -104,7 +104,7 @@ class PackedDataset:
         seed: chooses the order of the records; each epoch has its own.
         sequence_length, vocabulary_size: of the model; checked against the index.
         shard: (index, count) of this rank; it gets the index-th of `count` equal slices of every batch.
-        shuffle: off, records come as they lie in the files.
+        shuffle: off, records come in the order of the files.
         eod_reset: attention and positions start anew after every document end.
         split: "train" or "validation".
         repeat: on, epochs follow each other without end, and a batch may reach over the border of two. Off, one pass;
@@ -115,7 +115,7 @@ class PackedDataset:
 
     Raises:
         UserError: no records, another sequence length, vocabulary or tokenizer, a batch that the ranks cannot share
-            equally, files missing, cut off or damaged.
+            equally, files missing, truncated or damaged.
     """
 
     columns = ("input_ids", "position_ids", "documents")
@@ -237,7 +237,7 @@ class PackedDataset:
             raise UserError("files are damaged: a record has another length", where=self.directory,
                             value=list(ids.shape), hint=REPAIR)
         if ids.min() < 0 or ids.max() >= self.vocabulary_size:
-            raise UserError("files are damaged: an id lies outside the vocabulary", where=self.directory,
+            raise UserError("files are damaged: an id is outside the vocabulary", where=self.directory,
                             value=int(ids.max()), hint=REPAIR)
 
 

@@ -1,9 +1,9 @@
 """Packed records as flat files that are mapped from the disk: what a machine without MindSpore trains on.
 
-Beside `train-00000-of-00004.mindrecord` lie
+Beside `train-00000-of-00004.mindrecord` are
 
     train-00000-of-00004.ids     the same records in the same order: uint16 or int32, [records, sequence_length + 1]
-    train-00000-of-00004.ends    int64: places of the document ends among all ids of the file, ascending
+    train-00000-of-00004.ends    int64: positions of the document ends among all ids of the file, ascending
 
 both little-endian without a header; index.json holds their sizes, types and SHA-256 (`FlatFile`).
 """
@@ -55,7 +55,7 @@ class FlatWriter:
     Args:
         path: of the records' file; the suffix is replaced.
         record_length: ids of a record.
-        vocabulary_size: ids lie below it; decides the type.
+        vocabulary_size: ids are below it; decides the type.
         eot_id: ends every document.
     """
 
@@ -104,8 +104,8 @@ class FlatRecords:
         record_length: ids of a record.
 
     Raises:
-        UserError: a file is missing, cut off or changed (up to 64 MB are read at once, of larger files the blocks that
-            are read).
+        UserError: a file is missing, truncated or changed (up to 64 MB are read at once, of larger files the blocks
+            that are read).
     """
 
     def __init__(self, directory: str | Path, files: Sequence[Any], record_length: int) -> None:
@@ -142,7 +142,7 @@ class FlatRecords:
         """Positions of the document ends among all ids of the split, int64 ascending.
 
         Raises:
-            UserError: a file is missing, cut off or changed.
+            UserError: a file is missing, truncated or changed.
         """
         ends = []
         for entry, start in zip(self.files, self.starts, strict=False):

@@ -41,7 +41,7 @@ class MindRecords:
         record_length: ids of a record.
 
     Raises:
-        UserError: files missing, cut off or damaged, or MindSpore is not installed.
+        UserError: files missing, truncated or damaged, or MindSpore is not installed.
     """
 
     def __init__(self, directory: str | Path, files: Sequence[Any], record_length: int) -> None:
@@ -131,7 +131,7 @@ class MindRecords:
         return ds.MindDataset(self._files, columns_list=[COLUMN], shuffle=False).get_dataset_size()
 
     def _guarded(self, call: Any) -> Any:
-        """`call()`, with what MindRecord throws at a damaged file told as a user's error."""
+        """`call()`, with what MindRecord throws at a damaged file as a user's error."""
         try:
             return call()
         except (RuntimeError, ValueError, TypeError) as error:

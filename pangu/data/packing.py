@@ -1,4 +1,4 @@
-"""Documents to MindRecord: ids of all documents in a row, cut into records of sequence_length + 1.
+"""Documents to MindRecord: ids of all documents in a row, split into records of sequence_length + 1.
 
 Every document goes to exactly one shard, and a shard depends only on its documents: the same corpus, settings and shard
 count give the same records however many processes write them.
@@ -42,7 +42,7 @@ class PackOptions(Settings):
     """Share of the documents held out for validation, chosen by a hash of their text."""
     last_chunk: Literal["pad", "drop"] = "pad"
     """The last, short record of a shard: filled with <pad> (6, without loss) or left out. The published code drops it,
-    the SDK pads; padding is our default because it loses no text."""
+    the SDK pads; padding is the default here because it loses no text."""
     text_key: str = "text"
     """Key of the text in a JSON line."""
     whole_file: bool = False
@@ -55,7 +55,7 @@ class PackOptions(Settings):
     """Write the records a second time as flat files that are mapped from the disk, which training reads first and
     which need no MindSpore; false leaves them to `python -m pangu flatten`."""
     overwrite: bool = False
-    """Replace an earlier packing at the same place."""
+    """Replace an earlier packing in the same folder."""
 
 
 class PackSettings(PackOptions):
@@ -83,7 +83,7 @@ class PackedFile(Settings):
     records: int = Field(ge=0)
     """Rows of sequence_length + 1 ids."""
     bytes: int = Field(ge=0)
-    """Size of the file, to notice a copy that was cut off."""
+    """Size of the file, to notice a copy that was truncated."""
     flat: FlatFile | None = None
     """The same records as flat files, if there are any."""
     checks: RecordChecks | None = None
@@ -113,7 +113,7 @@ class PackIndex(Settings):
     sequence_length: int = Field(ge=1)
     """A record holds one id more."""
     vocabulary_size: int = Field(ge=1)
-    """All ids lie below."""
+    """All ids are below."""
     eot_id: int
     """Ends every document."""
     pad_id: int
@@ -181,7 +181,7 @@ def pack(texts: Iterable[str], tokenizer_factory: Callable[[], PackTokenizer], s
     """Packs a stream of documents into the folder `output`; see `run_pack`.
 
     Args:
-        texts: the documents; read once, in order, never held as a whole.
+        texts: the documents; read once, in order, never held all at once.
         tokenizer_factory: makes the tokenizer, in every process anew, so it must be picklable if there are several.
         settings: `text_key` and `whole_file` are not looked at here.
         corpus_bytes: about the size of the text, to choose the number of shards.

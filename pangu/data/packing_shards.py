@@ -182,7 +182,7 @@ class Shard:
         del self._rest[: count * self.record_length]
         if ids.min() < 0 or ids.max() >= self.vocabulary_size:
             raise UserError("the tokenizer gave an id outside its vocabulary", where="tokenizer", value=int(ids.max()),
-                            hint=f"ids lie below {self.vocabulary_size}")
+                            hint=f"ids are below {self.vocabulary_size}")
         if self._writer is None:
             self._writer = self._open()
         for start in range(0, count, _RECORDS_PER_WRITE):
@@ -212,7 +212,7 @@ class Shard:
         return writer
 
     def _call(self, function: Callable, *arguments: Any) -> None:
-        """Calls the MindRecord writer, whose errors are all RuntimeError, and tells a full disk from the rest."""
+        """Calls the MindRecord writer, whose errors are all RuntimeError, and separates a full disk from the rest."""
         try:
             function(*arguments)
         except RuntimeError as error:

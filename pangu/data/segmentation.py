@@ -1,10 +1,11 @@
 """Chinese word segmentation whose words are jieba's on every text, ten and more times as fast.
 
-The published vocabulary was trained on text cut by jieba 0.42.1, so another cut gives other ids. `kernels/segment.cpp`
-does jieba's algorithm over jieba's own dictionary and hidden Markov model, in jieba's order of floating-point
-operations and with its rules for ties; it is compiled once and kept under `~/.cache`. Where no C++ compiler is found,
-jieba itself is used. The ready-made rjieba would not do: its model has probabilities of six decimals, and where two
-cuts are closer than that it takes the other one (`常在他` is an example), and it keeps `a-b` in one word.
+The published vocabulary was trained on text segmented by jieba 0.42.1, so another segmentation gives other ids.
+`kernels/segment.cpp` does jieba's algorithm over jieba's own dictionary and hidden Markov model, in jieba's order of
+floating-point operations and with its rules for ties; it is compiled once and kept under `~/.cache`. Where no C++
+compiler is found, jieba itself is used. The ready-made rjieba would not do: its model has probabilities of six
+decimals, and where two cuts are closer than that it takes the other one (`常在他` is an example), and it keeps `a-b` in
+one word.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _HAN_FIRST, _HAN_LAST = 0x4E00, 0x9FD5
 
-# Cuts on which a wrong build, or a jieba with other rules, would be seen to differ.
+# Segmentations in which a wrong build, or a jieba with other rules, would be seen to differ.
 _PROBES: dict[str, list[str]] = {
     "他来到了网易杭研大厦": ["他", "来到", "了", "网易", "杭研", "大厦"],
     "今天天气不错，张尧亭去南京市长江大桥。": ["今天天气", "不错", "，", "张尧亭", "去", "南京市", "长江大桥", "。"],
@@ -53,7 +54,7 @@ Cut = Callable[[str], list[str]]
 
 
 class Segmenter:
-    """Cuts text into the words of jieba with its own dictionary and its hidden Markov model.
+    """Segments text into the words of jieba with its own dictionary and its hidden Markov model.
 
     Words added to jieba at run time are left out on purpose: they would change ids under a trained model.
 
@@ -96,7 +97,7 @@ class Segmenter:
     def _take_compiled(self) -> None:
         compiled = _compiled()
         if any(compiled.cut(text) != words for text, words in _PROBES.items()):
-            raise _CannotCompile("the compiled segmentation cuts in another way than jieba 0.42.1")
+            raise _CannotCompile("the compiled segmentation differs from jieba 0.42.1")
         self.engine, self._cut, self._join = "compiled", compiled.cut, compiled.join
 
     def _join_words(self, text: str) -> bytes:

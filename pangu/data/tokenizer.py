@@ -10,7 +10,7 @@ vocabulary, which become `<unk>`; U+2582 and U+2583 written in the text come bac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -28,7 +28,7 @@ _MAX_MODEL_BYTES = 256 << 20
 class Tokenizer:
     """Text to ids and back, exactly as PanGu-alpha's release does it.
 
-    Special ids never come out of text: `<eot>` written in a document is cut into `<`, `eot`, `>` and encoded as
+    Special ids never come out of text: `<eot>` written in a document is split into `<`, `eot`, `>` and encoded as
     ordinary words. Append `tokenizer.eot_id` to end a document.
 
     Args:
@@ -113,13 +113,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special id before or after.
 
-        A lone surrogate, which no UTF-8 file can hold, counts as U+FFFD (our choice: the release would stop).
+        A lone surrogate, which no UTF-8 file can hold, counts as U+FFFD (chosen here: the release would stop).
         """
         return self._model.encode(self._segmenter.join(text))
-
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """The ids of each text."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special ids come out as their names, unknown ones as U+2047.
@@ -137,15 +133,6 @@ class Tokenizer:
         """A decoder that is fed one id at a time."""
         return StreamDecoder(self)
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Pieces of text as `ids` arrive; joined, they are `decode(ids)`."""
-        decoder = self.stream()
-        for number in ids:
-            if text := decoder.feed(number):
-                yield text
-        if text := decoder.finish():
-            yield text
-
     @cached_property
     def _texts(self) -> list[str | None]:
         """What each id adds to a decoded text; None for a byte, whose text depends on its neighbours."""
@@ -159,7 +146,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into printable text one by one: the pieces handed out, joined, are `Tokenizer.decode` of the ids.
+    """Turns ids into printable text one by one: the texts handed out, joined, are `Tokenizer.decode` of the ids.
 
     Since decoding drops all spaces, the text of an id does not depend on its neighbours. The exception is a model with
     byte pieces (the published one has none): a run of bytes is held until an id of another kind ends it.
@@ -211,7 +198,7 @@ def _read_model(path: Path) -> bytes:
 
 
 def _load_model(content: bytes, path: Path):
-    """A SentencePiece processor; a file that is no such model is told in one line."""
+    """A SentencePiece processor; a file that is no such model is reported in one line."""
     import sentencepiece
 
     sentencepiece.set_min_log_level(3)

@@ -1,8 +1,8 @@
 """Training a vocabulary of PanGu-alpha's kind from documents.
 
 Source: the settings stored in the published model file (unigram, 40,000 pieces, nmt_nfkc, character coverage 0.9995,
-text cut by jieba and joined by spaces, special pieces at ids 0..9); arXiv:2104.12369, section 5.1, names BPE instead,
-so the kind is an option.
+text segmented by jieba and joined by spaces, special pieces at ids 0..9); arXiv:2104.12369, section 5.1, names BPE
+instead, so the kind is an option.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class VocabularyOptions(Settings):
     kind: Literal["unigram", "bpe"] = "unigram"
     """Kind of SentencePiece model: unigram, as the published file is, or bpe, as the paper says."""
     character_coverage: float = Field(0.9995, gt=0.9, le=1.0)
-    """Share of the text's characters that get a piece; the rarest beyond it become `<unk>`."""
+    """Share of the text's characters that get a piece of their own; the rarest beyond it become `<unk>`."""
     max_piece_length: int = Field(16, ge=1, le=256)
     """Longest piece in characters, the word mark included."""
     max_sentences: int = Field(1_000_000, ge=1)
-    """Most lines (cut at 800 characters) to learn from, drawn evenly from the whole corpus; bounds the memory."""
+    """Most lines (truncated to 800 characters) to learn from, drawn evenly from the whole corpus; bounds the memory."""
     seed: int = 0
     """Seed of that draw."""
     shrink: bool = False
@@ -80,7 +80,7 @@ def train_vocabulary(documents: Iterable[str], output: str | Path, *, size: int 
         options: the other fields of `VocabularySettings`.
 
     Returns:
-        `model` (path), `vocabulary_size`, `kind`, `documents` and `sentences` (read and learnt from), `seconds`.
+        `model` (path), `vocabulary_size`, `kind`, `documents` and `sentences` (read and trained on), `seconds`.
 
     Raises:
         UserError: an option is wrong, there is no text, too little text for the size (the message names the largest
@@ -123,7 +123,7 @@ def _draw(documents: Iterable[str], most: int, seed: int) -> tuple[list[str], di
 
 
 def _chunks(document: str) -> Iterator[str]:
-    """The lines of a document that hold text, cut at 800 characters."""
+    """The lines of a document that hold text, truncated to 800 characters."""
     for line in document.split("\n"):
         line = line.strip()
         if not line:
@@ -137,8 +137,8 @@ def _sentences(lines: list[str], segmenter: Segmenter, seed: int) -> Iterator[st
     """Lines as spaced words, ended early after one word in seven or so.
 
     SentencePiece learns from words, so where a line ends counts for nothing but this: its unigram trainer proposes a
-    piece only where two different characters can follow. A word always followed by a space is never proposed whole, and
-    in a small corpus, whose lines all end in a full stop, that is nearly every word.
+    piece only where two different characters can follow. A word always followed by a space is never proposed undivided,
+    and in a small corpus, whose lines all end in a full stop, that is nearly every word.
     """
     draw = random.Random(seed)
     for line in lines:
@@ -165,7 +165,7 @@ def _train_or_shrink(sentences: Callable[[], Iterator[str]],
 
 
 def _train(sentences: Iterator[str], settings: VocabularySettings) -> bytes:
-    """Runs SentencePiece quietly on cut sentences."""
+    """Runs SentencePiece quietly on segmented sentences."""
     import sentencepiece
 
     model = io.BytesIO()

@@ -19,7 +19,6 @@ from pangu.evaluation.metrics import assign, begins_with, bootstrap, exact_match
 from pangu.evaluation.task import Source, TaskSettings, load_task, task_names
 from pangu.evaluation.workers import is_worker, launch_evaluation, wants_launch, workers_of
 from pangu.generation.generate import check_vocabulary
-from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, write_json
 from parallel.common.progress import Bar, info, table
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(task_names())}")
     add("--data", metavar="DIR", default="data/evaluation", help="folder with a folder for each data set, as published "
         "(default %(default)s)")
-    add("--shots", default="0", metavar="K", help="solved examples per instance: 0, 1, another number, or 'few' for "
+    add("--shots", default="0", metavar="K", help="demonstrations per instance: 0, 1, another number, or 'few' for "
         "the paper's number of each task (default 0)")
     add("--questions", metavar="FILE", help="jsonl of multiple-choice questions: id, skill, prompt, choices, answer")
     add("--limit", type=int, metavar="N", help="at most N instances of each task (drawn at random) or skill")
@@ -119,10 +118,10 @@ class Evaluation:
     def __init__(self, settings: Run, arguments: argparse.Namespace) -> None:
         self.arguments, self.settings = arguments, settings
         self.output = Path(arguments.output or Path(settings.output.directory) / "evaluation")
-        self.checkpoint = resolve_checkpoint(arguments.checkpoint or settings.output.directory)
         self.tokenizer = Tokenizer(settings.data.tokenizer)
         check_vocabulary(self.tokenizer, settings.model.vocabulary_size)
-        self.workers = workers_of(settings, self.checkpoint, arguments.int8)
+        self.workers = workers_of(settings, arguments.checkpoint or settings.output.directory, arguments.int8)
+        self.checkpoint = self.workers.checkpoint
         self.first = self.workers.rank == 0
         if not self.workers.follows:
             self.model = self._load()
@@ -130,7 +129,8 @@ class Evaluation:
     def _load(self) -> LanguageModel:
         arguments, settings = self.arguments, self.settings
         cache = RequestCache(None if arguments.no_cache else self.output / "requests",
-                             model_fingerprint(self.checkpoint, settings, arguments.int8), self.workers.rank)
+                             model_fingerprint(self.checkpoint, settings, arguments.int8, self.workers.identity()),
+                             self.workers.rank)
         batch = None if arguments.batch == "auto" else int(arguments.batch)
         model, scorer = self.workers.load(not arguments.no_sharing)
         return LanguageModel(model, self.tokenizer, batch, not arguments.no_sharing, cache, scorer)
@@ -222,10 +222,11 @@ def _tokens(request: tuple[list[int], list[int]]) -> int:
     return len(request[0]) + len(request[1])
 
 
-def model_fingerprint(checkpoint: Path, settings: Run, int8: bool = False) -> str:
-    """What answers depend on: the checkpoint's checksums, the model's settings, the precision and the tokenizer."""
+def model_fingerprint(checkpoint: Path, settings: Run, int8: bool = False, identity: bytes = b"") -> str:
+    """What answers depend on: the checkpoint's checksums (or `identity`, where it is of another code), the model's
+    settings, the precision and the tokenizer."""
     layouts = sorted(checkpoint.glob("layout*.json"))  # one, or one for each rank's slices
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in layouts) + b"int8" * int8)
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in layouts) + identity + b"int8" * int8)
     digest.update(settings.model.model_dump_json().encode() + str(settings.train.precision).encode())
     digest.update(Path(settings.data.tokenizer).read_bytes())
     return digest.hexdigest()[:16]
@@ -244,7 +245,7 @@ def judge(task: TaskSettings, instances: list[Instance], answers: list[Any]) -> 
             row |= {"scores": [nll], "prediction": 0, "tokens": len(instance.requests[0][1]), "perplexity": nll,
                     "accuracy": float(greedy)}
         else:
-            # Equal scores are told apart by the word, so the order of the candidates has no influence.
+            # Equal scores are ordered by the word, so the order of the candidates has no influence.
             best = min(range(len(answer)), key=lambda index: (answer[index], instance.candidates[index]))
             row |= {"scores": answer, "prediction": best, "candidates": instance.candidates}
         rows.append(row)
@@ -333,6 +334,6 @@ def markdown(results: dict[str, dict], shots: str) -> str:
     """The table as markdown."""
     columns, rows = comparison(results, shots)
     lines = [columns, ["---"] * len(columns), *rows]
-    head = (f"# {shots}-shot evaluation\n\nIn percent; EM/F1 where two numbers stand; perplexity as it is. The last "
+    head = (f"# {shots}-shot evaluation\n\nIn percent; EM/F1 with two numbers; perplexity as it is. The last "
             "columns are published (PanGu-α, Tables 9 and 10), not measured here.\n\n")
     return head + "".join("| " + " | ".join(line) + " |\n" for line in lines)

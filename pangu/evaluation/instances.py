@@ -1,8 +1,8 @@
-"""From records to what a model is asked: candidates, solved examples in front, lengths that fit.
+"""From records to what a model is asked: candidates, demonstrations in front, lengths that fit.
 
 Solved examples are encoded apart from the instance and joined as ids, so all instances share the same ids in front
-(with a newline as separator these are the ids of the joined text). Nothing is cut in silence: examples are left out
-first, then the fields named in `shorten` lose characters, alike for all candidates, and both are counted.
+(with a newline as separator these are the ids of the joined text). Nothing is truncated in silence: examples are left
+out first, then the fields named in `shorten` lose characters, alike for all candidates, and both are counted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Instance:
     group: str
     """Passage it belongs to, or its own id."""
     part: str
-    """File it stands in, where a task has several."""
+    """File it is in, where a task has several."""
     target: Any
     """Index of the right candidate, or the accepted answers."""
     candidates: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class InstanceBuilder:
         source: its data.
         tokenizer: with `encode`.
         context: tokens that the model reads at most.
-        shots: solved examples per instance, or "few" for the paper's number.
+        shots: demonstrations per instance, or "few" for the paper's number.
         seed: of examples, wrong labels and `limit`.
     """
 
@@ -157,10 +157,10 @@ class InstanceBuilder:
             named = {**fields, "label": word}
             prefix = render(self.task.prefix, named)
             ids = self._encode(prefix + render(self.task.scored, named))
-            # Words are cut differently at the joint, so the prefix alone may have other ids, even more of them.
+            # Words are segmented differently at the joint, so the prefix alone may have other ids, even more of them.
             encoded.append((ids, min(common_prefix([self._encode(prefix), ids]), len(ids) - 1)))
         if "{label}" not in self.task.prefix:
-            # One prefix for all: the same place for all, else means over different spans would be compared.
+            # One prefix for all: the same position for all, else means over different spans would be compared.
             first = min(first for _, first in encoded)
             encoded = [(ids, first) for ids, _ in encoded]
         return encoded
@@ -171,34 +171,34 @@ class InstanceBuilder:
         for name, side in self.task.shorten.items():
             if length(fields) <= self.room:
                 return fields, truncated
-            whole = str(fields[name])
+            text = str(fields[name])
 
-            def kept(count: int, whole: str = whole, side: str = side) -> str:
-                return whole[:count] if side == "end" else whole[len(whole) - count:]
+            def kept(count: int, text: str = text, side: str = side) -> str:
+                return text[:count] if side == "end" else text[len(text) - count:]
 
-            low, high = min(1, len(whole)), len(whole)  # one character at least stays
+            low, high = min(1, len(text)), len(text)  # one character at least stays
             while low < high:
                 middle = (low + high + 1) // 2
                 if length({**fields, name: kept(middle)}) <= self.room:
                     low = middle
                 else:
                     high = middle - 1
-            fields[name], truncated = kept(low), truncated + len(whole) - low
+            fields[name], truncated = kept(low), truncated + len(text) - low
         if (tokens := length(fields)) > self.room:
             raise UserError(f"{tokens} tokens do not fit into {self.room}, even shortened",
                             where=f"{self.task.name}, record {record['id']}", hint="use a model with a longer context")
         return fields, truncated
 
-    # ------------------------------------------------------------ solved examples
+    # ------------------------------------------------------------ demonstrations
 
     def _examples(self, record: dict, used: int) -> tuple[list[int], int]:
-        """Ids of as many solved examples as fit beside `used` tokens, and how many that are."""
+        """Ids of the demonstrations that fit beside `used` tokens, and how many that are."""
         if not self.shots:
             return [], 0
         order = self.order
         if self.task.fresh:
             order = self._example_order(self.pool, self._generator("examples", record["id"]))
-        # Nearest to the instance stands the first that was drawn, which is also the one of one-shot.
+        # Nearest to the instance is the first that was drawn, which is also the one of one-shot.
         front, count = [], 0
         for example in islice(self._usable(order, record), self.shots):
             ids = self._example(example)
@@ -233,7 +233,7 @@ class InstanceBuilder:
         return [queue[turn] for turn in range(max(map(len, turns))) for queue in turns if turn < len(queue)]
 
     def _example(self, record: dict) -> list[int]:
-        """Ids of one solved example with its separator."""
+        """Ids of one demonstration with its separator."""
         key = f"{record.get('part', '')} {record['id']}"
         if key not in self._example_ids:
             task, fields = self.task, dict(record)
@@ -250,16 +250,17 @@ class InstanceBuilder:
         return self._example_ids[key]
 
     def _dynamic(self, record: dict) -> dict | None:
-        """The record as an example of a passage task: whole and short (one-shot), or the sentence with the answer."""
+        """The record as an example of a passage task: complete and short (one-shot), or the sentence with the
+        answer."""
         name = next(iter(self.task.shorten))
         passage = record[name]
         if self.shots == 1:
             return record if len(passage) < LONGEST_PASSAGE else None
-        place = passage.find(record["answer"])
-        if place < 0:
+        position = passage.find(record["answer"])
+        if position < 0:
             return None
-        begin = max(passage.rfind(end, 0, place) for end in _SENTENCE_ENDS) + 1
-        last = place + len(record["answer"])
+        begin = max(passage.rfind(end, 0, position) for end in _SENTENCE_ENDS) + 1
+        last = position + len(record["answer"])
         ends = [at + 1 for end in _SENTENCE_ENDS if (at := passage.find(end, last)) >= 0]
         sentence = passage[begin:min(ends, default=len(passage))].strip()
         return {**record, name: sentence} if len(sentence) < LONGEST_SENTENCE else None
@@ -267,5 +268,5 @@ class InstanceBuilder:
 
 def split_request(front: list[int], ids: list[int], first: int) -> Request:
     """Prefix and scored ids; the very first token of all has nothing to be predicted from."""
-    whole, place = front + ids, max(1, len(front) + first)
-    return whole[:place], whole[place:]
+    ids, position = front + ids, max(1, len(front) + first)
+    return ids[:position], ids[position:]

@@ -29,7 +29,7 @@ class RequestCache:
     """Answers by request, in jsonl files of a folder; one file per process, all are read.
 
     Args:
-        folder: where the files lie; None = nothing is kept.
+        folder: of the files; None = nothing is kept.
         fingerprint: of the model; another one has other files.
         rank: this process.
     """
@@ -62,7 +62,7 @@ class RequestCache:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # The line before may have been cut off.
+            # The line before may have been truncated.
             text = "\n" + "".join(dump_json([*item, _sum(list(item))]) + "\n" for item in answers.items())
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(text)

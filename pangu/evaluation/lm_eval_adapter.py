@@ -41,7 +41,7 @@ class HarnessModel:
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         front = [] if context else [self.model.config.eot_id]
-        # Encoded together, since words are cut differently at the joint.
+        # Encoded together, since words are segmented differently at the joint.
         ids, prefix = self.tokenizer.encode(context + continuation), self.tokenizer.encode(context)
         if not ids:
             raise UserError("a request without any text", where="loglikelihood")
@@ -86,7 +86,7 @@ def register() -> type:
         UserError: lm-eval is not installed.
     """
     try:
-        # The harness fills its registry when it is first asked, if it is empty: its own models come before ours.
+        # The harness fills its registry when it is first asked, if it is empty: its own models come first.
         import lm_eval.models  # noqa: F401
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model

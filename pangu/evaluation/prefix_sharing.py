@@ -1,10 +1,13 @@
-"""Scoring that reads a shared beginning once: keys and values of the trunk are kept, twigs hang on a common stem.
+"""Scores continuations that share a prefix: keys and values of the prefix are computed once, and suffixes attend to it
+but not to each other.
 
-Requests of one task share the solved examples in front (the *trunk*: read once, its keys and values kept), and the
-candidates of one instance share more (the *stem* of a *tree*, read once per tree). A tree is one row: stem, then the
-rests of its requests one after the other, each at the positions it would have alone and blind for its siblings.
+Requests of one task share the demonstrations in front (the *common prefix*: read once, its keys and values kept), and
+the candidates of one instance share more (the *shared* part of a *tree*, read once per tree). A tree is one row: the
+shared part, then the suffixes of its requests one after the other, each at the positions it would have alone, none
+seeing the others.
 
-Shapes: B trees, S tokens of a tree, P trunk slots, M scored tokens (padded), L layers, H heads, K head width, D width.
+Shapes: B trees, S tokens of a tree, P slots of the common prefix, M scored tokens (padded), L layers, H heads, K head
+width, D width.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _FEWEST_ON_PREFIX = 16  # requests; a tree serves fewer as well
 
 @dataclass
 class Tree:
-    """Requests that share a stem: `members` are their numbers, `shared` the length of what they share."""
+    """Requests with a shared part: `members` are their numbers, `shared` the length of what they share."""
 
     members: list[int]
     shared: int
@@ -56,7 +59,7 @@ def group_by_prefix(items: Sequence[Item]) -> list[list[int]]:
 def prefix_length(items: Sequence[Item]) -> int:
     """How many leading ids all items share and none scores; 0 where keeping their states does not pay.
 
-    A token that predicts a scored one stays out of the trunk, of which only keys and values are kept.
+    A token that predicts a scored one stays out of the common prefix, of which only keys and values are kept.
     """
     if len(items) < 2:
         return 0
@@ -70,9 +73,9 @@ def prefix_length(items: Sequence[Item]) -> int:
 
 
 def plan_trees(items: Sequence[Item], longest: int, prefix: int = 0) -> list[Tree]:
-    """Puts items that begin alike into trees of at most `longest` tokens after the trunk.
+    """Puts items that begin alike into trees of at most `longest` tokens after the common prefix.
 
-    The last id of an item is only scored, never read, so an item of n ids takes n - 1 places. Every item is in just
+    The last id of an item is only scored, never read, so an item of n ids takes n - 1 positions. Every item is in just
     one tree; an item alone may be longer than `longest`.
     """
     order = sorted(range(len(items)), key=lambda index: items[index][0].tolist())
@@ -89,7 +92,7 @@ def plan_trees(items: Sequence[Item], longest: int, prefix: int = 0) -> list[Tre
 def _grown(tree: Tree, items: Sequence[Item], index: int, longest: int, prefix: int) -> Tree | None:
     """`tree` with one more item, or None when that saves little or is too long."""
     length = len(items[index][0]) - 1
-    # A stem must leave each member at least nothing, but never holds a token that is not common to all.
+    # The shared part may be all of a member, but never holds a token that is not common to all.
     shared = min(tree.shared, _common(items[tree.members[0]][0], items[index][0]), length)
     suffixes = [*tree.suffixes, length]
     tokens = shared + sum(suffix - shared for suffix in suffixes)
@@ -108,33 +111,33 @@ def _common(first: np.ndarray, second: np.ndarray) -> int:
 
 @dataclass
 class Row:
-    """A tree as the network reads it: ids, positions and segments (0 = stem) of its tokens after the trunk; where in
-    the row each member's scored tokens are predicted, and their labels."""
+    """A tree as the network reads it: ids, positions and segments (0 = shared) of its tokens after the common prefix;
+    where in the row each member's scored tokens are predicted, and their labels."""
 
     ids: np.ndarray
     positions: np.ndarray
     segments: np.ndarray
-    places: list[np.ndarray]
+    predicting_at: list[np.ndarray]
     labels: list[np.ndarray]
 
 
-def lay_row(tree: Tree, items: Sequence[Item], prefix: int = 0) -> Row:
-    """Stem and rests of a tree in one row."""
+def row_of(tree: Tree, items: Sequence[Item], prefix: int = 0) -> Row:
+    """Shared part and suffixes of a tree in one row."""
     shared = tree.shared
     parts = [(items[tree.members[0]][0][prefix:shared], np.arange(prefix, shared), np.zeros(shared - prefix, np.int64))]
-    places, labels = [], []
-    begin = shared - prefix  # where the next rest begins in the row
+    predicting_at, labels = [], []
+    begin = shared - prefix  # where the next suffix begins in the row
     for number, index in enumerate(tree.members, start=1):
         ids, first = items[index]
         length = len(ids) - 1
         parts.append((ids[shared:length], np.arange(shared, length), np.full(length - shared, number)))
-        # Token t predicts token t + 1; those before the stem's end lie in the stem, the others in this rest.
+        # Token t predicts token t + 1; those before the end of the shared part are in it, the others in this suffix.
         predicting = np.arange(first - 1, length)
-        places.append(np.where(predicting < shared, predicting - prefix, predicting - shared + begin))
+        predicting_at.append(np.where(predicting < shared, predicting - prefix, predicting - shared + begin))
         labels.append(ids[first:])
         begin += length - shared
     ids, positions, segments = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Row(ids, positions, segments, places, labels)
+    return Row(ids, positions, segments, predicting_at, labels)
 
 
 class HeadScores(nn.Cell):
@@ -154,7 +157,7 @@ class HeadScores(nn.Cell):
 
 
 class PrefixStates(nn.Cell):
-    """Keys and values of a trunk in every layer: ids_1P -> keys_LHPK, values_LHPK."""
+    """Keys and values of the common prefix in every layer: ids_1P -> keys_LHPK, values_LHPK."""
 
     def __init__(self, model: PanGuAlpha) -> None:
         super().__init__(auto_prefix=False)
@@ -185,9 +188,11 @@ def _keys_and_values(layer: DecoderLayer, hidden_ND: Tensor) -> tuple[Tensor, Te
 
 
 class TreeHidden(nn.Cell):
-    """hidden_ND, float32, of all tokens of trees (N = B S), with or without a trunk: what `HeadScores` scores rows of.
+    """hidden_ND, float32, of all tokens of trees (N = B S), with or without a common prefix: what `HeadScores` scores
+    rows of.
 
-    Inputs: ids_BS, positions_BS, segments_BS int32; then, with a trunk, its length [1] int32, keys_LHPK, values_LHPK.
+    Inputs: ids_BS, positions_BS, segments_BS int32; then, with a common prefix, its length [1] int32, keys_LHPK,
+    values_LHPK.
     """
 
     def __init__(self, model: PanGuAlpha) -> None:
@@ -205,7 +210,7 @@ class TreeHidden(nn.Cell):
         return ops.cast(hidden_ND, mstype.float32)
 
     def visible(self, segments_BS: Tensor) -> Tensor:
-        """1 where a token may look: not ahead, at the stem or its own rest. Padding stands on the right."""
+        """1 where a token may look: not ahead, at the shared part or its own suffix. Padding is on the right."""
         batch, length = segments_BS.shape
         row_S = Tensor(np.arange(length, dtype=np.int32))
         earlier_1SS = row_S.reshape((1, 1, length)) <= row_S.reshape((1, length, 1))
@@ -214,8 +219,8 @@ class TreeHidden(nn.Cell):
         return ops.cast(ops.logical_and(earlier_1SS, related_BSS), mstype.float32)
 
     def hidden_after_prefix(self, ids_BS: Tensor, positions_BS: Tensor, visible_BSS: Tensor, length_1: Tensor,
-                           keys_LHPK: Tensor, values_LHPK: Tensor) -> Tensor:
-        """`PanGuAlpha.hidden` whose attention also sees the trunk's first `length_1` slots."""
+                            keys_LHPK: Tensor, values_LHPK: Tensor) -> Tensor:
+        """`PanGuAlpha.hidden` whose attention also sees the common prefix's first `length_1` slots."""
         model, (batch, length) = self.model, ids_BS.shape
         slots = keys_LHPK.shape[2]
         kept_P = ops.cast(Tensor(np.arange(slots, dtype=np.int32)) < length_1, mstype.float32)

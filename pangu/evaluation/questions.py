@@ -1,4 +1,4 @@
-"""Multiple-choice questions answered by likelihood: what a small model has learnt, against chance."""
+"""Multiple-choice questions answered by likelihood: a small model's accuracy, against chance."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _check(question: Any, where: str) -> None:
 def requests_of(questions: list[dict], tokenizer: Any) -> list[list[Request]]:
     """(prefix ids, scored ids) of each choice of each question.
 
-    A choice is encoded together with the prompt, since words are cut differently at a joint; what follows the ids that
-    all choices of a question have in common is scored, and divided by its number of tokens.
+    A choice is encoded together with the prompt, since words are segmented differently at a joint; what follows the ids
+    that all choices of a question have in common is scored, and divided by its number of tokens.
     """
     found = []
     for question in questions:

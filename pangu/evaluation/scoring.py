@@ -1,6 +1,7 @@
 """Log-likelihood of continuations given their prefixes: what few-shot tasks with choices are decided by.
 
-Shapes: B rows of a batch, S tokens of a row, P trunk slots, M scored tokens (a fixed number at once), D width.
+Shapes: B rows of a batch, S tokens of a row, P slots of the common prefix, M scored tokens (a fixed number at once), D
+width.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pangu.evaluation.prefix_sharing import (
     Tree,
     TreeHidden,
     group_by_prefix,
-    lay_row,
     plan_trees,
     prefix_length,
+    row_of,
 )
 from pangu.evaluation.requests import Item, OnScored, ScoreRequest, scored_item, total
 from pangu.model import PanGuAlpha
@@ -32,7 +33,7 @@ _SCORED_AT_ONCE = 256
 _LONGEST_TREE = 512  # a longer row costs more attention between siblings than sharing saves
 _TOKENS_AT_ONCE = 2048
 _NO_LIMIT = 1 << 30
-# On the CPU a compiled graph keeps the memory of all its activations as long as it lives: in each layer about so many
+# On the CPU a compiled graph keeps the memory of all its activations as long as it lives: in each layer about this many
 # bytes per token and unit of width, and per token, head and token it looks at (measured with MindSpore 2.9).
 _BYTES_PER_UNIT, _BYTES_PER_SCORE = 200, 16
 _BYTES_OF_A_GRAPH, _BYTES_OF_GRAPHS = 1 << 30, 4 << 30
@@ -51,7 +52,7 @@ class Graphs:
         self._cells: OrderedDict[tuple, tuple[nn.Cell, int]] = OrderedDict()
 
     def row_bytes(self, length: int, slots: int = 0) -> int:
-        """What a graph holds for each row of `length` tokens after `slots` tokens of a trunk, about."""
+        """What a graph holds for each row of `length` tokens after `slots` tokens of the common prefix, about."""
         config = self.model.config
         seen = _BYTES_PER_SCORE * config.heads * (length + slots)
         return config.layers * length * (_BYTES_PER_UNIT * config.hidden_size + seen)
@@ -105,7 +106,7 @@ class Scorer:
 
     def loglikelihood_and_greedy(self, requests: Sequence[ScoreRequest],
                                  on_scored: OnScored | None = None) -> list[tuple[float, bool]]:
-        """`loglikelihood` of each continuation, and whether each of its tokens is the likeliest one in its place.
+        """`loglikelihood` of each continuation, and whether each of its tokens is the likeliest one at its position.
 
         `on_scored(numbers of requests, their answers)` is called after every batch.
         """
@@ -131,13 +132,14 @@ class Scorer:
         return results
 
     def _group(self, items: list[Item]) -> Any:
-        """Yields (members, their scores) of each batch of items with one trunk; each length of row comes once."""
+        """Yields (members, their scores) of each batch of items with one common prefix; each length of row comes
+        once."""
         if not items:
             return
         prefix = prefix_length(items) if self.share else 0
         states = self._prefix_states(items[0][0][:prefix])
         trees = plan_trees(items, _LONGEST_TREE if self.share else 0, prefix)
-        rows = sorted(((lay_row(tree, items, prefix), tree) for tree in trees), key=lambda pair: -len(pair[0].ids))
+        rows = sorted(((row_of(tree, items, prefix), tree) for tree in trees), key=lambda pair: -len(pair[0].ids))
         while rows:
             length = length_bucket(len(rows[0][0].ids), _NO_LIMIT)
             count = self.batch_size or self.graphs.rows_at_once(length, _slots(states))
@@ -145,7 +147,7 @@ class Scorer:
             yield [member for _, tree in batch for member in tree.members], self._score(batch, count, length, states)
 
     def _prefix_states(self, ids: np.ndarray) -> tuple[Tensor, ...]:
-        """Length, keys and values of the trunk; nothing when there is none."""
+        """Length, keys and values of the common prefix; nothing when there is none."""
         if not len(ids):
             return ()
         slots = length_bucket(len(ids), self.config.sequence_length)
@@ -159,17 +161,17 @@ class Scorer:
         """The scores of the members of the trees of one batch, tree after tree."""
         ids_BS, positions_BS, segments_BS = (np.zeros((batch, length), np.int32) for _ in range(3))
         ids_BS[:] = self.config.pad_id
-        places, labels = [], []
+        predicting_at, labels = [], []
         for number, (row, _) in enumerate(rows):
             used = len(row.ids)
             ids_BS[number, :used], positions_BS[number, :used] = row.ids, row.positions
             segments_BS[number, :used] = row.segments
-            places += [part + number * length for part in row.places]
+            predicting_at += [part + number * length for part in row.predicting_at]
             labels += row.labels
         cell = self.graphs.get(TreeHidden, batch, length, _slots(states))
         hidden_ND = cell(*(Tensor(array) for array in (ids_BS, positions_BS, segments_BS)), *states).asnumpy()
-        nll, likeliest = self._head_scores(hidden_ND[np.concatenate(places)], np.concatenate(labels))
-        ends = np.cumsum([len(part) for part in places])[:-1]
+        nll, likeliest = self._head_scores(hidden_ND[np.concatenate(predicting_at)], np.concatenate(labels))
+        ends = np.cumsum([len(part) for part in predicting_at])[:-1]
         return list(zip(np.split(-nll, ends), np.split(likeliest, ends), strict=True))
 
     def _head_scores(self, rows_XD: np.ndarray, labels_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

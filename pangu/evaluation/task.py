@@ -1,4 +1,4 @@
-"""A few-shot task: what its YAML under pangu/tasks/ says, where its data lie, and its records.
+"""A few-shot task: what its YAML under pangu/tasks/ says, where its data are, and its records.
 
 A record is a dict with an `id` and the fields that the templates name; a reader (a module `pangu/tasks/<reader>.py`
 with `read(path)`) makes records of a published file format. Sources: PanGu-alpha (arXiv 2104.12369) section 5.2 and
@@ -65,7 +65,7 @@ class TaskSettings(Settings):
     """choice: the candidate whose scored text has the least mean nll; blanks: the same for several blanks that take
     different candidates; continuation: perplexity of one text; generation: an answer is written and compared."""
     published: str
-    """Who publishes the data, told to a user who lacks them."""
+    """Who publishes the data, shown to a user who lacks them."""
     folders: list[str]
     """Folder of the data inside --data; the first that exists."""
     files: list[str]
@@ -73,7 +73,7 @@ class TaskSettings(Settings):
     every_file: bool = False
     """Whether all files that exist are evaluated, each also for itself, instead of the first."""
     examples: list[str] = []
-    """File that solved examples come from; none of them there: the evaluated file without the instance itself."""
+    """File that demonstrations come from; none of them there: the evaluated file without the instance itself."""
     reader: str = "json_lines"
     """Module of pangu/tasks that reads the files."""
     skill: str | None = None
@@ -83,13 +83,13 @@ class TaskSettings(Settings):
     labels: dict[str, str] = {}
     """What each label is called in the text; empty: as in the data."""
     negatives: int | None = Field(None, ge=1)
-    """So many wrong labels are drawn for each instance; none: all labels are candidates."""
+    """Number of wrong labels drawn for each instance; none: all labels are candidates."""
     prefix: str = ""
-    """Template of what stands before the scored text; generation: the whole prompt."""
+    """Template of what precedes the scored text; generation: the whole prompt."""
     scored: str = ""
     """Template of the scored text. With {label} in `prefix` alone, all candidates score the same text (channel)."""
     answer: str = "{answer}"
-    """Generation: what a solved example has after its prompt."""
+    """Generation: what a demonstration has after its prompt."""
     shots: int = Field(1, ge=0)
     """Solved examples of "few"; the paper's K."""
     dynamic: bool = False
@@ -97,9 +97,9 @@ class TaskSettings(Settings):
     fresh: bool = False
     """Whether examples are drawn anew for every instance, or once for all."""
     separator: str = "\n"
-    """What ends a solved example."""
+    """What ends a demonstration."""
     example_characters: int | None = Field(None, ge=1)
-    """Fields named in `shorten` are cut to so many characters in solved examples."""
+    """Fields named in `shorten` are truncated to this many characters in demonstrations."""
     shorten: dict[str, Literal["end", "start"]] = {}
     """Fields that may lose characters at that side when an instance is longer than the model's context, in order."""
     decoding: Decoding = Decoding()
@@ -192,7 +192,7 @@ class Source:
                 yield record
 
     def examples(self) -> Iterator[dict]:
-        """Records that solved examples may be made of."""
+        """Records that demonstrations may be made of."""
         return self._read(self.examples_path or self.paths[0])
 
     @property

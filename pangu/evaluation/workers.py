@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,21 +16,27 @@ from pangu.generation.sharded.dealing import dealt_by_size, put_together
 from pangu.generation.sharded.model import ShardedModel, open_sharded
 from parallel.common.structured import parse_json
 from parallel.launch.inference import PROGRAM, grouped, launch_inference, takes_torch
+from parallel.launch.plan import add_node_arguments
 
 if TYPE_CHECKING:
     from pangu.settings import Run
 
-_NOT_PASSED = ("verb", "overrides", "passed", "print_config", "print_reference", "nodes", "node_rank", "master",
-               "nproc", "timeout")
+_NOT_PASSED = ("verb", "overrides", "passed", "print_config", "print_reference")
 
 
 class Workers:
     """This process among those that share the work.
 
-    Attributes: `rank` of `ranks`; `follows`: whether it only computes what another process says.
+    Attributes: `rank` of `ranks`; `follows`: whether it only computes what another process says; `checkpoint`: where
+    the weights come from.
     """
 
     rank, ranks, follows = 0, 1, False
+    checkpoint: Path
+
+    def identity(self) -> bytes:
+        """What tells a checkpoint of another code from others."""
+        return b""
 
     def load(self, share: bool) -> tuple[Any, Any]:
         """What generates and what scores, for `pangu.evaluation.language_model.LanguageModel`.
@@ -68,12 +75,13 @@ class MindSporeWorkers(Workers):
         settings, checkpoint, int8: see `pangu.generation.backend.load_model`.
     """
 
-    def __init__(self, settings: Run, checkpoint: Path, int8: bool) -> None:
+    def __init__(self, settings: Run, checkpoint: str | Path, int8: bool) -> None:
+        from parallel.checkpoint.folder import resolve_checkpoint
         from parallel.training.device import start_device
 
-        self.processes = start_device()
+        self.processes, self.checkpoint = start_device(), resolve_checkpoint(checkpoint)
         self.rank, self.ranks = self.processes.rank, self.processes.ranks
-        self._model = settings, checkpoint, int8
+        self._model = settings, self.checkpoint, int8
 
     def load(self, share: bool) -> tuple[Any, Any]:
         """See `Workers`."""
@@ -111,7 +119,7 @@ class GroupWorkers(Workers):
     """Groups of ranks of a sharded model: the first of each group works, the others follow it."""
 
     def __init__(self, sharded: ShardedModel) -> None:
-        self.sharded = sharded
+        self.sharded, self.checkpoint, self.identity = sharded, sharded.checkpoint, sharded.identity
         self.rank, self.ranks = sharded.member.group, sharded.member.groups
         self.follows = sharded.backend is None
         self.follow, self.close, self.gather = sharded.follow, sharded.close, sharded.member.gather
@@ -124,7 +132,7 @@ class GroupWorkers(Workers):
         return backend, SpanScorer(backend, self.sharded.chunk, share)
 
 
-def workers_of(settings: Run, checkpoint: Path, int8: bool) -> Workers:
+def workers_of(settings: Run, checkpoint: str | Path, int8: bool) -> Workers:
     """Those that this process is one of; a sharded model is opened with it."""
     sharded = open_sharded(settings, checkpoint, int8)
     return GroupWorkers(sharded) if sharded is not None else MindSporeWorkers(settings, checkpoint, int8)
@@ -145,14 +153,20 @@ def launch_evaluation(settings: Run, arguments: argparse.Namespace) -> dict:
     """The same command as `--nproc` processes on each machine; rank 0's figures."""
     from pangu import build
     from parallel.launch.launcher import MindSporeLauncher
+    from parallel.launch.machines import machines_of
+    from parallel.training.agreement import facts_of
 
-    command = ["-m", "pangu", "evaluate"]
+    command, nodes = ["-m", "pangu", "evaluate"], argparse.ArgumentParser()
+    add_node_arguments(nodes)
     for name, value in vars(arguments).items():
-        if name not in _NOT_PASSED and value not in (None, False):
+        if name not in (*_NOT_PASSED, *vars(nodes.parse_args([]))) and value not in (None, False):
             command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     command += arguments.overrides
     logs = Path(arguments.output or Path(settings.output.directory) / "evaluation") / "logs"
     resolved, plan = grouped(settings, arguments)
     if takes_torch(resolved):
         return launch_inference(build, resolved, plan, "evaluate", command, logs)
-    return MindSporeLauncher(plan, command, logs).run()
+    machines = machines_of(plan, facts_of(settings.model_dump(mode="json")))
+    with contextlib.closing(machines):
+        machines.meet()
+        return MindSporeLauncher(plan, command, logs, machines).run()

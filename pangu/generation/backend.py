@@ -42,7 +42,7 @@ class Backend:
         self._key: tuple[int, ...] = ()
 
     def runner(self, sequences: int, tokens: int, chunk: int) -> Runner:
-        """A runner whose cache holds so many sequences of so many tokens; the one before is kept if it does."""
+        """A runner whose cache holds this many sequences of this many tokens; the one before is kept if it does."""
         weights = self._packed()
         if weights is None:
             from pangu.generation.graph_runner import GraphRunner
@@ -56,7 +56,7 @@ class Backend:
         return self.kernel_runner(sequences * -(-tokens // SLOTS))
 
     def kernel_runner(self, blocks: int) -> Runner:
-        """A runner of the C++ kernels with at least so many blocks."""
+        """A runner of the C++ kernels with at least this many blocks."""
         from pangu.generation.kernel_runner import KernelRunner
         from pangu.native import kernel_library
 

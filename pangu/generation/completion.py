@@ -15,7 +15,7 @@ class Completion:
     """What one prompt became.
 
     Args:
-        text: the continuation, cut before the stop string.
+        text: the continuation, truncated before the stop string.
         ids: the generated ids, without the stop id; those of a stop string are still in it.
         reason: "stop_id", "stop", "max_new_tokens", or "context" (the model's positions are used up).
         prompt_tokens: ids of the prompt that were read.
@@ -28,7 +28,7 @@ class Completion:
 
 
 class StopScanner:
-    """Finds stop strings in text that arrives in pieces; hands out what can no longer be part of one.
+    """Finds stop strings in text that arrives in parts; hands out what can no longer be part of one.
 
     Args:
         stops: non-empty strings.
@@ -76,7 +76,7 @@ class GenerationState(scheduler.Sequence):
         stop_ids: tokens that end it.
         stops: strings that end it.
         decoder: a `StreamDecoder`, or None where no text is wanted.
-        on_text: called with each piece of text that has become certain.
+        on_text: called with each part of the text that has become certain.
     """
 
     def __init__(self, prompt: list[int], sampler: Sampler, limit: tuple[int, str], stop_ids: frozenset[int],

@@ -79,7 +79,7 @@ class Generator:
         return [request.completion() for request in requests]
 
     def stream(self, prompt: str, settings: GenerateSettings | None = None) -> Iterator[str]:
-        """Pieces of the continuation of `prompt` as they are generated; joined, they are `generate`'s text."""
+        """Parts of the continuation of `prompt` as they are generated; joined, they are `generate`'s text."""
         settings = settings or self.settings
         pieces: list[str] = []
         began = time.perf_counter()
@@ -103,8 +103,8 @@ class Generator:
             room = context - len(ids) + 1
             limit = (room, "context") if room < settings.max_new_tokens else (settings.max_new_tokens, "max_new_tokens")
             requests.append(GenerationState(ids, Sampler(settings.rule(), stream), limit, stop_ids, stops,
-                                    self.tokenizer.stream() if self.tokenizer is not None else None,
-                                    partial(on_text, index) if on_text is not None else None))
+                                            self.tokenizer.stream() if self.tokenizer is not None else None,
+                                            partial(on_text, index) if on_text is not None else None))
         return requests
 
     def _stops(self, settings: GenerateSettings) -> list[str]:
@@ -137,7 +137,7 @@ class Generator:
                 scheduler.abort(request)
 
     def _prepared(self, requests: list[GenerationState], settings: GenerateSettings) -> Scheduler:
-        """A scheduler whose cache holds as many of these requests as run at once, to their ends."""
+        """A scheduler whose cache holds those of these requests that run at once, to their ends."""
         together = 1 if len(requests) == 1 else settings.batch_size
         longest = max(len(request.prompt) + request.room - 1 for request in requests)
         runner = self.backend.runner(together, longest, settings.prefill_chunk)

@@ -27,7 +27,7 @@ class GraphRunner:
 
     def __init__(self, model: Any, sequences: int, chunk: int) -> None:
         self.config, self.chunk = model.config, chunk
-        # Rows with nothing to read get their padding where no token of theirs ever lies.
+        # Rows with nothing to read get their padding where no token of theirs ever is.
         self._spare = -(-self.config.sequence_length // chunk) * chunk
         self.blocks, self.block_size = sequences, self._spare + chunk
         self.decoder = CachedDecoder(model, sequences, self.block_size, chunk)

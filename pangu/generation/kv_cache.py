@@ -1,7 +1,7 @@
 """PanGu-alpha with a static key and value cache: the layers of `pangu.model`, called on a few new tokens at a time.
 
 One cell serves the prompt (S = chunk tokens at once) and the single step (S = 1); the slot of a token in the cache is
-its absolute position, so sequences of different lengths share a batch without shifting anything, and what stands in
+its absolute position, so sequences of different lengths share a batch without shifting anything, and what is in
 the slots beyond a sequence's own position is never visible to it.
 
 Shapes: B batch, S new tokens, C cache slots, D hidden width, H heads, K = D / H, V vocabulary, N = B S tokens.

@@ -37,7 +37,7 @@ class Recipe(Settings):
     @classmethod
     def _readable(cls, template: str) -> str:
         if any(name is not None and not name.isidentifier() for _, name, _, _ in string.Formatter().parse(template)):
-            raise ValueError("a place for an input is a plain name in braces")
+            raise ValueError("a placeholder is a plain name in braces")
         return template
 
     @property
@@ -72,7 +72,7 @@ class Recipe(Settings):
 
 
 def read_prompts(file: str | None, typed: list[str] | None, settings: GenerateSettings) -> tuple[list[str],
-                                                                                                GenerateSettings]:
+                                                                                                 GenerateSettings]:
     """The prompts that a command line asks for and how to decode them.
 
     Args:

@@ -28,9 +28,9 @@ class SamplingRule:
         presence_penalty: taken once when it was generated at all.
 
     Source: PanGu-alpha code (`generate`): penalties look at generated tokens only, never at the prompt. There, the
-    penalised probabilities go into the top-p cut without adding up to 1, so that a high penalty widens the cut, and
-    the temperature only moves the cut; here temperature and penalties act on the logits, and the distribution is
-    normalised before each cut, as is usual (our choice).
+    penalised probabilities go into top-p truncation without adding up to 1, so that a high penalty keeps more tokens,
+    and the temperature only moves the truncation; here temperature and penalties act on the logits, and the
+    distribution is normalised before each truncation, as is usual (chosen here).
     """
 
     temperature: float = 1.0

@@ -23,7 +23,7 @@ from pangu.generation.sampling import Sampler
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability (nats), its rank (1 = likeliest) and the likeliest tokens in its place, best first.
+    """A token's log-probability (nats), its rank (1 = likeliest) and the likeliest tokens at its position, best first.
 
     The token itself is among `top` only if it is one of them. Equal tokens have equal floats, so that
     `logprob == top[0][1]` says whether the token is the greedy one (two tokens may tie).
@@ -56,7 +56,7 @@ class Sequence:
         self.all_ids = list(prompt)
         """The prompt and what was generated."""
         self.computed = 0
-        """Tokens whose keys and values lie in the blocks of `table`."""
+        """Tokens whose keys and values are in the blocks of `table`."""
         self.table: list[int] = []
         self.digests: list[bytes] = []
         self.registered = 0
@@ -67,7 +67,7 @@ class Sequence:
         self.cached: int | None = None
         """Tokens of the prompt that were found in the cache when the sequence first joined."""
         self.number = -1
-        self.told = False
+        self.reported = False
 
     @property
     def done(self) -> bool:
@@ -367,8 +367,8 @@ class Scheduler:
             sequence = part.sequence
             if not part.ends:
                 continue
-            if not sequence.told:
-                sequence.told = True
+            if not sequence.reported:
+                sequence.reported = True
                 sequence.read(sequence.cached or 0, sequence.scores)
             if not sequence.done:
                 choosing.append((sequence, row))

@@ -1,4 +1,4 @@
-"""A PanGu-alpha's parameters for the C++ kernels: straight from a checkpoint, tensor by tensor, or of a model.
+"""A PanGu-alpha's parameters for the C++ kernels: read from a checkpoint, tensor by tensor, or of a model.
 
 Shapes: O outputs, I inputs, G groups of inputs with a scale.
 """

@@ -9,7 +9,7 @@
 
 #include "panel_product.h"
 
-namespace {
+namespace kernels {
 
 constexpr int kSlots = kWide;  // tokens of a block of the cache
 constexpr int kQueries = 4;    // tokens of a sequence whose attention is computed together
@@ -63,7 +63,7 @@ INLINE void score_blocks(const Model& m, const Layer& layer, int64_t head, const
 }
 
 // Scores of `seen` slots to weights that add up to the number returned; those behind them get 0.
-float soften(float* score, int64_t seen, int64_t stride) {
+inline float soften(float* score, int64_t seen, int64_t stride) {
   const int64_t blocks = (seen + kSlots - 1) / kSlots;
   for (int64_t slot = seen; slot < blocks * kSlots; ++slot) score[slot] = -std::numeric_limits<float>::infinity();
   Wide most = load(score);
@@ -127,7 +127,8 @@ void attend(const Model& m, const Layer& layer, int64_t head, const int32_t* tab
     for (int64_t d = 0; d < width; ++d) mixed[t * m.width + d] = y[t * padded + d] / sums[t];
 }
 
-void attend_all(const Model& m, const Layer& layer, const std::vector<Span>& spans, const float* query, float* mixed) {
+inline void attend_all(const Model& m, const Layer& layer, const std::vector<Span>& spans, const float* query,
+                       float* mixed) {
   struct Piece {
     const int32_t* table;
     int64_t first, position, count;
@@ -152,4 +153,4 @@ void attend_all(const Model& m, const Layer& layer, const std::vector<Span>& spa
   });
 }
 
-}  // namespace
+}  // namespace kernels

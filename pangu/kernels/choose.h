@@ -9,7 +9,7 @@
 
 #include "wide.h"
 
-namespace {
+namespace kernels {
 
 // How a token is drawn: see `SamplingRule`. Temperature 0 takes the largest logit.
 struct Rule {
@@ -21,7 +21,7 @@ struct Rule {
 constexpr int64_t kHead = 512;  // sorting so many is nearly always enough for a cut by probability
 
 // The `count` tokens of largest weight, largest first, equal ones by id.
-std::vector<int32_t> heaviest(const float* weight, int64_t size, int64_t count) {
+inline std::vector<int32_t> heaviest(const float* weight, int64_t size, int64_t count) {
   const auto before = [=](int32_t a, int32_t b) { return weight[a] > weight[b] || (weight[a] == weight[b] && a < b); };
   std::vector<int32_t> found(count);
   if (count > size / 8) {
@@ -43,14 +43,14 @@ std::vector<int32_t> heaviest(const float* weight, int64_t size, int64_t count) 
   return found;
 }
 
-double sum_of(const float* weight, const std::vector<int32_t>& tokens) {
+inline double sum_of(const float* weight, const std::vector<int32_t>& tokens) {
   double sum = 0;
   for (int32_t token : tokens) sum += weight[token];
   return sum;
 }
 
 // weight = exp((logits - largest) / temperature), in place, with room for whole vectors; their sum.
-double weigh(float* x, int64_t size, float temperature) {
+inline double weigh(float* x, int64_t size, float temperature) {
   const float most = x[first_largest(x, size)];
   for (int64_t i = size; i % kWide != 0; ++i) x[i] = most;
   double sum = 0;
@@ -64,7 +64,7 @@ double weigh(float* x, int64_t size, float temperature) {
 }
 
 // The first token, in the order of their ids, up to which the weights exceed `target`.
-int32_t draw_any(const float* weight, int64_t size, double target) {
+inline int32_t draw_any(const float* weight, int64_t size, double target) {
   double sum = 0;
   for (int64_t i = 0; i < size; i += kWide) {
     const double next = sum + total(load(weight + i));
@@ -78,7 +78,7 @@ int32_t draw_any(const float* weight, int64_t size, double target) {
 }
 
 // x: logits after biases and penalties, which are overwritten; room for whole vectors.
-int32_t choose(float* x, int64_t size, const Rule& rule) {
+inline int32_t choose(float* x, int64_t size, const Rule& rule) {
   if (rule.temperature == 0.0f || rule.top_k == 1) return first_largest(x, size);
   double sum = weigh(x, size, rule.temperature);
   const bool few = rule.top_k > 0 && rule.top_k < size;
@@ -102,4 +102,4 @@ int32_t choose(float* x, int64_t size, const Rule& rule) {
   return tokens.back();
 }
 
-}  // namespace
+}  // namespace kernels

@@ -20,6 +20,8 @@
 #include "attention.h"
 #include "choose.h"
 
+using namespace kernels;
+
 namespace {
 
 INLINE Wide sigmoid_times(Wide x, Wide z) { return x / (1.0f + exponential(-z)); }
@@ -204,10 +206,10 @@ class Call {
 
 class Reader {
  public:
-  Reader(const void* const* pointers, const int64_t* groups) : pointers_(pointers), groups_(groups) {}
+  Reader(void* const* pointers, const int64_t* groups) : pointers_(pointers), groups_(groups) {}
   template <typename T = const float>
   T* next() {
-    return static_cast<T*>(const_cast<void*>(*pointers_++));
+    return static_cast<T*>(*pointers_++);
   }
   Norm norm() { return {next(), next()}; }
   Matrix matrix(int64_t inputs, int64_t outputs) {
@@ -217,8 +219,18 @@ class Reader {
   }
 
  private:
-  const void* const* pointers_;
+  void* const* pointers_;
   const int64_t* groups_;
+};
+
+// What `paged_run` refuses.
+enum Refusal : int {
+  kAccepted = 0,
+  kBadSpan = 1,     // no new tokens, or more than the model has positions
+  kBadOutputs = 2,  // logits of more tokens than are new
+  kBadBlock = 3,    // no such block of the cache
+  kBadToken = 4,    // an id outside the vocabulary
+  kNoSpans = 5,
 };
 
 }  // namespace
@@ -229,7 +241,7 @@ extern "C" {
 // the query layer. pointers: words (panels, scale, null), tables of places and queries, the last norm; of each layer
 // norm1, norm2, then query, key, value, output, mapping and projection (panels, scale or null, bias), keys and values
 // of the cache. groups: of each matrix in that order, the scales of an output. All of it must outlive the model.
-void* paged_create(const int64_t* sizes, const void* const* pointers, const int64_t* groups) {
+void* paged_create(const int64_t* sizes, void* const* pointers, const int64_t* groups) {
   auto* m = new Model{};
   m->width = sizes[1], m->heads = sizes[2], m->inner = sizes[3], m->vocabulary = sizes[4], m->positions = sizes[5];
   m->blocks = sizes[6], m->gelu = static_cast<Gelu>(sizes[7]), m->norm_first = sizes[8] != 0;
@@ -254,7 +266,7 @@ void* paged_create(const int64_t* sizes, const void* const* pointers, const int6
 void paged_destroy(void* model) { delete static_cast<Model*>(model); }
 
 // spans [count, 4]: position of the first new token, new tokens, how many of the last ones need logits, where the table
-// of its blocks begins in `tables`. ids: of all spans on end. logits [outputs, V], best [outputs]. 0 = done.
+// of its blocks begins in `tables`. ids: of all spans on end. logits [outputs, V], best [outputs]. Returns a `Refusal`.
 int paged_run(const void* model, int64_t count, const int64_t* spans, const int32_t* tables, const int32_t* ids,
               float* logits, int32_t* best) {
   const Model& m = *static_cast<const Model*>(model);
@@ -262,18 +274,18 @@ int paged_run(const void* model, int64_t count, const int64_t* spans, const int3
   int64_t first = 0;
   for (int64_t i = 0; i < count; ++i, spans += 4) {
     const Span span{first, spans[0], spans[1], spans[2], tables + spans[3]};
-    if (span.start < 0 || span.count < 1 || span.start + span.count > m.positions) return 1;
-    if (span.outputs < 0 || span.outputs > span.count) return 2;
+    if (span.start < 0 || span.count < 1 || span.start + span.count > m.positions) return kBadSpan;
+    if (span.outputs < 0 || span.outputs > span.count) return kBadOutputs;
     for (int64_t b = 0; b * kSlots < span.start + span.count; ++b)
-      if (span.table[b] < 0 || span.table[b] >= m.blocks) return 3;
+      if (span.table[b] < 0 || span.table[b] >= m.blocks) return kBadBlock;
     for (int64_t t = 0; t < span.count; ++t)
-      if (ids[first + t] < 0 || ids[first + t] >= m.vocabulary) return 4;
+      if (ids[first + t] < 0 || ids[first + t] >= m.vocabulary) return kBadToken;
     first += span.count;
     all.push_back(span);
   }
-  if (all.empty()) return 5;
+  if (all.empty()) return kNoSpans;
   Call(m, std::move(all), ids).run(logits, best);
-  return 0;
+  return kAccepted;
 }
 
 // Of each row of logits [rows, V]: log p of its target and how many tokens are likelier, and the k likeliest tokens,

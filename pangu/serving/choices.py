@@ -33,8 +33,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What has become certain of a sequence since the last piece."""
+class TextDelta:
+    """What has become certain of a sequence since the last delta."""
 
     text: str = ""
     entries: tuple[Entry, ...] = ()
@@ -64,7 +64,7 @@ class Texts:
         return Entry(scored.id, self(scored.id), max(scored.logprob, LOWEST), top, offset)
 
     def prompt_entries(self, ids: Sequence[int], scores: Sequence[TokenLogprob | None] | None) -> tuple[Entry, ...]:
-        """Of the tokens of a prompt; nothing stands before the first."""
+        """Of the tokens of a prompt; nothing precedes the first."""
         entries, offset = [], 0
         for number, scored in zip(ids, scores or (), strict=False):
             entries.append(Entry(number, self(number), None, (), offset) if scored is None
@@ -102,9 +102,9 @@ class Choice:
         """What `best_of` ranks by."""
         return self.total_logprob / max(1, self.tokens)
 
-    def feed(self, event: TokenEvent) -> Piece:
+    def feed(self, event: TokenEvent) -> TextDelta:
         """Takes a token; where a stop string is found `finish_reason` is set, though the engine knows nothing of it."""
-        piece = ""
+        delta = ""
         if event.id is not None:
             self.tokens += 1
             if event.logprob is not None:
@@ -113,15 +113,15 @@ class Choice:
             if not (event.finish_reason == "stop" and event.id in self.stop_ids):
                 decoded = self._decoder.feed(event.id)
                 self._decoded += len(decoded)
-                piece = self._scanner.feed(decoded)
+                delta = self._scanner.feed(decoded)
         if not self._scanner.found and event.finish_reason is not None:
             last = self._decoder.finish()
             self._decoded += len(last)
-            piece += self._scanner.feed(last)
-            piece += self._scanner.finish()
-        self._released += len(piece)
+            delta += self._scanner.feed(last)
+            delta += self._scanner.finish()
+        self._released += len(delta)
         self.finish_reason = "stop" if self._scanner.found else event.finish_reason
-        return Piece(piece, tuple(self._certain()), self.finish_reason)
+        return TextDelta(delta, tuple(self._certain()), self.finish_reason)
 
     def _certain(self) -> list[Entry]:
         """Entries of the tokens whose text has been given out; at the end of all but those behind a stop string."""

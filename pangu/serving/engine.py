@@ -42,14 +42,14 @@ _SEED_BITS = 64
 
 
 class _Running(Sequence):
-    """A request in the scheduler, which tells its handle what happens."""
+    """A request in the scheduler, which informs its handle of what happens."""
 
     def __init__(self, handle: Handle, stop_ids: frozenset[int], room: int, sampler: Sampler) -> None:
         params = handle.request.params
         super().__init__(handle.request.prompt_ids, sampler, params.logprobs, params.prompt_logprobs)
         self.handle, self.stop_ids, self.room = handle, stop_ids, room
         self.events: list[Event] = []
-        """What the handle is told once the step is over, when its blocks are free if this is the end."""
+        """What the handle is given once the step is over, when its blocks are free if this is the end."""
         self.generated = 0
         self.reason: FinishReason | None = None
 
@@ -71,7 +71,7 @@ class _Running(Sequence):
             self.reason = "length"
         self.events.append(TokenEvent(token, logprob, self.reason))
 
-    def tell(self) -> None:
+    def deliver(self) -> None:
         """Hands the events over."""
         for event in self.events:
             self.handle.push(event)
@@ -85,7 +85,7 @@ class BatchingEngine:
         backend: the model.
         checkpoint: where it came from.
         settings: batch, cache, queue.
-        load: a checkpoint's folder, or None for the newest -> its backend and where it lies; for `reload`.
+        load: a checkpoint's folder, or None for the newest -> its backend and its path; for `reload`.
 
     Raises:
         UserError: the cache is larger than the memory that is left.
@@ -218,7 +218,7 @@ class BatchingEngine:
         tokens = max(self.context, self.settings.cache_bytes // bytes_per_token)
         tokens = min(tokens, self.settings.running * self.context)
         check_memory(tokens * bytes_per_token)
-        # For kernels without blocks this is so many sequences of full length.
+        # For kernels without blocks this is the number of sequences of full length.
         sequences = max(1, tokens // self.context)
         return backend.runner(sequences, -(-tokens // sequences), self.settings.prefill_chunk)
 
@@ -269,7 +269,7 @@ class BatchingEngine:
             return
         try:
             went_on = scheduler.step()
-        except Exception as error:  # a defect of ours must not end the thread: those it holds are told
+        except Exception as error:  # a defect must not end the thread: those it holds are informed
             traceback.print_exc()
             with self._wake:
                 for sequence in [*scheduler.running, *scheduler.waiting]:
@@ -278,7 +278,7 @@ class BatchingEngine:
             return
         ended = [sequence for sequence in went_on if sequence.done]
         for sequence in went_on:
-            sequence.tell()
+            sequence.deliver()
         if ended:
             with self._wake:
                 for sequence in ended:
@@ -290,7 +290,7 @@ class BatchingEngine:
         """Ends a request before its end; with the lock held."""
         for scheduler in self._schedulers:
             scheduler.abort(running)
-        running.tell()
+        running.deliver()
         running.handle.push(last)
         if self._open.pop(running.handle, None) is not None:
             self._finished += 1
@@ -349,7 +349,8 @@ def start_engine(settings: Run, checkpoint: str | None, engine_settings: EngineS
 
     Args:
         settings: a `pangu.settings.Run`.
-        checkpoint: float or int8; None = the newest of `output.directory`. `reload` takes the newest of the same place.
+        checkpoint: float or int8; None = the newest of `output.directory`. `reload` takes the newest of the same
+            folder.
         engine_settings: batch, cache, queue.
         int8: whether float checkpoints are quantized when they are loaded.
         sharded: this process's part of a model over several, which has been opened; it cannot be reloaded.

@@ -72,7 +72,7 @@ class PromptEvent:
     Args:
         prompt_tokens: its length.
         cached_tokens: of those, how many were not computed, since a request before had them in common.
-        logprobs: with `prompt_logprobs`, one for each token of the prompt; the first is None, nothing stands before it.
+        logprobs: with `prompt_logprobs`, one for each token of the prompt; the first is None, nothing precedes it.
     """
 
     prompt_tokens: int
@@ -101,7 +101,7 @@ Event = PromptEvent | TokenEvent
 
 
 class QueueFull(UserError):
-    """As many requests wait as may; to be tried again after `retry_after` seconds (HTTP 429)."""
+    """The queue is full; to be tried again after `retry_after` seconds (HTTP 429)."""
 
     def __init__(self, waiting: int, retry_after: float = 1.0) -> None:
         super().__init__("the queue is full", value=waiting)
@@ -143,7 +143,7 @@ class Handle:
             self._cancel(self)
 
     def push(self, event: Event | Exception) -> None:
-        """For the engine: the next event, or what is to be raised in its place. Nothing comes after an end."""
+        """For the engine: the next event, or what is to be raised instead. Nothing comes after an end."""
         if self.finished:
             return
         self.finished = isinstance(event, Exception) or event.finish_reason is not None
@@ -197,7 +197,7 @@ class EngineStats:
     running: int = 0
     """Requests in the batch."""
     waiting: int = 0
-    """Requests that wait for a place or for blocks."""
+    """Requests that wait for a slot or for blocks."""
     blocks_total: int = 0
     """Blocks of the key and value cache."""
     blocks_used: int = 0
@@ -253,7 +253,7 @@ class Engine(Protocol):
         """For /health and /metrics; waits for nothing."""
 
     def reload(self, checkpoint: str | None = None) -> int:
-        """Loads another checkpoint and puts it in the place of the model; returns the new version. Blocks the caller.
+        """Loads another checkpoint and replaces the model by it; returns the new version. Blocks the caller.
 
         What runs is finished with the parameters it began with; what waits gets the new ones. None = the newest of
         the folder that is served.

@@ -1,4 +1,4 @@
-"""What the language model's server tells Prometheus: the names are vLLM's, with another prefix."""
+"""Metrics of the language model's server for Prometheus: the names are vLLM's, with another prefix."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from parallel.serving.errors import Refusal
 
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on to the end of the context
 _MOST_STOPS, _LONGEST_STOP = 64, 1000
-_CHARACTERS_A_TOKEN = 64  # text this much longer than the context is refused before it is cut into words
+_CHARACTERS_A_TOKEN = 64  # text this much longer than the context is refused before it is segmented
 _BIAS, _PENALTY, _TEMPERATURE = 100.0, 2.0, 2.0
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids, and the text that was sent or stands for them."""
+    """Ids, and the text that was sent or corresponds to them."""
 
     ids: list[int]
     text: str
@@ -37,8 +37,8 @@ class Ask:
         n: answers for each prompt.
         best_of: sequences for each prompt, of which the `n` with the highest mean log-probability are given.
         logprobs: alternatives a token to show; None = no log-probabilities.
-        echo: whether the prompt stands before its answer.
-        stream: whether the answer comes in pieces.
+        echo: whether the prompt precedes its answer.
+        stream: whether the answer is streamed.
         include_usage: whether a stream ends with the counts of tokens.
         as_ids: whether tokens in log-probabilities are called "token_id:N".
         chat: whether it is a chat.

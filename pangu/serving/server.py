@@ -178,8 +178,8 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
     engine = start_engine(settings, arguments.checkpoint, serving.engine, arguments.int8, sharded)
     service = Service(engine, tokenizer, serving, serving.name or settings.model.name)
-    said = f"serving {service.name} of {engine.stats().checkpoint} on {address(listener)}"
-    serve(application(service), listener, serving, openai_shape, lambda: info(said))
+    line = f"serving {service.name} of {engine.stats().checkpoint} on {address(listener)}"
+    serve(application(service), listener, serving, openai_shape, lambda: info(line))
     stats = engine.stats()
     if sharded is not None:
         sharded.close()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from pangu.serving.choices import Choice, Piece, Texts
+from pangu.serving.choices import Choice, TextDelta, Texts
 from pangu.serving.engine_api import (
     Draining,
     Engine,
@@ -27,7 +27,7 @@ from parallel.common.errors import UserError
 from parallel.serving.application import Front, Reloader
 from parallel.serving.errors import TOO_MANY, UNAVAILABLE, Refusal, openai_shape
 
-_SHORT_BYTES = 1 << 12  # what is cut into words in well under a millisecond
+_SHORT_BYTES = 1 << 12  # what is segmented in well under a millisecond
 
 
 class Service:
@@ -53,7 +53,7 @@ class Service:
         return {"version": self.engine.reload(), "checkpoint": self.engine.stats().checkpoint}
 
     async def read(self, request: Any, read: Callable[[Any], Any]) -> Any:
-        """`read` of the JSON of a request; a long one is read in a thread, since cutting text into words takes time.
+        """`read` of the JSON of a request; a long one is read in a thread, since segmenting text takes time.
 
         Raises:
             Refusal: 400 and others.
@@ -110,7 +110,7 @@ def _request(prompt: Prompt, ask: Ask, sample: int, number: str) -> EngineReques
 
 
 def _refusal(error: BaseException) -> BaseException:
-    """What a client is told about an error of the engine; anything else unchanged."""
+    """What a client is sent about an error of the engine; anything else unchanged."""
     if isinstance(error, QueueFull):
         return Refusal(TOO_MANY, f"{error.what}: {error.value} requests wait", kind="rate_limit_error",
                        code="queue_full", retry_after=error.retry_after)
@@ -130,7 +130,7 @@ class Answer:
         ask: the request.
         shape: of its JSON.
         texts: of ids.
-        metrics: told of every sequence.
+        metrics: counts every sequence.
     """
 
     def __init__(self, ask: Ask, shape: CompletionShape, texts: Texts, metrics: Metrics) -> None:
@@ -157,8 +157,8 @@ class Answer:
         Raises:
             Refusal: the engine failed or was stopped.
         """
-        made: list[list[Piece]] = [[] for _ in self._sequences]
-        tasks = [asyncio.ensure_future(self._drive(index, lambda index, piece: made[index].append(piece)))
+        made: list[list[TextDelta]] = [[] for _ in self._sequences]
+        tasks = [asyncio.ensure_future(self._drive(index, lambda index, delta: made[index].append(delta)))
                  for index in range(len(self._sequences))]
         try:
             await asyncio.gather(*tasks)
@@ -166,8 +166,8 @@ class Answer:
             for task in tasks:
                 task.cancel()
             self.cancel()
-        joined = [Piece("".join(piece.text for piece in pieces),
-                        tuple(entry for piece in pieces for entry in piece.entries), pieces[-1].finish_reason)
+        joined = [TextDelta("".join(delta.text for delta in pieces),
+                            tuple(entry for delta in pieces for entry in delta.entries), pieces[-1].finish_reason)
                   for pieces in made]
         return self.shape.whole([joined[index] for index in self._best()], self.usage)
 
@@ -199,13 +199,13 @@ class Answer:
                     yield self._event([choice])
             left = len(tasks)
             while left:
-                index, piece = await pieces.get()
-                if isinstance(piece, asyncio.Future):
+                index, delta = await pieces.get()
+                if isinstance(delta, asyncio.Future):
                     left -= 1
-                    if not piece.cancelled():
-                        piece.result()  # raises what ended it
+                    if not delta.cancelled():
+                        delta.result()  # raises what ended it
                     continue
-                for choice in self.shape.chunks(index, piece):
+                for choice in self.shape.chunks(index, delta):
                     yield self._event([choice])
             if self.ask.include_usage:
                 yield self.shape.event([], self.usage, True)
@@ -218,8 +218,8 @@ class Answer:
     def _event(self, choices: list[dict]) -> dict[str, Any]:
         return self.shape.event(choices, None, self.ask.include_usage)
 
-    async def _drive(self, index: int, give: Callable[[int, Piece], None]) -> None:
-        """Reads one sequence to its end and gives its pieces."""
+    async def _drive(self, index: int, give: Callable[[int, TextDelta], None]) -> None:
+        """Reads one sequence to its end and gives its deltas."""
         prompt, handle, choice = self._sequences[index]
         times = self.metrics.sequence(self._begun)
         try:
@@ -228,15 +228,15 @@ class Answer:
                     if index % self.ask.best_of == 0:
                         self.usage.cached_tokens += event.cached_tokens
                     if self.ask.echo:
-                        give(index, Piece(prompt.text, self.texts.prompt_entries(prompt.ids, event.logprobs)))
+                        give(index, TextDelta(prompt.text, self.texts.prompt_entries(prompt.ids, event.logprobs)))
                     continue
                 if event.finish_reason == "cancelled":
                     raise Refusal(UNAVAILABLE, "the server ended before the answer", kind="server_error",
                                   code="shutting_down")
                 times.token(event.id is not None)
-                piece = choice.feed(event)
-                if piece.text or piece.entries or piece.finish_reason is not None:
-                    give(index, piece)
+                delta = choice.feed(event)
+                if delta.text or delta.entries or delta.finish_reason is not None:
+                    give(index, delta)
                 if choice.finish_reason is not None:
                     break
         except (EngineFailure, UserError) as error:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pangu.serving.choices import Entry, Piece
+from pangu.serving.choices import Entry, TextDelta
 
 
 @dataclass
@@ -49,18 +49,18 @@ class CompletionShape:
     created: int = field(default_factory=lambda: int(time.time()))
     object = chunk_object = "text_completion"
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[TextDelta], usage: Usage) -> dict[str, Any]:
         """The answer that is not streamed."""
-        return self._with([self._choice(index, piece) for index, piece in enumerate(choices)], usage.json(),
+        return self._with([self._choice(index, delta) for index, delta in enumerate(choices)], usage.json(),
                           self.object)
 
     def first(self, index: int) -> list[dict[str, Any]]:
         """Choices that begin a stream of one sequence."""
         return []
 
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """The choices, one an event, that tell a piece."""
-        return [self._choice(index, piece)]
+    def chunks(self, index: int, delta: TextDelta) -> list[dict[str, Any]]:
+        """The choices of a delta, one an event."""
+        return [self._choice(index, delta)]
 
     def event(self, choices: list[dict], usage: Usage | None = None, include_usage: bool = False) -> dict[str, Any]:
         """One event of a stream."""
@@ -74,9 +74,9 @@ class CompletionShape:
                 "system_fingerprint": self.fingerprint, "choices": choices}
         return made if usage is None else {**made, "usage": usage}
 
-    def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        return {"index": index, "text": piece.text, "finish_reason": piece.finish_reason,
-                "logprobs": self._logprobs(piece.entries) if self.logprobs else None}
+    def _choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
+        return {"index": index, "text": delta.text, "finish_reason": delta.finish_reason,
+                "logprobs": self._logprobs(delta.entries) if self.logprobs else None}
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, list]:
         return {"tokens": [self._token(entry.id, entry.text) for entry in entries],
@@ -109,20 +109,20 @@ class ChatShape(CompletionShape):
         return [{"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
                  "finish_reason": None}]
 
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def chunks(self, index: int, delta: TextDelta) -> list[dict[str, Any]]:
         """Text first; the end in an event of its own."""
         made = []
-        if piece.text or piece.entries:
-            logprobs = self._logprobs(piece.entries) if self.logprobs else None
-            made.append({"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None})
-        if piece.finish_reason is not None:
-            made.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason})
+        if delta.text or delta.entries:
+            logprobs = self._logprobs(delta.entries) if self.logprobs else None
+            made.append({"index": index, "delta": {"content": delta.text}, "logprobs": logprobs, "finish_reason": None})
+        if delta.finish_reason is not None:
+            made.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": delta.finish_reason})
         return made
 
-    def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        return {"index": index, "message": {"role": "assistant", "content": piece.text, "refusal": None},
-                "logprobs": self._logprobs(piece.entries) if self.logprobs else None,
-                "finish_reason": piece.finish_reason}
+    def _choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
+        return {"index": index, "message": {"role": "assistant", "content": delta.text, "refusal": None},
+                "logprobs": self._logprobs(delta.entries) if self.logprobs else None,
+                "finish_reason": delta.finish_reason}
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
         return {"content": [{**self._scored(entry.id, entry.text, entry.logprob),

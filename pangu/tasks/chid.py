@@ -1,4 +1,4 @@
-"""CHID, idioms in their places: FewCLUE's lines with seven candidates, and CLUE's with ten and a file of answers."""
+"""CHID, idioms in blanks: FewCLUE's lines with seven candidates, and CLUE's with ten and a file of answers."""
 
 from __future__ import annotations
 

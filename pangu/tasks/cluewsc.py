@@ -1,5 +1,5 @@
 """CLUEWSC2020: does the pronoun stand for the name? The text with the pronoun replaced by the name against the text
-as it is. The paper does not say how it makes choices of the task; this is our choice."""
+as it is. The paper does not say how it makes choices of the task; this was chosen here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read(path: Path) -> Iterator[dict]:
         target, text = row["target"], row["text"]
         begin, pronoun = int(target["span2_index"]), target["span2_text"]
         if text[begin:begin + len(pronoun)] != pronoun:
-            # Some rows count otherwise; the place nearest to the given one is meant.
+            # Some rows count otherwise; the position nearest to the given one is meant.
             places = [index for index in range(len(text)) if text.startswith(pronoun, index)]
             if not places:
                 raise ValueError(f"record {row['id']}: the pronoun is not in the text")

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: its name, its place, and how it appears there complete or not at all. What is in it:
+"""The folder of a checkpoint: its name and path, and how it appears there complete or not at all. What is in it:
 `checkpoint`, `sliced_checkpoint`."""
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if not found:
         raise UserError("no checkpoint here", where=path, hint="give the folder of a run or of a checkpoint")
-    return newest_whole(found)
+    return newest_undamaged(found)
 
 
-def newest_whole(found: Sequence[Path], damaged: Callable[[Path], UserError | None] | None = None) -> Path:
-    """The last of `found` that is not damaged; each one that is passed over is told. `damaged` looks for what is wrong;
-    None = `damage`.
+def newest_undamaged(found: Sequence[Path], damaged: Callable[[Path], UserError | None] | None = None) -> Path:
+    """The last of `found` that is not damaged; each one that is passed over is reported. `damaged` looks for what is
+    wrong; None = `damage`.
 
     Raises:
         UserError: all are damaged (what is wrong with the newest).

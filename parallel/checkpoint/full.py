@@ -69,7 +69,7 @@ def _nobody() -> None:
 
 
 class Checkpoint:
-    """A checkpoint, whole or in slices, as whole tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
+    """A checkpoint, whole or in slices, as full tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
 
     Raises:
         UserError: not a checkpoint, or damaged.
@@ -87,7 +87,7 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequenc
                     extents: dict[str, tuple] | None = None) -> dict[str, Any]:
     """Fills parameters and moments and returns the JSON state; compares all names and shapes before it changes any.
 
-    The checkpoint may be whole or in the slices of any layout.
+    The checkpoint may be full or in the slices of any layout.
 
     Args:
         path: a checkpoint, or a folder of them (the newest is taken).
@@ -95,7 +95,7 @@ def load_checkpoint(path: str | Path, parameters: Sequence[Any], states: Sequenc
             way round.
         states: the optimizer's; () leaves moments alone.
         extents: by parameter name the part that this process holds; parameters without one are on another stage and
-            left alone. None: everything is whole.
+            left alone. None: everything is held in full.
 
     Raises:
         UserError: missing, extra, of another shape or type, damaged; the parameter is named.

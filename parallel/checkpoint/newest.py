@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run that is whole: what a resumed run goes on from."""
+"""The newest checkpoint of a run that is undamaged: where a resumed run goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from parallel.checkpoint.folder import checkpoint_path, list_checkpoints, newest_whole
+from parallel.checkpoint.folder import checkpoint_path, list_checkpoints, newest_undamaged
 from parallel.checkpoint.owners import Disks
 from parallel.checkpoint.sharded import Slices
 from parallel.checkpoint.writing import sweep_shared
@@ -29,7 +29,7 @@ class Ranks(Protocol):
 def good_checkpoint(directory: str | Path) -> Path | None:
     """The newest checkpoint of `directory` all of whose data are what was written; None if there is none at all.
 
-    Reads every byte of the newest (and of older ones as long as the newer are damaged). Each damaged one is told on
+    Reads every byte of the newest (and of older ones as long as the newer are damaged). Each damaged one is reported on
     stderr with what is wrong and what is taken instead. What killed processes left half-made there is removed first.
 
     Raises:
@@ -37,7 +37,7 @@ def good_checkpoint(directory: str | Path) -> Path | None:
     """
     sweep(directory)
     found = list_checkpoints(directory)
-    return newest_whole(found, _damage) if found else None
+    return newest_undamaged(found, _damage) if found else None
 
 
 def agreed_checkpoint(directory: str | Path, backend: Ranks, disks: Disks) -> Path | None:

@@ -74,7 +74,7 @@ def pieces(tensors: Iterable[tuple[str, str, int]], holders: Holders, disks: Dis
     several of its holders.
 
     Args:
-        tensors: (name, parameter whose layout it has, bytes of a number); moments are cut as their parameters.
+        tensors: (name, parameter whose layout it has, bytes of a number); moments are sharded as their parameters.
         holders: of these parameters.
         disks: where the ranks write.
     """
@@ -130,7 +130,7 @@ def held_alike(extents: Iterable[tuple[int, Mapping[str, Extent]]], names: Itera
 
 
 def volume(extent: Sequence[tuple[int, int]]) -> int:
-    """Elements in a box."""
+    """Elements in an extent."""
     return math.prod(stop - start for start, stop in extent)
 
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Cuts a checkpoint by the parallel block of `--config`; a layout of one device gives a whole checkpoint.
+    """Shards a checkpoint by the parallel block of `--config`; a layout of one device gives a full checkpoint.
 
     Raises:
         UserError: the checkpoint is of another model, damaged or incomplete; no disk space.
@@ -60,7 +60,7 @@ def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Puts slices together into a whole checkpoint.
+    """Joins slices into a full checkpoint.
 
     Raises:
         UserError: the checkpoint is damaged or incomplete; no disk space.
@@ -70,7 +70,8 @@ def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rank_plans(slices: Slices, holders: Holders, ranks: int) -> list[list[tuple]]:
-    """What each rank writes: (name, kind of file, dtype, full shape, box); moments are cut as their parameters."""
+    """What each rank writes: (name, kind of file, dtype, full shape, extent); moments are sharded as their
+    parameters."""
     plans: list[list[tuple]] = [[] for _ in range(ranks)]
     listed = [(name, parameter_of(name), np.dtype(DTYPES[tensor.dtype]).itemsize)
               for name, tensor in slices.tensors.items()]
@@ -81,7 +82,7 @@ def rank_plans(slices: Slices, holders: Holders, ranks: int) -> list[list[tuple]
 
 
 def slices_bytes(slices: Slices) -> int:
-    """Bytes of all tensors, whole."""
+    """Bytes of all full tensors."""
     return sum(tensor.nbytes for tensor in slices.tensors.values())
 
 

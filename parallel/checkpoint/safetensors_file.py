@@ -31,7 +31,7 @@ _NAMES = {np.dtype(code): name for name, code in DTYPES.items() if name != "BF16
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies in a file: dtype name, shape, first and last byte (counted from the end of the header)."""
+    """Position of a tensor in a file: dtype name, shape, first and last byte (counted from the end of the header)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ class SafetensorsFile:
     """A file opened for reading: `entries` by name, `read(name)` gives one tensor.
 
     Raises:
-        UserError: missing, cut short, or not a safetensors file.
+        UserError: missing, truncated, or not a safetensors file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -123,7 +123,7 @@ class SafetensorsFile:
             first = file.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER_BYTES, self.size - 8):
-                raise self._damaged("its header is cut short")
+                raise self._damaged("its header is truncated")
             text = file.read(length)
         try:
             header = parse_object(text, max_bytes=MAX_HEADER_BYTES)
@@ -165,15 +165,15 @@ class SafetensorsFile:
         return array
 
     def copy_extent(self, name: str, extent: Iterable[tuple[int, int]], into: np.ndarray,
-                    place: tuple[slice, ...]) -> None:
-        """`into[place] = tensor[extent]`, rows of at most 16 MB at a time."""
+                    index: tuple[slice, ...]) -> None:
+        """`into[index] = tensor[extent]`, rows of at most 16 MB at a time."""
         entry, extent = self.entries[name], tuple(extent)
         if not entry.nbytes:
             return
         if not entry.shape:
             into[...] = self.read(name)
             return
-        target = into[place]
+        target = into[index]
         row_bytes = entry.nbytes // entry.shape[0]
         rest = tuple(slice(start, stop) for start, stop in extent[1:])
         block = max(1, _BLOCK_BYTES // row_bytes)
@@ -188,16 +188,12 @@ class SafetensorsFile:
                 target[first - extent[0][0]:last - extent[0][0]] = rows[(slice(None), *rest)]
 
     def map(self, name: str) -> np.ndarray:
-        """A tensor as it lies in the file, read-only and without reading it into memory."""
+        """A tensor as it is in the file, read-only and without reading it into memory."""
         entry = self.entries[name]
         if not entry.nbytes:
             return np.empty(entry.shape, DTYPES[entry.dtype])
         mapped = np.memmap(self.path, DTYPES[entry.dtype], "r", self._data_start + entry.start, entry.shape or (1,))
         return mapped.reshape(entry.shape)
-
-    def read_extent(self, name: str, extent: Iterable[tuple[int, int]]) -> np.ndarray:
-        """The part `[start:stop, ...]` of a tensor, without reading the rest into memory."""
-        return np.array(self.map(name)[tuple(slice(start, stop) for start, stop in extent)])
 
     def check(self, name: str, crc32: int | None) -> None:
         """Compares a tensor's data with its checksum, block by block.

@@ -35,7 +35,7 @@ def parameter_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A slice on the disk: its place in the whole tensor, its file and checksum."""
+    """A slice on the disk: its extent in the full tensor, its file and checksum."""
 
     extent: Extent
     file: Path
@@ -53,7 +53,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Bytes of the full tensor."""
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 

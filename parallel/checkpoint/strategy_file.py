@@ -1,4 +1,5 @@
-"""MindSpore's strategy files: how each parameter of a cut network is sliced over the devices (`ParallelStrategyMap`).
+"""MindSpore's strategy files: how each parameter of a sharded network is sliced over the devices
+(`ParallelStrategyMap`).
 
 `mindspore.parallel` reads and writes them (rank_list_for_transform, transform_checkpoints, unified_safetensors).
 A file of several stages names its parameters `<stage>-<name>`, as `merge_pipeline_strategys` does.
@@ -18,7 +19,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 
 if TYPE_CHECKING:
-    from parallel.sharding.slices import FullParameter
+    pass
 
 MAX_BYTES = 64 << 20
 _MAX_RANKS = 1 << 20
@@ -27,15 +28,15 @@ Extent = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class SliceLayout:
-    """How one parameter is cut.
+    """How one parameter is sharded.
 
     Args:
         matrix: sizes of the device matrix of a stage; ranks count along its last dim first.
-        dims: for each dim of the parameter the dim of the matrix that cuts it, counted from the right; -1 = none.
+        dims: for each dim of the parameter the dim of the matrix that shards it, counted from the right; -1 = none.
         step: distance of the ranks that share one slice by the sharded optimizer; 0 = it is not sharded.
         parts: how many they are; -1 = all there are.
         stages: the pipeline stages that hold it.
-        slice_shape: shape of a slice before the optimizer's cut, where it is known.
+        slice_shape: shape of a slice before the optimizer's shard, where it is known.
     """
 
     matrix: tuple[int, ...]
@@ -56,10 +57,10 @@ class SliceLayout:
         Raises:
             UserError: a dim does not divide.
         """
-        places = np.unravel_index(rank, self.matrix)
+        coordinates = np.unravel_index(rank, self.matrix)
         extent = []
         for dim, axis in zip(shape, self.dims, strict=True):
-            parts, index = (1, 0) if axis < 0 else (self.matrix[-1 - axis], int(places[-1 - axis]))
+            parts, index = (1, 0) if axis < 0 else (self.matrix[-1 - axis], int(coordinates[-1 - axis]))
             extent.append(_part((0, dim), parts, index))
         if self.step:
             parts = self.parts if self.parts > 0 else self.ranks // self.step
@@ -76,24 +77,8 @@ def _part(span: tuple[int, int], parts: int, index: int) -> tuple[int, int]:
     return start + index * size, start + (index + 1) * size
 
 
-def layouts_of(full_parameters: list[FullParameter]) -> dict[str, SliceLayout]:
-    """Cuts of all parameters of a network, from `parallel.sharding.slices.sharded_parameters`."""
-    layouts = {}
-    for full in full_parameters:
-        extents = full.slice_of_rank
-        mesh = {axis: degree for axis, degree in extents.mesh.items() if axis != "expert" or degree > 1}
-        axes = list(mesh)
-        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in extents.mesh_axes)
-        slice_shape = tuple(size // (mesh[axis] if axis else 1)
-                            for size, axis in zip(extents.shape, extents.mesh_axes, strict=True))
-        sharded = extents.shard > 1
-        layouts[full.name] = SliceLayout(tuple(mesh.values()), dims, extents.shard_step if sharded else 0,
-                               extents.shard if sharded else 0, tuple(sorted(extents.stages or {0})), slice_shape)
-    return layouts
-
-
 def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
-    """The cuts of everything that a strategy file names, of one stage or of several.
+    """The layouts of everything that a strategy file names, of one stage or of several.
 
     Raises:
         UserError: missing, too large or not a strategy file.
@@ -117,7 +102,7 @@ def read_strategy(path: str | Path) -> dict[str, SliceLayout]:
                     before = layouts[rest].stages if rest in layouts else ()
                     name, layout = rest, SliceLayout(layout.matrix, layout.dims, layout.step, layout.parts,
                                                      (*before, int(stage)),
-                                          layout.slice_shape)
+                                                     layout.slice_shape)
                 layouts[name] = layout
     except (ValueError, TypeError, AttributeError, UnicodeDecodeError):
         raise UserError("not a strategy file", where=path) from None
@@ -143,7 +128,7 @@ def _check_layouts(layouts: dict[str, SliceLayout], path: Path) -> None:
                             hint="use another copy")
     sizes = {math.prod(layout.matrix) for layout in layouts.values()}
     if len(sizes) > 1:
-        raise UserError("file is damaged: its parameters lie on different numbers of devices", where=path,
+        raise UserError("file is damaged: its parameters are on different numbers of devices", where=path,
                         value=sorted(sizes), hint="use another copy")
 
 
@@ -155,7 +140,7 @@ def write_strategy(path: str | Path, layouts: dict[str, SliceLayout]) -> None:
     """
     stages = sorted({stage for layout in layouts.values() for stage in layout.stages})
     matrix = next(iter(layouts.values())).matrix
-    # MindSpore calls a file without strategies of operators empty: one a stage tells the stage's number.
+    # MindSpore calls a file without strategies of operators empty: one a stage gives the stage's number.
     degree = wire.field(1, b"".join(wire.field(1, size) for size in matrix))
     items = [wire.field(1, 1)]
     items += [wire.field(2, wire.field(1, f"stage_{stage}".encode())
@@ -185,7 +170,7 @@ def _layout(item: memoryview) -> tuple[str, SliceLayout]:
             layout = value
     values = dict(wire.fields(layout))
     return name, SliceLayout(_dims(values.get(1)), _dims(values.get(2)), wire.signed(values.get(6, 0)),
-                     wire.signed(values.get(7, 0)), slice_shape=_dims(values.get(3)))
+                             wire.signed(values.get(7, 0)), slice_shape=_dims(values.get(3)))
 
 
 def _dims(message: memoryview | None) -> tuple[int, ...]:

@@ -37,8 +37,8 @@ class ParameterTensor:
     """A `mindspore.Parameter` as a `NamedTensor`.
 
     Args:
-        parameter: whole, or with the shape of its slice.
-        sliced: the Python object may still have the whole shape while its data are a slice of shape `shape`.
+        parameter: full, or with the shape of its slice.
+        sliced: the Python object may still have the full shape while its data are a slice of shape `shape`.
         shape: None = that of `parameter`.
     """
 

@@ -48,8 +48,8 @@ class Holder:
 
     Args:
         rank, ranks: which it is, of how many.
-        extents: its boxes by parameter name; moments are cut as their parameters, and a parameter without a box is not
-            held (it belongs to another stage).
+        extents: its boxes by parameter name; moments are sharded as their parameters, and a parameter without a box is
+            not held (it belongs to another stage).
         shapes: full shapes by parameter name.
         barrier: returns when all ranks have called it.
         holders: who holds which slices of the parameters of `extents`; asked once, at the first checkpoint.
@@ -319,8 +319,8 @@ def write_rank(folder: Path, rank: int, ranks: int,
     Args:
         folder: a folder that becomes a checkpoint when all ranks are written.
         rank, ranks: whose files, of how many.
-        tensors: (name, kind of file, dtype, full shape, box).
-        read: gives the data of a box when its turn comes.
+        tensors: (name, kind of file, dtype, full shape, extent).
+        read: gives the data of an extent when its turn comes.
     """
     # Sorted: the bytes then do not depend on the layout that the data come from.
     tensors, written = sorted(tensors, key=lambda entry: entry[0]), []
@@ -344,7 +344,7 @@ def write_index(folder: Path, slices: Iterable[Written], ranks: int) -> None:
 
 
 def write_full(folder: Path, slices: Slices) -> None:
-    """Writes a whole checkpoint of the tensors of `slices` into `folder`."""
+    """Writes a full checkpoint of the tensors of `slices` into `folder`."""
     layout = {}
     for kind in (PARAMETERS_FILE, OPTIMIZER_FILE):
         names = slices.names(kind)

@@ -1,4 +1,4 @@
-"""What every package stands on: errors, strict settings, command line, files, progress.
+"""What every package builds on: errors, strict settings, command line, files, progress.
 
-Imports nothing of ours and no MindSpore.
+Imports no other package of this repository and no MindSpore.
 """

@@ -48,7 +48,7 @@ class Verb:
             user types this verb).
         run_file: for verbs that take a config file of any model: adds `--config` and lets overrides through as the list
             `arguments.overrides`; `builder.load_run(arguments.config, arguments.overrides)` reads them.
-        overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings lie elsewhere.
+        overrides: lets key.sub=value through as `arguments.overrides`, for verbs whose settings are elsewhere.
         config: the config file taken when the user names none; None = the defaults of the settings class.
         passes: what follows `--` is the list `arguments.passed`, untouched.
     """
@@ -69,7 +69,7 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
     figures["exit_code"]."""
     if argv is None:
         argv = sys.argv[1:]
-    # Before MindSpore is imported: its warnings are for its developers and would drown ours.
+    # Before MindSpore is imported: its warnings are for its developers and would drown the command's own.
     os.environ.setdefault("GLOG_v", "3")
     end_with_launcher()
     try:
@@ -82,7 +82,7 @@ def main(package: str, verbs: list[Verb], argv: list[str] | None = None) -> int:
                                errno.ENAMETOOLONG, errno.ELOOP):
             raise
         hint = "check the path" if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else \
-            "free some space or choose another place"
+            "free some space or choose another folder"
         place = shown(error.filename).strip("'") if error.filename else "output"
         print(f"error: {place}: {error.strerror}; {hint}", file=sys.stderr)
         return 2
@@ -174,8 +174,8 @@ def own_file(name: str | None) -> str | None:
     """A file of this repository that nobody named, from whatever folder the command is typed in."""
     if name is None or Path(name).exists():
         return name
-    ours = Path(__file__).resolve().parents[2] / name
-    return str(ours) if ours.exists() else name
+    path = Path(__file__).resolve().parents[2] / name
+    return str(path) if path.exists() else name
 
 
 def _resolve(target: Any) -> Any:

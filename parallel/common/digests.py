@@ -170,7 +170,7 @@ class CheckedRows:
         return self.array[key]
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else that an array has, of the whole array."""
+        """Anything else that an array has, of the full array."""
         if name.startswith("_") or name == "array":
             raise AttributeError(name)
         self.check(slice(None))
@@ -181,7 +181,7 @@ class CheckedRows:
         return np.array(self.array, dtype) if copy else np.asarray(self.array, dtype)
 
     def check(self, rows: np.ndarray | slice) -> None:
-        """Compares the blocks that `rows` (numbers, or a slice with step 1) lie in and that were not read before.
+        """Compares the blocks that `rows` (numbers, or a slice with step 1) are in and that were not read before.
 
         Raises:
             UserError: a block has changed.

@@ -12,7 +12,7 @@ _LONGEST_LINE = 4000
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us (a key, a file, a size), told in one line.
+    """A mistake in what the user gave (a key, a file, a size), reported in one line.
 
     Args:
         what: what is wrong, as a short statement.
@@ -86,7 +86,7 @@ _BOUNDED = _Bounded()
 
 
 def shown(value: Any, longest: int = _LONGEST_VALUE) -> str:
-    """`repr(value)` cut to `longest` characters, in bounded time and memory whatever the value."""
+    """`repr(value)` truncated to `longest` characters, in bounded time and memory whatever the value."""
     try:
         text = _BOUNDED.repr(value)
     except Exception:  # a value whose own repr fails must not hide the error that it is part of

@@ -28,7 +28,7 @@ _OUTPUT = 1 << 20
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary file beside `path` that takes its place only when the block ends without an error.
+    """Opens a temporary file beside `path` that replaces it only when the block ends without an error.
 
     Raises:
         UserError: no space on the disk, or the folder cannot be written; nothing is left behind.
@@ -55,7 +55,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def explain_os_error(error: OSError, path: str | Path) -> Exception:
-    """A `UserError` for a full disk or a place that cannot be written; any other error unchanged."""
+    """A `UserError` for a full disk or a folder that cannot be written; any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # EFBIG: a limit on the size of files
         return UserError("no space left on the disk; nothing was written", where=path, hint="free some space")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -72,7 +72,7 @@ class DamagedFile(UserError):
 def open_binary(path: str | Path) -> io.BufferedReader:
     """Opens a file for reading bytes, decompressing `.xz`, `.gz` and `.zst` (streaming).
 
-    What is read before a damaged place is given; then `DamagedFile` is raised, whatever the compression.
+    What is read before the damage is given; then `DamagedFile` is raised, whatever the compression.
 
     Raises:
         UserError: the file is missing or cannot be read, or `.zst` and the package zstandard is not installed.
@@ -105,7 +105,7 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            # At most one read below: what comes before a damaged place is not lost with it.
+            # At most one read below: what comes before the damage is not lost with it.
             data = self._stream.read1(len(buffer))
         except (EOFError, zlib.error, gzip.BadGzipFile, _Damage) as error:
             raise DamagedFile(f"file is damaged: it cannot be read to its end ({error})", where=self._path,
@@ -126,7 +126,7 @@ class _Frames:
         path: the file.
         new: makes what decompresses one frame.
         error: what that raises at damage.
-        padding: bytes that may stand between frames.
+        padding: bytes that may be between frames.
         piece: bytes that are decompressed at once.
     """
 
@@ -222,7 +222,7 @@ def json_with_digest(value: Any) -> str:
 
 
 def matching(path: str | Path) -> list[Path]:
-    """What a path stands for: itself if it exists, else what it matches as a pattern (`*`, `?`, `[...]`, `**`), sorted.
+    """What a path means: itself if it exists, else what it matches as a pattern (`*`, `?`, `[...]`, `**`), sorted.
 
     Names that exist are taken as they are, also above the first wildcard: `logs [2024]/*.csv` looks into that folder.
     """

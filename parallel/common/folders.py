@@ -30,7 +30,7 @@ _swept: set[str] = set()
 
 
 def temporary_name(target: str | Path, kind: str = "tmp") -> Path:
-    """A hidden name beside `target` that was never used before. `kind` old: the folder that stood at `target`."""
+    """A hidden name beside `target` that was never used before. `kind` old: the folder that was at `target`."""
     target = Path(target)
     # A file name has at most 255 bytes.
     stem = target.name if len(target.name.encode()) <= 120 else target.name.encode()[:120].decode("utf-8", "ignore")
@@ -82,7 +82,7 @@ def _is_dead(match: re.Match, path: Path) -> bool:
 
 
 def put_in_place(made: Path, target: Path) -> None:
-    """Makes the folder `made` (beside `target`, all in it written and synced) stand at `target`; what stood there goes.
+    """Makes the folder `made` (beside `target`, all in it written and synced) the one at `target`; what was there goes.
 
     Raises:
         OSError: it cannot; `target` is what it was.

@@ -18,7 +18,7 @@ from parallel.common.files import cache_folder
 from parallel.common.progress import info
 
 HEADERS = Path(__file__).resolve().parents[1] / "kernels"
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", f"-I{HEADERS}"]
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility-inlines-hidden", "-pthread", f"-I{HEADERS}"]
 _SECONDS = 120
 _INCLUDE = re.compile(rb'^#include "([\w.]+)"', re.MULTILINE)
 
@@ -76,7 +76,7 @@ def _key(compiler: str, source: Path, flags: list[str]) -> str:
 
 
 def _headers(source: Path) -> list[Path]:
-    """Our headers that a file includes, and those that they include."""
+    """The project's headers that a file includes, and those that they include."""
     found: list[Path] = []
     pending = [source]
     while pending:

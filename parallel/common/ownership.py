@@ -128,7 +128,7 @@ def end_with_launcher() -> None:
 def start_guard(pids: list[int]) -> subprocess.Popen:
     """A process that kills the groups of `pids` when this one is gone, whatever killed it. End it when they have ended.
 
-    For processes of others, which cannot be told to watch for themselves.
+    For processes of others, which cannot be made to watch for themselves.
     """
     me = Identity.mine()
     return subprocess.Popen([sys.executable, "-m", __name__, str(me.pid), str(me.start), *map(str, pids)],
@@ -198,8 +198,8 @@ def _lock(handle: int, kind: int, seconds: float) -> bool:
 
 def _who(path: Path) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return f"{told['what']}, process {told['pid']} on {told['host']}, since {told['since']}"
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return f"{owner['what']}, process {owner['pid']} on {owner['host']}, since {owner['since']}"
     return "a process that has just begun"
 
 

@@ -33,16 +33,16 @@ def fields(data: bytes | memoryview) -> Iterator[tuple[int, int | memoryview]]:
                 raise ValueError(f"wire type {kind}")
             size, at = next_varint(view, at)
         if at + size > len(view) or number == 0:
-            raise ValueError("cut short")
+            raise ValueError("truncated")
         yield number, view[at:at + size]
         at += size
 
 
 def next_varint(view: memoryview, at: int) -> tuple[int, int]:
-    """(number, place after it) of the varint at `at`.
+    """(number, position after it) of the varint at `at`.
 
     Raises:
-        ValueError: cut short.
+        ValueError: truncated.
     """
     value = shift = 0
     while at < len(view) and shift < 70:
@@ -50,7 +50,7 @@ def next_varint(view: memoryview, at: int) -> tuple[int, int]:
         value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
         if not byte & 0x80:
             return value, at
-    raise ValueError("a number is cut short")
+    raise ValueError("a number is truncated")
 
 
 def read_varint(file: BinaryIO) -> int | None:
@@ -67,7 +67,7 @@ def read_varint(file: BinaryIO) -> int | None:
         if shift > 63:
             break
     if shift:
-        raise ValueError("a number is cut short")
+        raise ValueError("a number is truncated")
     return None
 
 
@@ -103,7 +103,7 @@ _HAS_DIGEST = varint(1008 << 3 | VARINT) + varint(1)
 
 def with_digest(data: bytes) -> bytes:
     """A message with the SHA-256 of all before as one more field at its end, and at its beginning a field that says so,
-    for a file that is cut short between two fields. Other readers pass over both."""
+    for a file that is truncated between two fields. Other readers pass over both."""
     data = _HAS_DIGEST + data
     return data + _DIGEST_TAG + hashlib.sha256(data).digest()
 

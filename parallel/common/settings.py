@@ -106,7 +106,11 @@ def read_yaml_tree(path: str | Path) -> dict:
 
 def _read_one_yaml(path: Path) -> dict:
     if not is_file(path):
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
+        try:
+            beside = [file.name for file in path.parent.glob("*.yaml")]
+        except (OSError, ValueError):  # a name that no folder can have
+            beside = []
+        near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "check the path"
         raise UserError("no such config file", where=path, hint=hint)
     tree = read_yaml(path, what="config file")
@@ -173,7 +177,7 @@ def _first_error(cls: type[Settings], error: pydantic.ValidationError, where: st
     value = None if details["type"] == "missing" or isinstance(details["input"], dict) else details["input"]
     sixty = isinstance(value, str) and SEXAGESIMAL.fullmatch(value)
     return UserError(f"{key}: {message}" if key else message, where=where, value=value,
-                     hint="write a number in decimal digits; what stands here is text" if sixty else None)
+                     hint="write a number in decimal digits; this is text" if sixty else None)
 
 
 def _known_keys(cls: type[Settings], path: list) -> list[str]:

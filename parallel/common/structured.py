@@ -33,7 +33,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class BadText(ValueError):
-    """What is wrong with a text, without the place, which the caller knows; in words for people."""
+    """What is wrong with a text, without the file, which the caller knows; in words for people."""
 
 
 def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict: bool = True,
@@ -45,7 +45,7 @@ def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict:
         surrogates: an escape that is half of a pair: refuse it, read it as U+FFFD, or keep it as it is.
         strict: refuse control characters inside strings, as the standard does.
         foreign_numbers: NaN, Infinity and numbers that no float64 holds: refuse them, read them as null, or keep
-            them as Python writes them (files of our own).
+            them as Python writes them (files that this project writes).
         max_bytes: longest text.
 
     Raises:
@@ -69,7 +69,7 @@ def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict:
     if surrogates != "keep" and (_SURROGATE_ESCAPE.search(text) or has_surrogates(text)) and has_surrogates(value):
         if surrogates == "refuse":
             raise BadText("holds half of a surrogate pair")
-        value = _mended(value)
+        value = _repaired(value)
     return value
 
 
@@ -91,7 +91,7 @@ def _decoder(strict: bool, foreign_numbers: str) -> json.JSONDecoder:
     if foreign_numbers == "null":
         return json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite_or_none,
                                 parse_int=lambda text: int(text) if len(text) <= MAX_DIGITS else None, strict=strict)
-    return json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, strict=strict)
+    return json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_integer, strict=strict)
 
 
 def _refuse_constant(name: str) -> None:
@@ -110,7 +110,7 @@ def _finite_or_none(text: str) -> float | None:
     return None if math.isinf(number) else number
 
 
-def _whole(text: str) -> int:
+def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise BadText(f"a number of more than {MAX_DIGITS} digits")
     return int(text)
@@ -126,12 +126,12 @@ def _check_depth(value: Any) -> None:
     raise BadText(f"nested deeper than {MAX_DEPTH}")
 
 
-def _mended(value: Any) -> Any:
+def _repaired(value: Any) -> Any:
     if isinstance(value, str):
         return without_surrogates(value)
     if isinstance(value, dict):
-        return {without_surrogates(key): _mended(item) for key, item in value.items()}
-    return [_mended(item) for item in value] if isinstance(value, list) else value
+        return {without_surrogates(key): _repaired(item) for key, item in value.items()}
+    return [_repaired(item) for item in value] if isinstance(value, list) else value
 
 
 def parse_object(text: str | bytes, **options: Any) -> dict:
@@ -240,7 +240,7 @@ def _read_bytes(path: Path, max_bytes: int, what: str = "file") -> bytes:
     try:
         pieces, size = [], 0
         with path.open("rb") as file:
-            # In pieces: a file may grow after a look at its size, and one read would reserve all that is allowed.
+            # In parts: a file may grow after a look at its size, and one read would reserve all that is allowed.
             while size <= max_bytes and (piece := file.read(1 << 20)):
                 pieces.append(piece)
                 size += len(piece)
@@ -253,7 +253,7 @@ def _read_bytes(path: Path, max_bytes: int, what: str = "file") -> bytes:
 
 
 def typed(value: Any, shape: Any, *, where: Any, hint: str | None = None) -> Any:
-    """`value` as `shape` (any type that pydantic knows), or one `UserError` that names the first place that differs."""
+    """`value` as `shape` (any type that pydantic knows), or one `UserError` that names the first key that differs."""
     try:
         return _adapter(shape).validate_python(value)
     except pydantic.ValidationError as error:

@@ -1,7 +1,7 @@
 """YAML as version 1.2's core schema reads it (https://yaml.org/spec/1.2.2/#103-core-schema), bounded.
 
 A plain scalar that YAML 1.1 and 1.2 read as different values (`010`, `1_000`, `yes`, `2024-01-31`) is refused with a
-hint to quote it: whoever wrote it meant one of the two, and nobody can tell which. `1:30` is text. The parser is
+hint to quote it: whoever wrote it meant one of the two, and nobody can know which. `1:30` is text. The parser is
 PyYAML's; no object of Python's is ever built. Nesting, length of numbers and what aliases add up to are bounded before
 any value is made.
 """
@@ -74,7 +74,7 @@ def load_yaml_value(text: str) -> Any:
     value, node = _load(stripped)
     if node is not None and (rest := stripped[node.end_mark.index:].strip()):
         if not (isinstance(node, yaml.ScalarNode) and node.style is None) or not rest.startswith("#"):
-            raise BadYaml("more stands behind the value", value=rest, hint="quote the whole value")
+            raise BadYaml("there is more after the value", value=rest, hint="quote the whole value")
         return stripped
     return value
 
@@ -122,7 +122,7 @@ class _Loader(yaml.SafeLoader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and id(self.anchors[event.anchor]) not in self._weights:
-                raise BadYaml(f"alias '{event.anchor}' stands inside what it names", line)
+                raise BadYaml(f"alias '{event.anchor}' is inside what it names", line)
             node = super().compose_node(parent, index)
             self._count(self._weights[id(node)], line)
             self.aliases += 1
@@ -183,7 +183,7 @@ def _resolve(kind: type, value: Any, implicit: Any) -> str:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which what an alias stands for is there once for each place, so that changing one changes no other."""
+    """A copy in which what an alias stands for is there once for each use, so that changing one changes no other."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -27,6 +27,8 @@
 #include "team.h"
 #include "updates.h"
 
+using namespace kernels;
+
 namespace {
 
 int64_t size_of(int dims, const int64_t* shape) {

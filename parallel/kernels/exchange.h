@@ -9,10 +9,10 @@
 
 #include "team.h"
 
-namespace {
+namespace kernels {
 
 // y [R, B, S, K] = x [S, B, R, K] with the roles of S and R exchanged.
-void exchange(const float* x, int64_t sources, int64_t batch, int64_t targets, int64_t piece, float* y) {
+inline void exchange(const float* x, int64_t sources, int64_t batch, int64_t targets, int64_t piece, float* y) {
   constexpr int64_t kRows = 128;
   const int64_t blocks = (batch + kRows - 1) / kRows;
   Team::get().run(static_cast<int>(targets * blocks), [=](int block) {
@@ -24,7 +24,7 @@ void exchange(const float* x, int64_t sources, int64_t batch, int64_t targets, i
   });
 }
 
-void add(const float* x, const float* y, int64_t size, float* sum) {
+inline void add(const float* x, const float* y, int64_t size, float* sum) {
   constexpr int64_t kSize = 1 << 15;
   Team::get().run(static_cast<int>((size + kSize - 1) / kSize), [=](int block) {
     const int64_t last = std::min(size, (block + int64_t{1}) * kSize);
@@ -33,4 +33,4 @@ void add(const float* x, const float* y, int64_t size, float* sum) {
   });
 }
 
-}  // namespace
+}  // namespace kernels

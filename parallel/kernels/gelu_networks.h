@@ -10,15 +10,16 @@
 
 #include "products.h"
 #include "rows.h"
+#include "status.h"
 #include "team.h"
 
-namespace {
+namespace kernels {
 
 constexpr float kLinear = 1.5957691216057308f, kCubic = 0.044715f * kLinear;  // 2 sqrt(2 / pi)
 
 // h = gate gelu(z) of z = h + bias, in one pass; z is kept where `kept` is not null. gelu(z) = z sigmoid(2 u) with
 // u = sqrt(2 / pi) (z + 0.044715 z^3): the tanh form.
-void gelu(const float* bias, float gate, int64_t size, float* h, float* kept) {
+inline void gelu(const float* bias, float gate, int64_t size, float* h, float* kept) {
   if (kept != nullptr) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < size; ++i) kept[i] = h[i] + bias[i];
@@ -31,7 +32,7 @@ void gelu(const float* bias, float gate, int64_t size, float* h, float* kept) {
 }
 
 // h = gelu(z) and d *= gelu'(z).
-void gelu_backward(const float* z, int64_t size, float* h, float* d) {
+inline void gelu_backward(const float* z, int64_t size, float* h, float* d) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
     const float square = z[i] * z[i], gate = sigmoid(z[i] * (kLinear + kCubic * square));
@@ -41,7 +42,7 @@ void gelu_backward(const float* z, int64_t size, float* h, float* d) {
 }
 
 // h = gate gelu(z), d *= gate gelu'(z); returns the gradient of the gate, the sum of gelu(z) d.
-float gelu_backward(const float* z, int64_t size, float gate, float* h, float* d) {
+inline float gelu_backward(const float* z, int64_t size, float gate, float* h, float* d) {
   float sum = 0;
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
@@ -64,7 +65,8 @@ struct GeluWeights {
 };
 
 // Rows of a block whose gate of this expert is not 0; false if that is all of them.
-bool chosen_rows(const float* gates, int64_t experts, int64_t expert, int64_t rows, std::vector<int64_t>& index) {
+inline bool chosen_rows(const float* gates, int64_t experts, int64_t expert, int64_t rows,
+                        std::vector<int64_t>& index) {
   index.clear();
   for (int64_t r = 0; r < rows; ++r)
     if (gates[r * experts + expert] != 0.0f) index.push_back(r);
@@ -72,8 +74,8 @@ bool chosen_rows(const float* gates, int64_t experts, int64_t expert, int64_t ro
 }
 
 // Rows [first, first + rows) of token t. z: where x W1 + b1 is kept, [B, F], or null.
-void gelu_forward(const GeluSizes& n, const GeluWeights& w, int64_t t, int64_t first, int64_t rows, float* z_out,
-                  float* y_out) {
+inline void gelu_forward(const GeluSizes& n, const GeluWeights& w, int64_t t, int64_t first, int64_t rows, float* z_out,
+                         float* y_out) {
   const int64_t start = t * n.batch + first;
   const float *x = w.x + start * n.width, *gates = w.gates ? w.gates + start * n.experts : nullptr;
   float* y = y_out + start * n.outputs;
@@ -116,8 +118,8 @@ struct GeluGradients {
 };
 
 // The part of the last biases b2 of all experts, on rows of one block.
-void bias_backward(const GeluSizes& n, const GeluWeights& w, const float* dy, const GeluGradients& d, int64_t t,
-                   int64_t first, int64_t rows) {
+inline void bias_backward(const GeluSizes& n, const GeluWeights& w, const float* dy, const GeluGradients& d, int64_t t,
+                          int64_t first, int64_t rows) {
   const int64_t start = t * n.batch + first;
   const Matrix change{dy + start * n.outputs, n.outputs};
   float* db2 = d.b2 + t * n.experts * n.outputs;
@@ -137,9 +139,9 @@ void bias_backward(const GeluSizes& n, const GeluWeights& w, const float* dy, co
 }
 
 // Expert e on rows of one block; `add`: whether weights' gradients have begun.
-void gelu_expert_backward(const GeluSizes& n, const GeluWeights& w, const float* z, const float* dy,
-                          const GeluGradients& d, int64_t t, int64_t first, int64_t rows, int64_t e, bool add_weights,
-                          bool add_input) {
+inline void gelu_expert_backward(const GeluSizes& n, const GeluWeights& w, const float* z, const float* dy,
+                                 const GeluGradients& d, int64_t t, int64_t first, int64_t rows, int64_t e,
+                                 bool add_weights, bool add_input) {
   const int64_t start = t * n.batch + first;
   const float *x = w.x + start * n.width, *gates = w.gates ? w.gates + start * n.experts : nullptr;
   const float* change = dy + start * n.outputs;
@@ -192,23 +194,23 @@ void gelu_expert_backward(const GeluSizes& n, const GeluWeights& w, const float*
   add_rows(change_x, n.width, index, dx);
 }
 
-GeluSizes gelu_sizes(const int64_t* x, const int64_t* w1, const int64_t* w2, int64_t experts) {
+inline GeluSizes gelu_sizes(const int64_t* x, const int64_t* w1, const int64_t* w2, int64_t experts) {
   return {x[0], x[1], x[2], w1[2], w2[2], experts, w1[2] / experts};
 }
 
-int run_gelu_forward(const GeluSizes& n, const GeluWeights& w, float* y, float* z) {
-  if (sgemm() == nullptr) return 1;
+inline int run_gelu_forward(const GeluSizes& n, const GeluWeights& w, float* y, float* z) {
+  if (sgemm() == nullptr) return kNoProduct;
   const int64_t most = w.gates ? kExpertRows : kForwardRows, blocks = (n.batch + most - 1) / most;
   Team::get().run(static_cast<int>(n.tokens * blocks), [&](int block) {
     const int64_t first = block % blocks * most;
     gelu_forward(n, w, block / blocks, first, std::min(most, n.batch - first), z, y);
   });
-  return 0;
+  return kDone;
 }
 
-int run_gelu_backward(const GeluSizes& n, const GeluWeights& w, const float* z, const float* dy,
-                      const GeluGradients& d) {
-  if (sgemm() == nullptr) return 1;
+inline int run_gelu_backward(const GeluSizes& n, const GeluWeights& w, const float* z, const float* dy,
+                             const GeluGradients& d) {
+  if (sgemm() == nullptr) return kNoProduct;
   const int64_t most = w.gates ? kExpertRows : kBackwardRows;
   Team::get().run(static_cast<int>(n.tokens), [&](int t) {
     for (int64_t first = 0; first < n.batch; first += most) {
@@ -217,7 +219,7 @@ int run_gelu_backward(const GeluSizes& n, const GeluWeights& w, const float* z, 
         gelu_expert_backward(n, w, z, dy, d, t, first, std::min(most, n.batch - first), e, first > 0, e > 0);
     }
   });
-  return 0;
+  return kDone;
 }
 
-}  // namespace
+}  // namespace kernels

@@ -9,14 +9,14 @@
 #include "rows.h"
 #include "team.h"
 
-namespace {
+namespace kernels {
 
 struct LinearSizes {
   int64_t tokens, batch, inputs, outputs;
 };
 
 // y [T, B, O] = x [T, B, I] w [T, I, O] + b [T, 1, O]; b may be null.
-void linear_forward(const LinearSizes& n, const float* x, const float* w, const float* b, float* y) {
+inline void linear_forward(const LinearSizes& n, const float* x, const float* w, const float* b, float* y) {
   const int64_t blocks = (n.batch + kBackwardRows - 1) / kBackwardRows;
   Team::get().run(static_cast<int>(n.tokens * blocks), [&](int block) {
     const int64_t t = block / blocks, first = block % blocks * kBackwardRows;
@@ -30,8 +30,8 @@ void linear_forward(const LinearSizes& n, const float* x, const float* w, const 
   });
 }
 
-void linear_gradients(const LinearSizes& n, const float* x, const float* w, const float* dy, float* dx, float* dw,
-                      float* db) {
+inline void linear_gradients(const LinearSizes& n, const float* x, const float* w, const float* dy, float* dx,
+                             float* dw, float* db) {
   Team::get().run(static_cast<int>(n.tokens), [&](int t) {
     const Matrix input{x + t * n.batch * n.inputs, n.inputs}, change{dy + t * n.batch * n.outputs, n.outputs};
     multiply(false, true, n.batch, n.inputs, n.outputs, change, {w + t * n.inputs * n.outputs, n.outputs}, false,
@@ -43,4 +43,4 @@ void linear_gradients(const LinearSizes& n, const float* x, const float* w, cons
   });
 }
 
-}  // namespace
+}  // namespace kernels

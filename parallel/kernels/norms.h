@@ -9,7 +9,7 @@
 
 #include "team.h"
 
-namespace {
+namespace kernels {
 
 constexpr int64_t kNormRows = 64;
 
@@ -78,7 +78,7 @@ void norm_backward(const float* x, int64_t rows, int64_t width, const float* gam
 }
 
 // Sum over all of x^2: floats within a block, doubles over the blocks, in one order whatever the number of threads.
-float sum_squares(const float* x, int64_t size) {
+inline float sum_squares(const float* x, int64_t size) {
   constexpr int64_t kSize = 1 << 15;
   const int64_t blocks = (size + kSize - 1) / kSize;
   std::vector<float> partial(blocks);
@@ -93,4 +93,4 @@ float sum_squares(const float* x, int64_t size) {
   return static_cast<float>(total);
 }
 
-}  // namespace
+}  // namespace kernels

@@ -14,7 +14,7 @@
 #include "team.h"
 #include "wide.h"
 
-namespace {
+namespace kernels {
 
 constexpr int kPanel = 32, kAhead = 2048;
 constexpr int64_t kBlock = 128;  // inputs whose products are summed before they join the others, as in w8a16.cpp
@@ -43,7 +43,7 @@ INLINE Vector widen(const int8_t* w) {
 #endif
 INLINE Vector widen(const float* w) { return *reinterpret_cast<const Vector*>(w); }
 
-#include "panel_tile.h"
+#include "panel_tile.inc"
 
 // Weights [O, K] as panels [ceil(O / kPanel), K, kPanel] of float or int8; scale [G, panels * kPanel] of int8.
 struct Matrix {
@@ -92,7 +92,7 @@ class Packed {
   int64_t rows_ = 0;
 };
 
-float* scratch_of(int64_t floats) {
+inline float* scratch_of(int64_t floats) {
   thread_local std::unique_ptr<float[]> scratch;
   thread_local int64_t size = 0;
   if (size < floats) scratch.reset(new float[floats]), size = floats;
@@ -177,4 +177,4 @@ void multiply(const Matrix& matrix, const Packed& x, const Put& put) {
            [&](int, int64_t row, int64_t column, int64_t width, float* values) { put(row, column, width, values); });
 }
 
-}  // namespace
+}  // namespace kernels

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace {
+namespace kernels {
 
 typedef int (*Sgemm)(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t, const float*, int64_t, float,
                      float*, int64_t);
@@ -40,4 +40,4 @@ inline void multiply(bool ta, bool tb, int64_t m, int64_t n, int64_t k, Matrix a
           c_stride);
 }
 
-}  // namespace
+}  // namespace kernels

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-namespace {
+namespace kernels {
 
 // Rows of a block; of those an expert sees only its share, so there the blocks are larger.
 constexpr int64_t kForwardRows = 128, kBackwardRows = 256, kExpertRows = 1024;
@@ -21,18 +21,18 @@ float* scratch(int64_t size) {
   return buffer.data();
 }
 
-void add_columns(const float* x, int64_t rows, int64_t width, int64_t stride, float* sums) {
+inline void add_columns(const float* x, int64_t rows, int64_t width, int64_t stride, float* sums) {
   for (int64_t r = 0; r < rows; ++r)
 #pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) sums[i] += x[r * stride + i];
 }
 
 // Rows `index` of x, one after the other.
-void take_rows(const float* x, int64_t width, const std::vector<int64_t>& index, float* taken) {
+inline void take_rows(const float* x, int64_t width, const std::vector<int64_t>& index, float* taken) {
   for (size_t r = 0; r < index.size(); ++r) std::memcpy(taken + r * width, x + index[r] * width, width * sizeof(float));
 }
 
-void add_rows(const float* taken, int64_t width, const std::vector<int64_t>& index, float* x) {
+inline void add_rows(const float* taken, int64_t width, const std::vector<int64_t>& index, float* x) {
   for (size_t r = 0; r < index.size(); ++r) {
     float* to = x + index[r] * width;
     const float* from = taken + r * width;
@@ -44,4 +44,4 @@ void add_rows(const float* taken, int64_t width, const std::vector<int64_t>& ind
 // 1 / (1 + exp(-x)). Bounded, since -ffast-math knows no infinity; beyond the bound nothing changes in float.
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(std::min(-x, 80.0f))); }
 
-}  // namespace
+}  // namespace kernels

@@ -9,8 +9,9 @@
 
 #include "products.h"
 #include "rows.h"
+#include "status.h"
 
-namespace {
+namespace kernels {
 
 struct Swiglu {
   const float *gate, *up, *down;  // [D, f], [D, f], [f, D]
@@ -21,14 +22,14 @@ struct SwigluGradient {
 };
 
 // h = swish(a) * b
-void swish(const float* a, const float* b, int64_t size, float* h) {
+inline void swish(const float* a, const float* b, int64_t size, float* h) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) h[i] = a[i] * sigmoid(a[i]) * b[i];
 }
 
 // y [rows, O] = down(swish(x gate) * (x up) * scale of the row); a and b [rows, f] are kept where the caller says.
-void swiglu_forward(const float* x, int64_t rows, int64_t width, int64_t inner, int64_t outputs, const Swiglu& w,
-                    const float* scale, float* a, float* b, bool add, float* y) {
+inline void swiglu_forward(const float* x, int64_t rows, int64_t width, int64_t inner, int64_t outputs, const Swiglu& w,
+                           const float* scale, float* a, float* b, bool add, float* y) {
   multiply(false, false, rows, inner, width, {x, width}, {w.gate, inner}, false, a, inner);
   multiply(false, false, rows, inner, width, {x, width}, {w.up, inner}, false, b, inner);
   float* h = scratch<3>(rows * inner);
@@ -43,9 +44,9 @@ void swiglu_forward(const float* x, int64_t rows, int64_t width, int64_t inner, 
 }
 
 // Adds to the weights' gradients if `add_weights`, to dx if `add_input`; `d_scale` gets the gradient of the scales.
-void swiglu_rows_backward(const float* x, const float* dy, int64_t rows, int64_t width, int64_t inner, int64_t outputs,
-                          const Swiglu& w, const float* scale, const float* a, const float* b, bool add_weights,
-                          const SwigluGradient& d, float* d_scale, bool add_input, float* dx) {
+inline void swiglu_rows_backward(const float* x, const float* dy, int64_t rows, int64_t width, int64_t inner,
+                                 int64_t outputs, const Swiglu& w, const float* scale, const float* a, const float* b,
+                                 bool add_weights, const SwigluGradient& d, float* d_scale, bool add_input, float* dx) {
   float *h = scratch<3>(3 * rows * inner), *da = h + rows * inner, *db = da + rows * inner;
   multiply(false, true, rows, inner, outputs, {dy, outputs}, {w.down, outputs}, false, da, inner);
   for (int64_t r = 0; r < rows; ++r) {
@@ -76,7 +77,7 @@ struct MoeSizes {
 };
 
 // Softmax of each row in place.
-void softmax(float* x, int64_t rows, int64_t width) {
+inline void softmax(float* x, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; ++r, x += width) {
     const float largest = *std::max_element(x, x + width);
     float sum = 0;
@@ -89,7 +90,7 @@ void softmax(float* x, int64_t rows, int64_t width) {
 
 // The A largest of each row, the first of equals first, and their gates: divided by their sum if there are at least
 // two, times alpha.
-void choose(const float* probability, int64_t rows, const MoeSizes& n, int32_t* chosen, float* gates) {
+inline void choose(const float* probability, int64_t rows, const MoeSizes& n, int32_t* chosen, float* gates) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* p = probability + r * n.routed;
     float sum = 0;
@@ -122,7 +123,7 @@ struct Plan {
   }
 };
 
-Plan& own_plan() {
+inline Plan& own_plan() {
   thread_local Plan plan;
   return plan;
 }
@@ -152,7 +153,7 @@ struct MoeKept {
 };
 
 // All rows of token t.
-void moe_forward(const MoeSizes& n, const MoeWeights& w, const MoeKept& kept, int64_t t, float* y_out) {
+inline void moe_forward(const MoeSizes& n, const MoeWeights& w, const MoeKept& kept, int64_t t, float* y_out) {
   const float* x = w.x + t * n.batch * n.width;
   float* y = y_out + t * n.batch * n.outputs;
   const int64_t all = n.batch * (1 + n.chosen);
@@ -191,8 +192,8 @@ struct MoeGradients {
 };
 
 // dlogits from the gradient of the gates, through alpha, the division by the sum and the softmax.
-void router_backward(const MoeSizes& n, const float* probability, const int32_t* chosen, const float* d_gates,
-                     float* d_logits) {
+inline void router_backward(const MoeSizes& n, const float* probability, const int32_t* chosen, const float* d_gates,
+                            float* d_logits) {
   for (int64_t r = 0; r < n.batch; ++r) {
     const float *p = probability + r * n.routed, *dg = d_gates + r * n.chosen;
     const int32_t* own = chosen + r * n.chosen;
@@ -206,8 +207,8 @@ void router_backward(const MoeSizes& n, const float* probability, const int32_t*
   }
 }
 
-void moe_backward(const MoeSizes& n, const MoeWeights& w, const MoeKept& kept, const float* dy_all,
-                  const MoeGradients& d, int64_t t) {
+inline void moe_backward(const MoeSizes& n, const MoeWeights& w, const MoeKept& kept, const float* dy_all,
+                         const MoeGradients& d, int64_t t) {
   const int64_t all = n.batch * (1 + n.chosen), one = n.width * n.inner;
   const int64_t last = n.inner * n.outputs;
   const float *x = w.x + t * n.batch * n.width, *dy = dy_all + t * n.batch * n.outputs;
@@ -251,4 +252,4 @@ void moe_backward(const MoeSizes& n, const MoeWeights& w, const MoeKept& kept, c
   multiply(false, true, n.batch, n.width, n.routed, {d_logits, n.routed}, router, true, dx, n.width);
 }
 
-}  // namespace
+}  // namespace kernels

@@ -90,6 +90,14 @@ class Growing {
   int file_ = -1;
 };
 
+// What a call returns; recsys/tables/dynamic.py has the messages.
+enum Status : int64_t {
+  kDone = 0,
+  kFull = -1,
+  kNoMemory = -2,
+  kBadRow = -3,  // a row number is taken or out of range
+};
+
 struct Slot {
   int64_t key;
   int32_t row;    // of an admitted key; of another one -1 - its count so far
@@ -198,14 +206,14 @@ struct Table {
     seen(row) = 0;
   }
 
-  int64_t new_row(int64_t key) {  // -1: full, -2: no memory
-    if (most > 0 && admitted >= most) return -1;
+  int64_t new_row(int64_t key) {  // or kFull, kNoMemory
+    if (most > 0 && admitted >= most) return kFull;
     int64_t row;
     if (!freed.empty()) {
       row = freed.top();
       freed.pop();
     } else {
-      if (rows >= INT32_MAX || !reserve(rows + 1)) return -2;
+      if (rows >= INT32_MAX || !reserve(rows + 1)) return kNoMemory;
       row = rows++;
     }
     ++admitted;
@@ -362,11 +370,11 @@ void table_find(void* handle, const int64_t* keys, int64_t n, int32_t* rows) {
 // Rows of distinct keys that a training step met `times` each at time `now`: counts them, admits those that are due.
 // A key is admitted when it has been seen `least` times; where `share` < 1, moreover, by a draw of that probability at
 // each step that meets it, which depends on the table's seed, the key and `now` alone. Keys below `always` (the
-// missing and the unseen value) are admitted at once. 0 = done, -2 = no memory.
+// missing and the unseen value) are admitted at once. Returns a `Status`.
 int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_t n, uint32_t now, double least,
                    double share, int64_t always, int32_t* rows) {
   Table& table = *static_cast<Table*>(handle);
-  if (!table.direct && !table.make_room(n)) return -2;
+  if (!table.direct && !table.make_room(n)) return kNoMemory;
   for (int64_t i = 0; i < n; ++i) {
     ask_ahead(table, keys, i, n);
     const int64_t key = keys[i];
@@ -390,7 +398,7 @@ int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_
         if (admit && share < 1.0 && key >= always)
           admit = unit(mix(table.seed ^ mix(static_cast<uint64_t>(key) ^ mix(now)))) < share;
         const int64_t made = admit && (times[i] > 0.0f || key < always) ? table.new_row(key) : kUnknown;
-        if (made == -2) return -2;
+        if (made == kNoMemory) return kNoMemory;
         if (found.key != key) {
           if (made < 0 && times[i] <= 0.0f) {
             rows[i] = kUnknown;
@@ -415,7 +423,7 @@ int64_t table_meet(void* handle, const int64_t* keys, const float* times, int64_
     }
     rows[i] = static_cast<int32_t>(row);
   }
-  return 0;
+  return kDone;
 }
 
 // out_NW = values of rows; rows of -1 are left as they are. `places`: where in `out` each goes, null: one after the
@@ -545,16 +553,16 @@ void table_states(void* handle, const int32_t* rows, int64_t n, float* out) {
 
 // Puts entries into a table (replacing those with the same keys): a key with a row keeps that row's number where
 // `keep_rows` and takes the next free one otherwise; then call `table_close_gaps`. `states` may be null: start values.
-// 0 = done, -2 = no memory, -3 = a row number is taken or out of range, -1 = full.
+// Returns a `Status`.
 int64_t table_put(void* handle, const int64_t* keys, const int32_t* rows, const float* values, const float* states,
                   const float* counts, const uint32_t* seen, int64_t n, int32_t keep_rows) {
   Table& table = *static_cast<Table*>(handle);
-  if (!table.direct && !table.make_room(n)) return -2;
+  if (!table.direct && !table.make_room(n)) return kNoMemory;
   for (int64_t i = 0; i < n; ++i) {
     int64_t row = rows[i];
     if (table.direct) {
       row = table.direct_row(keys[i]);
-      if (row < 0) return -3;
+      if (row < 0) return kBadRow;
       if (table.seen(row) == 0) ++table.admitted;
       table.start(row, keys[i]);
     } else {
@@ -570,7 +578,7 @@ int64_t table_put(void* handle, const int64_t* keys, const int32_t* rows, const 
       if (there && found.row >= 0) {
         row = found.row;
       } else if (keep_rows) {
-        if (row >= INT32_MAX || !table.reserve(row + 1)) return row >= INT32_MAX ? -3 : -2;
+        if (row >= INT32_MAX || !table.reserve(row + 1)) return row >= INT32_MAX ? kBadRow : kNoMemory;
         table.rows = std::max(table.rows, row + 1);
         ++table.admitted;
         table.start(row, keys[i]);
@@ -587,23 +595,23 @@ int64_t table_put(void* handle, const int64_t* keys, const int32_t* rows, const 
     table.count(row) = counts[i];
     table.seen(row) = std::max(seen[i], 1u);
   }
-  return 0;
+  return kDone;
 }
 
-// After `table_put` with kept rows: numbers that no key has are free. -3: two keys have one row.
+// After `table_put` with kept rows: numbers that no key has are free. kBadRow: two keys have one row.
 int64_t table_close_gaps(void* handle) {
   Table& table = *static_cast<Table*>(handle);
   table.freed = {};
-  if (table.direct) return 0;
+  if (table.direct) return kDone;
   std::vector<bool> taken(table.rows, false);
   for (uint64_t at = 0; at < table.slots; ++at) {
     if (table.slot[at].key == kFree || table.slot[at].row < 0) continue;
-    if (taken[table.slot[at].row]) return -3;
+    if (taken[table.slot[at].row]) return kBadRow;
     taken[table.slot[at].row] = true;
   }
   for (int64_t row = 0; row < table.rows; ++row)
     if (!taken[row]) table.freed.push(static_cast<int32_t>(row));
-  return 0;
+  return kDone;
 }
 
 }  // extern "C"

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <thread>
 
-namespace {
+namespace kernels {
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -125,4 +125,4 @@ class Team {
   const void* context_ = nullptr;
 };
 
-}  // namespace
+}  // namespace kernels

@@ -8,14 +8,14 @@
 
 #include "team.h"
 
-namespace {
+namespace kernels {
 
 struct AdamScalars {
   float rate, beta1, beta2, epsilon, decay;
 };
 
 // m and v move towards the gradient, p against m / (sqrt(v) + epsilon) + decay p: one pass over all four.
-void adam_update(float* p, float* m, float* v, const float* gradient, int64_t size, const AdamScalars& s) {
+inline void adam_update(float* p, float* m, float* v, const float* gradient, int64_t size, const AdamScalars& s) {
   constexpr int64_t kSize = 1 << 14;
   Team::get().run(static_cast<int>((size + kSize - 1) / kSize), [=](int block) {
     const int64_t last = std::min(size, (block + int64_t{1}) * kSize);
@@ -29,4 +29,4 @@ void adam_update(float* p, float* m, float* v, const float* gradient, int64_t si
   });
 }
 
-}  // namespace
+}  // namespace kernels

@@ -2,8 +2,8 @@
 //
 // Few rows only stream the weights from memory, and int8 is a quarter of the bytes; many are as fast as float32.
 // Weights are symmetric int8 with one scale for each output channel, or for each 128 inputs of it; they lie in panels
-// (see w8a16_product.h), packed by parallel/layers/int8.py. All tokens' matrices, or all experts', are one call, spread
-// over the cores by panels.
+// (see w8a16_product.inc), packed by parallel/layers/int8.py. All tokens' matrices, or all experts', are one call,
+// spread over the cores by panels.
 //
 // Signature of an entry: int name(int count, void **params, int *dims, int64_t **shapes, const char **types,
 // void *stream, void *extra); 0 = done.
@@ -22,6 +22,8 @@
 #include "products.h"
 #include "status.h"
 #include "team.h"
+
+using namespace kernels;
 
 namespace {
 
@@ -83,8 +85,8 @@ INLINE Vector widen(const int8_t* w) {
   return Vector{static_cast<float>(w[0]), static_cast<float>(w[1]), static_cast<float>(w[2]), static_cast<float>(w[3])};
 }
 INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
-#include "panel_tile.h"
-#include "w8a16_product.h"
+#include "panel_tile.inc"
+#include "w8a16_product.inc"
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -98,8 +100,8 @@ INLINE Vector widen(const int8_t* w) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w))));
 }
 INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-#include "panel_tile.h"
-#include "w8a16_product.h"
+#include "panel_tile.inc"
+#include "w8a16_product.inc"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -113,8 +115,8 @@ INLINE Vector widen(const int8_t* w) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
 }
 INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-#include "panel_tile.h"
-#include "w8a16_product.h"
+#include "panel_tile.inc"
+#include "w8a16_product.inc"
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -171,19 +173,19 @@ int64_t scratch_for(const Problem& problem, int64_t panels, int64_t count) {
 // body(problem, first panel, panels) for stretches of panels of all problems.
 template <typename Body>
 void share_panels(const std::vector<Problem>& problems, int64_t many, const Body& body) {
-  struct Piece {
+  struct Stretch {
     int64_t problem, first, panels;
   };
-  std::vector<Piece> pieces;
+  std::vector<Stretch> stretches;
   int64_t work = 0;
   for (size_t i = 0; i < problems.size(); ++i) {
     const int64_t all = problems[i].panels(), together = panels_together(problems[i], many);
     for (int64_t first = 0; first < all; first += together)
-      pieces.push_back({static_cast<int64_t>(i), first, std::min(together, all - first)});
+      stretches.push_back({static_cast<int64_t>(i), first, std::min(together, all - first)});
     work += problems[i].rows * problems[i].inputs * problems[i].outputs;
   }
-  share(static_cast<int64_t>(pieces.size()), work,
-        [&](int64_t i) { body(pieces[i].problem, pieces[i].first, pieces[i].panels); });
+  share(static_cast<int64_t>(stretches.size()), work,
+        [&](int64_t i) { body(stretches[i].problem, stretches[i].first, stretches[i].panels); });
 }
 
 // Packs the rows of all problems where they are not read as they are; `packed` keeps them until the next call.
@@ -200,13 +202,14 @@ void pack_all(const Path& path, std::vector<Problem>& problems, std::vector<floa
     }
   }
   if (static_cast<int64_t>(packed.size()) < size) packed.resize(size);
-  float* place = packed.data();
+  std::vector<float*> to;
+  float* next = packed.data();
   for (Problem* problem : unpacked) {
-    problem->packed = place;
-    place += problem->rows * problem->inputs;
+    problem->packed = next;
+    to.push_back(next);
+    next += problem->rows * problem->inputs;
   }
-  share(static_cast<int64_t>(unpacked.size()), size * 20,
-        [&](int64_t i) { path.pack(*unpacked[i], const_cast<float*>(unpacked[i]->packed)); });
+  share(static_cast<int64_t>(unpacked.size()), size * 20, [&](int64_t i) { path.pack(*unpacked[i], to[i]); });
 }
 
 void multiply_all(const Path& path, const std::vector<Problem>& problems) {
@@ -221,7 +224,7 @@ void solve(const Path& path, std::vector<Problem> problems) {
   multiply_all(path, problems);
 }
 
-// Adds rows [begin, end) of one matrix, in pieces whose scratch memory is bounded.
+// Adds rows [begin, end) of one matrix, in parts whose scratch memory is bounded.
 void add_problem(std::vector<Problem>& problems, Problem base, int64_t begin, int64_t end) {
   const int64_t size = base.half ? sizeof(Half) : sizeof(float);
   for (int64_t row = begin; row < end; row += kMostRowsAtOnce) {
@@ -253,7 +256,7 @@ int run(const char* name, bool experts, int count, void** params, int64_t** shap
     for (int64_t expert = 0; expert < each; ++expert) {
       Problem one = base;
       const int64_t matrix = token * each + expert, end = experts ? begin + counts[matrix] : rows;
-      if (end > rows) return 3;
+      if (end > rows) return kBadCounts;
       one.x = static_cast<const char*>(params[0]) + token * rows * inputs * size;
       one.y = static_cast<char*>(params[count - 1]) + token * rows * base.outputs * size;
       one.weight = static_cast<const int8_t*>(params[1]) + matrix * base.panels() * inputs * kPanel;
@@ -263,7 +266,7 @@ int run(const char* name, bool experts, int count, void** params, int64_t** shap
     }
   }
   solve(*path, std::move(problems));
-  return 0;
+  return kDone;
 }
 
 // One matrix of a token: weight [T, P, K, kPanel], scale [T, G, O].
@@ -313,7 +316,7 @@ int run_swiglu(const char* name, bool adds, int count, void** params, int64_t** 
     path->gate_and_up(all[i], first, panels, scratch_of(scratch_for(firsts[i], panels, 2)));
   });
   multiply_all(*path, lasts);
-  return 0;
+  return kDone;
 }
 
 }  // namespace

@@ -13,7 +13,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #endif
 
-namespace {
+namespace kernels {
 
 typedef float Wide __attribute__((vector_size(64), aligned(4)));
 typedef int32_t WideInt __attribute__((vector_size(64), aligned(4)));
@@ -72,4 +72,4 @@ inline int32_t first_largest(const float* x, int64_t size) {
   return static_cast<int32_t>(place);
 }
 
-}  // namespace
+}  // namespace kernels

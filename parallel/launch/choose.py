@@ -103,7 +103,7 @@ def installed(package: str) -> bool:
     """Whether a package can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # sys.modules has None in its place
+    except ValueError:  # sys.modules has None for it
         return False
 
 

@@ -5,6 +5,7 @@ partitioner made of the same `parallel:` block; several groups of op x stages pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from parallel.common.errors import UserError
 from parallel.common.progress import info
 from parallel.launch.choose import choose, has_ascend
 from parallel.launch.launcher import TorchLauncher
+from parallel.launch.machines import Machines, machines_of
 from parallel.launch.plan import Plan
 from parallel.launch.programs import exported
 from parallel.sharding.config import ParallelConfig
+from parallel.training.agreement import facts_of
 
 PROGRAM, DEVICE = "PARALLEL_PROGRAM", "PARALLEL_DEVICE"
 """Variables that tell a process which program it runs, and on what ("cpu", "gpu")."""
@@ -96,6 +99,14 @@ def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command:
         UserError: a layout that does not fit the model; torch is missing.
     """
     module.check_inference(settings)
+    machines = machines_of(plan, facts_of(settings.model_dump(mode="json")))
+    with contextlib.closing(machines):
+        machines.meet()
+        return _launched(module, settings, plan, machines, verb, command, logs, program)
+
+
+def _launched(module: Any, settings: Any, plan: Plan, machines: Machines, verb: str, command: list[str], logs: Path,
+              program: str | None) -> dict[str, Any]:
     parallel = settings.parallel
     choice = choose(parallel.model_copy(update={"backend": "auto" if has_ascend() else "torch"}),
                     settings.train.precision)
@@ -107,4 +118,4 @@ def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command:
         kinds = module.inference_kinds(settings, verb)
         program, _ = exported(settings, plan.ranks, plan.node_rank, folder=_FOLDER, graphs=kinds)
     environment = {PROGRAM: str(Path(program).resolve()), DEVICE: choice.device.lower()}
-    return TorchLauncher(plan, command, logs, environment=environment).run()
+    return TorchLauncher(plan, command, logs, machines, environment=environment).run()

@@ -1,4 +1,4 @@
-"""Verb `launch`: a run as many processes, on one node or several, of MindSpore or torch.
+"""Verb `launch`: a run in several processes, on one node or several, of MindSpore or torch.
 
 Every rank writes its log to `<output.directory>/logs/rank_<r>.log`; rank 0's is shown as well. When a rank fails, the
 others are ended and the exit code is that of the rank that failed. SIGTERM and SIGINT go to all ranks, which save and

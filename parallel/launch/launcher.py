@@ -106,7 +106,7 @@ class Launcher:
                 self._start()
             # Ranks watch over their parent themselves; the scheduler is MindSpore's own program.
             if self.signalled is not False:
-                self._forward(self.signalled, None)  # it came before there was anybody to tell
+                self._forward(self.signalled, None)  # it came before there was a process to forward it to
             guard = start_guard([item.pid for item in [*self.processes.values(), self.scheduler] if item is not None])
             first = self.plan.node_rank * self.plan.local
             info(f"started ranks {first} to {first + self.plan.local - 1} of {self.plan.ranks}; logs in {self.logs}")
@@ -151,7 +151,7 @@ class Launcher:
 
     def _first_failure(self) -> tuple[int, int]:
         """(rank, exit code) of the rank that took the others with it: when one ends, the rest fail soon after for want
-        of it. A killed one comes first, then one that told an error of the user's."""
+        of it. A killed one comes first, then one that reported an error of the user's."""
         deadline = time.monotonic() + _COLLECT_SECONDS
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes.values()):
             time.sleep(_POLL_SECONDS)
@@ -209,7 +209,7 @@ class Launcher:
                 "failed_rank": rank, "logs": str(self.logs)}
 
     def _told_error(self, rank: int) -> str | None:
-        """The line of an error that a user can mend at the end of a rank's log."""
+        """The line of an error that a user can repair at the end of a rank's log."""
         lines = _last_lines(self.log(rank), 4 * _TAIL_LINES) if rank >= 0 else []
         return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
@@ -237,7 +237,7 @@ class MindSporeLauncher(Launcher):
 
 
 class TorchLauncher(Launcher):
-    """Ranks of torch, each told by variables who it is and where they meet, as torchrun does.
+    """Ranks of torch, each given its rank by variables and their meeting point, as torchrun does.
 
     Args:
         plan, command, logs, machines, trains: see `Launcher`.
@@ -276,7 +276,7 @@ class _Follower:
                 stopping = self._stop.is_set()
                 text = file.readline()
                 if text:
-                    # Its own errors are told by the launcher, in a line.
+                    # Its own errors are reported by the launcher, in a line.
                     if not text.startswith("error: "):
                         sys.stderr.write(text)
                         sys.stderr.flush()

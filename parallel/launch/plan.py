@@ -18,7 +18,7 @@ def add_node_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
     parser.add_argument("--master", metavar="HOST:PORT",
                         help=f"address of machine 0 and a free port there (default 127.0.0.1:{DEFAULT_PORT}; on a "
-                             "single machine any free port)")
+                        "single machine any free port)")
     parser.add_argument("--nproc", type=int, metavar="P",
                         help="processes on each machine (default: devices of the parallel block / nodes)")
     parser.add_argument("--hosts", metavar="FILE",
@@ -68,7 +68,7 @@ class Plan:
             hosts = cls._from_hosts(arguments, devices, parallel)
         nodes, node_rank = arguments.nodes, arguments.node_rank
         if nodes < 1 or not 0 <= node_rank < nodes:
-            raise UserError(f"must lie in [0, {nodes})", where="--node-rank", value=node_rank)
+            raise UserError(f"must be in [0, {nodes})", where="--node-rank", value=node_rank)
         host, port = _address(arguments.master, nodes)
         if nodes > 1 and node_rank > 0 and host in ("localhost",):
             raise UserError("must name machine 0", where="--master", value=arguments.master)
@@ -97,7 +97,7 @@ class Plan:
         return [host.name for host in hosts]
 
     def keep_port(self) -> None:
-        """Takes a free port where the user named none: launches that begin together must not meet at one place.
+        """Takes a free port where the user named none: launches that begin together must not meet at one port.
 
         Raises:
             UserError: the user named the port, and it is taken.

@@ -37,7 +37,7 @@ def exported(settings: Any, ranks: int, node_rank: int = 0, *, folder: str = PRO
     """
     folder = Path(settings.output.directory) / (folder if node_rank == 0 else f"{folder}-{node_rank}")
     folder.mkdir(parents=True, exist_ok=True)
-    # What the user did not say stays unsaid for the export: some defaults depend on other keys.
+    # What the user did not give is not given to the export either: some defaults depend on other keys.
     tree = settings.model_dump(mode="json", exclude_unset=True)
     tree.setdefault("model", {})["name"] = settings.model.name
     tree.setdefault("parallel", {})["devices"] = ranks
@@ -65,12 +65,12 @@ def _export(folder: Path, graphs: Sequence[str]) -> dict[str, Any]:
             else:
                 sys.stderr.write(line)
                 sys.stderr.flush()
-        told = split_lines(process.stdout.read())
+        lines = split_lines(process.stdout.read())
     if error is not None:
         raise UserError(error)
-    if process.returncode or not told:
+    if process.returncode or not lines:
         raise RuntimeError(f"exporting the program failed with exit code {process.returncode}")
-    return parse_object(told[-1])
+    return parse_object(lines[-1])
 
 
 def rank_command(program: Path, settings: Path, device: str) -> list[str]:

@@ -19,7 +19,7 @@ class GELU(Layer):
     Args:
         kind: "tanh", the approximation of the released PanGu-alpha weights; "fast", x sigmoid(1.702 x), of later code;
             "erf", the exact function of the Hugging Face port.
-        wide: named axes that cut the input's dims.
+        wide: named axes that shard the input's dims.
 
     On the CPU the tanh form is written as x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3), which is the same function
     (1 + tanh z = 2 sigmoid 2z) in fewer and faster kernels than `ops.GeLU` has there; elsewhere `ops.GeLU` is used.

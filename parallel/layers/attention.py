@@ -1,4 +1,4 @@
-"""Multi-head attention cut by heads over the op axis.
+"""Multi-head attention, sharded by heads over the op axis.
 
 Shapes: B batch, S sequence, D width, H heads, K = D / H head width, N = B S tokens.
 """

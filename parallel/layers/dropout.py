@@ -1,9 +1,9 @@
 """Dropout without hidden state: the mask is a function of (seed, layer, number of the sample, element), nothing else.
 
 MindSpore's own Dropout keeps a generator inside its kernel, which no checkpoint can save, and its mask depends on how
-the batch is cut. Here samples are numbered through the whole run, and the numbers travel with the rows of the batch as
-one more input of the network, `rows_B`. A run that is stopped and resumed, micro-batches, data-parallel ranks, pipeline
-stages and blocks that are computed again all see the masks of the straight run.
+the batch is sharded. Here samples are numbered through the whole run, and the numbers travel with the rows of the batch
+as one more input of the network, `rows_B`. A run that is stopped and resumed, micro-batches, data-parallel ranks,
+pipeline stages and blocks that are computed again all see the masks of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def _i32(value: int) -> Tensor:
 
 
 @ops.constexpr
-def place_numbers(places: int, salt: int) -> Tensor:
-    """int32 [1, places]: salt, and from there on in steps of an odd constant."""
-    numbers = np.arange(places, dtype=np.uint32) * np.uint32(_MIX_1 & 0xFFFFFFFF) + np.uint32(salt & 0xFFFFFFFF)
-    return Tensor(numbers.astype(np.int32).reshape(1, places))
+def position_numbers(positions: int, salt: int) -> Tensor:
+    """int32 [1, positions]: salt, and from there on in steps of an odd constant."""
+    numbers = np.arange(positions, dtype=np.uint32) * np.uint32(_MIX_1 & 0xFFFFFFFF) + np.uint32(salt & 0xFFFFFFFF)
+    return Tensor(numbers.astype(np.int32).reshape(1, positions))
 
 
 @ops.constexpr
@@ -46,7 +46,7 @@ class Mix(Layer):
     """MurmurHash3's finaliser on int32 tensors (arithmetic wraps): every input bit reaches every output bit.
 
     Args:
-        operand: named axes that cut the input's dims.
+        operand: named axes that shard the input's dims.
 
     Returns the hash and the state before the last multiplication.
     """
@@ -75,7 +75,7 @@ class Mix(Layer):
 
 
 class DropoutKeys(Layer):
-    """Two hashes of every row: of its sample's number, its place in the sample and a salt; int32, both [N, 1].
+    """Two hashes of every row: of its sample's number, its position in the sample and a salt; int32, both [N, 1].
 
     One cell serves the dropouts of a layer. Inputs: rows_B, int32 numbers of the samples, and how many rows a sample
     has.
@@ -84,16 +84,16 @@ class DropoutKeys(Layer):
     def __init__(self) -> None:
         super().__init__()
         self.salt = 0
-        self.number, self.place, self.reshape = ops.Mul(), ops.Add(), ops.Reshape()
+        self.number, self.position, self.reshape = ops.Mul(), ops.Add(), ops.Reshape()
         self.mix = Mix(("batch", None))
 
-    def construct(self, rows_B: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    def construct(self, rows_B: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         number_B1 = self.reshape(self.number(rows_B, _i32(_GOLDEN)), (-1, 1))
-        first_BS, second_BS = self.mix(self.place(number_B1, place_numbers(places, self.salt)))
+        first_BS, second_BS = self.mix(self.position(number_B1, position_numbers(positions, self.salt)))
         return self.reshape(first_BS, (-1, 1)), self.reshape(second_BS, (-1, 1))
 
     def sharding(self) -> list[OpSharding]:
-        return [OpSharding(self.number, (("batch",), ())), OpSharding(self.place, (("batch", None), (None, None)))]
+        return [OpSharding(self.number, (("batch",), ())), OpSharding(self.position, (("batch", None), (None, None)))]
 
 
 class Dropout(Layer):
@@ -105,15 +105,15 @@ class Dropout(Layer):
 
     Args:
         rate: probability of zeroing, in [0, 1).
-        operand: named axes that cut the input's dims; None for inputs that are never cut. Rows are the first dim, or
-            with four dims [B, H, S, S] the first and third, heads counting as columns.
+        operand: named axes that shard the input's dims; None for inputs that are never sharded. Rows are the first dim,
+            or with four dims [B, H, S, S] the first and third, heads counting as columns.
     """
 
     def __init__(self, rate: float, operand: Operand | None = None) -> None:
         super().__init__()
         self.operand = operand
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"dropout rate lies in [0, 1), got {rate}")
+            raise ValueError(f"dropout rate must be in [0, 1), got {rate}")
         self.rate = rate
         self.inverse_keep = 1.0 / (1.0 - rate)
         # h uniform on signed int32: P(h >= threshold) = 1 - rate.

@@ -16,8 +16,8 @@ class Embedding(Layer):
         width: D.
         std: sigma of the start.
         start: "normal" or "truncated_normal".
-        axis: "vocabulary" cuts V over the op axis (every device looks up its own rows, the results are summed);
-            None keeps the table whole.
+        axis: "vocabulary" shards V over the op axis (every device looks up its own rows, the results are summed);
+            None leaves the table unsharded.
 
     Source: PanGu-alpha code, Gather strategies ((1,1),(dp,1)) and ((mp,1),(dp,1)).
     """
@@ -39,7 +39,7 @@ class TiedHead(Layer):
     """logits_NV = hidden_ND table_VD^T: the head that shares the word embedding's table, without a bias.
 
     Args:
-        axis: "vocabulary" cuts V over the op axis, None keeps it whole.
+        axis: "vocabulary" shards V over the op axis, None leaves it unsharded.
     """
 
     def __init__(self, *, axis: str | None = None) -> None:
@@ -52,7 +52,7 @@ class TiedHead(Layer):
         return self.matmul(hidden_ND, self.cast(table_VD, hidden_ND.dtype))
 
     def redistributes(self, axes: Axes) -> bool:
-        return axes.sequence  # from the cut residual stream
+        return axes.sequence  # from the sharded residual stream
 
     def sharding(self) -> list[OpSharding]:
         return [OpSharding(self.matmul, (("tokens", None), (self.axis, None)))]

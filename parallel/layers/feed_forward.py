@@ -1,4 +1,4 @@
-"""Feed-forward network cut over its width. Shapes: N tokens, D width, F feed-forward width."""
+"""Feed-forward network, sharded over its width. Shapes: N tokens, D width, F feed-forward width."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FeedForward(Layer):
         gelu: which GELU.
         compute_dtype: type of the matmuls.
 
-    Source: PanGu-alpha eq. 4. W1 is cut by column and W2 by row: one AllReduce forward.
+    Source: PanGu-alpha eq. 4. W1 is column-parallel and W2 row-parallel: one AllReduce forward.
     """
 
     def __init__(self, width: int, inner: int, *, mapping_std: float, projection_std: float, gelu: Gelu = "tanh",

@@ -1,4 +1,4 @@
-"""Whole per-token networks and norms as one C++ primitive each on the CPU, with their gradients.
+"""Per-token networks and norms as one C++ primitive each on the CPU, with their gradients.
 
 The layers of `grouped`, `moe`, `relu_moe` and `norm` take these in float32 on the CPU, where the machine has a C++
 compiler; everywhere else, and in every compiled layout, they are the plain operations that their `sharding` speak of.
@@ -36,7 +36,7 @@ def _library() -> Path | None:
 def library(compute_dtype: mstype) -> Path | None:
     """The shared object with the kernels; None where the layers are to use plain operations."""
     if (os.environ.get("PANGU_KERNELS", "1") == "0" or compute_dtype != mstype.float32
-            or mindspore.get_context("device_target") != "CPU"):
+        or mindspore.get_context("device_target") != "CPU"):
         return None
     return _library()
 
@@ -66,38 +66,53 @@ class Kernels:
                                    lambda *_: changes, "aot")
 
 
-class Keeping(nn.Cell):
-    """Forward pass of training: (y, what is kept). Its subclasses name the inputs, as a written gradient must."""
+class Network(nn.Cell):
+    """y of the inputs, given as one tuple, by a network's kernels.
+
+    In training what the backward pass needs is kept. In inference it is not; where such a pass is differentiated all
+    the same, it is computed again.
+
+    Args:
+        kernels: of the network.
+        constants: further inputs of the kernels, without gradients.
+    """
 
     def __init__(self, kernels: Kernels, *constants: Tensor) -> None:
         super().__init__()
+        self.keeping, self.inferring = _Keeping(kernels, constants), _Inferring(kernels, constants)
+
+    def construct(self, inputs: tuple) -> Tensor:
+        return self.keeping(inputs)[0] if self.training else self.inferring(inputs)
+
+
+class _Keeping(nn.Cell):
+    """(y, what is kept)."""
+
+    def __init__(self, kernels: Kernels, constants: tuple) -> None:
+        super().__init__()
         self.keep, self.backward, self.constants = kernels.keep, kernels.backward, constants
 
+    def construct(self, inputs: tuple) -> tuple:
+        return self.keep(*inputs, *self.constants)
 
-class Inferring(nn.Cell):
-    """Forward pass of inference: y. Where it is differentiated all the same, what was not kept is made again."""
+    def bprop(self, inputs: tuple, made: tuple, changes: tuple) -> tuple:
+        return (self.backward(*inputs, *self.constants, *made[1:], changes[0]),)
 
-    def __init__(self, kernels: Kernels, *constants: Tensor) -> None:
+
+class _Inferring(nn.Cell):
+    """y."""
+
+    def __init__(self, kernels: Kernels, constants: tuple) -> None:
         super().__init__()
         self.infer, self.keep, self.backward = kernels.infer, kernels.keep, kernels.backward
         self.constants = constants
 
+    def construct(self, inputs: tuple) -> Tensor:
+        return self.infer(*inputs, *self.constants)
 
-class _KeepingFeedForward(Keeping):
-    def construct(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple:
-        return self.keep(x, w1, b1, w2, b2)
-
-    def bprop(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, made: tuple, changes: tuple) -> tuple:
-        return self.backward(x, w1, b1, w2, b2, *made[1:], changes[0])
-
-
-class _InferringFeedForward(Inferring):
-    def construct(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return self.infer(x, w1, b1, w2, b2)
-
-    def bprop(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, y: Tensor, change: Tensor) -> tuple:
-        made = self.keep(x, w1, b1, w2, b2)
-        return self.backward(x, w1, b1, w2, b2, *made[1:], change)
+    def bprop(self, inputs: tuple, y: Tensor, change: Tensor) -> tuple:
+        made = self.keep(*inputs, *self.constants)
+        return (self.backward(*inputs, *self.constants, *made[1:], change),)
 
 
 class FusedFeedForward(nn.Cell):
@@ -107,31 +122,10 @@ class FusedFeedForward(nn.Cell):
     def __init__(self, path: Path) -> None:
         super().__init__()
         kernels = Kernels(path, "feed_forward", 5, 3, lambda x, w1, *_: ([*x[:2], w1[2]],), mstype.float32)
-        self.keeping, self.inferring = _KeepingFeedForward(kernels), _InferringFeedForward(kernels)
+        self.network = Network(kernels)
 
     def construct(self, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        if self.training:
-            return self.keeping(x, w1, b1, w2, b2)[0]
-        return self.inferring(x, w1, b1, w2, b2)
-
-
-class _KeepingGatedExperts(Keeping):
-    def construct(self, x: Tensor, gates: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple:
-        return self.keep(x, gates, w1, b1, w2, b2)
-
-    def bprop(self, x: Tensor, gates: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, made: tuple,
-              changes: tuple) -> tuple:
-        return self.backward(x, gates, w1, b1, w2, b2, *made[1:], changes[0])
-
-
-class _InferringGatedExperts(Inferring):
-    def construct(self, x: Tensor, gates: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return self.infer(x, gates, w1, b1, w2, b2)
-
-    def bprop(self, x: Tensor, gates: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, y: Tensor,
-              change: Tensor) -> tuple:
-        made = self.keep(x, gates, w1, b1, w2, b2)
-        return self.backward(x, gates, w1, b1, w2, b2, *made[1:], change)
+        return self.network((x, w1, b1, w2, b2))
 
 
 class FusedGatedExperts(nn.Cell):
@@ -143,29 +137,10 @@ class FusedGatedExperts(nn.Cell):
     def __init__(self, path: Path) -> None:
         super().__init__()
         kernels = Kernels(path, "gated_experts", 6, 4, lambda x, gates, w1, *_: ([*x[:2], w1[2]],), mstype.float32)
-        self.keeping, self.inferring = _KeepingGatedExperts(kernels), _InferringGatedExperts(kernels)
+        self.network = Network(kernels)
 
     def construct(self, x: Tensor, gates: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        if self.training:
-            return self.keeping(x, gates, w1, b1, w2, b2)[0]
-        return self.inferring(x, gates, w1, b1, w2, b2)
-
-
-class _KeepingSwiGLU(Keeping):
-    def construct(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple:
-        return self.keep(x, gate, up, down)
-
-    def bprop(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, made: tuple, changes: tuple) -> tuple:
-        return self.backward(x, gate, up, down, *made[1:], changes[0])
-
-
-class _InferringSwiGLU(Inferring):
-    def construct(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return self.infer(x, gate, up, down)
-
-    def bprop(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, y: Tensor, change: Tensor) -> tuple:
-        made = self.keep(x, gate, up, down)
-        return self.backward(x, gate, up, down, *made[1:], change)
+        return self.network((x, gates, w1, b1, w2, b2))
 
 
 class FusedSwiGLU(nn.Cell):
@@ -175,12 +150,10 @@ class FusedSwiGLU(nn.Cell):
         super().__init__()
         kernels = Kernels(path, "swiglu", 4, 3, lambda x, gate, *_: ([*x[:2], gate[2]],) * 2, mstype.float32,
                           mstype.float32)
-        self.keeping, self.inferring = _KeepingSwiGLU(kernels), _InferringSwiGLU(kernels)
+        self.network = Network(kernels)
 
     def construct(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        if self.training:
-            return self.keeping(x, gate, up, down)[0]
-        return self.inferring(x, gate, up, down)
+        return self.network((x, gate, up, down))
 
 
 def _kept_of_experts(x: list, router: list, gate: list, *others: list) -> tuple:
@@ -188,27 +161,6 @@ def _kept_of_experts(x: list, router: list, gate: list, *others: list) -> tuple:
     tokens, batch, active = x[0], x[1], others[4][0]
     rows = [tokens, batch * (1 + active), gate[2]]
     return [tokens, batch, router[2]], [tokens, batch, active], rows, rows
-
-
-class _KeepingSparseExperts(Keeping):
-    def construct(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, gates: Tensor, ups: Tensor,
-                  downs: Tensor) -> tuple:
-        return self.keep(x, router, gate, up, down, gates, ups, downs, *self.constants)
-
-    def bprop(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, gates: Tensor, ups: Tensor,
-              downs: Tensor, made: tuple, changes: tuple) -> tuple:
-        return self.backward(x, router, gate, up, down, gates, ups, downs, *self.constants, *made[1:], changes[0])
-
-
-class _InferringSparseExperts(Inferring):
-    def construct(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, gates: Tensor, ups: Tensor,
-                  downs: Tensor) -> Tensor:
-        return self.infer(x, router, gate, up, down, gates, ups, downs, *self.constants)
-
-    def bprop(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, gates: Tensor, ups: Tensor,
-              downs: Tensor, y: Tensor, change: Tensor) -> tuple:
-        made = self.keep(x, router, gate, up, down, gates, ups, downs, *self.constants)
-        return self.backward(x, router, gate, up, down, gates, ups, downs, *self.constants, *made[1:], change)
 
 
 class FusedSparseExperts(nn.Cell):
@@ -223,16 +175,13 @@ class FusedSparseExperts(nn.Cell):
         super().__init__()
         kernels = Kernels(path, "sparse_experts", 8, 4, _kept_of_experts,
                           mstype.float32, mstype.int32, mstype.float32, mstype.float32)
-        # How many are chosen is said by a shape, which kernels and shape functions both see.
+        # How many are chosen is given by a shape, which kernels and shape functions both see.
         constants = Tensor(np.zeros(chosen, np.float32)), Tensor(np.array([alpha], np.float32))
-        self.keeping = _KeepingSparseExperts(kernels, *constants)
-        self.inferring = _InferringSparseExperts(kernels, *constants)
+        self.network = Network(kernels, *constants)
 
     def construct(self, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, gates: Tensor, ups: Tensor,
                   downs: Tensor) -> Tensor:
-        if self.training:
-            return self.keeping(x, router, gate, up, down, gates, ups, downs)[0]
-        return self.inferring(x, router, gate, up, down, gates, ups, downs)
+        return self.network((x, router, gate, up, down, gates, ups, downs))
 
 
 class FusedLinear(nn.Cell):

@@ -3,10 +3,11 @@
 Shapes: T tokens, B batch, I inputs, O outputs, D width, F inner width. Activations are token-first, [T, B, D], so that
 all tokens' products are one batched matmul without a transpose.
 
-What the op axis cuts is said by a `TokenLayout`:
-    width         the inner width: column, then row, then AllReduce; tokens whole on every device
+What tensor parallelism shards is given by a `TokenLayout`:
+    width         the inner width: column, then row, then AllReduce; all tokens on every device
     tokens        the tokens, between the layers too; whoever mixes tokens pays an exchange (Token Parallel)
-    tokens_naive  the tokens inside the products only; between them the batch is cut, so each network pays two exchanges
+    tokens_naive  the tokens inside the products only; between them the batch is sharded, so each network pays
+                two redistributions
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ class TokenLayout:
 
     @property
     def tokens(self) -> str | None:
-        """What cuts T inside a product."""
+        """What shards T inside a product."""
         return None if self.kind == "width" else "feature_tokens"
 
     @property
     def width(self) -> str | None:
-        """What cuts the inner width inside a product."""
+        """What shards the inner width inside a product."""
         return "width" if self.kind == "width" else None
 
     @property
     def tokens_after_batch(self) -> str | None:
-        """What cuts T in a batch-first tensor [B, T, ..]: the same axis, in the order that MindSpore expects."""
+        """What shards T in a batch-first tensor [B, T, ..]: the same axis, in the order that MindSpore expects."""
         return None if self.kind == "width" else "heads"
 
     @property
@@ -76,8 +77,8 @@ class GroupedLinear(Layer):
         tokens: T.
         inputs: I.
         outputs: O.
-        layout: what the op axis cuts.
-        style: "column" cuts O and "row" cuts I, where the layout cuts the width; None neither.
+        layout: what tensor parallelism shards.
+        style: "column" shards O and "row" shards I, where the layout shards the width; None neither.
         gain: the start is Xavier-uniform within each token, half-width gain x sqrt(6 / (I + O)).
         bias: whether there is a bias (starts at 0).
         compute_dtype: type of the matmul; the weight is stored in float32 and cast.
@@ -126,7 +127,7 @@ class GroupedFeedForward(Layer):
         tokens: T.
         width: D.
         inner: F = k D.
-        layout: what the op axis cuts.
+        layout: what tensor parallelism shards.
         outputs: width of the result; None = D.
     """
 
@@ -151,7 +152,7 @@ class Swish(Layer):
     """x sigmoid(x) * y: the gate of a SwiGLU.
 
     Args:
-        wide: named axes that cut the inputs' dims.
+        wide: named axes that shard the inputs' dims.
     """
 
     def __init__(self, wide: Operand) -> None:
@@ -174,7 +175,7 @@ class GroupedSwiGLU(Layer):
         tokens: T (mixed tokens in the first half of a block).
         width: D.
         inner: F = n D.
-        layout: what the op axis cuts.
+        layout: what tensor parallelism shards.
         down_gain: gain of the last matrix's start; TokenMixer-Large takes 0.01 (its Table 14).
         bias: TokenMixer-Large removes it.
         outputs: width of the result; None = D.
@@ -201,10 +202,10 @@ class GroupedSwiGLU(Layer):
 
 
 class Add(Layer):
-    """x + y, cut alike.
+    """x + y, sharded alike.
 
     Args:
-        stream: named axes that cut the dims.
+        stream: named axes that shard the dims.
     """
 
     def __init__(self, stream: Operand) -> None:

@@ -1,4 +1,4 @@
-"""W8A16: int8 weights with float16 or float32 activations, in the place of layers that were trained in float32.
+"""W8A16: int8 weights with float16 or float32 activations, instead of layers that were trained in float32.
 
 How weights become int8: int8_numbers.py. What a model leaves in float32 (routers, whose choice is not smooth, norms,
 biases) it says itself (`swap`).
@@ -39,7 +39,7 @@ def _library() -> Path | None:
 
 
 def library() -> Path | None:
-    """The shared object with the kernel; None (said once) where it cannot be built or PANGU_KERNELS=0 forbids it."""
+    """The shared object with the kernel; None (logged once) where it cannot be built or PANGU_KERNELS=0 forbids it."""
     return None if os.environ.get("PANGU_KERNELS", "1") == "0" else _library()
 
 
@@ -266,7 +266,7 @@ Replacement = Callable[[nn.Cell, int | None], nn.Cell | None]
 
 def swap(model: nn.Cell, group: int | None = None, replace: Replacement = replacement,
          left: Collection[str] = ()) -> dict[str, Parameter]:
-    """Puts cells with int8 weights (not filled yet) in the place of all that is quantized.
+    """Puts cells with int8 weights (not filled yet) in place of all that is quantized.
 
     Args:
         model: changed in place.
@@ -296,7 +296,7 @@ def _swap_below(cell: nn.Cell, group: int | None, replace: Replacement, left: fr
         if made is not None:
             names = {id(item): key for key, item in before.items()}
             _put(cell, name, made)
-            # A cell that gets a place renames its parameters after the place.
+            # A cell that is assigned to an attribute renames its parameters after it.
             for item in made.get_parameters():
                 item.name = names.get(id(item), item.name)
             for product in products(made):

@@ -2,8 +2,8 @@
 
 Symmetric, one scale s for each output channel (or for each 128 inputs of it): q = round(w / s) in -127 .. 127 with
 s = max |w| / 127, so |q s - w| <= s / 2 and an output moves by at most s / 2 * ||x||_1. The scale is applied after the
-sum, which is exact. Neither symmetry nor granularity of the paper (UG-Sep, arXiv 2602.10455) could be read: both are
-ours.
+sum, which is exact. Neither symmetry nor granularity of the paper (UG-Sep, arXiv 2602.10455) could be read: both were
+chosen here.
 
 Shapes: K inputs, O outputs, G groups of inputs (1 without groups), P panels.
 """

@@ -1,4 +1,4 @@
-"""Linear layers cut by column or by row over the op axis.
+"""Linear layers, column- or row-parallel over the op axis.
 
 Shapes: N tokens (batch x sequence, flattened), I inputs, O outputs.
 """
@@ -20,10 +20,10 @@ class Linear(Layer):
     Args:
         inputs: I.
         outputs: O.
-        style: "column" cuts O over `axis` (the input is whole, the output cut, no communication forward);
-            "row" cuts I (the input is cut, the output summed by AllReduce, or ReduceScatter under sequence
-            parallelism); None keeps the weight whole.
-        axis: the named axis that cuts.
+        style: "column" shards O over `axis` (the input is replicated, the output sharded, no communication forward);
+            "row" shards I (the input is sharded, the output summed by AllReduce, or ReduceScatter under sequence
+            parallelism); None leaves the weight unsharded.
+        axis: the named axis.
         std: sigma of the weight's normal start.
         bias: whether there is a bias (starts at 0).
         rows: of x for one sample (positions of a list); only counts FLOPs.
@@ -38,7 +38,7 @@ class Linear(Layer):
         self.inputs, self.outputs, self.style, self.axis = inputs, outputs, style, axis
         self.rows, self.compute_dtype = rows, compute_dtype
         self.weight = parameter((outputs, inputs), "normal", std)
-        # After a row cut every device of the op axis adds the same whole bias, so it is not worth cutting further.
+        # After a row-parallel product every device of the op axis adds the same full bias, which is not worth sharding.
         self.bias = parameter((outputs,), "zeros", shard_optimizer=style != "row") if bias else None
         self.has_bias = bias
         self.matmul = ops.MatMul(transpose_b=True)
@@ -57,7 +57,7 @@ class Linear(Layer):
         return 2 * self.rows * self.inputs * self.outputs
 
     def redistributes(self, axes: Axes) -> bool:
-        return axes.sequence and self.style == "column"  # from the cut residual stream
+        return axes.sequence and self.style == "column"  # from the sharded residual stream
 
     def sharding(self) -> list[OpSharding]:
         column, row = (self.axis if self.style == "column" else None), (self.axis if self.style == "row" else None)

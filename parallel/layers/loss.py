@@ -13,12 +13,12 @@ class CrossEntropy(Layer):
     """nll_N = log sum exp(logits_NV) - logits_N[labels_N], in float32.
 
     Args:
-        axis: "vocabulary" where the logits are cut over V by the op axis, else None.
+        axis: "vocabulary" where the logits are sharded over V by the op axis, else None.
 
     Source: PanGu-alpha eq. 6; the code's log(softmax + 1e-24) is the same but for underflow, which this form has not.
 
-    On the CPU, where nothing is cut, `SoftmaxCrossEntropy` takes its place: the written-out form passes over the logits
-    some fifteen times (measured at N 1024, V 40000, forward and backward: 681 ms against 75 ms).
+    On the CPU, where nothing is sharded, `SoftmaxCrossEntropy` replaces it: the written-out form passes over the
+    logits some fifteen times (measured at N 1024, V 40000, forward and backward: 681 ms against 75 ms).
     """
 
     def __init__(self, vocabulary: int, *, axis: str | None = None) -> None:

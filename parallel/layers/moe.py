@@ -32,7 +32,7 @@ def _segments(counts_TR: np.ndarray):
 
 
 def grouped_product(x_TNI: np.ndarray, w_TRIO: np.ndarray, counts_TR: np.ndarray) -> np.ndarray:
-    """Rows of each expert, which lie one expert after the other, times that expert's weight."""
+    """Rows of each expert, one expert after the other, times that expert's weight."""
     y = np.empty((*x_TNI.shape[:2], w_TRIO.shape[-1]), x_TNI.dtype)
     for token, expert, begin, end in _segments(counts_TR):
         np.matmul(x_TNI[token, begin:end], w_TRIO[token, expert], out=y[token, begin:end])
@@ -71,7 +71,7 @@ def permutation(chosen_TBA: np.ndarray, experts: int) -> tuple[np.ndarray, np.nd
 class GroupedMatMul(nn.Cell):
     """y_TNO = rows of x_TNI times the weight of the expert that they belong to, w_TRIO.
 
-    counts_TR says how many rows each expert has; rows lie one expert after the other. The work is that of the rows
+    counts_TR says how many rows each expert has; rows are sorted by expert. The work is that of the rows
     there are: no padding, none dropped. On the CPU each expert's product is one call of NumPy's BLAS inside the graph.
     """
 
@@ -144,7 +144,7 @@ class CapacityExperts(Layer):
         tokens: T.
         experts: R.
         factor: C = ceil(factor x rows / R); factor >= R drops nothing.
-        layout: what the op axis cuts.
+        layout: what tensor parallelism shards.
 
     The batch is seen as G parts, one a device of the data axis, so that routing needs no exchange; the only exchanges
     are those that bring the rows to the devices that hold their experts and back (expert parallelism).
@@ -187,7 +187,7 @@ class CapacityExperts(Layer):
         return self.reshape(self.turn_back(y_GTBD, (1, 0, 2, 3)), (tokens, batch, outputs))
 
     def plan(self, chosen_GTN: Tensor, rows: int, capacity: int, active: int) -> tuple:
-        """read_GTS: the row that slot s = (expert, c) reads; slot_GTN: where a pair's result lies; fits_GTN: whether
+        """read_GTS: the row that slot s = (expert, c) reads; slot_GTN: where a pair's result is; fits_GTN: whether
         it has a slot at all."""
         shape = (self.parts, self.tokens, self.experts * capacity)
         number_GTN = self.cast(chosen_GTN, mstype.float32)
@@ -204,9 +204,9 @@ class CapacityExperts(Layer):
         slot_GTN = number_GTN * (1.0 * capacity) + ops.minimum(nth_GTN, capacity - 1.0)
         return read_GTS, self.cast(slot_GTN, mstype.int32), nth_GTN < 1.0 * capacity
 
-    def lay_out(self, axes) -> None:
+    def apply_sharding(self, axes) -> None:
         self.parts = axes.sizes["batch"]
-        super().lay_out(axes)
+        super().apply_sharding(axes)
 
     def redistributes(self, axes: Axes) -> bool:
         return axes.sizes["experts"] > 1  # rows go to the devices of their experts and back
@@ -238,14 +238,14 @@ class SparsePertokenMoE(Layer):
         experts: E, the shared one included.
         active: k, the shared one included; k - 1 of E - 1 are chosen.
         alpha: gate value scaling; None = E / k.
-        layout: what the op axis cuts (tokens or none; an expert is not cut further).
+        layout: what tensor parallelism shards (tokens or none; an expert is not sharded further).
         dispatch: grouped (exact, CPU), capacity (static shapes); auto = grouped on the CPU, capacity elsewhere.
         capacity_factor: see `CapacityExperts`.
         down_gain, outputs: see `GroupedSwiGLU`.
 
     The gate is a softmax over all routed experts; the chosen ones' are divided by their sum only if there are at least
     two. With one chosen expert that division would make it 1 whatever the router says, and the router would learn
-    nothing; the paper does not say what it does there, so this is our choice.
+    nothing; the paper does not say what it does there, so this was chosen here.
 
     Source: TokenMixer-Large eq. 19-21 (arXiv 2602.06563).
     """
@@ -323,23 +323,3 @@ class SparsePertokenMoE(Layer):
                 OpSharding(self.sum, (first,)), OpSharding(self.share, (first, first)),
                 OpSharding(self.turn_gates, (first,)), OpSharding(self.turn_chosen, (first,)),
                 OpSharding(self.scale, (row, ())), OpSharding(self.add, (row, row))]
-
-
-def split_dense(gate: np.ndarray, up: np.ndarray, down: np.ndarray, experts: int) -> dict[str, np.ndarray]:
-    """A dense SwiGLU's matrices ([T, D, F], [T, D, F], [T, F, D]) cut into E sub-experts: first enlarge, then sparse.
-
-    Returns the values of a `SparsePertokenMoE`'s parameters by name; its router is 0, so all chosen gates are equal,
-    and with every expert active and alpha = E - 1 the outputs are those of the dense network.
-    """
-    tokens, width, inner = gate.shape
-    if inner % experts:
-        raise UserError(f"the inner width {inner} does not divide into experts", where="experts", value=experts)
-    part = inner // experts
-
-    def columns(weight: np.ndarray) -> np.ndarray:
-        return weight.reshape(tokens, width, experts, part).transpose(0, 2, 1, 3)
-
-    gates, ups, downs = columns(gate), columns(up), down.reshape(tokens, experts, part, width)
-    return {"shared.gate.weight": gates[:, 0], "shared.up.weight": ups[:, 0], "shared.down.weight": downs[:, 0],
-            "gate_weight": gates[:, 1:], "up_weight": ups[:, 1:], "down_weight": downs[:, 1:],
-            "router.weight": np.zeros((tokens, width, experts - 1), gate.dtype)}

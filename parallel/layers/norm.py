@@ -19,9 +19,9 @@ class LayerNorm(Layer):
         width: D.
         epsilon: added to the variance (1e-5 in PanGu-alpha's code).
         compute_dtype: type of the result.
-        stream: named axes that cut the input's dims.
+        stream: named axes that shard the input's dims.
 
-    Source: PanGu-alpha code; Ba et al. 2016. On the CPU `FusedLayerNorm` takes its place, or without a C++ compiler, in
+    Source: PanGu-alpha code; Ba et al. 2016. On the CPU `FusedLayerNorm` replaces it, or without a C++ compiler, in
     training, `WrittenOutNorm`.
     """
 
@@ -57,7 +57,7 @@ class RMSNorm(Layer):
         width: D.
         epsilon: added to the mean square.
         compute_dtype: type of the result.
-        stream: named axes that cut the input's dims; the last must be None.
+        stream: named axes that shard the input's dims; the last must be None.
 
     On the CPU, which has no such kernel, it is `FusedRMSNorm`, or written out where there is no C++ compiler; elsewhere
     `ops.RmsNorm` is used.

@@ -1,4 +1,4 @@
-"""Parameters whose first value depends on their name and the seed alone, not on the order or place of building."""
+"""Parameters whose first value depends on their name and the seed alone, not on when or where they are built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from parallel.common.start_value import draw, start_value
 
 
 class Start(Initializer):
-    """Start value of a parameter: kind `normal`, `truncated_normal` (cut at two sigma), `uniform`, `zeros` or `ones`.
+    """Start value of a parameter: kind `normal`, `truncated_normal` (at two sigma), `uniform`, `zeros` or `ones`.
 
     Args:
         kind: the distribution.
@@ -32,11 +32,11 @@ def parameter(shape: tuple[int, ...], kind: str, scale: float = 1.0, *, dtype: m
     """A parameter of `shape` that `initialize` will fill.
 
     Args:
-        shape: its full shape, before any cut.
+        shape: its full shape, before any sharding.
         kind: see `Start`.
         scale: see `Start`.
         dtype: element type.
-        shard_optimizer: false keeps it (and its states) whole under optimizer parallelism: layer norms and biases
+        shard_optimizer: false keeps it (and its states) unsharded under optimizer parallelism: layer norms and biases
             added after an AllReduce, whose traffic would cost more than they save (PanGu-alpha code).
     """
     made = Parameter(initializer(Start(kind, scale), shape, dtype), parallel_optimizer=shard_optimizer)

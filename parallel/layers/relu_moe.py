@@ -22,7 +22,7 @@ from parallel.sharding.layout import Layer, OpSharding
 class ReluMoE(Layer):
     """v = sum_j G_j e_j(s), G = ReLU(h(s)), e_j(s) = GELU(s W1_j + b1_j) W2_j + b2_j.
 
-    All E experts of a token together are one network of inner width F whose pieces are scaled by their gates; a gate of
+    All E experts of a token together are one network of inner width F whose parts are scaled by their gates; a gate of
     0 takes its expert out exactly. On the CPU (`FusedGatedExperts`) the work of such experts is not done, in training
     and inference alike, nor does it change a gradient; elsewhere everything is one batched matmul.
 
@@ -39,7 +39,8 @@ class ReluMoE(Layer):
     Output: (v_TBD, penalty scalar). The biases of the routers start at 1, so that every expert starts active.
 
     Source: RankMixer eq. 10-11; the penalty's rule is that of ReMoE (arXiv 2412.14711): lambda is multiplied by the
-    step while more than the budget is active, and divided while less. The paper gives neither rule nor blend: ours.
+    step while more than the budget is active, and divided while less. The paper gives neither rule nor blend: both were
+    chosen here.
     """
 
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, router: Literal["dtsi", "single_relu"],
@@ -79,7 +80,7 @@ class ReluMoE(Layer):
         return self.halve(self.blend(train_TBE, infer_TBE), 0.5), infer_TBE
 
     def construct(self, s_TBD: Tensor, index_N: Tensor | None = None) -> tuple:
-        """`index_N`: where rows stand for several samples, the row of each sample: the penalty counts samples."""
+        """`index_N`: where rows serve several samples, the row of each sample: the penalty counts samples."""
         gates_TBE, infer_TBE = self.gates(s_TBD)
         v_TBD = self.mix(s_TBD, gates_TBE)
         if not self.training:

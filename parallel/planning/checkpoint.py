@@ -10,7 +10,6 @@ from parallel.planning.memory import STATES
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.slices import holders, sharded_parameters
 from parallel.task import Task
-from parallel.training.optimizers import sparse_settings
 from parallel.training.settings import OptimizerSettings, TrainSettings
 
 _WIDTH = 4  # parameters and moments are float32
@@ -36,7 +35,7 @@ class CheckpointBytes:
 def checkpoint_bytes(task: Task, train: TrainSettings, config: ParallelConfig) -> CheckpointBytes:
     """What one checkpoint of a run under `config` (resolved) takes."""
     trainable = {parameter.name for parameter in task.network.trainable_params()}
-    listed, sparse = sharded_parameters(task.network, config), sparse_settings(train)
+    listed, sparse = sharded_parameters(task.network, config), train.sparse_settings()
     tensors = []
     for full in listed:
         own = sparse if sparse is not None and task.is_sparse is not None and task.is_sparse(full.name) else \

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from parallel.common.settings import Settings
-from parallel.planning.cost import Collective, Work
+from parallel.planning.cost.segments import Collective, Work
 from parallel.planning.mesh import Mesh
 
 
@@ -35,7 +35,7 @@ class EfficiencySettings(Settings):
     overlap: float = Field(0.5, ge=0, le=1)
     """Share of the first forward and last backward passes under which weights and gradients travel unseen."""
     op_overlap: float = Field(0.8, ge=0, le=1)
-    """Share of the op axis's communication that goes unseen where products are run piece by piece with it."""
+    """Share of the op axis's communication that goes unseen where products are run in parts with it."""
     kernel_us: float = Field(5.0, ge=0)
     """Least microseconds of a kernel."""
     jitter: float = Field(0.0, ge=0, lt=1)
@@ -76,7 +76,7 @@ class ClusterSettings(Settings):
     """Cells (ends of their paths) that the software runs as one kernel, so that nothing inside goes through memory:
     attention.core where there is a flash attention."""
     overlapped: bool = False
-    """Whether the software runs products piece by piece with the op axis's communication (Megatron-LM's
+    """Whether the software runs products in parts with the op axis's communication (Megatron-LM's
     tp-comm-overlap, MindSpeed's mc2)."""
     efficiency: EfficiencySettings = EfficiencySettings()
     """Constants of the software."""

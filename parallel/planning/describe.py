@@ -1,9 +1,10 @@
-"""What a network computes, counted from the network itself: every primitive with the shapes and cuts of its inputs.
+"""What a network computes, counted from the network itself: every primitive with the shapes and shardings of its
+inputs.
 
-The forward pass is walked once with shapes instead of numbers: cells and primitives are called as always, but a
+The forward pass is traced once with shapes instead of numbers: cells and primitives are called as always, but a
 primitive only notes what it was given (`parallel.planning.shapes` says what comes out). The layouts are those that the
 layers declare (`Layer.sharding()`), so there is no second list of formulas: a model that can be built can be planned.
-Axes stay names here; `parallel.planning.cost` puts numbers on them for one `ParallelConfig`.
+Axes stay names here; `parallel.planning.cost.network` puts numbers on them for one `ParallelConfig`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _FUNCTIONS = {"cast": "Cast", "reshape": "Reshape", "stop_gradient": "StopGradie
 
 
 class SymbolicTensor:
-    """A tensor of the walk: dims, element type and where it comes from.
+    """A tensor of the trace: dims, element type and where it comes from.
 
     Args:
-        dims: sizes (what cuts them is worked out for one layout by `parallel.planning.cost`).
+        dims: sizes (what shards them is computed for one layout by `parallel.planning.cost.network`).
         dtype: name of the element type.
         parameter: name of the parameter that it is (also after casts), or None.
         differentiable: whether a gradient may flow to it.
@@ -46,9 +47,9 @@ class SymbolicTensor:
     """
 
     def __init__(self, dims: Dims, dtype: str, parameter: str | None = None, differentiable: bool = False,
-                 producer: int = -1, walk: Trace | None = None) -> None:
+                 producer: int = -1, trace: Trace | None = None) -> None:
         self.dims, self.dtype, self.parameter = tuple(dims), dtype, parameter
-        self.differentiable, self.producer, self.walk = differentiable, producer, walk
+        self.differentiable, self.producer, self.trace = differentiable, producer, trace
         self.value: object = self
 
     @property
@@ -77,21 +78,21 @@ class SymbolicTensor:
                     for part, dim in zip(keys, operands[0], strict=False) if isinstance(part, slice)]
             return Result(((*dims, *operands[0][len(keys):]),))
 
-        return self.walk.record("StridedSlice", [self], rule)[0]
+        return self.trace.record("StridedSlice", [self], rule)[0]
 
     def tile(self, times: tuple[int, ...]) -> SymbolicTensor:
         """As Tensor.tile."""
-        return self.walk.record("Tile", [self], lambda operands: Result((tuple(
+        return self.trace.record("Tile", [self], lambda operands: Result((tuple(
             Dim(dim.size * number, dim.axis) for dim, number in zip(operands[0], times, strict=True)),)))[0]
 
     def reshape(self, *shape: Any) -> SymbolicTensor:
         """As Tensor.reshape."""
-        return self.walk.functional("Reshape", self, shape[0] if isinstance(shape[0], tuple) else shape)
+        return self.trace.functional("Reshape", self, shape[0] if isinstance(shape[0], tuple) else shape)
 
 
 def _arithmetic(primitive: str) -> Any:
     def method(self: SymbolicTensor, other: Any) -> SymbolicTensor:
-        return self.walk.functional(primitive, self, other)
+        return self.trace.functional(primitive, self, other)
 
     return method
 
@@ -116,10 +117,10 @@ class Op:
         declared: whether a layer declared a layout for it at all.
         out_wanted: axes of the result where the layer says so (used only under sequence parallelism), else None.
         plain: its arguments that are no tensors.
-        one_hot_axis: what cuts the classes of a OneHot (its strategy is that of its result).
+        one_hot_axis: what shards the classes of a OneHot (its strategy is that of its result).
         needed: whether a gradient flows through it to the parameters.
         layer: whether it is in the first cell of its unit, which full recomputation runs again.
-        free: whether it stands outside every unit: each stage that needs its result works it out for itself.
+        free: whether it is outside every unit: each stage that needs its result computes it for itself.
     """
 
     primitive: str
@@ -145,8 +146,8 @@ class ParameterCount:
     Args:
         name, shape, dtype: as it is stored, uncut.
         unit: the pipeline unit that owns it.
-        shard_optimizer: whether its layer lets optimizer parallelism cut it.
-        axes: named axes that cut its dims, those of the first primitive that takes it.
+        shard_optimizer: whether its layer lets optimizer parallelism shard it.
+        axes: named axes that shard its dims, those of the first primitive that takes it.
         order: all named axes of that primitive in the order of its device matrix.
         cast: element type in which that primitive takes it.
         user: name of that primitive.
@@ -179,7 +180,7 @@ class Description:
 
     @property
     def parameter_count(self) -> int:
-        """Trainable parameters of the whole model."""
+        """Trainable parameters of the model."""
         return sum(_product(item.shape) for item in self.parameters)
 
     @cached_property
@@ -207,7 +208,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 class Trace:
-    """State of one walk: the operations so far, the cell that runs, tensors of parameters."""
+    """State of one trace: the operations so far, the cell that runs, tensors of parameters."""
 
     def __init__(self, network: nn.Cell) -> None:
         self.operations: list[Op] = []
@@ -237,7 +238,7 @@ class Trace:
         self.stack.pop()
 
     def item(self, value: Any) -> SymbolicTensor | None:
-        """The walk's tensor for an argument, or None for plain values."""
+        """The trace's tensor for an argument, or None for plain values."""
         if isinstance(value, SymbolicTensor):
             return value
         if isinstance(value, Parameter):
@@ -245,11 +246,11 @@ class Trace:
                 dims = tuple(Dim(size) for size in value.shape)
                 name = value.name if value.requires_grad else None
                 self.parameters[id(value)] = SymbolicTensor(dims, _dtype(value.dtype), name, value.requires_grad,
-                                                            walk=self)
+                                                            trace=self)
             return self.parameters[id(value)]
         if isinstance(value, Tensor):
             if id(value) not in self.constants:
-                item = SymbolicTensor(tuple(Dim(size) for size in value.shape), _dtype(value.dtype), walk=self)
+                item = SymbolicTensor(tuple(Dim(size) for size in value.shape), _dtype(value.dtype), trace=self)
                 self.constants[id(value)] = (value, item)
             return self.constants[id(value)][1]
         return None
@@ -271,14 +272,14 @@ class Trace:
 
         dtype = _dtype(arguments[1]) if name == "Cast" else None
         outputs = self.record(name, tensors, rule, _wanted(layout, items, name), layout is not None,
-                            layout.outputs[0] if layout is not None and layout.outputs is not None else None, dtype,
-                            repr(rest))
+                              layout.outputs[0] if layout is not None and layout.outputs is not None else None, dtype,
+                              repr(rest))
         if name == "OneHot" and layout is not None:
             self.operations[-1].one_hot_axis = layout.inputs[0][-1]
         return outputs[0] if len(outputs) == 1 and name != "SplitWithSize" else tuple(outputs)
 
     def functional(self, name: str, *arguments: Any) -> SymbolicTensor:
-        """A function or operator outside any layer; it stays as its inputs are cut."""
+        """A function or operator outside any layer; it stays as its inputs are sharded."""
         items = [item for item in map(self.item, arguments) if item is not None]
         if not items:
             return arguments[0]
@@ -292,7 +293,7 @@ class Trace:
 
     def record(self, name: str, inputs: list[SymbolicTensor], rule: Callable, wanted: tuple | None = None,
                declared: bool = False,
-             out_wanted: tuple | None = None, dtype: str | None = None, plain: str = "") -> list[SymbolicTensor]:
+               out_wanted: tuple | None = None, dtype: str | None = None, plain: str = "") -> list[SymbolicTensor]:
         """Adds an operation and makes its results."""
         number, (scope, unit, layer) = len(self.operations), self.stack[-1]
         if dtype is None:
@@ -300,16 +301,16 @@ class Trace:
         differentiable = any(item.differentiable for item in inputs) and name not in (
             *INTEGER_RESULTS, "OneHot", "StopGradient", "ZerosLike", "OnesLike")
         parameter = inputs[0].parameter if name == "Cast" else None
-        made = [SymbolicTensor(dims, "int32" if name == "TopK" and place else dtype, parameter,
-                     differentiable and not (name == "TopK" and place), number, self)
-                for place, dims in enumerate(rule([item.dims for item in inputs]).outputs)]
+        made = [SymbolicTensor(dims, "int32" if name == "TopK" and index else dtype, parameter,
+                               differentiable and not (name == "TopK" and index), number, self)
+                for index, dims in enumerate(rule([item.dims for item in inputs]).outputs)]
         if plain:
-            for place, item in enumerate(made):
-                key = (name, tuple(id(other.value) for other in inputs), plain, dtype, item.dims, place)
+            for index, item in enumerate(made):
+                key = (name, tuple(id(other.value) for other in inputs), plain, dtype, item.dims, index)
                 item.value = self.values.setdefault(key, item)
         wanted = wanted or (None,) * len(inputs)
         operation = Op(name, scope, unit, list(inputs), made, rule, wanted, declared, out_wanted, plain,
-                              layer=layer)
+                       layer=layer)
         for item, axes in zip(inputs, wanted, strict=True):
             if item.parameter is not None and name != "Cast":
                 self.first_use.setdefault(item.parameter, (axes, item.dtype, axes_in_order(operation), name))
@@ -322,13 +323,13 @@ def _wanted(layout: Any, items: list[SymbolicTensor | None], name: str) -> tuple
     if layout is None:
         return tuple(None for item in items if item is not None)
     if name == "OneHot":
-        return tuple(layout.inputs[0][:-1] if place == 0 else None for place,
+        return tuple(layout.inputs[0][:-1] if index == 0 else None for index,
                      item in enumerate(items) if item is not None)
     entries = list(layout.inputs)
     wanted = []
-    for place, item in enumerate(items):
+    for index, item in enumerate(items):
         if item is not None:
-            axes = entries[place] if place < len(entries) else None
+            axes = entries[index] if index < len(entries) else None
             wanted.append(axes if axes is not None and len(axes) == len(item.dims) else None)
     return tuple(wanted)
 
@@ -388,21 +389,21 @@ def _primitive_classes(cls: type) -> Iterator[type]:
 
 
 @contextmanager
-def _noting(walk: Trace) -> Iterator[None]:
+def _noting(trace: Trace) -> Iterator[None]:
     """Within, calling cells and primitives notes instead of computing."""
 
     def call_primitive(self: Any, *arguments: Any, **named: Any) -> Any:
-        return walk.call(self, (*arguments, *named.values()))
+        return trace.call(self, (*arguments, *named.values()))
 
     def call_cell(self: nn.Cell, *arguments: Any, **named: Any) -> Any:
-        walk.enter(self)
+        trace.enter(self)
         try:
             return self.construct(*arguments, **named)
         finally:
-            walk.leave()
+            trace.leave()
 
     def function(name: str) -> Any:
-        return lambda *arguments: walk.functional(name, *arguments)
+        return lambda *arguments: trace.functional(name, *arguments)
 
     patches = [(nn.Cell, "__call__", call_cell), (ops.Primitive, "__call__", call_primitive)]
     patches += [(cls, "__call__", call_primitive) for cls in set(_primitive_classes(ops.Primitive))]
@@ -418,10 +419,10 @@ def _noting(walk: Trace) -> Iterator[None]:
 
 
 def describe(task: Task, micro_batches: int = 1) -> Description:
-    """Walks the network of `task` for one micro-batch.
+    """Traces the network of `task` for one micro-batch.
 
     Args:
-        task: built within `as_on_ascend()`; its network keeps no trace of the walk.
+        task: built within `as_on_ascend()`; its network keeps nothing of the trace.
         micro_batches: parts of the global batch.
 
     Raises:
@@ -429,59 +430,59 @@ def describe(task: Task, micro_batches: int = 1) -> Description:
     """
     network = task.network
     network.set_train(True)
-    walk = Trace(network)
+    trace = Trace(network)
     inputs = []
     for item in task.inputs:
         if item.shape[0] % micro_batches:
             raise UserError(f"the global batch {item.shape[0]} does not divide into micro-batches",
                             where="parallel.pipeline.micro_batches", value=micro_batches)
         rows = item.shape[0] // micro_batches
-        inputs.append(SymbolicTensor((Dim(rows), *map(Dim, item.shape[1:])), item.dtype, walk=walk))
-    with _noting(walk):
+        inputs.append(SymbolicTensor((Dim(rows), *map(Dim, item.shape[1:])), item.dtype, trace=trace))
+    with _noting(trace):
         loss = network(*inputs)
-    _mark_needed(walk, loss)
-    _place_free(walk)
-    parameters = _parameters(network, walk)
-    return Description(walk.operations, parameters, len(walk.units), [[walk.names[id(cell)] for cell in cells]
-                                                                      for cells in walk.units],
+    _mark_needed(trace, loss)
+    _unit_of_free(trace)
+    parameters = _parameters(network, trace)
+    return Description(trace.operations, parameters, len(trace.units), [[trace.names[id(cell)] for cell in cells]
+                                                                        for cells in trace.units],
                        task.tokens // micro_batches, inputs, dict(task.figures))
 
 
-def _mark_needed(walk: Trace, loss: Any) -> None:
+def _mark_needed(trace: Trace, loss: Any) -> None:
     """Marks the operations that a gradient flows through, from the loss down."""
     losses = loss if isinstance(loss, tuple) else (loss,)
     wanted = {id(item) for item in losses[:1]}
-    for operation in reversed(walk.operations):
+    for operation in reversed(trace.operations):
         if any(id(item) in wanted and item.differentiable for item in operation.outputs):
             operation.needed = True
             wanted |= {id(item) for item in operation.inputs if item.differentiable}
 
 
-def _place_free(walk: Trace) -> None:
+def _unit_of_free(trace: Trace) -> None:
     """Gives operations outside all units (the loss's own slices, say) the unit of whoever uses them first."""
     first: dict[int, int] = {}
-    for operation in reversed(walk.operations):
+    for operation in reversed(trace.operations):
         if operation.unit == _NO_UNIT:
             operation.free = True
             operation.unit = min((first[id(item)] for item in operation.outputs if id(item) in first),
-                                 default=len(walk.units) - 1)
+                                 default=len(trace.units) - 1)
         for item in operation.inputs:
             first[id(item)] = operation.unit
 
 
-def _parameters(network: nn.Cell, walk: Trace) -> list[ParameterCount]:
+def _parameters(network: nn.Cell, trace: Trace) -> list[ParameterCount]:
     owners: dict[int, tuple[int, ...]] = {}
-    for number, cells in enumerate(walk.units):
+    for number, cells in enumerate(trace.units):
         for cell in cells:
             for parameter in cell.get_parameters():
                 owners.setdefault(id(parameter), (number,))
     for parameter, cells in shared_parameters(network):
-        units = tuple(sorted({walk.unit_of.get(id(cell), 0) for cell in cells}))
+        units = tuple(sorted({trace.unit_of.get(id(cell), 0) for cell in cells}))
         owners[id(parameter)] = units
     counts = []
     for parameter in network.trainable_params():
         units = owners.get(id(parameter), (0,))
-        axes, cast, order, user = walk.first_use.get(parameter.name, (None, None, (), ""))
+        axes, cast, order, user = trace.first_use.get(parameter.name, (None, None, (), ""))
         axes = axes or (None,) * len(parameter.shape)
         counts.append(ParameterCount(parameter.name, tuple(parameter.shape), _dtype(parameter.dtype), units[0],
                                      bool(parameter.parallel_optimizer), tuple(axes), order, cast, user, units))

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `estimate`."""
     parser.add_argument("--cluster", metavar="FILE", default="configs/cluster/ascend910.yaml",
                         help="YAML file that describes devices and network, or the name of one of configs/cluster "
-                             "(default: %(default)s)")
+                        "(default: %(default)s)")
     parser.add_argument("--tokens", type=float, metavar="N", default=None,
                         help="tokens (samples) to train on, for days and device-hours; default: steps x batch")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")
@@ -30,7 +30,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     config = run_settings.parallel.resolve()
     count = max(config.pipeline.micro_batches, run_settings.train.accumulation)
     if not planner.divides(config, count):
-        raise UserError("an axis does not divide what it cuts, or data x micro-batches the batch", where="parallel",
+        raise UserError("an axis does not divide what it shards, or data x micro-batches the batch", where="parallel",
                         value=f"data {config.data}, op {config.op}, micro-batches {count}")
     estimate = planner.evaluate(config)
     show(estimate, planner)

@@ -1,9 +1,10 @@
-"""What one rank holds and says in a whole step: parameters, states, gradients, activations, collectives.
+"""What one rank holds and communicates in a step: parameters, states, gradients, activations, collectives.
 
-`parallel.planning.cost` knows one micro-batch of every unit; here units are put on stages and the choices that come on
+`parallel.planning.cost.network` knows one micro-batch of every unit; here units are put on stages and the choices that
+come on
 top are added: pipeline, micro-batches, recomputation, optimizer parallelism. The figures mean what the dry run's mean
 (`parallel.proof.dryrun.accounting`), so the two can be held against each other; two kinds that a graph
-before memory planning does not show are told apart from them: copies of weights in the compute type, and communication
+before memory planning does not show are listed apart: copies of weights in the compute type, and communication
 buffers.
 """
 
@@ -13,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from parallel.planning.cost import Collective, NetworkCost, Segment, SegmentCost
+from parallel.planning.cost.network import NetworkCost
+from parallel.planning.cost.segments import Collective, Segment, SegmentCost
 from parallel.planning.describe import WIDTH, Description, ParameterCount
 from parallel.planning.mesh import Mesh
 from parallel.planning.shapes import Dim, Dims
@@ -54,10 +56,10 @@ class Slice:
     """One parameter on one rank.
 
     Args:
-        full: bytes of what is left after the layers' cuts.
+        full: bytes of what is left after the layers' sharding.
         bytes: bytes of what is stored, after the optimizer shard.
         replicas: factors of the mesh whose ranks hold the same slice before the optimizer shard.
-        shard: factors that the optimizer shard cuts, () for none.
+        shard: factors of the optimizer's shards, () for none.
     """
 
     count: ParameterCount
@@ -80,8 +82,8 @@ def parameter_slices(description: Description, mesh: Mesh) -> list[Slice]:
 
 
 def parameter_layout(item: ParameterCount, mesh: Mesh) -> Dims:
-    """Full dims with the factors that cut them: those of the first primitive that takes the parameter."""
-    placed = mesh.place(list(item.order))
+    """Full dims with the factors that shard them: those of the first primitive that takes the parameter."""
+    placed = mesh.placement(list(item.order))
     return tuple(Dim(size, placed.get(axis, ()) if axis else ()) for size, axis in zip(item.shape, item.axes,
                                                                                        strict=True))
 
@@ -106,16 +108,16 @@ def stages_of_units(units: int, config: ParallelConfig) -> list[int]:
     """Stage of every pipeline unit."""
     if units == 1 or config.pipeline.stages == 1:
         return [0] * units
-    places = stage_of_layers(units - 2, config)
-    return [places[0][0], *(stage for stage, _ in places), places[-1][0]]
+    stages = stage_of_layers(units - 2, config)
+    return [stages[0][0], *(stage for stage, _ in stages), stages[-1][0]]
 
 
 def chunks_of_units(units: int, config: ParallelConfig) -> list[int]:
     """Chunk of every unit within its stage under the interleaved schedule."""
     if units == 1 or config.pipeline.stages == 1:
         return [0] * units
-    places = stage_of_layers(units - 2, config)
-    return [places[0][1], *(chunk for _, chunk in places), places[-1][1]]
+    stages = stage_of_layers(units - 2, config)
+    return [stages[0][1], *(chunk for _, chunk in stages), stages[-1][1]]
 
 
 def is_recomputed(unit: int, units: int, config: ParallelConfig) -> bool:
@@ -193,7 +195,7 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
             memory.weight_copies = max(memory.weight_copies, total.memory.weight_copies)
         else:
             memory.weight_copies += total.memory.weight_copies
-        # Micro-batches gather whole gradients; a single one's are cut as they come.
+        # Micro-batches accumulate full gradients; a single one's are sharded as they come.
         full = micro_batches > 1 and config.optimizer.level == 1
         memory.gradients += total.memory.gradients if full else total.memory.parameters
         figures.parameters += total.parameters
@@ -217,7 +219,7 @@ def _times_a_step(collective: Collective, config: ParallelConfig, micro_batches:
 
 
 def _gradient(figures: Stage, item: Slice, mesh: Mesh) -> None:
-    """The gradient's sum over the ranks that hold the same slice, and the gathering of what the shard cut."""
+    """The gradient's sum over the ranks that hold the same slice, and the gathering of what was sharded."""
     if mesh.degree(item.replicas) == 1:
         return
     if not item.shard:
@@ -272,7 +274,7 @@ def _kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description
             dims = part.arrived_from[number, dims]
             size = cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]
         if (from_recomputed and again and config.recompute.slice_activations and _can_be_sliced(cost.mesh, dims)
-                and homes[description.operations[producer].unit] == homes[segment.unit]):
+            and homes[description.operations[producer].unit] == homes[segment.unit]):
             size //= config.op
         yield number, dims, size
 
@@ -286,7 +288,7 @@ def _is_made_again(producer: int, description: Description, config: ParallelConf
 
 
 def _can_be_sliced(mesh: Mesh, dims: Dims) -> bool:
-    """Whether the op axis, which does not cut a tensor yet, can cut its first dim on top of what does."""
+    """Whether the op axis, which does not shard a tensor yet, can shard its first dim on top of what does."""
     rest = mesh.rest(dims)
     first = -(-dims[0].size // mesh.degree(dims[0].axis))
     return mesh.degree(rest) == mesh.config.op > 1 and first % mesh.config.op == 0
@@ -333,5 +335,5 @@ def _norm(figures: Stage, mesh: Mesh, config: ParallelConfig) -> None:
         figures.collectives[Collective("AllReduce", mesh.everything, _SCALAR, "norm", "forward", "norm")] += 1
     if config.pipeline.stages > 1:
         figures.collectives[Collective("AllReduce", (), _SCALAR, "norm", "forward", "norm")] += 1
-        # The last stage tells the others loss and weight.
+        # The last stage sends the others loss and weight.
         figures.collectives[Collective("AllReduce", (), 2 * _SCALAR, "pipeline", "forward", "loss")] += 1

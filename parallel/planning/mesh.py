@@ -1,10 +1,10 @@
-"""Named axes on the physical mesh of one pipeline stage, as MindSpore places them; redistributions between layouts.
+"""Named axes on the physical mesh of one pipeline stage, as MindSpore assigns them; redistributions between layouts.
 
 The ranks of a stage are numbered data-major: rank = data coordinate x op + op coordinate. MindSpore derives the
 device matrix of every primitive from its strategy, dims in order, the first one outermost, and what is left over
-repeats on the inside. So `("batch", "width")` cuts the batch over data and the width over op. Where a dim that op cuts
-stands before the batch (a ranker's tokens), the layers tell the mesh themselves, and the planner reads the same places.
-To compare layouts the mesh is split into factors.
+repeats on the inside. So `("batch", "width")` shards the batch over data and the width over op. Where a dim that op
+shards stands before the batch (a ranker's tokens), the layers name the mesh themselves, and the planner reads the same
+names. To compare layouts the mesh is split into factors.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Mesh:
             done *= degree
 
     def degree(self, factors: tuple[int, ...]) -> int:
-        """Pieces that cutting by these factors makes; the size of a group that differs in them."""
+        """Shards that these factors make; the size of a group that differs in them."""
         return math.prod(self.degree_of[factor] for factor in factors)
 
-    def place(self, names: list[str]) -> dict[str, tuple[int, ...]]:
+    def placement(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Factors of each named axis of one primitive, given in the order of its device matrix."""
         if {"feature_tokens", "experts"} & set(names):
-            # Here the layers tell the mesh itself (`Axes.strategy`).
-            return {name: self._given(name) for name in names}
+            # Here the layers name the mesh itself (`Axes.strategy`).
+            return {name: self._named_factors(name) for name in names}
         taken, placed = 0, {}
         for name in names:
             size, factors = self.axes.sizes[name], []
@@ -66,12 +66,12 @@ class Mesh:
             placed[name] = tuple(factors)
         return placed
 
-    def _given(self, name: str) -> tuple[int, ...]:
+    def _named_factors(self, name: str) -> tuple[int, ...]:
         if self.axes.sizes[name] == 1:
             return ()
-        places = self.axes.places[name]
-        return tuple(factor for place in ([places] if isinstance(places, str) else places)
-                     for factor in self.named[place])
+        axes = self.axes.mesh_axes[name]
+        return tuple(factor for axis in ([axes] if isinstance(axes, str) else axes)
+                     for factor in self.named[axis])
 
     def local(self, dims: Dims) -> int:
         """Elements of one rank's slice."""
@@ -85,7 +85,7 @@ class Mesh:
         return "data" if set(factors) <= self.data_factors else "op"
 
     def rest(self, dims: Dims) -> tuple[int, ...]:
-        """Factors that do not cut the tensor: the ranks that hold the same slice."""
+        """Factors that do not shard the tensor: the ranks that hold the same slice."""
         used = {factor for dim in dims for factor in dim.axis}
         return tuple(factor for factor in self.everything if factor not in used)
 
@@ -95,7 +95,8 @@ def redistribution(mesh: Mesh, source: Dims, target: Dims) -> list[tuple[str, tu
 
     Elements are those of the tensor that the collective is about on one rank: the result of an AllGather, what goes
     through an AlltoAll. As in MindSpore every factor of a dim is a dim of its own, and what is tried comes in this
-    order: split where a dim is whole and the factor free, exchange where the factor cuts another dim, gather at last.
+    order: split where a dim is unsharded and the factor free, exchange where the factor shards another dim, gather at
+        last.
     """
     slots, steps = _slots(source, target), []
     while any(slot.now != slot.goal for slot in slots):
@@ -123,7 +124,7 @@ def redistribution(mesh: Mesh, source: Dims, target: Dims) -> list[tuple[str, tu
 
 @dataclass
 class _Slot:
-    """One factor's place in one dim: what cuts it now, what shall cut it."""
+    """One factor's slot in one dim: what shards it now, and what shall."""
 
     dim: int
     now: int | None

@@ -88,7 +88,7 @@ def _choices(planner: Planner, base: ParallelConfig, data: int, op: int, stages:
     if stages == 1:
         counts = counts[:1] + [count for count in counts[1:] if rows // count in (1, 2, 4, 8, 16)]
     policies = _policies(planner, base) if planner.units > 1 else (("none", False),)
-    # A shard must divide a slice's rows; where the whole data axis cannot, its largest power of 2 often does.
+    # A shard must divide a slice's rows; where all of the data axis cannot, its largest power of 2 often does.
     power = data & -data
     shards = ([1] if data * op == 1 else [1, -1]) + ([power] if power not in (1, data) else [])
     sequences = (False, True) if op > 1 and _has_sequence(planner) else (False,)
@@ -96,7 +96,7 @@ def _choices(planner: Planner, base: ParallelConfig, data: int, op: int, stages:
     counts = sorted({*counts[:_MOST_COUNTS // 2], *counts[-_MOST_COUNTS // 2:]})
     for count, shard, sequence, (policy, sliced) in itertools.product(counts, shards, sequences, policies):
         if sliced and (sequence or op == 1):
-            continue  # then nothing that is kept lies whole on the ranks of op
+            continue  # then nothing that is kept is replicated on the ranks of op
         chunks = [1] + [chunk for chunk in _INTERLEAVES if stages > 1 and stages * chunk <= layers
                         and count % stages == 0]
         for chunk in chunks:
@@ -115,7 +115,7 @@ def _policies(planner: Planner, base: ParallelConfig) -> tuple[tuple[str, bool],
 
 
 def _has_sequence(planner: Planner) -> bool:
-    """Whether a layer of the model can be cut along the residual stream's tokens."""
+    """Whether a layer of the model can be sharded along the residual stream's tokens."""
     found, _ = planner.description(1, 1)
     return any(axes and "residual" in axes for operation in found.operations for axes in operation.wanted)
 
@@ -136,7 +136,7 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
     """Tries every layout quickly, then works the best ones out exactly.
 
     Raises:
-        UserError: no layout of so many devices divides model and batch.
+        UserError: no layout of this number of devices divides model and batch.
     """
     started, found, fitting = time.monotonic(), Search([]), []
     nearest: tuple[int, ParallelConfig] | None = None
@@ -162,7 +162,7 @@ def search(planner: Planner, devices: int, base: ParallelConfig, progress: bool 
             roomy.add(kept)
             fitting.append((quick.step_seconds, len(fitting), quick))
     if not fitting and nearest is None:
-        raise UserError("no layout of so many devices divides the model and the batch", where="--devices",
+        raise UserError("no layout of this number of devices divides the model and the batch", where="--devices",
                         value=devices, hint="choose a number with more small factors, or another global batch")
     fitting.sort(key=lambda entry: entry[:2])
     exact = [planner.evaluate(entry[2].config) for entry in fitting[:_FINALISTS]]
@@ -230,14 +230,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `plan`."""
     parser.add_argument("--cluster", metavar="FILE", default="configs/cluster/ascend910.yaml",
                         help="YAML file that describes devices and network, or the name of one of configs/cluster "
-                             "(default: %(default)s)")
+                        "(default: %(default)s)")
     parser.add_argument("--devices", type=int, metavar="N", help="how many devices (default: those of the config file)")
     parser.add_argument("--output", metavar="FILE", help="write the best layout's parallel block as YAML")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")
     parser.add_argument("--list", metavar="FILE", help="write every layout that was tried, and why it lost, as CSV")
     parser.add_argument("--confirm", action=argparse.BooleanOptionalAction, default=True,
                         help="compile the first stage of the best layout (dry run) and compare; where it does not "
-                             "compile, the next best (default: yes)")
+                        "compile, the next best (default: yes)")
 
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -314,25 +314,25 @@ def confirm(config: str, overrides: list[str], found: Search) -> dict[str, Any]:
     from parallel.proof.dryrun.dryrun import dry_run
 
     started = time.monotonic()
-    for place, item in enumerate(found.best[:_MOST_COMPILED], 1):
-        info(f"dry run of layout {place} (compiled, not run): {block(item.config)}")
+    for rank, item in enumerate(found.best[:_MOST_COMPILED], 1):
+        info(f"dry run of layout {rank} (compiled, not run): {block(item.config)}")
         words = [*overrides, *_words("parallel", item.config.model_dump(mode="json"))]
         try:
             report = dry_run(Request(item.config.world, 0, str(Path(config).resolve()), words,
                                      own_stage=True))[0]
         except UserError as error:
-            info(f"layout {place} is not confirmed: {error}")
+            info(f"layout {rank} is not confirmed: {error}")
             continue
         result = _compared(item, report)
         table("first stage: here and in the dry run", ["what", "planner", "dry run"],
               [[name, *pair] for name, pair in result.items()])
-        return {"confirmed": result, "confirmed_place": place, "confirm_seconds": time.monotonic() - started}
+        return {"confirmed": result, "confirmed_place": rank, "confirm_seconds": time.monotonic() - started}
     return {"confirmed": None, "confirmed_place": None, "confirm_seconds": time.monotonic() - started}
 
 
 def _compared(item: Estimate, report: Any) -> dict[str, list[int]]:
-    ours, dry = item.memory[0], report.memory
-    result = {name: [getattr(ours, name), getattr(dry, name)] for name in _COMPARED}
+    estimated, dry = item.memory[0], report.memory
+    result = {name: [getattr(estimated, name), getattr(dry, name)] for name in _COMPARED}
     mine = sum(collective.bytes * times for collective, times in item.stages[0].collectives.items())
     return result | {"communication": [mine,
                                        sum(collective.bytes * collective.times for collective in report.collectives)]}

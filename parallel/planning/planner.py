@@ -1,8 +1,8 @@
 """Memory, communication and time of one training step of any model on a described cluster.
 
 Conventions: model FLOPs are those of the matrix products of the forward pass, three times (backward twice the forward);
-attention is counted whole (not halved for causality), recomputation is not counted; MFU = model FLOPs / (step seconds x
-devices x peak). A token of a ranker is a sample.
+attention is counted in full (not halved for causality), recomputation is not counted; MFU = model FLOPs / (step seconds
+x devices x peak). A token of a ranker is a sample.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from parallel.common.settings import load_settings
 from parallel.planning.cluster import ClusterSettings, Network
-from parallel.planning.cost import Collective, NetworkCost, Segment, SegmentCost, network_cost, segments
+from parallel.planning.cost.network import NetworkCost, network_cost
+from parallel.planning.cost.segments import Collective, Segment, SegmentCost, segments
 from parallel.planning.describe import Description, as_on_ascend, describe
 from parallel.planning.memory import (
     Holdings,
@@ -111,7 +112,7 @@ class Planner:
         self.units, self.parameters = full.units, full.parameter_count
 
     def description(self, micro_batches: int, data: int) -> tuple[Description, list[Segment]]:
-        """The network for one micro-batch, walked once for each size."""
+        """The network for one micro-batch, traced once for each size."""
         key = (micro_batches, data if self.parted else 1)
         if key not in self._descriptions:
             for cell in self.parted:
@@ -132,7 +133,7 @@ class Planner:
         return known
 
     def divides(self, config: ParallelConfig, micro_batches: int) -> bool:
-        """Whether every axis divides what it cuts."""
+        """Whether every axis divides what it shards."""
         if self.task.inputs[0].shape[0] % (micro_batches * config.data):
             return False
         return all(cost.divides for cost in self.cost(config, micro_batches).costs)
@@ -211,7 +212,7 @@ class _Times:
 
     def _overlapped(self, compute: float, communication: float) -> tuple[float, float]:
         """(time, exposed communication): with k interleaved parts all but the first part's can hide under compute,
-        and a share of it where the software runs products piece by piece."""
+        and a share of it where the software runs products in parts."""
         share = 1 - 1 / self.config.micro_batch_interleave
         if self.cluster.overlapped:
             share = max(share, self.cluster.efficiency.op_overlap)

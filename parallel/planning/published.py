@@ -1,7 +1,7 @@
-"""Published training speeds, and what the planner says of them: `python -m parallel.planning.published`.
+"""Published training speeds, and the planner's estimates of them: `python -m parallel.planning.published`.
 
 The models are described with PanGu-alpha's layers (GPT-3 has the same products but for the query layer). Layouts that
-the sources do not give are our assumption and said so. Points marked `fitted` were used to choose the defaults of
+the sources do not give are assumptions and marked as such. Points marked `fitted` were used to choose the defaults of
 `EfficiencySettings`; the others were not looked at for that.
 """
 
@@ -23,8 +23,8 @@ GRID = {
     "products": (0.6, 0.65, 0.7, 0.75, 0.8, 0.85), "memory": (0.5, 0.6, 0.7, 0.8, 0.9),
     "communication": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "overlap": (0.5, 0.8), "op_overlap": (0.5, 0.8),
 }
-"""What `fit` tries. The other constants are not fitted: no published product is small enough to tell `half_size` (128
-is the least dim that fills the matrix units), and no point tells `kernel_us` or `jitter`."""
+"""What `fit` tries. The other constants are not fitted: no published product is small enough to determine `half_size`
+(128 is the least dim that fills the matrix units), and no point determines `kernel_us` or `jitter`."""
 _GPT3 = ("model.layers=96", "model.hidden_size=12288", "model.heads=96", "model.sequence_length=2048",
          "model.vocabulary_size=51200", "model.dropout=0", "parallel.vocabulary=true")
 _LARGE = ("model.vocabulary_size=131072",)
@@ -47,7 +47,7 @@ class Point:
         fitted: whether the constants were chosen with it.
         source: where it was published, and what we assumed.
         fused: cells that the published software runs as one kernel.
-        overlapped: whether it runs products piece by piece with the op axis's communication.
+        overlapped: whether it runs products in parts with the op axis's communication.
     """
 
     name: str
@@ -76,9 +76,9 @@ def _gpt3(name: str, cluster: str, batch: int, layout: tuple[int, int, int], mic
 _CARD = "MindFormers r1.0 model card, Atlas 800; layout, batch and recomputation of the YAML file that it names"
 _MINDSPEED = ("MindSpeed-LLM linearity plot; flash attention, mc2, op 8, stages 16, 3 chunks, micro-batches of 2, 1024 "
               "sequences a replica: the repository's script for 128 devices")
-_GROWN = _MINDSPEED + "; that the batch grows with the devices is ours"
+_GROWN = _MINDSPEED + "; that the batch grows with the devices is an assumption"
 _MEGATRON = ("Megatron-LM README, strong scaling on H100 with 1,152 sequences and all overlaps on; op 8, stages 12, "
-             "4 chunks and micro-batches of 1 are ours")
+             "4 chunks and micro-batches of 1 are assumptions")
 
 POINTS = [
     Point("PanGu-alpha 2.6B, 8 x 910", "2_6b_8.yaml",
@@ -115,7 +115,7 @@ def estimate(planner: Planner, config: ParallelConfig, constants: dict[str, floa
     """One point with some of the constants replaced."""
     for name, value in constants.items():
         setattr(planner.cluster.efficiency, name, value)
-    # Passes of many micro-batches one by one would take longer than they tell more.
+    # Passes of many micro-batches one by one would take longer than they are worth.
     return planner.evaluate(config, exact=config.pipeline.micro_batches <= 256 and not constants)
 
 

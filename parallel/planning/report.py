@@ -53,16 +53,16 @@ def _headline(planner: Planner, estimate: Estimate) -> str:
 
 def timeline_picture(line: Timeline) -> str:
     """Passes of every stage over time; forward and backward in two colours, idle time white. Where there are too many
-    passes to draw, every k-th stage stands for its neighbours."""
+    passes to draw, every k-th stage represents its neighbours."""
     row, left = 18, 60
     step = max(1, -(-sum(map(len, line.passes)) // _MOST_PASSES))
     drawn = sorted({*range(0, len(line.passes), step), len(line.passes) - 1})
     scale, shapes = (_WIDTH - left) / line.end, []
-    for place, stage in enumerate(drawn):
-        shapes.append(f"<text x='0' y='{place * row + 12}' font-size='11'>stage {stage}</text>")
+    for row_index, stage in enumerate(drawn):
+        shapes.append(f"<text x='0' y='{row_index * row + 12}' font-size='11'>stage {stage}</text>")
         for item, start, end in line.passes[stage]:
             width = max((end - start) * scale, 0.3)
-            shapes.append(f"<rect x='{left + start * scale:.1f}' y='{place * row}' width='{width:.1f}' "
+            shapes.append(f"<rect x='{left + start * scale:.1f}' y='{row_index * row}' width='{width:.1f}' "
                           f"height='{row - 3}' fill='{_COLOURS[item.kind != 'F']}' stroke='white' stroke-width='.3'>"
                           f"<title>{item.kind}{item.micro_batch} chunk {item.chunk}</title></rect>")
     height = row * len(drawn)
@@ -103,26 +103,26 @@ def roofline_picture(planner: Planner, estimate: Estimate) -> str:
     cost = planner.cost(estimate.config, estimate.micro_batches)
     points = {product for part in cost.costs for product in part.forward.products if product[2]}
 
-    def place(intensity: float, rate: float) -> tuple[float, float]:
+    def row_index(intensity: float, rate: float) -> tuple[float, float]:
         return (_WIDTH * (math.log10(max(intensity, 0.1)) + 1) / 5,
                 height * (1 - (math.log10(max(rate / peak, 1e-4)) + 4) / 4))
 
     shapes = []
     for power in range(-1, 5):
-        x = place(10.0**power, 1)[0]
+        x = row_index(10.0**power, 1)[0]
         shapes.append(f"<line x1='{x:.0f}' y1='8' x2='{x:.0f}' y2='{height + 8}' stroke='#ddd'/>"
                       f"<text x='{x + 2:.0f}' y='{height + 6}' font-size='11'>{10.0**power:g}</text>")
     for power in range(-3, 1):
-        y = place(1, peak * 10.0**power)[1] + 8
+        y = row_index(1, peak * 10.0**power)[1] + 8
         shapes.append(f"<line x1='0' y1='{y:.0f}' x2='{_WIDTH}' y2='{y:.0f}' stroke='#ddd'/>"
                       f"<text x='2' y='{y + 12:.0f}' font-size='11'>{peak / 1e12 * 10.0**power:g} TFLOP/s</text>")
-    corner = [place(0.1, 0.1 * memory), place(peak / memory, peak), place(10_000, peak)]
+    corner = [row_index(0.1, 0.1 * memory), row_index(peak / memory, peak), row_index(10_000, peak)]
     shapes.append("<polyline fill='none' stroke='black' points='"
                   + " ".join(f"{x:.0f},{y + 8:.0f}" for x, y in corner) + "'/>")
     for flops, least, moved in sorted(points):
         share = cluster.efficiency.products * least / (least + cluster.efficiency.half_size)
         rate = min(peak * share, flops / moved * memory * cluster.efficiency.memory)
-        x, y = place(flops / moved, rate)
+        x, y = row_index(flops / moved, rate)
         shapes.append(f"<circle cx='{x:.0f}' cy='{y + 8:.0f}' r='4' fill='{_COLOURS[3]}'><title>"
                       f"{flops:.3g} FLOPs, least dim {least}, {flops / moved:.0f} FLOPs/byte</title></circle>")
     return (f"<svg width='{_WIDTH}' height='{height + 16}'>{''.join(shapes)}</svg>"
@@ -140,8 +140,8 @@ def sensitivity(planner: Planner, estimate: Estimate) -> list[list[Any]]:
     changes += [("twice the bandwidth of all links", [(link, "bandwidth_gb") for link in links.values()]),
                 ("twice the peak", [(cluster, "peak_tflops")]),
                 ("twice the memory bandwidth", [(cluster, "memory_bandwidth_gb")])]
-    for text, places in changes:
-        with _doubled(places):
+    for text, attributes in changes:
+        with _doubled(attributes):
             rows.append([text, *_figures(planner, config)])
     if config.data % 2 == 0:
         half = config.model_copy(deep=True)
@@ -153,14 +153,14 @@ def sensitivity(planner: Planner, estimate: Estimate) -> list[list[Any]]:
 
 
 @contextmanager
-def _doubled(places: list[tuple[Any, str]]) -> Iterator[None]:
-    kept = [getattr(owner, name) for owner, name in places]
-    for (owner, name), value in zip(places, kept, strict=True):
+def _doubled(attributes: list[tuple[Any, str]]) -> Iterator[None]:
+    kept = [getattr(owner, name) for owner, name in attributes]
+    for (owner, name), value in zip(attributes, kept, strict=True):
         setattr(owner, name, 2 * value)
     try:
         yield
     finally:
-        for (owner, name), value in zip(places, kept, strict=True):
+        for (owner, name), value in zip(attributes, kept, strict=True):
             setattr(owner, name, value)
 
 

@@ -1,8 +1,8 @@
-"""What each primitive does to shapes and named cuts: one small rule for each, for every model alike.
+"""What each primitive does to shapes and named shardings: one small rule for each, for every model alike.
 
-A tensor's dims are `Dim(size, axis)`: how long, and which factors of the mesh cut it (none: whole). A rule takes the
-dims of the operands (and the plain arguments) and gives those of the results, so shape and layout follow from one rule.
-Dims that a rule sums over are told too: if such a dim is cut, the result is a partial sum.
+A tensor's dims are `Dim(size, axis)`: how long, and which factors of the mesh shard it (none: unsharded). A rule takes
+the dims of the operands (and the plain arguments) and gives those of the results, so shape and layout follow from one
+rule. A rule also names the dims that it sums over: if such a dim is sharded, the result is a partial sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Dim(NamedTuple):
-    """One dim of a tensor: its full size and the factors of the mesh that cut it, outermost first."""
+    """One dim of a tensor: its full size and the factors of the mesh that shard it, outermost first."""
 
     size: int
     axis: tuple[int, ...] = ()
@@ -40,10 +40,10 @@ def count(dims: Dims) -> int:
 
 
 def broadcast(operands: list[Dims]) -> Dims:
-    """Dims of an elementwise result: of every dim the longest, cut as that operand cuts it."""
+    """Dims of an elementwise result: of every dim the longest, sharded as in that operand."""
     rank, result = max(map(len, operands), default=0), []
-    for place in range(rank):
-        here = [dims[place - rank + len(dims)] for dims in operands if place - rank + len(dims) >= 0]
+    for index in range(rank):
+        here = [dims[index - rank + len(dims)] for dims in operands if index - rank + len(dims) >= 0]
         longest = max(dim.size for dim in here)
         axis = next((dim.axis for dim in here if dim.size == longest and dim.axis), ())
         result.append(Dim(longest, axis))
@@ -51,7 +51,8 @@ def broadcast(operands: list[Dims]) -> Dims:
 
 
 def reshaped(dims: Dims, shape: tuple[int, ...]) -> Dims:
-    """Dims after a reshape: a cut stays where the cut dim leads a group of dims that becomes another, else lost."""
+    """Dims after a reshape: a sharding stays where the sharded dim leads a group of dims that becomes another, else
+    lost."""
     total = count(dims)
     if -1 in shape:
         known = -math.prod(shape)
@@ -100,7 +101,7 @@ def _reshape(operands: list[Dims], primitive: Any, arguments: list) -> Result:
 
 
 def _transpose(operands: list[Dims], primitive: Any, arguments: list) -> Result:
-    return Result((tuple(operands[0][place] for place in arguments[1]),))
+    return Result((tuple(operands[0][index] for index in arguments[1]),))
 
 
 def _gather(operands: list[Dims], primitive: Any, arguments: list) -> Result:
@@ -116,7 +117,7 @@ def _reduce(operands: list[Dims], primitive: Any, arguments: list) -> Result:
     axes = {axis % len(dims) for axis in axes} if axes else set(range(len(dims)))
     keep = primitive.keep_dims
     summed = tuple(factor for axis in sorted(axes) for factor in dims[axis].axis)
-    out = tuple(Dim(1) if place in axes else dim for place, dim in enumerate(dims) if keep or place not in axes)
+    out = tuple(Dim(1) if index in axes else dim for index, dim in enumerate(dims) if keep or index not in axes)
     return Result((out,), summed)
 
 
@@ -160,11 +161,11 @@ def _split(operands: list[Dims], primitive: Any, arguments: list) -> Result:
 def _strided_slice(operands: list[Dims], primitive: Any, arguments: list) -> Result:
     dims, (begin, end, step) = operands[0], arguments[1:4]
     out = []
-    for place, dim in enumerate(dims):
-        if place >= len(begin):
+    for index, dim in enumerate(dims):
+        if index >= len(begin):
             out.append(dim)
             continue
-        length = len(range(*slice(begin[place], end[place], step[place]).indices(dim.size)))
+        length = len(range(*slice(begin[index], end[index], step[index]).indices(dim.size)))
         out.append(Dim(length, dim.axis))
     return Result((tuple(out),))
 
@@ -204,7 +205,7 @@ INTEGER_RESULTS = frozenset({"Equal", "NotEqual", "Greater", "GreaterEqual", "Le
                              "LogicalOr", "LogicalNot"})
 """Results without a gradient."""
 FOLLOWERS = frozenset({"Cast", "Reshape", "StopGradient", "Depend", "Detach"})
-"""Primitives that stay as their input is cut."""
+"""Primitives that keep their input's sharding."""
 VIEWS = frozenset({"Reshape", "StopGradient", "Depend", "Detach", "ExpandDims"})
 """Results that share their input's memory."""
 PRODUCTS = frozenset({"MatMul", "BatchMatMul"})

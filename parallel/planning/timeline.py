@@ -34,7 +34,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Share of all stages' time in which they stand idle."""
+        """Share of all stages' time in which they are idle."""
         busy = sum(end - start for stage in self.passes for _, start, end in stage)
         return 1.0 - busy / (self.end * len(self.passes)) if self.end else 0.0
 
@@ -42,7 +42,7 @@ class Timeline:
 def order(schedule: str, stages: int, stage: int, micro_batches: int, chunks: int = 1) -> list[Pass]:
     """Passes of one stage in order.
 
-    gpipe: all forward, then all backward. 1f1b: as many forward passes ahead as stages follow, then one of each
+    gpipe: all forward, then all backward. 1f1b: one forward pass ahead for each stage that follows, then one of each
     (PipeDream-flush). interleaved: the same with several chunks a stage, micro-batches in groups of as many as stages
     (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
     """
@@ -56,8 +56,8 @@ def order(schedule: str, stages: int, stage: int, micro_batches: int, chunks: in
         ahead = 2 * ahead + (chunks - 1) * stages
     ahead = min(ahead, len(forward))
     passes = forward[:ahead]
-    for place, following in enumerate(forward[ahead:]):
-        passes += [following, backward[place]]
+    for index, following in enumerate(forward[ahead:]):
+        passes += [following, backward[index]]
     return passes + backward[len(forward) - ahead:]
 
 

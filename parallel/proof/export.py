@@ -97,7 +97,7 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
         config: YAML file of a run.
         overrides: key.sub=value.
         processes: that compile at once.
-        kinds: which graphs; None = step, loss, and scores where the model can tell them.
+        kinds: which graphs; None = step, loss, and scores where the model has them.
         compilers: what compiles; None = started here.
 
     Raises:
@@ -190,13 +190,13 @@ def write_program(config: str, overrides: Sequence[str], folder: Path, compilers
 
     settings = load_run(config, list(overrides))[1]
     compiled = {kind: compile_graphs(config, overrides, compilers, graph=kind) for kind in kinds}
-    write_worlds(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings, digest=digest,
-                 config=Path(config).name, overrides=list(overrides))
+    write_compiled(folder, {kind: (own[0], read_ranks(*own)) for kind, own in compiled.items()}, settings,
+                   digest=digest, config=Path(config).name, overrides=list(overrides))
 
 
-def write_worlds(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,
-                 **more: Any) -> None:
-    """Writes compiled worlds as a program.
+def write_compiled(folder: Path, worlds: dict[str, tuple[dict[int, Compiled], AllRanks]], settings: Settings,
+                   **more: Any) -> None:
+    """Writes what was compiled for all ranks as a program.
 
     Args:
         folder: of the program.

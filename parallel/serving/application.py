@@ -38,7 +38,7 @@ def require(extra: str = "serve", packages: tuple[str, ...] = ("fastapi", "uvico
 
 
 class Front:
-    """What stands before the handlers of one server.
+    """What comes before the handlers of one server.
 
     Args:
         settings: bounds, API key, origins.
@@ -99,7 +99,7 @@ class Front:
                 from starlette.responses import Response
 
                 response = Response(status_code=_CLIENT_GONE)
-            except Exception:  # noqa: BLE001 - a defect of ours: told in the log, and to the client in its own shape
+            except Exception:  # noqa: BLE001 - a defect: written to the log, and to the client in its own shape
                 info(f"a defect of the server:\n{traceback.format_exc()}")
                 response = self.refused(Refusal(500, "the server failed", kind="server_error", code="internal_error"))
             response.headers["x-request-id"] = uuid.uuid4().hex

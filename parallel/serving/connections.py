@@ -53,7 +53,7 @@ class GuardedProtocol(HttpToolsProtocol):
             if not self.waiting:
                 transport.abort()
                 return
-            next(iter(self.waiting)).cut_off()
+            next(iter(self.waiting)).disconnect()
         self._wait(self.settings.header_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -62,7 +62,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_write_timer()
         super().connection_lost(exc)
 
-    def cut_off(self) -> None:
+    def disconnect(self) -> None:
         """Closes at once; what was not sent is dropped."""
         self._busy()
         self.transport.abort()
@@ -100,7 +100,7 @@ class GuardedProtocol(HttpToolsProtocol):
                                 code="headers_too_large"))
 
     def on_message_begin(self) -> None:
-        """The first byte of a request; what came with it in one piece is not counted."""
+        """The first byte of a request; what came together with it is not counted."""
         super().on_message_begin()
         self._in_head, self._fed, self._fed_body = True, 0, 0
         if self in self.waiting and self.cycle is not None:  # a first head has its time from the connection's begin
@@ -123,12 +123,12 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body."""
+        """A chunk of a body."""
         self._fed_body += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The body is whole; where it was answered before, the connection waits for the next request."""
+        """The body is complete; where it was answered before, the connection waits for the next request."""
         super().on_message_complete()
         self._fed = self._fed_body = 0
         if self.cycle.response_complete:
@@ -157,7 +157,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         body = json.dumps(self.shape(refusal)).encode()
-        # In the middle of another answer nothing can be said.
+        # In the middle of another answer nothing can be sent.
         if self.cycle is None or self.cycle.response_complete:
             head = f"content-type: application/json\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
             self.transport.write(STATUS_LINE[refusal.status] + head.encode() + body)
@@ -177,7 +177,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The client does not read: it gets some time."""
         super().pause_writing()
         self._stop_write_timer()
-        self._write_timer = self.loop.call_later(self.settings.write_seconds, self.cut_off)
+        self._write_timer = self.loop.call_later(self.settings.write_seconds, self.disconnect)
 
     def resume_writing(self) -> None:
         """It reads again."""

@@ -55,7 +55,7 @@ class EventStream:
                 await send({"type": "http.response.body", "body": event(item), "more_body": True})
         except Refusal as refusal:
             await send({"type": "http.response.body", "body": event(self.shape(refusal)), "more_body": True})
-        except Exception as error:  # noqa: BLE001 - the head is sent, so only an event can tell
+        except Exception as error:  # noqa: BLE001 - the head is sent, so only an event can report it
             info(f"a defect ended a stream: {error!r}")
             failure = Refusal(500, "the server failed", kind="server_error", code="internal_error")
             await send({"type": "http.response.body", "body": event(self.shape(failure)), "more_body": True})

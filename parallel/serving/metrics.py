@@ -1,4 +1,4 @@
-"""What every server tells Prometheus, in a registry of its own."""
+"""Metrics of every server for Prometheus, in a registry of its own."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class HttpMetrics:
 
         full = f"{self.prefix}_{name}"
 
-        class Kept:
+        class Collector:
             def collect(self) -> Any:
                 yield CounterMetricFamily(full, what, value=read())
 
-        self.registry.register(Kept())
+        self.registry.register(Collector())
 
     def text(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its media type."""

@@ -101,7 +101,7 @@ class WorkQueue(Generic[Item]):
             changes, batch = list(self._changes), [] if self._changes else self._batch(fits)
             self._changes.clear()
         for change, done in changes:
-            _settle(done, change)
+            _finish(done, change)
         return batch
 
     def _batch(self, fits: Callable[[list[Waiting[Item]], Item], bool]) -> list[Waiting[Item]]:
@@ -129,8 +129,8 @@ def answer(waiting: Waiting, result: Any = None, error: BaseException | None = N
         waiting.result.set_exception(error)
 
 
-def _settle(done: Future, change: Callable[[], Any]) -> None:
+def _finish(done: Future, change: Callable[[], Any]) -> None:
     try:
         done.set_result(change())
-    except BaseException as error:  # noqa: BLE001 - the one who asked for the change is told
+    except BaseException as error:  # noqa: BLE001 - the one who asked for the change gets it
         done.set_exception(error)

@@ -13,7 +13,7 @@ class HttpSettings(Settings):
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 = all of the machine's."""
     port: int = Field(8000, ge=0, le=65535)
-    """Port; 0 = any free one (said on stderr)."""
+    """Port; 0 = any free one (printed on stderr)."""
     api_key_variable: str = "SERVE_API_KEY"
     """Environment variable that holds the API key. Where it is set, every request but GET / and GET /health must carry
     it as `Authorization: Bearer KEY`."""
@@ -36,7 +36,7 @@ class HttpSettings(Settings):
     idle_seconds: float = Field(75.0, gt=0.0)
     """A connection without a request is kept open for so long."""
     write_seconds: float = Field(30.0, gt=0.0)
-    """A client that reads nothing of its answer for so long is cut off."""
+    """A client that reads nothing of its answer for this long is disconnected."""
     connections: int = Field(1024, ge=1)
     """Connections at the same time. When another one comes, the idle or half-open one that has waited the longest is
     closed; where all are busy, the new one."""

@@ -1,4 +1,4 @@
-"""`ParallelConfig`: the one block that says how a model is cut over devices."""
+"""`ParallelConfig`: the one block that says how a model is sharded over devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PipelineConfig(Settings):
     stages: int = Field(1, ge=1)
     """Number of pipeline stages; consecutive layers share a stage."""
     micro_batches: int = Field(1, ge=1)
-    """Micro-batches a global batch is split into; at least the number of stages, or stages stand idle. Not given:
+    """Micro-batches a global batch is split into; at least the number of stages, or stages are idle. Not given:
     as many as stages."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """Order of forward and backward passes. 1f1b holds the fewest activations; interleaved gives each stage several
@@ -28,10 +28,10 @@ class PipelineConfig(Settings):
 
 
 class OptimizerShardConfig(Settings):
-    """Optimizer parallelism: states (and, by level, gradients and weights) cut along the data axis."""
+    """Optimizer parallelism: states (and, by level, gradients and weights) sharded along the data axis."""
 
     shard: int = Field(1, ge=-1)
-    """Devices that share one set of optimizer states: 1 = none, -1 = the whole data axis, else a divisor of it."""
+    """Devices that share one set of optimizer states: 1 = none, -1 = all of the data axis, else a divisor of it."""
     level: Literal[1, 2, 3] = 1
     """What is sharded (MindSpore's hsdp levels): 1: weights and states; 2: the gradients of micro-batches too; 3: the
     backward pass gathers the weights again (not with pipeline stages)."""
@@ -83,7 +83,7 @@ class MindSporeConfig(Settings):
 
 
 class ParallelConfig(Settings):
-    """How a model is cut: data x op x pipeline = devices; the other dimensions reuse these axes.
+    """How a model is sharded: data x op x pipeline = devices; the other dimensions reuse these axes.
 
     Paper: PanGu-alpha section 4 (the five dimensions). Exactly one of the axes may be -1: it takes the rest.
     """
@@ -183,7 +183,7 @@ class ParallelConfig(Settings):
         stages, shard = self.pipeline.stages, self.optimizer.shard
         if shard == 0 or (shard > 0 and self.data % shard):
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.optimizer.shard", value=shard,
-                            hint="use -1 for the whole data axis")
+                            hint="use -1 for all of the data axis")
         if self.data % self.expert:
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.expert", value=self.expert)
         if self.pipeline.micro_batches < stages:

@@ -1,8 +1,8 @@
-"""Named layouts: a layer says which named axis cuts each dimension; the config says how many ways an axis cuts.
+"""Named layouts: a layer says which named axis shards each dimension; the config says the degree of each axis.
 
     matmul: (("tokens", None), ("width", None)) -> ("tokens", "width")
 
-reads: the first operand's dim 0 is cut along `tokens`, the second's dim 0 along `width`. Under data 4, op 2 that is
+reads: the first operand's dim 0 is sharded along `tokens`, the second's dim 0 along `width`. Under data 4, op 2 that is
 MindSpore's strategy ((4, 1), (2, 1)).
 """
 
@@ -16,18 +16,19 @@ from mindspore.parallel import Layout
 
 from parallel.sharding.config import ParallelConfig
 
-Operand = tuple  # of axis names, None for a dim that is not cut
+Operand = tuple  # of axis names, None for a dim that is not sharded
 
 
 @dataclass(frozen=True)
 class OpSharding:
-    """How one primitive is cut.
+    """How one primitive is sharded.
 
     Args:
         primitive: the primitive to be given a strategy.
         inputs: one tuple of axis names for each tensor operand.
         outputs: the same for the results; only where MindSpore would choose another, which sequence parallelism alone
-            needs (a row-cut matmul whose result is to be cut by tokens becomes ReduceScatter instead of AllReduce).
+            needs (a row-parallel matmul whose result is to be sharded by tokens becomes ReduceScatter instead of
+            AllReduce).
         weights: for each operand the attribute of the layer's own parameter that it is; None or missing = no parameter.
     """
 
@@ -40,9 +41,9 @@ class OpSharding:
 class Axes:
     """Sizes of the named axes under one `ParallelConfig`.
 
-    Names: batch, tokens (batch x sequence flattened), residual (tokens of the residual stream: also cut over op under
-    sequence parallelism), heads, width (feed-forward and projections), vocabulary, experts, feature_tokens (a
-    ranker's tokens, each with weights of its own), rows (samples cut over data and op).
+    Names: batch, tokens (batch x sequence flattened), residual (tokens of the residual stream: also sharded over op
+    under sequence parallelism), heads, width (feed-forward and projections), vocabulary, experts, feature_tokens (a
+    ranker's tokens, each with weights of its own), rows (samples sharded over data and op).
     """
 
     def __init__(self, config: ParallelConfig) -> None:
@@ -63,27 +64,27 @@ class Axes:
         self.stages = config.pipeline.stages
         self.mesh = Layout((data // config.expert, config.expert, op), ("replica", "expert", "op"))
         data_axes = ("replica", "expert")
-        self.places = {"batch": data_axes, "tokens": data_axes,
-                       "residual": (*data_axes, "op") if config.sequence else data_axes,
-                       "experts": "expert", "data_in_expert": "replica", "rows": (*data_axes, "op"),
-                       **dict.fromkeys(("heads", "width", "vocabulary", "feature_tokens"), "op")}
+        self.mesh_axes = {"batch": data_axes, "tokens": data_axes,
+                          "residual": (*data_axes, "op") if config.sequence else data_axes,
+                          "experts": "expert", "data_in_expert": "replica", "rows": (*data_axes, "op"),
+                          **dict.fromkeys(("heads", "width", "vocabulary", "feature_tokens"), "op")}
 
     def strategy(self, operands: tuple[Operand, ...]) -> tuple:
-        """MindSpore's strategy: a tuple of ways for each operand, or a `Layout` where numbers would not do.
+        """MindSpore's strategy: a tuple of degrees for each operand, or a `Layout` where numbers would not do.
 
-        From numbers MindSpore lays devices out in the order of the dims: the first cut dim gets the slowest axis. A
-        ranker's tensors have the tokens (op) before the batch (data), so there the mesh must be told.
+        From numbers MindSpore lays devices out in the order of the dims: the first sharded dim gets the slowest axis. A
+        ranker's tensors have the tokens (op) before the batch (data), so there the mesh must be named.
         """
         if any("feature_tokens" in operand or "experts" in operand for operand in operands):
             return tuple(self.mesh(*(self._place(name) for name in operand)) for operand in operands)
         return tuple(tuple(1 if name is None else self.sizes[name] for name in operand) for operand in operands)
 
     def _place(self, name: str | None) -> Any:
-        return "None" if name is None or self.sizes[name] == 1 else self.places[name]
+        return "None" if name is None or self.sizes[name] == 1 else self.mesh_axes[name]
 
 
 class Layer(nn.Cell):
-    """A cell that carries its layout: `sharding()` lists how each of its primitives is cut.
+    """A cell that carries its layout: `sharding()` lists how each of its primitives is sharded.
 
     `auto_prefix=False` keeps the names of the parameters below as they are (for wrappers).
     """
@@ -103,19 +104,19 @@ class Layer(nn.Cell):
         samples to experts). A redistribution beside any other layer is a mistake, which the dry run reports."""
         return False
 
-    def lay_out(self, axes: Axes) -> None:
+    def apply_sharding(self, axes: Axes) -> None:
         """Writes the strategies for `axes` on the primitives. Has no effect on one device or under data parallelism."""
         for layout in self.sharding():
             outputs = axes.strategy(layout.outputs) if layout.outputs is not None and axes.sequence else None
             layout.primitive.shard(axes.strategy(layout.inputs), outputs)
 
 
-def lay_out(network: nn.Cell, config: ParallelConfig) -> Any:
+def apply_sharding(network: nn.Cell, config: ParallelConfig) -> Any:
     """Writes the layout of every `Layer` in `network`; returns the network."""
     axes = Axes(config)
     for _, cell in network.cells_and_names():
         if isinstance(cell, Layer):
-            cell.lay_out(axes)
+            cell.apply_sharding(axes)
     return network
 
 

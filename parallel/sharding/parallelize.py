@@ -1,7 +1,7 @@
-"""`parallelize(network, config)`: everything that cuts a network, in one place; the model's own code stays untouched.
+"""`parallelize(network, config)`: everything that shards a network; the model's own code stays untouched.
 
 Layouts come from the layers (`parallel.sharding.layout`); this adds pipeline stages, recomputation, gradient fusion and
-the sharing of parameters between stages. A network may say more about itself than that it is a cell:
+the sharing of parameters between stages. A network may declare more about itself than that it is a cell:
 
     pipeline_cells() -> [before, layer, layer, ..., after]: cells in the order of the forward pass; each may be a list,
         in which a layer comes first and what it alone needs follows
@@ -14,20 +14,20 @@ from mindspore import nn
 
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.layout import lay_out
+from parallel.sharding.layout import apply_sharding
 from parallel.sharding.trainable import pipeline_units, shared_parameters
 
 _MANY_STAGES_GROUP = 2
 
 
 def parallelize(network: nn.Cell, config: ParallelConfig) -> nn.Cell:
-    """Cuts `network` in place by `config` (resolved) and returns it.
+    """Shards `network` in place by `config` (resolved) and returns it.
 
     Raises:
         UserError: stages are asked of a network that does not say how its cells follow each other, or layers and
             offsets do not fit.
     """
-    lay_out(network, config)
+    apply_sharding(network, config)
     place_on_stages(network, config)
     fuse_gradients(network, config)
     recompute(network, config)
@@ -62,17 +62,17 @@ def layers_of_stages(network: nn.Cell, config: ParallelConfig) -> list[int]:
     units = pipeline_units(network)
     if units is None:
         return [0]
-    places = stage_of_layers(len(units) - 2, config)
-    return [sum(place[0] == stage for place in places) for stage in range(config.pipeline.stages)]
+    stages = stage_of_layers(len(units) - 2, config)
+    return [sum(assigned[0] == stage for assigned in stages) for stage in range(config.pipeline.stages)]
 
 
 def place_on_stages(network: nn.Cell, config: ParallelConfig) -> None:
-    """Gives cells their pipeline stage; what stands before the layers goes to the first, what follows to the last."""
+    """Gives cells their pipeline stage; what comes before the layers goes to the first, what follows to the last."""
     if config.pipeline.stages == 1:
         return
     before, *layers, after = _units(network)
-    places = stage_of_layers(len(layers), config)
-    for unit, (stage, chunk) in zip([before, *layers, after], [places[0], *places, places[-1]], strict=True):
+    stages = stage_of_layers(len(layers), config)
+    for unit, (stage, chunk) in zip([before, *layers, after], [stages[0], *stages, stages[-1]], strict=True):
         for cell in unit:
             cell.pipeline_stage = stage
             if config.pipeline.interleave > 1:
@@ -83,7 +83,7 @@ def place_on_stages(network: nn.Cell, config: ParallelConfig) -> None:
 
 
 def fuse_gradients(network: nn.Cell, config: ParallelConfig) -> None:
-    """Numbers the groups whose gradient communication is fused into one call: 1 for what stands before the layers, then
+    """Numbers the groups whose gradient communication is fused into one call: 1 for what comes before the layers, then
     `gradient_fusion_groups` groups of layers; under pipeline all layers are one group (PanGu-alpha code)."""
     if not has_stack(network):
         return

@@ -1,7 +1,7 @@
-"""Which part of every parameter lies on which rank: boxes, from the layers' layouts, without compiling.
+"""Which part of every parameter each rank holds: extents, from the layers' layouts, without compiling.
 
-A box is `((start, stop), ...)`, one pair a dim. Ranks are numbered as MindSpore does: stage slowest, then data, then
-op.
+An extent is `((start, stop), ...)`, one pair a dim. Ranks are numbered as MindSpore does: stage slowest, then data,
+then op.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Extent = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class FullParameter:
-    """A parameter as the model has it: full shape, and which boxes of it the ranks of a layout hold."""
+    """A parameter as the model has it: full shape, and which extents of it the ranks of a layout hold."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,27 +31,27 @@ class FullParameter:
 
 
 def extent_shape(extent: Extent) -> tuple[int, ...]:
-    """Sizes of a box."""
+    """Sizes of an extent."""
     return tuple(stop - start for start, stop in extent)
 
 
 def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullParameter]:
-    """All parameters of `network` with their boxes under `config` (resolved).
+    """All parameters of `network` with their extents under `config` (resolved).
 
-    The rules are those of MindSpore's semi-automatic parallelism: a dim is cut over the axis that its layer names;
-    under optimizer parallelism dim 0 of what is left is cut again over the ranks that hold the same slice, in
+    The rules are those of MindSpore's semi-automatic parallelism: a dim is sharded over the axis that its layer names;
+    under optimizer parallelism dim 0 of what is left is sharded again over the ranks that hold the same slice, in
     consecutive groups of `shard` ranks, where it divides, is not below the threshold and the layer allows it. On a
-    stage that does not use a parameter there is no box.
+    stage that does not use a parameter there is no extent.
     """
     axes, stages = Axes(config), _stages_of_parameters(network, config)
     operands = _operands(network)
     found = []
     for parameter in network.get_parameters():
         operand = operands.get(id(parameter)) or (None,) * len(parameter.shape)
-        # A tuple of mesh axes would be needed only by an activation; a weight is cut over one at a time.
-        mesh_axes = tuple(axes.places[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
+        # A tuple of mesh axes would be needed only by an activation; a weight is sharded over one at a time.
+        mesh_axes = tuple(axes.mesh_axes[axis] if axis and axes.sizes[axis] > 1 else None for axis in operand)
         extents = SliceOfRank(tuple(parameter.shape), mesh_axes, stages.get(id(parameter)), config,
-                      parameter.parallel_optimizer)
+                              parameter.parallel_optimizer)
         found.append(FullParameter(parameter.name, tuple(parameter.shape), extents))
     return found
 
@@ -107,9 +107,9 @@ def _stages_of_parameters(network: nn.Cell, config: ParallelConfig) -> dict[int,
     if config.pipeline.stages == 1:
         return {}
     units = pipeline_units(network)
-    places = stage_of_layers(len(units) - 2, config)
+    assigned = stage_of_layers(len(units) - 2, config)
     stages: dict[int, set[int]] = {}
-    for unit, (stage, _) in zip(units, [places[0], *places, places[-1]], strict=True):
+    for unit, (stage, _) in zip(units, [assigned[0], *assigned, assigned[-1]], strict=True):
         for cell in unit:
             for parameter in cell.get_parameters():
                 stages.setdefault(id(parameter), set()).add(stage)
@@ -121,14 +121,14 @@ def _stages_of_parameters(network: nn.Cell, config: ParallelConfig) -> dict[int,
 
 @dataclass(frozen=True)
 class SliceOfRank:
-    """rank -> box of one parameter.
+    """rank -> extent of one parameter.
 
     Args:
-        shape: the whole parameter's.
-        mesh_axes: for each dim the axis of the mesh that cuts it ("expert" or "op"), or None.
+        shape: the full parameter's.
+        mesh_axes: for each dim the axis of the mesh that shards it ("expert" or "op"), or None.
         stages: those that use it; None = there is one.
         config: resolved.
-        shardable: whether its layer lets the optimizer's shards cut it.
+        shardable: whether its layer lets the optimizer shard it.
     """
 
     shape: tuple[int, ...]
@@ -149,12 +149,12 @@ class SliceOfRank:
         return {"replica": config.data // config.expert, "expert": config.expert, "op": config.op}
 
     def __call__(self, rank: int) -> Extent | None:
-        stage, place = divmod(rank, self.config.data * self.config.op)
+        stage, inner = divmod(rank, self.config.data * self.config.op)
         if self.stages is not None and stage not in self.stages:
             return None
-        at = self._coordinates(place)
+        at = self._coordinates(inner)
         extent = tuple(_part(size, self.mesh[axis], at[axis]) if axis else (0, size)
-                    for size, axis in zip(self.shape, self.mesh_axes, strict=True))
+                       for size, axis in zip(self.shape, self.mesh_axes, strict=True))
         shard = self.shard
         if shard == 1:
             return extent
@@ -164,7 +164,7 @@ class SliceOfRank:
 
     @property
     def shard(self) -> int:
-        """Parts into which the optimizer's shards cut dim 0 of a slice again."""
+        """Number of the optimizer's shards of dim 0 of a slice."""
         config = self.config
         same = math.prod(self.mesh[axis] for axis in self._free_axes)
         shard = same if config.optimizer_shard == config.data else config.optimizer_shard
@@ -187,14 +187,14 @@ class SliceOfRank:
     def _free_axes(self) -> list[str]:
         return [axis for axis in self.mesh if axis not in self.mesh_axes]
 
-    def _coordinates(self, place: int) -> dict[str, int]:
+    def _coordinates(self, inner: int) -> dict[str, int]:
         found = {}
         for axis, size in reversed(self.mesh.items()):
-            place, found[axis] = divmod(place, size)
+            inner, found[axis] = divmod(inner, size)
         return found
 
     def _number_among_same(self, at: dict[str, int]) -> int:
-        """The place of a rank among those that hold the same slice."""
+        """The index of a rank among those that hold the same slice."""
         number = 0
         for axis in self._free_axes:
             number = number * self.mesh[axis] + at[axis]
@@ -207,19 +207,19 @@ def _part(size: int, degree: int, number: int) -> tuple[int, int]:
 
 
 def slice_of_mindspore(layout: Sequence[Any], rank: int, same_slice: Sequence[int] = ()) -> Extent:
-    """The box of `rank` from an entry of `cell.parameter_layout_dict` of a compiled cell.
+    """The extent of `rank` from an entry of `cell.parameter_layout_dict` of a compiled cell.
 
     Args:
-        layout: device matrix, tensor map, slice shape before the optimizer cut, field size, uniform cut, name of the
-            optimizer-shard group, full shape.
+        layout: device matrix, tensor map, slice shape before the optimizer's shard, field size, uniform split, name of
+            the optimizer-shard group, full shape.
         rank: the rank within its stage.
         same_slice: the ranks (within the stage) of the optimizer-shard group, in order; () if there is none.
     """
     matrix, tensor_map, slice_shape = list(layout[0]), list(layout[1]), list(layout[2])
-    place, coordinates = rank, []
+    inner, coordinates = rank, []
     for size in reversed(matrix):
-        coordinates.insert(0, place % size)
-        place //= size
+        coordinates.insert(0, inner % size)
+        inner //= size
     extent = []
     for size, axis in zip(slice_shape, tensor_map, strict=True):
         number = coordinates[len(matrix) - 1 - axis] if axis >= 0 else 0

@@ -59,14 +59,14 @@ def place_nodes(config: ParallelConfig, devices_per_node: int = 8, nodes_per_rac
 
 def group_of(axis: str, config: ParallelConfig, rank: int = 0) -> list[int]:
     """The ranks that differ from `rank` in one axis of AXES only, itself included."""
-    stage, place = divmod(rank, config.data * config.op)
-    data, op = divmod(place, config.op)
+    stage, inner = divmod(rank, config.data * config.op)
+    data, op = divmod(inner, config.op)
     per_stage = config.data * config.op
     if axis == "op":
         return [stage * per_stage + data * config.op + other for other in range(config.op)]
     if axis == "data":
         return [stage * per_stage + other * config.op + op for other in range(config.data)]
-    return [other * per_stage + place for other in range(config.pipeline.stages)]
+    return [other * per_stage + inner for other in range(config.pipeline.stages)]
 
 
 def reach(axis: str, config: ParallelConfig, nodes: list[Node]) -> str:
@@ -101,7 +101,7 @@ def rack_rows(config: ParallelConfig, nodes: list[Node]) -> list[list]:
         racks.setdefault(node.rack, []).append(node)
     rows = []
     for rack, own in sorted(racks.items()):
-        data = sorted({place for node in own for place in node.data})
+        data = sorted({inner for node in own for inner in node.data})
         rows.append([rack, f"{data[0]}-{data[-1]}" if len(data) > 1 else data[0],
                      " ".join(str(node.node_rank) for node in own)])
     return rows

@@ -1,6 +1,6 @@
 """Execution of one rank's graph, node by node: constants folded, collectives overlapped, parameters changed in place.
 
-A graph is bound once: every node becomes a call with the places of its inputs, of its result, and of what is freed
+A graph is bound once: every node becomes a call with the indices of its inputs, of its result, and of what is freed
 after it. Results have the value that they had when they were computed, as in the replay; where a result shares memory
 with a parameter that is written before the result is read, it is copied first (`hazards`).
 """
@@ -28,11 +28,11 @@ _FREE_OF_TENSORS = {"UpdateState"}
 
 @dataclass
 class Step:
-    """A bound node: `function(values)` gives the result, or a list of results for the places `more`."""
+    """A bound node: `function(values)` gives the result, or a list of results for the indices `more`."""
 
     node: Node
     function: Callable[[list], Any]
-    place: int
+    position: int
     waits: tuple[int, ...] = ()
     frees: tuple[int, ...] = ()
     more: tuple[int, ...] | None = None
@@ -45,7 +45,7 @@ class Bound:
     Args:
         graph: what was bound.
         steps: in order.
-        values: template of the table of values: parameters and constants in their places.
+        values: template of the table of values: parameters and constants at their indices.
         unread: collectives whose results nobody reads; they are waited for at the end.
         copied: how many results are copied because a parameter is written while they are in use.
     """
@@ -67,23 +67,23 @@ class Bound:
         values = list(self.values)
         values[:len(inputs)] = inputs
         for step in self.steps:
-            for place in step.waits:
-                values[place] = values[place].wait()
+            for position in step.waits:
+                values[position] = values[position].wait()
             result = step.function(values)
             if step.more is None:
-                values[step.place] = result
+                values[step.position] = result
             else:
-                for place, item in zip(step.more, result, strict=True):
-                    values[place] = item
+                for position, item in zip(step.more, result, strict=True):
+                    values[position] = item
             if self.observer is not None:
                 self.observer(step.node, result)
-            for place in step.frees:
-                values[place] = None
-        for place in self.unread:
-            values[place].wait()
+            for position in step.frees:
+                values[position] = None
+        for position in self.unread:
+            values[position].wait()
         result = values[self.graph.result]
         if self.communicator is not None:
-            self.communicator.settle()
+            self.communicator.wait_for_sends()
         return result.wait() if isinstance(result, Pending) else result
 
 
@@ -259,28 +259,28 @@ class Binder:
         last: dict[int, int] = {}
         begun: dict[int, int] = {}
         waited: list[list[int]] = [[] for _ in steps]
-        for place, step in enumerate(steps):
+        for position, step in enumerate(steps):
             for number in read_by(step.node):
-                last[number] = place
+                last[number] = position
                 if number in begun:
-                    waited[place].append(number)
+                    waited[position].append(number)
                     del begun[number]
             if step.node.op in COLLECTIVES:
-                begun[step.place] = place
-            for number in step.more if step.more is not None else (step.place,):
-                last.setdefault(number, place)
+                begun[step.position] = position
+            for number in step.more if step.more is not None else (step.position,):
+                last.setdefault(number, position)
         freed: list[list[int]] = [[] for _ in steps]
-        for number, place in last.items():
+        for number, position in last.items():
             if number >= self.graph.first_node and number != self.graph.result and number not in self.known \
                     and number not in begun:
-                freed[place].append(number)
+                freed[position].append(number)
         for step, waits, frees in zip(steps, waited, freed, strict=True):
             step.waits, step.frees = tuple(dict.fromkeys(waits)), tuple(frees)
         return tuple(number for number in begun if number != self.graph.result)
 
 
 def read_by(node: Node) -> list[int]:
-    """Numbers of the values whose contents a node reads; what a Depend stands after is not read."""
+    """Numbers of the values whose contents a node reads; what a Depend follows is not read."""
     return node.inputs[:1] if node.op == "Depend" else [] if node.op in _FREE_OF_TENSORS else node.inputs
 
 
@@ -316,11 +316,11 @@ def hazards(graph: Graph, aliases: dict[int, int]) -> tuple[dict[int, set], set[
     written: dict[int, int] = {}
     made: dict[int, int] = {}
     found: set[int] = set()
-    for place, node in enumerate(graph.nodes):
+    for position, node in enumerate(graph.nodes):
         read = read_by(node)
         for number in read:
             found |= {root for parameter, root in sharing.get(number, ()) if written.get(parameter, -1) > made[root]}
-        made[node.number] = place
+        made[node.number] = position
         if node.number in aliases:
             continue
         writes = written_by(graph, node, aliases)
@@ -333,5 +333,5 @@ def hazards(graph: Graph, aliases: dict[int, int]) -> tuple[dict[int, set], set[
                 shared |= sharing.get(number, set())
         if shared:
             sharing[node.number] = shared
-        written.update(dict.fromkeys(writes, place))
+        written.update(dict.fromkeys(writes, position))
     return sharing, found

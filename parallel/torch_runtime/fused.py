@@ -23,7 +23,7 @@ def fused_rules(device: torch.device, traced: bool = False) -> dict[str, Callabl
 
     Args:
         device: where they run.
-        traced: the graph is going to be compiled as a whole: pieces that Inductor fuses are left in plain torch.
+        traced: the graph is going to be compiled as a whole: parts that Inductor fuses are left in plain torch.
     """
     rules = dict(_PLAIN)
     if device.type == "cuda" and not traced:

@@ -1,6 +1,6 @@
 """Process groups and collectives: gloo between CPU processes, NCCL between GPUs.
 
-Every collective begins where its node stands and is waited for before its result is first read, so communication and
+Every collective begins where its node is and is waited for before its result is first read, so communication and
 computation overlap. A Send never waits before the end of the step. Each direction of each pair of stages has a group of
 its own: on NCCL two messages in opposite directions on one communicator would wait for each other.
 """
@@ -54,7 +54,7 @@ class Communicator:
 
     Args:
         rank, world: its number and how many there are.
-        device: where tensors lie.
+        device: of tensors.
         groups: all groups of the world, the same on every rank.
         messages: all directions of messages, (sender, receiver).
     """
@@ -144,7 +144,7 @@ class Communicator:
             dist.recv(received, source)
             tensor.copy_(received)
 
-    def settle(self) -> None:
+    def wait_for_sends(self) -> None:
         """Waits for all messages that were sent."""
         for item in self.sent:
             item.wait()

@@ -84,6 +84,6 @@ def row_sums_grad(node: Node, logits: Tensor, largest: Tensor, labels: Tensor, b
 
 
 def adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient: Tensor, *_: Any) -> None:
-    """See `fused`; parameter and moments are float32 and lie in one piece."""
+    """See `fused`; parameter and moments are float32 and contiguous."""
     block = 1024
     _adam_kernel[(triton.cdiv(p.numel(), block),)](p, m, v, scalars, gradient.contiguous(), p.numel(), BLOCK=block)

@@ -22,7 +22,7 @@ def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attenti
 
     Args:
         graph: a training or loss graph.
-        causal: attention's mask is known to be causal: no documents are told apart (`documents_input`).
+        causal: attention's mask is known to be causal: documents are not separated (`documents_input`).
         early: see `Editor.graph`.
         attention: whether attention is fused at all.
         free: see `Editor.graph`.
@@ -68,7 +68,7 @@ def _flags(editor: Editor, node: Node) -> tuple[bool, bool]:
 
 
 def _attention(editor: Editor, softmax: Node) -> dict[str, Any] | None:
-    """The nodes around a softmax, if they are those of attention and nothing else reads what lies between."""
+    """The nodes around a softmax, if they are those of attention and nothing else reads what is between."""
     add = editor.maker(softmax.inputs[0], "Add")
     if add is None or len(editor.users(add.number)) != 1 or len(softmax.outputs[0].shape) != 4:
         return None
@@ -222,7 +222,7 @@ def documents_of(editor: Editor, bias: int) -> int | None:
 
 
 def documents_input(graph: Graph) -> int | None:
-    """The place among a graph's inputs of the documents' numbers on which all its attention masks depend; None where a
+    """The index among a graph's inputs of the documents' numbers on which all its attention masks depend; None where a
     mask is of another kind, or there is none."""
     editor = Editor(graph)
     plain_items(editor)
@@ -243,7 +243,7 @@ def fuse_cross_entropy(editor: Editor) -> int:
     """sum exp(x - max) and x[label] - max of every row of logits, and the gradient, without keeping [N, V] in float32.
 
     The pattern is that of `parallel.layers.loss.CrossEntropy`, sharded over the vocabulary or not: what is reduced over
-    ranks lies between the pieces that are fused here.
+    ranks is between the nodes that are fused here.
     """
     found = 0
     for shift in list(editor.nodes.values()):
@@ -279,7 +279,7 @@ def _cross_entropy(editor: Editor, shift: Node) -> dict[str, Any] | None:
         return None
     joined = _joined(editor, by_exp[0], by_label[0])
     rows = [_per_row(editor, one, exp.number if one is by_exp[0] else one_hot.number) for one in (by_exp[0],
-                                                                                               by_label[0])]
+                                                                                                  by_label[0])]
     if joined is None or None in rows:
         return None
     pattern["gradient"] = {"sum": joined, "by_total": rows[0], "by_chosen": rows[1]}
@@ -409,8 +409,8 @@ def fuse_linear(editor: Editor) -> int:
         for number, other in (node.inputs, node.inputs[::-1]):
             product, bias = editor.maker(number, "MatMul"), editor.kind(other)
             if (product is not None and bias is not None and len(bias.shape) == 1
-                    and len(editor.users(number)) == 1 and product.outputs[0] == node.outputs[0]
-                    and bias.dtype == product.outputs[0].dtype):
+                and len(editor.users(number)) == 1 and product.outputs[0] == node.outputs[0]
+                and bias.dtype == product.outputs[0].dtype):
                 editor.replace(node.number, editor.add("Linear", [*product.inputs[:4], other], node.outputs, node))
                 found += 1
                 break

@@ -38,7 +38,7 @@ KINDS = ("step", "loss", "scores")
 """Graphs of a program of training. Others are of inference, of one group of data parallelism: a program holds these or
 those, and the model's package says what they are called (`build.inference_kinds`)."""
 INLINE = 64
-"""Constants of at most so many elements are written into the JSON."""
+"""Constants of at most this many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30
 # Settings that shape no graph.
 _SHAPELESS = {
@@ -165,7 +165,7 @@ class Tensor:
     Args:
         name: as in checkpoints.
         kind: "parameter", "state" or "counter".
-        shape: whole.
+        shape: the full one.
         dtype: element type.
         start: (distribution, scale) of `start_value`, or ("fill", value).
     """
@@ -215,7 +215,7 @@ class Program:
         path = self.folder / FILE
         if not path.is_file():
             raise UserError("no exported program", where=path, hint="make one: python -m parallel export --config F "
-                                                                    "--output DIR")
+                            "--output DIR")
         tree = _read_json(path)
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise UserError("not an exported program", where=path)
@@ -411,8 +411,8 @@ class Writer:
 
 def structure(graph: Graph) -> str:
     """Hash of a graph's nodes without the constants' values."""
-    told = [[node.op, node.inputs, [(kind.shape, kind.dtype) for kind in node.outputs]] for node in graph.nodes]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    lines = [[node.op, node.inputs, [(kind.shape, kind.dtype) for kind in node.outputs]] for node in graph.nodes]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]
 
 
 def _zipped(data: bytes) -> bytes:

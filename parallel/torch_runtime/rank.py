@@ -53,7 +53,7 @@ def run_rank(program: Path, settings: Any, *, device: str = "cpu") -> dict[str, 
         device: "cpu" or "gpu".
 
     Raises:
-        UserError: anything that a user can mend.
+        UserError: anything that a user can repair.
     """
     from parallel.torch_runtime.step import TorchStep
 

@@ -1,4 +1,4 @@
-"""Compiled regions: what lies between fused attention, collectives and updates is traced and compiled by Inductor.
+"""Compiled regions: what is between fused attention, collectives and updates is traced and compiled by Inductor.
 
 A network's layers give the same region again and again, which is compiled once. Views, casts to a wider type and GELUs
 are computed again in every region that reads them, so that what is kept for the backward pass is the narrow tensor.
@@ -205,14 +205,14 @@ class RegionBinder(Binder):
 
     def _region(self, nodes: list[Node], outside: list[int], needed: set[int]) -> Step:
         outputs = [node.number for node in nodes if node.number in needed and not self._pulled(node)]
-        place = {number: index for index, number in enumerate(outside)}
-        told = self._told(nodes, outside, outputs)
-        region = _Region(self, nodes, place, outputs, told)
+        position = {number: index for index, number in enumerate(outside)}
+        description = self._description(nodes, outside, outputs)
+        region = _Region(self, nodes, position, outputs, description)
         joined = Node("Region", list(outside), [], {}, nodes[0].scope if nodes else "", {},
                       outputs[0] if outputs else nodes[-1].number)
         return Step(joined, region, joined.number, more=tuple(outputs))
 
-    def _told(self, nodes: list[Node], outside: list[int], outputs: list[int]) -> str:
+    def _description(self, nodes: list[Node], outside: list[int], outputs: list[int]) -> str:
         """What a region computes, the same for equal ones."""
         local = {number: f"i{index}" for index, number in enumerate(outside)}
         lines = []
@@ -288,7 +288,7 @@ class _Parts:
 
 
 def _joined(drafts: list, graph: Graph, several: bool) -> list:
-    """Drafts with runs of single collectives of the same kind, group and type gathered into lists."""
+    """Drafts with runs of single collectives of the same kind, group and type joined into lists."""
     made: list = []
     run: dict[tuple, list[Node]] = defaultdict(list)
 
@@ -318,9 +318,9 @@ def _joined(drafts: list, graph: Graph, several: bool) -> list:
 class _Region:
     """A region's function: compiled when it is first run, from the tensors that it is then given."""
 
-    def __init__(self, binder: RegionBinder, nodes: list[Node], place: dict[int, int], outputs: list[int],
-                 told: str) -> None:
-        self.nodes, self.inputs, self.outputs, self.told = nodes, list(place), outputs, told
+    def __init__(self, binder: RegionBinder, nodes: list[Node], position: dict[int, int], outputs: list[int],
+                 description: str) -> None:
+        self.nodes, self.inputs, self.outputs, self.description = nodes, list(position), outputs, description
         self.rules, self.values, self.dtype = binder.traced, binder.values, binder.dtype
         self.known, self.compile, self.declared = binder.known, binder.compile, binder._declared
         self.ready: Callable | None = None
@@ -336,8 +336,8 @@ class _Region:
     def __call__(self, values: list) -> list[Tensor]:
         inputs = [values[number] for number in self.inputs]
         if self.ready is None:
-            key = self.told + str([(item.dtype, tuple(item.shape), item.stride(), item.device.type)
-                                   for item in inputs])
+            key = self.description + str([(item.dtype, tuple(item.shape), item.stride(), item.device.type)
+                                          for item in inputs])
             if key not in _compiled:
                 _compiled[key] = self.compile(self.plain, inputs)
             self.ready = _compiled[key]

@@ -14,7 +14,7 @@ from parallel.torch_runtime.rules import VIEWS, WRITES
 
 
 class Editor:
-    """Nodes by number, with a place each in the order of the graph.
+    """Nodes by number, with an index each in the order of the graph.
 
     Args:
         graph: it is not changed; `graph()` gives the new one.
@@ -27,7 +27,7 @@ class Editor:
         self.nodes = {node.number: dataclasses.replace(node, inputs=[item for item in node.inputs
                                                                      if item not in states])
                       for node in graph.nodes if node.number not in states}
-        self.place: dict[int, float] = {node.number: float(place) for place, node in enumerate(graph.nodes)}
+        self.position: dict[int, float] = {node.number: float(position) for position, node in enumerate(graph.nodes)}
         self.constants = list(graph.constants)
         self.result = graph.result
         self.next = 1 + max(self.nodes, default=graph.first_node)
@@ -77,10 +77,10 @@ class Editor:
         return self.original.constant(number)
 
     def add(self, op: str, inputs: list[int], outputs: Iterable[Kind], like: Node, **attributes: Any) -> int:
-        """Adds a node where `like` stands; its number."""
+        """Adds a node where `like` is; its number."""
         number, self.next = self.next, self.next + 1
         self.nodes[number] = Node(op, inputs, list(outputs), attributes, like.scope, dict(like.marks), number)
-        self.place[number] = self.place[like.number]
+        self.position[number] = self.position[like.number]
         self._read(number, inputs)
         return number
 
@@ -110,7 +110,7 @@ class Editor:
         return dataclasses.replace(original, nodes=nodes, result=self.result)
 
     def _key(self, node: Node) -> tuple[float, int]:
-        return self.place[node.number], node.number
+        return self.position[node.number], node.number
 
     def _drop_unread(self) -> None:
         wanted, pending = set(), [self.result]
@@ -137,8 +137,8 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
     """
     waits = dependencies(graph, free)
     nodes = {node.number: node for node in graph.nodes}
-    place = {node.number: float(number) for number, node in enumerate(graph.nodes)}
-    key = dict(place)
+    position = {node.number: float(number) for number, node in enumerate(graph.nodes)}
+    key = dict(position)
     if early:
         late, behind = _only_for_the_update(graph, waits), set()
         for node in graph.nodes:
@@ -153,7 +153,7 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
         missing[number] = len(found)
         for item in found:
             after[item].append(number)
-    ready = [(key[number], place[number], number) for number, count in missing.items() if not count]
+    ready = [(key[number], position[number], number) for number, count in missing.items() if not count]
     heapq.heapify(ready)
     done: list[Node] = []
     while ready:
@@ -162,7 +162,7 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
         for item in after[number]:
             missing[item] -= 1
             if not missing[item]:
-                heapq.heappush(ready, (key[item], place[item], item))
+                heapq.heappush(ready, (key[item], position[item], item))
     if len(done) != len(nodes):
         raise RuntimeError("the changed graph waits for itself")
     return done

@@ -153,11 +153,6 @@ RULES |= {
 }  # fmt: skip
 
 
-def device_of(inputs: Sequence[Any]) -> torch.device | None:
-    """Device of the first tensor among the inputs."""
-    return next((item.device for item in inputs if isinstance(item, Tensor)), None)
-
-
 @rule("Range", "Zeros", "Ones", "FillV2", "Full")
 def _made(node: Node, *inputs: Any) -> Tensor:
     """What is made of numbers alone; the folder of constants puts it on the device."""
@@ -279,7 +274,7 @@ def _gather(node: Node, table: Tensor, ids: Tensor, dim: int, batch_dims: int = 
         dim %= table.dim()
         found = table.index_select(dim, ids.reshape(-1))
         return found.reshape(*table.shape[:dim], *ids.shape, *table.shape[dim + 1:])
-    # The first dims of both are walked together; what is taken stands where `dim` stood.
+    # The first dims of both are indexed together; what is taken replaces `dim`.
     batch, place = table.shape[:shared], dim % table.dim() - shared
     rows = table.reshape(-1, *table.shape[shared:]).movedim(place + 1, 1)  # [R, n, ...]
     count, size, rest = rows.shape[0], rows.shape[1], rows.shape[2:]

@@ -1,4 +1,4 @@
-"""Verb `run`: an exported program trained by as many processes as it has ranks, without MindSpore."""
+"""Verb `run`: an exported program trained by one process for each of its ranks, without MindSpore."""
 
 from __future__ import annotations
 

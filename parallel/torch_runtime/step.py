@@ -129,7 +129,7 @@ class TorchStep:
         return mean * weight, weight
 
     def scores(self, batch: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Probabilities [rows, tasks] of this rank's rows; None where another rank tells them. See `Backend.scores`."""
+        """Probabilities [rows, tasks] of this rank's rows; None where another rank has them. See `Backend.scores`."""
         self._refresh_copies()
         result = self.run("scores", batch)
         if not self.is_last or self.own.op:
@@ -235,7 +235,7 @@ class TorchStep:
         owner = tensor.name.partition(".")[2] if tensor.kind == "state" else tensor.name
         if owner in self.own.copies or tensor.name in self.own.copies:
             return False
-        # A world of one has no extents: everything is held whole.
+        # A single rank has no extents: everything is held in full.
         return tensor.kind == "counter" or self.ranks == 1 or tensor.name in self.own.extents
 
     def _start(self) -> dict[str, Tensor]:

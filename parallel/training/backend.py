@@ -19,7 +19,7 @@ Batch = tuple[np.ndarray, ...]
 
 
 class Outputs(TypedDict):
-    """What a step tells; the same on every rank."""
+    """Results of a step; the same on every rank."""
 
     loss: float
     """Mean over the global batch."""
@@ -63,13 +63,13 @@ class Backend(Protocol):
         ...
 
     def loss(self, batch: Batch) -> tuple[float, float]:
-        """(loss x weight, weight) of this batch, dropout off, nothing updated. All ranks call it. One rank tells a
+        """(loss x weight, weight) of this batch, dropout off, nothing updated. All ranks call it. One rank gives a
         row, of its own rows or of all; the others give (0, 0), so that `exchange` adds up the batch."""
         ...
 
     def scores(self, batch: Batch) -> np.ndarray | None:
-        """What a ranker says, float32 [rows, tasks] probabilities, dropout off; `batch` is without labels. All ranks
-        call it. Each row is told by one rank; the others give None, as in `loss`."""
+        """Predictions of a ranker, float32 [rows, tasks] probabilities, dropout off; `batch` is without labels. All
+        ranks call it. Each row is given by one rank; the others give None, as in `loss`."""
         ...
 
     def parameters(self) -> Sequence[NamedTensor]:

@@ -31,7 +31,7 @@ class Companion:
         """Called with the number of steps done and this process's rows of the next batch."""
 
     def after_step(self, step: int, outputs: dict[str, float]) -> None:
-        """Called with the number of steps done and what the last one told."""
+        """Called with the number of steps done and the results of the last one."""
 
     def before_checkpoint(self, directory: Path, step: int) -> None:
         """Called on every rank before a checkpoint of `step` is written below `directory`."""

@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,12 +16,7 @@ _PREFETCHED = 2
 
 
 class DataSource(Protocol):
-    """What the trainer reads from. Batch i depends only on the source's seed and i.
-
-    A stream has more members: `ends` (True: its batches may end, and the run with them), `interrupt()` (ends a wait for
-    events; called by the handler of a signal) and, where batches must not be read before the step that takes them,
-    `read_ahead` (False).
-    """
+    """What the trainer reads from. Batch i depends only on the source's seed and i. See also `WaitingSource`."""
 
     columns: Sequence[str]
     steps_per_epoch: int
@@ -32,6 +27,23 @@ class DataSource(Protocol):
 
     def mindspore_dataset(self, start_step: int, steps: int) -> Any:
         """The same batches as a `mindspore.dataset` of `steps` batches, for data sink (Ascend). May be absent."""
+        ...
+
+
+@runtime_checkable
+class WaitingSource(Protocol):
+    """A data source that waits for events.
+
+    Args:
+        ends: whether its batches may end, and the run with them.
+        read_ahead: whether batches may be read before the step that takes them.
+    """
+
+    ends: bool
+    read_ahead: bool
+
+    def interrupt(self) -> None:
+        """Ends a wait for events; called by the handler of a signal."""
         ...
 
 
@@ -46,12 +58,14 @@ class NumberedSource:
     def __init__(self, source: DataSource, part: int, parts: int) -> None:
         self.source, self.part, self.parts = source, part, parts
         self.columns, self.steps_per_epoch = (*source.columns, SAMPLE_NUMBERS), source.steps_per_epoch
-        self.ends, self.read_ahead = getattr(source, "ends", False), getattr(source, "read_ahead", True)
+        self.stream = source if isinstance(source, WaitingSource) else None
+        self.ends = self.stream is not None and self.stream.ends
+        self.read_ahead = self.stream is None or self.stream.read_ahead
 
     def interrupt(self) -> None:
-        """See `DataSource`."""
-        if hasattr(self.source, "interrupt"):
-            self.source.interrupt()
+        """See `WaitingSource`."""
+        if self.stream is not None:
+            self.stream.interrupt()
 
     def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
         """See `DataSource`."""

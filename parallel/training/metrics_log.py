@@ -20,7 +20,7 @@ _FLUSH_SECONDS = 30.0
 class MetricsLog:
     """Appends one JSON object per line to `metrics.jsonl` and the same scalars to TensorBoard.
 
-    A resumed run first drops the lines after its first step, so that the file reads like that of a straight run.
+    A resumed run first drops the lines after its first step, so that the file reads like that of an uninterrupted run.
 
     Args:
         directory: folder of the run.
@@ -85,7 +85,7 @@ class MetricsLog:
 
 
 class _Events:
-    """A TensorBoard event file, written where it is called: the thread of `SummaryWriter` could tell of a full disk by
+    """A TensorBoard event file, written where it is called: the thread of `SummaryWriter` could report a full disk by
     a traceback only.
 
     Args:
@@ -98,7 +98,7 @@ class _Events:
         from tensorboardX.proto import event_pb2
 
         self.directory, self._event, self._flushed = directory, event_pb2.Event, time.monotonic()
-        with self._told():
+        with self._explained():
             directory.mkdir(parents=True, exist_ok=True)
             self._file = EventsWriter(str(directory / "events"), f".{os.getpid()}.{os.urandom(3).hex()}")
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -108,7 +108,7 @@ class _Events:
         """Adds scalars of a step."""
         from tensorboardX.summary import scalar
 
-        with self._told():
+        with self._explained():
             for name, value in values.items():
                 self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
@@ -117,11 +117,11 @@ class _Events:
 
     def close(self) -> None:
         """Flushes."""
-        with self._told():
+        with self._explained():
             self._file.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -133,7 +133,7 @@ def _line(record: dict) -> str:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is dropped."""
+    """The records of a metrics.jsonl; a last line truncated by a crash is dropped."""
     records = []
     if Path(path).is_file():
         for line in split_lines(Path(path).read_text(encoding="utf-8", errors="replace")):

@@ -1,5 +1,5 @@
-"""MindSpore as a `parallel.training.backend.Backend`: a whole network on one device or under plain data parallelism,
-or the slices of a sharded one."""
+"""MindSpore as a `parallel.training.backend.Backend`: an unsharded network on one device or under plain data
+parallelism, or the slices of a sharded one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class MeanLoss(nn.Cell):
 
 
 class MindSporeBackend:
-    """A `TrainStep` of a whole network. See `Backend`.
+    """A `TrainStep` of an unsharded network. See `Backend`.
 
     Args:
         step: the training step.
@@ -174,7 +174,7 @@ class ShardedBackend(MindSporeBackend):
         """See `Backend`."""
         self._mode(False)
         loss, weight = self.mean_loss(*map(Tensor, batch)).asnumpy().tolist()
-        return (loss * weight, weight) if self.run.tells else (0.0, 0.0)
+        return (loss * weight, weight) if self.run.reports_loss else (0.0, 0.0)
 
     def scores(self, batch: Batch) -> np.ndarray | None:
         """See `Backend`."""

@@ -34,7 +34,7 @@ def make_states(prefix: str, parameters: Sequence[Parameter], value: float = 0.0
     """One float32 state per parameter, of its shape, filled with `value` and named `<prefix>.<parameter name>`."""
     states = []
     for parameter in parameters:
-        # A clone keeps the tie by which the partitioner cuts a state as it cuts its parameter.
+        # A clone keeps the tie by which the partitioner shards a state as it shards its parameter.
         state = parameter.clone(init=value)
         if parameter.dtype != ms.float32:
             state.set_dtype(ms.float32)
@@ -191,7 +191,7 @@ def adagrad_update(rate: Tensor, epsilon: float, parameter: Parameter, a: Parame
 class RMSProp(nn.Cell):
     """RMSProp (Hinton 2012): `s = d s + (1-d) g^2`, `u = momentum u + g / (sqrt(s) + epsilon)`, `p -= rate u`.
 
-    Epsilon outside the root and the learning rate outside the momentum, as in PyTorch; the choice is ours.
+    Epsilon outside the root and the learning rate outside the momentum, as in PyTorch; chosen here.
     """
 
     def __init__(self, parameters: Sequence[Parameter], settings: OptimizerSettings) -> None:
@@ -293,14 +293,9 @@ class Optimizer(nn.Cell):
         return [p for p in self.get_parameters() if id(p) not in own]
 
 
-def sparse_settings(train: TrainSettings) -> OptimizerSettings | None:
-    """Of the tables' own optimizer, where the run's settings know one and it is set."""
-    return getattr(train, "sparse_optimizer", None)
-
-
 def run_optimizer(parameters: Sequence[Parameter], train: TrainSettings,
                   is_sparse: Callable[[str], bool] | None = None) -> Optimizer:
     """The optimizer of a run: `train.sparse_optimizer`, where it is set, owns the parameters whose name `is_sparse`."""
-    sparse = sparse_settings(train)
+    sparse = train.sparse_settings()
     groups = [(lambda parameter: is_sparse(parameter.name), sparse)] if sparse is not None and is_sparse else []
     return Optimizer(parameters, train.optimizer, train.steps, groups)

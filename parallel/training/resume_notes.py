@@ -1,4 +1,4 @@
-"""What a resumed run does otherwise than the run that wrote the checkpoint: told, since nothing stops it."""
+"""What a resumed run does otherwise than the run that wrote the checkpoint: reported, since nothing stops it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One note for every setting that shapes the run and differs, with both values.
 
     Args:
-        was: the settings kept in the checkpoint (`state["run"]`); {} tells nothing.
+        was: the settings kept in the checkpoint (`state["run"]`); {} says nothing.
         now: the settings of this run, in the same form.
     """
     if not was or not now:
@@ -29,7 +29,7 @@ def changed_settings(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     notes += _schedule_notes(old, new)
     if (name := "train.optimizer.name") in old and old[name] != new.get(name):
         notes.insert(0, f"note: moments that {old[name]} made go on in {new.get(name)}; for a clean start begin a new "
-                        "run from the parameters alone")
+                     "run from the parameters alone")
     more = [f"note: and {len(notes) - _MOST} more settings"] if len(notes) > _MOST else []
     return notes[:_MOST] + more
 

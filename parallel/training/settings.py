@@ -67,7 +67,7 @@ class OptimizerSettings(Settings):
     @pydantic.model_validator(mode="after")
     def _check(self) -> OptimizerSettings:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise UserError("betas lie in [0, 1)", where="optimizer.betas", value=list(self.betas))
+            raise UserError("betas must be in [0, 1)", where="optimizer.betas", value=list(self.betas))
         if self.schedule.end_learning_rate > self.learning_rate:
             raise UserError("the schedule ends above its start", where="optimizer.schedule.end_learning_rate",
                             value=self.schedule.end_learning_rate, hint=f"at most {self.learning_rate}")
@@ -147,7 +147,7 @@ class TrainSettings(Settings):
     """Steps between validations; null = only at the end."""
 
     validation_batches: int | None = pydantic.Field(None, ge=1)
-    """Batches of a validation; null = the whole validation source."""
+    """Batches of a validation; null = all of the validation source."""
 
     log_every: int = pydantic.Field(10, ge=1)
     """Steps between lines of the metrics log (the mean loss of these steps)."""
@@ -172,7 +172,7 @@ class TrainSettings(Settings):
     waits. MindSpore tells no collective: the whole step counts, from the second on."""
 
     data_sink: bool = False
-    """Feed whole stretches of log_every steps to the device at once (Ascend only)."""
+    """Feed log_every steps to the device at once (Ascend only)."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> TrainSettings:
@@ -180,6 +180,10 @@ class TrainSettings(Settings):
             raise UserError("accumulation does not divide global_batch_size", where="train.accumulation",
                             value=self.accumulation, hint=f"choose a divisor of {self.global_batch_size}")
         return self
+
+    def sparse_settings(self) -> OptimizerSettings | None:
+        """Of the optimizer that embedding tables have to themselves; None = they have the same one."""
+        return None
 
 
 class OutputSettings(Settings):

@@ -1,13 +1,13 @@
 """One training step as one graph: forward, backward, averaging, norm, clip, update; non-finite steps change nothing.
 
-The pieces are separate cells so that each way to cut a network can swap its own in: `BlockGradient` (one forward and
+They are separate cells so that each way to shard a network can replace its own: `BlockGradient` (one forward and
 backward), `MeanGradient` (micro-batches and data-parallel ranks), `GlobalNorm` (replication weights and groups),
 `LossScale` (static or dynamic) and `TrainStep`, which joins them.
 
 A network is any cell `network(*batch) -> loss`, or `-> (loss, weight)` where `loss` is a mean over `weight` items (the
 unmasked tokens of a language model, say; finite where the weight is 0): micro-batches and ranks are then averaged by
-weight, so that the result is the mean over the whole global batch however it is cut. A network with dropout takes the
-numbers of its samples, int32 [B], as its last input (`parallel.layers.dropout`).
+weight, so that the result is the mean over the global batch however it is sharded. A network with dropout takes
+the numbers of its samples, int32 [B], as its last input (`parallel.layers.dropout`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from parallel.training.settings import LossScaleSettings, TrainSettings
 
 
 def enable_weighted_loss(network: nn.Cell) -> bool:
-    """Makes a network that can tell its weight return (loss, weight); whether it can."""
+    """Makes a network that has a weight return (loss, weight); whether it can."""
     if not isinstance(network, Trainable) or not network.can_weigh:
         return False
     network.weighted = True
@@ -130,11 +130,11 @@ class MeanGradient(nn.Cell):
 class GlobalNorm(nn.Cell):
     """Euclidean norm of all gradients together, float32.
 
-    `sqrt(sum_p sum(g_p^2) / replicas_p)`, summed over the ranks of `groups`: a gradient that lies whole on k ranks of
-    the groups is counted k times by the sum, hence divided by k (rule of the released PanGu-alpha code).
+    `sqrt(sum_p sum(g_p^2) / replicas_p)`, summed over the ranks of `groups`: a gradient that is replicated on k ranks
+    of the groups is counted k times by the sum, hence divided by k (rule of the released PanGu-alpha code).
 
     Args:
-        replicas: for each gradient, on how many ranks of the groups the same values lie.
+        replicas: for each gradient, on how many ranks of the groups the same values are.
         groups: communication groups over which partial sums are added, one after the other.
     """
 
@@ -222,9 +222,9 @@ class TrainStep(nn.Cell):
         optimizer: made from `network.trainable_params()`.
         settings: accumulation, clip norm, loss scale, precision, seed.
         weighted: whether the network returns (loss, weight).
-        group, rank, ranks: data-parallel group, this rank's place in it and its size.
+        group, rank, ranks: data-parallel group, this rank's index in it and its size.
         gradient: replaces `MeanGradient` (a pipeline accumulates by itself).
-        norm: replaces the `GlobalNorm` of whole gradients.
+        norm: replaces the `GlobalNorm` of unsharded gradients.
     """
 
     def __init__(self, network: nn.Cell, optimizer: Optimizer, settings: TrainSettings, *, weighted: bool = False,
@@ -253,28 +253,36 @@ class TrainStep(nn.Cell):
 
     def construct(self, *batch: Tensor) -> tuple:
         """batch: this rank's rows of the global batch, micro-batches after each other."""
+        scalars, _, _ = self.advance(batch)
+        return scalars
+
+    def advance(self, batch: tuple) -> tuple:
+        """(the five scalars, gradients, factor) of a step; `gradients * factor` are the clipped gradients of the mean
+        loss, the norm is that before clipping."""
         scale = Tensor(1.0, ms.float32)
         if not self.unscaled:
             scale = self.loss_scale.value * scale
-        loss, gradients, factor, norm, finite = self.measured(scale, batch)
+        loss, gradients, factor = self.gradient(scale, *batch)
+        factor = factor / scale
+        norm, finite = self.measure(gradients, factor)
+        if self.clip_norm is not None:
+            factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, ms.float32)))
         rate = self.optimizer.learning_rate(self.step)
+        self.apply_gradients(gradients, factor, finite)
+        return (loss, norm, finite, scale, rate), gradients, factor
+
+    def measure(self, gradients: tuple, factor: Tensor) -> tuple:
+        """(norm of `gradients * factor`, whether the step counts)."""
+        norm = self.norm(gradients) * factor
+        return norm, ops.isfinite(norm)
+
+    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor) -> None:
+        """Moves parameters, moments and counters, or the counters alone if the step is not `finite`."""
         if finite:
             self.update(gradients, factor)
         ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
         if self.loss_scale.dynamic:
             self.loss_scale(finite)
-        return loss, norm, finite, scale, rate
-
-    def measured(self, scale: Tensor, batch: tuple) -> tuple:
-        """(loss, gradients, factor, norm, finite): `gradients * factor` are the clipped gradients of the mean loss,
-        `norm` is that before clipping."""
-        loss, gradients, factor = self.gradient(scale, *batch)
-        factor = factor / scale
-        norm = self.norm(gradients) * factor
-        finite = ops.isfinite(norm)
-        if self.clip_norm is not None:
-            factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, ms.float32)))
-        return loss, gradients, factor, norm, finite
 
     def update(self, gradients: tuple, factor: Tensor) -> Tensor:
         """Moves parameters, moments and `step`."""

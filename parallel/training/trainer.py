@@ -1,6 +1,6 @@
 """The training loop, whatever the model and the backend: data in, steps, log, validation, checkpoints, resume, stop.
 
-A run that is stopped and resumed gives bit for bit what the straight run gives: batch i depends only on (seed, i),
+A run that is stopped and resumed gives bit for bit what the uninterrupted run gives: batch i depends only on (seed, i),
 dropout on (seed, step), and parameters, moments and counters are saved exactly. Nothing here imports a framework: the
 step, its device and the other processes are a `parallel.training.backend.Backend`.
 """
@@ -26,7 +26,7 @@ from parallel.common.progress import Bar, info
 from parallel.training.agreement import agree
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
-from parallel.training.data_source import DataSource, NumberedSource, prefetch
+from parallel.training.data_source import DataSource, NumberedSource, WaitingSource, prefetch
 from parallel.training.metrics_log import Clock, MetricsLog
 from parallel.training.operation.profile import ProfileWindow
 from parallel.training.operation.saving import RESTARTS, Saver
@@ -39,7 +39,7 @@ from parallel.training.validation import Validation
 
 @dataclass
 class Run:
-    """What is trained on and what is told about it; the same on every backend.
+    """What is trained on and what is reported about it; the same on every backend.
 
     Args:
         source: training batches, this process's rows (`Backend.share`).
@@ -85,6 +85,7 @@ class Trainer:
         self.backend, self.plan = backend, run
         self.settings, self.output = run.settings, run.output
         self.source = NumberedSource(run.source, *backend.share) if backend.numbered else run.source
+        self.stream = run.source if isinstance(run.source, WaitingSource) else None
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
         for companion in self.companions:
             companion.save, companion.go_back = lambda: self.save(at_once=True), self.go_back
@@ -107,13 +108,13 @@ class Trainer:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Trains from where the run stands to its end (or early stop, or a signal) and returns its figures.
+        """Trains from the run's current step to its end (or early stop, or a signal) and returns its figures.
 
         Raises:
             UserError: nothing to read, a checkpoint that does not fit, gradients that stay non-finite, no disk space.
         """
         # A stream may be waiting for events that do not come; with other ranks it is they who end the wait together.
-        interrupt = getattr(self.source, "interrupt", None) if self.backend.ranks == 1 else None
+        interrupt = self.stream.interrupt if self.stream is not None and self.backend.ranks == 1 else None
         with (owned(self.directory, self.plan.title, self.backend.rank == 0), self.stop.listening(interrupt),
               watched(self.backend.rank, self.backend.ranks, self.settings.stall_after)):
             agree(self.backend, self.plan.describe)
@@ -146,8 +147,8 @@ class Trainer:
                 self._data_ended()
 
     def _data_ended(self) -> None:
-        """A source with `ends` (a stream) may end a run; others repeat their epochs."""
-        if not getattr(self.source, "ends", False):
+        """A stream may end a run; other sources repeat their epochs."""
+        if self.stream is None or not self.stream.ends:
             raise UserError("the training data ended", value=self.iteration, hint="sources repeat their epochs")
         self.stopped_by = self.stopped_by or self.stop.asked or "end of data"
         if self.iteration and not self.metrics:
@@ -155,12 +156,12 @@ class Trainer:
         self.save(at_once=True)
 
     def _outputs(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(steps done, what the last of them told) until the run's last step."""
+        """(steps done, results of the last of them) until the run's last step."""
         if self.settings.data_sink:
             yield from self._sunk_outputs()
             return
         batches = self.source.batches(self.iteration)
-        if getattr(self.source, "read_ahead", True):
+        if self.stream is None or self.stream.read_ahead:
             batches = prefetch(itertools.islice(batches, self.settings.steps - self.iteration))
         try:
             for batch in batches:
@@ -342,7 +343,7 @@ class Trainer:
             info(f"starting from the parameters of {path}")
 
     def _same_on_all_ranks(self) -> None:
-        """Refuses to go on when the ranks stand at different steps, each knowing its own disk only."""
+        """Refuses to go on when the ranks are at different steps, each knowing its own disk only."""
         first, = self.backend.exchange([float(self.iteration) if self.backend.rank == 0 else 0.0])
         different, = self.backend.exchange([float(first != self.iteration)])
         if different:

@@ -36,19 +36,23 @@ class Columns:
 @dataclass
 class Encoded:
     """n rows: ids_nM int32 (int64 where a feature is dynamic: its columns hold keys), numbers_nN float32, labels_nK
-    float32 (then their weights), users int64 (0 without a user column)."""
+    float32 (then their weights), users int64 (0 without a user column).
+
+    shift_M int32 is to be added to the ids where they were encoded for one common table (`recsys.data.log`).
+    """
 
     ids: np.ndarray
     numbers: np.ndarray
     labels: np.ndarray
     users: np.ndarray
+    shift: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, chosen: np.ndarray | slice) -> Encoded:
         """The rows of a mask, an index or a slice."""
-        return Encoded(self.ids[chosen], self.numbers[chosen], self.labels[chosen], self.users[chosen])
+        return Encoded(self.ids[chosen], self.numbers[chosen], self.labels[chosen], self.users[chosen], self.shift)
 
 
 @dataclass

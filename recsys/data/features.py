@@ -1,4 +1,4 @@
-"""What the columns of a click log mean: typed features, and where each one lies in a model's input.
+"""What the columns of a click log mean: typed features, and which columns of a model's input each one has.
 
 Every feature with an embedding table keeps the first two rows: row 0 is *missing* (an empty cell, and the padding of
 lists, which pooling leaves out), row 1 is *unseen* (a value that the vocabulary does not hold). Known values follow.
@@ -36,7 +36,7 @@ class Feature(Settings):
     side: Side
     """Whom it describes. Only `user` features may be computed once for all candidates of a request."""
     group: str | None = None
-    """Semantic group; features of a group stand together in the tokens. Null = the side."""
+    """Semantic group; features of a group are together in the tokens. Null = the side."""
     values: Literal["vocabulary", "hash", "integer", "dynamic"] = "vocabulary"
     """vocabulary: values seen in training, listed by the statistics pass; hash: row = hash mod rows; integer: the
     value itself is the number, 0 to rows - 1; dynamic: any ids, each with a row of its own from when it is admitted to
@@ -64,7 +64,7 @@ class Feature(Settings):
     """Embedding width; null = the model's embedding_size."""
     transform: Literal["value", "log", "bucket"] = "bucket"
     """numeric: value and log (sign(x) log(1 + |x|)) are standardised and scale a learned vector, a missing one counts
-    as the mean; bucket: cut at `boundaries` and looked up like an id."""
+    as the mean; bucket: divided at `boundaries` and looked up like an id."""
     boundaries: list[float] | None = None
     """numeric bucket: upper edges, rising; null = quantiles found by the statistics pass."""
     buckets: int = Field(16, ge=2, le=4096)
@@ -72,7 +72,7 @@ class Feature(Settings):
     length: int = Field(16, ge=1, le=100_000)
     """multi, sequence: values kept (multi: the first, sequence: the newest)."""
     separator: str = " "
-    """multi, sequence in text files: what stands between values."""
+    """multi, sequence in text files: what separates values."""
     pooling: Literal["mean", "sum", "max", "attention", "none"] = "mean"
     """multi, sequence: how the values become one vector; attention: weighed by the `target` feature (DIN); none: kept
     whole, for models with a module for long sequences."""
@@ -81,7 +81,7 @@ class Feature(Settings):
     attention_size: int = Field(36, ge=1)
     """attention: hidden width of the unit that weighs values."""
     repeat: int = Field(1, ge=1, le=10_000)
-    """Stands for so many features alike, named name_0, name_1, ...: for presets without data."""
+    """Stands for this many features alike, named name_0, name_1, ...: for presets without data."""
 
     @property
     def source(self) -> str:
@@ -174,7 +174,7 @@ def _check_target(feature: Feature, by_name: dict[str, Feature]) -> None:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a feature with a table lies: columns `start .. start + length` of the ids, rows from `offset` in the table
+    """A feature with a table: columns `start .. start + length` of the ids, rows from `offset` in the table
     of its width."""
 
     feature: Feature
@@ -187,7 +187,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class NumericSlot:
-    """Where a feature without a table lies: one column of the numbers."""
+    """A feature without a table: one column of the numbers."""
 
     feature: Feature
     column: int
@@ -196,7 +196,7 @@ class NumericSlot:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """All features of a model in their places, groups in order: user side first, then context, item and cross.
+    """All features of a model with their columns, groups in order: user side first, then context, item and cross.
 
     Args:
         slots: features with tables, in the order of `ordered`.
@@ -246,8 +246,8 @@ class FeatureSpec:
 _SIDE_ORDER = {"user": 0, "context": 1, "item": 2, "cross": 3}
 
 
-def place(features: list[Feature], embedding_size: int, known: dict[str, int] | None = None) -> FeatureSpec:
-    """Puts features in their places.
+def assign_columns(features: list[Feature], embedding_size: int, known: dict[str, int] | None = None) -> FeatureSpec:
+    """Assigns columns and rows of tables to features.
 
     Args:
         features: as `expand` gives them.
@@ -269,7 +269,7 @@ def place(features: list[Feature], embedding_size: int, known: dict[str, int] | 
     numeric: dict[str, NumericSlot] = {}
     tables: dict[int, int] = {}
     start = 0
-    # A target stands before the sequences that share its rows.
+    # A target comes before the sequences that share its rows.
     for feature in sorted(ordered, key=lambda item: item.target is not None):
         width = feature.width or embedding_size
         if feature.is_value:
@@ -296,7 +296,7 @@ def _rows_of(feature: Feature, known: dict[str, int] | None) -> int:
         buckets = len(feature.boundaries) + 1 if feature.boundaries is not None else feature.buckets
         return FIRST_KNOWN + buckets
     if feature.is_dynamic:
-        return FIRST_KNOWN  # the rest lies on the host
+        return FIRST_KNOWN  # the rest is on the host
     if feature.rows is None and known is not None and feature.name in known:
         return FIRST_KNOWN + known[feature.name]
     if feature.rows is None:

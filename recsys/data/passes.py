@@ -1,7 +1,7 @@
 """Passes over a log: what its training rows hold, and its rows as numbers on disk.
 
 A log is a number of units (files, where the reader reads single ones). What a unit gives depends on the unit and on
-where it stands in the log alone, so units may be gone over in any place and put together in their order: see
+its rank in the log alone, so units may be read anywhere and put together in their order: see
 `recsys.data.spark_passes`.
 """
 
@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,13 +24,16 @@ from recsys.data.readers import Reader
 from recsys.data.times import TimeReader
 from recsys.data.vocabulary import Statistics, Vocabulary
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
+
 PARTS = ("train", "validation", "test")
 FIELDS = ("ids", "numbers", "labels", "users")
 
 
 @dataclass
 class Unit:
-    """A piece of a log that is read on its own.
+    """A part of a log that is read on its own.
 
     Args:
         path: file or folder; None = the reader needs none.
@@ -64,13 +67,13 @@ class Passes:
         data: `recsys.settings.DataSettings`.
         source: its reader.
         encoder: of its rows; collects the report.
-        unit: go over this piece alone, which stands where it says.
+        unit: read this unit alone, at the rank that it has.
     """
 
-    def __init__(self, data: Any, source: Reader, encoder: Encoder, unit: Unit | None = None) -> None:
+    def __init__(self, data: DataSettings, source: Reader, encoder: Encoder, unit: Unit | None = None) -> None:
         self.data, self.source, self.encoder = data, source, encoder
         self.by = data.split.by if data.split.by != "default" else source.split_by
-        self.units = [unit] if unit is not None else whole_parts(data, self.by)
+        self.units = [unit] if unit is not None else units_of(data, self.by)
         self.form: str | None = None  # of the times
         if unit is None:
             self._look_ahead()
@@ -123,7 +126,7 @@ class Passes:
         bounds = [train * total, (train + validation) * total]
         if total > 1:
             bounds = [round(bound) for bound in bounds]
-        # A share of 0 gives a part without rows even where a cut lies on a rounding error.
+        # A share of 0 gives a part without rows even where a border is off by a rounding error.
         last = (place >= bounds[1]) & (test > 0)
         part = ((place >= bounds[0]) & (train < 1.0)).astype(np.int8) + last.astype(np.int8)
         return np.where(place < 0, np.int8(-1), part)  # -1: a row without a time
@@ -156,12 +159,12 @@ class Passes:
                 file.close()
         finally:
             for file in files.values():
-                with contextlib.suppress(OSError):  # of a full disk, which has been told
+                with contextlib.suppress(OSError):  # of a full disk, which has been reported
                     file.close()
         return Written(counts, sums)
 
 
-def whole_parts(data: Any, by: str) -> list[Unit]:
+def units_of(data: DataSettings, by: str) -> list[Unit]:
     """The log as one unit, or one for each file of a split by files."""
     if by != "files":
         return [Unit(data.path)]
@@ -170,7 +173,7 @@ def whole_parts(data: Any, by: str) -> list[Unit]:
 
 
 def rank(units: list[Unit], rows: list[int], times: list[np.ndarray] | None) -> None:
-    """Tells units where they stand: by the numbers of their rows, or by times (NaN: a bad row, which has no rank)."""
+    """Ranks units: by the numbers of their rows, or by times (NaN: a bad row, which has no rank)."""
     begins = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
     order, total = None, int(begins[-1])
     if times is not None:
@@ -192,7 +195,7 @@ def _uniform(rows: np.ndarray) -> np.ndarray:
 
 
 def write_log(directory: Path, written: Written, passes: Passes, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
-    """What stands beside the encoded rows: the vocabulary, and `log.json`.
+    """What is stored beside the encoded rows: the vocabulary, and `log.json`.
 
     Raises:
         UserError: no row is left for training.

@@ -1,6 +1,6 @@
 """The passes over a log on Spark: row for row what one machine finds and writes.
 
-Each file is a task. The driver asks for rows (and times), tells every file where it stands, merges what the files
+Each file is a task. The driver asks for rows (and times), gives every file its rank, merges what the files
 hold in their order, and puts their encoded rows one after the other. The log and `data.cache` must be visible to all
 workers.
 """
@@ -10,16 +10,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from parallel.common.digests import BlockSums
 from parallel.common.errors import UserError
 from parallel.common.spark.session import explain, start_session
 from recsys.data.encode import Encoder, Report
 from recsys.data.features import Feature, FeatureSpec
-from recsys.data.passes import FIELDS, PARTS, Passes, Unit, Written, rank, whole_parts
+from recsys.data.passes import FIELDS, PARTS, Passes, Unit, Written, rank, units_of
 from recsys.data.readers import Reader, reader
 from recsys.data.vocabulary import Statistics, Vocabulary
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 _Result = TypeVar("_Result")
 _BLOCK = 16 << 20
@@ -28,13 +31,13 @@ _BLOCK = 16 << 20
 class SparkPasses(Passes):
     """See `Passes`; of a log whose reader names its files each is a task, any other log is one."""
 
-    def __init__(self, data: Any, source: Reader, encoder: Encoder) -> None:
+    def __init__(self, data: DataSettings, source: Reader, encoder: Encoder) -> None:
         self.session = _session(data)
         super().__init__(data, source, encoder)
 
     def _look_ahead(self) -> None:
         units = []
-        for whole in whole_parts(self.data, self.by):
+        for whole in units_of(self.data, self.by):
             files = [whole.path] if self.source.files is None else map(str, self.source.files(Path(whole.path)))
             units += [Unit(file, whole.part) for file in files]
         for number, unit in enumerate(units):
@@ -111,7 +114,7 @@ def merge_reports(report: Report, other: Report) -> None:
     report.empty_files += other.empty_files
 
 
-def _session(data: Any) -> Any:
+def _session(data: DataSettings) -> Any:
     from importlib.util import find_spec
 
     if find_spec("pyspark") is None:

@@ -30,7 +30,7 @@ def one_at_a_time(target: Path) -> Iterator[None]:
 
 
 def _turn(lock: Path, target: Path) -> IO:
-    told = False
+    reported = False
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -40,9 +40,9 @@ def _turn(lock: Path, target: Path) -> IO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not told:
+            if not reported:
                 info(f"another process makes {target}; waiting for it")
-            told = True
+            reported = True
             fcntl.flock(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:

@@ -1,4 +1,4 @@
-"""The statistics pass: which values a feature takes, where its quantiles lie. Streaming, memory bounded.
+"""The statistics pass: which values a feature takes, where its quantiles are. Streaming, memory bounded.
 
 What it finds is written as one JSON file beside the data and travels with every checkpoint, so that training,
 evaluation and serving read a value the same way.
@@ -43,7 +43,7 @@ class Vocabulary:
     moments: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
-        """Known values of each vocabulary feature (a list as long as the table when places are free: see refresh)."""
+        """Known values of each vocabulary feature (a list as long as the table when rows are free: see refresh)."""
         return {name: len(values) for name, values in self.values.items()}
 
     def save(self, path: str | Path) -> None:
@@ -82,7 +82,7 @@ class Vocabulary:
         """Admits and evicts values of an open vocabulary after new data; returns the rows to start anew.
 
         Old counts are multiplied by `decay` and the new ones added. A value below `minimum_count` is evicted; among
-        the rest the `rows` most frequent are kept. Values that stay keep their row; a newcomer takes the place of an
+        the rest the `rows` most frequent are kept. Values that stay keep their row; a newcomer takes the row of an
         evicted one (its row is returned: reset the embedding and its optimizer state there) or a row never used.
         `rows` must be the feature's, so that the table is large enough from the start.
         """
@@ -101,7 +101,7 @@ class Vocabulary:
                 reset.append(FIRST_KNOWN + index)
             else:
                 places.append(newcomer)
-        # A place left empty keeps its row under a value that no text can be, so that later rows do not move.
+        # An empty row keeps its number under a value that no text can be, so that later rows do not move.
         self.values[name] = [f"\x00{index}" if value is None else value for index, value in enumerate(places)]
         self.counts[name] = [merged.get(value, 0.0) for value in self.values[name]]
         self.__dict__.pop("_arrays", None)
@@ -141,11 +141,11 @@ class Statistics:
         self.forgotten: dict[str, int] = {}
         self.samples: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.sums: dict[str, list[tuple[float, float, float]]] = {}
-        self.place = (0, 0)
+        self.position = (0, 0)
 
     def begin(self, where: str, first_row: int) -> None:
         """What is added next comes from here: the sample depends on it, and not on what was added before."""
-        self.place = zlib.crc32(Path(where).name.encode()), first_row
+        self.position = zlib.crc32(Path(where).name.encode()), first_row
 
     def merge(self, other: Statistics) -> None:
         """Adds what was found in rows that follow."""
@@ -189,7 +189,7 @@ class Statistics:
         self.sums.setdefault(feature.name, []).append(
             (float(len(numbers)), float(numbers.sum()), float(np.square(numbers).sum())))
         # Each number draws a key; the smallest keys are a uniform sample of everything seen.
-        generator = np.random.default_rng((zlib.crc32(feature.name.encode()), *self.place))
+        generator = np.random.default_rng((zlib.crc32(feature.name.encode()), *self.position))
         self._sample(feature.name, generator.random(len(numbers)), numbers)
 
     def _sample(self, name: str, keys: np.ndarray, numbers: np.ndarray) -> None:

@@ -27,7 +27,7 @@ class Table(Layer):
         width: W.
         std: sigma of the start.
 
-    The op axis cuts V (every device looks up its own rows, the results are summed).
+    The op axis shards V (every device looks up its own rows, the results are summed).
     """
 
     def __init__(self, rows: int, width: int, std: float) -> None:
@@ -41,8 +41,8 @@ class Table(Layer):
     def sharding(self) -> list[OpSharding]:
         return [OpSharding(self.gather, (("vocabulary", None), ("batch", None)), weights=("table",))]
 
-class Pieces(Layer):
-    """Cuts dim 1 into pieces of given sizes; its gradient is one concatenation (slices would add full-size zeros)."""
+class SplitColumns(Layer):
+    """Splits dim 1 into the given sizes; its gradient is one concatenation (slices would add full-size zeros)."""
 
     def __init__(self, sizes: list[int], dims: int = 3) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class Pieces(Layer):
         return [OpSharding(self.split, (("batch", *([None] * (self.dims - 1))),))]
 
 
-class Piece(Layer):
-    """One piece of `Pieces`, by a slice."""
+class SliceColumns(Layer):
+    """One part of `SplitColumns`, by a slice."""
 
     def __init__(self, start: int, size: int, dims: int = 3) -> None:
         super().__init__()
@@ -74,9 +74,9 @@ class Piece(Layer):
         return [OpSharding(self.slice, (("batch", *([None] * (self.dims - 1))),))]
 
 
-def pieces_of(sizes: list[int], dims: int = 3) -> nn.CellList:
-    """A `Piece` for each size."""
-    return nn.CellList([Piece(sum(sizes[:index]), size, dims) for index, size in enumerate(sizes)])
+def slices_of(sizes: list[int], dims: int = 3) -> nn.CellList:
+    """A `SliceColumns` for each size."""
+    return nn.CellList([SliceColumns(sum(sizes[:index]), size, dims) for index, size in enumerate(sizes)])
 
 
 class Join(Layer):
@@ -88,7 +88,7 @@ class Join(Layer):
         self.concat = ops.Concat(axis=1)
 
     def construct(self, *parts: Tensor) -> Tensor:
-        # Not a tuple: cells of a pipeline stage are graphs of their own, which a tuple does not enter whole.
+        # Not a tuple: cells of a pipeline stage are graphs of their own, which a tuple does not enter as one.
         if self.count == 1:
             return parts[0]
         return self.concat(parts)
@@ -205,13 +205,14 @@ class FeatureEmbedding(Layer):
     """groups: for each semantic group the concatenation [B, width of the group] of its features' vectors.
 
     Args:
-        spec: features in their places.
+        spec: features with their columns.
         std: sigma of the tables' start.
         tables: those of a larger spec that this one is a part of; None makes new ones.
         lookup: how they are looked up when they are sharded (`recsys.settings.LookupSettings`); None = `Table`.
 
     Inputs: ids_BM int32 (rows of the tables), numbers_BN float32. Output: (groups, sequences): one tensor a group in
-    the order of `spec.groups`; sequences: (rows_BLW, mask_BL1) for each sequence that is kept whole (pooling: none).
+    the order of `spec.groups`; sequences: (rows_BLW, mask_BL1) for each sequence that is kept as a sequence (pooling:
+    none).
     """
 
     def __init__(self, spec: FeatureSpec, std: float, tables: dict[int, Table] | None = None,
@@ -227,23 +228,23 @@ class FeatureEmbedding(Layer):
                                    for width, rows in spec.tables.items()])
         runs = runs_of_slots(spec)
         lengths = [sum(slot.length for slot in run) for run in runs]
-        self.cut_ids = Pieces(lengths, 2)
+        self.split_ids = SplitColumns(lengths, 2)
         # Where micro-batches of a pipeline share one graph, MindSpore loses the shapes of a tuple that a cell returns.
         self.sliced = False
-        self.id_pieces = pieces_of(lengths, 2)
-        self.row_pieces, self.places = [], [(0, 0)] * len(runs)
-        self.members, self.cut_rows, self.join_ids = [], [], []
+        self.id_slices = slices_of(lengths, 2)
+        self.row_slices, self.sources = [], [(0, 0)] * len(runs)
+        self.members, self.split_rows, self.join_ids = [], [], []
         for width in self.widths:
             mine = [index for index, run in enumerate(runs) if run[0].width == width]
             self.members.append(tuple(mine))
-            self.cut_rows.append(Pieces([lengths[index] for index in mine]))
+            self.split_rows.append(SplitColumns([lengths[index] for index in mine]))
             self.join_ids.append(Join(len(mine)))
-            self.row_pieces.append(pieces_of([lengths[index] for index in mine]))
+            self.row_slices.append(slices_of([lengths[index] for index in mine]))
             for number, index in enumerate(mine):
-                self.places[index] = (len(self.row_pieces) - 1, number)
-        self.members, self.places = tuple(self.members), tuple(self.places)
-        self.row_pieces = nn.CellList(self.row_pieces)
-        self.cut_rows, self.join_ids = nn.CellList(self.cut_rows), nn.CellList(self.join_ids)
+                self.sources[index] = (len(self.row_slices) - 1, number)
+        self.members, self.sources = tuple(self.members), tuple(self.sources)
+        self.row_slices = nn.CellList(self.row_slices)
+        self.split_rows, self.join_ids = nn.CellList(self.split_rows), nn.CellList(self.join_ids)
         self._make_numbers(spec, std)
         self._make_plans(spec, runs)
         self.reshape = ops.Reshape()
@@ -252,8 +253,8 @@ class FeatureEmbedding(Layer):
         numeric = list(spec.numeric.values())
         self.numbers = Numbers(len(numeric), numeric[0].width, std) if numeric else None
         lengths = [len(run) for run in runs_of_numbers(spec)]
-        self.cut_numbers = Pieces(lengths) if numeric else None
-        self.number_pieces = pieces_of(lengths)
+        self.split_numbers = SplitColumns(lengths) if numeric else None
+        self.number_slices = slices_of(lengths)
 
     def _make_plans(self, spec: FeatureSpec, runs: list[list[Slot]]) -> None:
         """For each feature of each group how its vector comes about; one entry for a run of features."""
@@ -287,7 +288,7 @@ class FeatureEmbedding(Layer):
         if self.sliced:
             ids, rows = self._sliced(ids_BM)
         else:
-            ids = self.cut_ids(ids_BM)
+            ids = self.split_ids(ids_BM)
             rows = self._rows(ids_BM, ids)
         numbers = ()
         if self.numbers is not None:
@@ -311,14 +312,14 @@ class FeatureEmbedding(Layer):
             sequences += ((rows[place], self.poolings[pooling](ids[place])),)
         return groups, sequences
 
-    def lay_out(self, axes) -> None:
+    def apply_sharding(self, axes) -> None:
         self.sliced = axes.stages > 1
-        super().lay_out(axes)
+        super().apply_sharding(axes)
 
     def _sliced(self, ids_BM: Tensor) -> tuple:
         """Ids and rows of every run, one slice each."""
         ids, found, rows = (), (), ()
-        for piece in self.id_pieces:
+        for piece in self.id_slices:
             ids += (piece(ids_BM),)
         for index in range(len(self.widths)):
             if len(self.widths) == 1:
@@ -328,29 +329,29 @@ class FeatureEmbedding(Layer):
                 for member in self.members[index]:
                     mine += (ids[member],)
                 found += (self.tables[index](self.join_ids[index](*mine)),)
-        for table, number in self.places:
-            rows += (self.row_pieces[table][number](found[table]),)
+        for table, number in self.sources:
+            rows += (self.row_slices[table][number](found[table]),)
         return ids, rows
 
     def _numbers(self, vectors_BNW: Tensor) -> tuple:
         """Vectors of every run of numbers."""
         if not self.sliced:
-            return self.cut_numbers(vectors_BNW)
+            return self.split_numbers(vectors_BNW)
         numbers = ()
-        for piece in self.number_pieces:
+        for piece in self.number_slices:
             numbers += (piece(vectors_BNW),)
         return numbers
 
     def _rows(self, ids_BM: Tensor, ids: tuple) -> tuple:
         """Embedding rows of every run, [B, L, W] each, in the order of the runs."""
         if len(self.widths) == 1:
-            return self.cut_rows[0](self.tables[0](ids_BM))
+            return self.split_rows[0](self.tables[0](ids_BM))
         found = [None] * len(ids)
         for index in range(len(self.widths)):
             mine = ()
             for member in self.members[index]:
                 mine += (ids[member],)
-            pieces = self.cut_rows[index](self.tables[index](self.join_ids[index](*mine)))
+            pieces = self.split_rows[index](self.tables[index](self.join_ids[index](*mine)))
             for number in range(len(mine)):
                 found[self.members[index][number]] = pieces[number]
         return tuple(found)
@@ -401,7 +402,7 @@ def _pooling(feature: Feature, slot: Slot) -> Layer:
 
 
 def group_widths(spec: FeatureSpec) -> dict[str, int]:
-    """Width of each group's vector, groups without one (whole sequences only) left out."""
+    """Width of each group's vector, groups without one (sequences only) left out."""
     widths = {name: sum(spec.width(f.name) for f in features if not (f.is_list and f.pooling == "none"))
               for name, features in spec.groups.items()}
     return {name: width for name, width in widths.items() if width}

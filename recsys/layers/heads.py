@@ -144,7 +144,7 @@ class Calibration(Layer):
     """z' = softplus(a_k) / log 2 * z + b_k of every task's logit, with no gradient to z: it moves how many clicks are
     predicted, not which candidate comes first. It starts as the identity.
 
-    Source: Platt 1999, kept rising; that it is trained beside the network is ours.
+    Source: Platt 1999, kept rising; that it is trained beside the network was chosen here.
     """
 
     def __init__(self, tasks: int) -> None:

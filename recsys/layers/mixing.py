@@ -22,7 +22,7 @@ class TokenMixing(Layer):
         heads: H.
         width: D, that of the original tokens.
         reverting: whether this is the way back.
-        layout: what the op axis cuts.
+        layout: what tensor parallelism shards.
 
     Raises:
         UserError: H does not divide D.
@@ -33,7 +33,7 @@ class TokenMixing(Layer):
         super().__init__()
         if width % heads:
             raise UserError(f"the mixing heads must divide the width {width}", where="model.heads", value=heads,
-                            hint="the default is as many heads as tokens")
+                            hint="the default is one head for each token")
         self.sources, self.targets = (heads, tokens) if reverting else (tokens, heads)
         self.piece = width // heads
         self.layout = layout

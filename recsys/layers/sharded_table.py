@@ -1,4 +1,4 @@
-"""A table whose rows lie on all devices of data x op, each row once: ids go to the devices that hold their rows, the
+"""A table whose rows are on all devices of data x op, each row once: ids go to the devices that hold their rows, the
 rows come back, gradients go the same way, by AlltoAll.
 
 Shapes: B batch, M id columns, S parts of the batch (one a device), N = B M / S ids of a part, R devices (= S), V rows,
@@ -19,7 +19,7 @@ class ShardedTable(Layer):
     """rows_BMW = table_VW[ids_BM], as `Table`, with device r holding rows r V / R to (r + 1) V / R - 1.
 
     Each device sorts its part's ids, asks for every distinct one once, and gets at most `rounds` times C rows from any
-    other: shapes are static. Ids that find no place even so make their rows NaN, so that the step does not count and
+    other: shapes are static. Ids that find no slot even so make their rows NaN, so that the step does not count and
     the run ends with a line: none is dropped in silence. On one device there is one part, which never overflows.
 
     Args:
@@ -76,7 +76,7 @@ class ShardedTable(Layer):
         return self.reshape(rows_SNW, (batch, columns, self.width))
 
     def distinct(self, sorted_SN: Tensor, count: int, shard: int) -> tuple:
-        """(which distinct id each sorted one is, the distinct ids in front in rising order, their devices; places
+        """(which distinct id each sorted one is, the distinct ids in front in rising order, their devices; slots
         behind the last distinct id name device R, which is none)."""
         before_SN = self.beside((self.slice(sorted_SN, (0, 0), (self.parts, 1), (1, 1)) * 0 - 1,
                                  self.slice(sorted_SN, (0, 0), (self.parts, count - 1), (1, 1))))
@@ -113,9 +113,9 @@ class ShardedTable(Layer):
         rows_RKW = self.fetch(table_RVW, self.reshape(local_RSC, (parts, parts * capacity)), 1)
         return self.back(self.reshape(rows_RKW, (parts, parts, capacity, self.width)), (1, 0, 2, 3))
 
-    def lay_out(self, axes: Axes) -> None:
+    def apply_sharding(self, axes: Axes) -> None:
         self.parts = axes.sizes["rows"]
-        super().lay_out(axes)
+        super().apply_sharding(axes)
 
     def redistributes(self, axes: Axes) -> bool:
         return axes.sizes["rows"] > 1  # ids go to the devices that hold their rows, and rows back

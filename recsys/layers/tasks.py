@@ -144,7 +144,7 @@ class Formula:
             value = self._value(node.operand, columns)
             return -value if isinstance(node.op, ast.USub) else value
         if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
-                and not node.keywords):
+            and not node.keywords):
             return _FUNCTIONS[node.func.id](*(self._value(argument, columns) for argument in node.args))
         raise UserError("is not allowed in a formula", where="fusion", value=ast.unparse(node),
                         hint="numbers, names of tasks, + - * / **, log, log1p, exp, sqrt, abs, min and max")

@@ -32,10 +32,10 @@ class Stack(Layer):
 
 
 class SliceTokenizer(Layer):
-    """x_t = Proj_t(e[d (t - 1) : d t]): the concatenated groups cut into T slices of equal width d (RankMixer eq. 2).
+    """x_t = Proj_t(e[d (t - 1) : d t]): the concatenated groups split into T slices of equal width d (RankMixer eq. 2).
 
     The last slice is filled with zeros where T does not divide the width. Each slice has a projection of its own with a
-    bias; `shared` makes it one for all. The paper leaves both open; the choice is ours.
+    bias; `shared` makes it one for all. The paper leaves both open; chosen here.
 
     Args:
         widths: of the groups.
@@ -128,7 +128,7 @@ class GroupTokenizer(nn.Cell):
 
 
 class TakeParts(Layer):
-    """The `count` pieces [B, D] of a tensor [B, count D]."""
+    """The `count` slices [B, D] of a tensor [B, count D]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,6 +157,7 @@ class MeanPool(Layer):
         return self.layout.tokens is not None and axes.sizes["feature_tokens"] > 1
 
     def sharding(self) -> list[OpSharding]:
-        # Under Token Parallel the last exchange brings whole samples back: the batch is cut by all devices.
+        # Under Token Parallel the last redistribution brings complete samples back: the batch is sharded over all
+        # devices.
         batch = "batch" if self.layout.kind == "width" else "rows"
         return [OpSharding(self.mean, ((None, batch, None),))]

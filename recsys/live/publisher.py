@@ -1,8 +1,8 @@
 """Publishes versions of a model while it trains: a companion of the run.
 
 The values are copied between two steps and written by a thread; while it writes, no further version is begun, so what a
-server gets is always the newest. The first version is whole and written before the first step: a folder that cannot be
-written ends the run at once and not after an hour.
+server gets is always the newest. The first version is complete and written before the first step: a folder that cannot
+be written ends the run at once and not after an hour.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TouchedRows:
     """Which rows of the tables in the graph changed since the last version.
 
     Args:
-        spec: places of the features.
+        spec: columns of the features.
         exact: only rows that a batch names change; otherwise tables are compared with a copy of the last version.
     """
 
@@ -77,11 +77,11 @@ class Publisher(Companion):
         settings: `publish`.
         folder: of the versions.
         backend: whose parameters are published.
-        spec: places of the features in the network's input.
-        describe: the run's settings, kept in whole versions.
+        spec: columns of the features in the network's input.
+        describe: the run's settings, kept in complete versions.
         vocabulary: file that goes beside the versions.
         exact_rows: see `TouchedRows`.
-        tables: `recsys.tables.host.HostTables`, where the tables lie on the host.
+        tables: `recsys.tables.host.HostTables`, where the tables are on the host.
         event_time: of a step, in seconds.
     """
 

@@ -18,7 +18,7 @@ class PublishSettings(Settings):
     every_seconds: float | None = Field(None, gt=0.0)
     """Seconds of event time between versions (streams only)."""
     full_every: int = Field(50, ge=1)
-    """Every so many versions one is whole; those between hold the dense weights and the rows that changed."""
+    """One in this many versions is complete; those between hold the dense weights and the rows that changed."""
     keep: int = Field(3, ge=1)
     """Newest versions that can be loaded from nothing; what they need is kept too, the rest is deleted."""
 

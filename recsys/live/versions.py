@@ -1,4 +1,5 @@
-"""Versions of a model on disk: whole ones, and deltas that hold the dense weights and the rows of tables that changed.
+"""Versions of a model on disk: complete ones, and deltas that hold the dense weights and the rows of tables that
+changed.
 
     live/current.json                 {"version": 12, "step": 600, "event_time": ..., "chain": [[10, "full/..."], ...]}
     live/full/step_00000010/          a checkpoint like any other, without optimizer states; its step is the version
@@ -6,7 +7,7 @@
     live/vocabulary.json
 
 A folder is written under a hidden name and renamed; then `current.json` is replaced. `chain` is what makes the current
-version out of nothing: one whole version and the deltas after it, in order. Needs no MindSpore.
+version out of nothing: one complete version and the deltas after it, in order. Needs no MindSpore.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Delta:
     """What changed since the version before.
 
     Args:
-        dense: whole parameters by name; to be written also `NamedTensor`s, which are read one at a time.
+        dense: full parameters by name; to be written also `NamedTensor`s, which are read one at a time.
         rows: of tables in the graph: name -> (row numbers int64 [n], values [n, W]).
         entries: of tables on the host: feature -> `recsys.tables.dynamic.Entries`.
         version, step, event_time: which version it makes.
@@ -80,7 +81,7 @@ class Current:
     Args:
         folder: of the versions.
         version, step, event_time: of the newest.
-        chain: (version, folder) of a whole version and the deltas after it.
+        chain: (version, folder) of a complete version and the deltas after it.
     """
 
     folder: Path
@@ -90,7 +91,7 @@ class Current:
     chain: tuple[tuple[int, Path], ...]
 
     def after(self, version: int) -> tuple[tuple[int, Path], ...] | None:
-        """Deltas that lead from `version` to this one; None where they do not, and a whole version must be read."""
+        """Deltas that lead from `version` to this one; None where they do not, and a complete version must be read."""
         if not any(number == version for number, _ in self.chain):
             return None
         return tuple((number, path) for number, path in self.chain if number > version)
@@ -132,7 +133,7 @@ class Versions:
 
     def write_full(self, tensors: list[NamedTensor], state: dict[str, Any], step: int, event_time: float | None,
                    add_files: Callable[[Path], None] | None = None) -> int:
-        """A whole version; its number."""
+        """A complete version; its number."""
         version = self.version + 1
         save_checkpoint(self.folder / _FULL, version, tensors, (), {**state, "step_of_run": step}, None, add_files)
         self.chain = [(version, f"{_FULL}/step_{version:08d}")]
@@ -194,7 +195,7 @@ def read_delta(folder: Path) -> Delta:
     for name in file.entries:
         arrays[name] = file.read(name)
         if zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)) != manifest["crc32"].get(name):
-            raise UserError(f"'{name}' is damaged", where=folder, hint="let the run publish a whole version")
+            raise UserError(f"'{name}' is damaged", where=folder, hint="let the run publish a complete version")
     delta = Delta(int(manifest["version"]), int(manifest["step"]), manifest["event_time"])
     for name, array in arrays.items():
         if name.endswith(_ROWS):

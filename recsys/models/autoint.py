@@ -25,7 +25,7 @@ class AutoIntSettings(RankerSettings):
     head_width: int = Field(16, ge=1)
     """Width of a head."""
     hidden: list[int] = Field(default_factory=lambda: [128, 64])
-    """Deep network on the flattened fields (AutoInt+ has it beside; ours stacks it); empty = none."""
+    """Deep network on the flattened fields (AutoInt+ has it beside; here it is stacked); empty = none."""
 
 
 class InteractingLayer(nn.Cell):

@@ -109,7 +109,8 @@ MODULES = {"cross": CrossModule, "attention": AttentionModule, "linear": LinearM
 
 
 class EnsembleLayer(nn.Cell):
-    """LN(sum of the modules + shortcut) (eq. 2-3; the paper leaves open how outputs are joined: ours adds)."""
+    """LN(sum of the modules + shortcut) (eq. 2-3; the paper leaves open how outputs are joined: here they are
+    added)."""
 
     def __init__(self, fields: int, width: int, settings: DHENSettings, compute_dtype: mstype) -> None:
         super().__init__()

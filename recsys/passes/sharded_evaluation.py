@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parallel.common.progress import progress
-from recsys.data.dataset import filled_batch
+from recsys.data.batches import filled_batch
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
 from recsys.passes.sharded import GroupScores, ShardedRanker

@@ -21,8 +21,9 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.task import Input, Task
-from recsys.data.dataset import VOCABULARY, features_of
-from recsys.data.features import FeatureSpec, place
+from recsys.data.columns import features_of
+from recsys.data.features import FeatureSpec, assign_columns
+from recsys.data.log import VOCABULARY
 from recsys.data.vocabulary import Vocabulary
 from recsys.network import labels_of, loss_network
 from recsys.settings import run_class
@@ -75,7 +76,7 @@ def whole_spec(settings: Run, sizes: dict[str, int]) -> FeatureSpec:
     says."""
     features = [feature.model_copy(update={"values": "integer", "rows": sizes.get(feature.target or feature.name, 1)})
                 if feature.is_dynamic else feature for feature in features_of(settings.data)]
-    return place(features, settings.model.embedding_size, sizes)
+    return assign_columns(features, settings.model.embedding_size, sizes)
 
 
 def exact_experts(settings: Run) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from parallel.checkpoint.full import Checkpoint
 from parallel.layers.int8_numbers import SCALE, dequantize
-from recsys.data.dataset import features_of
+from recsys.data.columns import features_of
 from recsys.data.features import FIRST_KNOWN, MISSING, UNSEEN, FeatureSpec
 from recsys.tables.columns import KeyColumns
 from recsys.tables.dynamic import Entries

@@ -13,14 +13,13 @@ from mindspore import Parameter, Tensor, nn
 from parallel.layers import int8
 from parallel.layers.int8 import QuantizedGroupedLinear, QuantizedNetwork, fused_swiglu
 from parallel.layers.int8_numbers import count_groups
-from recsys.models.tokenmixer_large.separated import SplitSwiGLU
+from recsys.ug_sep.split_swiglu import SplitSwiGLU
 
 _LEFT = ("embedding", "head", "auxiliary", "router", "infer_router", "train_router")
 
 
 class QuantizedSplitSwiGLU(QuantizedNetwork):
-    """`recsys.models.tokenmixer_large.separated.SplitSwiGLU` with int8 weights; what U gives is added in
-    the kernel."""
+    """`recsys.ug_sep.split_swiglu.SplitSwiGLU` with int8 weights; what U gives is added in the kernel."""
 
     def __init__(self, network: SplitSwiGLU, group: int | None) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
     Content-Type: application/vnd.apache.arrow.stream
 
 The body is two IPC streams one after the other: the user's features, one row, and the candidates' features, a row each;
-`top_k` stands in the metadata of the second schema. With `Accept: application/vnd.apache.arrow.stream` the answer is a
+`top_k` is in the metadata of the second schema. With `Accept: application/vnd.apache.arrow.stream` the answer is a
 table `candidate, score, <label>...` with `version` in its schema's metadata. Needs no MindSpore.
 """
 
@@ -33,7 +33,7 @@ def read_tables(raw: bytes, most: int) -> tuple[pa.Table, pa.Table, int | None]:
         user, candidates = _stream(source, 1, "user"), _stream(source, most, "candidates")
         rest = source.read(1)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OSError, EOFError, ValueError) as error:
-        lines = str(error).splitlines() or ["cut short"]
+        lines = str(error).splitlines() or ["truncated"]
         raise UserError(f"the body is no pair of Arrow streams: {lines[0]}") from None
     if rest:
         raise UserError("something follows the second stream")
@@ -67,7 +67,7 @@ def _stream(source: pa.BufferReader, most: int, where: str) -> pa.Table:
 def _compressed(metadata: pa.Buffer) -> bool:
     """Whether a message's header is a record batch with compressed buffers: field 3 of the flatbuffer `RecordBatch`.
 
-    A few bytes could stand for gigabytes, and the reader gives no bound.
+    A few bytes could mean gigabytes, and the reader gives no bound.
     """
     data = bytes(metadata)
     message = struct.unpack_from("<I", data, 0)[0]
@@ -80,7 +80,7 @@ def _compressed(metadata: pa.Buffer) -> bool:
 
 
 def _field(data: bytes, table: int, number: int) -> int | None:
-    """Place of a field of a flatbuffer's table."""
+    """Position of a field of a flatbuffer's table."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if 4 + 2 * number >= struct.unpack_from("<H", data, vtable)[0]:
         return None

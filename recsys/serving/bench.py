@@ -2,7 +2,8 @@
 weights.
 
 All variants score the same random request in turns, from encoded rows to probabilities, without HTTP. Weights are start
-values: time does not depend on what was learned. The unseparated model has as many tokens, widths and layers.
+values: time does not depend on what was learned. The unseparated model has the same number of tokens, widths and
+    layers.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     if is_sharded():
         return _run_sharded(settings, arguments)
     start_device()
-    if not hasattr(settings.model, "ug_sep"):
+    if not settings.model.separable:
         raise UserError("this model has no separation to measure", where="model.name", value=settings.model.name,
                         hint="take rankmixer or tokenmixer_large")
     if arguments.candidates < 1 or arguments.rounds < 1:
@@ -162,7 +163,7 @@ def _matmul_ratio() -> float:
 
 
 def unseparated(settings: Run, spec: Any) -> Any:
-    """Settings of the model without separation and with as many tokens.
+    """Settings of the model without separation and with the same number of tokens.
 
     Raises:
         UserError: fewer tokens than semantic groups.

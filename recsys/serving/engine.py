@@ -68,7 +68,7 @@ class Scorer:
             sides = self.model.sides
             self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
             self.candidate_pass = Hosted(self.candidate_pass, self.model, tables,
-                                         np.array(sides.candidate.ids, np.int64), place=2)
+                                         np.array(sides.candidate.ids, np.int64), argument=2)
 
     def warm(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
         """Compiles and runs every graph once."""

@@ -2,7 +2,7 @@
 
 A feature that the request gives is taken from the request. Of the others the user's record gives those whose side is
 user or cross (a history), the item's record those of the item; a record that lacks one leaves it missing. What
-belongs to the moment (side context) stands in the request, unless the user's record has it.
+belongs to the moment (side context) is in the request, unless the user's record has it.
 """
 
 from __future__ import annotations

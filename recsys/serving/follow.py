@@ -2,7 +2,7 @@
 
 Deltas are read beside the scoring; the rows of tables are then written in place by small graphs of fixed sizes, which
 are compiled at the start, so a version costs the scoring thread milliseconds whatever the size of the tables. All of a
-version (or of several that came meanwhile) is put in place at once: an answer is wholly of one version, and says which.
+version (or of several that came meanwhile) is put in place at once: an answer is of one version, and says which.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PutRows(nn.Cell):
 
 
 class RowWriter:
-    """`PutRows` in pieces of a few sizes, the last one filled up with its last row again."""
+    """`PutRows` in batches of a few sizes, the last one filled up with its last row again."""
 
     def __init__(self, parameter: Parameter) -> None:
         self.cell, self.width = PutRows(parameter), parameter.shape[1]
@@ -170,16 +170,17 @@ class Follower:
             except Busy:
                 return
             except (UserError, FileNotFoundError) as error:  # a version may have gone while it was read
-                self._told(str(error))
+                self._refuse_version(str(error))
 
-    def _told(self, error: str) -> None:
+    def _refuse_version(self, error: str) -> None:
         if self._refused != self.current:
             info(f"version not taken: {error}")
             self._refused = self.current
         self.counted("refused")
 
     def look(self) -> bool:
-        """Takes the newest version if it is a new one; whether it was. A pinned server takes none, and after it a whole
+        """Takes the newest version if it is a new one; whether it was. A pinned server takes none, and after it a
+        complete
         one: what is in place is then no link of the chain."""
         with self._looking:
             if self.engine.pinned is not None:
@@ -193,7 +194,7 @@ class Follower:
             return False
         steps = None if self._was_pinned else newest.after(self.current.version)
         if steps is None:
-            self._take_whole(newest)
+            self._take_complete(newest)
         else:
             delta = merged([read_delta(path) for _, path in steps])
             self.model.check(delta)
@@ -211,8 +212,9 @@ class Follower:
         self.model.put(delta)
         self.engine.take_version(newest.version)
 
-    def _take_whole(self, newest: Current) -> None:
-        """A chain that does not begin at our version: its whole version, then its deltas, put in place together."""
+    def _take_complete(self, newest: Current) -> None:
+        """A chain that does not begin at the version served: its complete version, then its deltas, put in place
+        together."""
         prepared = self.engine.prepare(newest.chain[0][1])
         deltas = [read_delta(path) for _, path in newest.chain[1:]]
         delta = merged(deltas) if deltas else None

@@ -2,7 +2,7 @@
 
     {"user": {"user_id": 7, "history": [3, 5]}, "candidates": [{"item_id": 11}, {"item_id": 12}], "top_k": 10}
 
-A feature stands in `user` (it holds for all candidates: anything about the user, the context, the user's lists) or in
+A feature is in `user` (it holds for all candidates: anything about the user, the context, the user's lists) or in
 every candidate; null is a missing value. Needs no MindSpore.
 """
 
@@ -51,7 +51,7 @@ def read_request(body: Any, trained: Trained, most: int) -> Ask:
 
     Args:
         body: parsed JSON.
-        trained: the model's features, vocabulary and places.
+        trained: the model's features, vocabulary and columns.
         most: candidates at most.
 
     Raises:
@@ -82,7 +82,7 @@ def encode_tables(trained: Trained, user: pa.Table, candidates: pa.Table) -> tup
         missing = next((f.source for f in features if f.source not in columns), None)
         if missing is not None:
             raise UserError(f"feature '{missing}' is missing", where=where,
-                            hint="give it there or in user; null stands for a missing value")
+                            hint="give it there or in user; null means a missing value")
         if features:
             parts.append(_encode(trained, features, columns, where))
     count = len(candidates)
@@ -161,7 +161,7 @@ def _values(feature: Feature, rows: list[dict], where: str) -> list:
     except KeyError:
         index = next(index for index, row in enumerate(rows) if name not in row)
     raise UserError(f"feature '{name}' is missing", where=where if where == "user" else f"{where}[{index}]",
-                    hint="give it there or in user; null stands for a missing value")
+                    hint="give it there or in user; null means a missing value")
 
 
 # ---------------------------------------------------------------- columns whose values are what is expected

@@ -45,7 +45,7 @@ class RedisFeatures(Settings):
     url: str = "redis://127.0.0.1:6379/0"
     """Of the server; rediss:// for TLS, unix:///path for a socket."""
     user: str = "user:{}"
-    """Key of a user's features; {} stands for the id."""
+    """Key of a user's features; {} is the id."""
     item: str = "item:{}"
     """Key of an item's features."""
     user_id: str | None = None

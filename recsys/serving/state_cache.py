@@ -12,7 +12,7 @@ import numpy as np
 
 
 def user_key(version: int, ids_m: np.ndarray, numbers_n: np.ndarray) -> bytes:
-    """What a state depends on: the model's version and the user's row, whole, not a digest, so that two users never
+    """What a state depends on: the model's version and the user's full row, not a digest, so that two users never
     meet in one key."""
     return version.to_bytes(8, "little") + ids_m.tobytes() + numbers_n.tobytes()
 

@@ -1,7 +1,7 @@
 """From encoded ids to the keys of tables, and the network's own small numbering of the rows of one step.
 
 The network of a run with tables on the host is built for a *window*: a table of a fixed number of rows for each width,
-which holds the rows of one step. Its first places belong to the missing and the unseen value of every feature, the
+which holds the rows of one step. Its first rows belong to the missing and the unseen value of every feature, the
 others to the ids of the step in the order in which they are met. Needs no MindSpore.
 """
 
@@ -20,10 +20,10 @@ class TablePlan:
     """One feature's table (and that of the sequences which share it).
 
     Args:
-        slot: where the feature lies.
+        slot: of the feature.
         columns: of the ids.
         width: number of its width among those of the spec.
-        first: its first place in the window of that width.
+        first: its first row in the window of that width.
     """
 
     slot: Slot
@@ -36,7 +36,7 @@ class KeyColumns:
     """Keys of encoded ids.
 
     Args:
-        spec: places of the features in the log.
+        spec: columns of the features in the log.
     """
 
     def __init__(self, spec: FeatureSpec) -> None:
@@ -81,7 +81,7 @@ def window_spec(spec: FeatureSpec, batch: int, most: int | None = None) -> Featu
     """The spec of a network that sees the rows of one step.
 
     Args:
-        spec: places of the features in the log.
+        spec: columns of the features in the log.
         batch: samples of a step on one process.
         most: rows of each width at most.
     """

@@ -16,6 +16,7 @@ from recsys.tables.keys import ALWAYS_BELOW
 from recsys.tables.native import address, library
 
 UNKNOWN = -1
+_FULL, _NO_MEMORY, _BAD_ROW = -1, -2, -3  # what the kernels return (parallel/kernels/tables.cpp)
 RULES = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "lazy_adam": 3}
 """Optimizers that touch only the rows of the step, in the kernel's order."""
 STATES = {"sgd": lambda width: 0, "rowwise_adagrad": lambda width: 1, "adagrad": lambda width: width,
@@ -157,18 +158,18 @@ class DynamicTable:
                                             self.least, self.share, ALWAYS_BELOW, address(rows)))
         return rows
 
-    def gather(self, rows_N: np.ndarray, out: np.ndarray | None = None, places_N: np.ndarray | None = None,
+    def gather(self, rows_N: np.ndarray, out: np.ndarray | None = None, at_N: np.ndarray | None = None,
                ) -> np.ndarray:
-        """float32 [N, W] values of rows; or into `out`, at `places_N`. UNKNOWN rows are left as they are (0)."""
+        """float32 [N, W] values of rows; or into `out`, at `at_N`. UNKNOWN rows are left as they are (0)."""
         rows_N = np.ascontiguousarray(rows_N, np.int32)
         out = np.zeros((len(rows_N), self.width), np.float32) if out is None else out
-        self._kernel.table_gather(self._table, address(rows_N), address(places_N), len(rows_N), address(out))
+        self._kernel.table_gather(self._table, address(rows_N), address(at_N), len(rows_N), address(out))
         return out
 
-    def update(self, rows_N: np.ndarray, gradients: np.ndarray, rule: Rule, places_N: np.ndarray | None = None) -> None:
-        """Moves *distinct* rows by their gradients [N, W] (or those at `places_N`); UNKNOWN rows are left out."""
+    def update(self, rows_N: np.ndarray, gradients: np.ndarray, rule: Rule, at_N: np.ndarray | None = None) -> None:
+        """Moves *distinct* rows by their gradients [N, W] (or those at `at_N`); UNKNOWN rows are left out."""
         rows_N = np.ascontiguousarray(rows_N, np.int32)
-        self._kernel.table_update(self._table, address(rows_N), address(places_N), len(rows_N), address(gradients),
+        self._kernel.table_update(self._table, address(rows_N), address(at_N), len(rows_N), address(gradients),
                                   RULES[rule.name], rule.rate, rule.epsilon, rule.beta1, rule.beta2, rule.correction1,
                                   rule.correction2)
 
@@ -212,10 +213,10 @@ class DynamicTable:
             self._check(self._kernel.table_close_gaps(self._table))
 
     def _check(self, code: int) -> None:
-        if code == -1:
+        if code == _FULL:
             raise UserError("the table is full", where="tables", value=self.most, hint="raise the feature's rows")
-        if code == -2:
+        if code == _NO_MEMORY:
             raise UserError("there is no memory or no disk space for more rows of a table", where="data.tables")
-        if code == -3:
+        if code == _BAD_ROW:
             raise UserError("the checkpoint's table is damaged: a row number is taken twice or out of range",
                             where="tables")

@@ -63,7 +63,7 @@ class Rounds:
         while self.rounds < wanted:
             begin = self.rounds * self.capacity
             out = np.zeros((self.ranks, _HEADER + self.capacity), np.uint8)
-            # Every process tells all others how many rounds it needs, so that all of them make the same number.
+            # Every process sends all others the number of rounds it needs, so that all of them make the same number.
             need = max(1, -(-max(sizes) // self.capacity))
             for rank, part in enumerate(parts):
                 piece = np.frombuffer(part[begin:begin + self.capacity], np.uint8)

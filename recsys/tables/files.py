@@ -71,13 +71,6 @@ def take_staged(directory: Path, folder: Path) -> None:
     (directory / _STAGED).rename(folder / FOLDER)
 
 
-def write_tables(tables: dict[str, DynamicTable], folder: Path) -> None:
-    """The tables of a single process, into a checkpoint's folder."""
-    stage_tables(tables, folder, 0, 1)
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    take_staged(folder, folder)
-
-
 def table_files(folder: Path) -> dict[str, list[Path]]:
     """Files of a checkpoint by feature.
 
@@ -98,8 +91,8 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def read_tables(tables: dict[str, DynamicTable], folder: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Fills tables with the entries of a checkpoint that `rank` owns. Rows keep their numbers where as many processes
-    read as wrote.
+    """Fills tables with the entries of a checkpoint that `rank` owns. Rows keep their numbers where the number of
+    processes that read is that which wrote.
 
     Raises:
         UserError: a table is missing, damaged, or of another width.

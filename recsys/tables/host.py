@@ -37,11 +37,11 @@ _SPECIAL = np.array([MISSING_KEY, UNSEEN_KEY], np.int64)
 
 @dataclass
 class _Asked:
-    """What a step asked of one table: distinct keys (the two special ones first), their places in the window (-1 for
+    """What a step asked of one table: distinct keys (the two special ones first), their rows in the window (-1 for
     those without a row), which of them the step touches, and their rows where no other process holds them."""
 
     keys: np.ndarray
-    places: np.ndarray
+    slots: np.ndarray
     touched: np.ndarray
     rows: np.ndarray
 
@@ -51,7 +51,7 @@ class HostTables(Companion):
 
     Args:
         settings: the run (`model.embedding_std`, `data.tables`, `train`).
-        spec: places of the features in the log.
+        spec: columns of the features in the log.
         batch: samples of a step on this process.
         exchange: of the processes.
     """
@@ -119,12 +119,12 @@ class HostTables(Companion):
         self._asked = {}
         for name, (keys, times) in asked.items():
             plan = self.plans[name]
-            places, free[plan.width] = self._places(plan, known[name][0], free[plan.width])
-            self._fill(name, known[name], places)
-            self._asked[name] = _Asked(keys, places, self._touched(places, times), known[name][1])
-            # An id without a row has the place of the unseen value.
-            places = np.where(places < 0, plan.first + 1, places)
-            ids_BM[:, chosen[name]] = places[which[name]].reshape(len(keys_BM), -1)
+            slots, free[plan.width] = self._window_rows(plan, known[name][0], free[plan.width])
+            self._fill(name, known[name], slots)
+            self._asked[name] = _Asked(keys, slots, self._touched(slots, times), known[name][1])
+            # An id without a row has the row of the unseen value.
+            slots = np.where(slots < 0, plan.first + 1, slots)
+            ids_BM[:, chosen[name]] = slots[which[name]].reshape(len(keys_BM), -1)
         return ids_BM
 
     @staticmethod
@@ -139,24 +139,24 @@ class HostTables(Companion):
         times[:FIRST_KNOWN] -= 1.0
         return keys, which[FIRST_KNOWN:], times
 
-    def _places(self, plan: TablePlan, known: np.ndarray, free: int) -> tuple[np.ndarray, int]:
-        """Place of each distinct key in the window (-1: it has no row), and the next free one."""
-        places = np.full(len(known), -1, np.int32)
-        places[:FIRST_KNOWN] = plan.first + np.arange(FIRST_KNOWN)
+    def _window_rows(self, plan: TablePlan, known: np.ndarray, free: int) -> tuple[np.ndarray, int]:
+        """Row of each distinct key in the window (-1: it has no row), and the next free one."""
+        slots = np.full(len(known), -1, np.int32)
+        slots[:FIRST_KNOWN] = plan.first + np.arange(FIRST_KNOWN)
         found = np.flatnonzero(known[FIRST_KNOWN:]) + FIRST_KNOWN
-        places[found] = np.arange(free, free + len(found))
+        slots[found] = np.arange(free, free + len(found))
         free += len(found)
         if free > len(self.windows[plan.width]):
             raise UserError(f"a step names more than {len(self.windows[plan.width])} rows of width "
                             f"{self.widths[plan.width]}", where="data.tables.window", value=self.settings.window,
                             hint="raise it, or make train.global_batch_size smaller")
-        return places, free
+        return slots, free
 
     @staticmethod
-    def _touched(places: np.ndarray, times: np.ndarray) -> np.ndarray:
+    def _touched(slots: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Which keys with a row the step uses; the unseen value's is used for ids without one, too."""
-        touched = (places >= 0) & (times > 0)
-        touched[1] |= bool((places < 0).any())
+        touched = (slots >= 0) & (times > 0)
+        touched[1] |= bool((slots < 0).any())
         return touched
 
     def _rows_of(self, asked: dict[str, tuple], train: bool) -> dict[str, tuple]:
@@ -174,12 +174,12 @@ class HostTables(Companion):
         seconds = self.plans[name].slot.feature.expire_unit == "seconds"
         return int(self.clock()) if seconds else step
 
-    def _fill(self, name: str, known: tuple, places: np.ndarray) -> None:
+    def _fill(self, name: str, known: tuple, slots: np.ndarray) -> None:
         window = self.windows[self.plans[name].width]
         if self.exchange.ranks > 1:
-            window[places[known[0]]] = known[1][known[0]]
+            window[slots[known[0]]] = known[1][known[0]]
         else:
-            self.tables[name].gather(known[1], window, places)
+            self.tables[name].gather(known[1], window, slots)
 
     def update(self, gradients: list[np.ndarray]) -> None:
         """Moves the rows of the last `fetch` by the window's gradients, one [rows, W] for each width: sums over this
@@ -190,7 +190,7 @@ class HostTables(Companion):
         else:
             for name, asked in self._asked.items():
                 rows = np.where(asked.touched, asked.rows, -1)
-                self.tables[name].update(rows, gradients[self.plans[name].width], rule, asked.places)
+                self.tables[name].update(rows, gradients[self.plans[name].width], rule, asked.slots)
         self.updates += 1
 
     def end_step(self) -> None:
@@ -252,7 +252,7 @@ class HostTables(Companion):
             for other in range(ranks):
                 sent = self._exchanged[name][2][other]
                 touched = asked.touched[sent]
-                messages[other] += [touched.astype(np.uint8), gradient[asked.places[sent[touched]]]]
+                messages[other] += [touched.astype(np.uint8), gradient[asked.slots[sent[touched]]]]
         received = self.exchange.all_to_all([_pack(message) for message in messages])
         received = [_unpack(message, [np.uint8, np.float32] * len(self._asked)) for message in received]
         for number, name in enumerate(self._asked):
@@ -268,7 +268,7 @@ class HostTables(Companion):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def before_checkpoint(self, directory: Path, step: int) -> None:
-        """Writes this process's rows beside the checkpoint's place."""
+        """Writes this process's rows beside the checkpoint."""
         stage_tables(self.tables, directory, self.exchange.rank, self.exchange.ranks)
         self.exchange.all_to_all([b""] * self.exchange.ranks)
         self._staged = directory

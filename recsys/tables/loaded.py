@@ -1,4 +1,4 @@
-"""A trained ranker whose tables lie on the host, read from a checkpoint."""
+"""A trained ranker whose tables are on the host, read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_hosted(settings: Run, spec: FeatureSpec, tasks: int, path: Path, batch:
 
     Args:
         settings: of the run.
-        spec: places of the features in the log.
+        spec: columns of the features in the log.
         tasks: K.
         path: the checkpoint.
         batch: samples of one call at most.

@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
         UserError: they cannot be built here.
     """
     # Without -ffast-math: what a table starts from and becomes must not depend on how the compiler orders sums.
-    path = build_library(SOURCE, does="tables lie in the graph", flags=("-march=native", "-ffp-contract=off"))
+    path = build_library(SOURCE, does="tables are kept in the graph", flags=("-march=native", "-ffp-contract=off"))
     if path is None:
         raise UserError("tables on the host need a C++ compiler", where="data.tables.place", value="host",
                         hint="install g++, or set it to graph")
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
 
 
 def address(array: np.ndarray | None) -> int | None:
-    """Where a contiguous array lies; None for none."""
+    """Address of a contiguous array; None for none."""
     return None if array is None else array.ctypes.data
 
 

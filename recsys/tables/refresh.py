@@ -14,7 +14,7 @@ from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint, load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import table as show
-from recsys.data.dataset import VOCABULARY, prepare
+from recsys.data.log import VOCABULARY, prepare
 from recsys.tables.dynamic import DynamicTable
 from recsys.tables.host import HostTables
 from recsys.tables.keys import ALWAYS_BELOW
@@ -38,11 +38,11 @@ def refresh_table(table: DynamicTable, keys: np.ndarray, counts: np.ndarray, *, 
     """
     held = table.entries()
     old = held.take((held.rows >= 0) & (held.keys >= ALWAYS_BELOW))
-    every, places = np.unique(np.concatenate([old.keys, keys]), return_inverse=True)
+    every, index = np.unique(np.concatenate([old.keys, keys]), return_inverse=True)
     # Counts of ids that waited for admission count as well.
     waiting = held.take((held.rows < 0) & np.isin(held.keys, keys))
     merged = np.zeros(len(every))
-    np.add.at(merged, places, np.concatenate([old.counts * decay, counts]))
+    np.add.at(merged, index, np.concatenate([old.counts * decay, counts]))
     np.add.at(merged, np.searchsorted(every, waiting.keys), waiting.counts * decay)
     ranked = np.lexsort((every, -merged))
     ranked = ranked[merged[ranked] >= least]
@@ -50,9 +50,9 @@ def refresh_table(table: DynamicTable, keys: np.ndarray, counts: np.ndarray, *, 
         ranked = ranked[:table.most - (len(table) - len(old))]
     kept = np.zeros(len(every), bool)
     kept[ranked] = True
-    stays = kept[places[:len(old)]]
+    stays = kept[index[:len(old)]]
     # What leaves is marked by a count below the rest, and swept.
-    old.counts = np.where(stays, np.maximum(merged[places[:len(old)]], 1e-30), -1.0).astype(np.float32)
+    old.counts = np.where(stays, np.maximum(merged[index[:len(old)]], 1e-30), -1.0).astype(np.float32)
     old.seen = np.where(np.isin(old.keys, keys), max(1, now), old.seen).astype(np.uint32)
     table.put(old)
     left = table.sweep(least=0.0)

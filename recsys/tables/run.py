@@ -10,8 +10,9 @@ from parallel.training.device import Processes
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.trainer import Trainer
-from recsys.data.dataset import Batches, Log
+from recsys.data.batches import Batches
 from recsys.data.features import FeatureSpec
+from recsys.data.log import Log
 from recsys.evaluation import Evaluation
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of

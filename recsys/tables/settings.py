@@ -10,18 +10,18 @@ from parallel.common.settings import Settings
 
 
 class TableSettings(Settings):
-    """Where the embedding tables lie and how they are looked up."""
+    """Where the embedding tables are and how they are looked up."""
 
     place: Literal["graph", "host"] = "graph"
-    """graph: tables are parameters of the network, whole on the device (or sharded by the op axis). host: rows lie on
+    """graph: tables are parameters of the network, in full on the device (or sharded by the op axis). host: rows are on
     the host, the device sees the rows of one step, and the optimizer touches no others; over several processes each
     holds the rows of its share of the ids."""
     folder: str | None = None
     """host: folder for the rows' files (scratch: what lasts is in the checkpoints), for tables larger than the memory;
     null = in memory."""
     window: int | None = Field(None, ge=1)
-    """host: rows of each width that a step may use on a device; null = as many as a batch can name. A step that needs
-    more ends the run with one line."""
+    """host: rows of each width that a step may use on a device; null = the most that a batch can name. A step that
+    needs more ends the run with one line."""
     sweep_every: int | None = Field(None, ge=1)
     """host: steps between two sweeps that evict expired ids (see expire_after and expire_below of a feature); null =
     none."""

@@ -1,4 +1,4 @@
-"""The training step of a network whose tables lie on the host, and its scores.
+"""The training step of a network whose tables are on the host, and its scores.
 
 Shapes: B samples, M id columns, W width.
 """
@@ -68,35 +68,32 @@ class TableStep(TrainStep):
         super().__init__(network, optimizer, settings, group=group, rank=rank, ranks=ranks)
         dense = [not is_sparse(parameter.name) for parameter in network.trainable_params()]
         self.gradient = _DenseMean(self.gradient.block, settings.accumulation, group, ranks, dense)
-        self.places = tuple(index for index, own in enumerate(dense) if own)
-        self.window_places = tuple(index for index, own in enumerate(dense) if not own)
-        self.norm = GlobalNorm([1] * len(self.places))
-        self.window_norm = GlobalNorm([1] * len(self.window_places))
+        self.dense_indices = tuple(index for index, own in enumerate(dense) if own)
+        self.window_indices = tuple(index for index, own in enumerate(dense) if not own)
+        self.norm = GlobalNorm([1] * len(self.dense_indices))
+        self.window_norm = GlobalNorm([1] * len(self.window_indices))
         self.unscaled = False
         self.reduce = ops.AllReduce(ops.ReduceOp.SUM, group) if group is not None and ranks > 1 else None
 
     def construct(self, *batch: Tensor) -> tuple:
         """See `TrainStep.construct`."""
-        scale = self.loss_scale.value * Tensor(1.0, mstype.float32)
-        loss, gradients, factor = self.gradient(scale, *batch)
-        factor = factor / scale
-        dense = self.map(ops.partial(pick, gradients), self.places)
-        windows = self.map(ops.partial(pick, gradients), self.window_places)
-        norm = self.norm(dense) * factor
-        good = ops.isfinite(self.window_norm(windows))
+        scalars, gradients, factor = self.advance(batch)
+        windows = self.map(ops.partial(pick, gradients), self.window_indices)
+        return scalars + (self.map(ops.partial(times, factor), windows),)
+
+    def measure(self, gradients: tuple, factor: Tensor) -> tuple:
+        """See `TrainStep.measure`."""
+        norm = self.norm(self.map(ops.partial(pick, gradients), self.dense_indices)) * factor
+        finite = ops.isfinite(self.window_norm(self.map(ops.partial(pick, gradients), self.window_indices)))
         if self.reduce is not None:
-            good = self.reduce(1.0 - ops.cast(good, mstype.float32)) == 0.0
-        finite = ops.logical_and(ops.isfinite(norm), good)
-        if self.clip_norm is not None:
-            factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, mstype.float32)))
-        rate = self.optimizer.learning_rate(self.step)
-        windows = self.map(ops.partial(times, factor), windows)
-        if finite:
-            self.update(dense, factor)
-        ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
-        if self.loss_scale.dynamic:
-            self.loss_scale(finite)
-        return loss, norm, finite, scale, rate, windows
+            finite = self.reduce(1.0 - ops.cast(finite, mstype.float32)) == 0.0
+        return norm, ops.logical_and(ops.isfinite(norm), finite)
+
+    def update(self, gradients: tuple, factor: Tensor) -> Tensor:
+        """See `TrainStep.update`: of the dense parameters."""
+        dense = self.map(ops.partial(times, factor), self.map(ops.partial(pick, gradients), self.dense_indices))
+        done = self.optimizer(dense, self.step)
+        return ops.assign(self.step, ops.depend(self.step, done) + 1)
 
 
 class HostedStep:
@@ -157,7 +154,7 @@ def put_windows(parameters: list[Parameter], windows: list[np.ndarray]) -> None:
 
 
 class Hosted:
-    """A network in inference mode whose tables lie on the host, called as the network is: `hosted(ids, numbers)`.
+    """A network in inference mode whose tables are on the host, called as the network is: `hosted(ids, numbers)`.
 
     Args:
         cell: takes ids_BM and other tensors.
@@ -169,8 +166,8 @@ class Hosted:
     """
 
     def __init__(self, cell: nn.Cell, network: nn.Cell, tables: HostTables, columns: np.ndarray | None = None,
-                 place: int = 0) -> None:
-        self.cell, self.tables, self.columns, self.place = cell, tables, columns, place
+                 argument: int = 0) -> None:
+        self.cell, self.tables, self.columns, self.argument = cell, tables, columns, argument
         self.windows = window_parameters(network)
 
     def set_train(self, mode: bool = True) -> None:
@@ -179,8 +176,8 @@ class Hosted:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the cell gives for rows read from the tables."""
-        ids = inputs[self.place].asnumpy()
+        ids = inputs[self.argument].asnumpy()
         own = self.columns if self.columns is not None else slice(None)
         found = self.tables.fetch(self.tables.columns.keys(ids, own), columns=self.columns)
         put_windows(self.windows, self.tables.windows)
-        return self.cell(*inputs[:self.place], Tensor(found), *inputs[self.place + 1:])
+        return self.cell(*inputs[:self.argument], Tensor(found), *inputs[self.argument + 1:])

@@ -13,7 +13,8 @@ from parallel.common.files import atomic_write
 from parallel.common.progress import table
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
-from recsys.data.dataset import VOCABULARY, Batches, Log, prepare
+from recsys.data.batches import Batches
+from recsys.data.log import VOCABULARY, Log, prepare
 from recsys.layers.tasks import TaskPlan
 from recsys.live.ranks import ranks_publisher
 from recsys.training.validation import Best, RanksEvaluation, validation_rows

@@ -13,7 +13,7 @@ from parallel.training.device import Processes
 from parallel.training.sharded.run import needs_sharding
 from parallel.training.trainer import Trainer
 from recsys.build import check_layout
-from recsys.data.dataset import Log
+from recsys.data.log import Log
 from recsys.evaluation import Evaluation
 from recsys.ranker import TrainingLoss
 from recsys.training.any_backend import attainable_auc, sizes, with_test
@@ -61,7 +61,7 @@ def start_values(settings: Run, network: TrainingLoss, log: Log, tables: Any = N
         settings: the run.
         network: of the log's spec, or of a window's.
         log: with spec and vocabulary.
-        tables: `recsys.tables.host.HostTables`, where they lie on the host.
+        tables: `recsys.tables.host.HostTables`, where they are on the host.
     """
     initialize(network.model, settings.train.seed)
     own = list_checkpoints(Path(settings.output.directory) / "checkpoints")

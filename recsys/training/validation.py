@@ -17,7 +17,7 @@ from parallel.common.progress import info
 from parallel.launch.session import ranks_here
 from parallel.training.backend import Backend
 from parallel.training.operation.saving import disks_of
-from recsys.data.dataset import in_order
+from recsys.data.batches import in_order
 from recsys.data.encode import Encoded
 from recsys.layers.tasks import TaskPlan
 from recsys.metrics import Accumulator, NumberAccumulator
@@ -89,7 +89,7 @@ class RanksEvaluation:
             yield labels[:real], self.merged(own)[:real].astype(np.float64), users
 
     def merged(self, own: np.ndarray | None) -> np.ndarray:
-        """float32 [batch, tasks] of the rows that the processes tell; what one alone tells comes back exactly."""
+        """float32 [batch, tasks] of the rows that the processes give; what one alone gives comes back exactly."""
         return RankScores(self.backend).whole(own, (self.batch, len(self.labels)), self.mine.start)
 
 
@@ -100,7 +100,7 @@ class Best:
         settings: the run; `train.keep_best` names the metric.
         evaluation: what gives the metrics, the same on all processes.
         parameters: gives what is saved, `NamedTensor`s or MindSpore parameters.
-        rank: only rank 0 writes whole parameters.
+        rank: only rank 0 writes full parameters.
         holder: which slices this process holds; None = everything.
         tables: `recsys.tables.host.HostTables` whose rows are kept beside the parameters.
     """
@@ -117,7 +117,7 @@ class Best:
             self._remember(found[-1])
 
     def _remember(self, path: Path) -> None:
-        """What was best before; damage is told, since the run then takes the next validation for the best."""
+        """What was best before; damage is reported, since the run then takes the next validation for the best."""
         if (error := damage(path)) is not None:
             if self.rank == 0:
                 info(f"note: the best parameters of the run cannot be read and are looked for anew: {error}")

@@ -21,8 +21,8 @@ class Compensation(Layer):
         rank: of low_rank.
 
     The paper only says that the masked U representation goes through a learnable linear projection and is added to the
-    G tokens; the three forms, their source (U mixed tokens, after the mask) and their place (the block's first
-    residual) are ours.
+    G tokens; the three forms, their source (U mixed tokens, after the mask) and their position (the block's first
+    residual) were chosen here.
     """
 
     def __init__(self, form: str, sources: int, width: int, targets: int, outputs: int, rank: int,
@@ -54,7 +54,7 @@ class Compensation(Layer):
         if self.form == "low_rank":
             flat = self.reshape(self.transpose(u_hRK, (1, 0, 2)), (1, rows, self.sources * self.width))
             return self.spread(self.tile(self.project(flat), (self.targets, 1, 1)))
-        # Samples first, so that cutting them needs no exchange.
+        # Samples first, so that sharding them needs no redistribution.
         u_RhK = self.transpose(u_hRK, (1, 0, 2))
         made = self.project(self.reshape(u_RhK, (1, rows * self.sources, self.width)))
         made = self.turn(self.reshape(made, (rows, self.sources, self.outputs)), (0, 2, 1))

@@ -48,7 +48,7 @@ class TwoSidedEmbedding(nn.Cell):
 
 
 class Widths(Layer):
-    """Pieces of the given sizes of the last dim of x_TBD."""
+    """Slices of the given sizes of the last dim of x_TBD."""
 
     def __init__(self, sizes: tuple[int, ...], stream: Operand) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Beside(Layer):
 
     def __init__(self, dim: int, stream: Operand) -> None:
         super().__init__()
-        # Tokens of two sides are not cut alike, so where they are joined they lie whole.
+        # Tokens of two sides are not sharded alike, so where they are joined they are replicated.
         self.stream = stream if dim == 2 else (None, stream[1], stream[2])
         self.concat = ops.Concat(axis=dim)
 
@@ -92,7 +92,7 @@ class Fill(Layer):
 
 
 class Blank(Layer):
-    """Zeros in the shape of x_TBD. (A filled constant would not be cut as x is.)"""
+    """Zeros in the shape of x_TBD. (A filled constant would not be sharded as x is.)"""
 
     def __init__(self, stream: Operand) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Repeat(Layer):
 
 
 class Take(nn.Cell):
-    """Pieces [c, R, K] for each candidate: row index_N[n] for candidate n; as they are without an index (R = N)."""
+    """Components [c, R, K] for each candidate: row index_N[n] for candidate n; as they are without an index (R = N)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class SharedMean(Layer):
     """hidden_ND: the mean over U and G tokens from the mean of each side.
 
     Args:
-        batch: the named axis that cuts N.
+        batch: the named axis of N.
     """
 
     def __init__(self, batch: str) -> None:

@@ -1,19 +1,18 @@
 """Separated layers that change the number of tokens (pyramid), and their separated residual.
 
-Shapes: R rows of U, N rows of G, T = c_u + c_g tokens in, P = p_u + p_g tokens out (as many mixing heads), D width, d =
+Shapes: R rows of U, N rows of G, T = c_u + c_g tokens in, P = p_u + p_g tokens out (and mixing heads), D width, d =
 D / P, M = T d, A width of queries and keys.
 
 Source: UG-Sep (arXiv 2602.10455): where the token count changes, a plain residual would bring G into U; it is replaced
 by cross-attention whose query is the output of mixing and per-token network, whose keys and values are the layer's
-input tokens, under one more mask. The paper's formulas could not be read; ours is O + softmax(q(O) k(X)^T / sqrt(A)) X,
-one head, projections of their own for every token.
+input tokens, under one more mask. The paper's formulas could not be read; here it is O + softmax(q(O) k(X)^T / sqrt(A))
+X, one head, projections of their own for every token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -22,12 +21,12 @@ from mindspore import dtype as mstype
 from parallel.common.errors import UserError
 from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
 from parallel.sharding.layout import Layer, OpSharding
-from recsys.layers.mixing import TokenMixing
 from recsys.settings import RankerSettings
 from recsys.ug_sep.compensation import Compensation
-from recsys.ug_sep.layers import Beside, Mask, Repeat, Shape, Take, Widths
+from recsys.ug_sep.layers import Beside, Repeat, Shape, Take
+from recsys.ug_sep.mixing import TwoSidedMixing
 from recsys.ug_sep.ranker import TwoSidedBlock
-from recsys.ug_sep.sides import pair
+from recsys.ug_sep.sides import UGSepSettings, pair
 
 
 def count_pairs(first: Shape, named: list[str], layers: int) -> list[Shape]:
@@ -105,23 +104,22 @@ class PyramidBlock(TwoSidedBlock):
                                              make(p_g, wide, round(inner * wide)))
         self.second_user = make(p_u, width, round(inner * width)) if prenorm else None
         self.second_group = make(p_g, width, round(inner * width)) if prenorm else None
-        self.heads_apart = Widths((p_u * d, p_g * d), layout.stream)
-        self.mix_own, self.mix_given = (TokenMixing(c_u, p, p * d, layout=layout) for p in after)
-        self.mix_candidate = TokenMixing(c_g, p_g, p_g * d, layout=layout)
+        self.mixing = TwoSidedMixing(before, after, width, layout, separation.mixing_mask)
         self.beside, self.take, self.join_tokens = Beside(2, layout.stream), Take(), Beside(0, layout.stream)
         self.join_keys, self.join_values = Beside(0, layout.stream), Beside(0, layout.stream)
         self._make_attention(separation, width, layout, compute_dtype)
-        self.adds, self.wide = nn.CellList([Add(layout.stream) for _ in range(5)]), Repeat(p_g)
-        self.mix = TokenMixing(tokens, p_u + p_g, width, layout=layout)
-        self.mask_mixing = Mask((p_u + p_g, wide), p_u, c_u * d, separation.mixing_mask)
+        self.add_user_attended, self.add_candidate_attended = Add(layout.stream), Add(layout.stream)
+        self.add_user, self.add_candidate, self.add_compensation = (Add(layout.stream) for _ in range(3))
+        self.repeat = Repeat(p_g)
         self.compensation = None
         if separation.compensation != "none":
             self.compensation = Compensation(separation.compensation, p_u, self.rows, p_g, width,
                                              separation.compensation_rank or width, compute_dtype)
         self.components = [(p_g, c_u * d), (c_u, separation.attention_size), (c_u, width),
-                       *([self.compensation.shape] if self.compensation is not None else [])]
+                           *([self.compensation.shape] if self.compensation is not None else [])]
 
-    def _make_attention(self, separation: Any, width: int, layout: TokenLayout, compute_dtype: mstype) -> None:
+    def _make_attention(self, separation: UGSepSettings, width: int, layout: TokenLayout,
+                        compute_dtype: mstype) -> None:
         (c_u, c_g), (p_u, p_g), size = self.before, self.after, separation.attention_size
         self.query_user, self.query_group, self.key_user, self.key_group = (
             GroupedLinear(count, width, size, layout=layout, bias=False, compute_dtype=compute_dtype)
@@ -142,45 +140,44 @@ class PyramidBlock(TwoSidedBlock):
         """(x_pRD; components: U's part of the G mixed tokens, keys and values of the U tokens, compensation if any;
         penalty)."""
         n_uRD = self.norm1(x_uRD) if self.prenorm else x_uRD
-        own, given = self.heads_apart(n_uRD)
-        own = self.mix_own(own)
+        own, other = self.mixing.split_heads(n_uRD)
+        own, given = self.mixing.user(own, other)
         o_pRD, penalty = self.applied(self.first_user, own, index_N)
         keys = self.key_user(n_uRD)
-        components = (self.mix_given(given), keys, n_uRD)
+        components = (given, keys, n_uRD)
         if self.compensation is not None:
             components += (self.compensation(own),)
-        o_pRD = self.adds[0](o_pRD, self.attend_user(self.query_user(o_pRD), keys, n_uRD))
+        o_pRD = self.add_user_attended(o_pRD, self.attend_user(self.query_user(o_pRD), keys, n_uRD))
         if not self.prenorm:
             return self.norm1(o_pRD), components, penalty
-        return self.adds[1](o_pRD, self.second_user(self.norm2(o_pRD))), components, penalty
+        return self.add_user(o_pRD, self.second_user(self.norm2(o_pRD))), components, penalty
 
     def candidate(self, x_gND: Tensor, components: tuple, index_N: Tensor | None) -> tuple:
         """(x_pND, penalty)."""
         n_gND = self.norm1(x_gND) if self.prenorm else x_gND
-        _, heads = self.heads_apart(n_gND)
-        h_pNM = self.beside(self.take.full(components[0], index_N), self.mix_candidate(heads))
+        h_pNM = self.beside(self.take.full(components[0], index_N), self.mixing.candidate(n_gND))
         o_pND, penalty = self.applied(self.first_group, h_pNM)
         keys = self.join_keys(self.take.full(components[1], index_N), self.key_group(n_gND))
         values = self.join_values(self.take.full(components[2], index_N), n_gND)
-        o_pND = self.adds[2](o_pND, self.attend_candidate(self.query_group(o_pND), keys, values))
+        o_pND = self.add_candidate_attended(o_pND, self.attend_candidate(self.query_group(o_pND), keys, values))
         if self.compensation is not None:
-            o_pND = self.adds[3](o_pND, self.take.full(self.wide(components[3]), index_N))
+            o_pND = self.add_compensation(o_pND, self.take.full(self.repeat(components[3]), index_N))
         if not self.prenorm:
             return self.norm1(o_pND), penalty
-        return self.adds[4](o_pND, self.second_group(self.norm2(o_pND))), penalty
+        return self.add_candidate(o_pND, self.second_group(self.norm2(o_pND))), penalty
 
     def masked(self, x_TBD: Tensor) -> tuple:
-        """(x_PBD, penalties): the same by masks on whole tensors."""
+        """(x_PBD, penalties): the same by masks on full tensors."""
         (c_u, _), (p_u, _) = self.before, self.after
         n_TBD = self.norm1(x_TBD) if self.prenorm else x_TBD
-        h_PBM = self.mask_mixing(self.mix(n_TBD))
+        h_PBM = self.mixing.masked(n_TBD)
         own, penalty = self.applied(self.first_user, h_PBM[:p_u, :, :self.rows])
         other, more = self.applied(self.first_group, h_PBM[p_u:])
         queries = self.join_keys(self.query_user(own), self.query_group(other))
         keys = self.join_keys(self.key_user(n_TBD[:c_u]), self.key_group(n_TBD[c_u:]))
         o_PBD = self.join_tokens(own, other) + self.attend_candidate(queries, keys, n_TBD, self.bias)
         if self.compensation is not None:
-            extra = self.wide(self.compensation(h_PBM[:p_u, :, :self.rows]))
+            extra = self.repeat(self.compensation(h_PBM[:p_u, :, :self.rows]))
             o_PBD = self.join_tokens(o_PBD[:p_u], o_PBD[p_u:] + extra)
         if not self.prenorm:
             return self.norm1(o_PBD), (penalty, more)

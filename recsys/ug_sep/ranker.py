@@ -1,4 +1,4 @@
-"""UG-Sep: the parts of a ranker whose user tokens (U) know nothing of the candidate (G), so that they are
+"""UG-Sep: the parts of a ranker whose user tokens (U) do not depend on the candidate (G), so that they are
 computed once a request.
 
 Shapes: R requests (rows of U), N candidates (rows of G), T tokens of which the first are U, H mixing heads, D width,
@@ -10,7 +10,7 @@ checkpoints they are.
 
 Source: UG-Sep (arXiv 2602.10455). The masks: a U mixed token reads U heads only, M_mix[h, j] = 0 for h < h_u, j >= c_u
 d_h; a U token takes back U mixed tokens only, M_rev[t, j] = 0 for t < c_u, j >= h_u d_h. The paper's formulas could not
-be read; these are ours (UI-MixFormer, arXiv 2602.14110 eq. 10-11, prints a mask of the same kind).
+be read; these were chosen here (UI-MixFormer, arXiv 2602.14110 eq. 10-11, prints a mask of the same kind).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class SeparatedRanker(Ranker):
         self.shared_mean = SharedMean("batch" if self.layout.kind == "width" else "rows")
         self.join_tokens = Beside(0, self.layout.stream)
         self.component_shapes = (tuple(shapes), *(tuple(layer.components) for layer in self.layers),
-                             ((1, self.settings.width),))
+                                 ((1, self.settings.width),))
         self.sizes = tuple(c * k for shapes in self.component_shapes for c, k in shapes)
         self.make_head(self.settings.width)
 
@@ -145,15 +145,15 @@ class SeparatedRanker(Ranker):
         """(logits, auxiliary logits, penalties): both passes at once, layer by layer."""
         x_uRD, first = self.tokenize.user(user)
         x_gND = self.tokenize.candidate(group, first, index_N)
-        inputs, auxiliary, penalties = (), (), ()
+        users, candidates, auxiliary, penalties = (), (), (), ()
         for index in range(len(self.layers)):
-            inputs += ((x_uRD, x_gND),)
+            users, candidates = users + (x_uRD,), candidates + (x_gND,)
             x_uRD, x_gND, own, other = self.layers[index](x_uRD, x_gND, index_N)
             if self.sparse:
                 penalties += (own, other)
             if index in self.sources:
-                number, below = index // self.gap - 1, inputs[index - self.gap + 1]
-                x_uRD, x_gND = self.adds_user[number](x_uRD, below[0]), self.adds_candidate[number](x_gND, below[1])
+                x_uRD = self.add_lower_user(index, x_uRD, users)
+                x_gND = self.add_lower_candidate(index, x_gND, candidates)
             if index in self.auxiliary_layers:
                 hidden_ND = self.pooled_over_all(self.mean(x_uRD), x_gND, index_N, self.token_counts[index + 1])
                 auxiliary += (self.auxiliary[len(auxiliary)](hidden_ND),)
@@ -172,7 +172,7 @@ class SeparatedRanker(Ranker):
         return result
 
     def user_layers(self, groups: tuple) -> tuple:
-        """Pieces: the tokenizer's, each layer's, the mean of the U tokens."""
+        """Components: the tokenizer's, each layer's, the mean of the U tokens."""
         x_uRD, first = self.tokenize.user(groups)
         components, inputs = (first,), ()
         for index in range(len(self.layers)):
@@ -180,10 +180,18 @@ class SeparatedRanker(Ranker):
             x_uRD, own, _ = self.layers[index].user(x_uRD)
             components += (own,)
             if index in self.sources:
-                x_uRD = self.adds_user[index // self.gap - 1](x_uRD, inputs[index - self.gap + 1])
+                x_uRD = self.add_lower_user(index, x_uRD, inputs)
         if self.norm is not None:
             x_uRD = self.norm(x_uRD)
         return components + ((self.mean(x_uRD),),)
+
+    def add_lower_user(self, index: int, x_uRD: Tensor, inputs: tuple) -> Tensor:
+        """U tokens after layer `index` plus the output of the layer `gap` below; inputs[i] went into layer i."""
+        return self.adds_user[index // self.gap - 1](x_uRD, inputs[index - self.gap + 1])
+
+    def add_lower_candidate(self, index: int, x_gND: Tensor, inputs: tuple) -> Tensor:
+        """As `add_lower_user` for candidate tokens."""
+        return self.adds_candidate[index // self.gap - 1](x_gND, inputs[index - self.gap + 1])
 
     def mean(self, x_uRD: Tensor) -> Tensor:
         """[1, R, D]: the mean over the U tokens, as a component."""
@@ -197,7 +205,7 @@ class SeparatedRanker(Ranker):
             inputs += (x_gND,)
             x_gND, _ = self.layers[index].candidate(x_gND, components[index + 1], index_N)
             if index in self.sources:
-                x_gND = self.adds_candidate[index // self.gap - 1](x_gND, inputs[index - self.gap + 1])
+                x_gND = self.add_lower_candidate(index, x_gND, inputs)
         if self.norm is not None:
             x_gND = self.norm(x_gND)
         return self.pooled_over_all(components[-1][0], x_gND, index_N, self.token_counts[-1])
@@ -218,17 +226,10 @@ class SeparatedRanker(Ranker):
             if self.sparse:
                 penalties += penalty
             if index in self.sources:
-                x_TBD = self.adds_user[index // self.gap - 1](x_TBD, inputs[index - self.gap + 1])
+                x_TBD = self.add_lower_user(index, x_TBD, inputs)
             if index in self.auxiliary_layers:
                 auxiliary += (self.auxiliary[len(auxiliary)](self.pool_user(x_TBD)),)
         return x_TBD, auxiliary, penalties
-
-    def user_tokens(self, ids_BM: Tensor, numbers_BN: Tensor) -> Tensor:
-        """[c_u, B, D]: what the U tokens are in the end, computed with all others: the same for every candidate, if
-        the masks hold."""
-        user, group = self.embedding(ids_BM, numbers_BN)
-        x_TBD, _, _ = self.masked_layers(user, group)
-        return x_TBD[:self.token_counts[-1][0]]
 
     def check_op(self, parallel: ParallelConfig, batch: int) -> None:
         if self.settings.op_sharding != "width":

@@ -21,23 +21,23 @@ from recsys.data.features import FeatureSpec
 
 
 class UGSepSettings(Settings):
-    """Separation of user (U) and candidate (G) tokens. The formulas of the paper could not be read: what follows is
-    ours, and every choice that others may make differently is a key."""
+    """Separation of user (U) and candidate (G) tokens. The formulas of the paper could not be read: what follows was
+    chosen here, and every choice that others may make differently is a key."""
 
     ratio: str | None = "1:1"
     """U tokens : G tokens, of model.tokens in all (a global token counted on its side); null = what the groups make
     (with tokenization by groups)."""
     form: Literal["slices", "masks"] = "slices"
-    """slices: work under a mask is not done; masks: whole tensors times masks, the same function (a reference)."""
+    """slices: work under a mask is not done; masks: full tensors times masks, the same function (a reference)."""
     mixing_mask: bool = True
-    """Cuts G heads out of U mixed tokens. False only to ablate or test: user information is then not reusable."""
+    """Hides G heads from U mixed tokens. False only to ablate or test: user information is then not reusable."""
     reverting_mask: bool = True
-    """TokenMixer-Large: cuts G mixed tokens out of U tokens on the way back. False only to ablate or test."""
+    """TokenMixer-Large: hides G mixed tokens from U tokens on the way back. False only to ablate or test."""
     residual_mask: bool = True
     """Separated residual: U tokens look at U tokens only. False only to ablate or test."""
     user_heads: int | None = Field(None, ge=1)
     """TokenMixer-Large: mixing heads that are U, layers that keep their tokens only; null = about the share that U has
-    of the tokens. Fewer let G tokens mix more of every token, for more work a candidate (ours)."""
+    of the tokens. Fewer let G tokens mix more of every token, for more work a candidate (not in the paper)."""
     global_token: Literal["candidate", "per_side"] = "candidate"
     """TokenMixer-Large: candidate: one global token of all groups, a G token; per_side: U has one of its own besides,
     made of user groups. model.global_token: false = none."""
@@ -108,7 +108,7 @@ def allot(groups: list[str], tokens: int, named: dict[str, int]) -> list[tuple[t
     """[(groups, tokens that they make together), ...]: `tokens` given out over semantic groups.
 
     As `named` says where that fits; else evenly, the first groups one more; with fewer tokens than groups, neighbours
-    are joined. The papers do not say how; the choice is ours.
+    are joined. The papers do not say how; chosen here.
 
     Raises:
         UserError: there is no token to give.
@@ -126,7 +126,7 @@ def allot(groups: list[str], tokens: int, named: dict[str, int]) -> list[tuple[t
 
 @dataclass(frozen=True)
 class Side:
-    """One side's features: `spec` places them in an input of their own, made of the columns `ids` and `numbers`."""
+    """One side's features: `spec` gives them an input of their own, made of the columns `ids` and `numbers`."""
 
     spec: FeatureSpec
     ids: tuple[int, ...]
@@ -161,12 +161,12 @@ class UserCandidateSplit:
                      for mine in (True, False)))
 
     def split(self, ids_BM: np.ndarray, numbers_BN: np.ndarray) -> tuple[tuple, tuple]:
-        """((ids, numbers) of the user, (ids, numbers) of the candidate) out of whole encoded rows."""
+        """((ids, numbers) of the user, (ids, numbers) of the candidate) out of encoded rows of both sides."""
         return self.user.take(ids_BM, numbers_BN), self.candidate.take(ids_BM, numbers_BN)
 
 
 def _side(spec: FeatureSpec, groups: set[str]) -> Side:
-    """The part of a spec that some semantic groups make up; tables and their rows stay those of the whole."""
+    """The part of a spec that some semantic groups make up; tables and their rows stay those of the full spec."""
     ordered = [feature for feature in spec.ordered if feature.semantic_group in groups]
     names = {feature.name for feature in ordered}
     slots, ids, start = {}, [], 0

@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel.common.errors import UserError
-from recsys.data.dataset import Batches
+from recsys.data.batches import Batches
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.ranker import SeparatedRanker
 from recsys.ug_sep.sides import UserCandidateSplit
@@ -29,7 +29,7 @@ BUCKETS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 def distinct_users(ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids_Rm, numbers_Rn, index_B): rows with equal columns once each, R filled up to a bucket.
 
-    Rows are compared bit by bit, so users are told apart by what the model sees of them, not by an id.
+    Rows are compared bit by bit, so users are distinguished by what the model sees of them, not by an id.
     """
     joined = np.concatenate([ids, np.ascontiguousarray(numbers, np.float32).view(np.int32)], axis=1, dtype=np.int32)
     keys = np.ascontiguousarray(joined).view(np.dtype((np.void, joined.shape[1] * 4))).reshape(-1)
@@ -40,7 +40,8 @@ def distinct_users(ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np
 
 
 class SharedUsers:
-    """Batches (ids_Bm, numbers_Bn, labels_BK, index_B, user_ids_Rm, user_numbers_Rn) of whole-row batches.
+    """Batches (ids_Bm, numbers_Bn, labels_BK, index_B, user_ids_Rm, user_numbers_Rn) of batches with rows of both
+    sides.
 
     Args:
         source: the batches.
@@ -60,7 +61,7 @@ class SharedUsers:
 
 def share(sides: UserCandidateSplit, ids: np.ndarray, numbers: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
                                                                                                         ...]:
-    """A whole-row batch as `SharedUsers` gives it."""
+    """A batch with rows of both sides as `SharedUsers` gives it."""
     user, group = sides.split(ids, numbers)
     user_ids, user_numbers, index = distinct_users(*user)
     return *group, labels, index, user_ids, user_numbers
@@ -85,7 +86,7 @@ def sharing_loss(network: TrainingLoss, settings: Run) -> SharedUsersLoss:
         raise UserError("only a separated ranker can share its users", where="train.share_users",
                         hint="give model.ug_sep, with its masks on and form: slices")
     if settings.train.accumulation > 1:
-        raise UserError("shared users are not cut into micro-batches", where="train.accumulation",
+        raise UserError("shared users are not split into micro-batches", where="train.accumulation",
                         value=settings.train.accumulation)
     if settings.model.dropout > 0.0:
         raise UserError("dropout differs between a user's samples", where="model.dropout",

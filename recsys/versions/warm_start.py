@@ -1,6 +1,6 @@
 """A ranker with other features from an old checkpoint: parameters by name, rows of tables by value, columns of the
 first matrices by feature. What a new feature feeds starts at 0 there, so where features are only added (to groups that
-were there) the new model says at first what the old one said."""
+were there) the new model predicts at first what the old one did."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def warm_start(network: Any, spec: FeatureSpec, vocabulary: Vocabulary, path: st
         network: the new one.
         spec, vocabulary: of the new run.
         path: the old checkpoint, or its run's folder.
-        tables: `recsys.tables.host.HostTables` of the new run, where its tables lie on the host.
+        tables: `recsys.tables.host.HostTables` of the new run, where its tables are on the host.
 
     Returns: how many parameters (and tables of features) were kept, kept in part, and started anew.
 
@@ -80,7 +80,7 @@ def _is_state(name: str) -> bool:
 
 
 class _Move:
-    """From one model's places to another's."""
+    """From one model's columns to another's."""
 
     def __init__(self, old: Trained, spec: FeatureSpec, vocabulary: Vocabulary) -> None:
         self.old, self.spec, self.vocabulary = old, spec, vocabulary
@@ -128,7 +128,7 @@ class _Move:
             if _ALL_GROUPS.search(name) or first:
                 return self._columns(value, start, old_whole, whole)
             if ".tokenize." in f".{name}" and not name.endswith(".bias"):
-                return None, "anew (it reads the features in other places)"
+                return None, "anew (it reads the features in other columns)"
         if value.shape != start.shape:
             return None, f"anew (shape {list(value.shape)}, now {list(start.shape)})"
         return value, "kept"
@@ -206,7 +206,7 @@ class _Move:
         return count, count, ""
 
     def host_tables(self, tables: Any) -> list[tuple[str, str]]:
-        """Rows of features by key; the old run's may lie on the host or in the graph."""
+        """Rows of features by key; the old run's may be on the host or in the graph."""
         from recsys.tables.dynamic import Entries
         from recsys.tables.files import FOLDER, read_entries, table_files
 

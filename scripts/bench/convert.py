@@ -41,7 +41,7 @@ def make_slices(folder: Path, config) -> None:
 
     rng, arrays = np.random.default_rng(0), {}
     for key in keys(config, "mindspore"):
-        arrays[key.theirs] = rng.standard_normal(key.their_shape, np.float32)
+        arrays[key.foreign] = rng.standard_normal(key.their_shape, np.float32)
     write_slices(folder, release_layouts(config),
                  [(name, "F32", value.shape, lambda value=value: value) for name, value in arrays.items()])
 

@@ -28,7 +28,7 @@ import turns  # noqa: E402 - beside this file
 
 LAYERS, WIDTH, HEADS, VOCABULARY, CONTEXT = 12, 768, 12, 50257, 1024
 STEPS = 32
-# A turn's steps lie around the context that it is named after.
+# A turn's steps are around the context that it is named after.
 STARTS = {144: 128, 528: 512}
 CHUNK = 64
 
@@ -117,7 +117,7 @@ def our_side(kind: str) -> None:
         runner.run([Span(table, first, prompt[first:first + CHUNK], 0)])
 
     def steps(context: int) -> None:
-        # What the steps write lies behind the context; the prompt's own keys are written again for the next turn.
+        # What the steps write is after the context; the prompt's own keys are written again for the next turn.
         start = STARTS[context]
         token = prompt[start]
         for place in range(start, start + STEPS):
@@ -165,7 +165,7 @@ def our_weights(int8: bool):
 # ---------------------------------------------------------------- Hugging Face
 
 def hf_side() -> None:
-    """GPT2LMHeadModel with its own cache, cut back to the context before every turn."""
+    """GPT2LMHeadModel with its own cache, shortened to the context before every turn."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""TNEWS-like 4-way few-shot evaluation with common beginnings computed once, against computing every request whole.
+"""TNEWS-like 4-way few-shot evaluation with common beginnings computed once, against computing every request in full.
 
 Both sides are this project's scorer, batched by length with the same buckets; the peer is its --no-sharing, which is
 what scoring libraries do by default. Headlines are generated, or TNEWS's own with --data and --tokenizer.

@@ -8,7 +8,7 @@ On the generated log (default) the small configs of configs/recsys are trained, 
 chosen among `--rates` by the validation AUC of seed 1. On MovieLens-100k (`--movielens`; rating >= 4 is a click; sorted
 by time, 80/10/10) the recipes of configs/recsys/movielens are taken as they are; they were chosen by validation AUC.
 Test AUC is that of the parameters of the best validation. Each finished run is added to the file `--runs` and taken
-from there the next time, so that a long table can be made in pieces.
+from there the next time, so that a long table can be made in parts.
 
 The last line of stdout is JSON with every run; `ratio` is the mean AUC of the last model over that of the first.
 """
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--models", default="dlrm_mlp,rankmixer,tokenmixer_large", help="configs, weakest first")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each model")
     parser.add_argument("--rates", help="learning rates to choose from (generated log: 0.0005,0.001,0.002,0.004; "
-                                        "MovieLens: that of the recipe)")
+                        "MovieLens: that of the recipe)")
     parser.add_argument("--movielens", metavar="FOLDER", help="folder of ml-100k.inter, .user, .item")
     parser.add_argument("--runs", metavar="FILE", type=Path, help="keep finished runs here, one JSON object a line")
     parser.add_argument("words", nargs="*", help="overrides for every run, key.sub=value")
@@ -116,7 +116,7 @@ class Trained:
         from parallel.training.optimizers import run_optimizer
         from parallel.training.step import TrainStep
         from recsys.build import loss_network
-        from recsys.data.dataset import prepare
+        from recsys.data.log import prepare
         from recsys.evaluation import Evaluation
         from recsys.layers.sizes import count
         from recsys.tables.names import is_sparse
@@ -140,7 +140,7 @@ class Trained:
         from mindspore import Tensor
 
         from parallel.layers.parameter import initialize
-        from recsys.data.dataset import Batches
+        from recsys.data.batches import Batches
 
         initialize(self.network.model, seed)
         options, best = self.settings.train, {}

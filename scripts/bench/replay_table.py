@@ -36,7 +36,7 @@ MODELS = {
         "tokenmixer_large_moe", "rankmixer", "tokenmixer_large", "rankmixer_ug_sep", "tokenmixer_large_ug_sep",
         "longer", "dhen", "wukong", "hiformer", "autoint", "dcnv2", "dlrm_mlp")},
 }
-# With seed 1 and four layers one input of one ReLU lies within rounding of 0 (docs/replay.md).
+# With seed 1 and four layers one input of one ReLU is within rounding of 0 (docs/replay.md).
 MODELS["recsys/longer"] += " train.seed=2"
 # On one rank MindSpore adds up the gradients of a DHEN layer's input in another order if the layer is not recomputed.
 OTHER_ORDER = {("recsys/dhen", "recompute")}
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no replay after that time")
     parser.add_argument("--trust", action="store_true",
                         help="compile one data coordinate where there are two; that the graphs of others follow from "
-                             "it is then checked for each model where there are four")
+                        "it is then checked for each model where there are four")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     arguments = parser.parse_args()
     layouts, models = chosen(arguments.layouts), arguments.models.split(",")
@@ -103,17 +103,17 @@ def kept(file: str | None) -> dict[tuple[str, str], object]:
 
 
 def keep(file: str | None, model: str, cell) -> None:
-    """Appends a finished replay to the file, and tells it."""
+    """Appends a finished replay to the file, and prints it."""
     row = {"model": model, "layout": cell.layout.name, "figures": cell.figures, "digest": cell.digest,
            "refused": cell.refused}
     if file:
         with Path(file).open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
     figures = cell.figures or {}
-    told = cell.refused or "{} ranks, {}, loss {:.1e}, parameters {:.1e}".format(
+    line = cell.refused or "{} ranks, {}, loss {:.1e}, parameters {:.1e}".format(
         figures["world"], "equal" if figures["equal"] else "DIFFERENT", figures["max_loss_difference"],
         figures["max_parameter_difference"])
-    print(f"{model} {cell.layout.name}: {told}", file=sys.stderr, flush=True)
+    print(f"{model} {cell.layout.name}: {line}", file=sys.stderr, flush=True)
 
 
 def report(cells: dict[tuple[str, str], object], wanted: int) -> int:

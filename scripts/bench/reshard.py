@@ -1,6 +1,6 @@
-"""Seconds and peak memory of cutting a 350M training checkpoint anew: data 2 x op 4, op 2 x 4 stages, one device.
+"""Seconds and peak memory of resharding a 350M training checkpoint: data 2 x op 4, op 2 x 4 stages, one device.
 
-A whole checkpoint of random numbers with two moments is made first (4.1 GB; the chain takes four times that on the
+A full checkpoint of random numbers with two moments is made first (4.1 GB; the chain takes four times that on the
 disk). Each step is a command in a process of its own; what comes out at the end must be the beginning, byte for byte.
 
     python scripts/bench/reshard.py [--config configs/pangu/350m.yaml] [--folder runs] [key=value ...]
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 def make_checkpoint(folder: Path, config: str, overrides: list[str]) -> None:
-    """A whole training checkpoint of random numbers in `folder`."""
+    """A full training checkpoint of random numbers in `folder`."""
     from parallel.checkpoint.folder import OPTIMIZER_FILE, PARAMETERS_FILE
     from parallel.checkpoint.sharded import Slices
     from parallel.checkpoint.writing import write_checkpoint, write_full, write_index, write_rank

@@ -71,7 +71,7 @@ from parallel.layers.parameter import initialize
 from parallel.task import load_run
 from parallel.checkpoint.full import save_checkpoint
 from recsys.build import loss_network
-from recsys.data.dataset import prepare
+from recsys.data.log import prepare
 folder = Path(sys.argv[2])
 _, settings = load_run(sys.argv[1], [f"data.cache={folder}/data", "data.synthetic.samples=2000"])
 log = prepare(settings.data, settings.model.embedding_size)
@@ -91,7 +91,7 @@ def load(checkpoint: str, arguments: argparse.Namespace) -> dict:
 
 @contextlib.contextmanager
 def serving(checkpoint: str, clients: int, words: list[str]) -> Iterator[str]:
-    """A server of a ranker for so many clients, in a process of its own; gives its HOST:PORT."""
+    """A server of a ranker for this many clients, in a process of its own; gives its HOST:PORT."""
     words = ["port=0", "engine.timeout_seconds=30", f"engine.queue={2 * clients}", *words]
     process = subprocess.Popen([sys.executable, "-m", "recsys", "serve", "--checkpoint", checkpoint, *words],
                                env={**environment(), "COLUMNS": "400"}, cwd=ROOT, stdout=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Latency of /rank when requests name ids only and the features lie in Redis, beside requests that bring them along.
+"""Latency of /rank when requests name ids only and the features are in Redis, beside requests that bring them along.
 
 Starts a real redis-server (scripts/redis_server.sh), fills it with features of users and items, starts `python -m
 recsys serve` for a checkpoint of start values and lets clients ask, each on a connection of its own. The peer is the

@@ -1,4 +1,4 @@
-"""Experts against the dense network that they were cut from: does the time follow the active parameters?
+"""Experts against the dense network that they were split from: does the time follow the active parameters?
 
     python scripts/bench/sparse_moe.py [--tokens 16] [--width 256] [--ratio 4] [--batch 512] [--rounds 9]
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def networks(family: str, arguments: argparse.Namespace) -> dict:
-    """The dense network and its sparse cuts, with values."""
+    """The dense network and its sparse forms, with values."""
     from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU
     from parallel.layers.moe import SparsePertokenMoE
     from parallel.layers.parameter import initialize

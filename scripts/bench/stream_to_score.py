@@ -79,7 +79,7 @@ def measure(run: Path, redis: Redis, arguments: argparse.Namespace) -> dict:
 
 
 def start(verb: str, *words: str) -> subprocess.Popen:
-    """A command of ours; what a trainer says is thrown away."""
+    """A command of this project; a trainer's output is thrown away."""
     return subprocess.Popen([sys.executable, "-m", "recsys", verb, *words], env=environment(), cwd=ROOT, text=True,
                             stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE if verb == "serve" else subprocess.DEVNULL)

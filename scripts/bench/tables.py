@@ -100,8 +100,8 @@ class Sized:
         from parallel.task import load_run
         from parallel.training.optimizers import Optimizer
         from recsys.build import loss_network
-        from recsys.data.dataset import features_of
-        from recsys.data.features import place
+        from recsys.data.columns import features_of
+        from recsys.data.features import assign_columns
         from recsys.tables.host import HostTables
         from recsys.tables.names import is_sparse
         from recsys.tables.step import HostedBackend, TableStep
@@ -113,7 +113,7 @@ class Sized:
         _, settings = load_run(str(ROOT / "configs/recsys/tokenmixer_large.yaml"), [
             "data.tables.place=host", f"data.tables.folder={folder}", "train.sparse_optimizer.name=rowwise_adagrad",
             f"train.sparse_optimizer.learning_rate={RATE}", f"train.global_batch_size={batch}"])
-        self.rows, self.spec = rows, place(features, settings.model.embedding_size)
+        self.rows, self.spec = rows, assign_columns(features, settings.model.embedding_size)
         self.tables = HostTables(settings, self.spec, batch)
         for name in ("user_id", "item_id"):
             fill(self.tables.tables[name], rows // 2, f"{rows:,} rows, {name}")

@@ -40,7 +40,7 @@ def main() -> None:
     """Runs both sides in turns and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=6.0, help="size of the text, in MB of UTF-8")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side encodes the whole text")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each side encodes the text")
     arguments = parser.parse_args()
     core = hold_to_one_core()
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ _PAUSE = 0.02  # seconds in which the last side's threads go to sleep
 
 
 def threads() -> int:
-    """Cores this process may use: every side gets so many threads."""
+    """Cores this process may use: every side gets this many threads."""
     return len(os.sched_getaffinity(0))
 
 
@@ -50,7 +50,7 @@ class Side:
 
     Args:
         script: the bench.
-        name: what `serve` is told.
+        name: options of `serve`.
         arguments: further words on its command line.
         python: the interpreter, where another environment has the peer.
     """

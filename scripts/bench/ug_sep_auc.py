@@ -10,10 +10,10 @@ learning rate: unseparated (no mask), separated, and separated with information 
 
 On the generated log a run sees 820,000 samples once, with a falling learning rate, and is tested on 150,000 others:
 with a fifth of them models are still learning what the log is made of, the separated one more slowly (see
-docs/ug_sep.md), and on 12,000 test rows differences of 0.1 % cannot be told from chance.
+docs/ug_sep.md), and on 12,000 test rows differences of 0.1 % cannot be separated from chance.
 
 `--runs` keeps finished runs in a file of JSON lines and reads it when started again; `--minutes` stops beginning new
-ones, so that a table can be made piece by piece. Last line of stdout: JSON with the table; `ratio` is the mean over
+ones, so that a table can be made in parts. Last line of stdout: JSON with the table; `ratio` is the mean over
 models of separated (the first of `--variants` that is not unseparated) over unseparated AUC at the first of `--ratios`.
 """
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--compensation", default="low_rank", help="form of the third variant")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which of them, with commas")
     parser.add_argument("--steps", type=int, help="steps of a run (default 800, MovieLens 320)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after this many")
     parser.add_argument("--movielens", metavar="FOLDER", help="folder of ml-100k.inter, .user, .item")
     parser.add_argument("--runs", metavar="FILE", help="file of finished runs")
     parser.add_argument("words", nargs="*", help="overrides for every run, key.sub=value")

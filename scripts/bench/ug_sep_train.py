@@ -43,7 +43,8 @@ def trainer(config: str, words: list[str], shared: bool):
     from parallel.training.optimizers import Optimizer
     from parallel.training.step import TrainStep
     from recsys.build import loss_network
-    from recsys.data.dataset import Batches, prepare
+    from recsys.data.batches import Batches
+    from recsys.data.log import prepare
     from recsys.settings import Run
     from recsys.ug_sep.user_aggregation import sharing_loss
 
@@ -90,7 +91,7 @@ def measure(arguments: argparse.Namespace, ratio: str, cache: str) -> dict:
                 times[name].append(seconds)
     size = settings.train.global_batch_size
     row = {"ratio": ratio, "batch": size, "user_rows": most, **{name: size / float(np.median(found))
-                                                               for name, found in times.items()}}
+                                                                for name, found in times.items()}}
     row["shared_over_separated"] = row["shared"] / row["separated"]
     row["shared_over_unseparated"] = row["shared"] / row["unseparated"]
     row["separated_over_unseparated"] = row["separated"] / row["unseparated"]
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--config", default=str(ROOT / "configs" / "recsys" / "tokenmixer_large_ug_sep.yaml"),
                         help="a separated ranker")
     parser.add_argument("--ratios", default="1:1", help="user tokens : group tokens, several with commas")
-    parser.add_argument("--together", type=int, default=8, help="samples of a user that stand together")
+    parser.add_argument("--together", type=int, default=8, help="samples of a user that are neighbours")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each way")
     parser.add_argument("words", nargs="*", help="overrides, key.sub=value")
     arguments = parser.parse_args()

@@ -47,7 +47,7 @@ class Campaign:
         return time.monotonic() < min(self.end, self._until or self.end)
 
     def share(self, seconds: float) -> None:
-        """From here on a part has so many seconds."""
+        """From here on a part has this many seconds."""
         self._until = time.monotonic() + seconds
 
     def count(self, what: str, by: int = 1) -> None:
@@ -110,7 +110,7 @@ def _raises(call: Callable[[Any], Any], data: Any, kind: type[Exception], allowe
 
 
 def shrunk(data: Any, fails: Callable[[Any], bool], trials: int = 300) -> Any:
-    """The smallest part of `data` found by leaving out pieces that still fails (delta debugging, bounded)."""
+    """The smallest part of `data` found by leaving out parts that still fails (delta debugging, bounded)."""
     size = max(1, len(data) // 2)
     while size >= 1 and trials > 0:
         at, changed = 0, False

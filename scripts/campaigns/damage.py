@@ -34,7 +34,7 @@ class Kind:
         name: for the counts.
         files: of which one is damaged at a time.
         read: reads all of it; the result stands for the content.
-        sealed: carries digests, so a changed byte must be told or change nothing.
+        sealed: carries digests, so a changed byte must be reported or change nothing.
     """
 
     name: str
@@ -120,7 +120,7 @@ def digest_of_folder(folder: Path) -> str:
 
 
 def checkpoints(folder: Path) -> list[Kind]:
-    """A whole checkpoint and one of two ranks."""
+    """A full checkpoint and one of two ranks."""
     from parallel.checkpoint.full import save_checkpoint
     from parallel.checkpoint.sharded import Slices
     from parallel.checkpoint.writing import write_checkpoint, write_index, write_rank
@@ -158,7 +158,7 @@ def strategies(folder: Path) -> list[Kind]:
 
 def logs(folder: Path) -> list[Kind]:
     """A click log as it is encoded, and the log itself."""
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from recsys.settings import DataSettings
 
     path = folder / "log.csv"

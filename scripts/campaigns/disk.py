@@ -55,7 +55,7 @@ def judge(campaign: Campaign, name: str, limit: int, outcome: tuple[str, str], b
         campaign.fail(f"disk {name}", f"limit {limit}: printed {text[-1500:]}")
     elif kind == "refused" and digest_of_folder(folder) != before:
         campaign.fail(f"disk {name}", f"limit {limit}: what was there has changed, or something half-made is left: "
-                                      f"{sorted(path.name for path in folder.rglob('.*'))}")
+                      f"{sorted(path.name for path in folder.rglob('.*'))}")
 
 
 def _child(write: Callable[[Path], None], folder: Path, limit: int, pipe: Any) -> None:
@@ -123,7 +123,7 @@ def _metrics(folder: Path) -> None:
 
 
 def _log(folder: Path) -> None:
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from recsys.settings import DataSettings
 
     path = folder.parent / "disk_log.csv"

@@ -203,7 +203,7 @@ def corpora(campaign: Campaign, folder: Path, rng: random.Random) -> None:
 
 def log_rows(campaign: Campaign, folder: Path, rng: random.Random) -> None:
     """A click log with something wrong in it: refused with its row, or read, and then no row is lost."""
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from recsys.settings import DataSettings
 
     base = "user,item,price,tags,click,at\n" + "".join(
@@ -252,10 +252,11 @@ def requests(campaign: Campaign, folder: Path, rng: random.Random) -> None:
 
 
 def _trained(folder: Path) -> Any:
-    """What `read_request` needs of a ranker: features, places and vocabulary, without a network."""
+    """What `read_request` needs of a ranker: features, columns and vocabulary, without a network."""
     from types import SimpleNamespace
 
-    from recsys.data.dataset import columns_of, features_of, prepare
+    from recsys.data.columns import columns_of, features_of
+    from recsys.data.log import prepare
     from recsys.data.readers import reader
     from recsys.settings import DataSettings
 

@@ -73,10 +73,13 @@ def single(words: Callable[[Path], list[str]]) -> Callable[[Path], list[Child]]:
 
 
 def measure(campaign: Campaign, job: Job, folder: Path) -> bool:
-    """The straight run: what it leaves, and how long it takes."""
+    """The uninterrupted run: what it leaves, and how long it takes."""
     _fresh(job, folder)
-    for child in job.start(folder):  # the first brings what is imported late
-        child.ended(LIMIT)
+    first = job.start(folder)  # what is imported late, compiled once
+    if not all_ended(first, LIMIT):
+        campaign.fail(f"straight {job.name}", "does not end\n" + "\n".join(child.told()[-2000:] for child in first))
+        _end(first)
+        return False
     _fresh(job, folder)
     begun = time.monotonic()
     children = job.start(folder)
@@ -84,7 +87,7 @@ def measure(campaign: Campaign, job: Job, folder: Path) -> bool:
     job.seconds = time.monotonic() - begun
     if any(child.code != 0 for child in children):
         _end(children)
-        campaign.fail(f"straight {job.name}", "\n".join(child.told()[-2000:] for child in children))
+        campaign.fail(f"uninterrupted {job.name}", "\n".join(child.told()[-2000:] for child in children))
         return False
     job.wanted = job.result(folder)
     return True
@@ -110,12 +113,12 @@ def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random) -> 
     else:
         children = job.start(folder)
         all_ended(children, LIMIT)
-    codes, told = [child.code for child in children], "\n---\n".join(child.told()[-2500:] for child in children)
+    codes, output = [child.code for child in children], "\n---\n".join(child.told()[-2500:] for child in children)
     _end(children)
-    if any(codes) or "Traceback" in told:
-        _keep(campaign, job, folder, f"exit codes {codes}\n{told}")
+    if any(codes) or "Traceback" in output:
+        _keep(campaign, job, folder, f"exit codes {codes}\n{output}")
     elif job.result(folder) != job.wanted:
-        _keep(campaign, job, folder, f"{told}\nthe resumed run left something else than the straight one")
+        _keep(campaign, job, folder, f"{output}\nthe resumed run left something else than the uninterrupted one")
     elif left := leftovers(folder):
         _keep(campaign, job, folder, f"left behind: {left[:5]}")
     campaign.count(f"resumed {job.name}")

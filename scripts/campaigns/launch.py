@@ -31,7 +31,7 @@ def run(campaign: Campaign) -> None:
     kinds = ("rank killed", "launcher killed", "SIGTERM", "SIGINT")
     while campaign.more(done, 0):
         kind, name = kinds[done % len(kinds)], f"run{done}"
-        told = end(campaign, folder, name, kind, rng)
+        output = end(campaign, folder, name, kind, rng)
         process = launch(folder, name, rng)
         try:
             rest = process.communicate(timeout=LIMIT)[1]
@@ -39,9 +39,9 @@ def run(campaign: Campaign) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             rest = "the second launch did not end"
         campaign.count(f"launch {kind}")
-        if "Traceback" in told + rest or newest(folder / name) != wanted:
-            campaign.fail(f"launch {kind}", f"{told[-2000:]}\n---\n{rest[-2500:]}\n{newest(folder / name)[:20]} for "
-                                            f"{wanted[:20]}")
+        if "Traceback" in output + rest or newest(folder / name) != wanted:
+            campaign.fail(f"launch {kind}", f"{output[-2000:]}\n---\n{rest[-2500:]}\n{newest(folder / name)[:20]} for "
+                          f"{wanted[:20]}")
         shutil.rmtree(folder / name, ignore_errors=True)
         done += 1
 
@@ -58,7 +58,7 @@ def launch(folder: Path, name: str, rng: random.Random) -> subprocess.Popen:
 
 
 def end(campaign: Campaign, folder: Path, name: str, kind: str, rng: random.Random) -> str:
-    """Starts a launch and ends it once it has saved; what it told."""
+    """Starts a launch and ends it once it has saved; its output."""
     process = launch(folder, name, rng)
     deadline = time.monotonic() + LIMIT
     while newest(folder / name) == "none" and process.poll() is None and time.monotonic() < deadline:
@@ -72,11 +72,11 @@ def end(campaign: Campaign, folder: Path, name: str, kind: str, rng: random.Rand
     elif process.poll() is None:
         process.send_signal(getattr(signal, kind, signal.SIGTERM))
     try:
-        told = process.communicate(timeout=90)[1]
+        output = process.communicate(timeout=90)[1]
     except subprocess.TimeoutExpired:
         campaign.fail(f"launch {kind}", "the launcher did not end within 90 seconds")
         os.killpg(process.pid, signal.SIGKILL)
-        told = process.communicate()[1]
+        output = process.communicate()[1]
     gone = time.monotonic() + 15
     while any(map(lives, ranks)) and time.monotonic() < gone:
         time.sleep(0.2)
@@ -85,8 +85,8 @@ def end(campaign: Campaign, folder: Path, name: str, kind: str, rng: random.Rand
         for pid in left:
             os.kill(pid, signal.SIGKILL)
     if kind.startswith("SIG") and process.returncode not in (0, 128 + getattr(signal, kind)):
-        campaign.fail(f"launch {kind}", f"exit code {process.returncode}\n{told[-2500:]}")
-    return told
+        campaign.fail(f"launch {kind}", f"exit code {process.returncode}\n{output[-2500:]}")
+    return output
 
 
 def children(pid: int) -> list[int]:

@@ -23,7 +23,7 @@ NASTY_VALUES: list[Any] = [
 
 
 def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one thing wrong: bits, a piece gone, doubled, moved, zeroed or replaced, an end cut off."""
+    """`data` with one thing wrong: bits, a part gone, doubled, moved, zeroed or replaced, an end missing."""
     if not data:
         return bytes([rng.randrange(256)])
     at, length = rng.randrange(len(data)), rng.choice((1, 1, 2, 8, 64, 512))
@@ -84,7 +84,7 @@ def _token(text: str, at: int, rng: random.Random) -> tuple[int, int]:
 
 
 def mutated_tree(tree: Any, rng: random.Random) -> Any:
-    """A copy of a tree of JSON values with one place replaced, left out, doubled or wrapped."""
+    """A copy of a tree of JSON values with one value replaced, left out, doubled or wrapped."""
     places = list(_places(tree))
     path = rng.choice(places)
     return _changed(tree, path, rng)

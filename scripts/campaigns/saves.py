@@ -66,7 +66,7 @@ def saves(campaign: Campaign, place: Path, by: int, rng: random.Random) -> None:
 
 
 def check_saves(campaign: Campaign, place: Path, told: int) -> None:
-    """The newest checkpoint is whole and at least what was told; nothing lies beside it after a sweep."""
+    """The newest checkpoint is undamaged and at least what was reported; nothing is left beside it after a sweep."""
     from parallel.checkpoint.newest import good_checkpoint
     from parallel.checkpoint.sharded import Slices
 

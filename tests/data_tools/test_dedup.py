@@ -117,7 +117,7 @@ def test_spark_equals_local_row_for_row(planted, spark_engine, tmp_path):
     assert spark_figures.by_rule == figures.by_rule
 
 
-def test_spark_cuts_skewed_buckets_as_local_does(spark_engine, tmp_path):
+def test_spark_splits_skewed_buckets_as_local_does(spark_engine, tmp_path):
     """Many texts that share a long boilerplate fall into the same buckets, far above the limits."""
     rng = random.Random(5)
     boilerplate = make_text(rng, 500)
@@ -183,7 +183,7 @@ def test_the_preferred_source_is_kept_then_the_longest(tmp_path):
     assert {d["kept_id"] for d in read_jsonl(tmp_path / "books" / "removed")} == {"c"}
 
 
-def test_documents_of_one_id_are_told_apart(tmp_path):
+def test_documents_of_one_id_are_kept_apart(tmp_path):
     rng = random.Random(4)
     first, second = make_text(rng, 300), make_text(rng, 300)
     documents = [{"id": "x", "text": first, "source": "s"}, {"id": "x", "text": second, "source": "s"},

@@ -174,7 +174,7 @@ def test_archives_as_common_crawl_publishes_them(tmp_path):
         "http://news.example.cn/1.html", "http://site.example.cn/0", "http://site.example.cn/1"]
     assert documents[1].other["date"] == "2021-01-15T13:41:01Z" and documents[0].source == CRAWL
     assert not log.damaged_files and not log.dropped and not log.repaired
-    # The second conversion record is cut off: what stands before it is read.
+    # The second conversion record is truncated: what stands before it is read.
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "x.warc.wet.gz").write_bytes(wet[:-60])
     documents, log = read_all([tmp_path / "cut"])

@@ -170,7 +170,7 @@ def test_a_page_of_which_the_crawl_got_a_part_is_left_out(tmp_path):
 
 @pytest.mark.parametrize(("name", "cuts"), [
     ("a.warc.gz", (20, 40, 60, 80, 100, 120)), ("a.warc", (30, 301, 601))])
-def test_an_archive_that_ends_inside_a_record_is_told_and_its_half_page_left_out(tmp_path, name, cuts):
+def test_an_archive_that_ends_inside_a_record_is_reported_and_its_half_page_left_out(tmp_path, name, cuts):
     whole = b"".join(map(gzip.compress, archive())) if name.endswith("gz") else b"".join(archive())
     for cut in cuts:
         (tmp_path / name).write_bytes(whole[:-cut])
@@ -246,7 +246,7 @@ def test_one_damaged_file_ends_nothing(tmp_path, capsys, verb):
     assert "good" in {line["id"] for line in lines_of(tmp_path / "o")}
 
 
-def test_separators_inside_a_question_do_not_cut_it(tmp_path):
+def test_separators_inside_a_question_do_not_split_it(tmp_path):
     question = "第一行\u2028第二行\u0085第三行\x0c第四行"
     (tmp_path / "q.jsonl").write_text(json.dumps({"q": question}, ensure_ascii=False) + "\n" * 2 + '{"q": "b"}\n')
     assert list(evaluation_texts(tmp_path / "q.jsonl")) == [question, "b"]

@@ -79,7 +79,7 @@ def trained(tmp_path_factory):
     return folder, settings, training, held_out, train_local(training, settings)
 
 
-def test_classifier_tells_held_out_documents_apart(trained):
+def test_classifier_separates_held_out_documents(trained):
     _, settings, _, held_out, model = trained
     scores = np.array([model.score(text) for text in held_out.texts])
     assert judge(scores, held_out.labels).roc_auc > 0.99

@@ -64,7 +64,7 @@ def test_the_same_for_a_seed_whatever_the_parts(sources, tmp_path, two_workers):
     assert len(list((tmp_path / "a").glob("part-*"))) > 2
 
 
-def test_mistakes_in_the_mixture_are_told(sources, tmp_path):
+def test_mistakes_in_the_mixture_are_reported(sources, tmp_path):
     with pytest.raises(UserError, match="novel-a"):
         mix(sources, tmp_path / "a", weights={"news": 1})
     with pytest.raises(UserError, match="no documents in the categories books"):

@@ -224,7 +224,7 @@ def test_engines_replace_workers_that_die(spark_engine, two_workers, tmp_path):
         assert (folder / "died").exists()
 
 
-def test_workers_that_always_die_and_errors_are_told(two_workers):
+def test_workers_that_always_die_and_errors_are_reported(two_workers):
     with pytest.raises(UserError, match="killed 3 workers"):
         list(two_workers.map(os._exit, [1, 1], "dying"))
     with pytest.raises(ZeroDivisionError):

@@ -109,7 +109,7 @@ def test_navigation():
     assert clean("他走到首页登录处，想了想，还是决定不注册了。" * 3, "").startswith("他走")
 
 
-def test_a_rule_can_be_turned_off_and_unknown_keys_are_told():
+def test_a_rule_can_be_turned_off_and_unknown_keys_are_reported():
     from data_tools.settings import DataSettings
     from parallel.common.errors import UserError
     from parallel.common.settings import load_settings

@@ -46,7 +46,7 @@ def test_every_kind_of_page_meets_its_rule_and_articles_stay(cleaned):
     assert sum(kept[f"web/{kind}"] for kind in copies) == written["article"]
 
 
-def test_what_is_mended_reads_as_an_article_does(cleaned):
+def test_what_is_repaired_reads_as_an_article_does(cleaned):
     pages = read(cleaned.glob("out/part-*.jsonl"))
     text = "".join(page["text"] for page in pages)
     assert not set(text) & set("★◆■\u200b\ufeff\ue000\ufffd") and "首页" not in text and "版权所有" not in text

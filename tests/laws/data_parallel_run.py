@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     seen = []
     output = OutputSettings(directory=str(folder / "run"), tensorboard=False, loss_curve=False)
     trainer = Trainer(MindSporeBackend(step), Run(rows[0], chosen, output, validation=rows[1],
-                                                  on_step=lambda _, told: seen.append(list(told.values()))))
+                                                  on_step=lambda _, message: seen.append(list(message.values()))))
     figures = trainer.run()
     np.savez(folder / f"rank_{processes.rank}.npz", seen=np.array(seen, np.float64),
              validation=figures["validation_loss"], **{f"value.{k}": v for k, v in values(step).items()})

@@ -22,7 +22,7 @@ TRUNK = np.random.default_rng(7).integers(10, 97, 64).tolist()
 
 
 class Listed(Sequence):
-    """A request that keeps all it is told; over after `limit` tokens."""
+    """A request that keeps all it is reported; over after `limit` tokens."""
 
     def __init__(self, prompt, rule, seed, limit, logprobs, prompt_logprobs, bias):
         super().__init__(prompt, Sampler(rule, request_stream(prompt, seed), bias), logprobs, prompt_logprobs)

@@ -101,8 +101,8 @@ class TestTable:
         assert table[2:] == ["| one | 2 | **2.0e-06** |", "| data | 2 | 2.0e-06 |", "| op |  |  |",
                              "| largest of the losses | | 2.0e-06 |"]
         assert SCRIPT_NAMES["report"](cells, 3) == 1
-        told = json.loads(capsys.readouterr().out)
-        assert told["different"] == ["m/x one"] and told["left"] == 1 and told["replays"] == 2
+        message = json.loads(capsys.readouterr().out)
+        assert message["different"] == ["m/x one"] and message["left"] == 1 and message["replays"] == 2
 
     def test_a_twin_with_another_bit_is_a_failure(self, capsys):
         cells = {("x", "one"): self.cell("one"), ("x", "recompute"): self.cell("recompute", digest="b")}

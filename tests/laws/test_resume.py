@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on equals the straight run bit for bit."""
+"""A run that is stopped and goes on equals the uninterrupted run bit for bit."""
 
 import numpy as np
 import pytest

@@ -53,7 +53,7 @@ def test_own_text_has_no_questions_and_an_empty_log_no_curve(tmp_path):
     assert "Accuracy" not in page and "nothing was logged" in page
 
 
-def test_curves_lie_in_the_picture_and_fall_as_the_loss_falls():
+def test_curves_are_in_the_picture_and_fall_as_the_loss_falls():
     picture = ElementTree.fromstring(re.search("<svg.*</svg>", loss_curve(RECORDS))[0])
     lines = [[tuple(map(float, point.split(","))) for point in line.get("points").split()]
              for line in picture.iter("polyline")]

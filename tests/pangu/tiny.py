@@ -17,9 +17,9 @@ class PairTokenizer:
         while index < len(text):
             pair = text[index:index + 2]
             joined = len(pair) == 2 and "\n" not in pair and (ord(pair[0]) + ord(pair[1])) % 5 == 0
-            piece = pair if joined else text[index]
-            ids.append(10 + sum(ord(c) * (7 if n else 1) for n, c in enumerate(piece)) % (VOCABULARY - 10))
-            index += len(piece)
+            part = pair if joined else text[index]
+            ids.append(10 + sum(ord(c) * (7 if n else 1) for n, c in enumerate(part)) % (VOCABULARY - 10))
+            index += len(part)
         return ids
 
 

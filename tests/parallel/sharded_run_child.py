@@ -87,12 +87,12 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     cut.cell = stand_in
     trainer = Trainer(backend, Run(Rows(shapes, cut.rows), settings.train, settings.output))
     figures = trainer.run()
-    told = {"figures": figures, "rows": [[int(item.reshape(len(item), -1)[i, 0]) for i in range(len(item))]
-                                         for item in seen[0]] if seen else [],
-            "shapes": {item.name: list(item.shape) for item in backend.parameters()},
-            "boxes": {name: [list(pair) for pair in extent] for name, extent in cut.holder.extents.items()},
-            "validated": cut.loss is not None}
-    (Path(order["folder"]) / f"rank_{rank}.json").write_text(json.dumps(told, default=str), encoding="utf-8")
+    message = {"figures": figures, "rows": [[int(item.reshape(len(item), -1)[i, 0]) for i in range(len(item))]
+                                            for item in seen[0]] if seen else [],
+               "shapes": {item.name: list(item.shape) for item in backend.parameters()},
+               "boxes": {name: [list(pair) for pair in extent] for name, extent in cut.holder.extents.items()},
+               "validated": cut.loss is not None}
+    (Path(order["folder"]) / f"rank_{rank}.json").write_text(json.dumps(message, default=str), encoding="utf-8")
 
 
 def main(path: Path) -> int:

@@ -13,7 +13,7 @@ from parallel.checkpoint.full import save_checkpoint
 from parallel.layers.parameter import initialize
 from parallel.task import load_run
 from recsys.build import loss_network
-from recsys.data.dataset import Log, prepare
+from recsys.data.log import Log, prepare
 
 DATA = ["data.synthetic.samples=600", "data.synthetic.users=40", "data.synthetic.items=30"]
 

@@ -14,7 +14,7 @@ REFUSED = {
     "sequence": ("tokenmixer_large", "parallel.op=2 parallel.sequence=true", "residual stream"),
     "schedule": ("rankmixer", "parallel.pipeline.stages=2 parallel.pipeline.schedule=gpipe", "run 1f1b only"),
     "level": ("dlrm_mlp", "parallel.data=2 parallel.optimizer.shard=-1 parallel.optimizer.level=2 train.accumulation=2",
-              "are not kept cut"),
+              "are not kept sharded"),
     "expert width": ("tokenmixer_large_moe", "parallel.op=2", "sharded along their width"),
     "inner width": ("rankmixer", "parallel.op=2 model.width=32 model.ffn_ratio=0.78125", "inner width"),
     "separated tokens": ("tokenmixer_large_ug_sep", "parallel.op=2 model.op_sharding=tokens", "are not sharded"),

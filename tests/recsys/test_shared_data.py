@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from parallel.common.settings import load_settings
-from recsys.data.dataset import prepare
+from recsys.data.log import prepare
 from recsys.settings import DataSettings, Run
 
 CTR = Path("../shared/data/ctr")

@@ -10,7 +10,7 @@ from parallel.common.command import main
 from parallel.common.settings import load_settings
 from recsys.__main__ import VERBS
 from recsys.build import loss_network, spec_of
-from recsys.data.dataset import prepare
+from recsys.data.log import prepare
 from recsys.evaluation import Evaluation
 from recsys.metrics import auc
 from recsys.settings import Run
@@ -86,7 +86,7 @@ def test_evaluate_gives_the_same_figures_from_disk(trained, capsys):
     assert other["samples"] == 2400 and other["auc"] > best["auc"] - 0.05
 
 
-def test_metrics_are_those_of_the_whole_part_whatever_the_batch(trained):
+def test_metrics_are_those_of_all_rows_whatever_the_batch(trained):
     _, settings, figures = trained["straight"]
     log = prepare(settings.data, settings.model.embedding_size)
     model = loss_network(settings, log.spec, 2).model

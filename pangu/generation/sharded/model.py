@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pangu.checkpoints.foreign import ForeignCheckpoint
 from pangu.generation.backend import Backend
 from pangu.generation.sharded.runner import SpanRunner, follow
 from pangu.generation.sharded.shapes import SLOTS, shapes_inference
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pangu.settings import Run
 
 _CAPTURED = ("auto", "cuda_graph", "inductor")
+_OURS = ("layout*.json", "step_*", "checkpoints/step_*")
+_THEIRS = ("*.ckpt", "rank_*/*.ckpt", "*.safetensors", "*.bin", "*.pt", "**/mp_rank_*/model_optim_rng.pt")
 _NOTHING = np.zeros(0, np.int32)
 
 
@@ -41,7 +44,7 @@ class ShardedBackend(Backend):
 class ShardedModel:
     """Args:
         settings: a `pangu.settings.Run`.
-        checkpoint: folder of a run or of a checkpoint, whole or in the slices of any layout.
+        checkpoint: see `open_checkpoint`.
         int8: refused; see Raises.
         cache_bytes: memory for keys and values on each device; None = enough for `generate.batch_size` sequences.
 
@@ -61,12 +64,12 @@ class ShardedModel:
 
         program = Program(os.environ[PROGRAM])
         check_program(program.settings, settings, program.folder)
-        opened = Checkpoint(checkpoint)
+        opened = open_checkpoint(checkpoint, settings.model)
         if int8 or opened.state.get("quantization") is not None:
             raise UserError("int8 weights run on one process", where="--int8" if int8 else opened.path,
                             hint="take the float checkpoint, or leave parallel.op and parallel.pipeline.stages at 1")
-        check_parameters(opened, parameter_shapes(settings.model))
         self.checkpoint = opened.path
+        self.identity = opened.identity if isinstance(opened, ForeignCheckpoint) else bytes
         self.member = Member(program, os.environ.get(DEVICE, "cpu"))
         self.blocks = self._blocks(program, settings, cache_bytes)
         self.rank = InferenceRank(program, self.member, opened.read, (self.blocks + 1) * SLOTS,
@@ -135,6 +138,25 @@ def open_sharded(settings: Run, checkpoint: str | Path, int8: bool = False, cach
                  ) -> ShardedModel | None:
     """The part of this process where a launch runs graphs of a program; None where a model is whole in one process."""
     return ShardedModel(settings, checkpoint, int8, cache_bytes) if PROGRAM in os.environ else None
+
+
+def open_checkpoint(path: str | Path, config: Any) -> Checkpoint | ForeignCheckpoint:
+    """A checkpoint to be read part by part: of this project, whole or in the slices of any layout (a run's folder means
+    its newest), or of another code.
+
+    Raises:
+        UserError: none is there, or it is of another model.
+    """
+    path = Path(path)
+    if path.is_file() or (not _has(path, _OURS) and _has(path, _THEIRS)):
+        return ForeignCheckpoint(path, config)
+    opened = Checkpoint(path)
+    check_parameters(opened, parameter_shapes(config))
+    return opened
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
 def check_program(exported: dict[str, Any], settings: Run, folder: Path) -> None:

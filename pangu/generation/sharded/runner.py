@@ -16,7 +16,7 @@ from pangu.generation import runner
 from pangu.generation.choosing import LibraryChoice
 from pangu.generation.runner import LogProbabilities, Span
 from pangu.generation.sampling import Draw, choose
-from pangu.generation.sharded.shapes import KINDS, SLOTS
+from pangu.generation.sharded.shapes import KINDS, SLOTS, SpanShape
 from pangu.native import kernel_library
 
 
@@ -211,6 +211,28 @@ class _Packer:
 def run_call(rank: GraphRank, call: Call, shapes: dict[str, dict[str, tuple[int, ...]]], blocks: int) -> Any:
     """Runs a call on this rank; its logits where this is the group's first rank."""
     return rank.run(call.kind, call.arrays(shapes[call.kind], blocks * SLOTS))
+
+
+def sample_call(kind: str, shape: SpanShape, model: Any, seed: int) -> list[np.ndarray]:
+    """Inputs of a graph: random ids, at random places of random blocks; for proofs.
+
+    Args:
+        kind, shape: of the graph.
+        model: a `pangu.config.ModelConfig`.
+        seed: of the random numbers.
+    """
+    generator = np.random.default_rng(seed)
+    blocks = shape.cache // SLOTS - 1
+    free = generator.permutation(blocks).tolist()
+    count = shape.groups if shape.groups > 1 else min(2, shape.rows, shape.tokens)
+    tokens = 1 if kind == "decode" else shape.tokens // count
+    parts = []
+    for _ in range(count):
+        start = int(generator.integers(0, model.sequence_length - tokens + 1)) // (1 if shape.groups > 1 else count)
+        table = [free.pop() for _ in range(-(-(start + tokens) // SLOTS))]
+        ids = generator.integers(0, model.vocabulary_size, tokens)
+        parts.append(Span(table, start, ids, min(tokens, max(1, shape.rows // count))))
+    return Call(kind, parts).arrays(shape.inputs(), blocks * SLOTS)
 
 
 def follow(rank: GraphRank, hear: Any, blocks: int) -> None:

@@ -33,6 +33,12 @@ class SpanShape:
     rows: int
     cache: int
 
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the graph's inputs by name, in order; see `graph.SpanDecoder`."""
+        return {"ids": (self.groups, self.tokens), "positions": (self.groups, self.tokens),
+                "write": (self.groups * self.tokens,), "read": (self.groups, self.seen),
+                "visible": (self.groups, self.tokens, self.seen), "wanted": (self.rows,)}
+
 
 def span_shape(kind: str, model: Any, generate: Any) -> SpanShape:
     """The shape of a kind of graph.

@@ -30,7 +30,7 @@ def start_session(app: str, master: str, driver_memory: str, options: dict[str, 
         app: name that Spark shows.
         master: local[*], spark://host:7077, yarn, ...
         driver_memory: as "2g".
-        options: further options of Spark, which go before ours.
+        options: further options of Spark, which override these.
         where: the block of settings, for errors.
 
     Raises:

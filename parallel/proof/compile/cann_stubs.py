@@ -1,6 +1,6 @@
 """Link stubs for CANN, so that MindSpore's Ascend plugin loads on a machine without Ascend.
 
-The x86-64 wheel of MindSpore carries its whole Ascend front end; it fails to load only because CANN's shared libraries
+The x86-64 wheel of MindSpore carries the Ascend front end; it fails to load only because CANN's shared libraries
 are missing. At simulation level 0 nothing of CANN is called to compute anything, so functions that return 0 are enough
 to reach the real sharding passes. The names of those functions are read out of the wheel's own undefined symbols: the
 stubs hold nothing of CANN. They are built once with g++, kept under `~/.cache/`, and not used where CANN is installed.
@@ -110,7 +110,7 @@ def link_stubs(cache: Path | None = None) -> Path:
 
 
 def missing_symbols(plugin: Path) -> list[str]:
-    """Functions that the Ascend plugin wants from CANN: its undefined symbols less everybody else's definitions."""
+    """Functions that the Ascend plugin needs from CANN: its undefined symbols less everybody else's definitions."""
     users = [path for pattern in _PLUGINS for path in sorted(plugin.glob(pattern)) if _is_x86_64(path)]
     wanted = _symbols(users, "--undefined-only")
     givers = [path for path in mindspore_folder().rglob("*.so*") if path.is_file() and _is_x86_64(path)]
@@ -147,7 +147,7 @@ def _cache_key(main_plugin: Path) -> str:
 
 
 def _is_x86_64(path: Path) -> bool:
-    """The wheel also carries some aarch64 libraries; ELF's machine field (offset 18) tells: 62 is x86-64."""
+    """The wheel also carries some aarch64 libraries; ELF's machine field (offset 18) decides: 62 is x86-64."""
     with open(path, "rb") as file:
         head = file.read(20)
     return head[:4] == b"\x7fELF" and head[18] == 62

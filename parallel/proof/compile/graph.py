@@ -1,7 +1,7 @@
 """Reader of the graphs that MindSpore's partitioner leaves: nodes, types, functions and how often each runs.
 
 A graph is read from the bytes of a `mind_ir` ModelProto (`_get_func_graph_proto(cell, phase, "mind_ir")`). Names are
-cut short: what MindSpore writes as `<graph>:<name>` is `name` here, unique within its function.
+truncated: what MindSpore writes as `<graph>:<name>` is `name` here, unique within its function.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Node:
         inputs: names of results, parameters, graph inputs or functions.
         outputs: types of its results.
         attributes: of the primitive.
-        instance: the primitive's instance name; the partitioner's own collectives tell their purpose by it.
+        instance: the primitive's instance name; the partitioner's own collectives carry their purpose in it.
         scope: path of cells, slash-separated; starts with "Gradients/" in the backward pass.
         marks: attributes of the node (micro, recompute, ...).
         callee: for a call: name of the function, or of the node whose value is called.

@@ -1,8 +1,8 @@
 """A rank of any cluster, compiled in a process of its own: the Ascend plugin can only be loaded by a fresh process.
 
 The parent starts `python -m parallel.proof.compile.rank_compiler` in the right environment, writes a request
-(JSON) into a folder, tells the child the folder, and finds there `graph.mindir` (the partitioned graph), `layouts.json`
-(how every parameter is cut), `result.json` and `log.txt`.
+(JSON) into a folder, gives the child the folder, and finds there `graph.mindir` (the partitioned graph), `layouts.json`
+(how every parameter is sharded), `result.json` and `log.txt`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Request:
         compute_dtype: of the matmuls; None = what train.precision says.
         reuse: micro-batches share one copy of the network's graph (see `sharded_step`).
         own_stage: only the layers of the rank's own stage are analysed (see `sharded_step`).
-        graph: "step", the training step; "loss", the loss without gradients; "scores", what a ranker says; "prefill",
-            "decode" or "score", what generates and scores over a cache.
+        graph: "step", the training step; "loss", the loss without gradients; "scores", the predictions of a ranker;
+            "prefill", "decode" or "score", what generates and scores over a cache.
     """
 
     world: int
@@ -141,37 +141,37 @@ class Compilers:
             UserError: see `compile_rank`; of the first rank that failed.
         """
         with tempfile.TemporaryDirectory(prefix="dryrun-") as scratch:
-            places = [Path(item) for item in folders or [f"{scratch}/{i}" for i in range(len(requests))]]
+            paths = [Path(item) for item in folders or [f"{scratch}/{i}" for i in range(len(requests))]]
             with ThreadPoolExecutor(self.processes) as pool:
                 try:
-                    return list(pool.map(self._compile, requests, places))
+                    return list(pool.map(self._compile, requests, paths))
                 except BaseException as error:
                     pool.shutdown(wait=False, cancel_futures=True)
                     if not isinstance(error, UserError):
                         self.__exit__()
                     raise
 
-    def _compile(self, request: Request, place: Path) -> Compiled:
-        place.mkdir(parents=True, exist_ok=True)
+    def _compile(self, request: Request, folder: Path) -> Compiled:
+        folder.mkdir(parents=True, exist_ok=True)
         for old in ("result.json", "error.json", "graph.mindir"):
-            (place / old).unlink(missing_ok=True)
-        (place / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
+            (folder / old).unlink(missing_ok=True)
+        (folder / "request.json").write_text(json.dumps(asdict(request)), encoding="utf-8")
         server = self.idle.get()
         try:
-            code = server.answer(place, self.timeout)
+            code = server.answer(folder, self.timeout)
         finally:
             self.idle.put(server)
         if code is None:
             raise UserError("the compile took too long", where=f"rank {request.rank}", value=self.timeout)
-        if not (place / "result.json").is_file():
-            raise _failure(request, place, code)
-        return Compiled(request, (place / "graph.mindir").read_bytes(),
-                        read_json(place / "layouts.json"),
-                        read_json(place / "result.json"))
+        if not (folder / "result.json").is_file():
+            raise _failure(request, folder, code)
+        return Compiled(request, (folder / "graph.mindir").read_bytes(),
+                        read_json(folder / "layouts.json"),
+                        read_json(folder / "result.json"))
 
 
 class _Server:
-    """One compiling process: it is told folders with requests and answers with exit codes, a line each."""
+    """One compiling process: it is given folders with requests and answers with exit codes, a line each."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
@@ -188,10 +188,10 @@ class _Server:
                 start_new_session=True, preexec_fn=_raise_stack_limit)
         return self.process
 
-    def answer(self, place: Path, timeout: float) -> int | None:
-        """Exit code of the compile in `place`; None if it took too long."""
+    def answer(self, folder: Path, timeout: float) -> int | None:
+        """Exit code of the compile in `folder`; None if it took too long."""
         process = self.start()
-        process.stdin.write(f"{place.resolve()}\n")
+        process.stdin.write(f"{folder.resolve()}\n")
         process.stdin.flush()
         if not select.select([process.stdout], [], [], timeout)[0]:
             self.stop()
@@ -212,7 +212,7 @@ class _Server:
 
 
 def _raise_stack_limit() -> None:
-    """Deep graphs are walked recursively; a thread's stack takes the limit at the start of the process."""
+    """Deep graphs are traversed recursively; a thread's stack takes the limit at the start of the process."""
     _, hard = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = _STACK_BYTES if hard == resource.RLIM_INFINITY else min(_STACK_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
@@ -230,8 +230,8 @@ def child_environment(libraries: str) -> dict[str, str]:
     return environment
 
 
-def _failure(request: Request, place: Path, code: int) -> Exception:
-    error, log = place / "error.json", place / "log.txt"
+def _failure(request: Request, folder: Path, code: int) -> Exception:
+    error, log = folder / "error.json", folder / "log.txt"
     where = f"rank {request.rank} of {request.world}"
     if error.is_file():
         message = read_json(error)
@@ -249,15 +249,15 @@ def main() -> int:
     parent = os.getppid()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but answers goes there
-    with contextlib.suppress(Exception):  # told by the first compile, which has a log
+    with contextlib.suppress(Exception):  # reported by the first compile, which has a log
         _import_early()
     for line in sys.stdin:
-        place = Path(line.strip())
+        folder = Path(line.strip())
         with contextlib.suppress(Exception):
-            _import_models(place)
+            _import_models(folder)
         fork = os.fork()
         if fork == 0:
-            _answer_in_fork(place)
+            _answer_in_fork(folder)
         print(_exit_code(fork, parent), file=answers, flush=True)
     return 0
 
@@ -275,15 +275,15 @@ def _exit_code(fork: int, parent: int) -> int:
         pause = min(2 * pause, 0.2)
 
 
-def _answer_in_fork(place: Path) -> None:
+def _answer_in_fork(folder: Path) -> None:
     """Compiles and ends the process."""
     code = 1
     gc.disable()  # nothing is collected in so short a life
     try:
-        log = os.open(place / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        code = _answer(place)
+        code = _answer(folder)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -300,34 +300,34 @@ def _import_early() -> None:
     from parallel.task import build_task  # noqa: F401
 
 
-def _import_models(place: Path) -> None:
+def _import_models(folder: Path) -> None:
     """The modules of the request's model."""
     from parallel.task import load_run
 
-    request = read_json(place / "request.json")
+    request = read_json(folder / "request.json")
     if request["config"] is not None:
         load_run(request["config"], request["overrides"])
 
 
-def _answer(place: Path) -> int:
-    request = Request(**read_json(place / "request.json"))
+def _answer(folder: Path) -> int:
+    request = Request(**read_json(folder / "request.json"))
     os.environ |= {"RANK_SIZE": str(request.world), "RANK_ID": str(request.rank)}
     sys.path[:0] = request.paths
     try:
-        _compile(request, place)
+        _compile(request, folder)
     except UserError as error:
         message = {"kind": "UserError", "what": error.what, "where": str(error.where), "value": error.value,
-                "hint": error.hint}
-        (place / "error.json").write_text(json.dumps(message, default=str), encoding="utf-8")
+                   "hint": error.hint}
+        (folder / "error.json").write_text(json.dumps(message, default=str), encoding="utf-8")
         return 2
     except Exception as error:
         reason = str(error).split("\n----")[0].strip()
-        (place / "error.json").write_text(json.dumps({"kind": type(error).__name__, "what": reason}), encoding="utf-8")
+        (folder / "error.json").write_text(json.dumps({"kind": type(error).__name__, "what": reason}), encoding="utf-8")
         raise
     return 0
 
 
-def _compile(request: Request, place: Path) -> None:
+def _compile(request: Request, folder: Path) -> None:
     started = time.monotonic()
     _pretend_hccl()
     import mindspore as ms
@@ -364,8 +364,8 @@ def _compile(request: Request, place: Path) -> None:
     step.compile(*inputs)
     compiled = time.monotonic()
     graph = _cell_graph_executor._get_func_graph_proto(step, step.phase_cache[step.phase], "mind_ir")
-    (place / "graph.mindir").write_bytes(graph)
-    (place / "layouts.json").write_text(json.dumps(step.parameter_layout_dict, default=str), encoding="utf-8")
+    (folder / "graph.mindir").write_bytes(graph)
+    (folder / "layouts.json").write_text(json.dumps(step.parameter_layout_dict, default=str), encoding="utf-8")
     result = {
         "trainable": trainable, "parallel": config.model_dump(mode="json"), "figures": task.figures,
         "tokens": task.tokens, "micro_batches": micro_batches(settings, config),
@@ -377,11 +377,11 @@ def _compile(request: Request, place: Path) -> None:
         "seconds": time.monotonic() - started,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }  # fmt: skip
-    (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _tensors(step: Any) -> list[list]:
-    """Name, kind, whole shape, type and start of everything that the run of a step keeps (`torch_runtime.program`)."""
+    """Name, kind, full shape, type and start of everything that the run of a step keeps (`torch_runtime.program`)."""
     def entry(item: Any, kind: str, start: list) -> list:
         return [item.name, kind, list(item.shape), str(item.dtype).lower(), start]
 

@@ -1,6 +1,6 @@
-"""What a compiled rank holds and says to the others: bytes in memory, collectives by purpose and by mesh dimension.
+"""Memory and collectives of one compiled rank: bytes in memory, collectives by purpose and by mesh dimension.
 
-Bytes of a collective are those of the whole tensor that it is about: the tensor summed by an AllReduce, the gathered
+Bytes of a collective are those of the full tensor that it is about: the tensor summed by an AllReduce, the gathered
 result of an AllGather, what goes into a ReduceScatter or an AlltoAll, the tensor sent or received. `wire_bytes` is what
 one rank sends for it under the usual ring algorithms.
 """
@@ -21,7 +21,7 @@ _GATHERING, _SCATTERING = {"AllGather", "AllGatherV"}, {"ReduceScatter", "Reduce
 _EXCHANGING = {"AlltoAll", "AlltoAllV", "AllToAll", "NeighborExchange", "NeighborExchangeV2"}
 _POINT_TO_POINT = {"Send", "Receive"}
 STAGES_GROUP = "stages_of_"
-"""How the groups are called over which the last stage tells the others the loss."""
+"""Names of the groups over which the last stage sends the others the loss."""
 _MOVING = {"Reshape", "Cast", "Transpose", "Split", "Concat", "StridedSlice", "TupleGetItem", "MakeTuple", "Depend"}
 _SLICE_GATHER = "recompute_slice_allgather"
 COLLECTIVES = {"AllReduce", "Broadcast"} | _GATHERING | _SCATTERING | _EXCHANGING | _POINT_TO_POINT
@@ -78,8 +78,8 @@ class Collective:
 
 def coordinates(rank: int, config: ParallelConfig) -> tuple[int, int, int]:
     """(stage, data, op) of a rank: op moves fastest, stages are the slowest (MindSpore's order)."""
-    stage, place = divmod(rank, config.data * config.op)
-    return stage, *divmod(place, config.op)
+    stage, inner = divmod(rank, config.data * config.op)
+    return stage, *divmod(inner, config.op)
 
 
 def collectives(graph: Graph, rank: int, config: ParallelConfig,
@@ -108,7 +108,7 @@ def _within(cell: str, name: str) -> bool:
 
 
 def _maker(function: Function, node: Node) -> Node:
-    """The node that computed what a collective is about: what lies between only moves it."""
+    """The node that computed what a collective is about: what is between only moves it."""
     found = node
     while found.inputs and (found is node or found.op in _MOVING or "redistribution_op" in found.instance):
         before = function.source(found.inputs[0])
@@ -136,7 +136,7 @@ def _collective(function: Function, node: Node, times: int, rank: int, config: P
 def _ranks(node: Node, rank: int) -> tuple[int, ...]:
     listed = node.attributes.get("group_rank_ids") or node.attributes.get("rank_list") or []
     ranks = tuple(int(item[0]) if isinstance(item, list) else int(item) for item in listed)
-    if node.op in _POINT_TO_POINT:  # the peer is told by its place in the group
+    if node.op in _POINT_TO_POINT:  # the peer is given by its index in the group
         peer = int(node.attributes.get("dest_rank" if node.op == "Send" else "src_rank", 0))
         return (rank, ranks[peer] if peer < len(ranks) else peer)
     return ranks
@@ -181,8 +181,8 @@ def _dimension(node: Node, purpose: str, ranks: tuple[int, ...], config: Paralle
     if "parallel_optimizer" in node.instance or (purpose == "gradient" and node.op in _SCATTERING):
         return "optimizer"
     places = [coordinates(rank, config) for rank in ranks]
-    stages, data, op = (len({place[axis] for place in places}) for axis in range(3))
-    if purpose == "gradient":  # of a parameter that is whole on every rank of the stage, the sum runs over op too
+    stages, data, op = (len({inner[axis] for inner in places}) for axis in range(3))
+    if purpose == "gradient":  # of a parameter that is replicated on every rank of the stage, the sum runs over op too
         return "data" if data > 1 else "op"
     if stages > 1:
         return "pipeline"
@@ -204,7 +204,7 @@ def _is_half_of_sum(function: Function, node: Node) -> bool:
 
 
 def summary(found: list[Collective]) -> dict[str, Any]:
-    """`collectives` by kind (count and bytes per step) and `by_dimension` (bytes per step), with the finer cuts."""
+    """`collectives` by kind (count and bytes per step) and `by_dimension` (bytes per step), and more finely divided."""
     kinds: dict[str, dict[str, int]] = {}
     by_dimension, wire, by_purpose = Counter(), Counter(), Counter()
     for item in found:
@@ -284,7 +284,7 @@ def kept_activations(graph: Graph) -> int:
 
 
 def kept_tensors(function: Function, graph: Graph) -> dict[tuple, int]:
-    """Bytes of each forward result of one function that outlives it, by (name of the node, place in its tuple)."""
+    """Bytes of each forward result of one function that outlives it, by (name of the node, index in its tuple)."""
     if function is not graph.main and any(node.backward for node in function.nodes):
         return {}  # a backward function: what it computes again it drops again
     kept: dict[tuple, int] = {}
@@ -316,7 +316,7 @@ def _read_later(function: Function) -> list[tuple[str, Node]]:
 
 
 def _runs_later(node: Node) -> bool:
-    """Whether a node runs in the backward pass: gradients, recomputation, and gathering what was cut for it."""
+    """Whether a node runs in the backward pass: gradients, recomputation, and gathering what was sharded for it."""
     return node.backward or node.recomputed or node.instance == _SLICE_GATHER
 
 
@@ -356,11 +356,11 @@ def _received(function: Function, name: str, graph: Graph) -> dict[tuple, int]:
     """An input of a shared function that its callers received from another stage (and cast, perhaps)."""
     if name not in function.inputs:
         return {}
-    place = function.inputs.index(name)
+    inner = function.inputs.index(name)
     for caller in (graph.main, *graph.functions.values()):
         for node in caller.nodes:
-            if node.op == "call" and node.callee == function.name and place < len(node.inputs):
-                given, source = _passed_on(caller, node.inputs[place]), caller.source(node.inputs[place])
+            if node.op == "call" and node.callee == function.name and inner < len(node.inputs):
+                given, source = _passed_on(caller, node.inputs[inner]), caller.source(node.inputs[inner])
                 if given is not None and source is not None and source.op == "Receive" and (
                         "pipeline_param" not in source.marks):
                     return {(given.name, 0): sum(kind.bytes for kind in given.outputs)}

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="machines of a rack (default: as many as the stages of one data coordinate need)")
     parser.add_argument("--flat", action="store_true",
                         help="write every micro-batch out instead of sharing one graph (slower, same figures)")
+    parser.add_argument("--graph", default="step", metavar="KIND",
+                        help="the training step (default), or a graph by which a trained model is used: decode, "
+                             "prefill, score")
     parser.add_argument("--all-stages", action="store_true",
                         help="analyse the layers of other stages, too, which are dropped anyway (slower, same figures)")
 
@@ -45,12 +48,16 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from parallel.task import load_run
 
-    _, run_settings = load_run(arguments.config, arguments.overrides)
+    module, run_settings = load_run(arguments.config, arguments.overrides)
     config = run_settings.parallel.resolve()
     everything = arguments.ranks is not None
     if everything and arguments.ranks != "all-distinct":
         raise UserError("ranks can only be all-distinct", where="--ranks", value=arguments.ranks,
                         hint="use --rank N for one rank")
+    if arguments.graph != "step":
+        from parallel.proof.dryrun import inference
+
+        return inference.run(module, run_settings, arguments)
     first = arguments.rank or 0
     if not 0 <= first < config.world:
         raise UserError(f"the layout has ranks 0 to {config.world - 1}", where="--rank", value=first)
@@ -127,7 +134,7 @@ def distinct_ranks(report: RankReport) -> list[int]:
     kinds: dict[tuple, int] = {}
     for stage, count in enumerate(layers):
         last = stage == len(layers) - 1
-        # What a stage keeps alive under 1f1b depends on its number too, so memory is told for the earliest of a kind.
+        # What a stage keeps alive under 1f1b depends on its number too, so memory is given for the earliest of a kind.
         kinds.setdefault((stage == 0, last, count), stage * per_stage)
     return sorted(kinds.values())
 
@@ -141,7 +148,7 @@ def check(reports: list[RankReport]) -> None:
             raise UserError(
                 f"{sum(entry.times for entry in wrong)} unexpected redistributions on rank {report.rank}: two layers "
                 f"disagree on a layout, the first is {item.kind} of {list(item.shape)} {item.dtype}",
-                where=item.scope, hint="give both sides the same cut")
+                where=item.scope, hint="give both sides the same sharding")
 
 
 def check_transfers(reports: list[RankReport]) -> None:

@@ -83,7 +83,7 @@ def _picture(draw: Callable[[Any], None], height: float = 4.0) -> str:
 
 
 def _topology(config: ParallelConfig, nodes: list[Node]) -> str:
-    """Tables: how far each axis reaches, and which machines (by --node-rank) stand in one rack."""
+    """Tables: how far each axis reaches, and which machines (by --node-rank) are in one rack."""
     reaching, racks = mesh_rows(config, nodes), rack_rows(config, nodes)
     axes = ("axis", "ranks of a group", "step", "the first group", "reaches")
     places = ("rack", "data coordinates", "machines (--node-rank), by stage")

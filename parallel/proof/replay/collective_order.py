@@ -2,7 +2,7 @@
 
 A cluster pairs the k-th collective of a group on one rank with the k-th on the others, whatever they are for. Two of
 equal kind and shape in another order on one rank do not hang: the ranks get sums of things that do not belong together.
-So what a collective is for is told by what it computes with: the cells, primitives and parameters behind its operand.
+So what a collective is for follows from what it computes with: the cells, primitives and parameters behind its operand.
 
 Ranks whose collectives are not the same ones (a stage has what another has not) are not judged here: only an order that
 differs among the same collectives is a mistake for certain. So it is with what one rank sends another: the tags are the
@@ -24,23 +24,38 @@ _FIRST_INPUT_ONLY = ("Depend", "Load")  # what follows only says when
 
 
 def wrong_order(programs: Sequence[Program]) -> str | None:
-    """The first collective of a group that is for something else on one rank than on another, or the first Send that
-    meets another one's Receive, in words; None if there is none.
+    """The first collective of a group that is for something else or of another shape on one rank than on another, or
+    the first Send that meets another one's Receive, in words; None if there is none.
 
     Args:
         programs: of all ranks, by number.
     """
-    return _groups_order(programs) or _pairs_order(programs)
+    return _groups_order(programs) or _groups_shapes(programs) or _pairs_order(programs)
+
+
+def _groups_shapes(programs: Sequence[Program]) -> str | None:
+    """Collectives that cannot meet: a cluster waits for ever where one rank brings more than another."""
+    for members, calls in sorted(calls_of_groups(programs).items()):
+        kinds = {rank: [node.op for node in nodes] for rank, nodes in calls.items()}
+        if set(calls) != set(members) or any(kind != kinds[members[0]] for kind in kinds.values()):
+            continue
+        for rank in members[1:]:
+            for number, (one, other) in enumerate(zip(calls[members[0]], calls[rank], strict=True)):
+                shapes = [[(item.shape, item.dtype) for item in node.outputs] for node in (one, other)]
+                if shapes[0] != shapes[1]:
+                    return (f"collective {number} of group {list(members)} is not of one shape: rank {members[0]} has "
+                            f"{shapes[0]} at {describe(one)}, but rank {rank} {shapes[1]} at {describe(other)}")
+    return None
 
 
 def _groups_order(programs: Sequence[Program]) -> str | None:
     # The strictest notion of sameness under which the ranks have the same collectives: constants are the same along the
-    # data axis, computations within a stage, places in the network everywhere.
+    # data axis, computations within a stage, positions in the network everywhere.
     notions = [[purposes(program, constants) for program in programs] for constants in (True, False)]
-    notions.append([{node.name: place(node) for node in program.nodes} for program in programs])
+    notions.append([{node.name: origin(node) for node in program.nodes} for program in programs])
     for members, calls in sorted(calls_of_groups(programs).items()):
         if set(calls) != set(members) or len({len(nodes) for nodes in calls.values()}) > 1:
-            continue  # the walk tells who waits for whom
+            continue  # the replay shows who waits for whom
         for notion in notions:
             orders = {rank: [notion[rank][node.name] for node in nodes] for rank, nodes in calls.items()}
             first = orders[members[0]]
@@ -66,7 +81,7 @@ def _pairs_order(programs: Sequence[Program]) -> str | None:
     for (sender, receiver, group), sent in sorted(letters["Send"].items()):
         wanted = letters["Receive"].get((sender, receiver, group), [])
         if sorted(tag for tag, _ in sent) != sorted(tag for tag, _ in wanted):
-            continue  # the walk tells what is lost
+            continue  # the replay shows what is lost
         for number, ((one, send), (other, receive)) in enumerate(zip(sent, wanted, strict=True)):
             if one != other:
                 return (f"what rank {sender} sends rank {receiver} comes in another order: number {number} is "
@@ -84,14 +99,14 @@ def calls_of_groups(programs: Sequence[Program]) -> dict[tuple[int, ...], dict[i
     return calls
 
 
-def place(node: Node) -> tuple:
+def origin(node: Node) -> tuple:
     """Primitive, cell and parameter of a node, and what it was made of; not its number among such nodes in the cell."""
     return (node.op, node.scope.rpartition("/")[0], str(node.marks.get("mirror_user_id", "")),
             str(node.marks.get("micro", "")), str(node.attributes.get("op", "")))
 
 
 def purposes(program: Program, constants: bool) -> dict[str, int]:
-    """For every node a number that says what it computes: its place and shape, and those of all nodes behind it.
+    """For every node a number that says what it computes: its origin and shape, and those of all nodes behind it.
 
     Args:
         program: of one rank.
@@ -104,6 +119,6 @@ def purposes(program: Program, constants: bool) -> dict[str, int]:
             found[node.name] = hash(("Constant", value))
             continue
         inputs = node.inputs[:1] if node.op in _FIRST_INPUT_ONLY else () if node.op == "UpdateState" else node.inputs
-        found[node.name] = hash((place(node), tuple(item.shape for item in node.outputs),
+        found[node.name] = hash((origin(node), tuple(item.shape for item in node.outputs),
                                  tuple(found.get(name, name) for name in inputs)))
     return found

@@ -18,7 +18,7 @@ _REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.m
 
 
 class Deadlock(RuntimeError):
-    """Ranks that would wait for each other for ever; the message tells who waits where."""
+    """Ranks that would wait for each other for ever; the message names who waits where."""
 
 
 @dataclass
@@ -95,7 +95,8 @@ def _reduced(node: Node, values: list[np.ndarray]) -> np.ndarray:
 
 
 def _exchange(node: Node, values: list[np.ndarray]) -> list[np.ndarray]:
-    """AlltoAll: every rank cuts `split_dim` in a part for each rank, sends the i-th to rank i and joins what comes."""
+    """AlltoAll: every rank splits `split_dim` into a part for each rank, sends the i-th to rank i and joins what
+    comes."""
     count = len(values)
     parts = [np.split(value, count, axis=int(node.attributes["split_dim"])) for value in values]
     return [np.concatenate([part[i] for part in parts], axis=int(node.attributes["concat_dim"])) for i in range(count)]
@@ -167,7 +168,7 @@ class Meeting:
             raise Deadlock(f"{call}: the rank is not in the group")
         strangers = [rank for rank in members if not 0 <= rank < len(self.coroutines)]
         if strangers:
-            raise Deadlock(f"{call}: the group holds ranks outside the world: {strangers}")
+            raise Deadlock(f"{call}: the group has ranks that do not exist: {strangers}")
         calls = [self.waiting.get(rank) for rank in members]
         if any(other is None or other.members != members or other.node.op == "Receive" for other in calls):
             return False

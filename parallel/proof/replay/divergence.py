@@ -1,7 +1,7 @@
 """Where a replay leaves the one-device run: the first forward node, or the first parameter, that has another value.
 
-For the forward pass the whole network is compiled once more for a world of 1, by the same compiler, and executed beside
-the ranks; nodes correspond by cell, primitive and number of the run. A rank's tensor must be the part of the whole one
+For the forward pass the network is compiled once more for a single rank, by the same compiler, and executed beside
+the ranks; nodes correspond by cell, primitive and number of the run. A rank's tensor must be the part of the full one
 that the rank's coordinates say. What is still to be summed over ranks is compared after the sum.
 """
 
@@ -28,14 +28,14 @@ from parallel.sharding.config import ParallelConfig
 
 _SUMS = {"AllReduce", "ReduceScatter"}
 _MOVING = ("Depend", "Load", "TupleGetItem", "MakeTuple", "UpdateState", "Receive", "Send", "AllGather")
-_REPLACED = ("Gather", "OneHot")  # where these are cut the partitioner puts nodes of its own in their place
+_REPLACED = ("Gather", "OneHot")  # where these are sharded the partitioner replaces them by nodes of its own
 _COMPARABLE = 0.1
 _PROJECT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place where a replay differs from one device.
+    """The first node at which a replay differs from one device.
 
     Args:
         step: training step, from 0.
@@ -228,7 +228,7 @@ def unfinished(program: Program, full: dict[tuple, np.ndarray]) -> dict[str, Any
 
 
 def distance(part: np.ndarray, full: np.ndarray, rank: int, config: ParallelConfig) -> float:
-    """Relative difference of a rank's tensor from its part of the whole; the least where several parts are possible,
+    """Relative difference of a rank's tensor from its part of the full one; the least where several parts are possible,
     0 where the shapes say nothing."""
     if part.dtype.kind not in "fiu" or part.ndim != full.ndim or any(
             big % max(small, 1) for small, big in zip(part.shape, full.shape, strict=True)):
@@ -263,7 +263,7 @@ def _parameter_of(program: Program, node: Node) -> str:
 
 def _first_parameter(world: AllRanks, reference: OneDevice, step: int, differences: Sequence[Difference],
                      bounds: Bounds) -> Divergence:
-    """The parameter whose gradient or update differs, by its update's place in the graph of the backward pass."""
+    """The parameter whose gradient or update differs, by its update's position in the graph of the backward pass."""
     trainable = [item.name for item in reference.task.network.trainable_params()]
 
     def owner(name: str) -> str:

@@ -69,7 +69,7 @@ class Program:
 
     @property
     def copies(self) -> set[str]:
-        """Parameters that another stage owns and sends here at every step: what lies here is read by nobody."""
+        """Parameters that another stage owns and sends here at every step: the copy here is read by nobody."""
         return {self.aliases.get(node.inputs[0], node.inputs[0]) for node in self.nodes
                 if node.op == "Receive" and "pipeline_param" in node.marks}
 
@@ -96,7 +96,7 @@ def prepare(graph: Graph) -> Program:
         if node.op not in RULES and node.op not in UPDATES and node.op not in COLLECTIVES:
             raise UserError(f"replay has no rule for the primitive {node.op}", where=node.scope,
                             hint="add one to parallel/proof/replay/numpy_ops.py: a "
-                                 "line of RULES where NumPy has the function")
+                            "line of RULES where NumPy has the function")
         program.nodes.append(node)
         # Depend on a parameter is the parameter itself: what is read is what it holds when it is read.
         source = node.inputs[0] if node.inputs else ""

@@ -45,7 +45,7 @@ def flat(graph: Graph) -> Graph:
 
 
 class _Inliner:
-    """Walks functions in order; values are names of the flat graph, closures, or tuples with closures."""
+    """Goes through functions in order; values are names of the flat graph, closures, or tuples with closures."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.nodes, self.calls, self.made = graph, [], 0, 0

@@ -43,7 +43,7 @@ class Layout:
     Args:
         name: what `--grid` takes.
         keys: overrides, space-separated.
-        twin: a layout that must end equal bit for bit: the same cut without recomputation.
+        twin: a layout that must end equal bit for bit: the same sharding without recomputation.
     """
 
     name: str
@@ -111,16 +111,16 @@ LAYOUTS = (
     Layout("gpipe", _keys(stages=2, micro=4, more="parallel.pipeline.schedule=gpipe")),
     Layout("1f1b", _keys(stages=2, micro=4)),
     Layout("interleaved", _keys(stages=2, micro=4, more="parallel.pipeline.schedule=interleaved "
-                                                        "parallel.pipeline.interleave=2 model.layers=4")),
+                                "parallel.pipeline.interleave=2 model.layers=4")),
     Layout("uneven_stages", _keys(stages=2, more="model.layers=4 parallel.pipeline.offsets=[1,-1]")),
     Layout("uneven_stages_back", _keys(2, 1, 2, shard=-1, more="model.layers=4 parallel.pipeline.offsets=[-1,1]")),
-    # Dropout: masks belong to samples and places, whoever holds them.
+    # Dropout: masks belong to samples and positions, whoever holds them.
     Layout("dropout", _keys(2, 2, more="model.dropout=0.1")),
     Layout("dropout_stages", _keys(2, 1, 2, more="model.dropout=0.1")),
     Layout("dropout_accumulation", _keys(data=2, more="train.accumulation=2 model.dropout=0.1")),
     Layout("dropout_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.sequence=true "
-                                                                              "model.dropout=0.1")),
-    # What rankers have besides: tables with an optimizer of their own, tokens cut, experts on the data axis.
+                                     "model.dropout=0.1")),
+    # What rankers have besides: tables with an optimizer of their own, tokens sharded, experts on the data axis.
     Layout("sparse_optimizer", _keys(data=2, shard=-1, more=_SPARSE)),
     Layout("sparse_optimizer_op", _keys(2, 2, shard=-1, more=f"{_SPARSE} train.accumulation=2")),
     Layout("sparse_optimizer_stages", _keys(2, 1, 2, more=_SPARSE)),
@@ -135,18 +135,19 @@ LAYOUTS = (
     Layout("expert_tokens", _keys(2, 2, more="parallel.expert=2 model.op_sharding=tokens")),
     Layout("expert_stages", _keys(data=2, stages=2, more="parallel.expert=2")),
     Layout("expert_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.expert=2 "
-                                                                             "model.op_sharding=tokens")),
+                                    "model.op_sharding=tokens")),
 )
 
 
-# What a model says to a layout that does not fit it, and that in a word; any other refusal (one of MindSpore's own,
-# say) is a fault of ours.
+# What a model says to a layout that does not fit it, and the word for it; any other refusal (one of MindSpore's own,
+# say) is a defect.
 REFUSALS = {
     "stack of": "no stack", "how its cells follow": "no stack", "more stages than": "layers",
     "leave a stage without a layer": "layers", "routed experts": "experts", "has no experts": "experts",
-    "cut along their width": "experts", "unknown key": "key", "residual stream": "residual", "no such cell": "cells",
-    "divide": "sizes", "are not cut": "not cut", "run 1f1b only": "1f1b only",
-    "are not kept cut": "level 1",
+    "sharded along their width": "experts", "unknown key": "key", "residual stream": "residual",
+    "no such cell": "cells",
+    "divide": "sizes", "are not sharded": "not sharded", "run 1f1b only": "1f1b only",
+    "are not kept sharded": "level 1",
 }
 
 

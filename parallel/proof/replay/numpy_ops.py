@@ -192,7 +192,7 @@ def _slice_grad(node: Node, gradient: np.ndarray, x: np.ndarray, begin: Sequence
 def _gather(node: Node, table: np.ndarray, ids: np.ndarray, dim: int, batch_dims: int = 0) -> np.ndarray:
     if not int(batch_dims):
         return np.take(table, ids, axis=int(dim))
-    # The first dims of both are walked together; what is taken stands where `dim` stood.
+    # The first dims of both are indexed together; what is taken replaces `dim`.
     shared = int(batch_dims)
     rows, picked = table.reshape(-1, *table.shape[shared:]), ids.reshape(-1, *ids.shape[shared:])
     found = np.stack([np.take(row, pick, axis=int(dim) - shared) for row, pick in zip(rows, picked, strict=True)])

@@ -43,7 +43,7 @@ class AllRanks:
         """Ranks that hold their parts of `values`; gradients that gather over micro-batches start at 0.
 
         Args:
-            values: whole parameters, states and counters by name.
+            values: full parameters, states and counters by name.
             exact: compute in float64.
 
         Raises:
@@ -149,7 +149,7 @@ def read_ranks(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> AllRa
 
 def parameter_extents(rank: int, layouts: dict[str, list], program: Program, config: ParallelConfig) -> dict[str,
                                                                                                              Extent]:
-    """The part of every parameter, state and input that a rank holds: op slices first, then the optimizer's cut.
+    """The part of every parameter, state and input that a rank holds: op slices first, then the optimizer's shard.
 
     Args:
         rank: its number.
@@ -178,5 +178,5 @@ def parameter_extents(rank: int, layouts: dict[str, list], program: Program, con
 
 
 def part_of(full: np.ndarray, extent: Extent | None) -> np.ndarray:
-    """The elements of `full` in `extent`; all of them where there is none (nothing is cut)."""
+    """The elements of `full` in `extent`; all of them where there is none (nothing is sharded)."""
     return full if extent is None else full[tuple(slice(*pair) for pair in extent)]

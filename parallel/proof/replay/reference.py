@@ -78,7 +78,7 @@ class OneDevice:
         """The same network as a world of one rank, compiled like a layout; compiled when first asked for.
 
         Args:
-            count: micro-batches; None = those of the layout. Their gradients are not gathered in a world of one rank,
+            count: micro-batches; None = those of the layout. Their gradients are not accumulated on a single rank,
                 so only forward nodes are of use where there are several.
         """
         count = self.count if count is None else count
@@ -97,7 +97,7 @@ class OneDevice:
     def exact(self, steps: int, order: np.ndarray) -> History:
         """`run` by the graph of one rank, executed in float64.
 
-        It takes the batch as a whole: the loss is a sum over samples divided by their weights, which several
+        It takes the batch undivided: the loss is a sum over samples divided by their weights, which several
         micro-batches give as well, but for rounding.
         """
         known = self.exact_histories.get(order.tobytes())
@@ -117,9 +117,7 @@ class OneDevice:
 
     def reach(self, name: str) -> float:
         """How far one step can move an element of a parameter, roughly: the learning rate of its optimizer."""
-        from parallel.training.optimizers import sparse_settings
-
-        sparse = sparse_settings(self.settings.train)
+        sparse = self.settings.train.sparse_settings()
         if sparse is not None and self.task.is_sparse and self.task.is_sparse(name):
             return sparse.learning_rate
         return self.settings.train.optimizer.learning_rate

@@ -30,10 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="training steps to compare (default 3)")
     parser.add_argument("--grid", metavar="LIST",
                         help="replay many layouts and print a table: all, or names with commas between (see "
-                             "docs/replay.md); overrides of the parallel block come on top of each")
+                        "docs/replay.md); overrides of the parallel block come on top of each")
     parser.add_argument("--float32", action="store_true",
                         help="execute the ranks in float32 and compare them with MindSpore's own step alone (default: "
-                             "ranks and one device in float64)")
+                        "ranks and one device in float64)")
+    parser.add_argument("--graph", default="step", metavar="KIND",
+                        help="the training step (default), or one call of a graph by which a trained model is used: "
+                        "decode, prefill, score")
     parser.add_argument("--keep", metavar="DIR", help="keep graphs, layouts and logs of all compiled ranks there")
     parser.add_argument("--every-rank", action="store_true",
                         help="compile every rank, also those whose graphs differ from others in their groups only")
@@ -52,6 +55,10 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     for flag in ("steps", "processes"):
         if getattr(arguments, flag) < 1:
             raise UserError("must be at least 1", where=f"--{flag}", value=getattr(arguments, flag))
+    if arguments.graph != "step":
+        from parallel.proof.replay import inference
+
+        return inference.run(arguments)
     if arguments.grid is not None and arguments.keep:
         raise UserError("keeps the ranks of one layout", where="--keep", value=arguments.keep, hint="leave --grid out")
     started = time.monotonic()

@@ -1,10 +1,10 @@
 """Which ranks of a layout have to be compiled: along the data axis graphs differ in nothing but the ranks they name.
 
 A rank's graph says who it is in three ways: the rank lists of its groups, the partner of a Send or Receive, and
-constants that depend on its place (the first row of its slice of the vocabulary, say). Ranks that differ in their data
-coordinate only have the same constants. So the first data coordinate is compiled whole, and one rank of the last on
-each stage, which is checked to be the first's with other rank lists, node for node; all others are made from the first.
-Where the check fails all ranks are compiled.
+constants that depend on its coordinates (the first row of its slice of the vocabulary, say). Ranks that differ in their
+data coordinate only have the same constants. So the first data coordinate is compiled in full, and one rank of the last
+on each stage, which is checked to be the first's with other rank lists, node for node; all others are made from the
+first. Where the check fails all ranks are compiled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def representative_of(rank: int, config: ParallelConfig) -> int:
 
 
 def same_but_for_groups(graphs: dict[int, Graph], layouts: dict[int, dict], config: ParallelConfig) -> bool:
-    """Whether each compiled rank's graph is the derived one, node for node, and its parameters are cut alike.
+    """Whether each compiled rank's graph is the derived one, node for node, and its parameters are sharded alike.
 
     Args:
         graphs: by rank.

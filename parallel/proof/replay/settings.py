@@ -14,9 +14,6 @@ _DEFAULTS = ("train.precision=fp32", "train.optimizer.schedule.warmup_steps=0", 
              "train.clip_norm=1.0", "model.dropout=0.0", "train.loss_scale.name=none")
 # The same for the tables' own optimizer, where there is one.
 _SPARSE_DEFAULTS = ("train.sparse_optimizer.schedule.warmup_steps=0", "train.sparse_optimizer.epsilon=1e-3")
-# Routed experts: one device computes every row, so none may be left out; of the epsilon see docs/replay.md.
-_LARGER_EPSILON = "train.optimizer.epsilon=1e-2"
-_EXPERT_DEFAULTS = ("model.moe.capacity_factor={experts}", _LARGER_EPSILON)
 
 
 def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
@@ -26,7 +23,6 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
         UserError: the overrides do not fit the file.
     """
     from parallel.task import load_run
-    from parallel.training.optimizers import sparse_settings
 
     kept: list[str] = []
     for item in _DEFAULTS:
@@ -35,34 +31,30 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
             kept.append(item)
         except UserError:  # a model without this key
             continue
-    settings = load_run(config, [*kept, *overrides])[1]
-    if sparse_settings(settings.train) is not None:
+    build, settings = load_run(config, [*kept, *overrides])
+    if settings.train.sparse_settings() is not None:
         kept += _SPARSE_DEFAULTS
-    moe = getattr(settings.model, "moe", None)
-    if hasattr(moe, "capacity_factor"):
-        kept += [item.format(experts=moe.experts) for item in _EXPERT_DEFAULTS]
-    if getattr(settings.model, "ug_sep", None) is not None:
-        kept.append(_LARGER_EPSILON)
+    kept += build.replay_overrides(settings)
     return [*kept, *overrides]
 
 
 def check_size(config: str, overrides: Sequence[str]) -> None:
     """Raises a `UserError` if the settings are wrong or the layout has too many ranks for one process, or nothing that
-    is cut."""
+    is sharded."""
     from parallel.task import load_run
     from parallel.training.sharded.step import micro_batches
 
     settings = load_run(config, list(overrides))[1]
     layout = settings.parallel.resolve()
     if layout.world == 1 and micro_batches(settings.train, layout) > 1:
-        raise UserError("MindSpore's partitioner gathers no gradients of micro-batches in a world of one rank",
+        raise UserError("MindSpore's partitioner accumulates no gradients of micro-batches on a single rank",
                         where="train.accumulation", value=micro_batches(settings.train, layout),
-                        hint="nothing is cut there (training uses the plain step); give data, op or stages 2")
+                        hint="nothing is sharded there (training uses the plain step); give data, op or stages 2")
     if layout.world > MOST_RANKS:
         raise UserError(
             f"replay holds all ranks in one process, at most {MOST_RANKS}; data {layout.data} x op {layout.op} x "
             f"pipeline.stages {layout.pipeline.stages} are", where="parallel", value=layout.world,
-            hint="replay a layout with the same kinds of cuts and fewer ways, 2 or 4 along each axis")
+            hint="replay a layout with the same axes and smaller degrees, 2 or 4 each")
 
 
 def check_layout(config: str, overrides: Sequence[str]) -> None:

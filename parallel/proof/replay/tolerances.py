@@ -29,7 +29,7 @@ FLOAT64 = Bounds(1e-9, 1e-9, 1e-9, 1e-9, 1e-9)
 """Both sides in float64: sums in another order differ by 1e-15 of the summands, which leaves six digits for what
 cancels and for what an optimizer amplifies; a mistake of a millionth in one rank is a thousand times the bound."""
 MICRO_BATCHES = Bounds(2e-7, 2e-7, 2e-7, 2e-7, 1e-9)
-"""Float64 where a layout's micro-batches are compared with the batch in one piece and losses are masked means, whose
+"""Float64 where a layout's micro-batches are compared with the undivided batch and losses are masked means, whose
 denominator is the tokens plus 1e-5 (`parallel.layers.loss.MaskedMean`, as in the released code): for micro-batches of
 225 tokens that is 4e-8. A mistake of a millionth is still five times the bound."""
 FLOAT32 = Bounds(1e-5, 1e-4, 1e-4, 1e-3, 1e-3)

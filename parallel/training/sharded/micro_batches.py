@@ -16,13 +16,13 @@ from parallel.sharding.trainable import is_weighted
 class MicroBatch(nn.Cell):
     """One micro-batch: from every input each rank takes the number-th part of its own rows.
 
-    MindSpore's own cell makes every rank gather the whole global batch first, then slices it. Marked like this (under
-    stages it takes PIPELINE_SLICE_SKIP_REDISTRIBUTION=1 in the environment too), the rows are sliced where they lie.
+    MindSpore's own cell makes every rank gather the global batch first, then slices it. Marked like this (under
+    stages it takes PIPELINE_SLICE_SKIP_REDISTRIBUTION=1 in the environment too), the rows are sliced where they are.
 
     Args:
         count: micro-batches.
         dims: dims of each input.
-        data: ways the rows are cut.
+        data: degree by which the rows are sharded.
         pipeline: whether there are stages (else: accumulation on one stage).
     """
 
@@ -94,20 +94,20 @@ class Wrapper(nn.Cell):
 
 
 class Interleaved(Wrapper):
-    """The loss of one micro-batch as the sum over its parts, so that what the op axis says about one part overlaps the
-    computation of another (`MicroBatchInterleaved`, with slices that stay where they lie).
+    """The loss of one micro-batch as the sum over its parts, so that tensor-parallel communication of one part overlaps
+    the computation of another (`MicroBatchInterleaved`, with slices that stay where they are).
 
     Args:
         network: `LossAndWeight`.
         parts: how many.
         dims: dims of each input.
-        data: ways the rows are cut.
+        data: degree by which the rows are sharded.
     """
 
     def __init__(self, network: nn.Cell, parts: int, dims: list[int], data: int) -> None:
         super().__init__(network)
-        self.pieces = nn.CellList([MicroBatch(parts, dims, data, True) for _ in range(parts)])
-        for piece in self.pieces:
+        self.parts = nn.CellList([MicroBatch(parts, dims, data, True) for _ in range(parts)])
+        for piece in self.parts:
             for primitive in piece.slices:
                 primitive.add_prim_attr("strided_slice_flag", True).add_prim_attr("interleave_num", parts)
         self.add = ops.Add().add_prim_attr("micro_interleaved_add_flag", True).shard(((1,), (1,)))
@@ -115,8 +115,8 @@ class Interleaved(Wrapper):
     def loss(self, *batch: Tensor) -> Tensor:
         """Sum over the parts."""
         total = None
-        for i in range(len(self.pieces)):
-            own = self.network(*self.pieces[i](i, *batch))
+        for i in range(len(self.parts)):
+            own = self.network(*self.parts[i](i, *batch))
             total = own if total is None else self.add(total, own)
         return total
 
@@ -148,7 +148,7 @@ class LossAndWeight(Wrapper):
         return self.join((self.reshape(self.cast(self.network(*batch), mstype.float32), (1,)), self.one))
 
 
-class KnownToAllStages(nn.Cell):
+class SumOverStages(nn.Cell):
     """What the last stage computed, on every stage: an AllReduce over the stages, of which the others bring zeros.
 
     Args:

@@ -1,4 +1,4 @@
-"""A cut network on real devices: what the trainer needs beside the step where every process holds slices.
+"""A sharded network on real devices: what the trainer needs beside the step where every process holds slices.
 
 Everything here that MindSpore can do without an Ascend device is tried by the tests in a simulated cluster: building,
 compiling, start values, checkpoints, resuming. Executing the step is not: compiled, not run.
@@ -30,13 +30,13 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
     """Whether a run needs slices: everything but plain data parallelism.
 
     Raises:
-        UserError: it does, and the processes run on the CPU, where MindSpore cuts nothing.
+        UserError: it does, and the processes run on the CPU, where MindSpore shards nothing.
     """
     wanted = {"op": config.op, "pipeline.stages": config.pipeline.stages, "optimizer.shard": config.optimizer_shard,
               "expert": config.expert}
     sharded = {name: degree for name, degree in wanted.items() if degree > 1}
     if processes.target == "CPU":
-        # Sharded states and experts give the same numbers whole, so the CPU takes these for plain data parallelism.
+        # Sharded states and experts give the same numbers unsharded, so the CPU takes these for plain data parallelism.
         refused = {name: degree for name, degree in sharded.items() if name in ("op", "pipeline.stages")}
         if refused:
             raise UserError("on the CPU MindSpore runs data parallelism only", where="parallel",
@@ -47,7 +47,7 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
 
 
 class ShardedRun:
-    """The training step of a cut network on this process's device.
+    """The training step of a sharded network on this process's device.
 
     After construction the step is compiled and every parameter of this process's stage holds its slice of the start
     values, which are those of one device.
@@ -83,7 +83,7 @@ class ShardedRun:
                              lambda: holders(listed, config, processes.rank))
         self.inputs = [Tensor(np.zeros(shape, item.dtype))
                        for shape, item in zip(input_shapes(task, settings, config), task.inputs, strict=True)]
-        # From here on parameters have the shape of their slices, which MindSpore would cut again in another graph: so
+        # From here on parameters have the shape of their slices, which MindSpore would shard again in another graph: so
         # the loss comes first.
         self.loss = self._compiled("loss") if validated else None
         self.scores = self._compiled("scores") if scored else None
@@ -92,8 +92,8 @@ class ShardedRun:
         self.give_start_values()
 
     @property
-    def tells(self) -> bool:
-        """Whether this process tells the loss, which every process of the last stage knows of the global batch."""
+    def reports_loss(self) -> bool:
+        """Whether this process reports the loss, which every process of the last stage knows of the global batch."""
         return self.processes.rank == (self.config.pipeline.stages - 1) * self.config.data * self.config.op
 
     def give_start_values(self) -> None:
@@ -102,8 +102,8 @@ class ShardedRun:
         for parameter in self.task.network.get_parameters():
             if parameter.name in self.holder.extents:
                 full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
-                                    self.settings.seed)
-                put_slice(parameter, full[_places(self.holder.extents[parameter.name])])
+                                   self.settings.seed)
+                put_slice(parameter, full[_slices(self.holder.extents[parameter.name])])
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""
@@ -118,10 +118,10 @@ class ShardedRun:
 
 
 def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
-    """The cut network without gradients, dropout off, ready to compile, and the inputs that it takes.
+    """The sharded network without gradients, dropout off, ready to compile, and the inputs that it takes.
 
     Args:
-        task: as a package's `build` made it; its network is cut in place.
+        task: as a package's `build` made it; its network is sharded in place.
         config: resolved.
         graph: "loss" (`ForwardLoss`) or "scores" (the cell that `task.scores` makes).
     """
@@ -130,7 +130,7 @@ def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
 
 
 def inference_graph(task: Task, config: ParallelConfig) -> nn.Cell:
-    """The cut network of a task that `build.inference` made, ready to compile; see `evaluation_graph`."""
+    """The sharded network of a task that `build.inference` made, ready to compile; see `evaluation_graph`."""
     network = parallelize(task.network, config)
     # Told by the graph the others would add zeros of another shape.
     cut = switch_on(network, config, [(1,) * len(item.shape) for item in task.inputs], False, told=False)
@@ -143,16 +143,18 @@ def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
     cell = ForwardLoss(task.network)
     if graph == "scores":
         cell = task.scores(task.network)
-        cell.lay_out(Axes(config))
+        cell.apply_sharding(Axes(config))
         fed = fed[:cell.inputs]
     ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
-    cut = switch_on(cell, config, ways, False)
+    # The last stage tells the result. Told to the others by the graph, it would meet zeros cut over two devices of a
+    # stage, whatever the result's own shape: no rank would ever have it.
+    cut = switch_on(cell, config, ways, False, told=False)
     cut.set_train(False)
     return cut, fed
 
 
 class ForwardLoss(nn.Cell):
-    """The mean loss of a batch, and its weight where the network tells one (else 1): float32 [2]."""
+    """The mean loss of a batch, and its weight where the network has one (else 1): float32 [2]."""
 
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
@@ -170,9 +172,9 @@ class ForwardLoss(nn.Cell):
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:
-    """Sets a sliced parameter, whose Python object may still have the whole shape."""
+    """Sets a sliced parameter, whose Python object may still have the full shape."""
     parameter.set_data(Tensor(np.ascontiguousarray(value), parameter.dtype), slice_shape=True)
 
 
-def _places(extent: Extent) -> tuple[slice, ...]:
+def _slices(extent: Extent) -> tuple[slice, ...]:
     return tuple(slice(*pair) for pair in extent)

@@ -43,10 +43,10 @@ class PlaceholderLayer(nn.Cell):
 
 
 def leave_out_other_stages(network: nn.Cell, config: ParallelConfig, stage: int) -> None:
-    """Replaces the layers of `network` (cut by `config`) that `stage` does not hold.
+    """Replaces the layers of `network` (sharded by `config`) that `stage` does not hold.
 
-    The first and the last layer stay: what stands before and after the layers may need them. So do layers that do not
-    end in a `Residual`, and under the interleaved schedule all: MindSpore does not compile stand-ins in chunks.
+    The first and the last layer stay: what comes before and after the layers may need them. So do layers that do not
+    end in a `Residual`, and under the interleaved schedule all: MindSpore does not compile placeholders in chunks.
     """
     if config.pipeline.stages == 1 or config.pipeline.interleave > 1 or not has_stack(network):
         return

@@ -1,8 +1,9 @@
-"""The training step of a cut network: one graph per rank under MindSpore's semi-automatic parallelism.
+"""The training step of a sharded network: one graph per rank under MindSpore's semi-automatic parallelism.
 
-Here a network sees the global batch; the partitioner cuts it, so nothing is averaged by hand over ranks. What differs
-from `parallel.training.step` on one device: micro-batches run through the pipeline inside one graph, gradients gather
-in their own parameters, and the norm is summed over slices by the framework, which knows each gradient's layout.
+Here a network sees the global batch; the partitioner shards it, so nothing is averaged by hand over ranks. What differs
+from `parallel.training.step` on one device: micro-batches run through the pipeline inside one graph, gradients are
+accumulated in parameters of their own, and the norm is summed over slices by the framework, which knows each gradient's
+layout.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from parallel.sharding.trainable import shared_parameters
 from parallel.task import Input, Task
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import TrainSettings
-from parallel.training.sharded.micro_batches import Interleaved, KnownToAllStages, LossAndWeight, MicroBatch
+from parallel.training.sharded.micro_batches import Interleaved, LossAndWeight, MicroBatch, SumOverStages
 from parallel.training.sharded.stage_only import held_parameters, leave_out_other_stages
 from parallel.training.step import TrainStep, enable_weighted_loss, sum_of_squares
 
@@ -46,12 +47,12 @@ def _(factor: Tensor, skipped: Tensor, gradient: Tensor) -> Tensor:
 
 
 @_clear.register("Tensor")
-def _(gathered: Tensor) -> Tensor:
-    return _ZERO(gathered)
+def _(accumulated: Tensor) -> Tensor:
+    return _ZERO(accumulated)
 
 
 class FullGradient(nn.Cell):
-    """Gradients of the mean loss of one global batch in one piece; replaces `step.MeanGradient`.
+    """Gradients of the mean loss of one global batch without micro-batches; replaces `step.MeanGradient`.
 
     Args:
         network: (loss x weight, weight), as `LossAndWeight` gives them.
@@ -64,15 +65,23 @@ class FullGradient(nn.Cell):
         # The plain form: the partitioner looks for exactly this shape of a forward graph (one tensor out).
         self.differentiate = ops.GradOperation(get_by_list=True, sens_param=True)
         self.first = Tensor([1.0, 0.0], ms.float32)
-        # Left to itself the partitioner would cut even these two numbers.
+        # Left to itself the partitioner would shard even these two numbers.
         self.part, self.reshape = ops.StridedSlice().shard(((1,),)), ops.Reshape()
 
     def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
         """(loss, gradients, factor) as `MeanGradient` gives them."""
         sums = self.network(*batch)
         gradients = self.differentiate(self.network, self.parameters)(*batch, sensitivity * self.first)
-        loss, factor = self.mean(sums)
-        return loss, gradients, factor
+        loss, factor = self.mean(self.on_all_stages(sums))
+        return loss, self.accumulated_by(gradients), factor
+
+    def on_all_stages(self, sums: Tensor) -> Tensor:
+        """The network's result, where only the last stage has it."""
+        return sums
+
+    def accumulated_by(self, gradients: tuple) -> tuple:
+        """Where the gradients are after all micro-batches."""
+        return gradients
 
     def mean(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, 1 / weight) from [loss x weight, weight]."""
@@ -81,7 +90,7 @@ class FullGradient(nn.Cell):
         return total * factor, factor
 
     def clear(self) -> None:
-        """Nothing gathers here."""
+        """Nothing is accumulated here."""
 
 
 class PipelineGradient(FullGradient):
@@ -107,22 +116,19 @@ class PipelineGradient(FullGradient):
         # The partitioner finds these by name and adds each micro-batch's gradient to them.
         self.accumulated = parameters.clone("accu_grads", init="zeros")
         self.sharded = config.optimizer_shard > 1
-        self.sum_over_stages = KnownToAllStages(config) if many else None
+        self.sum_over_stages = SumOverStages(config) if many else None
         self.map = ops.HyperMap()
 
-    def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
-        """(loss, gradients, factor) as `MeanGradient` gives them."""
-        sums = self.network(*batch)
-        gradients = self.differentiate(self.network, self.parameters)(*batch, sensitivity * self.first)
-        if self.sum_over_stages is not None:
-            sums = self.sum_over_stages(sums)
-        loss, factor = self.mean(sums)
-        if self.sharded:
-            return loss, gradients, factor
-        return loss, ops.depend(self.accumulated, gradients), factor
+    def on_all_stages(self, sums: Tensor) -> Tensor:
+        """The last stage's sums, on every stage."""
+        return self.sum_over_stages(sums) if self.sum_over_stages is not None else sums
+
+    def accumulated_by(self, gradients: tuple) -> tuple:
+        """The parameters that accumulate; under optimizer sharding the gradients, which the partitioner reduces."""
+        return gradients if self.sharded else ops.depend(self.accumulated, gradients)
 
     def clear(self) -> None:
-        """Sets the gathered gradients back to 0 in place (assigning a zero tensor would cost their memory again)."""
+        """Sets the accumulated gradients back to 0 in place (assigning a zero tensor would cost their memory again)."""
         self.map(_clear, self.accumulated)
 
 
@@ -156,7 +162,7 @@ def borrowed(network: nn.Cell, parameters: ParameterTuple, config: ParallelConfi
 
     The partitioner sends a shared parameter from its first stage to the others at every step and their gradients back,
     where they are added. What the others keep is a copy that nobody reads; its partial gradient must not enter the
-    norm a second time (found by replay).
+    norm a second time.
     """
     shared = shared_parameters(network)
     if config.pipeline.stages == 1 or not shared:
@@ -168,25 +174,21 @@ def borrowed(network: nn.Cell, parameters: ParameterTuple, config: ParallelConfi
 
 
 class ShardedStep(TrainStep):
-    """`TrainStep` in one flat graph: steps that do not count are held by selection, not by a branch.
+    """`TrainStep` in one flat graph: a skipped step keeps its values by selection, not by a branch.
 
     The partitioner drops other stages' gradients from a graph, which a branch over all gradients does not survive.
     """
 
     map = ops.HyperMap()
 
-    def construct(self, *batch: Tensor) -> tuple:
-        """See `TrainStep.construct`."""
-        scale = self.loss_scale.value * Tensor(1.0, ms.float32)
-        loss, gradients, factor, norm, finite = self.measured(scale, batch)
-        rate = self.optimizer.learning_rate(self.step)
+    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor) -> None:
+        """See `TrainStep.apply_gradients`."""
         counted = self.map(ops.partial(_counted, factor, ops.logical_not(finite)), gradients)
         self.optimizer(counted, self.step, finite)
         ops.assign(self.step, self.step + ops.cast(finite, ms.int32))
         ops.assign(self.iteration, self.iteration + 1)
         self.loss_scale(finite)
         self.gradient.clear()
-        return loss, norm, finite, scale, rate
 
 
 def micro_batches(settings: TrainSettings, config: ParallelConfig) -> int:
@@ -203,12 +205,12 @@ def micro_batches(settings: TrainSettings, config: ParallelConfig) -> int:
 
 def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *, reuse: bool = True,
                  start_values: bool = False, stage: int | None = None) -> AutoParallel:
-    """The training step of `task` cut by `config`, ready to compile or run on rank `RANK_ID` of `RANK_SIZE`.
+    """The training step of `task` sharded by `config`, ready to compile or run on rank `RANK_ID` of `RANK_SIZE`.
 
     Its inputs are those of the task, this rank's rows of them (`input_shapes`).
 
     Args:
-        task: as a package's `build` made it; its network is cut in place.
+        task: as a package's `build` made it; its network is sharded in place.
         settings: the `train:` block.
         config: resolved for the world.
         reuse: micro-batches share one copy of the network's graph until the back end (faster compile, same result),
@@ -252,7 +254,7 @@ def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...
     Args:
         step: a training step.
         config: resolved.
-        inputs: ways each dim of each input is cut.
+        inputs: degrees by which each dim of each input is sharded.
         start_values: see `sharded_step`.
         told: whether the last stage tells the others the result.
     """
@@ -261,11 +263,11 @@ def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...
     sharded.dataset_strategy(tuple(inputs))
     if config.optimizer_shard > 1:
         sharded.hsdp(shard_size=-1 if config.optimizer_shard == config.data else config.optimizer_shard,
-                 threshold=config.optimizer.threshold_kb, optimizer_level=f"level{config.optimizer.level}")
+                     threshold=config.optimizer.threshold_kb, optimizer_level=f"level{config.optimizer.level}")
     if config.pipeline.stages > 1:
         schedule = config.pipeline.schedule
         sharded.pipeline(config.pipeline.stages, output_broadcast=told, interleave=schedule != "1f1b",
-                     scheduler="1f1b" if schedule == "interleaved" else schedule)
+                         scheduler="1f1b" if schedule == "interleaved" else schedule)
     if not start_values:
         sharded.no_init_parameters_in_compile()
         # On one device MindSpore would fill them all the same, after compiling.

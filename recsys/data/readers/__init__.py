@@ -24,7 +24,7 @@ class Reader:
     Args:
         read: `read(data, path) -> iterator of (pyarrow.Table, where)`; `where` names the file for error messages.
         features: the default features; a file's `data.features` replaces them. A function of the data settings, since
-            some files tell their own columns.
+            some files name their own columns.
         labels: default label columns.
         user: default column that groups samples for GAUC and UAUC.
         time: column of times for a split by time.

@@ -16,7 +16,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import COMPRESSED_SUFFIXES, matching, open_binary
 from parallel.common.progress import info
 from recsys.data.features import Feature
-from recsys.data.readers._records import Place, whole_records
+from recsys.data.readers._records import Position, complete_records
 
 ROWS_AT_ONCE = 65536
 
@@ -27,9 +27,9 @@ def shards(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     Raises:
         UserError: nothing is there.
     """
-    found = [file for place in matching(path) for file in (
-        sorted(file for file in place.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes)
-        if place.is_dir() else [place])]
+    found = [file for position in matching(path) for file in (
+        sorted(file for file in position.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes)
+        if position.is_dir() else [position])]
     if not found:
         raise UserError(f"no {' or '.join(suffixes)} file here", where="data.path", value=str(path),
                         hint="check the path")
@@ -43,7 +43,7 @@ def _bare_suffix(file: Path) -> str:
 
 def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = None,
                quoted: bool = True) -> Iterator[tuple[pa.Table, str]]:
-    """Tables of a text file with a header line (or `names`), every cell as text, in pieces of a few MB.
+    """Tables of a text file with a header line (or `names`), every cell as text, in chunks of a few MB.
 
     Raises:
         UserError: not UTF-8, rows of different lengths, quotes that do not balance, a damaged archive; names the row.
@@ -54,28 +54,28 @@ def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = No
             return
         if stream.peek(3)[:3] == codecs.BOM_UTF8:
             stream.read(3)
-        columns, place = names, Place(file, delimiter, names is None)
-        for data in whole_records(stream, place, quoted):
-            table = _table(data, columns, place, quoted)
+        columns, position = names, Position(file, delimiter, names is None)
+        for data in complete_records(stream, position, quoted):
+            table = _table(data, columns, position, quoted)
             columns = columns or table.column_names
-            place.row = max(place.row, 0) + len(table)
+            position.row = max(position.row, 0) + len(table)
             if len(table):
                 yield table, str(file)
 
 
-def _table(data: bytes, columns: list[str] | None, place: Place, quoted: bool) -> pa.Table:
-    """Whole records as a table of text; without `columns` the first is the header."""
+def _table(data: bytes, columns: list[str] | None, position: Position, quoted: bool) -> pa.Table:
+    """Complete records as a table of text; without `columns` the first is the header."""
     wrong: list[csv.InvalidRow] = []
 
     def refuse(row: csv.InvalidRow) -> str:
         wrong.append(row)
         return "error"
 
-    delimiter = place.delimiter
+    delimiter = position.delimiter
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        raise place.error("not UTF-8 text", data, error.start) from None
+        raise position.error("not UTF-8 text", data, error.start) from None
     names = columns or _header(data, delimiter, quoted)
     kept = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True,
                               null_values=["", "NULL", "\\N"])
@@ -89,9 +89,10 @@ def _table(data: bytes, columns: list[str] | None, place: Place, quoted: bool) -
         if wrong:
             # Arrow counts from 1, the header too.
             raise UserError(f"{wrong[0].actual_columns} cells where the table has {wrong[0].expected_columns} columns",
-                            where=f"{place.file}, row {place.row + (wrong[0].number or 1)}", value=wrong[0].text,
+                            where=f"{position.file}, row {position.row + (wrong[0].number or 1)}", value=wrong[0].text,
                             hint="not a well-formed table: check delimiter and quotes") from None
-        raise UserError(f"not a well-formed table: {error}", where=f"{place.file}, behind row {max(place.row, 0)}",
+        raise UserError(f"not a well-formed table: {error}",
+                        where=f"{position.file}, behind row {max(position.row, 0)}",
                         hint="check delimiter and quotes") from None
 
 
@@ -117,7 +118,7 @@ def parquet_tables(file: Path) -> Iterator[tuple[pa.Table, str]]:
         for batch in source.iter_batches(ROWS_AT_ONCE):
             yield pa.Table.from_batches([batch]), str(file)
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        raise UserError(f"not a whole parquet file: {error}", where=file, hint="fetch it again") from None
+        raise UserError(f"not a complete parquet file: {error}", where=file, hint="fetch it again") from None
 
 
 def ids(names: list[str], side: str, group: str, **more: object) -> list[Feature]:

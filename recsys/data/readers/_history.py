@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from parallel.common.errors import UserError
 from recsys.data.features import Feature
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 HISTORY, PASSED, RATE = "history", "passed", "like_rate"
 
@@ -26,7 +29,7 @@ class Histories:
         data: `data.history` and `data.passed`: how many items of each kind are kept; `data.like_rate`.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: DataSettings) -> None:
         self.lengths = {name: length for name, length in ((HISTORY, data.history), (PASSED, data.passed)) if length}
         self.with_rate = data.like_rate
         self.known: dict[Any, dict[str, deque]] = {}
@@ -74,7 +77,7 @@ class Histories:
         return known
 
 
-def history_features(data: Any, target: str) -> list[Feature]:
+def history_features(data: DataSettings, target: str) -> list[Feature]:
     """The features `history` and `passed`, weighed by the candidate (DIN), and `like_rate`, as the settings say."""
     lengths = {HISTORY: data.history, PASSED: data.passed}
     lists = [Feature(name=name, type="sequence", side="cross", group=name, target=target, length=length,
@@ -83,6 +86,6 @@ def history_features(data: Any, target: str) -> list[Feature]:
     return [*lists, rate] if data.like_rate else lists
 
 
-def wanted(data: Any) -> bool:
+def wanted(data: DataSettings) -> bool:
     """Whether the settings ask for any of it."""
     return bool(data.history or data.passed or data.like_rate)

@@ -18,20 +18,20 @@ import numpy as np
 
 from parallel.common.errors import UserError
 
-_PIECE_BYTES = 4 << 20
+_CHUNK_BYTES = 4 << 20
 _MAX_RECORD_BYTES = 64 << 20
 _QUOTE, _LINE_END, _RETURN = b'"'[0], b"\n"[0], b"\r"[0]
 HINT = 'double a quote inside a quoted cell, or set data.quoted: false where quotes are text'
 
 
-class Place:
-    """Where reading stands in a file: `row` data rows came before the bytes looked at (-1: the header is ahead too)."""
+class Position:
+    """Where reading is in a file: `row` data rows came before the bytes looked at (-1: the header is ahead too)."""
 
     def __init__(self, file: Path, delimiter: str, headed: bool) -> None:
         self.file, self.delimiter, self.row = file, delimiter, -1 if headed else 0
 
     def error(self, what: str, data: bytes, start: int) -> UserError:
-        """About the record that byte `start` of `data` lies in."""
+        """About the record that byte `start` of `data` is in."""
         before = io.StringIO(data[:start].decode("utf-8", "replace") + "x", newline="")
         csv.field_size_limit(1 << 30)
         records = sum(1 for cells in csv.reader(before, delimiter=self.delimiter) if cells)
@@ -39,30 +39,30 @@ class Place:
                          value=data[start:start + 40].decode("utf-8", "replace"), hint=HINT)
 
 
-def whole_records(stream: BinaryIO, place: Place, quoted: bool) -> Iterator[bytes]:
-    """The bytes of whole records, a few MB at a time. The caller counts rows on in `place.row` as it reads them.
+def complete_records(stream: BinaryIO, position: Position, quoted: bool) -> Iterator[bytes]:
+    """The bytes of complete records, a few MB at a time. The caller counts rows on in `position.row` as it reads them.
 
     Raises:
         UserError: quotes that do not balance, or a record of more than 64 MB; names the row.
     """
     rest = b""
     while True:
-        piece = stream.read(_PIECE_BYTES)
-        data = rest + piece
+        chunk = stream.read(_CHUNK_BYTES)
+        data = rest + chunk
         if not data:
             return
-        end = _last_end(data, place.delimiter.encode(), quoted, not piece, place)
+        end = _last_end(data, position.delimiter.encode(), quoted, not chunk, position)
         if end:
             yield data[:end]
         rest = data[end:]
         if len(rest) > _MAX_RECORD_BYTES:
-            raise place.error("a record of more than 64 MB", rest, 0)
-        if not piece:
+            raise position.error("a record of more than 64 MB", rest, 0)
+        if not chunk:
             return
 
 
-def _last_end(data: bytes, delimiter: bytes, quoted: bool, last: bool, place: Place) -> int:
-    """Where the last whole record of `data` ends."""
+def _last_end(data: bytes, delimiter: bytes, quoted: bool, last: bool, position: Position) -> int:
+    """Where the last complete record of `data` ends."""
     if not quoted or _QUOTE not in data:
         return len(data) if last else data.rfind(b"\n") + 1
     array = np.frombuffer(data, np.uint8)
@@ -73,51 +73,53 @@ def _last_end(data: bytes, delimiter: bytes, quoted: bool, last: bool, place: Pl
     fits = (np.isin(before, (delimiter[0], _LINE_END, _QUOTE)).all()
             and np.isin(after, (delimiter[0], _LINE_END, _RETURN, _QUOTE)).all())
     if fits:
-        _refuse_swallowed(data, opening, closing, delimiter, place)
+        _refuse_swallowed(data, opening, closing, delimiter, position)
         stop = int(opening[-1]) if len(opening) > len(closing) else len(data)
         if last and stop < len(data):
-            raise place.error("a quoted cell has no end", data, stop)
+            raise position.error("a quoted cell has no end", data, stop)
         return len(data) if last else _end_outside(data, stop, marks)
-    return _walk(data, delimiter, last, place)
+    return _scan(data, delimiter, last, position)
 
 
 def _end_outside(data: bytes, stop: int, marks: np.ndarray) -> int:
-    """Behind the last line end before `stop` that lies outside quotes."""
+    """Behind the last line end before `stop` that is outside quotes."""
     end = data.rfind(b"\n", 0, stop)
     while end >= 0 and np.searchsorted(marks, end) % 2:
         end = data.rfind(b"\n", 0, int(marks[np.searchsorted(marks, end) - 1]))
     return end + 1
 
 
-def _refuse_swallowed(data: bytes, opening: np.ndarray, closing: np.ndarray, delimiter: bytes, place: Place) -> None:
+def _refuse_swallowed(data: bytes, opening: np.ndarray, closing: np.ndarray, delimiter: bytes,
+                      position: Position) -> None:
     """A cell over several lines whose inner lines all have the columns of a row is two stray quotes around rows."""
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == _LINE_END)
     count = min(len(opening), len(closing))
     lines = np.searchsorted(ends, closing[:count]) - np.searchsorted(ends, opening[:count])
     for index in np.flatnonzero(lines >= 2):
-        _refuse_rows(data, int(opening[index]), int(closing[index]), delimiter, place)
+        _refuse_rows(data, int(opening[index]), int(closing[index]), delimiter, position)
 
 
-def _refuse_rows(data: bytes, start: int, stop: int, delimiter: bytes, place: Place) -> None:
+def _refuse_rows(data: bytes, start: int, stop: int, delimiter: bytes, position: Position) -> None:
     inner = data[start + 1:stop].split(b"\n")[1:-1]
     first = data.rfind(b"\n", 0, start) + 1
     columns = data[first:data.find(b"\n", start)].count(delimiter)
     counts = {line.count(delimiter) for line in inner}
     if len(counts) == 1 and (found := counts.pop()) > 0 and (found == columns or len(inner) > 3):
-        raise place.error(f"a quoted cell holds {len(inner)} whole lines with {found + 1} columns each: its quote is "
-                          "not closed where it should be", data, start)
+        raise position.error(f"a quoted cell holds {len(inner)} whole lines with {found + 1} columns each: its quote "
+                             "is not closed where it should be", data, start)
 
 
-def record_ends(data: bytes, quoted: bool, last: bool, place: Place) -> list[int]:
-    """Where each whole record of `data`, which begins with one, ends; with `last` the last one may lack its line end.
+def record_ends(data: bytes, quoted: bool, last: bool, position: Position) -> list[int]:
+    """Where each complete record of `data`, which begins with one, ends; with `last` the last one may lack its line
+    end.
 
     Raises:
-        UserError: quotes that do not balance; as `place` says it.
+        UserError: quotes that do not balance; as `position` says it.
     """
     if not quoted or _QUOTE not in data:
         ends = [match.end() for match in re.finditer(b"\n", data)]
     else:
-        ends = list(_walked(data, place.delimiter.encode(), last, place))
+        ends = list(_scanned(data, position.delimiter.encode(), last, position))
     return [*ends, len(data)] if last and len(data) > (ends[-1] if ends else 0) else ends
 
 
@@ -134,14 +136,14 @@ def cells_of(record: bytes, delimiter: str, quoted: bool) -> list[str]:
     return text.split(delimiter) if text else []
 
 
-def _walk(data: bytes, delimiter: bytes, last: bool, place: Place) -> int:
+def _scan(data: bytes, delimiter: bytes, last: bool, position: Position) -> int:
     end = 0
-    for end in _walked(data, delimiter, last, place):  # noqa: B007
+    for end in _scanned(data, delimiter, last, position):  # noqa: B007
         pass
     return len(data) if last else end
 
 
-def _walked(data: bytes, delimiter: bytes, last: bool, place: Place) -> Iterator[int]:
+def _scanned(data: bytes, delimiter: bytes, last: bool, position: Position) -> Iterator[int]:
     """Ends of records, cell by cell, for data with quotes that are text."""
     mark = re.escape(delimiter)
     plain = re.compile(rb'[^"' + mark + rb'\n][^' + mark + rb'\n]*|')
@@ -152,12 +154,12 @@ def _walked(data: bytes, delimiter: bytes, last: bool, place: Place) -> Iterator
             match = inside.match(data, at)
             if match is None:
                 if last:
-                    raise place.error("a quoted cell has no end", data, at)
+                    raise position.error("a quoted cell has no end", data, at)
                 return
-            _refuse_rows(data, at, match.end() - 1, delimiter, place)
+            _refuse_rows(data, at, match.end() - 1, delimiter, position)
             at = match.end()
             if at < len(data) and data[at:at + 1] not in (delimiter, b"\n", b"\r"):
-                raise place.error("text behind the end of a quoted cell", data, match.start())
+                raise position.error("text behind the end of a quoted cell", data, match.start())
             at += data[at:at + 2] == b"\r\n"
         else:
             at = plain.match(data, at).end()

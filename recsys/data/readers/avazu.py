@@ -1,10 +1,10 @@
-"""Avazu clicks: 24 columns, `click` the label, `hour` as YYMMDDHH; without a user id, the device stands in."""
+"""Avazu clicks: 24 columns, `click` the label, `hour` as YYMMDDHH; without a user id, the device is used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,9 +13,12 @@ from recsys.data.features import Feature
 from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, ids, shards
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
-def features(data: Any) -> list[Feature]:
-    """All columns but the row id; the hour is cut into hour of day and day."""
+
+def features(data: DataSettings) -> list[Feature]:
+    """All columns but the row id; the hour is split into hour of day and day."""
     return [
         *ids(["device_id", "device_ip"], "user", "device", minimum_count=2),
         *ids(["device_model", "device_type", "device_conn_type"], "user", "model"),
@@ -32,8 +35,8 @@ def files_of(path: Path) -> list[Path]:
     return shards(path, (".csv", ".txt"))
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
-    """Tables with `hour` cut into `hour_of_day` and `day`."""
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
+    """Tables with `hour` split into `hour_of_day` and `day`."""
     for file in files_of(path):
         for table, where in csv_tables(file):
             if "hour" in table.column_names:

@@ -1,6 +1,6 @@
 """Frappe (app usage in context) as libfm text: `label index:1 index:1 ...`, ten fields a line.
 
-The files give no field names; index i belongs to the field in whose place it stands, in the order of the published
+The files give no field names; index i belongs to the field of the same position in the order of the published
 converter: user, item, daytime, weekday, weekend, homework, cost, weather, country, city. Label -1 counts as 0.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -18,10 +18,13 @@ from recsys.data.features import Feature
 from recsys.data.readers import Reader
 from recsys.data.readers._files import ROWS_AT_ONCE, ids, shards
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
+
 FIELDS = ["user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]
 
 
-def features(data: Any) -> list[Feature]:
+def features(data: DataSettings) -> list[Feature]:
     """Ten ids in five groups."""
     return [
         *ids(["user"], "user", "user"), *ids(["country", "city"], "user", "place"),
@@ -31,7 +34,7 @@ def features(data: Any) -> list[Feature]:
     ]
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of all .libfm files in order of their names.
 
     Raises:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
@@ -19,6 +19,9 @@ from recsys.data.readers import Reader
 from recsys.data.readers._files import no_default_features
 from recsys.data.streams.events import Event, Positions, TimeOf, read_object
 from recsys.data.streams.no_log import refuse
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 _ASK_SECONDS = 5.0
 
@@ -30,7 +33,7 @@ class Topic:
         data: `DataSettings`.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: DataSettings) -> None:
         try:
             import confluent_kafka
         except ImportError:
@@ -68,7 +71,7 @@ class Topic:
             self.at = {}
             self.consumer.subscribe([self.topic], on_assign=self._assigned, on_revoke=self._revoked)
             return
-        self.consumer.assign([self._place(name, offset) for name, offset in self.at.items()])
+        self.consumer.assign([self._topic_partition(name, offset) for name, offset in self.at.items()])
 
     def poll(self, wanted: set[str], most: int, seconds: float) -> list[Event]:
         """See `Transport`."""
@@ -95,23 +98,23 @@ class Topic:
         for name, offset in positions.items():
             if self.at.get(name, offset) != offset:
                 self.at[name] = offset
-                self.consumer.seek(self._place(name, offset))
+                self.consumer.seek(self._topic_partition(name, offset))
 
     def commit(self, positions: Positions) -> bool:
-        """Tells the group how far the checkpoint is; a refusal is a note, for the checkpoint is what counts."""
-        places = [self._place(name, offset) for name, offset in positions.items() if name in self.at]
-        if not places:
+        """Commits the checkpoint's position to the group; a refusal is a note, for the checkpoint is what counts."""
+        partitions = [self._topic_partition(name, offset) for name, offset in positions.items() if name in self.at]
+        if not partitions:
             return True
         try:
-            found = self.consumer.commit(offsets=places, asynchronous=not self.shared)
-            refused = next((place.error for place in found or [] if place.error is not None), None)
+            found = self.consumer.commit(offsets=partitions, asynchronous=not self.shared)
+            refused = next((partition.error for partition in found or [] if partition.error is not None), None)
         except self.kafka.KafkaException as error:
             refused = error.args[0]
         if refused is not None:
             info(f"Kafka did not take the offsets: {refused.str()}")
             return False
-        for place in places:
-            self.known[str(place.partition)] = place.offset
+        for partition in partitions:
+            self.known[str(partition.partition)] = partition.offset
         return True
 
     def close(self) -> None:
@@ -120,7 +123,7 @@ class Topic:
 
     # -- partitions ---------------------------------------------------------------------------------------------------
 
-    def _place(self, name: str, offset: int) -> Any:
+    def _topic_partition(self, name: str, offset: int) -> Any:
         return self.kafka.TopicPartition(self.topic, int(name), int(offset))
 
     def _partitions(self) -> list[int]:
@@ -146,34 +149,34 @@ class Topic:
                 time.sleep(0.1)
 
     def _pause(self, full: set[str]) -> None:
-        """Holds partitions back of which enough lies in memory."""
+        """Holds partitions back of which enough is in memory."""
         if full != self.paused:
             if going := self.paused - full:
-                self.consumer.resume([self._place(name, self.at[name]) for name in going & set(self.at)])
+                self.consumer.resume([self._topic_partition(name, self.at[name]) for name in going & set(self.at)])
             if holding := full - self.paused:
-                self.consumer.pause([self._place(name, self.at[name]) for name in holding])
+                self.consumer.pause([self._topic_partition(name, self.at[name]) for name in holding])
             self.paused = full
 
     # -- runs that share partitions -----------------------------------------------------------------------------------
 
-    def _assigned(self, consumer: Any, places: list) -> None:
+    def _assigned(self, consumer: Any, partitions: list) -> None:
         """Partitions come: where the group's last checkpoint of them ended, else at their oldest message. This run's
-        own checkpoint may be ahead of what it could still tell the group."""
-        found = self._patiently(lambda: consumer.committed(places, timeout=self.ask_seconds))
-        for place in found:
-            place.offset = max(place.offset, self.known.get(str(place.partition), -1))
-            if place.offset < 0:
-                place.offset = self._oldest(place.partition)
+        own checkpoint may be ahead of what it could still commit."""
+        found = self._patiently(lambda: consumer.committed(partitions, timeout=self.ask_seconds))
+        for partition in found:
+            partition.offset = max(partition.offset, self.known.get(str(partition.partition), -1))
+            if partition.offset < 0:
+                partition.offset = self._oldest(partition.partition)
         consumer.assign(found)
-        came = {str(place.partition): place.offset for place in found}
+        came = {str(partition.partition): partition.offset for partition in found}
         self.at.update(came)
         self.known.update(came)
         info(f"partitions {', '.join(sorted(came)) or 'none'} came from the group")
         self.take_over(came)
 
-    def _revoked(self, consumer: Any, places: list) -> None:
-        """Partitions go; the run that gets them begins at what the group was told last."""
-        going = {str(place.partition) for place in places}
+    def _revoked(self, consumer: Any, partitions: list) -> None:
+        """Partitions go; the run that gets them begins at what was last committed."""
+        going = {str(partition.partition) for partition in partitions}
         self.hand_over(going)
         for name in going:
             self.at.pop(name, None)
@@ -209,7 +212,7 @@ class Topic:
                             "data.stream.gap=skip")
         info(f"{what}; going on after the gap")
         self.at[name] = oldest
-        self.consumer.seek(self._place(name, oldest))
+        self.consumer.seek(self._topic_partition(name, oldest))
 
     def _note_error(self, error: Any) -> None:
         """Called by the client, from within `poll`."""
@@ -217,7 +220,7 @@ class Topic:
             self.away_since = self.away_since or time.monotonic()
 
 
-def read(data: Any, path: Path | None) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path | None) -> Iterator[tuple[Any, str]]:
     """A stream is no log."""
     refuse(data)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,12 +19,15 @@ from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, ids
 from recsys.data.readers._history import Histories, history_features, wanted
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
+
 _USER = ["user_active_degree", "follow_user_num_range", "fans_user_num_range", "friend_user_num_range",
          "register_days_range", *(f"onehot_feat{i}" for i in range(18))]
 _VIDEO = ["author_id", "video_type", "upload_type", "music_id", "visible_status"]
 
 
-def features(data: Any) -> list[Feature]:
+def features(data: DataSettings) -> list[Feature]:
     """User id and profile, tab and hour, video id and its basic features."""
     return [
         *ids(["user_id"], "user", "user", minimum_count=2),
@@ -39,7 +42,7 @@ def features(data: Any) -> list[Feature]:
     ]
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Logs in order of their names, with the user's and the video's columns joined; histories count clicks.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +19,13 @@ from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, ids
 from recsys.data.readers._history import Histories, history_features, wanted
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
+
 LIKED = 4.0
 
 
-def features(data: Any) -> list[Feature]:
+def features(data: DataSettings) -> list[Feature]:
     """User id, age, gender, occupation, zip; item id, year, genres: the features of the usual baselines."""
     return [
         *ids(["user_id"], "user", "user"),
@@ -36,7 +39,7 @@ def features(data: Any) -> list[Feature]:
     ]
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """One table: ratings with the user's and the item's columns joined, and `label`.
 
     Raises:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recsys.data.readers import Reader
 from recsys.data.readers._files import no_default_features, parquet_tables, shards
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 
 def files_of(path: Path) -> list[Path]:
@@ -15,7 +18,7 @@ def files_of(path: Path) -> list[Path]:
     return shards(path, (".parquet", ".pq"))
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of all shards in order of their names."""
     for file in files_of(path):
         yield from parquet_tables(file)

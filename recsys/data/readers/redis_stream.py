@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
@@ -17,6 +17,9 @@ from recsys.data.readers import Reader
 from recsys.data.readers._files import no_default_features
 from recsys.data.streams.events import Event, Positions, TimeOf, read_object
 from recsys.data.streams.no_log import refuse
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 _RETRY_SECONDS = 0.1
 _EMPTY = "0-0"
@@ -30,7 +33,9 @@ class RedisStreams:
         data: `DataSettings`.
     """
 
-    def __init__(self, data: Any) -> None:
+    shared = False
+
+    def __init__(self, data: DataSettings) -> None:
         try:
             import redis
         except ImportError:
@@ -78,7 +83,7 @@ class RedisStreams:
         return events
 
     def commit(self, positions: Positions) -> bool:
-        """Nobody to tell: the server keeps no place for us."""
+        """Nothing to commit: the server keeps no position."""
         return True
 
     def close(self) -> None:
@@ -130,7 +135,7 @@ class RedisStreams:
     def _patiently(self, call: Any) -> Any:
         """`call()`, again and again while the server is away."""
         away = self.redis.exceptions.ConnectionError, self.redis.exceptions.TimeoutError
-        begun, told = time.monotonic(), False
+        begun, reported = time.monotonic(), False
         while True:
             try:
                 return call()
@@ -140,9 +145,9 @@ class RedisStreams:
                 if time.monotonic() - begun > self.settings.patience_seconds:
                     raise UserError(f"Redis is away: {error}", where="data.stream.redis.url",
                                     hint="start it, or raise data.stream.patience_seconds") from None
-                if not told:
+                if not reported:
                     info(f"Redis is away ({error}); waiting")
-                    told = True
+                    reported = True
                 time.sleep(_RETRY_SECONDS)
             except self.redis.exceptions.ResponseError as error:
                 raise UserError(f"Redis refuses: {error}", where="data.stream.redis") from None
@@ -198,7 +203,7 @@ def _order(identity: str) -> tuple[int, int]:
     return int(milliseconds), int(number or 0)
 
 
-def read(data: Any, path: Path | None) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path | None) -> Iterator[tuple[Any, str]]:
     """A stream is no log."""
     refuse(data)
 

@@ -17,13 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from recsys.data.features import Feature
 from recsys.data.readers import Reader
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 BLOCK = 8192
 AGES, GENDERS, CITIES, CATEGORIES, AUTHORS, HOURS = 8, 2, 12, 16, 48, 24
@@ -121,13 +124,13 @@ def truth(users: int, items: int, seed: int, strength: float) -> Truth:
     return Truth(users, items, seed, strength)
 
 
-def truth_of(data: Any) -> Truth:
+def truth_of(data: DataSettings) -> Truth:
     """The world of a `data` block."""
     made = data.synthetic
     return truth(made.users, made.items, made.seed, made.strength)
 
 
-def features(data: Any) -> list[Feature]:
+def features(data: DataSettings) -> list[Feature]:
     """Seven semantic groups, from user to cross; the sizes are known, so no statistics pass is needed."""
     made = data.synthetic
     steps = [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
@@ -153,7 +156,7 @@ def features(data: Any) -> list[Feature]:
     ]
 
 
-def read(data: Any, path: Path | None) -> Iterator[tuple[pa.Table, str]]:
+def read(data: DataSettings, path: Path | None) -> Iterator[tuple[pa.Table, str]]:
     """`data.synthetic.samples` rows."""
     made, truth = data.synthetic, truth_of(data)
     for block, begin in enumerate(range(0, made.samples, BLOCK)):
@@ -161,7 +164,7 @@ def read(data: Any, path: Path | None) -> Iterator[tuple[pa.Table, str]]:
         yield truth.table(rows).slice(0, made.samples - begin), "synthetic"
 
 
-def probabilities(data: Any) -> np.ndarray:
+def probabilities(data: DataSettings) -> np.ndarray:
     """True click probability of every row, in order: what `recsys.metrics.bayes_auc` takes."""
     made, truth = data.synthetic, truth_of(data)
     blocks = range(-(-made.samples // BLOCK))

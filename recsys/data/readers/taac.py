@@ -1,18 +1,18 @@
-"""The TAAC layout: parquet whose columns tell their meaning by a prefix, sequences as native lists.
+"""The TAAC layout: parquet whose columns have their meaning in a prefix, sequences as native lists.
 
     user_* context_* item_* cross_*        ids (integers or text), numbers (floating point), sets (lists)
     seq_<name>                             sequences in order of time, newest last
     label or label_<task>, timestamp, user_id, item_id
 
-Column names differ between the rounds of the contest; this reader takes the prefixes as its contract (the choice is
-ours) and reads types from the file. A column that fits no prefix is left out with a note.
+Column names differ between the rounds of the contest; this reader takes the prefixes as its contract (chosen
+here) and reads types from the file. A column that fits no prefix is left out with a note.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -23,10 +23,13 @@ from recsys.data.features import Feature
 from recsys.data.readers import Reader
 from recsys.data.readers._files import parquet_tables, shards
 
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
+
 _SIDES = {"user_": "user", "context_": "context", "item_": "item", "cross_": "cross"}
 
 
-def features(data: Any) -> list[Feature]:
+def features(data: DataSettings) -> list[Feature]:
     """One feature a column, read from the schema of the first file that is not empty.
 
     Raises:
@@ -57,7 +60,7 @@ def _schema(files: list[Path]) -> pa.Schema:
     try:
         return parquet.read_schema(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"not a whole parquet file: {error}", where=file, hint="fetch it again") from None
+        raise UserError(f"not a complete parquet file: {error}", where=file, hint="fetch it again") from None
 
 
 def _feature(field: pa.Field, side: str) -> Feature:
@@ -68,7 +71,7 @@ def _feature(field: pa.Field, side: str) -> Feature:
     return Feature(name=field.name, side=side, values="hash", rows=1 << 17)
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of all shards in order of their names."""
     for file in shards(path, (".parquet",)):
         yield from parquet_tables(file)

@@ -1,6 +1,6 @@
 """A growing folder of parquet or csv files, read in order of their names as a stream.
 
-Writers put a file in place whole (a temporary name beginning with `.` or `_`, then a rename) under a name after all
+Writers put a finished file in place (a temporary name beginning with `.` or `_`, then a rename) under a name after all
 others, for example by time; a csv file may also grow by whole lines while it is the newest. Each row is an event.
 """
 
@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -20,8 +20,11 @@ from parallel.common.errors import UserError
 from parallel.common.progress import info
 from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, no_default_features, parquet_tables
-from recsys.data.readers._records import HINT, Place, cells_of, record_ends
+from recsys.data.readers._records import HINT, Position, cells_of, record_ends
 from recsys.data.streams.events import Event, Positions, TimeOf
+
+if TYPE_CHECKING:
+    from recsys.settings import DataSettings
 
 _SUFFIXES = (".parquet", ".pq", ".csv", ".tsv")
 _LOOK_SECONDS = 0.05
@@ -29,14 +32,16 @@ _BLOCK = 1 << 20
 
 
 class Folder:
-    """A `Transport` of one partition. A position is [file, place]: rows of a parquet file that were read, or bytes of a
-    csv file.
+    """A `Transport` of one partition. A position is [file, offset]: rows of a parquet file that were read, or bytes of
+    a csv file.
 
     Args:
         data: `DataSettings`; `path` is the folder.
     """
 
-    def __init__(self, data: Any) -> None:
+    shared = False
+
+    def __init__(self, data: DataSettings) -> None:
         if not data.path or not Path(data.path).is_dir():
             raise UserError("reader tail needs a folder", where="data.path", value=data.path)
         self.folder, self.delimiter, self.settings = Path(data.path), data.delimiter, data.stream
@@ -67,7 +72,7 @@ class Folder:
         return []
 
     def commit(self, positions: Positions) -> bool:
-        """Nobody to tell."""
+        """Nothing to commit."""
         return True
 
     def close(self) -> None:
@@ -126,8 +131,8 @@ class Folder:
             info(f"{self.folder / name} came too late and is left out")
             self.passed.add(name)
 
-    def _event(self, file: Path, place: int, row: dict) -> Event:
-        self.at = [file.name, place]
+    def _event(self, file: Path, position: int, row: dict) -> Event:
+        self.at = [file.name, position]
         return self.time.event(self.name, list(self.at), row, None)
 
     def _parquet(self, file: Path, most: int) -> list[Event]:
@@ -143,12 +148,12 @@ class Folder:
                 if len(events) >= most:
                     break
         except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-            raise UserError(f"not a whole parquet file: {error}", where=file,
+            raise UserError(f"not a complete parquet file: {error}", where=file,
                             hint="write it under a name that begins with . and rename it") from None
         return events
 
     def _csv(self, file: Path, most: int, final: bool) -> list[Event]:
-        """Whole lines from the position on; the last line of a finished file may lack its end."""
+        """Complete lines from the position on; the last line of a finished file may lack its end."""
         columns, start = self._columns(file)
         if columns is None:
             return []
@@ -159,8 +164,8 @@ class Folder:
             stream.seek(begin)
             block = stream.read(_BLOCK)
             ended = final and not stream.read(1)
-        place = _Byte(file, self._delimiter(file), begin)
-        ends = record_ends(block, self.quoted, ended, place)
+        position = _Byte(file, self._delimiter(file), begin)
+        ends = record_ends(block, self.quoted, ended, position)
         if not ends and len(block) == _BLOCK:
             raise UserError(f"a row is longer than {_BLOCK} bytes", where=file, value=begin)
         events, last = [], 0
@@ -175,14 +180,14 @@ class Folder:
             last = end
         return events
 
-    def _cells(self, record: bytes, file: Path, place: int) -> list[str]:
+    def _cells(self, record: bytes, file: Path, position: int) -> list[str]:
         try:
             return cells_of(record, self._delimiter(file), self.quoted)
         except UnicodeDecodeError:
-            raise UserError("not UTF-8 text", where=f"{file}, byte {place}") from None
+            raise UserError("not UTF-8 text", where=f"{file}, byte {position}") from None
 
     def _columns(self, file: Path) -> tuple[list[str] | None, int]:
-        """(names in the first line, where the rows begin); None while the line is not whole."""
+        """(names in the first line, where the rows begin); None while the line is not complete."""
         with file.open("rb") as stream:
             line = stream.readline(_BLOCK)
         if not line.endswith(b"\n"):
@@ -195,7 +200,7 @@ class Folder:
         return "\t" if file.suffix == ".tsv" else self.delimiter
 
 
-class _Byte(Place):
+class _Byte(Position):
     """Names the byte of the file, since rows are not counted."""
 
     def __init__(self, file: Path, delimiter: str, begin: int) -> None:
@@ -207,7 +212,7 @@ class _Byte(Place):
                          value=data[start:start + 40].decode("utf-8", "replace"), hint=HINT)
 
 
-def read(data: Any, path: Path) -> Iterator[tuple[Any, str]]:
+def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of the files that are there now, for other verbs than train."""
     for file in sorted(path.iterdir(), key=lambda file: file.name):
         if file.suffix in (".parquet", ".pq") and file.name[0] not in "._":

@@ -39,7 +39,14 @@ class Event:
 
 
 class Transport(Protocol):
-    """Brings events of some partitions, each in an order that never changes."""
+    """Brings events of some partitions, each in an order that never changes.
+
+    Args:
+        shared: whether the server moves partitions between the processes of a group while they read. Such a transport
+            has two more members, which its reader sets: `hand_over(partitions)` and `take_over(positions)`.
+    """
+
+    shared: bool
 
     def begin(self) -> Positions:
         """Partitions, and where each begins: in front of its oldest event."""
@@ -157,7 +164,7 @@ def number_of(value: Any) -> float | str | None:
 
 
 def list_of(value: Any, separator: str) -> list[str | None] | None:
-    """A list of texts; text is cut at the separator.
+    """A list of texts; text is split at the separator.
 
     Raises:
         TypeError: neither a list nor text.
@@ -201,7 +208,7 @@ class Tables:
             absent = sorted(set(self.kinds) - self.seen)
             if absent and rows:
                 raise UserError(f"no event has '{absent[0]}'", where=events[0].partition,
-                                value=sorted(rows[0])[:20], hint="null stands for a missing value; see data.features")
+                                value=sorted(rows[0])[:20], hint="null means a missing value; see data.features")
         for name, (kind, separator) in self.kinds.items():
             values = []
             for index, row in enumerate(rows):

@@ -26,7 +26,7 @@ class Merge:
     Args:
         transport: opened.
         settings: `StreamSettings`: buffered, partition_idle_seconds, end_after_idle_seconds.
-        stop: set by whoever wants the wait to end.
+        stop: set by whoever ends the wait.
     """
 
     def __init__(self, transport: Transport, settings, stop: threading.Event) -> None:
@@ -79,7 +79,7 @@ class Merge:
         return best
 
     def look(self, seconds: float) -> None:
-        """Takes what the transport has, and hears what it tells.
+        """Takes what the transport has, and notices what it reports.
 
         Raises:
             Interrupted: the wait was ended.

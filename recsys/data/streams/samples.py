@@ -120,7 +120,7 @@ class Samples:
             event.row = {**dict.fromkeys(self.labels, 0), **event.row}
             pending = _Pending(event, before)
             self._queue.append(pending)
-            # An id that comes again stands for the newer sample.
+            # An id that comes again means the newer sample.
             self._by_id[_key(name)] = pending
         elif kind in self.labels:
             self._label(kind, event, self._by_id.get(_key(name)))

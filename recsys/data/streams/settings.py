@@ -65,7 +65,7 @@ class StreamSettings(Settings):
     time_unit: Literal["seconds", "milliseconds"] = "seconds"
     """Of the column `data.time`."""
     labels: DelayedLabels | None = None
-    """Labels that come later as events of their own; null = every event is a whole sample."""
+    """Labels that come later as events of their own; null = every event is a complete sample."""
     gap: Literal["error", "skip"] = "error"
     """Events that are gone before they were read (a trimmed stream, a file that was deleted): error stops, skip goes on
     with the next event and says so."""

@@ -1,6 +1,6 @@
 """Batches of a stream for the trainer: every event is counted exactly once in the model.
 
-A batch is the next `global_batch_size` good samples. The checkpoint of a step holds where the stream stood after that
+A batch is the next `global_batch_size` good samples. The checkpoint of a step holds where the stream was after that
 step's batch, together with the parameters that the batch moved, so a run that is killed at any moment goes on with the
 same batches as if it had not been.
 """
@@ -34,11 +34,11 @@ _REBALANCE_SECONDS = 10.0
 
 
 class _Moved(Exception):
-    """Partitions came or went: the batch is gathered anew."""
+    """Partitions came or went: the batch is collected anew."""
 
 
 class StreamSource(Companion):
-    """A `DataSource` without epochs, and the companion that keeps the stream's place in the checkpoints.
+    """A `DataSource` without epochs, and the companion that keeps the stream's position in the checkpoints.
 
     Args:
         transport: brings the events.
@@ -48,7 +48,7 @@ class StreamSource(Companion):
         batch: samples of one global batch.
         directory: of the run: where the stream began is kept there, for a run that is killed before its first
             checkpoint.
-        rank, ranks: every process reads the whole stream and takes its rows of each batch.
+        rank, ranks: every process reads all of the stream and takes its rows of each batch.
     """
 
     name, columns, ends = "stream", ("ids", "numbers", "labels"), True
@@ -69,9 +69,9 @@ class StreamSource(Companion):
         self.skipped: Counter = Counter()
         self._states: OrderedDict[int, dict] = OrderedDict()
         self._restored: dict | None = None
-        self._step = self._told_step = 0
+        self._step = self._reported_step = 0
         self._moved = self._refused = False
-        self.read_ahead = not getattr(transport, "shared", False)
+        self.read_ahead = not transport.shared
         if not self.read_ahead:
             transport.hand_over, transport.take_over = self._hand_over, self._take_over
             self.samples.merge.after_poll = self._after_poll
@@ -85,7 +85,7 @@ class StreamSource(Companion):
     def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
         """Batches start_step, start_step + 1, ... until the stream is idle for too long or `interrupt`."""
         try:
-            self._step = self._told_step = start_step
+            self._step = self._reported_step = start_step
             self._begin(start_step)
             self._keep(start_step)
             if not self.read_ahead:
@@ -99,7 +99,7 @@ class StreamSource(Companion):
         except Interrupted:
             if not self.read_ahead:
                 self.save()
-                self._return_to_told()
+                self._return_to_reported()
             return
         finally:
             self.transport.close()
@@ -107,7 +107,7 @@ class StreamSource(Companion):
     def _begin(self, step: int) -> None:
         if step:
             if self._restored is None:
-                raise UserError("the checkpoint does not say where the stream stood", where="output.resume",
+                raise UserError("the checkpoint does not say where the stream was", where="output.resume",
                                 value=step, hint="it is of a run on files; start a new run")
             self.samples.restore(self._restored)
             return
@@ -138,28 +138,28 @@ class StreamSource(Companion):
             while not self._moved and not self.stop.is_set() and time.monotonic() < deadline:
                 self.transport.poll(set(self.transport.at), 1, 0.1)
         self._moved = self._refused = False
-        self._return_to_told()
+        self._return_to_reported()
         positions = {name: self.transport.known.get(name, place) for name, place in self.transport.at.items()}
         self.transport.rewind(positions)
         self.samples.resume_at(positions, self._states[self._step])
         self._keep(self._step)
 
-    def _return_to_told(self) -> None:
-        if self._step > self._told_step:
-            info(f"back to step {self._told_step}, the last that the group knows of")
-            self.go_back(self._told_step)
-            self._step = self._told_step
+    def _return_to_reported(self) -> None:
+        if self._step > self._reported_step:
+            info(f"back to step {self._reported_step}, the last that the group knows of")
+            self.go_back(self._reported_step)
+            self._step = self._reported_step
 
     def _next_batch(self) -> Encoded:
         while True:
             try:
                 if not self.read_ahead:
                     self.samples.merge.look(0.0)
-                return self._gathered()
+                return self._collected()
             except _Moved:
                 self._regather()
 
-    def _gathered(self) -> Encoded:
+    def _collected(self) -> Encoded:
         parts, have = [], 0
         while have < self.batch:
             events = [self.samples.next() for _ in range(self.batch - have)]
@@ -194,12 +194,12 @@ class StreamSource(Companion):
 
     def before_step(self, step: int, batch: Any) -> None:
         """Forgets the states that no checkpoint can need any more."""
-        needed = step if self.read_ahead else min(step, self._told_step)
+        needed = step if self.read_ahead else min(step, self._reported_step)
         for old in [known for known in self._states if known < needed]:
             del self._states[old]
 
     def state(self, step: int) -> dict | None:
-        """Where the stream stood after the batch of `step`."""
+        """Where the stream was after the batch of `step`."""
         return self._states.get(step)
 
     def restore(self, state: dict) -> None:
@@ -209,11 +209,11 @@ class StreamSource(Companion):
         self.skipped = Counter(state.get("skipped", {}))
 
     def after_checkpoint(self, step: int) -> None:
-        """Tells the server how far the model is."""
+        """Commits how far the model is."""
         state = self._states.get(step)
         if state is not None and self.rank == 0:
             if self.transport.commit(state["from"]):
-                self._told_step = step
+                self._reported_step = step
             else:
                 self._moved = self._refused = not self.read_ahead
 

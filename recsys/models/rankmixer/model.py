@@ -5,7 +5,7 @@ Shapes: T tokens, B batch, D width, F = k D, E experts.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
@@ -33,7 +33,7 @@ class ReluMoESettings(Settings):
     """Experts of each token; together they are as wide as the dense network."""
     router: Literal["dtsi", "single_relu"] = "dtsi"
     """dtsi: two routers, h_train and h_infer; training takes the mean of both gates, so both get the task's gradient
-    (how they enter the forward pass is not in the paper; the mean is ours), inference takes h_infer alone.
+    (how they enter the forward pass is not in the paper; the mean was chosen here), inference takes h_infer alone.
     single_relu: one router for both, as ReMoE."""
     budget: float = Field(0.5, gt=0.0, le=1.0)
     """Share of experts that should be active; the penalty's factor moves until it is so."""
@@ -51,7 +51,7 @@ class RankMixerSettings(RankerSettings):
     tokens: int = Field(8, ge=1)
     """T; with tokenization groups it must be what the groups make."""
     width: int = Field(64, ge=1)
-    """D; T must divide it, since there are as many mixing heads as tokens."""
+    """D; T must divide it, since there is one mixing head for each token."""
     layers: int = Field(2, ge=1, le=10_000)
     """L blocks."""
     ffn_ratio: float = Field(4.0, gt=0.0)
@@ -71,9 +71,11 @@ class RankMixerSettings(RankerSettings):
     norm: bool = True
     """Ablation: false leaves layer norm out."""
     op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
-    """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
+    """What tensor parallelism shards: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
     ug_sep: UGSepSettings | None = None
     """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
+
+    separable: ClassVar[bool] = True
 
     @property
     def inner(self) -> int:

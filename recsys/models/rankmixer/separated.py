@@ -3,7 +3,7 @@
 Shapes: R rows of U, N rows of G, T = c_u + c_g tokens = mixing heads, D width, d = D / T.
 
 A U mixed token is 0 from column c_u d on, but RankMixer adds the token itself before its network, so here the network's
-first matrix keeps all its rows; all that G needs of U are the heads of the U tokens that stand in G mixed tokens.
+first matrix keeps all its rows; all that G needs of U are the heads of the U tokens that are in G mixed tokens.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from parallel.layers.grouped import Add, TokenLayout
 from parallel.layers.norm import LayerNorm
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
-from recsys.layers.mixing import TokenMixing
 from recsys.layers.tokenization import SliceTokenizer
 from recsys.models.rankmixer.model import RankMixerSettings, network
-from recsys.models.tokenmixer_large.separated import TwoSidedGroupTokenizer
 from recsys.ug_sep.compensation import Compensation
-from recsys.ug_sep.layers import Beside, Blank, Mask, Repeat, Shape, Take, Widths
+from recsys.ug_sep.layers import Beside, Blank, Repeat, Shape, Take
+from recsys.ug_sep.mixing import TwoSidedMixing
 from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
 from recsys.ug_sep.ranker import SeparatedRanker, TwoSidedBlock
 from recsys.ug_sep.sides import tokens_of_ratio
+from recsys.ug_sep.tokenization import TwoSidedGroupTokenizer
 
 
 class SeparatedBlock(TwoSidedBlock):
@@ -35,11 +35,9 @@ class SeparatedBlock(TwoSidedBlock):
         width, separation, (c_u, c_g) = settings.width, settings.ug_sep, counts
         tokens, stream = c_u + c_g, layout.stream
         d = width // tokens
-        self.counts, self.mixing, self.residual = counts, settings.mixing, settings.residual
+        self.counts, self.mixes, self.residual = counts, settings.mixing, settings.residual
         self.sparse, inner = settings.moe is not None, settings.inner
-        self.heads_apart = Widths((c_u * d, c_g * d), stream)
-        self.mix_own, self.mix_given = (TokenMixing(c_u, count, count * d, layout=layout) for count in counts)
-        self.mix_candidate = TokenMixing(c_g, c_g, c_g * d, layout=layout)
+        self.mixing = TwoSidedMixing(counts, counts, width, layout, separation.mixing_mask)
         self.blank, self.beside, self.beside_rest = Blank(stream), Beside(2, stream), Beside(2, stream)
         self.take = Take()
         norm = {"compute_dtype": compute_dtype, "stream": stream}
@@ -47,19 +45,18 @@ class SeparatedBlock(TwoSidedBlock):
         self.norm2 = LayerNorm(width, **norm) if settings.norm else None
         self.network_user, self.network_group = (network(settings, count, width, inner, width, layout, compute_dtype)
                                                  for count in counts)
-        self.adds, self.wide = nn.CellList([Add(stream) for _ in range(5)]), Repeat(c_g)
+        self.add_user, self.add_candidate, self.add_compensation = Add(stream), Add(stream), Add(stream)
+        self.add_user_mixed, self.add_candidate_mixed, self.repeat = Add(stream), Add(stream), Repeat(c_g)
         self.compensation = None
         self.rows = c_u * d if separation.mixing_mask else width
         if separation.compensation != "none":
             self.compensation = Compensation(separation.compensation, c_u, self.rows, c_g, width,
                                              separation.compensation_rank or width, compute_dtype)
-        self.components = [*([(c_g, c_u * d)] if self.mixing else []),
-                       *([self.compensation.shape] if self.compensation is not None else [])]
-        # Of the form with masks.
-        self.mix, self.join_tokens = TokenMixing(tokens, tokens, width, layout=layout), Beside(0, stream)
-        self.mask_mixing = Mask((tokens, width), c_u, c_u * d, separation.mixing_mask)
+        self.components = [*([(c_g, c_u * d)] if self.mixes else []),
+                           *([self.compensation.shape] if self.compensation is not None else [])]
+        self.join_tokens = Beside(0, stream)
 
-    def half(self, s_TBD: Tensor, network: nn.Cell, index_N: Tensor | None, side: int) -> tuple:
+    def half(self, s_TBD: Tensor, network: nn.Cell, add: nn.Cell, index_N: Tensor | None) -> tuple:
         """(LN(PFFN(S) + S), penalty) with S = LN of what is given."""
         if self.norm1 is not None:
             s_TBD = self.norm1(s_TBD)
@@ -69,7 +66,7 @@ class SeparatedBlock(TwoSidedBlock):
         else:
             y_TBD = network(s_TBD)
         if self.residual:
-            y_TBD = self.adds[side](y_TBD, s_TBD)
+            y_TBD = add(y_TBD, s_TBD)
         if self.norm2 is not None:
             y_TBD = self.norm2(y_TBD)
         return y_TBD, penalty
@@ -77,48 +74,48 @@ class SeparatedBlock(TwoSidedBlock):
     def user(self, x_uRD: Tensor, index_N: Tensor | None = None) -> tuple:
         """(x_uRD, components: U heads of the G mixed tokens [c_g, R, c_u d], compensation if any; penalty)."""
         s_uRD, components = x_uRD, ()
-        if self.mixing:
-            first, rest = self.heads_apart(x_uRD)
-            own = self.mix_own(first)
-            components += (self.mix_given(rest),)
+        own, other = self.mixing.split_heads(x_uRD)
+        source = own
+        if self.mixes:
+            source, given = self.mixing.user(own, other)
+            components += (given,)
             # The mixed token ends where the mask begins.
-            s_uRD = (self.beside_rest(self.adds[2](own, first), rest) if self.residual
-                     else self.beside_rest(own, self.blank(rest)))
+            s_uRD = (self.beside_rest(self.add_user_mixed(source, own), other) if self.residual
+                     else self.beside_rest(source, self.blank(other)))
         if self.compensation is not None:
-            components += (self.compensation(own if self.mixing else self.heads_apart(x_uRD)[0]),)
-        x_uRD, penalty = self.half(s_uRD, self.network_user, index_N, 0)
+            components += (self.compensation(source),)
+        x_uRD, penalty = self.half(s_uRD, self.network_user, self.add_user, index_N)
         return x_uRD, components, penalty
 
     def candidate(self, x_gND: Tensor, components: tuple, index_N: Tensor | None) -> tuple:
         """(x_gND, penalty)."""
         s_gND = x_gND
-        if self.mixing:
-            _, heads = self.heads_apart(x_gND)
-            s_gND = self.beside(self.take.full(components[0], index_N), self.mix_candidate(heads))
+        if self.mixes:
+            s_gND = self.beside(self.take.full(components[0], index_N), self.mixing.candidate(x_gND))
             if self.residual:
-                s_gND = self.adds[3](s_gND, x_gND)
+                s_gND = self.add_candidate_mixed(s_gND, x_gND)
         if self.compensation is not None:
-            s_gND = self.adds[4](s_gND, self.take.full(self.wide(components[-1]), index_N))
-        return self.half(s_gND, self.network_group, None, 1)
+            s_gND = self.add_compensation(s_gND, self.take.full(self.repeat(components[-1]), index_N))
+        return self.half(s_gND, self.network_group, self.add_candidate, None)
 
     def masked(self, x_TBD: Tensor) -> tuple:
-        """(x_TBD, penalties): the same by masks on whole tensors."""
+        """(x_TBD, penalties): the same by masks on full tensors."""
         c_u, s_TBD = self.counts[0], x_TBD
         source = x_TBD[:c_u, :, :self.rows]
-        if self.mixing:
-            s_TBD = self.mask_mixing(self.mix(x_TBD))
+        if self.mixes:
+            s_TBD = self.mixing.masked(x_TBD)
             source = s_TBD[:c_u, :, :self.rows]
             if self.residual:
                 s_TBD = s_TBD + x_TBD
         if self.compensation is not None:
-            s_TBD = self.join_tokens(s_TBD[:c_u], s_TBD[c_u:] + self.wide(self.compensation(source)))
-        own, penalty = self.half(s_TBD[:c_u], self.network_user, None, 0)
-        other, more = self.half(s_TBD[c_u:], self.network_group, None, 1)
+            s_TBD = self.join_tokens(s_TBD[:c_u], s_TBD[c_u:] + self.repeat(self.compensation(source)))
+        own, penalty = self.half(s_TBD[:c_u], self.network_user, self.add_user, None)
+        other, more = self.half(s_TBD[c_u:], self.network_group, self.add_candidate, None)
         return self.join_tokens(own, other), (penalty, more)
 
 
 class TwoSidedSliceTokenizer(nn.Cell):
-    """Each side's concatenation cut into equal slices, one a token (RankMixer eq. 2)."""
+    """Each side's concatenation split into equal slices, one a token (RankMixer eq. 2)."""
 
     components: tuple = ()
 
@@ -152,10 +149,10 @@ class SeparatedRankMixer(SeparatedRanker):
         counts = self._counts(users, groups)
         if settings.tokenization == "slices":
             self.tokenize = TwoSidedSliceTokenizer(users, groups, counts, width, layout=self.layout,
-                                                shared=settings.shared_projection, compute_dtype=compute_dtype)
+                                                   shared=settings.shared_projection, compute_dtype=compute_dtype)
         else:
             self.tokenize = TwoSidedGroupTokenizer(users, groups, counts, width, named=settings.group_tokens,
-                                                global_token="none", hidden=None, compute_dtype=compute_dtype)
+                                                   global_token="none", hidden=None, compute_dtype=compute_dtype)
         path = count_pairs(counts, separation.layers, settings.layers)
         self.layers = nn.CellList([self._block(before, after, compute_dtype)
                                    for before, after in zip(path[:-1], path[1:], strict=True)])

@@ -5,7 +5,7 @@ Shapes: T tokens, H mixing heads, B batch, D width, M = T D / H width of a mixed
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
@@ -27,7 +27,7 @@ from recsys.ug_sep.sides import UGSepSettings
 
 
 class SparseMoESettings(Settings):
-    """Sparse-Pertoken MoE: the dense SwiGLU of every token cut into experts (eq. 19-21)."""
+    """Sparse-Pertoken MoE: the dense SwiGLU of every token split into experts (eq. 19-21)."""
 
     experts: int = Field(8, ge=2, le=10_000)
     """E, the shared expert included; each has 1 / E of the dense inner width."""
@@ -57,7 +57,7 @@ class TokenMixerLargeSettings(RankerSettings):
     width: int = Field(64, ge=1)
     """D."""
     heads: int | None = Field(None, ge=1)
-    """H mixing heads, must divide D; null = as many as tokens, or the next smaller number that divides D."""
+    """H mixing heads, must divide D; null = the number of tokens, or the next smaller number that divides D."""
     layers: int = Field(2, ge=1, le=10_000)
     """L blocks."""
     ratio: float = Field(2.0, gt=0.0)
@@ -69,7 +69,8 @@ class TokenMixerLargeSettings(RankerSettings):
     inner_residual: bool = False
     """figure_prenorm: adds the mixed tokens to the output of F1, h + F1(norm h), as eq. 12 does."""
     inter_residual: int | None = Field(2, ge=1)
-    """Every so many layers the input of the layer that many below is added again, never on the last layer; null =
+    """At every such number of layers the input of the layer that many below is added again, never on the last layer;
+    null =
     never. Paper: every 2 or 3 layers."""
     auxiliary_weight: float = Field(0.1, ge=0.0)
     """Factor of the loss of the heads on lower layers (where inter_residual begins); 0 = no such heads. The paper gives
@@ -81,9 +82,16 @@ class TokenMixerLargeSettings(RankerSettings):
     moe: SparseMoESettings | None = None
     """Sparse-Pertoken MoE; null = dense."""
     op_sharding: Literal["width", "tokens", "tokens_naive"] = "width"
-    """What the op axis cuts: inner widths, or tokens (Token Parallel), or tokens only inside the networks."""
+    """What tensor parallelism (op) shards: inner widths, or tokens (Token Parallel), or tokens only inside the
+    networks."""
     ug_sep: UGSepSettings | None = None
     """User and candidate tokens separated, so that a request's user is computed once; null = unseparated."""
+
+    separable: ClassVar[bool] = True
+
+    def full_capacity(self) -> int | None:
+        """See `RankerSettings`."""
+        return self.moe.experts if self.moe is not None else None
 
     @property
     def inner(self) -> int:
@@ -152,7 +160,7 @@ class TokenMixerBlock(nn.Cell):
 
 def network(settings: TokenMixerLargeSettings, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
             compute_dtype: mstype) -> nn.Cell:
-    """A per-token network from `inputs` to `outputs`: dense SwiGLU, or its sparse cut."""
+    """A per-token network from `inputs` to `outputs`: a dense SwiGLU, or one split into experts."""
     moe, shared = settings.moe, {"layout": layout, "down_gain": settings.down_gain, "outputs": outputs,
                                  "compute_dtype": compute_dtype}
     if moe is None:

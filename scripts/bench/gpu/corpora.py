@@ -19,7 +19,7 @@ from pathlib import Path
 from data_tools.rules.traditional import Traditional
 from parallel.common.files import open_text
 
-UNSEEN_SHARE = 150  # one poem of so many is kept back
+UNSEEN_SHARE = 150  # one in this many poems is kept back
 
 
 def main() -> None:

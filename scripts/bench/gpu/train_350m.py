@@ -313,7 +313,7 @@ def contest(arguments: argparse.Namespace, name: str, rank: int, address: str | 
 
 
 def spawn(arguments: argparse.Namespace, name: str) -> dict[str, dict]:
-    """The ranks of a program as processes; rank 0 tells."""
+    """The ranks of a program as processes; rank 0 reports."""
     world = Program(Path(arguments.programs) / name).world
     found = {}
     for number, mode in enumerate(arguments.modes.split(",")):

@@ -52,11 +52,11 @@ def where(home: Path) -> list[str]:
 
 
 def finetune(home: Path, name: str, *words: str) -> list[str]:
-    told = [*where(home), f"adapt.checkpoint={home / 'base'}", f"adapt.pairs={home / 'pairs.jsonl'}",
-            f"adapt.validation={home / 'pairs.jsonl'}", f"output.directory={home / name}",
-            "train.optimizer.learning_rate=0.01", *words]
-    assert main("pangu", VERBS, ["finetune", "--config", TINY, *told]) == 0
-    return told
+    message = [*where(home), f"adapt.checkpoint={home / 'base'}", f"adapt.pairs={home / 'pairs.jsonl'}",
+               f"adapt.validation={home / 'pairs.jsonl'}", f"output.directory={home / name}",
+               "train.optimizer.learning_rate=0.01", *words]
+    assert main("pangu", VERBS, ["finetune", "--config", TINY, *message]) == 0
+    return message
 
 
 def last_json(capsys) -> dict:
@@ -102,11 +102,11 @@ def test_ranks_share_the_batch_of_one_process_and_every_pair_comes_once_an_epoch
     assert (np.bincount(numbers, minlength=single.records) == 4).all()
 
 
-@pytest.mark.parametrize("rows, told", [
+@pytest.mark.parametrize("rows, message", [
     (['{"prompt": "a"}'], "line 1: 'answer' is no text"), (["[1]"], "line 1: not a JSON object"),
     (["{"], "line 1: not JSON"), ([], "no pairs"), ([{"prompt": "字" * 50, "answer": "b"}], "pair 1 has")])
-def test_bad_pairs_are_one_line(tmp_path, rows, told):
-    with pytest.raises(UserError, match=told):
+def test_bad_pairs_are_one_line(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
         PairsDataset(write(tmp_path / "p.jsonl", *rows), PairTokenizer(), batch_size=1, seed=1, sequence_length=15)
 
 
@@ -207,9 +207,9 @@ def test_launched_adapters_under_tensor_parallelism_equal_one_process(home, caps
 
     words = ["adapt.low_rank.rank=4", "adapt.low_rank.targets=[query,value,output,mapping,projection]",
              "train.steps=12", "train.log_every=1"]
-    told = finetune(home, "one_process", *words)
-    told = [word for word in told if not word.startswith("output.directory")]
-    assert main("parallel", LAUNCH, ["launch", "--config", TINY, "--nproc", "2", "--run", "finetune", *told,
+    message = finetune(home, "one_process", *words)
+    message = [word for word in message if not word.startswith("output.directory")]
+    assert main("parallel", LAUNCH, ["launch", "--config", TINY, "--nproc", "2", "--run", "finetune", *message,
                                      "parallel.op=2", f"output.directory={home / 'op_2'}"]) == 0
     assert last_json(capsys)["layout"] == "op 2"
     one, two = (read_metrics(home / name / "metrics.jsonl") for name in ("one_process", "op_2"))
@@ -227,16 +227,16 @@ def test_a_launched_finetune_says_what_it_misses(home, capsys):
     assert "adapt: the config file does not say what to adapt to" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb, words, told", [
+@pytest.mark.parametrize("verb, words, message", [
     ("finetune", [], "adapt: the config file does not say what to adapt to"),
     ("extract-adapter", ["--checkpoint", "{base}", "--output", "{new}"], "there are no adapters in the checkpoint"),
     ("merge-adapter", ["--checkpoint", "{base}", "--output", "{new}"], "there are no adapters in the checkpoint")])
-def test_mistakes_are_one_line(home, capsys, verb, words, told):
+def test_mistakes_are_one_line(home, capsys, verb, words, message):
     words = [word.format(base=home / "base", new=home / "new") for word in words]
     config = ["--config", TINY, *where(home)] if verb == "finetune" else []
     assert main("pangu", VERBS, [verb, *config, *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told in error and resolve_checkpoint(home / "base").exists()
+    assert message in error and resolve_checkpoint(home / "base").exists()
 
 
 def test_pairs_of_a_task(tmp_path, capsys):

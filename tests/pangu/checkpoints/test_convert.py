@@ -72,7 +72,7 @@ def test_our_names_are_the_models(model):
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_names_are_one_to_one(model, naming):
     named = keys(model.config, naming)
-    assert len({key.theirs for key in named}) == len(named) == len({key.ours for key in named})
+    assert len({key.foreign for key in named}) == len(named) == len({key.own for key in named})
 
 
 @pytest.mark.shared_data
@@ -81,7 +81,7 @@ def test_names_are_those_of_the_published_strategy():
         pytest.skip("the published strategy file is not in ../shared")
     layouts = read_strategy(PUBLISHED)
     config = tiny_model(**{**SIZES, "layers": 32}).config
-    assert {key.theirs for key in keys(config, "mindspore")} == set(layouts)
+    assert {key.foreign for key in keys(config, "mindspore")} == set(layouts)
     assert release_layouts(config) == layouts
     # The shapes of one rank's slices at width 2560, as the release has them.
     slices = {"attention.dense1.weight": ((2560, 2560), (5, 2560)), "attention.dense1.bias": ((2560,), (5,)),
@@ -116,7 +116,7 @@ def test_file_is_mindspores(tmp_path, monkeypatch):
     assert len(opened.entries["large"].pieces) == 7
 
 
-def test_pieces_of_mindspores_large_parameters(tmp_path, monkeypatch):
+def test_parts_of_mindspores_large_parameters(tmp_path, monkeypatch):
     import mindspore as ms
     from mindspore.train import serialization
 
@@ -147,11 +147,11 @@ def strategy_bytes(config, data, op):
 
     items = b""
     for key in keys(config, "mindspore"):
-        dims, step, parts = layout(key.theirs, key.their_shape)
+        dims, step, parts = layout(key.foreign, key.their_shape)
         placed = (wire.field(1, wire.field(1, data) + wire.field(1, op))
                   + wire.field(2, b"".join(wire.field(1, dim) for dim in dims))
                   + wire.field(5, 0) + wire.field(6, step) + wire.field(7, parts))
-        for name in (key.theirs, f"adam_v.{key.theirs}"):
+        for name in (key.foreign, f"adam_v.{key.foreign}"):
             items += wire.field(3, wire.field(1, name.encode()) + wire.field(2, placed))
     return wire.field(1, 1) + items
 
@@ -160,8 +160,8 @@ def reference_slices(values, config, data, op):
     """Each rank's parameters by the release's table, written out with NumPy's split alone."""
     ranks = [{} for _ in range(data * op)]
     for key in keys(config, "mindspore"):
-        full = values[key.ours].T if key.transposed else values[key.ours]
-        name = key.theirs
+        full = values[key.own].T if key.transposed else values[key.own]
+        name = key.foreign
         if "embedding_table" in name:
             continue
         for index in range(data):
@@ -185,12 +185,12 @@ def sliced(tmp_path_factory, model, values):
         ms.save_checkpoint([{"name": name, "data": ms.Tensor(np.ascontiguousarray(part))}
                             for name, part in parts.items()], str(folder / f"filerted_{rank}.ckpt"))
     for key in keys(model.config, "mindspore"):
-        if key.theirs in TABLES:
-            np.save(folder / TABLES[key.theirs], values[key.ours])
+        if key.foreign in TABLES:
+            np.save(folder / TABLES[key.foreign], values[key.own])
     return folder
 
 
-def test_slices_become_ours(home, sliced, capsys, tmp_path, values):
+def test_slices_become_a_checkpoint(home, sliced, capsys, tmp_path, values):
     figures = convert(home, capsys, "--from", "mindspore-512", "--to", "pangu", "--slices", sliced, "--strategy",
                       sliced / "strategy.ckpt", "--embeddings", sliced, "--output", tmp_path / "ours")
     assert figures["unmapped"] == 0
@@ -233,13 +233,13 @@ def test_mindspore_merges_what_is_written_here(home, sliced, capsys, tmp_path, v
     ms.transform_checkpoints(str(tmp_path / "s"), str(tmp_path / "t"), "whole", str(tmp_path / "s" / "strategy.ckpt"))
     merged = MindSporeFile(tmp_path / "t" / "rank_0" / "whole0.ckpt")
     for key in keys(model.config, "mindspore"):
-        if key.theirs not in TABLES:
-            full = values[key.ours].T if key.transposed else values[key.ours]
-            np.testing.assert_array_equal(merged.read(key.theirs), full)
+        if key.foreign not in TABLES:
+            full = values[key.own].T if key.transposed else values[key.own]
+            np.testing.assert_array_equal(merged.read(key.foreign), full)
 
 
 def test_missing_and_foreign_slices_are_refused(home, sliced, capsys, tmp_path, model):
-    shape_of = {key.theirs: key.their_shape for key in keys(model.config, "mindspore")}
+    shape_of = {key.foreign: key.their_shape for key in keys(model.config, "mindspore")}
     lacking = tmp_path / "lacking"
     lacking.mkdir()
     for path in sliced.iterdir():
@@ -379,7 +379,7 @@ def write_hf(folder, values, config, extra):
     from parallel.checkpoint.safetensors_file import dtype_name, write_safetensors
 
     folder.mkdir()
-    tensors = {key.theirs: values[key.ours] for key in keys(config, "huggingface")} | extra
+    tensors = {key.foreign: values[key.own] for key in keys(config, "huggingface")} | extra
     write_safetensors(folder / "model.safetensors",
                       [(k, dtype_name(v.dtype), v.shape, lambda v=v: v) for k, v in tensors.items() if v is not None])
 
@@ -461,7 +461,7 @@ def test_files_that_run_code_are_refused(home, capsys, tmp_path, layout, name, z
 def test_huggingfaces_shards_of_pytorch_are_read(home, capsys, tmp_path, values, model):
     """As transformers saved them before safetensors, with its buffers of masks, the head and another .bin beside."""
     torch = pytest.importorskip("torch")
-    tensors = {key.theirs: torch.from_numpy(values[key.ours].T.copy() if key.transposed else values[key.ours])
+    tensors = {key.foreign: torch.from_numpy(values[key.own].T.copy() if key.transposed else values[key.own])
                for key in keys(model.config, "huggingface")}
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     tensors |= {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),

@@ -122,7 +122,7 @@ def test_auto_classes_pipeline_and_trainer(tmp_path):
     assert all(found.values()), found
 
 
-def test_names_become_ours():
+def test_names_become_model_config():
     from types import SimpleNamespace
 
     from pangu.checkpoints.mindformers import to_model_config

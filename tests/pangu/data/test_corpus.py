@@ -60,7 +60,7 @@ def test_folder_in_order_of_paths(tmp_path):
     assert corpus.corpus_bytes(tmp_path) == sum(file.stat().st_size for file in corpus.corpus_files(tmp_path))
 
 
-def test_long_text_document_is_cut_at_a_line(tmp_path, monkeypatch):
+def test_long_text_document_is_split_at_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "MAX_TEXT_DOCUMENT_BYTES", 10)
     path = write(tmp_path / "a.txt", b"12345678\n12345\n123\n\n1234")
     assert list(corpus.documents(path)) == ["12345678\n12345", "123", "1234"]
@@ -101,7 +101,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_corpus_is_told_in_one_line(tmp_path, name):
+def test_bad_corpus_is_reported_in_one_line(tmp_path, name):
     content, file, message = BAD[name]
     path = tmp_path / file
     if content is not None:
@@ -112,7 +112,7 @@ def test_bad_corpus_is_told_in_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
-def test_cut_off_compressed_file(tmp_path, suffix):
+def test_truncated_compressed_file(tmp_path, suffix):
     path = write(tmp_path / f"a.jsonl{suffix}", jsonl([str(number) * 50 for number in range(5000)]))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="damaged"):

@@ -152,7 +152,7 @@ def test_every_record_once_an_epoch_and_another_order_each(folder, all_records):
         folder, batch_size=1, seed=6), 0, count)]))
 
 
-def test_without_shuffle_records_come_as_they_lie(folder, all_records):
+def test_without_shuffle_records_come_in_the_order_of_the_files(folder, all_records):
     batches = take(open_set(folder, shuffle=False), 0, 40)
     wrapped = np.concatenate([all_records, all_records])[:160]
     assert np.array_equal(np.concatenate([batch[0] for batch in batches]), wrapped)
@@ -260,8 +260,8 @@ from pangu.data.dataset import PackedDataset
 data = PackedDataset({str(folder)!r}, batch_size=4, seed=5, sequence_length={LENGTH}, vocabulary_size={VOCABULARY})
 print(next(data.batches(7))[0].tolist())
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert json.loads(told) == take(open_set(folder, reader="mindrecord"), 7, 1)[0][0].tolist()
+    message = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert json.loads(message) == take(open_set(folder, reader="mindrecord"), 7, 1)[0][0].tolist()
 
 
 # ---------------------------------------------------------------- bad input
@@ -278,7 +278,7 @@ def test_what_does_not_fit_is_refused(folder, options, message):
         open_set(folder, **options)
 
 
-def _cut(path):
+def _truncate(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
@@ -289,15 +289,15 @@ def _scramble(path):
 
 
 @pytest.mark.parametrize(("damage", "target"), [
-    (_cut, "train-00001-of-00003.mindrecord"), (_scramble, "train-00001-of-00003.mindrecord"),
+    (_truncate, "train-00001-of-00003.mindrecord"), (_scramble, "train-00001-of-00003.mindrecord"),
     (lambda path: path.unlink(), "train-00001-of-00003.mindrecord"),
     (lambda path: path.unlink(), "train-00001-of-00003.mindrecord.db"),
     (lambda path: path.write_bytes(b"not a database"), "train-00001-of-00003.mindrecord.db"),
-    (_cut, "train-00001-of-00003.ids"), (_scramble, "train-00001-of-00003.ids"),
+    (_truncate, "train-00001-of-00003.ids"), (_scramble, "train-00001-of-00003.ids"),
     (lambda path: path.unlink(), "train-00001-of-00003.ids"),
     (lambda path: path.write_text("{"), INDEX_FILE), (lambda path: path.unlink(), INDEX_FILE),
 ])
-def test_damaged_records_are_told_in_one_line(folder, tmp_path, damage, target):
+def test_damaged_records_are_reported_in_one_line(folder, tmp_path, damage, target):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     damage(copy / target)

@@ -135,7 +135,7 @@ def test_corpus_fault_in_the_middle_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+def test_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     class FullWriter:
         def __init__(self, *_: object, **__: object) -> None: ...
         def __getattr__(self, name: str):

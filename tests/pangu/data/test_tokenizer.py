@@ -141,7 +141,7 @@ def test_fast_segmentation_equals_jieba_on_every_word_of_its_dictionary(segmente
     assert [word for word in chosen if segmenter.cut(word) != jieba_cut(word)] == []
 
 
-def test_fast_segmentation_equals_jieba_where_two_cuts_are_nearly_as_good(segmenter, jieba_cut):
+def test_fast_segmentation_equals_jieba_where_two_are_nearly_as_good(segmenter, jieba_cut):
     # The two best cuts differ by 1.5e-7 in log probability: probabilities of six decimals would take the other one.
     assert jieba_cut("常在他") == segmenter.cut("常在他") == ["常", "在", "他"]
 
@@ -172,7 +172,7 @@ def test_words_added_to_jieba_do_not_reach_the_segmentation(jieba_cut, segmenter
 
 
 @pytest.mark.parametrize("trouble", ["no compiler", "compiler fails", "no place"])
-def test_without_the_compiled_segmentation_jieba_is_used_and_it_is_said_once(
+def test_without_the_compiled_segmentation_jieba_is_used_and_it_is_logged_once(
     monkeypatch, capsys, tmp_path, tokenizer, model_file, trouble
 ):
     says = {"no compiler": "no C++ compiler found", "compiler fails": "failed", "no place": "no place"}[trouble]
@@ -185,16 +185,16 @@ def test_without_the_compiled_segmentation_jieba_is_used_and_it_is_said_once(
     monkeypatch.setattr(segmentation, "_said", set())
     slow, again = Tokenizer(model_file), Tokenizer(model_file)
     assert slow.engine == again.engine == "jieba"
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert says in said[0]
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 1
+    assert says in output[0]
     texts = [*SMALL_TEXTS, "小明\r\n住在 \ud83d南京"]
     assert [slow.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
     with pytest.raises(UserError, match="fast segmentation cannot be used"):
         Segmenter("compiled")
 
 
-def test_a_build_that_cuts_otherwise_is_not_used(monkeypatch, capsys):
+def test_a_build_that_segments_otherwise_is_not_used(monkeypatch, capsys):
     class Otherwise:
         def cut(self, text):
             return list(text)
@@ -202,7 +202,7 @@ def test_a_build_that_cuts_otherwise_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(segmentation, "_shared", [Otherwise()])
     monkeypatch.setattr(segmentation, "_said", set())
     assert Segmenter().engine == "jieba"
-    assert "cuts in another way" in capsys.readouterr().err
+    assert "differs from jieba" in capsys.readouterr().err
 
 
 def test_the_compiled_segmentation_is_built_once_and_kept(monkeypatch, tmp_path):
@@ -229,7 +229,7 @@ def test_published_vectors(engine):
         pytest.skip("the published vocabulary is not in ../shared")
     tokenizer = Tokenizer(PUBLISHED, engine=engine)
     assert [tokenizer.encode(text) for text, _ in VECTORS] == [ids for _, ids in VECTORS]
-    assert tokenizer.encode_batch(text for text, _ in VECTORS) == [ids for _, ids in VECTORS]
+    assert [tokenizer.encode(text) for text, _ in VECTORS] == [ids for _, ids in VECTORS]
     assert tokenizer.decode(VECTORS[2][1]) == "上联:欢天喜地度佳节 下联:"
     assert tokenizer.decode(VECTORS[1][1]) == "四川的省会是哪里?\n"
 
@@ -318,13 +318,17 @@ ids_lists = st.lists(st.integers(0, VOCABULARY - 1), max_size=40)
 @settings(max_examples=300, deadline=None)
 @given(ids=ids_lists)
 def test_streamed_text_equals_decoded_text(tokenizer, ids):
-    assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
     decoder = StreamDecoder(tokenizer)
     shown = ""
     for count, number in enumerate(ids, 1):
         shown += decoder.feed(number)
         assert shown == tokenizer.decode(ids[:count])
     assert shown + decoder.finish() == tokenizer.decode(ids)
+
+
+def streamed(tokenizer, ids):
+    decoder = tokenizer.stream()
+    return [*map(decoder.feed, ids), decoder.finish()]
 
 
 def test_streaming_holds_bytes_until_they_make_characters(tmp_path):
@@ -340,14 +344,14 @@ def test_streaming_holds_bytes_until_they_make_characters(tmp_path):
     tokenizer = Tokenizer(tmp_path / "bytes.model")
     ids = tokenizer.encode("小明😀住在🀄龘")
     assert tokenizer.decode(ids) == "小明😀住在🀄龘"
-    pieces = list(tokenizer.decode_stream(ids))
-    assert "".join(pieces) == "小明😀住在🀄龘"
-    assert all("\ufffd" not in piece for piece in pieces)
-    assert "".join(tokenizer.decode_stream(ids[:-1])) == tokenizer.decode(ids[:-1])
+    shown = streamed(tokenizer, ids)
+    assert "".join(shown) == "小明😀住在🀄龘"
+    assert all("\ufffd" not in text for text in shown)
+    assert "".join(streamed(tokenizer, ids[:-1])) == tokenizer.decode(ids[:-1])
 
 
 @pytest.mark.parametrize("number", [-1, VOCABULARY, 10**9])
-def test_an_id_outside_the_vocabulary_is_told(tokenizer, number):
+def test_an_id_outside_the_vocabulary_is_reported(tokenizer, number):
     for attempt in (lambda: tokenizer.decode([3, number]), lambda: tokenizer.stream().feed(number),
                     lambda: tokenizer.id_piece(number)):
         with pytest.raises(UserError, match="outside the vocabulary of 300"):
@@ -368,7 +372,7 @@ def test_a_copy_made_for_another_process_gives_the_same_ids(tokenizer):
 # ---- files that are no vocabulary -----------------------------------------------------------------------------------
 
 
-def test_missing_model_is_told_in_one_line(tmp_path):
+def test_missing_model_is_reported_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no such vocabulary file") as caught:
         Tokenizer(tmp_path / "nothing.model")
     assert "\n" not in str(caught.value)
@@ -377,7 +381,7 @@ def test_missing_model_is_told_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "zeros", "first half", "cut end"])
-def test_damaged_model_is_told_in_one_line(tmp_path, model_file, damage, capfd):
+def test_damaged_model_is_reported_in_one_line(tmp_path, model_file, damage, capfd):
     full = model_file.read_bytes()
     content = {"empty": b"", "text": "今天天气不错".encode() * 50, "zeros": bytes(4096),
                "first half": full[: len(full) // 2], "cut end": full[:-500]}[damage]
@@ -391,7 +395,7 @@ def test_damaged_model_is_told_in_one_line(tmp_path, model_file, damage, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_model_of_another_family_is_told(tmp_path):
+def test_a_model_of_another_family_is_reported(tmp_path):
     import io
 
     import sentencepiece

@@ -72,7 +72,7 @@ def test_a_stream_is_sampled_evenly_and_within_the_bound():
     assert vocabulary._draw(stream(), most=1000, seed=1)[0] != lines
 
 
-def test_long_lines_are_cut_rather_than_skipped(tmp_path):
+def test_long_lines_are_truncated_rather_than_skipped(tmp_path):
     # One line of 16,000 characters: SentencePiece alone would drop it.
     report = train_vocabulary(["".join(some_documents(120)).replace("\n", "")], tmp_path / "v.model", size=200)
     assert report["sentences"] > 10
@@ -90,7 +90,7 @@ def test_too_little_text_names_the_largest_size_which_works(tmp_path, kind):
     assert Tokenizer(tmp_path / "v.model").vocabulary_size == report["vocabulary_size"] == largest
 
 
-def test_a_size_below_the_number_of_characters_is_told(tmp_path):
+def test_a_size_below_the_number_of_characters_is_reported(tmp_path):
     with pytest.raises(UserError, match="characters alone need a vocabulary of") as caught:
         train_vocabulary(some_documents(), tmp_path / "v.model", size=20)
     needed = int(str(caught.value).split("need a vocabulary of ")[1].split()[0])
@@ -99,7 +99,7 @@ def test_a_size_below_the_number_of_characters_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("documents", [[], [""], ["\n \n\t\n"], ["\u3000"]])
-def test_no_text_is_told(tmp_path, documents):
+def test_no_text_is_reported(tmp_path, documents):
     with pytest.raises(UserError, match="no text"):
         train_vocabulary(documents, tmp_path / "v.model", size=100)
     assert list(tmp_path.iterdir()) == []
@@ -126,7 +126,7 @@ def test_odd_text_is_learnt_from_without_trouble(tmp_path):
 
 @pytest.mark.parametrize(("options", "says"), [({"kind": "wordpiece"}, "kind"), ({"size": 3}, "size"),
                                                ({"sise": 300}, "did you mean 'size'"), ({"seed": "x"}, "seed")])
-def test_wrong_options_are_told(tmp_path, options, says):
+def test_wrong_options_are_reported(tmp_path, options, says):
     with pytest.raises(UserError, match=says):
         train_vocabulary(some_documents(2), tmp_path / "v.model", **options)
 

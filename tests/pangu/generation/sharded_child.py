@@ -81,13 +81,13 @@ def main() -> None:
             np.savez(f"{output}.npz", **{str(number): item for number, item in enumerate(rows)})
         mine = dealt(prompts, sharded.member.groups)[sharded.member.group]
         generator = Generator(sharded.backend, None)
-        told = {name: [completion.ids for completion in generator.generate_ids([prompts[i] for i in mine], rule)]
-                for name, rule in (("greedy", GREEDY), ("seeded", SEEDED))}
-        gathered = sharded.member.gather([mine, told])
+        message = {name: [completion.ids for completion in generator.generate_ids([prompts[i] for i in mine], rule)]
+                   for name, rule in (("greedy", GREEDY), ("seeded", SEEDED))}
+        gathered = sharded.member.gather([mine, message])
         sharded.close()
         if sharded.first:
             results = {name: put_together([list(zip(numbers, own[name], strict=True)) for numbers, own in gathered],
-                                          len(prompts)) for name in told}
+                                          len(prompts)) for name in message}
             Path(f"{output}.json").write_text(json.dumps(results))
     print(json.dumps({"rank": os.environ["RANK"]}))
 

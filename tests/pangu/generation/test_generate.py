@@ -112,9 +112,9 @@ def test_a_stop_string_is_looked_for_as_the_tokenizer_writes_it(generator):
 
 def test_stream_gives_the_text_of_generate(generator):
     settings = with_(generator, stop=["zzzz"])
-    pieces = list(generator.stream("hello", settings))
-    assert "".join(pieces) == generator.generate(["hello"], settings)[0].text
-    assert len(pieces) > 1
+    parts = list(generator.stream("hello", settings))
+    assert "".join(parts) == generator.generate(["hello"], settings)[0].text
+    assert len(parts) > 1
 
 
 def test_context_ends_the_text(generator):
@@ -160,7 +160,7 @@ def test_scores_equal_the_models_own_probabilities(model):
 
 def test_scanner_holds_back_what_may_become_a_stop():
     scanner = StopScanner(["停止", "ab"])
-    assert [scanner.feed(piece) for piece in ["天停", "水a", "a", "b后"]] == ["天", "停水", "a", ""]
+    assert [scanner.feed(part) for part in ["天停", "水a", "a", "b后"]] == ["天", "停水", "a", ""]
     assert scanner.found
     assert scanner.feed("更多") == ""
     open_end = StopScanner(["abc"])

@@ -87,7 +87,7 @@ def test_streams_do_not_depend_on_the_batch():
     SamplingRule(0.9, top_k=50, top_p=0.8), SamplingRule(3.0, top_p=0.999), SamplingRule(0.0),
     SamplingRule(1.0, top_k=1),
     SamplingRule(1.0, top_k=10_000), SamplingRule(0.8, frequency_penalty=1.5, presence_penalty=0.3)],
-    ids=lambda rule: f"{rule.temperature}-{rule.top_k}-{rule.top_p}-{rule.frequency_penalty}")
+                         ids=lambda rule: f"{rule.temperature}-{rule.top_k}-{rule.top_p}-{rule.frequency_penalty}")
 def test_the_kernel_draws_what_python_draws(rule):
     """Weights of float32 against float64: both may part only where a number falls upon a border."""
     made = runner(blocks=7)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +13,16 @@ from pangu import build
 from pangu.config import ModelConfig
 from pangu.generation.generate import Generator
 from pangu.generation.sharded.dealing import dealt
+from pangu.generation.sharded.model import open_sharded
 from pangu.settings import Run
+from parallel.__main__ import VERBS
 from parallel.checkpoint.full import save_checkpoint
+from parallel.common.command import main
+from parallel.common.errors import UserError
 from parallel.common.settings import load_settings
 from parallel.launch.inference import grouped, launch_inference
+from parallel.launch.plan import add_node_arguments
+from parallel.proof.export import exported_inference
 from tests.pangu.generation.sharded_child import GREEDY, SEEDED, texts
 from tests.pangu.kernel_model import parameters
 from tests.pangu.numpy_model import forward
@@ -63,7 +69,9 @@ def written(folder, config=CONFIG, **blocks):
 def launched(checkpoint, folder, layout, nproc, config=CONFIG):
     """What the ranks of a layout wrote: logits of each text, and the texts generated."""
     path = written(folder, config, parallel=layout)
-    arguments = SimpleNamespace(nodes=1, node_rank=0, master=None, nproc=nproc, timeout=120)
+    parser = argparse.ArgumentParser()
+    add_node_arguments(parser)
+    arguments = parser.parse_args(["--nproc", str(nproc)])
     settings, plan = grouped(load_settings(Run, path), arguments)
     command = ["-m", "tests.pangu.generation.sharded_child", str(path), str(checkpoint), str(folder / "told")]
     figures = launch_inference(build, settings, plan, "generate", command, folder / "logs")
@@ -115,6 +123,38 @@ def test_a_rank_holds_its_shards_and_never_the_model(tmp_path):
     for rank in range(2):
         taken = int((tmp_path / f"told.memory-{rank}").read_text())
         assert total / 2 < taken < total / 2 + largest + cache + (16 << 20)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The exported program of one device, and the config file."""
+    path = written(tmp_path_factory.mktemp("program"))
+    return exported_inference(str(path), []), path
+
+
+@pytest.mark.slow
+def test_what_cannot_be_opened_is_one_line_with_what_fits(checkpoint, program, monkeypatch, tmp_path):
+    from parallel.torch_runtime.inference import rank
+
+    folder, path = program
+    monkeypatch.setenv("PARALLEL_PROGRAM", str(folder))
+    settings = load_settings(Run, path)
+    assert open_sharded(settings, checkpoint).backend is not None
+    weights = sum(value.nbytes for value in parameters(CONFIG).values())
+    monkeypatch.setattr(rank, "free_bytes", lambda device: weights + 100_000)
+    with pytest.raises(UserError, match=r"generate.batch_size: the cache needs .* are left \(got 3\); 1 fits"):
+        open_sharded(settings, checkpoint)
+    monkeypatch.undo()
+    monkeypatch.setenv("PARALLEL_PROGRAM", str(folder))
+    with pytest.raises(UserError, match="int8 weights run on one process"):
+        open_sharded(settings, checkpoint, int8=True)
+    with pytest.raises(UserError, match="generate.prefill_chunk: the program was exported with 16"):
+        open_sharded(load_settings(Run, path, ["generate.prefill_chunk=32"]), checkpoint)
+    main("parallel", VERBS, ["reshard", "--config", str(path), "--from", str(checkpoint), "--to",
+                             str(tmp_path / "slices"), "parallel.op=2"])
+    next((tmp_path / "slices").glob("parameters-00001-*")).unlink()
+    with pytest.raises(UserError, match="parameters-00001-of-00002.safetensors"):
+        open_sharded(settings, tmp_path / "slices")
 
 
 def test_equal_prompts_stay_together_and_the_longest_are_spread():

@@ -80,7 +80,7 @@ def test_four_kinds_of_prompt_are_the_same_prompt(client, tokenizer):
 @pytest.mark.parametrize("fields", [
     {"seed": 3}, {"seed": 3, "n": 2}, {"temperature": 0}, {"seed": 4, "stop": ["。", "："]}, {"seed": 3, "echo": True},
     {"seed": 3, "logprobs": 2, "n": 2}])
-def test_a_stream_is_the_whole_answer_in_pieces(client, fields):
+def test_a_stream_is_the_answer_in_parts(client, fields):
     whole = complete(client, prompt=PROMPTS[0], max_tokens=20, **fields)
     texts, reasons, usage, chunks = streamed(client, prompt=PROMPTS[0], max_tokens=20,
                                              stream_options={"include_usage": True}, **fields)
@@ -90,9 +90,9 @@ def test_a_stream_is_the_whole_answer_in_pieces(client, fields):
     assert all(chunk.usage is None for chunk in chunks[:-1]) and len({chunk.id for chunk in chunks}) == 1
     if "logprobs" in fields:
         for choice in whole.choices:
-            pieces = [part.logprobs for chunk in chunks for part in chunk.choices if part.index == choice.index]
-            assert [x for piece in pieces for x in piece.token_logprobs] == choice.logprobs.token_logprobs
-            assert [x for piece in pieces for x in piece.text_offset] == choice.logprobs.text_offset
+            parts = [part.logprobs for chunk in chunks for part in chunk.choices if part.index == choice.index]
+            assert [x for piece in parts for x in piece.token_logprobs] == choice.logprobs.token_logprobs
+            assert [x for piece in parts for x in piece.text_offset] == choice.logprobs.text_offset
 
 
 def test_raw_events_name_every_key(server):
@@ -344,7 +344,7 @@ def test_a_full_queue_is_429(tokenizer):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_places(tokenizer, stream, capfd):
+def test_a_client_that_hangs_up_frees_its_slots(tokenizer, stream, capfd):
     engine = FakeEngine(tokenizer.vocabulary_size, context=10_000, seconds_per_token=0.02)
     with serving(engine, tokenizer) as (address, _):
         client = client_of(address).with_options(timeout=0.3)

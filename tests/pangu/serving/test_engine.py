@@ -118,7 +118,7 @@ def test_the_context_ends_a_request(make):
 def test_stop_ids_and_biases(make):
     engine = make()
     _, tokens, last = read(engine.submit(EngineRequest([10], SamplingParams(9, 0.0, stop_ids=(33,),
-                                                                         logit_bias={33: 1000.0}))))
+                                                                            logit_bias={33: 1000.0}))))
     assert tokens == [33] and last.finish_reason == "stop"
     free = read(engine.submit(EngineRequest([10], SamplingParams(9, 0.0, stop_ids=()))))[1]
     banned = read(engine.submit(EngineRequest([10], SamplingParams(9, 0.0, stop_ids=(),
@@ -147,7 +147,7 @@ def test_cancelled_requests_free_their_blocks(make):
     assert stats.blocks_used == 0 and 0 < stats.cancelled_total <= 8
 
 
-def test_an_event_loop_is_told_at_once(make):
+def test_an_event_loop_is_woken_at_once(make):
     engine = make()
 
     async def work():
@@ -241,7 +241,7 @@ def test_close_ends_at_once(make):
         engine.submit(EngineRequest([10]))
 
 
-def test_a_step_that_fails_is_told_and_the_engine_goes_on(make, monkeypatch):
+def test_a_step_that_fails_is_reported_and_the_engine_goes_on(make, monkeypatch):
     engine = make()
     runner = engine._schedulers[0].runner
     run, calls = runner.run, []

@@ -46,7 +46,7 @@ def test_prompt_is_scored_without_generating():
     assert len(prompt.logprobs[1].top) == 2 and end.id is None and end.finish_reason == "length"
 
 
-def test_cancel_ends_the_stream_and_frees_the_place():
+def test_cancel_ends_the_stream_and_frees_the_slot():
     engine = FakeEngine(seconds_per_token=0.01)
     handle = engine.submit(EngineRequest([1], SamplingParams(60, stop_ids=())))
     threading.Timer(0.03, handle.cancel).start()

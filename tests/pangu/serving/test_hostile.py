@@ -26,13 +26,13 @@ def server(tokenizer, seconds_per_token=0.001, *words):
     process = subprocess.Popen([sys.executable, "-m", "tests.pangu.serving.fake_server", str(tokenizer.model_file),
                                 str(seconds_per_token), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
-    said: list[str] = []
+    output: list[str] = []
     try:
         line = process.stdout.readline().strip()
         assert line.startswith("http://"), process.stderr.read()
-        threading.Thread(target=lambda: said.extend(process.stderr), daemon=True).start()
+        threading.Thread(target=lambda: output.extend(process.stderr), daemon=True).start()
         host, port = line.removeprefix("http://").split(":")
-        yield host, int(port), process, said
+        yield host, int(port), process, output
     finally:
         process.kill()
         process.wait()
@@ -170,7 +170,7 @@ async def campaign(host, port, bodies, clients):
 @pytest.mark.parametrize(("bodies", "clients"), [(800, 16), pytest.param(10_000, 64, marks=pytest.mark.slow)])
 def test_hostile_clients_harm_nobody(tokenizer, bodies, clients):
     words = ["max_body_bytes=200000", "bodies=32", "body_grace_seconds=1", "header_seconds=3", "connections=400"]
-    with server(tokenizer, 0.001, *words) as (host, port, process, said):
+    with server(tokenizer, 0.001, *words) as (host, port, process, output):
         asyncio.run(campaign(host, port, 160, 4))
         before = resident(process)
         codes, answered = asyncio.run(campaign(host, port, bodies, clients))
@@ -179,7 +179,7 @@ def test_hostile_clients_harm_nobody(tokenizer, bodies, clients):
         assert resident(process) - before < 150 << 20
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert not any("Traceback" in line for line in said), "".join(said)[-2000:]
+        assert not any("Traceback" in line for line in output), "".join(output)[-2000:]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_type_stream_and_figures(page, tokenizer):
     assert text(browser, "prompt").startswith("今天天气") and len(text(browser, "prompt")) > 20
 
 
-def test_stop_frees_the_place(page):
+def test_stop_frees_the_slot(page):
     browser, engine, *_ = page
     recipe(browser, "")
     browser.find_element("id", "prompt").send_keys("今天")

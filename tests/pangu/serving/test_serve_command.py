@@ -45,8 +45,8 @@ def test_texts_are_those_of_generate_and_reload_takes_a_newer_model(run):
         newer = tiny_model(5, vocabulary_size=tokenizer.vocabulary_size, sequence_length=64)
         save_checkpoint(folder / "train" / "checkpoints", 2, list(newer.get_parameters()), (),
                         {"run": settings.model_dump(mode="json")})
-        with urllib.request.urlopen(urllib.request.Request(f"{address}/reload", b""), timeout=60) as told:
-            assert json.load(told)["version"] == 2
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/reload", b""), timeout=60) as message:
+            assert json.load(message)["version"] == 2
         greedy = client.completions.create(model="tiny", prompt=PROMPTS[0], max_tokens=12, temperature=0)
         rule = GenerateSettings(max_new_tokens=12, temperature=0)
         assert greedy.choices[0].text == Generator(Backend(newer), tokenizer, rule).generate(PROMPTS[:1])[0].text

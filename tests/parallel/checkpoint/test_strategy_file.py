@@ -8,7 +8,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu.config import ModelConfig
 from pangu.model import PanGuAlpha, TrainingLoss
-from parallel.checkpoint.strategy_file import layouts_of, read_strategy, write_strategy
+from parallel.checkpoint.strategy_file import SliceLayout, read_strategy, write_strategy
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.slices import sharded_parameters
@@ -37,12 +37,29 @@ def written(request, network, tmp_path_factory):
     return path, full_parameters, config
 
 
+def layouts_of(full_parameters):
+    """Layouts of all parameters of a network, from `parallel.sharding.slices.sharded_parameters`."""
+    layouts = {}
+    for full in full_parameters:
+        extents = full.slice_of_rank
+        mesh = {axis: degree for axis, degree in extents.mesh.items() if axis != "expert" or degree > 1}
+        axes = list(mesh)
+        dims = tuple(-1 if axis is None else len(axes) - 1 - axes.index(axis) for axis in extents.mesh_axes)
+        slice_shape = tuple(size // (mesh[axis] if axis else 1)
+                            for size, axis in zip(extents.shape, extents.mesh_axes, strict=True))
+        sharded = extents.shard > 1
+        layouts[full.name] = SliceLayout(tuple(mesh.values()), dims, extents.shard_step if sharded else 0,
+                                         extents.shard if sharded else 0, tuple(sorted(extents.stages or {0})),
+                                         slice_shape)
+    return layouts
+
+
 def test_what_is_read_is_what_was_written(written):
     path, full_parameters, _ = written
     assert read_strategy(path) == layouts_of(full_parameters)
 
 
-def test_the_cuts_give_every_rank_its_box(written):
+def test_the_layouts_give_every_rank_its_extent(written):
     path, full_parameters, config = written
     layouts, per_stage = read_strategy(path), config.data * config.op
     for full in full_parameters:

@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_line(capsys):
     assert "/out: No space left on device" in capsys.readouterr().err
 
 
-def test_an_error_of_ours_keeps_its_traceback():
+def test_a_defect_keeps_its_traceback():
     def broken(settings, arguments):
         raise ZeroDivisionError
 

@@ -67,7 +67,7 @@ def test_reference_is_yaml_of_the_defaults_with_every_docstring(tmp_path):
     ("", ["inner.wide=3"], ["inner.wide", "'width'"]),
     ("", ["inner"], ["key.sub=value"]),
     ("name: a", ["name.b=1"], ["'name' is a value"]),
-    ("base: none.yaml", [], ["no such config file"]),
+    ("base: none.yaml", [], ["no such config file"]), (f"base: {'x' * 5000}/a.yaml", [], ["no such config file"]),
 ])
 def test_mistakes_are_one_clear_line(tmp_path, text, overrides, parts):
     with pytest.raises(UserError) as caught:

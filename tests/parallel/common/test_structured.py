@@ -65,7 +65,7 @@ def test_a_hash_in_an_override_is_part_of_its_value():
             load_yaml_value(text)
 
 
-def test_what_an_alias_names_is_there_for_each_place():
+def test_what_an_alias_names_is_there_for_each_use():
     tree = load_yaml("a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}")
     tree["a"]["b"] = 3
     assert tree == {"a": {"b": 3}, "c": {"b": 1}, "d": {"b": 1, "e": 2}}
@@ -122,7 +122,7 @@ def test_every_value_has_a_json_text():
     assert dump_json("\ud83d", ascii_only=True) == '"\\ufffd"'
 
 
-def test_a_changed_byte_in_a_json_file_is_told(tmp_path):
+def test_a_changed_byte_in_a_json_file_is_reported(tmp_path):
     path = tmp_path / "state.json"
     write_json(path, {"iteration": 100, "名": [1.5, None]})
     assert read_json(path, sealed=True) == {"iteration": 100, "名": [1.5, None]}
@@ -135,7 +135,7 @@ def test_a_changed_byte_in_a_json_file_is_told(tmp_path):
         read_json(path, sealed=True)
 
 
-def test_typed_names_the_place():
+def test_typed_names_the_key():
     class Line(BaseModel):
         file: str
         size: int

@@ -110,5 +110,5 @@ def test_only_training_drops():
     cell, x = Dropout(0.9), Tensor(np.ones((4, 4), np.float32))
     cell.set_train(False)
     assert np.array_equal(cell(x).asnumpy(), x.asnumpy())
-    with pytest.raises(ValueError, match="lies in"):
+    with pytest.raises(ValueError, match="must be in"):
         Dropout(1.0)

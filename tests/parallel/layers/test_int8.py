@@ -122,7 +122,7 @@ def test_a_swiglu_in_one_call(kernels, path):
     """With and without what the user adds to the first products: one row for all, or one each."""
     generator = np.random.default_rng(4)
     for tokens, rows, inputs, inner, outputs in [(1, 1, 5, 3, 4), (2, 13, 257, 70, 31), (1, 1000, 20, 40, 33),
-                                                (2, 130, 400, 390, 401)]:
+                                                 (2, 130, 400, 390, 401)]:
         for group, added in ((None, 0), (GROUP, 1), (None, rows)):
             x = generator.standard_normal((tokens, rows, inputs)).astype(np.float32)
             floats = [generator.standard_normal((tokens, *shape)).astype(np.float32) / shape[0] ** 0.5
@@ -167,8 +167,8 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path, capsys):
         assert int8.library() is None
     finally:
         int8._library.cache_clear()
-    said = capsys.readouterr().err
-    assert "no C++ compiler" in said and "neither faster nor smaller" in " ".join(said.split())
+    output = capsys.readouterr().err
+    assert "no C++ compiler" in output and "neither faster nor smaller" in " ".join(output.split())
 
 
 ASCEND = """

@@ -13,7 +13,7 @@ import pytest
 from parallel.common.errors import UserError
 from parallel.common.settings import load_settings
 from parallel.planning.cluster import ClusterSettings
-from parallel.planning.cost import network_cost
+from parallel.planning.cost.network import network_cost
 from parallel.planning.describe import as_on_ascend, describe
 from parallel.planning.hints import hints
 from parallel.planning.memory import Holdings, parameter_slices, stage_figures
@@ -63,7 +63,7 @@ def test_products_are_those_of_the_formula(planner):
     assert planner.model_flops == 3 * forward
 
 
-def test_walk_leaves_mindspore_as_it_was(planner):
+def test_trace_leaves_mindspore_as_it_was(planner):
     from mindspore import nn, ops
 
     before = nn.Cell.__call__, ops.cast, ops.MatMul.__call__, ops.Primitive.__call__
@@ -130,8 +130,8 @@ def test_all_dimensions_on_the_last_stage_by_hand():
 def test_redistribution_by_hand():
     """A split is free, a factor that moves to another dim is an exchange, a factor that goes is a gathering."""
     mesh = Mesh(ParallelConfig(data=4, op=2))
-    assert mesh.place(["batch", "width"]) == {"batch": (0,), "width": (1,)}
-    assert mesh.place(["feature_tokens", "batch"]) == {"feature_tokens": (1,), "batch": (0,)}
+    assert mesh.placement(["batch", "width"]) == {"batch": (0,), "width": (1,)}
+    assert mesh.placement(["feature_tokens", "batch"]) == {"feature_tokens": (1,), "batch": (0,)}
     tokens, rows = (Dim(8, (1,)), Dim(512, (0,)), Dim(26)), (Dim(8), Dim(512, (0, 1)), Dim(26))
     assert redistribution(mesh, (Dim(8), Dim(512, (0,)), Dim(26)), tokens) == []
     assert redistribution(mesh, rows, tokens) == [("AlltoAll", (1,), 4 * 128 * 26)]
@@ -142,7 +142,7 @@ def test_redistribution_by_hand():
     ((Dim(16, (0,)), Dim(8, (1,))), (2, 8, 4, 2), (Dim(2, (0,)), Dim(8), Dim(4, (1,)), Dim(2))),
     ((Dim(2, (0,)), Dim(8), Dim(4)), (-1, 4), (Dim(16, (0,)), Dim(4))),
     ((Dim(6),), (3, 1, 2), (Dim(3), Dim(1), Dim(2)))])
-def test_reshape_keeps_leading_cuts(dims, shape, expected):
+def test_reshape_keeps_leading_shardings(dims, shape, expected):
     assert reshaped(dims, shape) == expected
 
 
@@ -277,7 +277,7 @@ def test_plan_finds_the_best_of_what_it_tried(planner):
     assert again == found.best[0].config
 
 
-def test_what_does_not_fit_is_told_with_a_mend(planner):
+def test_what_does_not_fit_is_reported_with_a_hint(planner):
     cluster, keep = planner.cluster, planner.cluster.memory_gb
     config = ParallelConfig(data=4).resolve()
     held = planner.evaluate(config)
@@ -290,17 +290,17 @@ def test_what_does_not_fit_is_told_with_a_mend(planner):
         cluster.memory_gb = keep
 
 
-def test_a_mend_is_the_single_change_that_fits(planner):
-    """What is told makes it fit indeed, alone; where nothing does, the least that would be missing is told."""
+def test_a_hint_is_the_single_change_that_fits(planner):
+    """What is reported makes it fit indeed, alone; where nothing does, the least that would be missing is reported."""
     cluster, keep = planner.cluster, planner.cluster.memory_gb
     config = ParallelConfig(data=4, op=2).resolve()
     recomputed = ParallelConfig(data=4, op=2, recompute={"policy": "full"}).resolve()
     try:
         sizes = [planner.evaluate(item).fullest.total / 1e9 / cluster.usable_memory for item in (config, recomputed)]
         cluster.memory_gb = sum(sizes) / 2
-        told = hints(planner, config)
-        assert told.endswith("makes it fit")
-        words = [word for word in told.split() if word.startswith("parallel.")]
+        message = hints(planner, config)
+        assert message.endswith("makes it fit")
+        words = [word for word in message.split() if word.startswith("parallel.")]
         assert len(words) == 1
         path, value = words[0].removeprefix("parallel.").split("=")
         tree = config.model_dump()
@@ -397,13 +397,13 @@ def test_command_prints_the_promised_keys(capsys, tmp_path):
 
     words = ["--config", str(TINY), "--cluster", str(CLUSTER), "train.precision=fp16", "parallel.data=2"]
     assert main("parallel", VERBS, ["estimate", *words]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    message = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"parameters", "memory_bytes_per_device", "step_seconds", "mfu", "tokens_per_second_per_device", "bubble",
-            "communication_bytes"} <= set(told)
+            "communication_bytes"} <= set(message)
     every = tmp_path / "every.csv"
     assert main("parallel", VERBS, ["plan", "--devices", "2", "--no-confirm", "--list", str(every), *words]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"best", "step_seconds", "mfu", "paper_layout_step_seconds"} <= set(told)
+    message = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"best", "step_seconds", "mfu", "paper_layout_step_seconds"} <= set(message)
     with every.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) >= told["tried"] and rows[0]["lost_by"] == "" and all(row["lost_by"] for row in rows[10:])
+    assert len(rows) >= message["tried"] and rows[0]["lost_by"] == "" and all(row["lost_by"] for row in rows[10:])

@@ -26,32 +26,32 @@ GRID = {
     "first stage": (TINY, 0, "parallel.data=2 train.global_batch_size=16 " + PIPE),
     "last stage": (TINY, 2, "parallel.data=2 train.global_batch_size=16 " + PIPE),
     "third of four stages": (TINY, 4, "parallel.data=2 parallel.pipeline.stages=4 parallel.pipeline.micro_batches=4 "
-                                      "parallel.optimizer.shard=-1"),
+                             "parallel.optimizer.shard=-1"),
     "interleaved, first": (TINY, 0, PIPE + "parallel.pipeline.schedule=interleaved parallel.pipeline.interleave=2 "
-                                           "model.layers=6 " + EIGHT),
+                           "model.layers=6 " + EIGHT),
     "interleaved, last": (TINY, 1, PIPE + "parallel.pipeline.schedule=interleaved parallel.pipeline.interleave=2 "
-                                          "model.layers=6 " + EIGHT),
+                          "model.layers=6 " + EIGHT),
     "gpipe": (TINY, 0, PIPE + "parallel.pipeline.schedule=gpipe " + EIGHT),
     "dropout": (TINY, 0, "parallel.data=2 parallel.op=2 model.dropout=0.1 " + EIGHT),
     "dropout, recomputed, last stage": (TINY, 4, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full "
-                                                 "model.dropout=0.1 train.global_batch_size=16 " + PIPE),
+                                        "model.dropout=0.1 train.global_batch_size=16 " + PIPE),
     "full recomputation": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full " + EIGHT),
     "sliced": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full "
-                        "parallel.recompute.slice_activations=true " + EIGHT),
+               "parallel.recompute.slice_activations=true " + EIGHT),
     "sliced, last stage": (TINY, 4, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full model.layers=6 "
-                                    "parallel.recompute.slice_activations=true train.global_batch_size=16 " + PIPE),
+                           "parallel.recompute.slice_activations=true train.global_batch_size=16 " + PIPE),
     "selective": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.recompute.policy=selective " + EIGHT),
     "selective, last stage": (TINY, 4, "parallel.data=2 parallel.op=2 parallel.recompute.policy=selective "
-                                       "train.global_batch_size=16 " + PIPE),
+                              "train.global_batch_size=16 " + PIPE),
     "part of an optimizer shard": (TINY, 0, "parallel.data=4 parallel.op=2 parallel.optimizer.shard=2 "
-                                            "parallel.recompute.policy=selective " + EIGHT),
+                                   "parallel.recompute.policy=selective " + EIGHT),
     "accumulation": (TINY, 0, "parallel.data=2 parallel.op=2 train.accumulation=4 train.global_batch_size=16"),
     "shard level 2": (TINY, 0, "parallel.data=4 parallel.optimizer.shard=-1 parallel.optimizer.level=2 " + EIGHT),
     "shard level 2, accumulation": (TINY, 0, "parallel.data=4 parallel.optimizer.shard=-1 parallel.optimizer.level=2 "
-                                             "train.accumulation=4 train.global_batch_size=16"),
+                                    "train.accumulation=4 train.global_batch_size=16"),
     "shard level 3": (TINY, 0, "parallel.data=4 parallel.optimizer.shard=-1 parallel.optimizer.level=3 " + EIGHT),
     "shard level 3, accumulation": (TINY, 0, "parallel.data=4 parallel.optimizer.shard=-1 parallel.optimizer.level=3 "
-                                             "train.accumulation=4 train.global_batch_size=16"),
+                                    "train.accumulation=4 train.global_batch_size=16"),
     "ranker": (RANKER, 0, "parallel.data=2 parallel.op=2 parallel.optimizer.shard=-1"),
     "ranker, op alone": (RANKER, 0, "parallel.op=2"),
     "ranker cut by tokens": (RANKER, 0, "parallel.data=4 parallel.op=2 model.op_sharding=tokens"),
@@ -125,6 +125,6 @@ def test_plan_confirms_its_winner(capsys):
 
     words = ["--config", str(TINY), "--cluster", str(CLUSTER), "--devices", "8", "train.precision=fp16"]
     assert main("parallel", VERBS, ["plan", *words]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["confirmed_place"] == 1
-    assert all(ours == pytest.approx(dry, abs=64) for ours, dry in told["confirmed"].values())
+    message = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert message["confirmed_place"] == 1
+    assert all(ours == pytest.approx(dry, abs=64) for ours, dry in message["confirmed"].values())

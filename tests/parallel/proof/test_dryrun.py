@@ -252,12 +252,12 @@ def test_layers_that_disagree_are_an_error_when_strict(compiled, monkeypatch, ca
     assert main("parallel", VERBS, command) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["unexpected_redistributions"] > 0
     assert main("parallel", VERBS, [*command, "--strict"]) == 2
-    told = capsys.readouterr()
-    assert "unexpected redistribution" in told.err and not told.out
+    message = capsys.readouterr()
+    assert "unexpected redistribution" in message.err and not message.out
 
 
 @pytest.mark.slow
-def test_shared_and_inlined_micro_batches_say_the_same(compiled) -> None:
+def test_shared_and_inlined_micro_batches_communicate_alike(compiled) -> None:
     shared, flat = (found(compiled("pangu", 0, data=2, op=2, **PIPELINE, reuse=reuse)) for reuse in (True, False))
     assert shared == flat
 
@@ -292,7 +292,7 @@ def test_a_stage_sends_what_the_next_receives(compiled, tmp_path: Path) -> None:
         check_transfers(pair)
 
 
-def test_what_mindspore_refuses_is_told_in_one_line_and_our_own_mistake_is_not_a_refusal(tmp_path) -> None:
+def test_what_mindspore_refuses_is_one_line_and_a_defect_is_not_a_refusal(tmp_path) -> None:
     request = Request(2, 0, builder="proof_networks:nothing", paths=[str(Path(__file__).parents[1])])
     with pytest.raises(RuntimeError, match="no attribute 'nothing'"):
         compile_rank(request)

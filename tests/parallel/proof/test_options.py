@@ -50,7 +50,7 @@ def _words(item) -> set[str]:
     return {item.kind, item.dimension, item.purpose, item.phase}
 
 
-def test_level_1_keeps_whole_gradients_and_level_2_cuts_them(compiled):
+def test_level_1_keeps_full_gradients_and_level_2_shards_them(compiled):
     reports = [compiled("pangu", 0, data=2, optimizer={"shard": -1, "level": level}, **STAGES) for level in (1, 2)]
     sharded = sum(MATRICES) + sum(BIASES)  # one layer a stage
     assert [size(report, "ReduceScatter", "gradient") for report in reports] == [sharded, MICRO * sharded]
@@ -66,7 +66,7 @@ def test_level_3_gathers_weights_again_for_the_backward_pass(compiled):
     assert size(third, "AllGather", "parameter", "forward") == size(first, "AllGather", "parameter", "forward")
 
 
-def test_a_threshold_leaves_small_parameters_whole(compiled):
+def test_a_threshold_leaves_small_parameters_unsharded(compiled):
     report = compiled("pangu", 0, data=2, optimizer={"shard": -1, "threshold_kb": 2})
     assert size(report, "ReduceScatter", "gradient") == LAYERS * 2 * 4 * WIDTH * INNER  # 4 KiB each; the rest is below
 
@@ -80,7 +80,7 @@ def test_a_partial_shard_gathers_among_its_ranks_and_sums_over_the_others(compil
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_gpipe_says_the_same_as_1f1b_and_keeps_all_micro_batches(compiled, rank):
+def test_gpipe_communicates_as_1f1b_and_keeps_all_micro_batches(compiled, rank):
     one, all_ = compiled("pangu", rank, **STAGES), compiled("pangu", rank, **pipeline(schedule="gpipe"))
     assert Counter(map(_key, one.collectives)) == Counter(map(_key, all_.collectives))
     ahead = {0: 2, 1: 1}[rank]  # 1f1b: as many as stages are left
@@ -96,10 +96,10 @@ def test_interleaved_chunks_cross_more_often(compiled, rank):
     block = pipeline(schedule="interleaved", interleave=2)
     report = compiled("pangu", rank, model={"layers": 4}, **block)
     sends = {0: 2, 1: 1}[rank]  # chunks 0 1 on stages 0 1, 2 3 on 0 1 again: 0 sends twice, 1 once
-    piece = HIDDEN // MICRO
+    part = HIDDEN // MICRO
     for kind, times, phase in (("Send", sends, "forward"), ("Receive", 3 - sends, "forward"),
                                ("Receive", sends, "backward"), ("Send", 3 - sends, "backward")):
-        assert size(report, kind, "stage", phase) == MICRO * times * piece, (kind, phase)
+        assert size(report, kind, "stage", phase) == MICRO * times * part, (kind, phase)
     assert report.result["layers_of_stages"] == [2, 2]
 
 
@@ -175,7 +175,7 @@ def test_gradients_are_fused_in_groups(compiled, groups):
     assert numbers == {1, *(2 + i for i in range(groups))}  # 1 for what stands before the layers
 
 
-def test_a_whole_vocabulary_needs_no_sums_over_it(compiled):
+def test_an_unsharded_vocabulary_needs_no_sums_over_it(compiled):
     sharded, full = (compiled("pangu", 0, data=2, op=2, vocabulary=vocabulary) for vocabulary in (True, False))
     row_sums = 2 * LAYERS
     assert runs(full, "AllReduce", "op", "activation", "forward") == row_sums
@@ -183,7 +183,7 @@ def test_a_whole_vocabulary_needs_no_sums_over_it(compiled):
     assert full.memory.parameters - sharded.memory.parameters == 4 * VOCABULARY // 2 * WIDTH
 
 
-def test_dropout_says_nothing_to_others_and_compiles_on_every_stage(compiled):
+def test_dropout_communicates_nothing_and_compiles_on_every_stage(compiled):
     for rank in (0, 7):
         dry, wet = (compiled("pangu", rank, data=2, op=2, model={"dropout": rate}, **STAGES, **FULL)
                     for rate in (0.0, 0.1))

@@ -81,7 +81,7 @@ def closed(connection):
     return True
 
 
-def test_a_body_in_pieces_and_a_pipeline_are_answered():
+def test_a_body_in_parts_and_a_pipeline_are_answered():
     with server() as (front, connect):
         slow = connect(post(b'{"a": ', length=9))
         time.sleep(0.1)
@@ -144,7 +144,7 @@ def test_the_oldest_idle_connection_makes_room():
         assert heads(idle[3]) == [200]
 
 
-def test_too_long_a_pipeline_is_cut():
+def test_too_long_a_pipeline_is_disconnected():
     release = threading.Event()
 
     async def wait(request):
@@ -161,7 +161,7 @@ def test_too_long_a_pipeline_is_cut():
         assert closed(greedy)
 
 
-def test_a_client_that_reads_nothing_is_cut_off():
+def test_a_client_that_reads_nothing_is_disconnected():
     async def flood(request):
         from starlette.responses import Response
 
@@ -198,7 +198,7 @@ def test_work_ends_when_the_client_hangs_up(capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_hanging_up_in_the_middle_of_a_body_says_nothing(capfd):
+def test_hanging_up_in_the_middle_of_a_body_logs_nothing(capfd):
     with server() as (front, connect):
         for _ in range(5):
             connect(post(b"{", length=50)).close()
@@ -209,7 +209,7 @@ def test_hanging_up_in_the_middle_of_a_body_says_nothing(capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_errors_have_one_shape_and_a_defect_is_told(capfd):
+def test_errors_have_one_shape_and_a_defect_is_reported(capfd):
     async def broken(request):
         await request.body()
         raise ZeroDivisionError

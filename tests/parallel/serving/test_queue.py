@@ -38,7 +38,7 @@ def test_batches_in_order_with_changes_between():
         queue.change(lambda: None)
 
 
-def test_late_requests_are_told_and_not_worked_on():
+def test_late_requests_are_reported_and_not_worked_on():
     queue: WorkQueue[str] = WorkQueue(5, 0.01)
     queue.open()
     late = queue.put("late")

@@ -52,7 +52,7 @@ def test_optimizer_shard_minus_one_is_the_data_axis():
     assert ParallelConfig(data=8, optimizer={"shard": 4}).resolve().optimizer_shard == 4
 
 
-def test_there_are_as_many_micro_batches_as_stages_unless_it_is_said():
+def test_there_are_as_many_micro_batches_as_stages_by_default():
     assert ParallelConfig(pipeline={"stages": 4}).resolve().pipeline.micro_batches == 4
     assert ParallelConfig(pipeline={"stages": 4, "micro_batches": 8}).resolve().pipeline.micro_batches == 8
     assert ParallelConfig().resolve().pipeline.micro_batches == 1

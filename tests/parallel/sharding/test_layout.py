@@ -8,7 +8,7 @@ from mindspore.nn.utils import no_init_parameters
 from pangu.config import ModelConfig
 from pangu.model import PanGuAlpha, TrainingLoss
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.layout import Layer, lay_out
+from parallel.sharding.layout import Layer, apply_sharding
 
 DATA, OP = 4, 2
 
@@ -18,7 +18,7 @@ def network():
     with no_init_parameters():
         network = TrainingLoss(PanGuAlpha(ModelConfig(layers=2, hidden_size=16, heads=2, vocabulary_size=32,
                                                       sequence_length=8)))
-    return lay_out(network, ParallelConfig(data=DATA, op=OP))
+    return apply_sharding(network, ParallelConfig(data=DATA, op=OP))
 
 
 def test_strategies_of_the_released_code(network):
@@ -46,17 +46,17 @@ def test_strategies_of_the_released_code(network):
         assert primitive.attrs["in_strategy"] == strategy, primitive
 
 
-def test_norms_and_biases_after_a_sum_stay_whole_under_optimizer_sharding(network):
+def test_norms_and_biases_after_a_sum_stay_unsharded_under_optimizer_sharding(network):
     full = {name for name, item in network.parameters_and_names() if not item.parallel_optimizer}
     for name, _ in network.parameters_and_names():
         expected = ".norm" in f".{name}" or name.endswith(("output.bias", "projection.bias", "table"))
         assert (name in full) == expected, name
 
 
-def test_sequence_parallelism_cuts_the_residual_stream_over_both_axes(network):
+def test_sequence_parallelism_shards_the_residual_stream_over_both_axes(network):
     with no_init_parameters():
         other = PanGuAlpha(ModelConfig(layers=2, hidden_size=16, heads=2, vocabulary_size=32, sequence_length=8))
-    lay_out(other, ParallelConfig(data=DATA, op=OP, sequence=True))
+    apply_sharding(other, ParallelConfig(data=DATA, op=OP, sequence=True))
     layer = other.layers[0]
     assert layer.norm1.normalise.attrs["in_strategy"] == ((DATA * OP, 1), (1,), (1,))
     assert layer.attention.output.matmul.attrs["out_strategy"] == ((DATA * OP, 1),)

@@ -14,7 +14,7 @@ def config(data: int, op: int, stages: int) -> ParallelConfig:
     return ParallelConfig(data=data, op=op, pipeline={"stages": stages, "micro_batches": stages}).resolve()
 
 
-def test_200b_lies_as_in_the_paper():
+def test_200b_is_placed_as_in_the_paper():
     layout = config(16, 8, 16)
     nodes = place_nodes(layout)
     assert len(nodes) == 256 and len({node.rack for node in nodes}) == 16
@@ -40,7 +40,7 @@ def test_how_far_groups_reach(sizes, per_rack, expected):
 
 
 @given(data=st.integers(1, 6), op=st.sampled_from([1, 2, 4, 8, 16]), stages=st.integers(1, 5))
-def test_every_rank_has_one_place_and_one_group_an_axis(data, op, stages):
+def test_every_rank_has_one_coordinate_and_one_group_an_axis(data, op, stages):
     layout = config(data, op, stages)
     nodes = place_nodes(layout)
     held = [rank for node in nodes for rank in range(node.ranks[0], node.ranks[1] + 1)]

@@ -44,12 +44,13 @@ def main(folder: Path, rank: int, address: str, ways: list[str]) -> None:
         step = TorchStep(program, rank, device="cpu", mode="inductor" if mode == "regions" else mode,
                          floating=floating, address=address)
         part, parts = step.share
-        told = []
+        results = []
         for number in range(steps):
             rows = [batches[f"{number}_{place}"] for place in range(len(program.inputs))]
-            told.append(step.step([item[part * len(item) // parts:(part + 1) * len(item) // parts] for item in rows]))
+            own = [item[part * len(item) // parts:(part + 1) * len(item) // parts] for item in rows]
+            results.append(step.step(own))
         state = {name: tensor.double().numpy() for name, tensor in step.state.items()}
-        np.savez(folder / f"{mode}-{floating}-{rank}.npz", told=json.dumps(told), **state)
+        np.savez(folder / f"{mode}-{floating}-{rank}.npz", results=json.dumps(results), **state)
     step.close()
 
 

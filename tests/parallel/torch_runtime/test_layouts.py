@@ -25,7 +25,7 @@ pytest.importorskip("torch")
 
 from parallel.common.errors import UserError  # noqa: E402
 from parallel.proof.compile.rank_compiler import Compilers  # noqa: E402
-from parallel.proof.export import write_worlds  # noqa: E402
+from parallel.proof.export import write_compiled  # noqa: E402
 from parallel.proof.replay.executor import run_step  # noqa: E402
 from parallel.proof.replay.layout_grid import LAYOUTS, REFUSALS  # noqa: E402
 from parallel.proof.replay.ranks import AllRanks, compile_graphs, read_ranks  # noqa: E402
@@ -96,7 +96,8 @@ def real_batches(model: str, settings, data: Path) -> list[tuple[np.ndarray, ...
         source = PackedDataset(data, batch_size=size, seed=seed, sequence_length=sizes.sequence_length,
                                vocabulary_size=sizes.vocabulary_size)
     else:
-        from recsys.data.dataset import Batches, prepare
+        from recsys.data.batches import Batches
+        from recsys.data.log import prepare
 
         log = prepare(settings.data.model_copy(update={"cache": str(data.parent / "clicks")}), sizes.embedding_size)
         source = Batches(log.parts["train"], size, seed, spec=log.spec)
@@ -117,7 +118,7 @@ def compiled(model: str, keys: list[str], compilers: Compilers, data: Path, fold
         check_layout(config, keys)
     except UserError as error:
         known = [why for text, why in REFUSALS.items() if text in str(error)]
-        if not known and "of micro-batches in a world of one rank" not in str(error):
+        if not known and "of micro-batches on a single rank" not in str(error):
             raise
         pytest.skip(f"refused: {error}")
     settings = load_run(config, keys)[1]
@@ -126,7 +127,7 @@ def compiled(model: str, keys: list[str], compilers: Compilers, data: Path, fold
         pytest.skip(f"a world of {world}")
     made = compile_graphs(config, keys, compilers, compute_dtype="float32", trust=True)
     found = Compiled(read_ranks(*made), folder, real_batches(model, settings, data))
-    write_worlds(folder, {"step": (made[0], found.world)}, settings, digest="test")
+    write_compiled(folder, {"step": (made[0], found.world)}, settings, digest="test")
     np.savez(folder / "batches.npz", **{f"{number}_{place}": array for number, batch in enumerate(found.batches)
                                         for place, array in enumerate(batch)})
     return found
@@ -164,13 +165,13 @@ def compared(case: Compiled, way: str, tolerance: float) -> list[dict[str, np.nd
     results, states = replayed(case, way.endswith("float64"))
     for rank, state in enumerate(states):
         got = np.load(case.folder / f"{way.replace('/', '-')}-{rank}.npz")
-        told = json.loads(str(got["told"]))
-        for number, (step, wanted) in enumerate(zip(told, results, strict=True)):
+        steps = json.loads(str(got["results"]))
+        for number, (step, wanted) in enumerate(zip(steps, results, strict=True)):
             loss, norm, finite = (float(item) for item in wanted[rank][:3])
             assert far(step["loss"], loss) < tolerance, (way, rank, number)
             assert far(step["global_norm"], norm) < tolerance, (way, rank, number)
             assert step["finite"] == bool(finite)
-        state["torch"] = {name: got[name] for name in got.files if name != "told"}
+        state["torch"] = {name: got[name] for name in got.files if name != "results"}
     return states
 
 

@@ -30,6 +30,7 @@ LAYOUTS = {
     "rankmixer op 2": ("rankmixer", 2, ["parallel.op=2"]),
     "pangu op 2, dropout": ("pangu", 2, ["parallel.op=2", "model.dropout=0.1"]),
     "pangu 2 stages": ("pangu", 2, DEEP),
+    "pangu op 2 x 2 stages": ("pangu", 4, ["parallel.op=2", *DEEP]),
     "pangu data 2 x op 2, sequence parallel": ("pangu", 4, ["parallel.data=2", "parallel.op=2",
                                                             "parallel.sequence=true"]),
     "pangu op 2, recompute": ("pangu", 2, ["parallel.op=2", "parallel.recompute.policy=full"]),
@@ -58,13 +59,13 @@ def arguments(name: str, records: Path, steps: int = STEPS) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_killed_and_resumed_equals_straight(name, records, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(name, records, tmp_path):
     """A rank dies by SIGKILL at a random moment; the launch ends with one line and goes on where it was saved. The
     second and third run the program that the first exported, as a machine without MindSpore would."""
     ranks, order = LAYOUTS[name][1], arguments(name, records)
-    straight = launch(order, tmp_path / "straight", ranks)
-    assert straight.figures["backend"] == "torch" and straight.figures["world"] == ranks
-    assert straight.figures["steps"] == STEPS and straight.figures["layout"] != "one device"
+    uninterrupted = launch(order, tmp_path / "straight", ranks)
+    assert uninterrupted.figures["backend"] == "torch" and uninterrupted.figures["world"] == ranks
+    assert uninterrupted.figures["steps"] == STEPS and uninterrupted.figures["layout"] != "one device"
     random.seed(os.urandom(4))
     victim, moment = random.randrange(ranks), random.randint(5, STEPS - 4)  # the first checkpoint is of step 4
     program = tmp_path / "straight" / "program"
@@ -74,15 +75,15 @@ def test_killed_and_resumed_equals_straight(name, records, tmp_path):
     assert running.kill(victim) < 30.0
     killed = running.end()
     assert killed.code == 128 + signal.SIGKILL, killed.errors[-3000:]
-    told = [line for line in killed.errors.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and f"rank {victim} was ended by SIGKILL" in told[0]
+    message = [line for line in killed.errors.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and f"rank {victim} was ended by SIGKILL" in message[0]
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     resumed = launch(program, tmp_path / "killed", ranks)
     assert "going on from" in resumed.errors
-    assert resumed.log() == straight.log()
-    assert_same_tensors(resumed.checkpoint(), straight.checkpoint())
+    assert resumed.log() == uninterrupted.log()
+    assert_same_tensors(resumed.checkpoint(), uninterrupted.checkpoint())
     for key in ("loss", "validation_loss", "auc"):
-        assert resumed.figures.get(key) == straight.figures.get(key)
+        assert resumed.figures.get(key) == uninterrupted.figures.get(key)
 
 
 # From where, on how many processes; to where, on how many.
@@ -101,7 +102,7 @@ def test_a_run_goes_on_under_another_layout_and_backend(family, first, ranks, se
     """The next 10 losses are those of the uninterrupted run, and the checkpoint comes back as it was."""
     data = records if family == "pangu" else records.parent / "clicks"
     order = [*config_of(family, data), "train.optimizer.schedule.decay_steps=20", "train.steps=20"]
-    straight = launch([*order, *first], tmp_path / "straight", ranks)
+    uninterrupted = launch([*order, *first], tmp_path / "straight", ranks)
     begun = Launch([*order, *first], tmp_path / "moved", ranks)
     begun.wait_for_step(9)
     begun.process.send_signal(signal.SIGTERM)
@@ -110,12 +111,12 @@ def test_a_run_goes_on_under_another_layout_and_backend(family, first, ranks, se
     at = stopped.figures["steps"]
     moved = launch([*order, *second], tmp_path / "moved", others)
     assert moved.figures["steps"] == 20
-    expected, got = straight.losses(), moved.losses()
+    expected, got = uninterrupted.losses(), moved.losses()
     np.testing.assert_allclose([got[step] for step in range(at + 1, 21)],
                                [expected[step] for step in range(at + 1, 21)], rtol=1e-5)
     for key in ("validation_loss", "validation_logloss"):
-        if key in straight.figures:
-            np.testing.assert_allclose(moved.figures[key], straight.figures[key], rtol=1e-4)
+        if key in uninterrupted.figures:
+            np.testing.assert_allclose(moved.figures[key], uninterrupted.figures[key], rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -170,7 +171,7 @@ def test_workers_end_with_a_launcher_that_is_killed(records, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_user_can_mend_is_one_line(records, tmp_path):
+def test_what_a_user_can_repair_is_one_line(records, tmp_path):
     order = [*config_of("pangu", records), "parallel.op=2", "train.steps=2"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

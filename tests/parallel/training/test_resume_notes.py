@@ -9,7 +9,7 @@ def run(steps=10, name="adamw", rate=1e-3, schedule="cosine", decay_steps=None, 
     return {"train": {"steps": steps, "seed": 1, "log_every": 1, "optimizer": {
         "name": name, "learning_rate": rate, "betas": (0.9, 0.95),
         "schedule": {"name": schedule, "decay_steps": decay_steps, "warmup_steps": 2}}},
-        "output": {"directory": "r"}, **more}
+            "output": {"directory": "r"}, **more}
 
 
 def test_nothing_is_said_where_nothing_differs():
@@ -28,7 +28,7 @@ def test_a_longer_run_bends_a_schedule_that_ends_with_it():
     assert changed_settings(run(decay_steps=10), run(steps=20, decay_steps=10)) == []
 
 
-def test_another_optimizer_and_other_sizes_are_told():
+def test_another_optimizer_and_other_sizes_are_reported():
     notes = changed_settings(run(), run(name="lamb", rate=2e-3))
     assert "moments that adamw made go on in lamb" in notes[0]
     assert any("train.optimizer.learning_rate was 0.001 and is 0.002" in info for info in notes)

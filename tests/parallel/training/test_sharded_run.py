@@ -54,7 +54,7 @@ def sharded(tmp_path_factory):
     return simulate(folder, SHARDED), folder
 
 
-def whole_start(config: Path = CONFIG, model: list[str] = MODEL) -> dict[str, np.ndarray]:
+def full_start(config: Path = CONFIG, model: list[str] = MODEL) -> dict[str, np.ndarray]:
     """What one device starts from."""
     task, settings, _ = build_task(config, [*model, "parallel.devices=1"])
     return {p.name: start_value(p.name, tuple(p.shape), p.start, settings.train.seed)
@@ -64,14 +64,14 @@ def whole_start(config: Path = CONFIG, model: list[str] = MODEL) -> dict[str, np
 def test_the_ranks_start_from_the_slices_of_one_device(sharded):
     _, folder = sharded
     saved = Slices(folder / "run" / "checkpoints" / "step_00000002")
-    for name, value in whole_start().items():
+    for name, value in full_start().items():
         np.testing.assert_array_equal(saved.read(name), value, err_msg=name)
         assert not saved.read(f"adam_m.{name}").any()
 
 
 def test_each_rank_holds_its_slices_and_reads_its_rows(sharded):
-    told, _ = sharded
-    for rank, own in enumerate(told):
+    message, _ = sharded
+    for rank, own in enumerate(message):
         for name, extent in own["boxes"].items():
             assert own["shapes"][name] == [stop - start for start, stop in extent], name
         data = rank // 2
@@ -86,13 +86,13 @@ def test_a_ranker_starts_from_the_slices_of_one_device(tmp_path):
     model = ["train.global_batch_size=8", "train.steps=2", "train.validate_every=null", "train.keep_best=null",
              "output.tensorboard=false", "output.loss_curve=false", "output.checkpoint_every=null",
              f"data.cache={tmp_path / 'cache'}"]
-    told = simulate(tmp_path, SHARDED, config=config, model=model)
+    message = simulate(tmp_path, SHARDED, config=config, model=model)
     saved = Slices(tmp_path / "run" / "checkpoints" / "step_00000002")
-    start = whole_start(config, model)
+    start = full_start(config, model)
     for name, value in start.items():
         np.testing.assert_array_equal(saved.read(name), value, err_msg=name)
     sharded = {name for name,
-               extent in told[0]["boxes"].items() if [stop for _, stop in extent] != list(start[name].shape)}
+               extent in message[0]["boxes"].items() if [stop for _, stop in extent] != list(start[name].shape)}
     assert {f"layers.{i}.network.{part}.weight" for i in range(2) for part in ("mapping", "projection")} <= sharded
 
 
@@ -101,20 +101,20 @@ def test_a_run_goes_on_under_another_layout(sharded, tmp_path):
     """From data 2 x op 2 with sharded states to op 2 x 2 stages: the same values, the step where it stood."""
     _, folder = sharded
     source = folder / "run" / "checkpoints" / "step_00000002"
-    told = simulate(tmp_path / "staged", STAGED, f"output.resume={source}", "train.steps=3", validated=True)
+    message = simulate(tmp_path / "staged", STAGED, f"output.resume={source}", "train.steps=3", validated=True)
     before = Slices(source)
     after = Slices(tmp_path / "staged" / "run" / "checkpoints" / "step_00000003")
     assert set(after.tensors) == set(before.tensors)
     for name in before.tensors:
         np.testing.assert_array_equal(after.read(name), before.read(name), err_msg=name)
     assert after.state["iteration"] == 3
-    assert told[0]["rows"][0] == [2000 + i for i in range(8)], "batch 2 comes next"
-    held = [set(own["boxes"]) for own in told]
+    assert message[0]["rows"][0] == [2000 + i for i in range(8)], "batch 2 comes next"
+    held = [set(own["boxes"]) for own in message]
     assert held[0] == held[1] != held[2] == held[3]
     assert held[0] & held[2] == {"embedding.word.table"}, "the word table lies on the first and the last stage"
 
 
-def test_the_cpu_refuses_what_it_cannot_cut():
+def test_the_cpu_refuses_what_it_cannot_shard():
     from parallel.common.errors import UserError
     from parallel.sharding.config import ParallelConfig
     from parallel.training.device import Processes

@@ -24,7 +24,7 @@ FULL = {"recompute": {"policy": "full"}}
 WET = {"layers": 8, "dropout": 0.1}
 
 
-def told(graph: Graph) -> Counter:
+def message(graph: Graph) -> Counter:
     """Every node with its types, attributes and cell, how often it runs, and what its operands are."""
     found: Counter = Counter()
     for function, node, times in graph.walk():
@@ -36,7 +36,7 @@ def told(graph: Graph) -> Counter:
     return found
 
 
-def said(report: RankReport) -> Counter:
+def output(report: RankReport) -> Counter:
     """Its collectives, but for what is numbered through the whole graph."""
     return Counter(dataclasses.replace(item, tag=None, scope=unnumbered(item.scope)) for item in report.collectives)
 
@@ -50,10 +50,10 @@ def same(compiled, rank: int, **layout) -> None:
     """The two graphs of a rank are one."""
     full, own = (compiled("pangu", rank, own_stage=alone, **layout) for alone in (False, True))
     assert len(full.graph.main.nodes) == len(own.graph.main.nodes) > 500
-    assert told(full.graph) == told(own.graph)
+    assert message(full.graph) == message(own.graph)
     assert full.graph.parameters == own.graph.parameters
     assert all(item.tag is None for item in own.collectives)
-    assert said(full) == said(own)
+    assert output(full) == output(own)
     assert full.memory == own.memory
 
 
@@ -103,6 +103,6 @@ def test_what_layers_take_beside_the_stream_still_crosses_borders(compiled, rank
     """Stage 0 sends the bias to the other three for each of four micro-batches."""
     layout = {"pipeline": {"stages": 4, "micro_batches": 4}, "model": {"layers": 8}}
     full, own = (compiled("one_bias", rank, own_stage=alone, **layout) for alone in (False, True))
-    assert said(full) == said(own)
+    assert output(full) == output(own)
     bias = [item for item in own.collectives if item.kind in ("Send", "Receive") and len(item.shape) == 4]
     assert {item.ranks for item in bias} == ({(0, 1), (0, 2), (0, 3)} if rank == 0 else {(2, 0)})

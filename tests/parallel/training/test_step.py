@@ -17,7 +17,7 @@ def batches():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_micro_batches_equal_the_whole_batch(batches, dropout):
+def test_micro_batches_equal_the_undivided_batch(batches, dropout):
     full, sharded = make_step(settings(), dropout), make_step(settings(accumulation=4), dropout)
     expected, got = run(full, batches), run(sharded, batches)
     np.testing.assert_allclose(got, expected, rtol=2e-5)

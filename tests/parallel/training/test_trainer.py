@@ -30,9 +30,9 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     seen = []
     full = trainer(folder, settings(validate_every=5), output={"tensorboard": True, "keep": 2},
-                    validation=Batches(seed=9),
-                    evaluate=[lambda step: {"twice": 2 * step}], units="samples", units_per_step=8, flops_per_step=1e6,
-                    describe={"model": "toy"}, on_step=lambda step, scalars: seen.append((step, scalars["loss"])))
+                   validation=Batches(seed=9),
+                   evaluate=[lambda step: {"twice": 2 * step}], units="samples", units_per_step=8, flops_per_step=1e6,
+                   describe={"model": "toy"}, on_step=lambda step, scalars: seen.append((step, scalars["loss"])))
     return folder, full.run(), seen, full
 
 

@@ -9,9 +9,10 @@ import pyarrow.parquet as parquet
 import pytest
 
 from parallel.common.errors import UserError
-from recsys.data.dataset import Batches, gather, in_order, prepare
+from recsys.data.batches import Batches, gather, in_order
 from recsys.data.encode import strings
-from recsys.data.features import FIRST_KNOWN, Feature, expand, place
+from recsys.data.features import FIRST_KNOWN, Feature, assign_columns, expand
+from recsys.data.log import prepare
 from recsys.data.readers import known_readers, reader
 from recsys.data.readers._history import Histories
 from recsys.data.vocabulary import Vocabulary
@@ -77,7 +78,7 @@ def test_tables_of_several_widths_and_shared_rows(tmp_path):
         assert slot.offset + slot.rows <= log.spec.tables[slot.width]
 
 
-def test_numbers_are_standardised_or_cut_at_quantiles(tmp_path):
+def test_numbers_are_standardised_or_divided_at_quantiles(tmp_path):
     generator = np.random.default_rng(0)
     price = generator.normal(3.0, 2.0, 1000)
     rows = "\n".join(f"{i % 2},{value},{value}" for i, value in enumerate(price))
@@ -139,7 +140,7 @@ def test_columns_of_a_wrong_type_are_one_clear_line(tmp_path):
         prepare(data(tmp_path, text), 4)
 
 
-def test_ids_that_come_as_floats_are_the_same_values_in_every_piece():
+def test_ids_that_come_as_floats_are_the_same_values_in_every_chunk():
     full = strings(pa.array([3.0, 1e20, 4.5, None, float("nan"), float("inf"), -0.0]), "id", "here").to_pylist()
     assert full[0] == "3" and full[2] == "4.5" and full[3] is full[4] is None and full[5] == "inf"
     assert float(full[1]) == 1e20 and full[6] == "0"
@@ -219,7 +220,7 @@ def test_parquet_with_native_lists_equals_csv(tmp_path):
     other = prepare(data(tmp_path).model_copy(update={"reader": "parquet", "path": str(tmp_path / "log.parquet")}), 4)
     assert np.array_equal(one.parts["train"].ids, other.parts["train"].ids)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match="not a whole parquet file"):
+    with pytest.raises(UserError, match="not a complete parquet file"):
         prepare(data(tmp_path).model_copy(update={"reader": "parquet", "path": str(tmp_path / "bad.parquet")}), 4)
 
 
@@ -327,16 +328,16 @@ def test_feature_lists_are_checked():
     with pytest.raises(UserError, match="not a user feature"):
         Feature(name="x", type="sequence", side="user", target="item", pooling="attention")
     many = expand([Feature(name="f", side="user", values="hash", rows=5, repeat=3), item])
-    spec = place(many, 8)
+    spec = assign_columns(many, 8)
     assert [f.name for f in spec.ordered] == ["f_0", "f_1", "f_2", "item"]
     assert spec.tables == {8: 64} and spec.id_columns == 4
     with pytest.raises(UserError, match="share one width"):
-        place([Feature(name=name, type="numeric", transform="value", side="item", width=width)
-               for name, width in (("a", 4), ("b", 8))], 8)
+        assign_columns([Feature(name=name, type="numeric", transform="value", side="item", width=width)
+                        for name, width in (("a", 4), ("b", 8))], 8)
     with pytest.raises(UserError, match="there is no feature"):
         prepare(DataSettings(reader="synthetic", features=[]), 8)
     with pytest.raises(UserError, match="not known yet"):
-        place([Feature(name="open", side="item")], 8)
+        assign_columns([Feature(name="open", side="item")], 8)
 
 
 def test_readers_of_published_layouts(tmp_path):
@@ -345,7 +346,7 @@ def test_readers_of_published_layouts(tmp_path):
         reader("movielans")
     criteo = tmp_path / "train.txt"
     criteo.write_text("".join("\t".join([str(i % 2), *(str(i * j) for j in range(13)), *(f"c{i % 3}{j}" for j in
-                                                                                        range(26))]) + "\n"
+                                                                                         range(26))]) + "\n"
                               for i in range(20)))
     frappe = tmp_path / "train.libfm"
     frappe.write_text("".join(f"{1 if i % 2 else -1} " + " ".join(f"{i % 4 + 10 * j}:1" for j in range(10)) + "\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parallel.common.errors import UserError
-from recsys.data.dataset import prepare
+from recsys.data.log import prepare
 from recsys.data.readers._files import csv_tables, shards
 from recsys.settings import DataSettings
 

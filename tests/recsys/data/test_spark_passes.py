@@ -9,7 +9,7 @@ import pytest
 from parallel.common.errors import UserError
 from parallel.common.settings import validate
 from recsys.data import spark_passes
-from recsys.data.dataset import prepare
+from recsys.data.log import prepare
 from recsys.settings import DataSettings
 
 FEATURES = [
@@ -28,7 +28,7 @@ class Here:
     def sparkContext(self):  # noqa: N802 - Spark's name
         return self
 
-    def parallelize(self, units, pieces):
+    def parallelize(self, units, parts):
         self.units = units
         return self
 

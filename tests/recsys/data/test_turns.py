@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from recsys.data import dataset
-from recsys.data.dataset import prepare
+from recsys.data import log
+from recsys.data.log import prepare
 from recsys.settings import DataSettings, SyntheticSettings
 
 
 def test_of_several_one_encodes(tmp_path, monkeypatch):
     data = DataSettings(cache=str(tmp_path), synthetic=SyntheticSettings(samples=9000))
-    made, begin, encode = [], threading.Barrier(3), dataset._encode_to
-    monkeypatch.setattr(dataset, "_encode_to", lambda *arguments: made.append(encode(*arguments)))
+    made, begin, encode = [], threading.Barrier(3), log._encode_to
+    monkeypatch.setattr(log, "_encode_to", lambda *arguments: made.append(encode(*arguments)))
 
     def run(_: int) -> int:
         begin.wait()

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE, split_dense
+from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
 from parallel.layers.relu_moe import ReluMoE
@@ -41,8 +41,8 @@ def values(cell):
 
 def mix(x, heads):
     tokens, batch, width = x.shape
-    pieces = [[x[t][:, h * (width // heads):(h + 1) * (width // heads)] for t in range(tokens)] for h in range(heads)]
-    return np.stack([np.concatenate(row, 1) for row in pieces])
+    parts = [[x[t][:, h * (width // heads):(h + 1) * (width // heads)] for t in range(tokens)] for h in range(heads)]
+    return np.stack([np.concatenate(row, 1) for row in parts])
 
 
 def gelu(x):
@@ -167,8 +167,26 @@ def test_routers_get_a_gradient(active):
     assert (np.abs(router).max(axis=(1, 2)) > 1e-4).all()
 
 
+def split_dense(gate, up, down, experts):
+    """A dense SwiGLU's matrices ([T, D, F], [T, D, F], [T, F, D]) split into E sub-experts: first enlarge, then sparse.
+
+    Returns the values of a `SparsePertokenMoE`'s parameters by name; its router is 0, so all chosen gates are equal,
+    and with every expert active and alpha = E - 1 the outputs are those of the dense network.
+    """
+    tokens, width, inner = gate.shape
+    part = inner // experts
+
+    def columns(weight):
+        return weight.reshape(tokens, width, experts, part).transpose(0, 2, 1, 3)
+
+    gates, ups, downs = columns(gate), columns(up), down.reshape(tokens, experts, part, width)
+    return {"shared.gate.weight": gates[:, 0], "shared.up.weight": ups[:, 0], "shared.down.weight": downs[:, 0],
+            "gate_weight": gates[:, 1:], "up_weight": ups[:, 1:], "down_weight": downs[:, 1:],
+            "router.weight": np.zeros((tokens, width, experts - 1), gate.dtype)}
+
+
 @pytest.mark.parametrize("experts", [2, 4])
-def test_a_dense_network_cut_into_experts_gives_equal_outputs_with_all_on(experts):
+def test_a_dense_network_split_into_experts_gives_equal_outputs_with_all_on(experts):
     dense = made(GroupedSwiGLU(3, 8, 16, down_gain=1.0))
     sparse = SparsePertokenMoE(3, 8, 16, experts=experts, active=experts, alpha=experts - 1.0)
     values = split_dense(*(getattr(dense, name).weight.asnumpy() for name in ("gate", "up", "down")), experts)

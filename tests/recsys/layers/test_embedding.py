@@ -6,7 +6,7 @@ from mindspore import Tensor
 
 from parallel.layers.parameter import initialize
 from recsys.build import sample_batch
-from recsys.data.features import Feature, expand, place
+from recsys.data.features import Feature, assign_columns, expand
 from recsys.layers.embedding import FeatureEmbedding, runs_of_numbers, runs_of_slots
 
 
@@ -31,7 +31,7 @@ FEATURES = [
 
 @pytest.mark.parametrize("sliced", [False, True])
 def test_groups_are_the_features_vectors_one_after_the_other(sliced):
-    spec = place(expand(FEATURES), 4)
+    spec = assign_columns(expand(FEATURES), 4)
     embedding = FeatureEmbedding(spec, 0.1)
     initialize(embedding, 3)
     embedding.sliced = sliced
@@ -61,9 +61,9 @@ def test_groups_are_the_features_vectors_one_after_the_other(sliced):
 
 def test_the_graph_grows_with_groups_and_lists_not_with_features():
     def sizes(repeat):
-        spec = place(expand([feature("user", repeat=repeat), number("x", side="user", repeat=repeat),
-                             feature("item", "item"), feature("about", "item", repeat=repeat),
-                             feature("seen", "cross", type="sequence", target="item", length=4)]), 4)
+        spec = assign_columns(expand([feature("user", repeat=repeat), number("x", side="user", repeat=repeat),
+                                      feature("item", "item"), feature("about", "item", repeat=repeat),
+                                      feature("seen", "cross", type="sequence", target="item", length=4)]), 4)
         return ([[slot.feature.name for slot in run] for run in runs_of_slots(spec)], runs_of_numbers(spec),
                 sum(1 for _ in FeatureEmbedding(spec, 0.1).cells_and_names()))
 

@@ -1,6 +1,6 @@
-"""Faults that other rankers of this kind were found to have, each as a law of ours: a router without a gradient of the
-task where one expert is chosen, experts as wide as the dense network, start values that depend on how weights are
-stacked."""
+"""Faults that other rankers of this kind were found to have, each as a law of this project: a router without a gradient
+of the task where one expert is chosen, experts as wide as the dense network, start values that depend on how weights
+are stacked."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_rows_and_gradients_are_those_of_the_plain_table(parts):
 
 
 @pytest.mark.usefixtures("pynative")
-def test_what_finds_no_place_is_not_dropped_in_silence():
+def test_what_finds_no_slot_is_not_dropped_in_silence():
     """All ids on device 0: one round of the even share is too small, further rounds serve the rest."""
     ids = Tensor(np.arange(16, dtype=np.int32).reshape(4, 4))
     lost = np.isnan(made(4, factor=1.0, rounds=1)(ids).asnumpy()).any(-1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parallel.common.errors import UserError
-from recsys.data.features import Feature, place
+from recsys.data.features import Feature, assign_columns
 from recsys.live.publisher import TouchedRows
 from recsys.live.versions import Delta, Values, Versions, merged, read_current, read_delta
 
@@ -15,7 +15,7 @@ def full(versions: Versions, number: int) -> int:
     return versions.write_full([Values("w", np.full(3, number, np.float32))], {}, number, None)
 
 
-def test_a_chain_is_a_whole_version_and_the_deltas_after_it(tmp_path):
+def test_a_chain_is_a_complete_version_and_the_deltas_after_it(tmp_path):
     versions = Versions(tmp_path, keep=3)
     assert read_current(tmp_path) is None and full(versions, 0) == 1
     for number in range(2, 5):
@@ -72,8 +72,8 @@ def test_damage_and_paths_that_lead_outside_are_one_line(tmp_path):
 
 
 def test_rows_that_changed_by_the_batches_or_by_comparison():
-    spec = place([Feature(name="a", side="user", values="integer", rows=10),
-                  Feature(name="b", side="item", values="integer", rows=10, width=3)], 2)
+    spec = assign_columns([Feature(name="a", side="user", values="integer", rows=10),
+                           Feature(name="b", side="item", values="integer", rows=10, width=3)], 2)
     table = np.zeros((64, 2), np.float32)
     exact = TouchedRows(spec, True)
     exact.add(np.array([[3, 40], [5, 3]]))

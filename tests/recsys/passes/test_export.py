@@ -58,7 +58,7 @@ class Served:
 def scored_alike(folder: Path, settings, words: list[str], capsys, tolerance: float = 1e-6) -> dict:
     """Exports a run's checkpoint; its AUC and logloss by onnxruntime are those of `evaluate`."""
     figures = command(capsys, "export", *words, "--output", str(folder))
-    told = command(capsys, "evaluate", *words)
+    message = command(capsys, "evaluate", *words)
     log, served = open_log(settings), Served(folder)
     rows = log.parts["test"]
     ids = np.asarray(rows.ids)
@@ -72,7 +72,7 @@ def scored_alike(folder: Path, settings, words: list[str], capsys, tolerance: fl
     found.update(np.asarray(rows.labels)[:, 0], served.scores(ids, np.asarray(rows.numbers))[:, 0].astype(np.float64),
                  np.asarray(rows.users))
     own = found.result()
-    assert abs(own["auc"] - told["auc"]) <= tolerance and abs(own["logloss"] - told["logloss"]) <= tolerance
+    assert abs(own["auc"] - message["auc"]) <= tolerance and abs(own["logloss"] - message["logloss"]) <= tolerance
     return figures
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from parallel.common.errors import UserError
 from parallel.common.structured import parse_json
-from recsys.data.dataset import columns_of, features_of, prepare
+from recsys.data.columns import columns_of, features_of
+from recsys.data.log import prepare
 from recsys.data.readers import reader
 from recsys.serving.requests import read_request
 from recsys.settings import DataSettings

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from parallel.common.errors import UserError
 from recsys.data.encode import Columns
-from recsys.data.features import Feature, expand, place
+from recsys.data.features import Feature, assign_columns, expand
 from recsys.data.vocabulary import Vocabulary
 from recsys.saved_model import Trained
 from recsys.serving import requests
@@ -30,7 +30,8 @@ def made_up() -> Trained:
     features = expand(READ)
     vocabulary = Vocabulary({"v": ["a", "7", "é"], "item": ["3", "x", "1", "2"]}, {}, {}, {"n": (0.5, 2.0),
                                                                                           "l": (0.1, 0.7)})
-    return Trained(Path("x"), None, features, Columns([]), vocabulary, place(features, 4, vocabulary.sizes()))
+    spec = assign_columns(features, 4, vocabulary.sizes())
+    return Trained(Path("x"), None, features, Columns([]), vocabulary, spec)
 
 
 def test_quick_columns_are_those_of_the_log(monkeypatch):

@@ -112,8 +112,8 @@ def test_over_http(run, server):
     assert code == 200 and answer["versions"] == [answer["current"]] and answer["pinned"] is None
     for path, body, what in (("/rollback", b"", "no version before"), ("/pin", b'{"version": "x"}', "no such version"),
                              ("/pin", b"{}", "names a version")):
-        code, said = ask(address, path, body)
-        assert code == 409 and what in json.dumps(said)
+        code, output = ask(address, path, body)
+        assert code == 409 and what in json.dumps(output)
     name = answer["current"]
     assert ask(address, "/pin", json.dumps({"version": name}).encode())[1]["pinned"] == name
     assert ask(address, "/reload", b"")[0] == 409

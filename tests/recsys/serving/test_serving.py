@@ -160,12 +160,12 @@ def test_a_reload_under_load_loses_nothing(run, engine):
     for thread in threads:
         thread.start()
     time.sleep(0.2)
-    told = engine.reload(folder)
+    message = engine.reload(folder)
     time.sleep(0.2)
     stop.set()
     for thread in threads:
         thread.join()
-    assert told["version"] == version + 1 and told["checkpoint"].endswith("step_00000002")
+    assert message["version"] == version + 1 and message["checkpoint"].endswith("step_00000002")
     new = [plain(engine.trained.model, *item) for item in asked]
     assert engine.trained.path.name == "step_00000002"
     np.testing.assert_allclose(plain(load(folder).model, *asked[0]), new[0], rtol=0, atol=1e-6)
@@ -235,7 +235,7 @@ def test_a_full_queue_and_a_late_request_are_busy(run):
         engine.submit(*item)
 
 
-def test_a_defect_is_told_to_those_who_wait_and_ends_nothing(run, engine):
+def test_a_defect_is_reported_to_those_who_wait_and_ends_nothing(run, engine):
     item = requests_of(run[2], 1, 8)[0]
     score, engine.scorer.score = engine.scorer.score, lambda batch: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -249,7 +249,7 @@ def test_a_defect_is_told_to_those_who_wait_and_ends_nothing(run, engine):
 
 def test_a_request_reads_as_the_log_does(run):
     """Rows of the log, given as JSON, become the same numbers that training saw."""
-    from recsys.data.dataset import gather
+    from recsys.data.batches import gather
     from recsys.data.readers import reader
 
     folder, settings, log = run
@@ -316,7 +316,7 @@ def test_without_settings_in_the_checkpoint_it_says_so(run, tmp_path):
         describe(copy)
 
 
-def test_a_reload_tells_whether_requests_read_otherwise(run, engine):
+def test_a_reload_shows_whether_requests_read_otherwise(run, engine):
     folder, settings, log = run
     encoding_version, version = engine.encoding_version, engine.version
     path = add_checkpoint(folder, settings, log, 3, seed=3)

@@ -11,7 +11,7 @@ import pytest
 
 from parallel.common.errors import UserError
 from parallel.task import load_run
-from recsys.data.features import Feature, expand, place
+from recsys.data.features import Feature, assign_columns, expand
 from recsys.tables.exchange import Threads
 from recsys.tables.host import HostTables
 
@@ -67,7 +67,7 @@ def run_steps(tables: HostTables, spec, steps: int, part: slice, rows: int, sums
 
 @pytest.mark.parametrize("capacity", [64, 1 << 16])
 def test_four_processes_hold_what_one_holds(capacity, tmp_path):
-    spec, rows, steps = place(features(), 16), 32, 6
+    spec, rows, steps = assign_columns(features(), 16), 32, 6
     alone, seen = HostTables(settings_of(), spec, rows), []
     run_steps(alone, spec, steps, slice(0, rows), rows, seen)
     world, parts, failures = Threads(4, capacity), [[] for _ in range(4)], []
@@ -119,7 +119,7 @@ def test_ids_of_one_owner_are_never_dropped():
 
     keys = np.arange(-20_000, 20_000)
     mine = keys[owners(keys, 3) == 1][:600]
-    spec = place(expand([Feature(name="item", side="item", values="dynamic")]), 4)
+    spec = assign_columns(expand([Feature(name="item", side="item", values="dynamic")]), 4)
     world, found, failures = Threads(3, 64), {}, []
 
     def work(rank: int) -> None:
@@ -142,7 +142,7 @@ def test_ids_of_one_owner_are_never_dropped():
 
 
 def test_unknown_ids_have_the_row_for_unseen_ones():
-    spec = place(features(), 16)
+    spec = assign_columns(features(), 16)
     tables = HostTables(settings_of(), spec, 16)
     ids = batch_of(spec, 1, 16)
     seen = tables.fetch(tables.columns.keys(ids), train=True)
@@ -156,7 +156,7 @@ def test_unknown_ids_have_the_row_for_unseen_ones():
 
 
 def test_a_window_that_is_too_small_is_one_line():
-    spec = place(features(), 16)
+    spec = assign_columns(features(), 16)
     tables = HostTables(settings_of(window=64), spec, 64)
     with pytest.raises(UserError, match="more than .* rows of width 16"):
         tables.fetch(tables.columns.keys(batch_of(spec, 1, 64, 10_000)), train=True)
@@ -205,7 +205,8 @@ def test_host_and_graph_train_alike(tmp_path, graph_mode):
     from parallel.training.optimizers import Optimizer, run_optimizer
     from parallel.training.step import TrainStep
     from recsys.build import loss_network
-    from recsys.data.dataset import Batches, prepare
+    from recsys.data.batches import Batches
+    from recsys.data.log import prepare
     from recsys.tables.names import is_sparse
     from recsys.tables.step import HostedStep, TableStep
 
@@ -263,7 +264,7 @@ def test_dynamic_ids_from_the_log_to_the_score(tmp_path, graph_mode):
 def _dynamic(settings) -> list[str]:
     import json
 
-    from recsys.data.dataset import features_of
+    from recsys.data.columns import features_of
 
     tree = [feature.model_dump(mode="json") for feature in features_of(settings.data)]
     for feature in tree:
@@ -285,7 +286,7 @@ def test_an_optimizer_that_touches_all_rows_is_refused():
     settings = settings_of()
     settings.train.sparse_optimizer = settings.train.sparse_optimizer.model_copy(update={"name": "lamb"})
     with pytest.raises(UserError, match="only the rows of a step"):
-        HostTables(settings, place(features(), 16), 8)
+        HostTables(settings, assign_columns(features(), 16), 8)
 
 
 @pytest.mark.slow

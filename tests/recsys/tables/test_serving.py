@@ -13,8 +13,9 @@ from parallel.checkpoint.full import save_checkpoint
 from parallel.layers.parameter import initialize
 from parallel.task import load_run
 from recsys.build import loss_network
-from recsys.data.dataset import columns_of, prepare
+from recsys.data.columns import columns_of
 from recsys.data.encode import Encoder
+from recsys.data.log import prepare
 from recsys.data.readers import reader
 from recsys.saved_model import load
 from recsys.serving.engine import Engine

@@ -33,10 +33,10 @@ def test_a_stream_of_dynamic_ids(tmp_path, capsys):
     log = tmp_path / "log"
     log.mkdir()
     parquet.write_table(pa.Table.from_pylist(clicks(16 * 20)), log / "day.parquet")
-    straight = run(tmp_path / "straight", log, capsys, 20)
+    uninterrupted = run(tmp_path / "straight", log, capsys, 20)
     run(tmp_path / "stopped", log, capsys, 10)
     resumed = run(tmp_path / "stopped", log, capsys, 20)
-    assert resumed["auc"] == straight["auc"] and straight["auc"] > 0.5
+    assert resumed["auc"] == uninterrupted["auc"] and uninterrupted["auc"] > 0.5
     folders = [tmp_path / name / "checkpoints" / "step_00000020" for name in ("straight", "stopped")]
     for path in sorted(folders[0].rglob("*.safetensors")):
         assert (folders[1] / path.relative_to(folders[0])).read_bytes() == path.read_bytes(), path.name

@@ -16,8 +16,9 @@ from parallel.task import load_run
 from recsys.build import build
 from recsys.models.rankmixer import separated as separated_rankmixer
 from recsys.models.rankmixer.model import RankMixerSettings
-from recsys.models.tokenmixer_large import separated as separated_tokenmixer
+from recsys.models.tokenmixer_large import model as tokenmixer_large
 from recsys.models.tokenmixer_large.model import TokenMixerLargeSettings
+from recsys.models.tokenmixer_large.separated_blocks import separated_block
 from recsys.ug_sep.pyramid import PyramidBlock
 from recsys.ug_sep.ranker import CandidatePass, UserPass
 from recsys.ug_sep.sides import allot, heads_of, pair, tokens_of_ratio
@@ -39,7 +40,7 @@ RANKMIXER = {"post": {}, "experts": {"moe": {"experts": 4}}, "bare": {"norm": Fa
              "low_rank": {"ug_sep": {"compensation": "low_rank"}},
              "token_mixing": {"ug_sep": {"compensation": "token_mixing"}}, "mean": {"ug_sep": {"compensation": "mean"}}}
 CASES = ([("tml", name, (2, 4), (3, 5)) for name in TML] + [("tml", "figure", (4, 2), (2, 1)), ("tml", "figure", (1, 1),
-                                                                                              (1, 5))]
+                                                                                                (1, 5))]
          + [("rankmixer", name, (4, 2), None) for name in RANKMIXER]
          + [("tml_pyramid", name, (4, 2), (2, 4)) for name in ("figure", "experts", "mean")]
          + [("rankmixer_pyramid", name, (2, 4), (1, 2)) for name in ("post", "experts", "low_rank")]
@@ -57,8 +58,8 @@ def block(model, name, counts, other, **masks):
     if model.startswith("tml"):
         settings = TokenMixerLargeSettings(width=WIDTH, ratio=2, down_gain=1.0, **own)
         if model == "tml":
-            return made(separated_tokenmixer.SeparatedBlock(settings, counts, other, LAYOUT, ms.float32))
-        kind = {"norm": RMSNorm, "network": separated_tokenmixer.network, "inner": 2.0, "prenorm": True}
+            return made(separated_block(settings, counts, other, LAYOUT, ms.float32))
+        kind = {"norm": RMSNorm, "network": tokenmixer_large.network, "inner": 2.0, "prenorm": True}
     else:
         settings = RankMixerSettings(tokens=6, width=WIDTH, ffn_ratio=2, **own)
         if model == "rankmixer":
@@ -121,7 +122,7 @@ def test_two_passes_are_the_block_with_masks(model, name, counts, other):
     assert [(component.shape[0], component.shape[2]) for component in components] == list(cell.components)
     x_candidate, _ = cell.candidate(Tensor(group), components, Tensor(index))
     got = np.concatenate([x_user.asnumpy()[:, index], x_candidate.asnumpy()])
-    assert np.abs(got - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
+    assert np.abs(got - wanted).max() <= 2e-6 * max(1.0, np.abs(wanted).max())
     one = tuple(Tensor(component.asnumpy()[:, 1:2]) for component in components)
     alone, _ = cell.candidate(Tensor(group), one, Tensor(np.zeros(11, np.int32)))
     wanted = masked(cell, users[:, np.ones(11, np.int32)], group)[after(model, counts, other):]
@@ -140,7 +141,7 @@ def dead(weight, rows=None, columns=None, before=False):
     return full
 
 
-def test_tokenmixer_block_equals_numpy_with_whole_matrices():
+def test_tokenmixer_block_equals_numpy_with_full_matrices():
     """The definition, written with whole tensors, masks and matrices of full size whose dead parts are random."""
     (c_u, c_g), (h_u, h_g) = (2, 4), (3, 5)
     cell = block("tml", "low_rank", (c_u, c_g), (h_u, h_g))
@@ -259,7 +260,7 @@ def test_up_to_a_thousand_candidates_of_one_user_and_of_several(name, candidates
     state = model.user_pass(Tensor(users[:requests]), Tensor(user_numbers[:requests]))
     got = model.candidate_pass(state, Tensor(index), *map(Tensor, group)).asnumpy()
     wanted = scores(model, ids, numbers, masks=True)
-    assert np.abs(got - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max())
+    assert np.abs(got - wanted).max() <= 2e-6 * max(1.0, np.abs(wanted).max())
 
 
 def test_the_same_in_compiled_graphs(tasks):
@@ -341,16 +342,22 @@ def test_compensation_starts_as_none(model, form):
     assert max(np.abs(gradient.asnumpy()).max() for gradient in gradients) > 0
 
 
+def user_tokens(model, ids_BM, numbers_BN):
+    """[c_u, B, D]: what the U tokens are in the end, computed with all others."""
+    x_TBD, _, _ = model.masked_layers(*model.embedding(ids_BM, numbers_BN))
+    return x_TBD[:model.token_counts[-1][0]]
+
+
 def test_a_lower_layers_residual_and_heads_do_not_leak(tasks):
     task = tasks("tml", "model.layers=5")
     model, (ids, numbers, _) = task.network.model, task.sample(0)
     assert model.sources == (2,) and model.auxiliary_layers == (1, 3)
-    before = model.user_tokens(Tensor(ids), Tensor(numbers)).asnumpy().copy()
+    before = user_tokens(model, Tensor(ids), Tensor(numbers)).asnumpy().copy()
     other, more, _ = task.sample(1)
     columns = list(model.sides.user.ids)
     other[:, columns], more[:, list(model.sides.user.numbers)] = ids[:, columns], numbers[:, list(
         model.sides.user.numbers)]
-    assert np.array_equal(model.user_tokens(Tensor(other), Tensor(more)).asnumpy(), before)
+    assert np.array_equal(user_tokens(model, Tensor(other), Tensor(more)).asnumpy(), before)
     assert np.abs(scores(model, other, more) - scores(model, ids, numbers)).max() > 1e-3
 
 
@@ -400,7 +407,7 @@ def test_without_a_mask_there_is_no_state(tasks):
             cell(model)
 
 
-def test_users_are_told_apart_by_what_the_model_sees():
+def test_users_are_distinguished_by_what_the_model_sees():
     ids = np.array([[1, 2], [1, 2], [3, 4], [1, 2]], np.int32)
     numbers = np.array([[0.5], [0.5], [0.5], [0.25]], np.float32)
     distinct, distinct_numbers, index = distinct_users(ids, numbers)
@@ -409,7 +416,7 @@ def test_users_are_told_apart_by_what_the_model_sees():
 
 
 def test_an_order_with_users_together_is_an_order():
-    from recsys.data.dataset import Batches
+    from recsys.data.batches import Batches
     from recsys.data.encode import Encoded
 
     users = np.random.default_rng(0).integers(0, 40, 1000)

@@ -14,7 +14,7 @@ from mindspore import Tensor
 from parallel.common.errors import UserError
 from parallel.layers.parameter import initialize
 from recsys.build import loss_network
-from recsys.data.dataset import features_of
+from recsys.data.columns import features_of
 from recsys.saved_model import load
 from recsys.serving.engine import Engine
 from recsys.serving.requests import read_request
@@ -107,7 +107,7 @@ def _described(folder):
 
 def _settings(config, *words):
     from parallel.task import load_run
-    from recsys.data.dataset import prepare
+    from recsys.data.log import prepare
     from tests.recsys.runs import DATA
 
     _, settings = load_run(f"configs/recsys/{config}.yaml", [*DATA, *words])

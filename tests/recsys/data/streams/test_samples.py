@@ -19,8 +19,8 @@ WINDOW = 30.0
 class Memory:
     """A transport of lists."""
 
-    def __init__(self, partitions: dict[str, list[tuple[float, dict]]], piece: int = 3) -> None:
-        self.partitions, self.piece, self.at = partitions, piece, {}
+    def __init__(self, partitions: dict[str, list[tuple[float, dict]]], part: int = 3) -> None:
+        self.partitions, self.piece, self.at = partitions, part, {}
 
     def begin(self):
         return dict.fromkeys(self.partitions, 0)
@@ -87,7 +87,7 @@ def rest(stream: Samples) -> list[tuple]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_delayed_labels_are_those_of_the_whole_log_and_go_on_from_any_sample(seed):
+def test_delayed_labels_are_those_of_the_complete_log_and_go_on_from_any_sample(seed):
     events = log(seed)
     expected = oracle(events)
     # Actions of an impression may lie in another partition.

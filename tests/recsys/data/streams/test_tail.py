@@ -38,9 +38,9 @@ def test_files_are_read_while_they_come_and_grow(folder, tmp_path):
 
     def write():
         with (folder / "day1.csv").open("w") as file:
-            for piece in (HEADER[:9], HEADER[9:], csv_lines(events[:20]), csv_lines(events[20:30])[:-4],
-                          csv_lines(events[20:30])[-4:]):
-                file.write(piece)
+            for part in (HEADER[:9], HEADER[9:], csv_lines(events[:20]), csv_lines(events[20:30])[:-4],
+                         csv_lines(events[20:30])[-4:]):
+                file.write(part)
                 file.flush()
                 time.sleep(0.05)
         table = pa.Table.from_pylist(events[30:80])
@@ -83,7 +83,7 @@ def test_a_file_that_comes_too_late_or_goes_too_soon_is_an_error(folder, tmp_pat
 
 def test_half_a_parquet_file_and_no_folder_are_one_line(folder, tmp_path):
     (folder / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match="whole parquet"):
+    with pytest.raises(UserError, match="complete parquet"):
         read(make_source(tmp_path, *words(folder)), 1)
     with pytest.raises(UserError, match="needs a folder"):
         make_source(tmp_path, "data.reader=tail", "data.path=nowhere")
