@@ -22,7 +22,7 @@ from parallel.common.errors import UserError
 from parallel.layers.loss import CrossEntropy, MaskedMean
 from parallel.layers.parameter import initialize
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.layout import lay_out
+from parallel.sharding.layout import apply_sharding
 from parallel.sharding.parallelize import fuse_gradients, place_on_stages, recompute
 from parallel.sharding.trainable import Trainable
 
@@ -56,7 +56,7 @@ class PanGuAlphaForCausalLM(PreTrainedModel):
         self.cross_entropy, self.mean = CrossEntropy(sizes.vocabulary_size, axis="vocabulary"), MaskedMean()
         layout = to_parallel_config(config.parallel_config)
         check_layout(sizes, layout)
-        self.lay_out(layout)
+        self.apply_layout(layout)
         self.use_past, self.batch = bool(getattr(config, "use_past", False)), config.batch_size
         if self.use_past:
             self.decoder = CachedDecoder(self.network, self.batch, sizes.sequence_length, sizes.sequence_length)
@@ -82,10 +82,10 @@ class PanGuAlphaForCausalLM(PreTrainedModel):
         """Inputs from which MindFormers compiles prediction."""
         return (Tensor(input_ids, ms.int32),) + (None,) * 2
 
-    def lay_out(self, layout: ParallelConfig) -> None:
+    def apply_layout(self, layout: ParallelConfig) -> None:
         """Writes a layout on the cells: strategies, stages, fusion of gradients, recomputation. On one device it has no
         effect."""
-        lay_out(self, layout)
+        apply_sharding(self, layout)
         stack = _Stack(self)
         for part in (place_on_stages, fuse_gradients, recompute):
             part(stack, layout)

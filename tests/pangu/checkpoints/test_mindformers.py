@@ -29,7 +29,7 @@ from pangu.checkpoints.mindformers import register, to_model_config
 from pangu.data.tokenizer import Tokenizer
 from pangu.model import PanGuAlpha
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.layout import lay_out
+from parallel.sharding.layout import apply_sharding
 from tests.pangu.numpy_model import forward
 
 vocabulary, folder = sys.argv[1:]
@@ -69,7 +69,7 @@ def strategies(network):
 
 laid = AutoModel.from_config(Config(seq_length=24, vocab_size=950, hidden_size=16, num_layers=2, num_heads=2,
                                     parallel_config={"data_parallel": 2, "model_parallel": 2, "vocab_emb_dp": False}))
-ours_laid = lay_out(PanGuAlpha(to_model_config(laid.config)), ParallelConfig(data=2, op=2))
+ours_laid = apply_sharding(PanGuAlpha(to_model_config(laid.config)), ParallelConfig(data=2, op=2))
 found["laid"] = strategies(laid.network) == strategies(ours_laid) and any(
     "2" in told for told in strategies(laid.network).values())
 model.save_pretrained(folder + "/model", save_json=True)
