@@ -13,7 +13,9 @@ goes on and the perplexities are measured):
 alone (`corpora.py` writes the texts, `python -m pangu pack` packs them).
 
 What happens: training; kill -9 of rank 1 after `--kill-at` steps; the same command again, which goes on from the newest
-checkpoint up to `--move-at`; the other layout from there to `--steps`; the perplexity of each corpus on one process.
+checkpoint up to `--move-at`; the other layout from there to `--steps`; the perplexity of each corpus on one process;
+and with `--texts`, what the model writes (`forms.py`) by the program `gen` (exported with
+`--graphs decode,prefill,score`).
 The last line of stdout is one JSON object. No MindSpore is needed.
 """
 
@@ -183,6 +185,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1200, help="of the whole run, as exported")
     parser.add_argument("--kill-at", type=int, default=380, help="kill -9 of rank 1 once the log holds this step")
     parser.add_argument("--move-at", type=int, default=950, help="where the other layout takes over")
+    parser.add_argument("--texts", type=Path, help="folder of `corpora.py`: also write poems, couplets and talk")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model, with --texts")
+    parser.add_argument("--count", type=int, default=96, help="poems and couplets to write")
     parser.add_argument("more", nargs="*", help="key=value for all phases")
     arguments = parser.parse_intermixed_args()
     for name in ("programs", "records", "output"):
@@ -192,6 +197,14 @@ def main() -> int:
     result: dict[str, Any] = {"data": epochs(arguments)}
     result |= trained(arguments)
     result["unseen"] = perplexities(arguments, result["moved"]["checkpoint"])
+    if arguments.texts is not None:
+        from scripts.bench.gpu.forms import written
+
+        try:
+            result["written"] = written(arguments.programs / "gen", result["moved"]["checkpoint"], arguments.tokenizer,
+                                        arguments.texts, arguments.device, arguments.count)
+        except Exception as error:  # what was trained and measured before is told in any case
+            result["written"] = {"failed": repr(error)[:500]}
     result["seconds"] = round(time.monotonic() - began, 1)
     (arguments.output / "result.json").write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     print(json.dumps(result, ensure_ascii=False))

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from parallel.torch_runtime import buckets, passes  # noqa: E402
+from parallel.torch_runtime import buckets, captured, execute, passes  # noqa: E402
 from parallel.torch_runtime.program import Program  # noqa: E402
 from parallel.torch_runtime.step import TorchStep, measured_tflops  # noqa: E402
 from scripts.bench.gpu.checks import check, time_attention  # noqa: E402
@@ -53,6 +53,7 @@ from scripts.bench.gpu.kernel_times import profiled  # noqa: E402
 from scripts.bench.gpu.peer import PeerStep  # noqa: E402
 
 DATA_SHEET_TFLOPS = 989.0
+_ALONE, _CAPTURED = execute.Binder._alone, captured.Captured
 TILES = {
     "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)],
     "rows": [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (128, 32, 4, 3), (128, 64, 4, 2)],
@@ -92,7 +93,8 @@ class Ours:
 
     Args:
         mode: of `TorchStep`; behind a + "alone" (no buckets of collectives), "bias" (attention tells documents apart by
-            a mask of scores) or "narrow" (gradients summed over ranks in bfloat16).
+            a mask of scores) "narrow" (gradients summed over ranks in bfloat16), "clone" or
+            "uncaptured".
     """
 
     def __init__(self, program: Program, rank: int, device: str, mode: str, address: str | None) -> None:
@@ -100,12 +102,19 @@ class Ours:
         buckets.FULL = 0 if "alone" in options else 48 << 20
         passes.NARROW = "narrow" in options
         passes.SPANS = "none" if "bias" in options else "all"
+        # Ways to look for a mistake: sums over ranks that leave what they sum as it is, and no captured graph.
+        execute.Binder._alone = (lambda binder, number: False) if "clone" in options else _ALONE
+        captured.Captured = (lambda bound, _: bound) if "uncaptured" in options else _CAPTURED
         self.step = TorchStep(program, rank, device=device, mode=mode, address=address)
+        self.norms: list[float] = []
 
     def __call__(self, batch: list[np.ndarray]) -> Tensor:
         part, parts = self.step.share
         rows = [item[part * len(item) // parts:(part + 1) * len(item) // parts] for item in batch]
-        return self.step.run("step", rows)[0]
+        results = self.step.run("step", rows)
+        if len(self.norms) < 4:
+            self.norms.append(round(float(results[1]), 5))
+        return results[0]
 
 
 def synchronized(device: torch.device) -> float:
@@ -156,7 +165,7 @@ class Contest:
         reserved = torch.cuda.memory_reserved(self.device) / 1e9 if cuda else None
         self.entries[name] = {"call": call, "start_s": round(start, 1), "losses": [round(item, 5) for item in losses],
                               "peak_gb": peak and round(peak, 2), "reserved_gb": reserved and round(reserved, 2),
-                              "back_to_back": [], "read": []}
+                              "norms": getattr(call, "norms", None), "back_to_back": [], "read": []}
 
     def run(self) -> dict[str, dict]:
         """Three turns each; figures by name."""
