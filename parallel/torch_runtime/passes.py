@@ -18,11 +18,6 @@ SPANS = "all"
 "all", and that in half precision without; "none"."""
 
 
-NARROW = False
-"""Whether gradients that were only widened to be summed over ranks are summed as they are: half the bytes, one more
-rounding to the compute type."""
-
-
 def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attention: bool = True,
               free: frozenset[tuple[int, ...]] = frozenset()) -> Graph:
     """The graph with all patterns fused.
@@ -36,8 +31,6 @@ def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attenti
     """
     editor = Editor(graph)
     plain_items(editor)
-    if NARROW:
-        narrow_sums(editor)
     if attention:
         fuse_attention(editor, causal)
     fuse_cross_entropy(editor)
@@ -57,23 +50,6 @@ def plain_items(editor: Editor) -> None:
             index = editor.constant(node.inputs[1])
             if isinstance(index, int):
                 editor.change(node, "Item", node.inputs[:1], {"index": index})
-
-
-def narrow_sums(editor: Editor) -> int:
-    """AllReduce and ReduceScatter of what was widened from bfloat16 just before: widened after."""
-    found = 0
-    for node in list(editor.nodes.values()):
-        cast = editor.maker(node.inputs[0], "Cast") if node.op in ("AllReduce", "ReduceScatter") else None
-        kind = editor.kind(cast.inputs[0]) if cast is not None else None
-        if kind is None or kind.dtype != "bfloat16" or len(editor.users(cast.number)) != 1:
-            continue
-        wide = editor.add("Cast", [cast.number, *cast.inputs[1:]], node.outputs, node)
-        editor.replace(node.number, wide)
-        editor.change(editor.nodes[wide], "Cast", [node.number, *cast.inputs[1:]])
-        editor.change(node, node.op, cast.inputs[:1], node.attributes)
-        node.outputs = [Kind(node.outputs[0].shape, "bfloat16")]
-        found += 1
-    return found
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -87,6 +88,9 @@ class TorchStep:
         self.mode, self.floating = mode, floating
         if mode == "cuda_graph" and self.device.type != "cuda":
             raise UserError("CUDA graphs need a GPU", where="mode", value=mode, hint="set it to eager")
+        if mode == "inductor" and self.device.type == "cuda" and int(program.parallel.get("op", 1)) > 1:
+            raise UserError("compiled regions have given wrong losses under op on GPUs (docs/measurements/gpu.md)",
+                            where="parallel.execution", value=mode, hint="set it to cuda_graph")
         self.own = program.ranks[rank]
         layout = program.parallel
         self.share = (self.own.data, int(layout["data"]))
@@ -227,6 +231,11 @@ class TorchStep:
 
     def close(self) -> None:
         """Leaves the other processes."""
+        # NCCL gives a communicator up only when no captured graph refers to it any more.
+        self.bound.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         leave()
 
     # -- how it is made -----------------------------------------------------------------------------------------------

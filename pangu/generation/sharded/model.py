@@ -108,12 +108,14 @@ class ShardedModel:
             # That of the other process is the one to be told.
             info(f"the first process of the group has ended: {str(error).splitlines()[0]}")
             return {"exit_code": 1}
+        self.rank.release()
         self.member.close()
         return {}
 
     def close(self) -> None:
         """Lets the ranks that follow end."""
         self.member.tell(_NOTHING)
+        self.rank.release()
         self.member.close()
 
     def _blocks(self, program: Any, settings: Run, cache_bytes: int | None) -> int:

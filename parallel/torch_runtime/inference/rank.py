@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -63,6 +64,11 @@ class InferenceRank:
         if self.last and self.member.number in (0, self.last):
             return self._handed_over(kind, result)
         return result if self.member.leads else None
+
+    def release(self) -> None:
+        """Gives captured graphs up: NCCL keeps a communicator as long as one refers to it."""
+        self.bound.clear()
+        gc.collect()
 
     def _handed_over(self, kind: str, result: Any) -> Tensor | None:
         """The last stage's logits, given to the group's first rank."""

@@ -127,7 +127,11 @@ def trained(arguments: argparse.Namespace) -> dict[str, Any]:
     found["resumed"]["steps_run_twice"] = len(common)
     found["resumed"]["largest_difference_of_loss"] = max((abs(losses[step] - after[step]) for step in common),
                                                          default=None)
-    found["moved"] = told(Training(arguments, "one", arguments.steps, total))
+    moved = Training(arguments, "one", arguments.steps, total)
+    if arguments.end_at is not None:
+        moved.wait_for(arguments.end_at)
+        moved.stop()
+    found["moved"] = told(moved)
     return found
 
 
@@ -171,7 +175,7 @@ def epochs(arguments: argparse.Namespace) -> dict[str, Any]:
                            vocabulary_size=program.settings["model"]["vocabulary_size"])
     records = source.index.train.records
     return {"records": records, "tokens": source.index.train.tokens, "documents": source.index.train.documents,
-            "tokens_seen": arguments.steps * batch * length, "epochs": round(arguments.steps * batch / records, 2)}
+            "batch": batch, "length": length}
 
 
 def main() -> int:
@@ -185,6 +189,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1200, help="of the whole run, as exported")
     parser.add_argument("--kill-at", type=int, default=380, help="kill -9 of rank 1 once the log holds this step")
     parser.add_argument("--move-at", type=int, default=950, help="where the other layout takes over")
+    parser.add_argument("--end-at", type=int, help="stop there, before --steps")
     parser.add_argument("--texts", type=Path, help="folder of `corpora.py`: also write poems, couplets and talk")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model, with --texts")
     parser.add_argument("--count", type=int, default=96, help="poems and couplets to write")
@@ -196,6 +201,9 @@ def main() -> int:
     began = time.monotonic()
     result: dict[str, Any] = {"data": epochs(arguments)}
     result |= trained(arguments)
+    steps, data = result["moved"]["steps"], result["data"]
+    data |= {"tokens_seen": steps * data["batch"] * data["length"],
+             "epochs": round(steps * data["batch"] / data["records"], 2)}
     result["unseen"] = perplexities(arguments, result["moved"]["checkpoint"])
     if arguments.texts is not None:
         from scripts.bench.gpu.forms import written

@@ -93,14 +93,12 @@ class Ours:
 
     Args:
         mode: of `TorchStep`; behind a + "alone" (no buckets of collectives), "bias" (attention tells documents apart by
-            a mask of scores) "narrow" (gradients summed over ranks in bfloat16), "clone" or
-            "uncaptured".
+            a mask of scores) "clone" or "uncaptured".
     """
 
     def __init__(self, program: Program, rank: int, device: str, mode: str, address: str | None) -> None:
         mode, *options = mode.split("+")
         buckets.FULL = 0 if "alone" in options else 48 << 20
-        passes.NARROW = "narrow" in options
         passes.SPANS = "none" if "bias" in options else "all"
         # Ways to look for a mistake: sums over ranks that leave what they sum as it is, and no captured graph.
         execute.Binder._alone = (lambda binder, number: False) if "clone" in options else _ALONE
