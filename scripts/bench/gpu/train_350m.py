@@ -21,7 +21,8 @@ Then, on a machine with torch, NumPy and GPUs (no MindSpore), from the repositor
     python scripts/bench/gpu/train_350m.py --programs programs --run one16 --modes inductor --peer --causal
     python scripts/bench/gpu/train_350m.py --programs programs --run one16drop --modes inductor --peer
     python scripts/bench/gpu/train_350m.py --programs programs --run one32 --modes inductor
-    python scripts/bench/gpu/train_350m.py --programs programs --run data2,shard2,op2,stages2 --modes inductor --nproc 2
+    python scripts/bench/gpu/train_350m.py --programs programs --run data2,shard2 --modes inductor --nproc 2 --profile
+    python scripts/bench/gpu/train_350m.py --programs programs --run op2,stages2 --modes cuda_graph --nproc 2 --profile
 
 `--device cpu` runs the same on small programs. Ours and the peer take turns; the table gives milliseconds of a step
 back to back and read each step, tokens/s, MFU over the peak measured in this run and over 989 TFLOP/s, and peak memory.
