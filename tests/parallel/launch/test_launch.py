@@ -72,7 +72,7 @@ def test_a_dry_run_becomes_the_verb_dryrun(started):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--nproc", "3", "parallel.data=2"], "there are 3 devices"),
-    (["--nodes", "2", "--node-rank", "2"], r"--node-rank: must lie in \[0, 2\)"),
+    (["--nodes", "2", "--node-rank", "2"], r"--node-rank: must be in \[0, 2\)"),
     (["--nodes", "2", "--node-rank", "1", "--master", "localhost:8118"], "must name machine 0"),
     (["--master", "here"], "--master: must be HOST:PORT"),
     (["--master", "10.0.0.7:80"], "--master: must be HOST:PORT"),
