@@ -15,8 +15,9 @@ from parallel.task import Input, Task, with_sample_numbers
 if TYPE_CHECKING:
     from pangu.settings import Run
 
-__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "inference_kinds",
-           "inference_overrides", "inference_sample", "settings_class", "shapes_inference", "train_on"]
+__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "decoder_sizes", "inference",
+           "inference_kinds", "inference_overrides", "inference_sample", "settings_class", "shapes_inference",
+           "train_on"]
 MODELS = frozenset({"pangu_alpha"})
 _LARGEST_BATCH = 256  # sequences that one graph decodes at once; more take several calls
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
@@ -118,6 +119,14 @@ def inference_sample(settings: Run, kind: str, seed: int) -> list[np.ndarray]:
     from pangu.generation.sharded.shapes import span_shape
 
     return sample_call(kind, span_shape(kind, settings.model, settings.generate), settings.model, seed)
+
+
+def decoder_sizes(settings: Run) -> dict[str, Any]:
+    """What `parallel.planning.serving.Decoder` asks."""
+    model, generate = settings.model, settings.generate
+    return {"layers": model.layers, "width": model.hidden_size, "heads": model.heads, "inner": model.ffn,
+            "vocabulary": model.vocabulary_size, "context": model.sequence_length, "batch": generate.batch_size,
+            "chunk": generate.prefill_chunk, "whole_vocabulary": not settings.parallel.vocabulary}
 
 
 def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pangu.data.dataset import document_positions, shuffled
 from parallel.common.errors import UserError
-from parallel.common.files import open_text
+from parallel.common.lines import text_lines
 from parallel.common.structured import BadText, parse_object
 
 _MOST_PAIRS = 5_000_000
@@ -26,13 +26,12 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
         UserError: no such file, a line that is no object with two texts, an empty answer, none at all.
     """
     pairs = []
-    with open_text(Path(path)) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            pairs.append(_pair(line, path, number))
-            if len(pairs) > _MOST_PAIRS:
-                raise UserError("more pairs than allowed", where=path, value=_MOST_PAIRS)
+    for number, line in text_lines(path):
+        if not line.strip():
+            continue
+        pairs.append(_pair(line, path, number))
+        if len(pairs) > _MOST_PAIRS:
+            raise UserError("more pairs than allowed", where=path, value=_MOST_PAIRS)
     if not pairs:
         raise UserError("there are no pairs in the file", where=path, hint='a line is {"prompt": ..., "answer": ...}')
     return pairs

@@ -32,7 +32,7 @@ class ChatTemplate:
             raise UserError(f"no template file of at most {_MAX_BYTES} bytes", where="serve.chat_template",
                             value=str(self.path), hint="name a Jinja file")
         try:
-            self.text = self.path.read_text(encoding="utf-8").rstrip("\n")
+            self.text = self.path.read_text(encoding="utf-8-sig").rstrip("\n")
             self._template = ImmutableSandboxedEnvironment(trim_blocks=False).from_string(self.text)
         except (UnicodeDecodeError, TemplateError) as error:
             raise UserError(f"not a template: {error}", where=self.path) from None

@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from campaigns.children import Child, all_ended
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300.0
+_A_FEW = 10
 
 
 @dataclass
@@ -50,21 +52,21 @@ def run(campaign: Campaign) -> None:
 
 
 def kill_all(campaign: Campaign, name: str, make: Callable[[Path], list[Job]]) -> None:
-    """Kills the jobs that `make(folder)` makes until the part's time is up."""
+    """Kills the jobs that `make(folder)` makes until the part's time is up; what takes long to make (corpus,
+    vocabulary, programs) stays in the folder for the next campaign."""
     folder, rng = campaign.folder / name, campaign.part(name)
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "home").mkdir(parents=True)
-    ready: dict[str, Job | None] = {}
-    listed = make(folder / "home")
-    while campaign.more(0, 0):
-        able = [job for job in listed if ready.get(job.name, job) is not None]
-        if not able:
-            return
-        job = min(able, key=lambda job: campaign.killed(job.name) / job.goal)
-        if job.name not in ready:
-            ready[job.name] = job if measure(campaign, job, folder / "straight") else None
+    (folder / "home").mkdir(parents=True, exist_ok=True)
+    ready: list[Job] = []
+    waiting = sorted(make(folder / "home"), key=lambda job: campaign.killed(job.name) / job.goal)
+    while campaign.more(0, 0) and (ready or waiting):
+        begun = [job for job in ready if campaign.killed(job.name) < min(job.goal, _A_FEW)]
+        if waiting and not begun:
+            job = waiting.pop(0)
+            ready += [job] if measure(campaign, job, folder / "straight") else []
         else:
-            kill_one(campaign, job, folder / "killed", rng)
+            kill_one(campaign, min(begun or ready, key=lambda job: campaign.killed(job.name) / job.goal),
+                     folder / "killed", rng)
+            print(f"{name}: {dict(campaign.counts)}", file=sys.stderr, flush=True)
 
 
 def single(words: Callable[[Path], list[str]]) -> Callable[[Path], list[Child]]:
@@ -177,7 +179,8 @@ def jobs(home: Path) -> list[Job]:
     from campaigns.damage import records, train_vocabulary
 
     records(home)
-    train_vocabulary(home, home / "v.model")
+    if not (home / "v.model").exists():
+        train_vocabulary(home, home / "v.model")
     corpus = home / "world.jsonl"
     pack = ["model.vocabulary_size=950", "model.sequence_length=32", f"data.tokenizer={home}/v.model",
             f"data.corpus={corpus}", "pack.overwrite=true", "pack.workers=2", "pack.shards=2"]

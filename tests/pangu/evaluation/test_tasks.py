@@ -8,8 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from pangu.adaptation.pairs import read_pairs
 from pangu.evaluation.evaluate import judge, markdown, summarize
 from pangu.evaluation.instances import InstanceBuilder
+from pangu.evaluation.questions import read_questions
 from pangu.evaluation.task import Source, load_task, render, task_names
 from parallel.common.errors import UserError
 from tests.pangu.tiny import HashScorer, PairTokenizer
@@ -109,6 +111,25 @@ def test_published_formats_are_read(place, name):
     for value in expected:
         assert value in records[0].values()
     assert all(isinstance(record["id"], str) for record in records)
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER_TASKS if name != "drcd"])
+def test_a_byte_order_mark_and_carriage_returns_are_no_data(place, tmp_path, name):
+    wanted = list(place(name).records())
+    for path in (tmp_path / load_task(name).folders[0]).iterdir():
+        path.write_bytes(("\ufeff" + path.read_text(encoding="utf-8").replace("\n", "\r\n")).encode())
+    assert list(Source(load_task(name), tmp_path).records()) == wanted
+
+
+def test_questions_and_pairs_with_a_byte_order_mark(tmp_path):
+    question = {"skill": "s", "prompt": "p", "choices": ["a", "b"], "answer": 0}
+    (tmp_path / "q.jsonl").write_bytes(("\ufeff" + lines(question)).encode())
+    assert list(read_questions(tmp_path / "q.jsonl")) == [question]
+    (tmp_path / "p.jsonl").write_bytes(("\ufeff" + lines({"prompt": "p\u2028", "answer": "a"})).encode())
+    assert read_pairs(tmp_path / "p.jsonl") == [("p\u2028", "a")]
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "\xff", "answer": "a"}\n')
+    with pytest.raises(UserError, match="line 1.*|not UTF-8"):
+        read_pairs(tmp_path / "p.jsonl")
 
 
 def test_details_of_the_readers(place):

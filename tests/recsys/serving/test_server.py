@@ -86,6 +86,27 @@ def ask(address: str, path: str, body: bytes | None = None) -> tuple[int, dict |
     return code, json.loads(text) if text[:1] in "{[" else text
 
 
+def odd_values(address: str, body: dict) -> int:
+    """Sends every feature with values as clients send them: taken, or 422; how many were taken."""
+    taken, large = 0, 2**63 + 3
+    for side in ("user", "candidates"):
+        given = body["user"] if side == "user" else body["candidates"][0]
+        for name in given:
+            codes = []
+            for value in (large, str(large), 1e39, -1e300, 2**64, -1, 1.5, True, None, "１２", "\ud83d", [[1]],
+                          [{"a": 1}], {"a": 1}, [large], "x" * 5000, "\u2028"):
+                inner = {**given, name: value}
+                text = json.dumps({**body, side: inner if side == "user" else [inner]})
+                code, answer = ask(address, "/rank", text.encode())
+                assert code in (200, 422), (name, value, answer)
+                codes.append(code)
+                taken += code == 200
+            # A number and its digits are one id; text for a list is divided as in a log.
+            assert codes[0] == codes[1] or isinstance(given[name], list), name
+            assert codes[11:14] == [422] * 3, name
+    return taken
+
+
 def test_over_http(run, server):
     address, process = server
     folder, settings, log = run
@@ -107,6 +128,7 @@ def test_over_http(run, server):
     for body, expected in bad.items():
         code, answer = ask(address, "/rank", body)
         assert code == expected and "\n" not in answer["error"], (body[:20], answer)
+    good = 30 + odd_values(address, bodies[1])
     version = health["version"]
     code, answer = ask(address, "/versions")
     assert code == 200 and answer["versions"] == [answer["current"]] and answer["pinned"] is None
@@ -127,7 +149,7 @@ def test_over_http(run, server):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     code, text = ask(address, "/metrics")
-    assert code == 200 and 'ranker_requests_total{code="200"} 30.0' in text
+    assert code == 200 and f'ranker_requests_total{{code="200"}} {good}.0' in text
     assert f"ranker_model_version {version + 2}.0" in text and 'ranker_reloads_total{outcome="done"} 2.0' in text
     process.terminate()
     out, _ = process.communicate(timeout=30) if process.stderr.closed else (process.stdout.read(), None)
