@@ -54,7 +54,7 @@ def test_the_number_of_processes_comes_from_the_block(started):
 def test_a_sharded_model_runs_an_exported_program_in_as_many_groups_as_there_are_processes(started):
     words = ["--run", "generate", "--nproc", "4", "parallel.data=64", "parallel.op=2", "--", "--prompt", "a=b"]
     main("parallel", VERBS, ["launch", "--config", CONFIG, *words])
-    plan, command, logs, *_, environment = started[0]
+    plan, command, logs, _, environment = started[0]
     assert plan.ranks == 4 and command[-3:] == ["parallel.op=2", "--prompt", "a=b"]
     assert environment["PARALLEL_PROGRAM"].endswith("/P") and logs.name == "generate"
 
