@@ -15,8 +15,9 @@ from parallel.task import Input, Task, with_sample_numbers
 if TYPE_CHECKING:
     from pangu.settings import Run
 
-__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "inference_kinds",
-           "inference_overrides", "inference_sample", "settings_class", "shapes_inference", "train_on"]
+__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "decoder_sizes", "inference",
+           "inference_kinds", "inference_overrides", "inference_sample", "settings_class", "shapes_inference",
+           "train_on"]
 MODELS = frozenset({"pangu_alpha"})
 _LARGEST_BATCH = 256  # sequences that one graph decodes at once; more take several calls
 _COUNTED_SHARE = 0.5  # of random positions that belong to an answer
@@ -120,6 +121,14 @@ def inference_sample(settings: Run, kind: str, seed: int) -> list[np.ndarray]:
     return sample_call(kind, span_shape(kind, settings.model, settings.generate), settings.model, seed)
 
 
+def decoder_sizes(settings: Run) -> dict[str, Any]:
+    """What `parallel.planning.serving.Decoder` asks."""
+    model, generate = settings.model, settings.generate
+    return {"layers": model.layers, "width": model.hidden_size, "heads": model.heads, "inner": model.ffn,
+            "vocabulary": model.vocabulary_size, "context": model.sequence_length, "batch": generate.batch_size,
+            "chunk": generate.prefill_chunk, "whole_vocabulary": not settings.parallel.vocabulary}
+
+
 def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
     """The graphs of `inference`; every verb takes all."""
     return KINDS
@@ -138,7 +147,7 @@ def check_inference(settings: Run) -> None:
     """Raises a UserError unless a resolved layout fits the model."""
     from pangu.config import check_layout
 
-    check_layout(settings.model, settings.parallel.resolve())
+    check_layout(settings.model, settings.parallel.forward().resolve())
 
 
 def training_network(settings: Run, compute_dtype: str, weighted: bool = False) -> Any:

@@ -52,7 +52,7 @@ def sources(settings: RunSettings, share: tuple[int, int]) -> tuple[PackedDatase
         return _pairs(settings, share)
     shared = {"batch_size": settings.train.global_batch_size, "sequence_length": model.sequence_length,
               "vocabulary_size": model.vocabulary_size, "shard": share,
-              "eod_reset": data.eod_reset, "seed": settings.train.seed}
+              "eod_reset": data.eod_reset, "seed": settings.train.seed, "by_file": data.by_file}
     training = PackedDataset(data.directory, shuffle=data.shuffle, **shared)
     if data.validation_directory is not None:
         return training, PackedDataset(data.validation_directory, shuffle=False, repeat=False, **shared)

@@ -6,7 +6,9 @@ reading what came before, and the contiguous slices of N ranks make up the batch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from pangu.data.mind_records import REPAIR, MindRecords
 from pangu.data.packing import SPLITS, read_index
 from parallel.common.errors import UserError
 
+_GOLDEN = 0x9E3779B97F4A7C15
 _RECORDS_PER_WINDOW = 8192  # records asked for at once: bounds memory and spreads the cost of opening the files
 
 
@@ -93,6 +96,59 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """Which rows of the batches come from which files: equal shares of rows and of files, in order.
+
+    Args:
+        counts, starts: records of each lane, and the number of its first among all.
+        width: rows of a lane in a batch.
+        each: files of a lane.
+    """
+
+    counts: list[int]
+    starts: list[int]
+    width: int
+    each: int
+
+    @classmethod
+    def of(cls, records: list[int], batch: int, by_file: bool) -> Lanes:
+        """As many lanes as divide both the batch and the files (one without `by_file`): they depend on these alone, not
+        on how many processes read.
+
+        Raises:
+            UserError: a lane without records.
+        """
+        lanes = math.gcd(batch, len(records)) if by_file else 1
+        each = len(records) // lanes
+        counts = [sum(records[lane * each:(lane + 1) * each]) for lane in range(lanes)]
+        if min(counts) == 0:
+            raise UserError("a file holds no records, and rows of the batches come from it alone", where="data.by_file",
+                            value=True, hint="pack into fewer shards, or set it to false")
+        starts = [sum(counts[:lane]) for lane in range(lanes)]
+        return cls(counts, starts, batch // lanes, each)
+
+    @property
+    def records(self) -> int:
+        """Of all lanes."""
+        return sum(self.counts)
+
+    @property
+    def steps(self) -> int:
+        """Batches in which every lane shows all its records."""
+        return max(-(-count // self.width) for count in self.counts)
+
+    def rows(self, part: slice) -> Iterator[tuple[int, slice]]:
+        """(lane, rows within it) of a share of the batch's rows."""
+        for lane in range(part.start // self.width, -(-part.stop // self.width)):
+            first = lane * self.width
+            yield lane, slice(max(part.start - first, 0), min(part.stop - first, self.width))
+
+    def files(self, part: slice) -> slice:
+        """Numbers of the files from which a share of the rows comes."""
+        return slice(part.start // self.width * self.each, -(-part.stop // self.width) * self.each)
+
+
 # ---------------------------------------------------------------- the data set
 
 class PackedDataset:
@@ -112,6 +168,7 @@ class PackedDataset:
         tokenizer_fingerprint: SHA-256 of the tokenizer in use; checked against the index when given.
         reader: which files are read, with the same batches; auto = the flat ones where there are any, so that no
             MindSpore is needed.
+        by_file: each row of the batches comes from files of its own, so that a rank reads only those of its rows.
 
     Raises:
         UserError: no records, another sequence length, vocabulary or tokenizer, a batch that the ranks cannot share
@@ -123,7 +180,7 @@ class PackedDataset:
     def __init__(self, directory: str | Path, *, batch_size: int, seed: int, sequence_length: int, vocabulary_size: int,
                  shard: tuple[int, int] = (0, 1), shuffle: bool = True, eod_reset: bool = True, split: str = "train",
                  repeat: bool = True, tokenizer_fingerprint: str | None = None,
-                 reader: Literal["auto", "flat", "mindrecord"] = "auto") -> None:
+                 reader: Literal["auto", "flat", "mindrecord"] = "auto", by_file: bool = False) -> None:
         self.directory, self.index = Path(directory), read_index(directory)
         self._check("sequence_length", self.index.sequence_length, sequence_length)
         self._check("vocabulary_size", self.index.vocabulary_size, vocabulary_size)
@@ -137,13 +194,20 @@ class PackedDataset:
         self.eod_reset = eod_reset
         self.sequence_length, self.vocabulary_size = sequence_length, vocabulary_size
         self._slice = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
-        self._records = self._open(split, reader)
-        self.records = len(self._records)
+        self._lanes = Lanes.of([entry.records for entry in self._part(split).files], batch_size, by_file)
+        if by_file and split == "train" and len(self._lanes.counts) % ranks:
+            raise UserError(f"{len(self._part(split).files)} files and a batch of {batch_size} do not divide among "
+                            f"{ranks} data-parallel ranks", where="data.by_file", value=True,
+                            hint=f"pack with pack.shards a multiple of {ranks}, or set it to false")
+        own = self._lanes.files(self._slice)
+        self._first = sum(entry.records for entry in self._part(split).files[:own.start])
+        self._records = self._open(split, reader, own)
+        self.records = self._lanes.records
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches that show every record at least once."""
-        return -(-self.records // self.batch_size)
+        return self._lanes.steps
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields the batches from number `start_step` on, as `columns`: int32 [B, S+1], [B, S], [B, S].
@@ -169,17 +233,23 @@ class PackedDataset:
         Returns:
             int64 array [batches, B]; -1 is padding.
         """
-        starts = np.arange(first, last, dtype=np.int64)[:, None] * self.batch_size
-        places = starts + np.arange(self._slice.start, self._slice.stop)
-        epochs, numbers = places // self.records, places % self.records
-        if not self.repeat:
-            return np.where(epochs > 0, -1, self._order(numbers, 0))
-        for epoch in np.unique(epochs):
-            numbers[epochs == epoch] = self._order(numbers[epochs == epoch], int(epoch))
-        return numbers
+        steps = np.arange(first, last, dtype=np.int64)[:, None]
+        found = []
+        for lane, rows in self._lanes.rows(self._slice):
+            count, start = self._lanes.counts[lane], self._lanes.starts[lane]
+            places = steps * self._lanes.width + np.arange(rows.start, rows.stop)
+            epochs, numbers = places // count, places % count
+            if not self.repeat:
+                found.append(np.where(epochs > 0, -1, start + self._order(numbers, lane, 0)))
+                continue
+            for epoch in np.unique(epochs):
+                numbers[epochs == epoch] = self._order(numbers[epochs == epoch], lane, int(epoch))
+            found.append(start + numbers)
+        return np.concatenate(found, axis=1)
 
-    def _order(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
-        return shuffled(numbers, self.records, (self.seed << 32) + epoch) if self.shuffle else numbers
+    def _order(self, numbers: np.ndarray, lane: int, epoch: int) -> np.ndarray:
+        key = (self.seed << 32) + epoch + lane * _GOLDEN
+        return shuffled(numbers, self._lanes.counts[lane], key) if self.shuffle else numbers
 
     def _positions_and_documents(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.eod_reset:
@@ -191,18 +261,23 @@ class PackedDataset:
             raise UserError(f"the records were packed with {name} {packed}", where=self.directory, value=wanted,
                             hint=f"use that {name} or pack the corpus again")
 
-    def _open(self, split: str, reader: str) -> FlatRecords | MindRecords:
+    def _part(self, split: str) -> Any:
+        """The split's part of the index."""
         if split not in SPLITS:
             raise UserError(f"no such split; known: {', '.join(SPLITS)}", where="split", value=split)
         part = getattr(self.index, split)
         if not part.records:
             raise UserError(f"there are no {split} records", where=self.directory,
                             hint="pack a larger corpus or change pack.validation_fraction")
-        flat = all(entry.flat is not None for entry in part.files)
+        return part
+
+    def _open(self, split: str, reader: str, own: slice) -> FlatRecords | MindRecords:
+        files = self._part(split).files[own]
+        flat = all(entry.flat is not None for entry in files)
         if reader == "flat" and not flat:
             raise UserError("the records have no flat files", where=self.directory, hint="`python -m pangu flatten`")
         kind = FlatRecords if reader == "flat" or (reader == "auto" and flat) else MindRecords
-        return kind(self.directory, part.files, self.sequence_length + 1)
+        return kind(self.directory, files, self.sequence_length + 1)
 
     # ------------------------------------------------------------ reading
 
@@ -211,7 +286,7 @@ class PackedDataset:
         rows = self._slice.stop - self._slice.start
         stop = None if self.repeat else self.steps_per_epoch
         # The reader takes no more numbers than there are records.
-        window = max(1, min(_RECORDS_PER_WINDOW, self.records) // rows)
+        window = max(1, min(_RECORDS_PER_WINDOW, len(self._records)) // rows)
         step = start_step
         while stop is None or step < stop:
             end = step + window if stop is None else min(step + window, stop)
@@ -228,7 +303,7 @@ class PackedDataset:
 
     def _read(self, numbers: np.ndarray, rows: int) -> Iterator[np.ndarray]:
         """The records `numbers` in this order, `rows` at a time."""
-        for ids in self._records.read(numbers, rows):
+        for ids in self._records.read(numbers - self._first, rows):
             self._check_ids(ids)
             yield ids
 

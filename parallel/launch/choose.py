@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
@@ -24,7 +25,7 @@ class Choice:
         return f"backend: {self.backend} on {self.device} ({self.reason})"
 
 
-def choose(config: ParallelConfig, precision: str = "fp32") -> Choice:
+def choose(config: ParallelConfig, precision: str = "fp32", dropout: float = 0.0) -> Choice:
     """The backend for a resolved layout.
 
     `auto` takes MindSpore where it can run the layout (everything on Ascend; one device and data parallelism on the
@@ -33,16 +34,21 @@ def choose(config: ParallelConfig, precision: str = "fp32") -> Choice:
     Args:
         config: resolved.
         precision: `train.precision`.
+        dropout: of the model.
 
     Raises:
         UserError: the backend that is needed or asked for is not installed; a key is set that another backend or
             device alone has.
     """
-    choice = _chosen(config, precision)
+    choice = _chosen(config, what_needs_torch(config, precision, dropout))
     if choice.backend == "mindspore" and config.execution != "auto":
         raise UserError(f"it says how torch runs a graph, and MindSpore runs this one ({choice.reason})",
                         where="parallel.execution", value=config.execution,
                         hint="set it to auto, or parallel.backend to torch")
+    if config.fuses_otherwise and choice.device != "Ascend":
+        raise UserError(f"gradients are fused into groups on Ascend, and {choice.backend} runs this one on "
+                        f"{choice.device} ({choice.reason})", where="parallel.gradient_fusion_groups",
+                        value=config.gradient_fusion_groups, hint="leave it out")
     keys = config.mindspore.chosen(*(() if choice.backend == "torch" else ("hccl_",)))
     if keys and choice.device != "Ascend":
         what = "MindSpore runs a graph" if choice.backend == "torch" else "Ascend devices talk"
@@ -52,10 +58,15 @@ def choose(config: ParallelConfig, precision: str = "fp32") -> Choice:
     return choice
 
 
-def _chosen(config: ParallelConfig, precision: str) -> Choice:
+def choice_of(settings: Any, ranks: int) -> Choice:
+    """`choose` for a run of any model on a number of processes."""
+    return choose(settings.parallel.resolve(ranks), settings.train.precision,
+                  getattr(settings.model, "dropout", 0.0) or 0.0)
+
+
+def _chosen(config: ParallelConfig, needed: str) -> Choice:
     if has_ascend() and config.backend != "torch":
         return Choice("mindspore", "Ascend", "all layouts run there")
-    needed = what_needs_torch(config, precision)
     if config.backend == "mindspore":
         _need("mindspore")
         return Choice("mindspore", "CPU", "parallel.backend says so")
@@ -74,11 +85,11 @@ def _chosen(config: ParallelConfig, precision: str) -> Choice:
     return Choice("mindspore", "CPU", "one device" if config.world == 1 else "data parallelism")
 
 
-def what_needs_torch(config: ParallelConfig, precision: str) -> str:
+def what_needs_torch(config: ParallelConfig, precision: str, dropout: float = 0.0) -> str:
     """What of a layout MindSpore does not do on CPUs, in words; "" if nothing."""
-    degrees = {"op": config.op, "pipeline.stages": config.pipeline.stages, "optimizer.shard": config.optimizer_shard,
-               "expert": config.expert}
-    found = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+    found = [f"{name} {degree}" for name, degree in config.beyond_data().items()]
+    if config.recompute.policy != "none" and dropout:
+        found.append("recomputation with dropout")
     if precision != "fp32":
         found.append(f"precision {precision}")
     return ", ".join(found)

@@ -16,7 +16,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info
-from parallel.launch.choose import choose
+from parallel.launch.choose import choice_of
 from parallel.launch.inference import grouped, launch_inference, takes_torch
 from parallel.launch.launcher import MindSporeLauncher, TorchLauncher
 from parallel.launch.machines import Machines, machines_of
@@ -88,7 +88,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _trained(settings: Any, plan: Plan, machines: Machines, command: list[str], logs: Path) -> dict[str, Any]:
-    choice = choose(settings.parallel.resolve(plan.ranks), settings.train.precision)
+    choice = choice_of(settings, plan.ranks)
     info(choice.text())
     if choice.backend == "mindspore":
         return MindSporeLauncher(plan, command, logs, machines, trains=True).run()

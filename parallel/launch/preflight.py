@@ -15,7 +15,7 @@ from typing import Any
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.progress import info, table
-from parallel.launch.choose import choose, installed
+from parallel.launch.choose import choice_of, installed
 from parallel.launch.launcher import Launcher, MindSporeLauncher, TorchLauncher, figures_in
 from parallel.launch.machines import Machines, machines_of
 from parallel.launch.plan import Plan, add_node_arguments
@@ -51,7 +51,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _looked(settings: Any, plan: Plan, machines: Machines, megabytes: float) -> dict[str, Any]:
     parallel = settings.parallel.resolve(plan.ranks)
-    choice = choose(parallel, settings.train.precision)
+    choice = choice_of(settings, plan.ranks)
     info(choice.text())
     folder = Path(settings.output.directory) / "preflight"
     order = folder / f"order-{plan.node_rank}.json"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from parallel.common.progress import info
-from parallel.launch.choose import choose
+from parallel.launch.choose import choice_of
 from parallel.launch.programs import exported
 from parallel.training.backend import Backend
 from parallel.training.stop import listen_early
@@ -26,7 +26,7 @@ def runs_on_torch(settings: Any) -> bool:
     """
     if ranks_here() > 1:
         return False
-    choice = choose(settings.parallel.resolve(1), settings.train.precision)
+    choice = choice_of(settings, 1)
     if choice.backend == "torch":
         info(choice.text())
     return choice.backend == "torch"
@@ -37,7 +37,7 @@ def train_on_torch(settings: Any) -> dict[str, Any]:
     from parallel.torch_runtime.rank import run_rank
 
     program, _ = exported(settings, 1)
-    device = choose(settings.parallel.resolve(1), settings.train.precision).device
+    device = choice_of(settings, 1).device
     return run_rank(program, settings, device=device.lower())
 
 

@@ -161,4 +161,9 @@ def connect_dropout(network: nn.Cell, seed: int) -> bool:
         digest = np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0]
         # A factor has to be odd.
         cell.salt = int((digest | np.uint32(isinstance(cell, Dropout))).astype(np.int32))
-    return any(cell.rate > 0.0 for cell in cells if isinstance(cell, Dropout))
+    return drops(network)
+
+
+def drops(network: nn.Cell) -> bool:
+    """Whether any `Dropout` of `network` drops anything."""
+    return any(cell.rate > 0.0 for _, cell in network.cells_and_names() if isinstance(cell, Dropout))

@@ -21,11 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "(default: %(default)s)")
     parser.add_argument("--tokens", type=float, metavar="N", default=None,
                         help="tokens (samples) to train on, for days and device-hours; default: steps x batch")
+    parser.add_argument("--serve", action="store_true",
+                        help="of a trained model that generates: devices that hold it, tokens/s, time to the first")
     parser.add_argument("--html", metavar="FILE", help="write a report with pictures")
 
 
 def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """Verb `estimate`."""
+    if arguments.serve:
+        from parallel.planning import serving
+
+        for flag in ("html", "tokens"):
+            if getattr(arguments, flag):
+                raise UserError("is for training", where=f"--{flag}", hint="leave it out")
+        return serving.run(arguments)
     planner, run_settings = planner_for(arguments.config, arguments.overrides, arguments.cluster)
     config = run_settings.parallel.resolve()
     count = max(config.pipeline.micro_batches, run_settings.train.accumulation)

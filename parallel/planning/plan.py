@@ -129,6 +129,7 @@ def _config(base: ParallelConfig, data: int, op: int, stages: int, count: int, s
     config.pipeline.offsets, config.pipeline.stages, config.pipeline.micro_batches = None, stages, count
     config.pipeline.schedule, config.pipeline.interleave = ("interleaved" if chunk > 1 else "1f1b"), chunk
     config.optimizer.shard = shard
+    config.optimizer.level = config.optimizer.level if shard != 1 else 1
     return config
 
 

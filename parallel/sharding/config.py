@@ -130,6 +130,18 @@ class ParallelConfig(Settings):
         """The optimizer shard size with -1 resolved to the data axis."""
         return self.data if self.optimizer.shard == -1 else self.optimizer.shard
 
+    def beyond_data(self) -> dict[str, int]:
+        """What a resolved block asks for beyond whole networks side by side: degrees by key, those above 1."""
+        degrees = {"op": self.op, "pipeline.stages": self.pipeline.stages, "optimizer.shard": self.optimizer_shard,
+                   "expert": self.expert, "micro_batch_interleave": self.micro_batch_interleave}
+        return {name: degree for name, degree in degrees.items() if degree > 1}
+
+    @property
+    def fuses_otherwise(self) -> bool:
+        """Whether `gradient_fusion_groups` is not the default and there is something to fuse."""
+        default = type(self).model_fields["gradient_fusion_groups"].default
+        return self.world > 1 and self.gradient_fusion_groups != default
+
     def layout(self) -> str:
         """The layout in words, of a resolved block: "data 2 x op 2 x stages 2, optimizer shard 2"."""
         axes = {"data": self.data, "op": self.op, "stages": self.pipeline.stages}
@@ -140,6 +152,15 @@ class ParallelConfig(Settings):
         words += ["sequence parallel"] if self.sequence and self.op > 1 else []
         words += [f"recompute {self.recompute.policy}"] if self.recompute.policy != "none" else []
         return ", ".join(words)
+
+    def forward(self) -> ParallelConfig:
+        """A copy without what only training has: what shards a model that is used."""
+        pipeline = self.pipeline.model_copy(update={"micro_batches": self.pipeline.stages, "schedule": "1f1b",
+                                                    "interleave": 1})
+        return self.model_copy(update={"pipeline": pipeline, "sequence": False, "expert": 1,
+                                       "optimizer": OptimizerShardConfig(), "recompute": RecomputeConfig(),
+                                       "micro_batch_interleave": 1, "mindspore": MindSporeConfig(),
+                                       "gradient_fusion_groups": ParallelConfig().gradient_fusion_groups}, deep=True)
 
     def resolve(self, devices: int | None = None) -> ParallelConfig:
         """A copy with -1 filled in, checked against the number of devices.
@@ -184,6 +205,9 @@ class ParallelConfig(Settings):
         if shard == 0 or (shard > 0 and self.data % shard):
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.optimizer.shard", value=shard,
                             hint="use -1 for all of the data axis")
+        if self.optimizer.level > 1 and shard == 1:
+            raise UserError("nothing is sharded whose level this could be", where="parallel.optimizer.level",
+                            value=self.optimizer.level, hint="set it to 1, or optimizer.shard to -1")
         if self.data % self.expert:
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.expert", value=self.expert)
         if self.pipeline.micro_batches < stages:

@@ -46,7 +46,8 @@ _SHAPELESS = {
     "publish": True, "adapt": {"checkpoint", "pairs", "validation"},
     "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
               "data_sink", "keep_best", "profile", "stall_after"},
-    "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache"},
+    "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache",
+             "by_file"},
     "parallel": {"backend", "devices", "execution", "mindspore"},
 }  # fmt: skip
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
@@ -151,6 +152,11 @@ class Graph:
     def is_parameter(self, number: int) -> bool:
         """Whether a value is one of the parameters."""
         return self.first_parameter <= number < self.first_constant
+
+    def used_inputs(self) -> list[int]:
+        """Numbers of the inputs that a node reads; a stage between others may need none."""
+        read = {number for node in self.nodes for number in node.inputs} | {self.result}
+        return [number for number in range(len(self.inputs)) if number in read]
 
     def constant(self, number: int) -> Any:
         """The constant with this number, None if the value is none."""

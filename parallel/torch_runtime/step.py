@@ -94,6 +94,9 @@ class TorchStep:
         self.numbered = any(name == SAMPLE_NUMBERS for name, *_ in program.inputs)
         join(rank, self.ranks, self.device, address=address)
         self.graphs = {kind: program.graph(rank, kind) for kind in self.own.graphs}
+        self.inputs = [(name, (shape[0] // self.share[1], *shape[1:]), dtype) for name, shape, dtype in program.inputs]
+        self.reads = any(self.inputs[number][0] != SAMPLE_NUMBERS for graph in self.graphs.values()
+                         for number in graph.used_inputs())
         self.communicator = None
         if self.ranks > 1:
             self.communicator = Communicator(rank, self.ranks, self.device, *program.groups)

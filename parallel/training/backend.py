@@ -45,6 +45,10 @@ class Backend(Protocol):
         numbered: whether a training batch ends in the numbers of its samples (a network with dropout); they are not
             given to `loss` and `scores`.
         holder: which slices this process holds; None where every process holds everything.
+        inputs: (name, shape, element type) of a training batch that the step was compiled for, this process's rows. May
+            be absent: then the first batch decides.
+        reads: False where no graph of this process looks at a batch (a stage between others): it is fed zeros, and its
+            share of the data is never read. May be absent: it reads.
     """
 
     name: str

@@ -16,7 +16,8 @@ _PREFETCHED = 2
 
 
 class DataSource(Protocol):
-    """What the trainer reads from. Batch i depends only on the source's seed and i. See also `WaitingSource`."""
+    """What the trainer reads from. Batch i depends only on the source's seed and i. See also `WaitingSource`. A source
+    whose batches have different shapes says so by `forms_vary`; those of others are compared with the first."""
 
     columns: Sequence[str]
     steps_per_epoch: int
@@ -45,6 +46,52 @@ class WaitingSource(Protocol):
     def interrupt(self) -> None:
         """Ends a wait for events; called by the handler of a signal."""
         ...
+
+
+class BatchForm:
+    """Shapes and element types of a run's batches: those that its graph was compiled for.
+
+    A framework that compiles at the first call would compile another graph for a batch of another form, and a cut
+    network cannot be compiled twice: its parameters are slices by then.
+
+    Args:
+        inputs: (name, shape, element type) of the compiled graph, this process's rows; None = those of the first batch.
+    """
+
+    def __init__(self, inputs: Sequence[tuple[str, tuple[int, ...], str]] | None = None) -> None:
+        self.inputs = [(name, tuple(shape), str(dtype)) for name, shape, dtype in inputs] if inputs else None
+
+    def check(self, batch: Sequence[np.ndarray]) -> None:
+        """
+        Raises:
+            ValueError: the batch has another form; a defect of its source.
+        """
+        found = [(tuple(item.shape), str(item.dtype)) for item in batch]
+        if self.inputs is None:
+            self.inputs = [(f"input {place}", *form) for place, form in enumerate(found)]
+        if len(found) != len(self.inputs):
+            raise ValueError(f"a batch of {len(found)} arrays where the graph takes {len(self.inputs)}")
+        for (name, shape, dtype), form in zip(self.inputs, found, strict=True):
+            if form != (shape, dtype):
+                raise ValueError(f"{name} of a batch is {form[1]} {list(form[0])}, and the graph was compiled for "
+                                 f"{dtype} {list(shape)}")
+
+
+class UnreadSource:
+    """Batches of zeros in place of a source whose batches nobody looks at.
+
+    Args:
+        source: not read.
+        inputs: (name, shape, element type) of a training batch (`Backend.inputs`).
+    """
+
+    def __init__(self, source: DataSource, inputs: Sequence[tuple[str, tuple[int, ...], str]]) -> None:
+        self.columns, self.steps_per_epoch = source.columns, source.steps_per_epoch
+        self.batch = tuple(np.zeros(shape, dtype) for name, shape, dtype in inputs if name != SAMPLE_NUMBERS)
+
+    def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
+        """See `DataSource`."""
+        return itertools.repeat(self.batch)
 
 
 class NumberedSource:

@@ -159,6 +159,8 @@ class ShardedBackend(MindSporeBackend):
     def __init__(self, run: ShardedRun) -> None:
         super().__init__(run.step, scorer=run.scores, all_reduce=run.all_reduce)
         self.run, self.holder, self.mean_loss = run, run.holder, run.loss
+        self.inputs = [(item.name, tensor.shape, item.dtype)
+                       for item, tensor in zip(run.task.inputs, run.inputs, strict=True)]
 
     @property
     def cell(self) -> Any:

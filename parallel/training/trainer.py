@@ -26,7 +26,14 @@ from parallel.common.progress import Bar, info
 from parallel.training.agreement import agree
 from parallel.training.backend import Backend, SinkingBackend
 from parallel.training.companions import Companion, restore_all, states_of
-from parallel.training.data_source import DataSource, NumberedSource, WaitingSource, prefetch
+from parallel.training.data_source import (
+    BatchForm,
+    DataSource,
+    NumberedSource,
+    UnreadSource,
+    WaitingSource,
+    prefetch,
+)
 from parallel.training.metrics_log import Clock, MetricsLog
 from parallel.training.operation.profile import ProfileWindow
 from parallel.training.operation.saving import RESTARTS, Saver
@@ -84,13 +91,17 @@ class Trainer:
     def __init__(self, backend: Backend, run: Run) -> None:
         self.backend, self.plan = backend, run
         self.settings, self.output = run.settings, run.output
-        self.source = NumberedSource(run.source, *backend.share) if backend.numbered else run.source
+        source = self._read_or_not(run.source)
+        self.source = NumberedSource(source, *backend.share) if backend.numbered else source
+        varies = getattr(run.source, "forms_vary", False)
+        self.form = None if varies else BatchForm(getattr(backend, "inputs", None))
         self.stream = run.source if isinstance(run.source, WaitingSource) else None
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
         for companion in self.companions:
             companion.save, companion.go_back = lambda: self.save(at_once=True), self.go_back
         if run.validation is not None:
-            self.evaluators.insert(0, Validation(backend, run.validation, run.settings.validation_batches))
+            self.evaluators.insert(0, Validation(backend, self._read_or_not(run.validation),
+                                                 run.settings.validation_batches))
         self.on_step = run.on_step
         self.directory = Path(run.output.directory)
         self.checkpoints = self.directory / "checkpoints"
@@ -104,6 +115,12 @@ class Trainer:
         self.stop = run.stop
         self.stopped_by: str | None = None
         self.log: MetricsLog | None = None
+
+    def _read_or_not(self, source: DataSource) -> DataSource:
+        """A stream is always read: what has been read of it is what all processes have trained on."""
+        if getattr(self.backend, "reads", True) or isinstance(source, WaitingSource):
+            return source
+        return UnreadSource(source, self.backend.inputs)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -167,6 +184,8 @@ class Trainer:
             for batch in batches:
                 for companion in self.companions:
                     companion.before_step(self.iteration, batch)
+                if self.form is not None:
+                    self.form.check(batch)
                 ACTIVITY.step = self.iteration + 1
                 self.profile.before_step(self.iteration + 1)
                 with self.clock.stepping():

@@ -46,8 +46,12 @@ class SharedUsers:
     Args:
         source: the batches.
         sides: which columns are whose.
+
+    Attributes:
+        forms_vary: the number of different users does, and a graph is compiled for each number.
     """
 
+    forms_vary = True
     columns = ("ids", "numbers", "labels", "index", "user_ids", "user_numbers")
 
     def __init__(self, source: Batches, sides: UserCandidateSplit) -> None:
@@ -85,9 +89,9 @@ def sharing_loss(network: TrainingLoss, settings: Run) -> SharedUsersLoss:
     if not isinstance(network.model, SeparatedRanker) or not network.model.in_slices:
         raise UserError("only a separated ranker can share its users", where="train.share_users",
                         hint="give model.ug_sep, with its masks on and form: slices")
-    if settings.train.accumulation > 1:
-        raise UserError("shared users are not split into micro-batches", where="train.accumulation",
-                        value=settings.train.accumulation)
+    count = max(settings.train.accumulation, settings.parallel.pipeline.micro_batches)
+    if count > 1:
+        raise UserError("shared users are not split into micro-batches", where="train.accumulation", value=count)
     if settings.model.dropout > 0.0:
         raise UserError("dropout differs between a user's samples", where="model.dropout",
                         value=settings.model.dropout, hint="set it to 0, or train.share_users: false")

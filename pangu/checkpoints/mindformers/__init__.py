@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from pangu.checkpoints.mindformers.names import MODEL_TYPE, to_model_config
+from pangu.checkpoints.mindformers.names import MODEL_TYPE, to_model_config, to_parallel_config
 from parallel.common.errors import UserError
 
-__all__ = ["MODEL_TYPE", "register", "to_model_config"]
+__all__ = ["MODEL_TYPE", "register", "to_model_config", "to_parallel_config"]
 
 
 @cache

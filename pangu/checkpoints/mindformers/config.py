@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mindformers.models.configuration_utils import PretrainedConfig
-from mindformers.modules.transformer.transformer import default_transformer_config
+from mindformers.modules.transformer.transformer import TransformerOpParallelConfig, default_transformer_config
 
 from pangu.checkpoints.mindformers.names import MODEL_TYPE
 
@@ -15,6 +15,7 @@ _DEFAULTS: dict[str, Any] = {
     "softmax_compute_type": "float32", "compute_dtype": "float16", "pad_token_id": 6, "eos_token_id": 9,
     "bos_token_id": 9, "use_past": False, "max_decode_length": 1024, "top_k": 3, "top_p": 1.0, "do_sample": False,
     "repetition_penalty": 1.0, "seed": 1, "checkpoint_name_or_path": "", "parallel_config": default_transformer_config,
+    "block_size": 16, "num_blocks": None,
 }  # fmt: skip
 _OF_MINDFORMERS = ("pad_token_id", "eos_token_id", "bos_token_id")
 
@@ -31,6 +32,10 @@ class PanGuAlphaConfig(PretrainedConfig):
 
     def __init__(self, **values: Any) -> None:
         own = {name: values.pop(name, default) for name, default in _DEFAULTS.items()}
+        if isinstance(own["parallel_config"], dict):
+            own["parallel_config"] = TransformerOpParallelConfig(**own["parallel_config"])
+        if own["num_blocks"] is None:  # for MindFormers' accounts of the cache, which has a row a sequence here
+            own["num_blocks"] = own["batch_size"] * -(-own["seq_length"] // own["block_size"]) + 1
         super().__init__(**{name: own[name] for name in _OF_MINDFORMERS}, **values)
         for name, value in own.items():
             setattr(self, name, value)

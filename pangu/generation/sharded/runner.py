@@ -95,13 +95,18 @@ class Call:
         made["positions"][group, first:first + count] = positions
         blocks = np.asarray(part.table[:-(-end // SLOTS)], np.int64)
         made["write"][row:row + count] = blocks[positions // SLOTS] * SLOTS + positions % SLOTS
-        for place, block in enumerate(blocks.tolist()):
-            column = columns.get(block)
-            if column is None:
-                column = columns[block] = len(columns) * SLOTS
-                made["read"][group, column:column + SLOTS] = np.arange(block * SLOTS, (block + 1) * SLOTS)
-            slots = np.arange(place * SLOTS, (place + 1) * SLOTS)
-            made["visible"][group, first:first + count, column:column + SLOTS] = slots <= positions[:, None]
+        fresh = [block for block in blocks.tolist() if block not in columns]
+        begin = len(columns) * SLOTS
+        columns |= {block: begin + place * SLOTS for place, block in enumerate(fresh)}
+        slots = np.array(fresh, np.int64)[:, None] * SLOTS + np.arange(SLOTS)
+        made["read"][group, begin:begin + slots.size] = slots.reshape(-1)
+        seen = made["visible"][group, first:first + count]
+        own = np.arange(len(blocks) * SLOTS) <= positions[:, None]
+        if len(fresh) == len(blocks):
+            seen[:, begin:begin + own.shape[1]] = own
+        else:
+            places = np.array([columns[block] for block in blocks.tolist()])[:, None] + np.arange(SLOTS)
+            seen[:, places.reshape(-1)] = own
 
 
 class SpanRunner:

@@ -14,36 +14,62 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
+from parallel.layers.dropout import drops
 from parallel.layers.parameter import start_value
-from parallel.sharding.config import ParallelConfig
+from parallel.sharding.config import ParallelConfig, divides
 from parallel.sharding.layout import Axes
-from parallel.sharding.parallelize import parallelize
+from parallel.sharding.parallelize import parallelize, recompute
 from parallel.sharding.slices import Extent, holders, sharded_parameters
 from parallel.sharding.trainable import is_weighted
 from parallel.task import SAMPLE_NUMBERS, Input, Task
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
-from parallel.training.sharded.step import ShardedStep, input_shapes, sharded_step, switch_on
+from parallel.training.sharded.step import ShardedStep, input_shapes, micro_batches, sharded_step, switch_on
 
 
 def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
-    """Whether a run needs slices: everything but plain data parallelism.
+    """Whether a run takes the step of a cut network: everything but what `whole_network` does.
 
     Raises:
-        UserError: it does, and the processes run on the CPU, where MindSpore shards nothing.
+        UserError: it does, and the processes run on the CPU, where MindSpore cuts nothing, or there is one.
     """
-    wanted = {"op": config.op, "pipeline.stages": config.pipeline.stages, "optimizer.shard": config.optimizer_shard,
-              "expert": config.expert}
-    sharded = {name: degree for name, degree in wanted.items() if degree > 1}
-    if processes.target == "CPU":
-        # Sharded states and experts give the same numbers unsharded, so the CPU takes these for plain data parallelism.
-        refused = {name: degree for name, degree in sharded.items() if name in ("op", "pipeline.stages")}
-        if refused:
-            raise UserError("on the CPU MindSpore runs data parallelism only", where="parallel",
-                            value=", ".join(f"{name} {degree}" for name, degree in refused.items()),
-                            hint="parallel.backend=torch (or auto) runs the others")
+    sharded = config.beyond_data()
+    if sharded and (processes.target == "CPU" or config.world == 1):
+        what = "on the CPU MindSpore runs data parallelism only"
+        hint = "parallel.backend=torch (or auto) runs the others"
+        if processes.target != "CPU":
+            what, hint = "one Ascend device runs a whole network", "set it to 1"
+        raise UserError(what, where="parallel", hint=hint,
+                        value=", ".join(f"{name} {degree}" for name, degree in sharded.items()))
+    if processes.target == "CPU" or config.world == 1:
         return False
-    return bool(sharded)
+    # The partitioner does these, and the dry run shows how.
+    return bool(sharded) or config.fuses_otherwise or config.recompute.policy != "none" \
+        or config.pipeline.micro_batches > 1
+
+
+def whole_network(network: nn.Cell, settings: TrainSettings, config: ParallelConfig) -> TrainSettings:
+    """Does with a whole network, on one device or under plain data parallelism, what the block asks for: its layers are
+    marked for recomputation; the settings that come back have its micro-batches.
+
+    Args:
+        network: with its loss; marked in place.
+        settings: the `train:` block.
+        config: resolved.
+
+    Raises:
+        UserError: recomputation of a network without layers, or with dropout; micro-batches that do not divide the
+            batch.
+    """
+    if config.recompute.policy != "none" and drops(network):
+        raise UserError("MindSpore 2.9 does not compile the recomputation of a whole network with dropout",
+                        where="parallel.recompute.policy", value=config.recompute.policy,
+                        hint="parallel.backend=torch (or auto) runs it; or set it to none, or model.dropout to 0")
+    recompute(network, config)
+    count = micro_batches(settings, config)
+    divides(count * config.data, settings.global_batch_size, where="train.global_batch_size", what="the global batch",
+            hint="it must divide by data x micro-batches")
+    return settings.model_copy(update={"accumulation": count})
 
 
 class ShardedRun:

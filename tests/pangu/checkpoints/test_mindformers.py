@@ -27,6 +27,9 @@ from pangu.generation.generate import Generator
 from pangu.generation.settings import GenerateSettings
 from pangu.checkpoints.mindformers import register, to_model_config
 from pangu.data.tokenizer import Tokenizer
+from pangu.model import PanGuAlpha
+from parallel.sharding.config import ParallelConfig
+from parallel.sharding.layout import apply_sharding
 from tests.pangu.numpy_model import forward
 
 vocabulary, folder = sys.argv[1:]
@@ -50,6 +53,25 @@ found["tokenizer"] = [type(again).__name__, again(text)["input_ids"] == plain.en
 answer = pipeline("text_generation", model=model, tokenizer=tokenizer)(text, max_new_tokens=4, do_sample=False)
 ours, = Generator(model.network, plain).generate([text], GenerateSettings(max_new_tokens=4, temperature=0.0))
 found["pipeline"] = answer[0]["text_generation_text"][0] == text + ours.text
+cached = Config(seq_length=24, vocab_size=950, hidden_size=16, num_layers=2, num_heads=2, compute_dtype="float32",
+                dropout=0.0, batch_size=2, use_past=True)
+cached = AutoModel.from_config(cached)
+prompts = [plain.encode(text), plain.encode(text)[:3]]
+wanted = [item.ids for item in Generator(model.network, plain).generate_ids(
+    prompts, GenerateSettings(max_new_tokens=6, temperature=0.0, stop_ids=[]))]
+rows_ = np.array([ids + [6] * (len(prompts[0]) - len(ids)) for ids in prompts], np.int32)
+told = cached.generate(rows_, max_new_tokens=6, do_sample=False, eos_token_id=[-1])
+found["use_past"] = [list(map(int, row[len(ids):])) for row, ids in zip(told, prompts)] == wanted
+def strategies(network):
+    return {(name, place): str(primitive.attrs.get("in_strategy")) for name, cell in network.cells_and_names()
+            for place, primitive in cell._primitives.items() if primitive is not None}
+
+
+laid = AutoModel.from_config(Config(seq_length=24, vocab_size=950, hidden_size=16, num_layers=2, num_heads=2,
+                                    parallel_config={"data_parallel": 2, "model_parallel": 2, "vocab_emb_dp": False}))
+ours_laid = apply_sharding(PanGuAlpha(to_model_config(laid.config)), ParallelConfig(data=2, op=2))
+found["laid"] = strategies(laid.network) == strategies(ours_laid) and any(
+    "2" in told for told in strategies(laid.network).values())
 model.save_pretrained(folder + "/model", save_json=True)
 loaded = AutoModelForCausalLM.from_pretrained(folder + "/model")
 found["loaded"] = all((weights[p.name] == p.asnumpy()).all() for p in loaded.get_parameters())
@@ -111,6 +133,20 @@ def test_names_become_model_config():
     assert to_model_config(theirs) == ModelConfig(
         layers=3, hidden_size=32, heads=4, vocabulary_size=950, sequence_length=24, dropout=0.0,
         final_norm="after_query", gelu="fast", softmax_dtype="float16")
+
+
+def test_parallel_settings_become_ours():
+    from pangu.checkpoints.mindformers import to_parallel_config
+
+    theirs = {"data_parallel": 2, "model_parallel": 4, "pipeline_stage": 2, "micro_batch_num": 4, "vocab_emb_dp": False,
+              "use_seq_parallel": True, "recompute": {"recompute": True}, "gradient_aggregation_group": 2}
+    found = to_parallel_config(theirs)
+    assert (found.data, found.op, found.pipeline.stages, found.pipeline.micro_batches) == (2, 4, 2, 4)
+    assert found.sequence and found.vocabulary and found.recompute.policy == "full"
+    assert found.gradient_fusion_groups == 2
+    assert to_parallel_config({}).world == 1
+    with pytest.raises(UserError, match="parallel_config.context_parallel"):
+        to_parallel_config({"context_parallel": 2})
 
 
 def test_missing_package_is_one_clear_line(monkeypatch):

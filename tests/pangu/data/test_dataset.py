@@ -315,3 +315,40 @@ def test_ids_beyond_the_vocabulary_are_noticed(folder, tmp_path):
         path.write_bytes(bytes(content))
     with pytest.raises(UserError, match="damaged|cannot read"):
         take(open_set(copy, reader="mindrecord"), 0, 40)
+
+
+# ---------------------------------------------------------------- rows from files of their own
+
+@pytest.mark.parametrize("reader", ["flat", "mindrecord"])
+def test_by_file_the_order_is_the_same_for_any_number_of_ranks(folder, reader):
+    """Rows 2k, 2k + 1 of a batch of 6 come from file k; 1 and 3 ranks make the same batches, and resume in them."""
+    whole = open_set(folder, batch_size=6, by_file=True, reader=reader)
+    parts = [open_set(folder, batch_size=6, by_file=True, reader=reader, shard=(rank, 3)) for rank in range(3)]
+    alone = take(whole, 0, 30)
+    together = [tuple(map(np.concatenate, zip(*columns, strict=True)))
+                for columns in zip(*(take(part, 0, 30) for part in parts), strict=True)]
+    assert_same(alone, together)
+    assert_same(take(parts[1], 17, 5), take(parts[1], 0, 22)[17:])
+    counts = [entry.records for entry in read_index(folder).train.files]
+    numbers = whole.record_numbers(0, whole.steps_per_epoch)
+    for lane, (count, start) in enumerate(zip(counts, np.cumsum([0, *counts]), strict=False)):
+        own = numbers[:, 2 * lane:2 * lane + 2].reshape(-1)
+        assert ((own >= start) & (own < start + count)).all()
+        assert sorted(own[:count]) == list(range(start, start + count)), "each record once before any comes again"
+        assert not np.array_equal(own[:count], np.sort(own[:count]))
+
+
+def test_by_file_a_rank_needs_its_own_files_only(folder, tmp_path):
+    copy = tmp_path / "own"
+    shutil.copytree(folder, copy)
+    for path in copy.glob("train-0000[02]*"):
+        path.unlink()
+    own = open_set(copy, batch_size=6, by_file=True, shard=(1, 3))
+    assert_same(take(own, 3, 4), take(open_set(folder, batch_size=6, by_file=True, shard=(1, 3)), 3, 4))
+    with pytest.raises(UserError, match="missing"):
+        open_set(copy, batch_size=6, shard=(1, 3))
+
+
+def test_by_file_refuses_files_that_do_not_divide(folder):
+    with pytest.raises(UserError, match="data.by_file: 3 files and a batch of 4 do not divide among 2"):
+        open_set(folder, by_file=True, shard=(0, 2))

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from parallel.common.errors import PeerError
-from tests.parallel.torch_runtime.launches import Launch, assert_same_tensors, launch
+from tests.parallel.torch_runtime.launches import Launch, assert_same_tensors, config_of, launch
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None or importlib.util.find_spec("torch") is None,
@@ -84,3 +84,36 @@ def test_preflight_sums_along_every_axis(tmp_path):
     assert told["axes"]["data"]["ranks"] == 2 and told["axes"]["all"]["ranks"] == 4 and told["versions"]["torch"]
     code, told, errors = run_command("parallel", [*words, "output.keep=1000000"])
     assert code == 2 and any("checkpoints and" in problem for problem in told["problems"])
+
+
+@pytest.mark.slow
+def test_a_stage_between_others_reads_no_data(tmp_path):
+    """Four stages of a ranker: the middle ones are fed zeros, and the losses are those of one process."""
+    from parallel.torch_runtime.program import Program
+
+    order = [*config_of("tokenmixer_large", tmp_path / "clicks"), "model.layers=4", "train.steps=4"]
+    alone = launch([*order, "parallel.backend=torch"], tmp_path / "alone", 1)
+    staged = launch([*order, "parallel.pipeline.stages=4", "parallel.pipeline.micro_batches=4"], tmp_path / "run", 4)
+    program = Program(tmp_path / "run" / "program")
+    used = [program.graph(rank).used_inputs() for rank in range(4)]
+    assert used[0] and used[3] and not used[1] and not used[2]
+    expected, got = alone.losses(), staged.losses()
+    for step, loss in expected.items():
+        assert got[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_zeros_stand_for_batches_that_nobody_reads():
+    import numpy as np
+
+    from parallel.training.data_source import UnreadSource
+
+    class Never:
+        columns, steps_per_epoch = ("ids", "labels"), 7
+
+        def batches(self, start_step):
+            raise AssertionError("read")
+
+    source = UnreadSource(Never(), [("ids", (2, 3), "int32"), ("labels", (2, 1), "float32"),
+                                    ("sample_numbers", (2,), "int32")])
+    ids, labels = next(source.batches(5))
+    assert source.steps_per_epoch == 7 and ids.dtype == np.int32 and labels.shape == (2, 1) and not ids.any()

@@ -150,3 +150,18 @@ def test_clock_leaves_the_compile_out():
 
 def test_measured_peak_is_a_plausible_speed():
     assert 1e-3 < measured_matmul_tflops(size=256, repeats=2) < 100
+
+
+class Shrinking(Batches):
+    """From batch 2 on there are fewer rows."""
+
+    def batch(self, index):
+        return tuple(column[:4] if index >= 2 else column for column in super().batch(index))
+
+
+def test_a_batch_of_another_form_is_refused_unless_its_source_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"input 0 of a batch is float32 \[4, 6\].*float32 \[8, 6\]"):
+        trainer(tmp_path / "fixed", source=Shrinking()).run()
+    source = Shrinking()
+    source.forms_vary = True
+    assert trainer(tmp_path / "varies", source=source).run()["steps"] == 12
