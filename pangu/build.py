@@ -147,7 +147,7 @@ def check_inference(settings: Run) -> None:
     """Raises a UserError unless a resolved layout fits the model."""
     from pangu.config import check_layout
 
-    check_layout(settings.model, settings.parallel.resolve())
+    check_layout(settings.model, settings.parallel.forward().resolve())
 
 
 def training_network(settings: Run, compute_dtype: str, weighted: bool = False) -> Any:

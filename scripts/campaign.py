@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def run(parts: list[str], arguments: argparse.Namespace) -> dict:
     weight = sum(PARTS[name] for name in parts)
     for name in parts:
         campaign.share(60 * arguments.minutes * PARTS[name] / weight)
-        importlib.import_module(f"campaigns.{name}").run(campaign)
+        try:
+            importlib.import_module(f"campaigns.{name}").run(campaign)
+        except Exception:  # what was counted until then counts
+            campaign.fail(f"campaign {name}", traceback.format_exc())
         print(f"{name}: {dict(campaign.counts)}", file=sys.stderr, flush=True)
     for failure in campaign.failures:
         print(f"FAILED {failure['kind']}: {failure['what'].strip().splitlines()[-1][:300]}\n  {failure['file']}",

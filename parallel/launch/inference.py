@@ -30,16 +30,14 @@ def groups_of(parallel: ParallelConfig, ranks: int | None) -> ParallelConfig:
     Raises:
         UserError: they do not divide into groups.
     """
+    parallel = parallel.forward()
     if ranks is None or parallel.op == -1:
         return parallel.resolve(ranks)
     size = parallel.op * parallel.pipeline.stages
     if ranks % size:
         raise UserError(f"op {parallel.op} x stages {parallel.pipeline.stages} takes groups of {size} processes",
                         where="--nproc", value=ranks, hint=f"start a multiple of {size}, or set these two to 1")
-    changed = {"data": ranks // size, "devices": None, "sequence": False, "expert": 1,
-               "optimizer": type(parallel.optimizer)(), "micro_batch_interleave": 1,
-               "gradient_fusion_groups": ParallelConfig().gradient_fusion_groups,
-               "mindspore": type(parallel.mindspore)()}
+    changed = {"data": ranks // size, "devices": None}
     return parallel.model_copy(update=changed, deep=True).resolve(ranks)
 
 

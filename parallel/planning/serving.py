@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     module.check_inference(settings)
     decoder = Decoder(**module.decoder_sizes(settings))
     cluster = load_settings(ClusterSettings, cluster_file(arguments.cluster))
-    layout = settings.parallel.resolve()
+    layout = settings.parallel.forward().resolve()
     own = served(decoder, cluster, layout.op, layout.pipeline.stages)
     least = fewest(decoder, cluster)
     columns = ["", "op", "stages", "devices", "weights GB", "cache GB", "fits", "tokens/s", "first token ms"]

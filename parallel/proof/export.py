@@ -130,7 +130,7 @@ def exported_inference(config: str, overrides: Sequence[str], *, processes: int 
     if not hasattr(module, "inference"):
         raise UserError("this model has no graphs of inference", where="model.name", value=settings.model.name)
     kinds = tuple(kinds or module.inference_kinds(settings))
-    overrides = [*overrides, *inference_layout(settings.parallel.resolve())]
+    overrides = [*overrides, *inference_layout(settings.parallel.forward().resolve())]
     settings = load_run(config, list(overrides))[1]
     shaping = module.shapes_inference(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,

@@ -153,6 +153,15 @@ class ParallelConfig(Settings):
         words += [f"recompute {self.recompute.policy}"] if self.recompute.policy != "none" else []
         return ", ".join(words)
 
+    def forward(self) -> ParallelConfig:
+        """A copy without what only training has: what shards a model that is used."""
+        pipeline = self.pipeline.model_copy(update={"micro_batches": self.pipeline.stages, "schedule": "1f1b",
+                                                    "interleave": 1})
+        return self.model_copy(update={"pipeline": pipeline, "sequence": False, "expert": 1,
+                                       "optimizer": OptimizerShardConfig(), "recompute": RecomputeConfig(),
+                                       "micro_batch_interleave": 1, "mindspore": MindSporeConfig(),
+                                       "gradient_fusion_groups": ParallelConfig().gradient_fusion_groups}, deep=True)
+
     def resolve(self, devices: int | None = None) -> ParallelConfig:
         """A copy with -1 filled in, checked against the number of devices.
 

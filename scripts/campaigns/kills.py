@@ -76,7 +76,11 @@ def single(words: Callable[[Path], list[str]]) -> Callable[[Path], list[Child]]:
 
 def measure(campaign: Campaign, job: Job, folder: Path) -> bool:
     """The uninterrupted run: what it leaves, and how long it takes."""
-    _fresh(job, folder)
+    try:
+        _fresh(job, folder)
+    except RuntimeError as error:  # what it needs cannot be made
+        campaign.fail(f"prepare {job.name}", str(error))
+        return False
     first = job.start(folder)  # what is imported late, compiled once
     if not all_ended(first, LIMIT):
         campaign.fail(f"straight {job.name}", "does not end\n" + "\n".join(child.told()[-2000:] for child in first))
@@ -206,12 +210,12 @@ def jobs(home: Path) -> list[Job]:
                 f"output.directory={place}/run"]
 
     return [
-        Job("train pangu", single(pangu), trained, 100), Job("train recsys", single(ranker), trained, 100),
         Job("pack", single(lambda place: ["pangu", "pack", *pack, f"data.directory={place}/records"]),
             lambda place: digest(list((place / "records").glob("*.ids"))), 20),
         Job("dedup", single(tool("dedup", "--engine", "local")), parts, 20, documents),
         Job("clean", single(tool("clean")), parts, 20, documents),
         quantize(home, recsys),
+        Job("train recsys", single(ranker), trained, 100), Job("train pangu", single(pangu), trained, 100),
     ]
 
 

@@ -1,6 +1,6 @@
 """A model trained on the generated corpus is well above chance on generated tasks, so the machinery measures something.
 
-The quick test trains on the corpus's opinions alone; the slow one trains the config of the quickstart on all of the
+One test trains a minute on the corpus's opinions alone; the other trains the config of the quickstart on all of the
 corpus, and also checks its scores of the published data sets against the slow scorer.
 """
 
@@ -57,6 +57,7 @@ def assert_above_chance(result: dict, least: float, standard_errors: float = 5.0
     assert result["metric"] - chance > standard_errors * (chance * (1 - chance) / result["instances"]) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_model_of_opinions_is_above_chance_with_and_without_examples(tmp_path, capsys):
     draw = Draw(random.Random(3))
     where = trained(tmp_path, [{"text": sentiment_document(draw)} for _ in range(9000)],

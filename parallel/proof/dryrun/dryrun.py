@@ -49,7 +49,6 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     from parallel.task import load_run
 
     module, run_settings = load_run(arguments.config, arguments.overrides)
-    config = run_settings.parallel.resolve()
     everything = arguments.ranks is not None
     if everything and arguments.ranks != "all-distinct":
         raise UserError("ranks can only be all-distinct", where="--ranks", value=arguments.ranks,
@@ -58,6 +57,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         from parallel.proof.dryrun import inference
 
         return inference.run(module, run_settings, arguments)
+    config = run_settings.parallel.resolve()
     first = arguments.rank or 0
     if not 0 <= first < config.world:
         raise UserError(f"the layout has ranks 0 to {config.world - 1}", where="--rank", value=first)

@@ -53,8 +53,8 @@ def run(module: Any, settings: Any, arguments: argparse.Namespace) -> dict[str, 
     for flag in ("html", "flat", "all_stages"):
         if getattr(arguments, flag):
             raise UserError("is for the training step", where=f"--{flag.replace('_', '-')}", hint="leave it out")
-    overrides = [*arguments.overrides, *inference_layout(settings.parallel.resolve())]
-    config = settings.parallel.resolve()
+    overrides = [*arguments.overrides, *inference_layout(settings.parallel.forward().resolve())]
+    config = settings.parallel.forward().resolve()
     size = config.op * config.pipeline.stages
     ranks = list(range(0, size, config.op)) if arguments.ranks is not None else [arguments.rank or 0]
     if not 0 <= ranks[0] < size:

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not hasattr(module, "inference_sample"):
         raise UserError("this model's graphs of inference are not replayed", where="--graph", value=arguments.graph)
     check_size(arguments.config, list(arguments.overrides))
-    began, layout = time.monotonic(), inference_layout(settings.parallel.resolve())
+    began, layout = time.monotonic(), inference_layout(settings.parallel.forward().resolve())
     batch = module.inference_sample(settings, arguments.graph, settings.train.seed)
     with Compilers(arguments.processes) as compilers:
         world, values = _compiled(arguments, [*arguments.overrides, *layout], compilers, settings.train.seed)

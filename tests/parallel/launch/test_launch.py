@@ -54,7 +54,7 @@ def test_the_number_of_processes_comes_from_the_block(started):
 def test_a_sharded_model_runs_an_exported_program_in_as_many_groups_as_there_are_processes(started):
     words = ["--run", "generate", "--nproc", "4", "parallel.data=64", "parallel.op=2", "--", "--prompt", "a=b"]
     main("parallel", VERBS, ["launch", "--config", CONFIG, *words])
-    plan, command, logs, environment = started[0]
+    plan, command, logs, _, environment = started[0]
     assert plan.ranks == 4 and command[-3:] == ["parallel.op=2", "--prompt", "a=b"]
     assert environment["PARALLEL_PROGRAM"].endswith("/P") and logs.name == "generate"
 
@@ -72,7 +72,7 @@ def test_a_dry_run_becomes_the_verb_dryrun(started):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--nproc", "3", "parallel.data=2"], "there are 3 devices"),
-    (["--nodes", "2", "--node-rank", "2"], r"--node-rank: must lie in \[0, 2\)"),
+    (["--nodes", "2", "--node-rank", "2"], r"--node-rank: must be in \[0, 2\)"),
     (["--nodes", "2", "--node-rank", "1", "--master", "localhost:8118"], "must name machine 0"),
     (["--master", "here"], "--master: must be HOST:PORT"),
     (["--master", "10.0.0.7:80"], "--master: must be HOST:PORT"),

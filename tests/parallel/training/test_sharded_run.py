@@ -124,5 +124,6 @@ def test_the_cpu_refuses_what_it_cannot_shard():
     with pytest.raises(UserError, match="on the CPU MindSpore runs data parallelism only"):
         needs_sharding(ParallelConfig(op=2, data=2).resolve(), cpu)
     assert not needs_sharding(ParallelConfig(data=4).resolve(), ascend)
-    assert not needs_sharding(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), cpu)
+    with pytest.raises(UserError, match="optimizer.shard 4"):
+        needs_sharding(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), cpu)
     assert needs_sharding(ParallelConfig(data=4, optimizer={"shard": -1}).resolve(), ascend)
