@@ -340,20 +340,6 @@ class Program:
         made.groups = own.groups[kind]
         return made
 
-    def messages(self, rank: int, kind: str = "step") -> dict[tuple[int, int], tuple[list[int], list[int]]]:
-        """For each direction in which a rank sends or receives, (sender, receiver): the tags in the order in which
-        they are sent, and in which they are taken."""
-        own = {tuple(pair) for pair in self.groups[1] if rank in pair and pair[0] != pair[1]}
-        tags: dict[tuple, tuple[list[int], list[int]]] = {pair: ([], []) for pair in sorted(own)}
-        for number in sorted({item for pair in own for item in pair}):
-            graph = self.graph(number, kind)
-            for node in graph.nodes:
-                if node.op in ("Send", "Receive"):
-                    pair = graph.groups[node.attributes["group"]]
-                    if pair in tags:
-                        tags[pair][node.op == "Receive"].append(int(node.attributes["tag"]))
-        return tags
-
     def result_shape(self, rank: int, kind: str) -> tuple[int, ...]:
         """Shape of what a rank's graph returns."""
         if (rank, kind) not in self._results:

@@ -320,7 +320,7 @@ def check_messages(program: Program, rank: int) -> None:
         UserError: the first message of this rank that would be taken for another.
     """
     for kind in program.ranks[rank].graphs:
-        for pair, (sent, taken) in program.messages(rank, kind).items():
+        for pair, (sent, taken) in messages(program, rank, kind).items():
             if sent != taken:
                 number = next((place for place, (one, other) in enumerate(zip(sent, taken, strict=False))
                                if one != other), min(len(sent), len(taken)))
@@ -329,6 +329,21 @@ def check_messages(program: Program, rank: int) -> None:
                     "messages by their order", where=f"{program.folder}, {kind} graph",
                     value=f"tags {sent[number:number + 3]} sent, {taken[number:number + 3]} taken",
                     hint="export the program again, or run it on CPUs (--device cpu)")
+
+
+def messages(program: Program, rank: int, kind: str = "step") -> dict[tuple[int, int], tuple[list[int], list[int]]]:
+    """For each direction in which a rank sends or receives, (sender, receiver): the tags in the order in which they are
+    sent, and in which they are taken."""
+    own = {tuple(pair) for pair in program.groups[1] if rank in pair and pair[0] != pair[1]}
+    tags: dict[tuple, tuple[list[int], list[int]]] = {pair: ([], []) for pair in sorted(own)}
+    for number in sorted({item for pair in own for item in pair}):
+        graph = program.graph(number, kind)
+        for node in graph.nodes:
+            if node.op in ("Send", "Receive"):
+                pair = graph.groups[node.attributes["group"]]
+                if pair in tags:
+                    tags[pair][node.op == "Receive"].append(int(node.attributes["tag"]))
+    return tags
 
 
 def out_of_memory(error: Exception, program: Program, rank: int) -> UserError:
