@@ -57,7 +57,8 @@ def test_packed_records_have_the_form_of_the_compiled_graph(path, tmp_path):
 
 @pytest.mark.parametrize("path", RANKERS, ids=lambda path: path.stem)
 def test_encoded_rows_have_the_form_of_the_compiled_graph(path):
-    from recsys.data.dataset import Batches, spec_without_data
+    from recsys.data.batches import Batches
+    from recsys.data.columns import spec_without_data
     from recsys.data.encode import Encoded
     from recsys.training.any_backend import compares
 

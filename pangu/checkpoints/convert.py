@@ -208,8 +208,8 @@ class Mapping:
 
     def __init__(self, source: Any, config: ModelConfig, naming: str) -> None:
         self.source, self.keys, self.notes = source, keys(config, naming), []
-        self._names = {key.own: self._source_name(key) for key in self.keys}
-        missing = [key.foreign for key in self.keys if self._names[key.own] not in source.entries]
+        self._names = {key.name: self._source_name(key) for key in self.keys}
+        missing = [key.foreign for key in self.keys if self._names[key.name] not in source.entries]
         if missing:
             raise UserError(f"the source lacks {len(missing)} of {len(self.keys)} parameters: "
                             f"{', '.join(missing[:_MAX_SHOWN])}", where=naming,
@@ -226,7 +226,7 @@ class Mapping:
         return alias if key.foreign not in self.source.entries and alias in self.source.entries else key.foreign
 
     def _check(self, key: Key) -> None:
-        name = self._names[key.own]
+        name = self._names[key.name]
         entry = self.source.entries[name]
         if entry.dtype not in ("F32", "F16", "BF16"):
             raise UserError(f"'{name}' is of type {entry.dtype}, not a float", where="source")
@@ -251,13 +251,13 @@ class Mapping:
         """What is to be written: their names, types, shapes and how each is read."""
         plan: Plan = []
         for key, goal in zip(self.keys, target, strict=True):
-            own = self.source.entries[self._names[key.own]].dtype
+            own = self.source.entries[self._names[key.name]].dtype
             chosen = "F32" if layout == "pangu" else DTYPES.get(dtype, "F32" if own == "BF16" else own)
             plan.append((goal.foreign, chosen, goal.their_shape, self._reader(key, goal, chosen)))
         return plan
 
     def _reader(self, key: Key, goal: Key, dtype: str) -> Callable[[], np.ndarray]:
-        name = self._names[key.own]
+        name = self._names[key.name]
 
         def read() -> np.ndarray:
             array = self.source.read(name)
@@ -274,8 +274,8 @@ class Mapping:
         """What was mapped, by kind of parameter, for people."""
         rows: dict[str, list] = {}
         for key in self.keys:
-            kind = re.sub(r"\.\d+\.", ".*.", key.own)
-            row = rows.setdefault(kind, [kind, re.sub(r"\.\d+\.", ".*.", self._names[key.own]), list(key.shape),
+            kind = re.sub(r"\.\d+\.", ".*.", key.name)
+            row = rows.setdefault(kind, [kind, re.sub(r"\.\d+\.", ".*.", self._names[key.name]), list(key.shape),
                                          "transposed" if key.transposed else "", 0])
             row[-1] += 1
         table("Mapped", ["parameter", "source", "shape", "", "tensors"], rows.values())

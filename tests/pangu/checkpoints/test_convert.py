@@ -72,7 +72,7 @@ def test_our_names_are_the_models(model):
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_names_are_one_to_one(model, naming):
     named = keys(model.config, naming)
-    assert len({key.foreign for key in named}) == len(named) == len({key.own for key in named})
+    assert len({key.foreign for key in named}) == len(named) == len({key.name for key in named})
 
 
 @pytest.mark.shared_data
@@ -160,7 +160,7 @@ def reference_slices(values, config, data, op):
     """Each rank's parameters by the release's table, written out with NumPy's split alone."""
     ranks = [{} for _ in range(data * op)]
     for key in keys(config, "mindspore"):
-        full = values[key.own].T if key.transposed else values[key.own]
+        full = values[key.name].T if key.transposed else values[key.name]
         name = key.foreign
         if "embedding_table" in name:
             continue
@@ -186,7 +186,7 @@ def sliced(tmp_path_factory, model, values):
                             for name, part in parts.items()], str(folder / f"filerted_{rank}.ckpt"))
     for key in keys(model.config, "mindspore"):
         if key.foreign in TABLES:
-            np.save(folder / TABLES[key.foreign], values[key.own])
+            np.save(folder / TABLES[key.foreign], values[key.name])
     return folder
 
 
@@ -234,7 +234,7 @@ def test_mindspore_merges_what_is_written_here(home, sliced, capsys, tmp_path, v
     merged = MindSporeFile(tmp_path / "t" / "rank_0" / "whole0.ckpt")
     for key in keys(model.config, "mindspore"):
         if key.foreign not in TABLES:
-            full = values[key.own].T if key.transposed else values[key.own]
+            full = values[key.name].T if key.transposed else values[key.name]
             np.testing.assert_array_equal(merged.read(key.foreign), full)
 
 
@@ -379,7 +379,7 @@ def write_hf(folder, values, config, extra):
     from parallel.checkpoint.safetensors_file import dtype_name, write_safetensors
 
     folder.mkdir()
-    tensors = {key.foreign: values[key.own] for key in keys(config, "huggingface")} | extra
+    tensors = {key.foreign: values[key.name] for key in keys(config, "huggingface")} | extra
     write_safetensors(folder / "model.safetensors",
                       [(k, dtype_name(v.dtype), v.shape, lambda v=v: v) for k, v in tensors.items() if v is not None])
 
@@ -461,7 +461,7 @@ def test_files_that_run_code_are_refused(home, capsys, tmp_path, layout, name, z
 def test_huggingfaces_shards_of_pytorch_are_read(home, capsys, tmp_path, values, model):
     """As transformers saved them before safetensors, with its buffers of masks, the head and another .bin beside."""
     torch = pytest.importorskip("torch")
-    tensors = {key.foreign: torch.from_numpy(values[key.own].T.copy() if key.transposed else values[key.own])
+    tensors = {key.foreign: torch.from_numpy(values[key.name].T.copy() if key.transposed else values[key.name])
                for key in keys(model.config, "huggingface")}
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     tensors |= {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),

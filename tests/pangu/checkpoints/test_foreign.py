@@ -22,7 +22,7 @@ VALUES = parameters(CONFIG)
 def plan_of(naming):
     """The parameters as another code names, turns and types them."""
     return [(key.foreign, "F32", key.their_shape, lambda key=key: np.ascontiguousarray(
-        VALUES[key.own].T if key.transposed else VALUES[key.own])) for key in keys(CONFIG, naming)]
+        VALUES[key.name].T if key.transposed else VALUES[key.name])) for key in keys(CONFIG, naming)]
 
 
 @pytest.fixture(params=["huggingface", "mindformers", "mindspore", "slices"])

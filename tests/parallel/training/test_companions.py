@@ -40,7 +40,10 @@ class Tally(Companion):
 class Ending(Batches):
     """A stream of five batches."""
 
-    ends = True
+    ends, read_ahead = True, True
+
+    def interrupt(self):
+        """Waits for nothing."""
 
     def batches(self, start_step):
         return itertools.islice(super().batches(start_step), max(0, 5 - start_step))
