@@ -98,6 +98,7 @@ def test_independent_of_files_parts_and_order(pages, done, two_workers, tmp_path
     assert total_by_rule(results) == total_by_rule(done[1])
 
 
+@pytest.mark.slow
 @needs_proc
 def test_spark_with_workers_killed_all_the_time_gives_the_same_mixture(pages, done, spark_engine, tmp_path):
     """After each of the first parts of each step, one Python worker of Spark is killed."""

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "replay_tab
 SCRIPT_NAMES = runpy.run_path(str(SCRIPT))
 MODELS = SCRIPT_NAMES["MODELS"]
 FAST = [("pangu/tiny", "op"), ("pangu/tiny", "all_five"), ("recsys/tokenmixer_large", "stages"),
-        ("recsys/tokenmixer_large_moe", "expert"), ("recsys/dlrm_mlp", "op")]
+        ("recsys/dlrm_mlp", "op")]
 FOUR_GIGABYTES = 4 * 2**20  # in KiB, as getrusage counts
 MEASURED = """
 import json, resource, sys

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="exporting needs g++ on x86-64, running needs torch")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_and_a_restart_equal_the_straight_run(straight, tmp_path):
     running = Launch(straight.folder / "program", tmp_path / "run", 2, more=["--max-restarts", "1"])
     running.wait_for_step(6)
@@ -42,6 +43,7 @@ def test_a_mistake_of_the_users_is_not_tried_again(straight, tmp_path):
     assert ended.code == 2 and ended.figures["restarts"] == 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_too_long_says_for_what(straight, tmp_path):
     running = Launch(straight.folder / "program", tmp_path / "run", 2, more=["train.stall_after=4"])
     running.wait_for_step(3)

@@ -54,6 +54,7 @@ def whole(folder: Path, *keys: str) -> tuple[list, Counter]:
     return told, Counter(counts)
 
 
+@pytest.mark.slow
 def test_a_whole_network_recomputes_and_takes_micro_batches(tmp_path):
     """Products of two layers are made again, with the same result bit for bit; micro-batches repeat the whole pass."""
     plain, products = whole(tmp_path / "plain")

@@ -199,6 +199,7 @@ def test_start_from_in_a_run(tmp_path, graph_mode):
 
 
 # Two runs of two processes: compiled once each.
+@pytest.mark.slow
 def test_a_sharded_run_starts_from_a_checkpoint_of_other_features(tmp_path):
     """Its first losses are those of one process that starts from the same checkpoint: every slice was moved."""
     pytest.importorskip("torch")
