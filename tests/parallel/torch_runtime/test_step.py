@@ -71,6 +71,15 @@ def test_out_of_memory_while_the_state_is_made(tmp_path, monkeypatch):
         TorchStep(program, 0, device="cpu", mode="exact")
 
 
+def test_compiled_regions_under_op_are_refused_on_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr("parallel.torch_runtime.step.device_of", lambda name: torch.device("cuda"))
+    node = Node("Add", [0, 1], [KIND], number=2)
+    program = written(tmp_path, [Graph([("x", KIND)], [("w", KIND)], [], [node], 2)])
+    program.parallel["op"] = 2
+    with pytest.raises(UserError, match=r"parallel\.execution: compiled regions .*inductor.*set it to cuda_graph"):
+        TorchStep(program, 0, device="cuda", mode="inductor")
+
+
 def test_messages_that_would_be_taken_for_another_are_refused(tmp_path):
     good = written(tmp_path / "good", [sends("Send", [0, 1, 2]), sends("Receive", [0, 1, 2])])
     check_messages(good, 0)
