@@ -52,7 +52,8 @@ def sources(settings: RunSettings, share: tuple[int, int]) -> tuple[PackedDatase
         return _pairs(settings, share)
     shared = {"batch_size": settings.train.global_batch_size, "sequence_length": model.sequence_length,
               "vocabulary_size": model.vocabulary_size, "shard": share,
-              "eod_reset": data.eod_reset, "seed": settings.train.seed, "by_file": data.by_file}
+              "eod_reset": data.eod_reset, "seed": settings.train.seed, "by_file": data.by_file,
+              "most_documents": _most_documents(settings)}
     training = PackedDataset(data.directory, shuffle=data.shuffle, **shared)
     if data.validation_directory is not None:
         return training, PackedDataset(data.validation_directory, shuffle=False, repeat=False, **shared)
@@ -62,11 +63,18 @@ def sources(settings: RunSettings, share: tuple[int, int]) -> tuple[PackedDatase
     return training, PackedDataset(data.directory, split="validation", shuffle=False, repeat=False, **shared)
 
 
+def _most_documents(settings: RunSettings) -> int | None:
+    """Documents that attention can be told of in a record; None where it takes any number."""
+    told = settings.model.is_told_ends(settings.train.precision, settings.parallel.backend)
+    return settings.model.most_documents if told else None
+
+
 def _pairs(settings: RunSettings, share: tuple[int, int]) -> tuple[PairsDataset, PairsDataset | None]:
     tokenizer, adapt = Tokenizer(settings.data.tokenizer), settings.adapt
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
     shared = {"batch_size": settings.train.global_batch_size, "seed": settings.train.seed,
-              "sequence_length": settings.model.sequence_length, "shard": share}
+              "sequence_length": settings.model.sequence_length, "shard": share,
+              "most_documents": _most_documents(settings)}
     validation = None
     if adapt.validation is not None:
         validation = PairsDataset(adapt.validation, tokenizer, repeat=False, **shared)

@@ -7,6 +7,8 @@ A package that has models holds a module `build` with
     build(settings, parallel, compute_dtype) -> Task
     train_on(settings, backend, figures) -> dict: trains on any backend; imports no framework
     replay_overrides(settings) -> list[str]: overrides without which a layout would not compute what one device does
+    written_out(settings, chosen) -> list[str], if it has layers that call kernels of Ascend alone: overrides under which
+        they compute the same by plain primitives; without `chosen` only where the file leaves the choice
     inference(settings, parallel, compute_dtype, kind) -> Task: a graph that a trained model is used by ("decode",
         "prefill", "score" over a cache, say); with `inference_kinds(settings, verb)`: those that a verb needs (none =
         all), `check_inference(settings)`, and `shapes_inference(tree)`: the part of the settings
@@ -136,6 +138,11 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Any,
         raise UserError("the config file does not say model.name", where=path, hint="add model: {name: ...}")
     module = package_of(model["name"])
     return module, validate(module.settings_class(model["name"]), tree, where=str(path))
+
+
+def written_out(module: Any, settings: Settings, *, chosen: bool) -> list[str]:
+    """Overrides under which a model's graphs have plain primitives only (see the head of this file)."""
+    return module.written_out(settings, chosen) if hasattr(module, "written_out") else []
 
 
 def build_task(path: str | Path, overrides: list[str] | None = None, devices: int | None = None,

@@ -36,9 +36,10 @@ def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]
     Raises:
         UserError: the checkpoint is of another model, damaged or incomplete; no disk space.
     """
-    from parallel.task import build_task
+    from parallel.task import build_task, load_run, written_out
 
-    task, _, config = build_task(arguments.config, arguments.overrides)
+    plain = written_out(*load_run(arguments.config, arguments.overrides), chosen=True)  # the same parameters
+    task, _, config = build_task(arguments.config, [*arguments.overrides, *plain])
     slices = Slices(arguments.source)
     if config.world == 1:
         return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))

@@ -104,9 +104,11 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
         UserError: see `run`.
     """
     from parallel.proof.replay.settings import check_layout
-    from parallel.task import load_run
+    from parallel.task import load_run, written_out
 
     module, settings = load_run(config, list(overrides))
+    overrides = [*overrides, *written_out(module, settings, chosen=False)]
+    settings = load_run(config, overrides)[1]
     kinds = tuple(kinds or ("step", "loss", *(("scores",) if hasattr(module, "scores") else ())))
     shaping = portable.shaping(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,

@@ -47,12 +47,14 @@ class OneDevice:
     """
 
     def __init__(self, config: str, overrides: Sequence[str], compilers: Compilers | None = None) -> None:
-        from parallel.task import load_run
+        from parallel.task import load_run, written_out
         from parallel.training.device import start_device
         from parallel.training.sharded.step import micro_batches
 
         start_device(target="CPU")
-        self.config, self.overrides = config, list(overrides)
+        self.config = config
+        # The other side of whatever the layout has fused.
+        self.overrides = [*overrides, *written_out(*load_run(config, list(overrides)), chosen=True)]
         self.compilers = compilers
         self.single: dict[int, AllRanks] = {}
         self.histories: dict[bytes, History] = {}
