@@ -21,6 +21,7 @@ from parallel.launch.machines import Machines, machines_of
 from parallel.launch.plan import Plan, add_node_arguments
 from parallel.task import load_run
 from parallel.training.agreement import facts_of
+from parallel.training.settings import RunSettings
 
 _CLOCK_SECONDS = 5.0
 
@@ -49,7 +50,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         return _looked(run_settings, plan, machines, arguments.mb)
 
 
-def _looked(settings: Any, plan: Plan, machines: Machines, megabytes: float) -> dict[str, Any]:
+def _looked(settings: RunSettings, plan: Plan, machines: Machines, megabytes: float) -> dict[str, Any]:
     parallel = settings.parallel.resolve(plan.ranks)
     choice = choice_of(settings, plan.ranks)
     info(choice.text())
@@ -71,7 +72,7 @@ def _looked(settings: Any, plan: Plan, machines: Machines, megabytes: float) -> 
     return _told(settings, everyone, plan)
 
 
-def _told(settings: Any, ranks: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+def _told(settings: RunSettings, ranks: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     """The table, and what is wrong."""
     axes = {}
     for axis in ranks[0]["axes"]:
@@ -93,7 +94,7 @@ def _told(settings: Any, ranks: list[dict[str, Any]], plan: Plan) -> dict[str, A
             "exit_code": 2 if problems else 0}
 
 
-def _problems(settings: Any, ranks: list[dict[str, Any]], plan: Plan, spread: float, free: dict) -> list[str]:
+def _problems(settings: RunSettings, ranks: list[dict[str, Any]], plan: Plan, spread: float, free: dict) -> list[str]:
     found = []
     first = ranks[0]
     for one in ranks:
@@ -112,7 +113,7 @@ def _problems(settings: Any, ranks: list[dict[str, Any]], plan: Plan, spread: fl
     return list(dict.fromkeys(found))
 
 
-def _disk_needed(settings: Any, plan: Plan) -> float:
+def _disk_needed(settings: RunSettings, plan: Plan) -> float:
     """GB of the checkpoints that lie on a disk at once; 0 where no MindSpore is here to tell the shapes."""
     if not installed("mindspore"):
         return 0.0

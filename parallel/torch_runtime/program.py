@@ -36,7 +36,7 @@ FORMAT, VERSION = "parallel-program", 1
 FILE = "program.json.gz"
 KINDS = ("step", "loss", "scores")
 """Graphs of a program of training. Others are of inference, of one group of data parallelism: a program holds these or
-those, and the model's package says what they are called (`build.inference_kinds`)."""
+those, and the model's package says what they are called (`ModelPackage.inference_kinds`)."""
 INLINE = 64
 """Constants of at most this many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30

@@ -22,12 +22,13 @@ from parallel.torch_runtime.groups import Communicator, join, leave
 from parallel.torch_runtime.passes import documents_input, optimized
 from parallel.torch_runtime.program import Graph, Program, start_of
 from parallel.torch_runtime.program import Tensor as Held
+from parallel.training.backend import SlicedBackend
+from parallel.training.data_source import SAMPLE_NUMBERS
 from parallel.training.operation.stall import waiting
 
 MODES = ("exact", "eager", "cuda_graph", "inductor")
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
                 torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-SAMPLE_NUMBERS = "sample_numbers"
 _ACCUMULATED = "accu_grads."
 
 
@@ -54,7 +55,7 @@ class TorchTensor:
         self.tensor.copy_(value.reshape(self.tensor.shape))
 
 
-class TorchStep:
+class TorchStep(SlicedBackend):
     """One rank of an exported program on one device, ready to step from its start values.
 
     Args:

@@ -28,7 +28,7 @@ from parallel.interchange.sizes import variants
 from recsys.build import sample_batch
 from recsys.data.features import FeatureSpec
 from recsys.network import labels_of
-from recsys.passes.tasks import KINDS, arguments_of, cell_of, exact_experts, kinds_of, whole_spec
+from recsys.passes.tasks import KINDS, arguments_of, cell_of, kinds_of, whole_spec
 from recsys.passes.weights import Weights
 from recsys.saved_model import VOCABULARY, vocabulary_of
 from recsys.ug_sep.sides import UserCandidateSplit
@@ -106,7 +106,7 @@ class Exported:
         """Writes and checks the MindIR passes; the verb's figures."""
         from parallel.interchange.mindir import Loaded, plain_operations, write
 
-        exact_experts(self.settings)
+        self.settings.model.keep_all_rows()
         with plain_operations():
             self.fill()
             told = {"bytes": 0}

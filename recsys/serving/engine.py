@@ -50,7 +50,7 @@ class Scorer:
 
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache, tables: Any = None) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
-        self.spec, self.sides = model.spec, getattr(model, "sides", None)
+        self.spec, self.sides = model.spec, model.sides if isinstance(model, SeparatedRanker) else None
         self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
         self.whole_pass = model
         if self.separated:

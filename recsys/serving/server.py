@@ -19,7 +19,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from recsys.serving.settings import ServeSettings
 from recsys.serving.workers import ARROW, JSON, Peers, Place, run_workers, shared_listener
 from recsys.versions.pinned import Versions
 from recsys.versions.request_log import RequestLog
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 _SHORT_BYTES = 1 << 16  # some 2 ms
 
@@ -368,7 +371,7 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     return _served(service, listener)
 
 
-def _run_sharded(run_settings: Any, settings: ServeSettings, arguments: argparse.Namespace) -> dict:
+def _run_sharded(run_settings: Run, settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     """One of the processes of a launch."""
     from recsys.serving.sharded import open_engine
 

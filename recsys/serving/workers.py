@@ -27,6 +27,7 @@ from parallel.common.progress import info
 from parallel.common.structured import parse_json
 from parallel.serving.errors import Refusal
 from parallel.serving.settings import HttpSettings
+from recsys.serving.settings import ServeSettings
 
 _VARIABLE = "RANKER_WORKER"
 _HEAD = struct.Struct("<IB")
@@ -82,7 +83,7 @@ def shared_listener(settings: HttpSettings, port: int | None = None) -> socket.s
 # ---------------------------------------------------------------- the parent
 
 
-def run_workers(settings: Any, said: str) -> dict:
+def run_workers(settings: ServeSettings, said: str) -> dict:
     """Starts the workers, starts one anew that dies, and ends them at SIGTERM or SIGINT."""
     _nobody_listens(settings)
     listener = shared_listener(settings)  # never listens: it keeps the port

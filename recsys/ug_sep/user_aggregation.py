@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel.common.errors import UserError
+from parallel.training.data_source import DataSource
 from recsys.data.batches import Batches
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.ranker import SeparatedRanker
@@ -39,7 +40,7 @@ def distinct_users(ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np
     return ids[first], numbers[first], index.reshape(-1).astype(np.int32)
 
 
-class SharedUsers:
+class SharedUsers(DataSource):
     """Batches (ids_Bm, numbers_Bn, labels_BK, index_B, user_ids_Rm, user_numbers_Rn) of batches with rows of both
     sides.
 

@@ -1,4 +1,4 @@
-"""What the processes of test_cut_run do: a simulated cluster whose ranks are forks that talk through shared memory.
+"""What the processes of test_sharded_run do: a simulated cluster whose ranks are forks that talk through shared memory.
 
 MindSpore compiles the real step of every rank; the step itself cannot be executed, so a stand-in takes its place in the
 trainer's loop. Everything else is the code of a real run.
@@ -14,6 +14,8 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+
+from parallel.training.data_source import DataSource
 
 
 class SharedSum:
@@ -31,7 +33,7 @@ class SharedSum:
         return table[:, :len(values)].sum(0).tolist()
 
 
-class Rows:
+class Rows(DataSource):
     """Batches of which each process has its rows: row i of batch b holds the number 1000 b + i everywhere."""
 
     columns = ("records", "position_ids", "documents")

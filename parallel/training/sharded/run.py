@@ -21,7 +21,8 @@ from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize, recompute
 from parallel.sharding.slices import Extent, holders, sharded_parameters
 from parallel.sharding.trainable import is_weighted
-from parallel.task import SAMPLE_NUMBERS, Input, Task
+from parallel.task import Input, Task
+from parallel.training.data_source import SAMPLE_NUMBERS
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
 from parallel.training.sharded.step import ShardedStep, input_shapes, micro_batches, sharded_step, switch_on
