@@ -115,7 +115,8 @@ def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) 
                 lambda: list(network.get_parameters()), processes.rank)
     if processes.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
-    publisher = publisher_of(settings, backend, log.spec)
+    of_both = {"ids_of": batches.ids_of} if options.share_users else {}
+    publisher = publisher_of(settings, backend, log.spec, **of_both)
     trainer = Trainer(backend, run_of(settings, counted, batches, ranks=processes.ranks, evaluate=[best],
                                       companions=[publisher] if publisher is not None else []))
     return finish(settings, log, trainer, best, counted)

@@ -71,14 +71,35 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     make = exported_inference if set(kinds) & set(served) else exported
     made = make(arguments.config, arguments.overrides, processes=arguments.processes, kinds=kinds)
     target = Path(arguments.output)
-    target.mkdir(parents=True, exist_ok=True)
-    for path in made.iterdir():
-        shutil.copyfile(path, target / path.name)
+    own = _exported_settings(arguments.config, arguments.overrides, bool(set(kinds) & set(served)))
+    _copy(made, target, own, config=Path(arguments.config).name, overrides=list(arguments.overrides))
     opened = portable.Program(target)
     first = next(iter(opened.ranks[0].graphs))
     return {"world": opened.world, "distinct_graphs": len({rank.graphs[first] for rank in opened.ranks}),
             "bytes": sum(path.stat().st_size for path in target.iterdir()),
             "seconds": round(time.monotonic() - started, 2), "program": str(target)}
+
+
+def _copy(source: Path, target: Path, settings: dict[str, Any], **more: Any) -> None:
+    """Copies a program for a run with the same graphs: what shapes no graph (where its data are, how it is executed) is
+    that run's own. `more` are further entries of program.json.gz."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.name != portable.FILE:
+            shutil.copyfile(path, target / path.name)
+    tree, shaping = portable.Program(source).tree, portable.shaping(settings)["parallel"]
+    own = {key: value for key, value in settings["parallel"].items() if key not in shaping and key != "devices"}
+    portable.write_program_file(target, tree | {"settings": settings, "parallel": tree["parallel"] | own, **more})
+
+
+def _exported_settings(config: str, overrides: Sequence[str], of_inference: bool) -> dict[str, Any]:
+    """The settings of the run, as JSON: those of inference with the layout of its graphs."""
+    from parallel.task import load_run
+
+    settings = load_run(config, list(overrides))[1]
+    if of_inference:
+        settings = load_run(config, [*overrides, *inference_layout(settings.parallel.forward().resolve())])[1]
+    return settings.model_dump(mode="json")
 
 
 def _served_kinds(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import numpy as np
 
 from parallel.checkpoint.owners import Holders, held_alike
 from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
 from parallel.common.settings import without
 from parallel.common.start_value import start_value
 from parallel.common.structured import parse_json
@@ -46,8 +46,7 @@ _SHAPELESS = {
     "publish": True, "adapt": {"checkpoint", "pairs", "validation"},
     "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
               "data_sink", "keep_best", "profile", "stall_after"},
-    "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache",
-             "by_file"},
+    "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache", "by_file"},
     "parallel": {"backend", "devices", "execution", "mindspore"},
 }  # fmt: skip
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
@@ -382,7 +381,6 @@ class Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, int] = {}
         self.files: dict[str, str] = {}
-        self.bytes = 0
 
     def add(self, graph: Graph) -> int:
         """Writes a graph, unless it has been; its number."""
@@ -411,14 +409,18 @@ class Writer:
             "ranks": [[rank.stage, rank.data, rank.op, rank.graphs, rank.groups, rank.extents, rank.copies]
                       for rank in ranks],
         }  # fmt: skip
-        self._write(FILE, _zipped(json.dumps(tree, separators=(",", ":")).encode()))
+        write_program_file(self.folder, tree)
 
     def _write(self, name: str, data: bytes) -> None:
-        hidden = self.folder / f".{name}.{os.getpid()}"
-        hidden.write_bytes(data)
-        hidden.replace(self.folder / name)
+        with atomic_write(self.folder / name, "wb") as file:
+            file.write(data)
         self.files[name] = hashlib.sha256(data).hexdigest()
-        self.bytes += len(data)
+
+
+def write_program_file(folder: Path, tree: dict[str, Any]) -> None:
+    """Writes program.json.gz."""
+    with atomic_write(folder / FILE, "wb") as file:
+        file.write(_zipped(json.dumps(tree, separators=(",", ":")).encode()))
 
 
 def structure(graph: Graph) -> str:

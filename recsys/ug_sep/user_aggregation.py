@@ -63,6 +63,13 @@ class SharedUsers(DataSource):
         for ids, numbers, labels in self.source.batches(start_step):
             yield share(self.sides, ids, numbers, labels)
 
+    def ids_of(self, batch: tuple[np.ndarray, ...]) -> np.ndarray:
+        """ids_BM of such a batch, the columns of both sides."""
+        ids, _, _, index, user_ids, _ = batch
+        whole = np.empty((len(ids), ids.shape[1] + user_ids.shape[1]), ids.dtype)
+        whole[:, list(self.sides.candidate.ids)], whole[:, list(self.sides.user.ids)] = ids, user_ids[index]
+        return whole
+
 
 def share(sides: UserCandidateSplit, ids: np.ndarray, numbers: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
                                                                                                         ...]:
