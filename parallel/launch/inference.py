@@ -22,7 +22,7 @@ from parallel.training.agreement import facts_of
 from parallel.training.settings import RunSettings
 
 PROGRAM, DEVICE = "PARALLEL_PROGRAM", "PARALLEL_DEVICE"
-"""Variables that tell a process which program it runs, and on what ("cpu", "gpu")."""
+"""Variables that name the program that a process runs, and on what ("cpu", "gpu")."""
 _FOLDER = "inference"
 
 
@@ -70,7 +70,7 @@ def compare_settings(wanted: dict[str, Any], held: dict[str, Any], folder: Path)
     """Raises a `UserError` naming the first key in which a run's settings shape other graphs than a program's.
 
     Args:
-        wanted, held: what `shapes_inference` of the model's package says of either.
+        wanted, held: `ModelPackage.shapes_inference` of either.
         folder: of the program.
     """
     for where, one, other in _leaves(wanted, held):

@@ -1,7 +1,8 @@
 """Verb `preflight`: what would stop a run, found in a minute and before the first compile.
 
-All machines meet (same commit, same settings), start their ranks, and each rank tells versions, clock and free disk and
-makes one collective along every axis of the layout. Machine 0 says what differs or fails, and how long each axis takes.
+All machines meet (same commit, same settings), start their ranks, and each rank reports versions, clock and free disk
+and makes one collective along every axis of the layout. Machine 0 reports what differs or fails, and how long each axis
+takes.
 """
 
 from __future__ import annotations
@@ -69,10 +70,10 @@ def _looked(settings: RunSettings, plan: Plan, machines: Machines, megabytes: fl
     everyone = sorted((one for machine in machines.gather(own) for one in machine), key=lambda one: one["rank"])
     if not everyone:
         return {"ranks": plan.ranks, "exit_code": 0}
-    return _told(settings, everyone, plan)
+    return _reported(settings, everyone, plan)
 
 
-def _told(settings: RunSettings, ranks: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+def _reported(settings: RunSettings, ranks: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     """The table, and what is wrong."""
     axes = {}
     for axis in ranks[0]["axes"]:
@@ -114,7 +115,7 @@ def _problems(settings: RunSettings, ranks: list[dict[str, Any]], plan: Plan, sp
 
 
 def _disk_needed(settings: RunSettings, plan: Plan) -> float:
-    """GB of the checkpoints that lie on a disk at once; 0 where no MindSpore is here to tell the shapes."""
+    """GB of the checkpoints that are on a disk at once; 0 where no MindSpore is here to work out the shapes."""
     if not installed("mindspore"):
         return 0.0
     from parallel.planning.checkpoint import checkpoint_bytes

@@ -106,10 +106,10 @@ def fewest(decoder: Decoder, cluster: ClusterSettings) -> Served:
     Raises:
         UserError: there is none.
     """
-    ways = [op for op in range(1, cluster.devices_per_node + 1) if decoder.heads % op == 0 and decoder.inner % op == 0
+    widths = [op for op in range(1, cluster.devices_per_node + 1) if decoder.heads % op == 0 and decoder.inner % op == 0
             and (decoder.whole_vocabulary or decoder.vocabulary % op == 0)]
     depths = range(1, min(decoder.layers, _MOST_STAGES) + 1)
-    found = [served(decoder, cluster, op, stages) for op in ways for stages in depths]
+    found = [served(decoder, cluster, op, stages) for op in widths for stages in depths]
     fitting = [one for one in found if one.fits]
     if not fitting:
         raise UserError(f"no group within {cluster.devices_per_node} x {_MOST_STAGES} devices holds the model",

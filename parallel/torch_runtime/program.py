@@ -362,8 +362,8 @@ def start_of(tensor: Tensor, extent: Extent | None, seed: int) -> np.ndarray:
     dtype = tensor.dtype if tensor.dtype.startswith(("int", "uint", "bool")) else "float32"
     if distribution == "fill":
         return np.full(shape, scale, dtype)
-    whole = start_value(tensor.name, tensor.shape, (distribution, scale), seed)
-    return whole if extent is None else np.ascontiguousarray(whole[tuple(slice(*pair) for pair in extent)])
+    full = start_value(tensor.name, tensor.shape, (distribution, scale), seed)
+    return full if extent is None else np.ascontiguousarray(full[tuple(slice(*pair) for pair in extent)])
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -426,12 +426,12 @@ def write_program_file(folder: Path, tree: dict[str, Any]) -> None:
 def structure(graph: Graph) -> str:
     """Hash of a graph's nodes without the constants: their values and how many of them are equal differ between ranks
     that do the same."""
-    def told(number: int) -> Any:
+    def place(number: int) -> Any:
         if number < graph.first_constant:
             return number
         return number - graph.first_node if number >= graph.first_node else "constant"
 
-    nodes = [[node.op, [told(number) for number in node.inputs], [(kind.shape, kind.dtype) for kind in node.outputs],
+    nodes = [[node.op, [place(number) for number in node.inputs], [(kind.shape, kind.dtype) for kind in node.outputs],
               node.attributes.get("group")] for node in graph.nodes]
     return hashlib.sha256(json.dumps(nodes).encode()).hexdigest()[:16]
 

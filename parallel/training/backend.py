@@ -128,5 +128,5 @@ class SlicedBackend(Backend):
     """A backend that can tell what its parameters started from (all but MindSpore's of an unsharded network)."""
 
     @abstractmethod
-    def whole_start(self, name: str) -> np.ndarray:
+    def full_start(self, name: str) -> np.ndarray:
         """Start value of a parameter of the network before it is sharded."""

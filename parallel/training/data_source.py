@@ -63,7 +63,7 @@ class WaitingSource(DataSource):
 class BatchForm:
     """Shapes and element types of a run's batches: those that its graph was compiled for.
 
-    A framework that compiles at the first call would compile another graph for a batch of another form, and a cut
+    A framework that compiles at the first call would compile another graph for a batch of another form, and a sharded
     network cannot be compiled twice: its parameters are slices by then.
 
     Args:

@@ -168,7 +168,7 @@ class ShardedBackend(MindSporeBackend, SlicedBackend):
         """See `MindSporeBackend`."""
         return self.run.cell
 
-    def whole_start(self, name: str) -> np.ndarray:
+    def full_start(self, name: str) -> np.ndarray:
         """See `SlicedBackend`."""
         starts = {parameter.name: parameter.start for parameter in self.run.task.network.get_parameters()}
         return start_value(name, self.holder.shapes[name], starts[name], self.run.settings.seed)

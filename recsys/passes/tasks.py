@@ -146,7 +146,7 @@ def check_inference(settings: Run) -> None:
         raise UserError("tables on the host are served and evaluated by one process", where="data.tables.place",
                         value="host", hint="set parallel.op and parallel.pipeline.stages to 1")
     if settings.model.lookup.by != "op":
-        raise UserError("a forward pass alone cuts tables over the op axis", where="model.lookup.by",
+        raise UserError("a forward pass alone shards tables over the op axis", where="model.lookup.by",
                         value=settings.model.lookup.by, hint="set model.lookup.by=op: the checkpoint is the same")
     if settings.parallel.pipeline.stages > 1 and len(kinds_of(settings)) > 1:
         raise UserError("both passes of a separated ranker are sharded by op alone", where="parallel.pipeline.stages",
