@@ -157,7 +157,7 @@ def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
 
 
 def inference_graph(task: Task, config: ParallelConfig) -> nn.Cell:
-    """The sharded network of a task that `build.inference` made, ready to compile; see `evaluation_graph`."""
+    """The sharded network of a task of `ModelPackage.inference`, ready to compile; see `evaluation_graph`."""
     network = parallelize(task.network, config)
     # Where the graph broadcasts the result, the others add zeros of another shape.
     sharded = switch_on(network, config, [(1,) * len(item.shape) for item in task.inputs], False, broadcast=False)
