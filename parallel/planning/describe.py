@@ -318,8 +318,8 @@ class Trace:
             *INTEGER_RESULTS, "OneHot", "StopGradient", "ZerosLike", "OnesLike")
         parameter = inputs[0].parameter if name == "Cast" else None
         kinds = SIDE_RESULTS.get(name, {})
-        made = [SymbolicTensor(dims, kinds.get(index) or dtype, parameter, differentiable and index not in kinds, number,
-                               self)
+        made = [SymbolicTensor(dims, kinds.get(index) or dtype, parameter, differentiable and index not in kinds,
+                               number, self)
                 for index, dims in enumerate(rule([item.dims for item in inputs]).outputs)]
         if plain:
             for index, item in enumerate(made):

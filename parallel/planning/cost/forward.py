@@ -26,7 +26,8 @@ _READS: dict[str, str | tuple[str, ...]] = {
     "Exp": ("o0",), "Tanh": ("o0",), "ReLU": ("o0",), "Sqrt": ("o0",), "Rsqrt": ("o0",), "Reciprocal": ("o0",),
     "GeLU": ("i0", "o0"), "FastGeLU": ("i0",), "SiLU": ("i0",), "Log": ("i0",), "Log1p": ("i0",), "Square": ("i0",),
     "Abs": ("i0",), "Erf": ("i0",), "LayerNorm": ("i0", "o1", "o2"), "RmsNorm": ("i0", "o1"),
-    "FlashAttentionScore": ("i0", "i1", "i2", "i3", "i4", "o0", "o1", "o2", "o3"), "ReduceMax": ("i0", "o0"), "ReduceMin": ("i0", "o0"), "Gather": ("i1",), "Select": ("i0",), "TopK": ("o1",),
+    "FlashAttentionScore": ("i0", "i1", "i2", "i3", "i4", "o0", "o1", "o2", "o3"),
+    "ReduceMax": ("i0", "o0"), "ReduceMin": ("i0", "o0"), "Gather": ("i1",), "Select": ("i0",), "TopK": ("o1",),
 }
 _BACKWARD_PRODUCTS = 5  # of a fused attention: scores, and the gradients by probabilities, values, queries and keys
 _NOTHING = frozenset({"Depend", "StopGradient", "Detach"})

@@ -45,8 +45,9 @@ def by_rules(tensors, layout: int, mask, bits=None, keep: float = 1.0, ends=None
     rest = (None, ends, ends, HEADS, keep, SCALE, 2**31 - 1, 2**31 - 1, 0, layout, 2 if layout == TND else 0)
     largest, total, unused, out = RULES["FlashAttentionScore"](
         Node("x", "FlashAttentionScore", [], []), q, k, v, None, bits, None, mask, *rest)
-    found = RULES["FlashAttentionScoreGrad"](Node("y", "FlashAttentionScoreGrad", [], []), q, k, v, gradient, None, bits,
-                                             None, mask, largest, total, unused, out, *rest)
+    found = RULES["FlashAttentionScoreGrad"](
+        Node("y", "FlashAttentionScoreGrad", [], []), q, k, v, gradient, None, bits, None, mask, largest, total, unused,
+        out, *rest)
     return [out, *found[:3]]
 
 
@@ -79,7 +80,8 @@ def test_a_mask_and_the_bits_of_dropout_give_what_the_written_out_form_gives(ten
 
 
 def test_bits_are_the_mask_of_dropout():
-    dropout, bits, keys = Dropout(RATE, ("batch", "heads", None, None)).set_train(), DropoutBits(RATE, HEADS), DropoutKeys()
+    dropout, bits = Dropout(RATE, ("batch", "heads", None, None)).set_train(), DropoutBits(RATE, HEADS)
+    keys = DropoutKeys()
     dropout.salt = bits.salt = 99
     rows = keys(Tensor(np.arange(BATCH, dtype=np.int32)), LENGTH)
     kept = dropout(ops.ones((BATCH, HEADS, LENGTH, LENGTH), ms.float32), rows).asnumpy() > 0
