@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from parallel.torch_runtime import flash_attention
+from parallel.torch_runtime.attention import flash
 from parallel.torch_runtime.program import Node
 
 Rule = Callable[..., Any]
@@ -146,7 +146,7 @@ RULES |= {
     "TupleGetItem": lambda node, items, index: items[int(index)],
     "Depend": lambda node, x, *after: x,
     "TensorToTuple": lambda node, x: x,  # its readers take tensors, without waiting for the device
-    "FlashAttentionScore": flash_attention.forward, "FlashAttentionScoreGrad": flash_attention.backward,
+    "FlashAttentionScore": flash.forward, "FlashAttentionScoreGrad": flash.backward,
     "UpdateState": lambda node, *after: None,
     "Reshape": lambda node, x, shape: x.reshape(ints(shape)),
     "Squeeze": lambda node, x, *dims: x.reshape(node.outputs[0].shape),

@@ -119,7 +119,7 @@ def _has_kernel(q: Tensor) -> bool:
 
 
 def _kernels() -> Any:
-    from parallel.torch_runtime import dropout_attention
+    from parallel.torch_runtime.attention import dropout_attention
 
     return dropout_attention
 
