@@ -6,7 +6,8 @@
 Each part gets its share of the time. Seeds are printed; a failure is kept in `<folder>/failures/`, its input made as
 small as can be, and tried again with `--seed`. Counts add up over runs in one file (`<folder>/counts.json`, or
 `--counts`), with the seed and commit of each, so that a campaign can go on another day: those of the project are in
-`docs/measurements/raw/campaign_counts.json`. The last line of stdout is one JSON object; exit code 1 if anything failed.
+`docs/measurements/raw/campaign_counts.json`. The last line of stdout is one JSON object; exit code 1 if anything
+failed.
 """
 
 from __future__ import annotations
