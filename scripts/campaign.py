@@ -91,8 +91,8 @@ def add_up(path: Path, campaign: object, seconds: float) -> dict[str, int]:
 
     from parallel.common.files import write_json
 
-    lock = path.with_name(f".{path.name}.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # several campaigns may end at once; given back with the file
+    lock = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # several campaigns may end at once; given back by closing
     kept = kept_counts(path)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     kept["runs"].append({"seed": campaign.seed, "commit": commit.strip(), "date": time.strftime("%Y-%m-%d"),
@@ -102,6 +102,7 @@ def add_up(path: Path, campaign: object, seconds: float) -> dict[str, int]:
         total.update(one["counts"])
     kept["total"] = dict(sorted(total.items()))
     write_json(path, kept)
+    os.close(lock)
     return kept["total"]
 
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 from functools import cache
 
-MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-"""Byte order marks and what they say; the longer ones first."""
 CHINESE = ("gb18030", "big5hkscs")
 LIKELY = 0.8
 _LOOKED_AT = 20_000
-
-
-def by_mark(data: bytes) -> str | None:
-    """The charset that a byte order mark at the beginning says, None without one."""
-    return next((name for mark, name in MARKS if data.startswith(mark)), None)
 
 
 # Characters of GBK and GB18030 that had no code points when the standard of 2000 gave them private ones, which Python's

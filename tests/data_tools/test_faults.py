@@ -192,7 +192,8 @@ def test_a_body_that_ends_before_its_last_chunk_or_its_length_is_no_page(tmp_pat
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
     chunked = head + b"Transfer-Encoding: Chunked\r\n\r\n"
-    whole = [chunked + chunks + b"0\r\n\r\n", chunked + chunks + b"0\r\nX: a trailer\r\n\r\n", chunked + chunks + b"0\r\n",
+    ends = (b"0\r\n\r\n", b"0\r\nX: a trailer\r\n\r\n", b"0\r\n")
+    whole = [*(chunked + chunks + end for end in ends),
              head + b"Content-Length: %d\r\n\r\n" % len(page) + page, chunked + page,
              head + b"Content-Length: 9\r\n\r\n" + page, head + b"Content-Length: x\r\n\r\n" + page]
     cut = [chunked + chunks, chunked + chunks[:-150], head + b"Content-Length: %d\r\n\r\n" % (len(page) + 9) + page]
