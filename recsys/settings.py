@@ -243,6 +243,10 @@ class RankerSettings(Settings):
         """The capacity factor under which no routed expert leaves a row out; None without such experts."""
         return None
 
+    def keep_all_rows(self) -> None:
+        """Lets routed experts take all rows that choose them, in graphs of static shapes in which what a row gets must
+        not depend on its batch; nothing without such experts."""
+
 
 class FlatSchedule(ScheduleSettings):
     """A constant learning rate unless said otherwise, as rankers are trained."""

@@ -163,7 +163,7 @@ def generate_pages(count: int = DEFAULT_PAGES, seed: int = 1) -> Iterator[tuple[
 
 
 def _break(line: bytes, rng: random.Random) -> bytes:
-    """Damage of a kind that is mended (a bad byte, GB18030) or that costs the page (half a line, no text)."""
+    """Damage of a kind that is repaired (a bad byte, GB18030) or that costs the page (half a line, no text)."""
     damage = rng.randrange(4)
     if damage == 0:
         return line[: len(line) // 2]

@@ -15,6 +15,7 @@ from pangu.data.dataset import document_positions, shuffled
 from parallel.common.errors import UserError
 from parallel.common.lines import text_lines
 from parallel.common.structured import BadText, parse_object
+from parallel.training.data_source import DataSource
 
 _MOST_PAIRS = 5_000_000
 
@@ -50,7 +51,7 @@ def _pair(line: str, path: str | Path, number: int) -> tuple[str, str]:
     return row["prompt"], row["answer"]
 
 
-class PairsDataset:
+class PairsDataset(DataSource):
     """Batches of pairs for the trainer; batch i depends on the seed and i alone.
 
     A pair is the document `prompt answer <eot>`. Documents fill records in the order of the file, none is divided;

@@ -18,6 +18,7 @@ from pangu.data.flat import FlatRecords
 from pangu.data.mind_records import REPAIR, MindRecords
 from pangu.data.packing import SPLITS, read_index
 from parallel.common.errors import UserError
+from parallel.training.data_source import DataSource
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _RECORDS_PER_WINDOW = 8192  # records asked for at once: bounds memory and spreads the cost of opening the files
@@ -151,7 +152,7 @@ class Lanes:
 
 # ---------------------------------------------------------------- the data set
 
-class PackedDataset:
+class PackedDataset(DataSource):
     """Batches of packed records for the trainer.
 
     Args:

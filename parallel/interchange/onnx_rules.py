@@ -28,7 +28,7 @@ _FLOATS = ("float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class At:
-    """What a rule is told of its node: the node, the declared type of its result and its shape with free sizes; None
+    """What a rule is given of its node: the node, the declared type of its result and its shape with free sizes; None
     where it has several results."""
 
     node: Node

@@ -277,6 +277,8 @@ class SparsePertokenMoE(Layer):
         self.scale, self.add, self.cast = ops.Mul(), ops.Add(), ops.Cast()
         self.turn, self.turn_gates, self.turn_chosen = ops.Transpose(), ops.Transpose(), ops.Transpose()
         self.compute_dtype = compute_dtype
+        self.expand, self.same, self.hits = ops.ExpandDims(), ops.Equal(), ops.ReduceSum()
+        self.load, self.odds, self.meet, self.product = ops.ReduceMean(), ops.ReduceMean(), ops.Mul(), ops.ReduceMean()
         kernels = library(compute_dtype) if self.dispatch == "grouped" else None
         self.fused = FusedSparseExperts(kernels, self.chosen, self.alpha) if kernels is not None else None
 
@@ -301,6 +303,22 @@ class SparsePertokenMoE(Layer):
                               self.cast(self.up_weight, kind), self.cast(self.down_weight, kind))
         return self.add(routed_TBD, self.shared(x_TBD))
 
+    def balance(self, x_TBD: Tensor) -> Tensor:
+        """R sum_r f_tr P_tr, averaged over the tokens: 1 where the samples of every token are spread evenly over its
+        experts, up to R where one expert gets all of a token's. f is the share of a token's choices that fell on an
+        expert (without a gradient), P the mean of its probability; means go over the batch and never over the tokens,
+        so that tokens which crowd on different experts do not pass for balanced ones.
+
+        Source: Switch Transformer eq. 4 (arXiv 2101.03961), for every token by itself.
+        """
+        probability_TBR = self.softmax(self.cast(self.router(x_TBD), mstype.float32))
+        _, chosen_BTA = self.top(self.turn(probability_TBR, (1, 0, 2)), self.chosen)
+        chosen_TBA1 = self.expand(self.turn_chosen(chosen_BTA, (1, 0, 2)), -1)
+        hot_TBAR = self.cast(self.same(chosen_TBA1, Tensor(np.arange(self.routed, dtype=np.int32))), mstype.float32)
+        load_TR = self.load(self.hits(hot_TBAR, 2), 1)
+        crowd_TR = self.meet(ops.stop_gradient(load_TR), self.odds(probability_TBR, 1))
+        return self.product(crowd_TR) * (self.routed * self.routed / self.chosen)
+
     @property
     def flops_per_sample(self) -> int:
         """Router, the shared expert and the chosen ones; twice the multiplications."""
@@ -322,4 +340,7 @@ class SparsePertokenMoE(Layer):
         return [OpSharding(self.softmax, (row,)), OpSharding(self.turn, (row,)), OpSharding(self.top, (first,)),
                 OpSharding(self.sum, (first,)), OpSharding(self.share, (first, first)),
                 OpSharding(self.turn_gates, (first,)), OpSharding(self.turn_chosen, (first,)),
-                OpSharding(self.scale, (row, ())), OpSharding(self.add, (row, row))]
+                OpSharding(self.scale, (row, ())), OpSharding(self.add, (row, row)),
+                OpSharding(self.expand, (row,)), OpSharding(self.same, ((*row, None), (None,))),
+                OpSharding(self.hits, ((*row, None),)), OpSharding(self.load, (row,)), OpSharding(self.odds, (row,)),
+                OpSharding(self.meet, ((row[0], None),) * 2), OpSharding(self.product, ((row[0], None),))]

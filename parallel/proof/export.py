@@ -71,9 +71,8 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     make = exported_inference if set(kinds) & set(served) else exported
     made = make(arguments.config, arguments.overrides, processes=arguments.processes, kinds=kinds)
     target = Path(arguments.output)
-    target.mkdir(parents=True, exist_ok=True)
-    for path in made.iterdir():
-        shutil.copyfile(path, target / path.name)
+    own = _exported_settings(arguments.config, arguments.overrides, bool(set(kinds) & set(served)))
+    _copy(made, target, own, config=Path(arguments.config).name, overrides=list(arguments.overrides))
     opened = portable.Program(target)
     first = next(iter(opened.ranks[0].graphs))
     return {"world": opened.world, "distinct_graphs": len({rank.graphs[first] for rank in opened.ranks}),
@@ -81,12 +80,34 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
             "seconds": round(time.monotonic() - started, 2), "program": str(target)}
 
 
+def _copy(source: Path, target: Path, settings: dict[str, Any], **more: Any) -> None:
+    """Copies a program for a run with the same graphs: what shapes no graph (where its data are, how it is executed) is
+    that run's own. `more` are further entries of program.json.gz."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.name != portable.FILE:
+            shutil.copyfile(path, target / path.name)
+    tree, shaping = portable.Program(source).tree, portable.shaping(settings)["parallel"]
+    own = {key: value for key, value in settings["parallel"].items() if key not in shaping and key != "devices"}
+    portable.write_program_file(target, tree | {"settings": settings, "parallel": tree["parallel"] | own, **more})
+
+
+def _exported_settings(config: str, overrides: Sequence[str], of_inference: bool) -> dict[str, Any]:
+    """The settings of the run, as JSON: those of inference with the layout of its graphs."""
+    from parallel.task import load_run
+
+    settings = load_run(config, list(overrides))[1]
+    if of_inference:
+        settings = load_run(config, [*overrides, *inference_layout(settings.parallel.forward().resolve())])[1]
+    return settings.model_dump(mode="json")
+
+
 def _served_kinds(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The graphs of inference that the model has."""
     from parallel.task import load_run
 
-    module, settings = load_run(arguments.config, list(arguments.overrides))
-    return tuple(module.inference_kinds(settings)) if hasattr(module, "inference_kinds") else ()
+    package, settings = load_run(arguments.config, list(arguments.overrides))
+    return package.inference_kinds(settings)
 
 
 def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds: Sequence[str] | None = None,
@@ -106,8 +127,8 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
     from parallel.proof.replay.settings import check_layout
     from parallel.task import load_run
 
-    module, settings = load_run(config, list(overrides))
-    kinds = tuple(kinds or ("step", "loss", *(("scores",) if hasattr(module, "scores") else ())))
+    package, settings = load_run(config, list(overrides))
+    kinds = tuple(kinds or ("step", "loss", *(("scores",) if package.has_scores else ())))
     shaping = portable.shaping(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,
                    lambda: check_layout(config, list(overrides)))
@@ -126,15 +147,15 @@ def exported_inference(config: str, overrides: Sequence[str], *, processes: int 
     """
     from parallel.task import load_run
 
-    module, settings = load_run(config, list(overrides))
-    if not hasattr(module, "inference"):
+    package, settings = load_run(config, list(overrides))
+    kinds = tuple(kinds or package.inference_kinds(settings))
+    if not kinds:
         raise UserError("this model has no graphs of inference", where="model.name", value=settings.model.name)
-    kinds = tuple(kinds or module.inference_kinds(settings))
     overrides = [*overrides, *inference_layout(settings.parallel.forward().resolve())]
     settings = load_run(config, list(overrides))[1]
-    shaping = module.shapes_inference(settings.model_dump(mode="json"))
+    shaping = package.shapes_inference(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,
-                   lambda: module.check_inference(settings))
+                   lambda: package.check_inference(settings))
 
 
 def inference_layout(config: ParallelConfig) -> list[str]:

@@ -62,10 +62,11 @@ def fuse_attention(editor: Editor, causal: bool) -> int:
         if node.op == "Softmax" and node.number in editor.nodes:
             pattern = _attention(editor, node)
             if pattern is not None:
-                told = documents_of(editor, pattern["bias"])
+                numbers = documents_of(editor, pattern["bias"])
                 wanted = SPANS != "none" if pattern["dropout"] else SPANS == "all" and _fits_spans(editor, pattern)
-                apart = told is not None and told[1] >= 0 and not causal and wanted
-                _replace_attention(editor, pattern, causal and told is not None, told[1] if apart else None, casts)
+                apart = numbers is not None and numbers[1] >= 0 and not causal and wanted
+                _replace_attention(editor, pattern, causal and numbers is not None, numbers[1] if apart else None,
+                                   casts)
                 found += 1
     return found
 
@@ -184,13 +185,13 @@ def _attention_gradient(editor: Editor, pattern: dict, backward: Node, dvs: list
 def _replace_attention(editor: Editor, pattern: dict, causal: bool, documents: int | None, casts: dict) -> None:
     first = pattern["out"][0] if pattern["out"] else pattern["softmax"]
     q, dropout = editor.kind(pattern["q"]), pattern["dropout"]
-    bias, told = pattern["bias"], []
+    bias, spans = pattern["bias"], []
     if documents is not None:
         if documents not in casts:
             made, kind = editor.add("DocumentSpans", [documents], [], first), editor.kind(bias)
             spread = Kind((kind.shape[0], kind.shape[-1]), "int32")
             casts[documents] = [editor.item(made, place, spread, first) for place in range(3)]
-        told = casts[documents]
+        spans = casts[documents]
     elif not causal:
         if (bias, q.dtype) not in casts:
             kind = Kind(editor.kind(bias).shape, q.dtype)
@@ -198,7 +199,7 @@ def _replace_attention(editor: Editor, pattern: dict, causal: bool, documents: i
         bias = casts[bias, q.dtype]
     inputs, attributes = [pattern["q"], pattern["k"], pattern["v"]], {"causal": causal, "dropout": bool(dropout)}
     if documents is not None:
-        inputs += told
+        inputs += spans
         attributes["documents"] = True
     elif not causal:
         inputs.append(bias)
@@ -236,11 +237,12 @@ def documents_of(editor: Editor, bias: int) -> tuple[int, int] | None:
         return None
     if not np.array_equal(triangle.array(), np.tri(triangle.kind.shape[-1], dtype=bool)[None]):
         return None
-    told = {_compared(editor, item) for item in same.inputs}
+    compared = {_compared(editor, item) for item in same.inputs}
     sources = {editor.through(item, "ExpandDims", "Reshape", "StridedSlice", "Depend", "Load") for item in same.inputs}
     if len(sources) != 1 or (source := sources.pop()) >= editor.original.first_parameter:
         return None
-    return source, told.pop() if len(told) == 1 and same.outputs[0].shape[1:2] == same.outputs[0].shape[2:] else -1
+    square = same.outputs[0].shape[1:2] == same.outputs[0].shape[2:]
+    return source, compared.pop() if len(compared) == 1 and square else -1
 
 
 def _compared(editor: Editor, number: int) -> int:
@@ -262,8 +264,8 @@ def documents_input(graph: Graph) -> int | None:
             pattern = _attention(editor, node)
             if pattern is None:
                 return None
-            told = documents_of(editor, pattern["bias"])
-            found.add(told[0] if told is not None else None)
+            numbers = documents_of(editor, pattern["bias"])
+            found.add(numbers[0] if numbers is not None else None)
     return found.pop() if len(found) == 1 else None
 
 

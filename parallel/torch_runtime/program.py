@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import numpy as np
 
 from parallel.checkpoint.owners import Holders, held_alike
 from parallel.common.errors import UserError
+from parallel.common.files import atomic_write
 from parallel.common.settings import without
 from parallel.common.start_value import start_value
 from parallel.common.structured import parse_json
@@ -36,7 +36,7 @@ FORMAT, VERSION = "parallel-program", 1
 FILE = "program.json.gz"
 KINDS = ("step", "loss", "scores")
 """Graphs of a program of training. Others are of inference, of one group of data parallelism: a program holds these or
-those, and the model's package says what they are called (`build.inference_kinds`)."""
+those, and the model's package says what they are called (`ModelPackage.inference_kinds`)."""
 INLINE = 64
 """Constants of at most this many elements are written into the JSON."""
 _LARGEST_JSON = 1 << 30
@@ -46,8 +46,7 @@ _SHAPELESS = {
     "publish": True, "adapt": {"checkpoint", "pairs", "validation"},
     "train": {"validate_every", "validation_batches", "log_every", "early_stop", "max_skipped", "peak_tflops",
               "data_sink", "keep_best", "profile", "stall_after"},
-    "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache",
-             "by_file"},
+    "data": {"directory", "validation_directory", "corpus", "tokenizer", "shuffle", "together", "cache", "by_file"},
     "parallel": {"backend", "devices", "execution", "mindspore"},
 }  # fmt: skip
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
@@ -363,8 +362,8 @@ def start_of(tensor: Tensor, extent: Extent | None, seed: int) -> np.ndarray:
     dtype = tensor.dtype if tensor.dtype.startswith(("int", "uint", "bool")) else "float32"
     if distribution == "fill":
         return np.full(shape, scale, dtype)
-    whole = start_value(tensor.name, tensor.shape, (distribution, scale), seed)
-    return whole if extent is None else np.ascontiguousarray(whole[tuple(slice(*pair) for pair in extent)])
+    full = start_value(tensor.name, tensor.shape, (distribution, scale), seed)
+    return full if extent is None else np.ascontiguousarray(full[tuple(slice(*pair) for pair in extent)])
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -382,7 +381,6 @@ class Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, int] = {}
         self.files: dict[str, str] = {}
-        self.bytes = 0
 
     def add(self, graph: Graph) -> int:
         """Writes a graph, unless it has been; its number."""
@@ -411,25 +409,29 @@ class Writer:
             "ranks": [[rank.stage, rank.data, rank.op, rank.graphs, rank.groups, rank.extents, rank.copies]
                       for rank in ranks],
         }  # fmt: skip
-        self._write(FILE, _zipped(json.dumps(tree, separators=(",", ":")).encode()))
+        write_program_file(self.folder, tree)
 
     def _write(self, name: str, data: bytes) -> None:
-        hidden = self.folder / f".{name}.{os.getpid()}"
-        hidden.write_bytes(data)
-        hidden.replace(self.folder / name)
+        with atomic_write(self.folder / name, "wb") as file:
+            file.write(data)
         self.files[name] = hashlib.sha256(data).hexdigest()
-        self.bytes += len(data)
+
+
+def write_program_file(folder: Path, tree: dict[str, Any]) -> None:
+    """Writes program.json.gz."""
+    with atomic_write(folder / FILE, "wb") as file:
+        file.write(_zipped(json.dumps(tree, separators=(",", ":")).encode()))
 
 
 def structure(graph: Graph) -> str:
     """Hash of a graph's nodes without the constants: their values and how many of them are equal differ between ranks
     that do the same."""
-    def told(number: int) -> Any:
+    def place(number: int) -> Any:
         if number < graph.first_constant:
             return number
         return number - graph.first_node if number >= graph.first_node else "constant"
 
-    nodes = [[node.op, [told(number) for number in node.inputs], [(kind.shape, kind.dtype) for kind in node.outputs],
+    nodes = [[node.op, [place(number) for number in node.inputs], [(kind.shape, kind.dtype) for kind in node.outputs],
               node.attributes.get("group")] for node in graph.nodes]
     return hashlib.sha256(json.dumps(nodes).encode()).hexdigest()[:16]
 

@@ -83,15 +83,17 @@ class Publisher(Companion):
         exact_rows: see `TouchedRows`.
         tables: `recsys.tables.host.HostTables`, where the tables are on the host.
         event_time: of a step, in seconds.
+        ids_of: all columns of the ids [B, M] of a batch.
     """
 
     name = "publish"
 
     def __init__(self, settings: PublishSettings, folder: str | Path, backend: Backend, spec: FeatureSpec,
                  describe: dict[str, Any], vocabulary: Path, *, exact_rows: bool, tables: Any = None,
-                 event_time: Callable[[int], float | None] = lambda step: None) -> None:
+                 event_time: Callable[[int], float | None] = lambda step: None,
+                 ids_of: Callable[[Any], np.ndarray] = lambda batch: batch[0]) -> None:
         self.settings, self.backend, self.describe, self.tables = settings, backend, describe, tables
-        self.vocabulary, self.event_time = vocabulary, event_time
+        self.vocabulary, self.event_time, self.ids_of = vocabulary, event_time, ids_of
         self.touched = TouchedRows(spec, exact_rows) if tables is None else None
         self.versions = Versions(folder, settings.keep)
         self.thread, self.writing = ThreadPoolExecutor(1, "publish"), None
@@ -106,7 +108,7 @@ class Publisher(Companion):
             self.begun, self.step, self.time = True, step, self.event_time(step)
             self._publish(step, full=True).result()
         if self.touched is not None:
-            self.touched.add(batch[0])
+            self.touched.add(self.ids_of(batch))
 
     def after_step(self, step: int, outputs: dict[str, float]) -> None:
         """Publishes where it is time."""
@@ -191,8 +193,9 @@ def _write_entries(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: Any = None,
-                 event_time: Callable[[int], float | None] = lambda step: None) -> Publisher | None:
-    """The publisher of a run, where its settings want one.
+                 event_time: Callable[[int], float | None] = lambda step: None,
+                 ids_of: Callable[[Any], np.ndarray] = lambda batch: batch[0]) -> Publisher | None:
+    """The publisher of a run, where its settings want one; see `Publisher`.
 
     Raises:
         UserError: seconds of event time are asked for where there are none; tables spread over processes.
@@ -209,5 +212,5 @@ def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: 
     optimizer = settings.train.sparse_optimizer or settings.train.optimizer
     folder = Path(own.directory or Path(settings.output.directory) / "live")
     return Publisher(own, folder, backend, spec, settings.model_dump(mode="json"),
-                     Path(settings.output.directory) / VOCABULARY, tables=tables, event_time=event_time,
+                     Path(settings.output.directory) / VOCABULARY, tables=tables, event_time=event_time, ids_of=ids_of,
                      exact_rows=optimizer.name in _ROW_EXACT and backend.ranks == 1)

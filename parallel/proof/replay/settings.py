@@ -31,10 +31,10 @@ def with_defaults(config: str, overrides: Sequence[str]) -> list[str]:
             kept.append(item)
         except UserError:  # a model without this key
             continue
-    build, settings = load_run(config, [*kept, *overrides])
+    package, settings = load_run(config, [*kept, *overrides])
     if settings.train.sparse_settings() is not None:
         kept += _SPARSE_DEFAULTS
-    kept += build.replay_overrides(settings)
+    kept += package.replay_overrides(settings)
     return [*kept, *overrides]
 
 

@@ -39,6 +39,10 @@ class SparseMoESettings(Settings):
     """grouped: exact, on the CPU; capacity: static shapes, for expert parallelism; auto: what the device has."""
     capacity_factor: float = Field(1.5, gt=0.0)
     """capacity: rows that an expert takes, over its even share; beyond it rows get no routed expert."""
+    balance: float = Field(0.0, ge=0.0)
+    """Factor of a loss that spreads the samples of every token over its experts, for each token by itself, averaged
+    over the networks; 0 = none. The paper's 1:2 goes without one; at 1:4 and with one chosen expert loads differ
+    more."""
 
 
 class TokenMixerLargeSettings(RankerSettings):
@@ -93,6 +97,11 @@ class TokenMixerLargeSettings(RankerSettings):
         """See `RankerSettings`."""
         return self.moe.experts if self.moe is not None else None
 
+    def keep_all_rows(self) -> None:
+        """See `RankerSettings`."""
+        if self.moe is not None:
+            self.moe.dispatch, self.moe.capacity_factor = "capacity", float(self.moe.experts)
+
     @property
     def inner(self) -> int:
         """F of the networks of tokens, rounded to a whole number."""
@@ -112,6 +121,9 @@ class TokenMixerLargeSettings(RankerSettings):
 
     @model_validator(mode="after")
     def _check(self) -> TokenMixerLargeSettings:
+        if self.moe is not None and self.moe.balance > 0.0 and self.ug_sep is not None:
+            raise UserError("is for the form without ug_sep", where="model.moe.balance", value=self.moe.balance,
+                            hint="set it to 0")
         if self.heads and self.width % self.heads:
             raise UserError(f"heads must divide width {self.width}", where="model.heads", value=self.heads)
         if self.inner_residual and self.block_variant != "figure_prenorm":
@@ -129,6 +141,8 @@ class TokenMixerBlock(nn.Cell):
         width = settings.width
         mixed = tokens * width // heads
         self.variant, self.inner_residual = settings.block_variant, settings.inner_residual
+        # The mean over the two networks of every layer.
+        self.balance = settings.moe.balance / (2 * settings.layers) if settings.moe is not None else 0.0
         self.mix = TokenMixing(tokens, heads, width, layout=layout)
         self.revert = TokenMixing(tokens, heads, width, reverting=True, layout=layout)
         self.first = network(settings, heads, mixed, round(settings.ratio * mixed), mixed, layout, compute_dtype)
@@ -141,21 +155,34 @@ class TokenMixerBlock(nn.Cell):
             self.inner_norm = RMSNorm(mixed, compute_dtype=compute_dtype, stream=layout.stream)
         self.add1, self.add2 = Add(layout.stream), Add(layout.stream)
 
-    def construct(self, x_TBD: Tensor) -> Tensor:
+    def construct(self, x_TBD: Tensor) -> tuple:
+        """(x_TBD, penalty): the penalty is 0 where loads are not balanced."""
         if self.variant == "figure_prenorm":
             h_HBM = self.mix(self.norm1(x_TBD))
             if self.inner_norm is not None:
-                h_HBM = h_HBM + self.first(self.inner_norm(h_HBM))
+                change_HBM, penalty = self.applied(self.first, self.inner_norm(h_HBM))
+                h_HBM = h_HBM + change_HBM
             else:
-                h_HBM = self.first(h_HBM)
+                h_HBM, penalty = self.applied(self.first, h_HBM)
             x_TBD = self.add1(x_TBD, self.revert(h_HBM))
-            return self.add2(x_TBD, self.second(self.norm2(x_TBD)))
+            change_TBD, more = self.applied(self.second, self.norm2(x_TBD))
+            return self.add2(x_TBD, change_TBD), penalty + more
         h_HBM = self.mix(x_TBD)
         if self.variant == "equation_prenorm":
-            h_HBM = self.add1(h_HBM, self.first(self.norm1(h_HBM)))
-            return self.add2(x_TBD, self.second(self.norm2(self.revert(h_HBM))))
-        h_HBM = self.norm1(self.add1(self.first(h_HBM), h_HBM))
-        return self.norm2(self.add2(self.second(self.revert(h_HBM)), x_TBD))
+            change_HBM, penalty = self.applied(self.first, self.norm1(h_HBM))
+            h_HBM = self.add1(h_HBM, change_HBM)
+            change_TBD, more = self.applied(self.second, self.norm2(self.revert(h_HBM)))
+            return self.add2(x_TBD, change_TBD), penalty + more
+        change_HBM, penalty = self.applied(self.first, h_HBM)
+        x_mTBD = self.revert(self.norm1(self.add1(change_HBM, h_HBM)))
+        change_TBD, more = self.applied(self.second, x_mTBD)
+        return self.norm2(self.add2(change_TBD, x_TBD)), penalty + more
+
+    def applied(self, network: nn.Cell, x_TBD: Tensor) -> tuple:
+        """(result of a network of tokens, its part of the penalty in training)."""
+        if self.balance > 0.0 and self.training:
+            return network(x_TBD), network.balance(x_TBD) * self.balance
+        return network(x_TBD), 0.0
 
 
 def network(settings: TokenMixerLargeSettings, tokens: int, inputs: int, inner: int, outputs: int, layout: TokenLayout,
@@ -195,6 +222,7 @@ class TokenMixerLarge(Ranker):
         self.heads = settings.heads or max(count for count in range(1, self.tokens + 1) if settings.width % count == 0)
         self.layers = nn.CellList([TokenMixerBlock(settings, self.tokens, self.heads, self.layout, compute_dtype)
                                    for _ in range(settings.layers)])
+        self.balanced = settings.moe is not None and settings.moe.balance > 0.0
         self.gap = settings.inter_residual or 0
         # Layer i adds the output of layer i - gap, which is the input of layer i - gap + 1.
         self.sources = settings.residual_sources
@@ -214,10 +242,12 @@ class TokenMixerLarge(Ranker):
 
     def represent(self, groups: tuple, sequences: tuple) -> tuple:
         x_TBD = self.tokenize(*groups)
-        inputs, auxiliary, added, headed = (), (), 0, 0
+        inputs, auxiliary, penalties, added, headed = (), (), (), 0, 0
         for index in range(len(self.layers)):
             inputs += (x_TBD,)
-            x_TBD = self.layers[index](x_TBD)
+            x_TBD, penalty = self.layers[index](x_TBD)
+            if self.balanced:
+                penalties += (penalty,)
             if index in self.sources:
                 x_TBD = self.adds[added](x_TBD, inputs[index - self.gap + 1])
                 added += 1
@@ -226,7 +256,7 @@ class TokenMixerLarge(Ranker):
                 headed += 1
         if self.norm is not None:
             x_TBD = self.norm(x_TBD)
-        return self.pool(x_TBD), auxiliary, ()
+        return self.pool(x_TBD), auxiliary, penalties
 
     def check_op(self, parallel: ParallelConfig, batch: int) -> None:
         check_token_axes(self.settings, parallel, batch, {self.tokens, self.heads})

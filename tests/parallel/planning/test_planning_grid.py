@@ -54,11 +54,11 @@ GRID = {
                                     "train.accumulation=4 train.global_batch_size=16"),
     "ranker": (RANKER, 0, "parallel.data=2 parallel.op=2 parallel.optimizer.shard=-1"),
     "ranker, op alone": (RANKER, 0, "parallel.op=2"),
-    "ranker cut by tokens": (RANKER, 0, "parallel.data=4 parallel.op=2 model.op_sharding=tokens"),
+    "ranker sharded by tokens": (RANKER, 0, "parallel.data=4 parallel.op=2 model.op_sharding=tokens"),
     "ranker, first stage": (RANKER, 0, "parallel.data=2 parallel.pipeline.stages=2 parallel.pipeline.micro_batches=2"),
     "ranker recomputed": (RANKER, 0, "parallel.data=2 parallel.recompute.policy=full"),
     "experts": (MOE, 0, "parallel.data=2"),
-    "experts cut": (MOE, 0, "parallel.data=4 parallel.expert=2 model.moe.experts=5 model.width=80"),
+    "experts sharded": (MOE, 0, "parallel.data=4 parallel.expert=2 model.moe.experts=5 model.width=80"),
     **{f"{name} {words}": (ROOT / f"configs/recsys/{name}.yaml", 0, words) for name, words in (
         ("tokenmixer_large", "parallel.data=2 parallel.op=2 parallel.optimizer.shard=-1"),
         ("rankmixer_ug_sep", "parallel.data=2 parallel.op=2"), ("hiformer", "parallel.data=2 parallel.op=2"),

@@ -87,7 +87,7 @@ def data(tmp_path_factory):
 
 def real_batches(model: str, settings, data: Path) -> list[tuple[np.ndarray, ...]]:
     """Global batches as training draws them."""
-    from parallel.task import sample_numbers
+    from parallel.training.data_source import sample_numbers
 
     size, seed, sizes = settings.train.global_batch_size, settings.train.seed, settings.model
     if model.startswith("pangu"):

@@ -1,20 +1,25 @@
 """Faults that other rankers of this kind were found to have, each as a law of this project: a router without a gradient
-of the task where one expert is chosen, experts as wide as the dense network, start values that depend on how weights
-are stacked."""
+of the task where one expert is chosen, experts as wide as the dense network, loads that are balanced over all tokens
+together while each token's samples crowd on one expert, start values that depend on how weights are stacked."""
 
 from __future__ import annotations
 
 import math
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
+from parallel.common.command import main
 from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU
 from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.parameter import initialize
 from parallel.task import load_run
+from recsys.__main__ import VERBS
 from recsys.build import loss_network, sample_batch, spec_of
+from recsys.data.log import prepare
+from recsys.saved_model import load
 
 pytestmark = pytest.mark.usefixtures("pynative")
 
@@ -44,6 +49,60 @@ def test_experts_together_are_the_dense_network(experts):
     routers = sparse.router.weight.size
     assert sum(p.size for p in sparse.get_parameters()) - routers == size
     assert sparse.gate_weight.shape == (3, experts - 1, 16, 32 // experts)
+
+
+def test_tokens_that_crowd_on_different_experts_are_not_balanced():
+    """Token 0 takes expert 0 and token 1 expert 1: over all tokens together both experts have half of the samples."""
+    moe = SparsePertokenMoE(2, 8, 24, experts=3, active=2)
+    initialize(moe, 1)
+    x = Tensor((1.0 + np.random.default_rng(1).random((2, 64, 8))).astype(np.float32))
+
+    def lean(*by_token: tuple[float, float]) -> float:
+        moe.router.weight.set_data(Tensor(np.repeat(np.array(by_token, np.float32)[:, None], 8, 1)))
+        return float(moe.balance(x).asnumpy())
+
+    crowded = lean((1.0, 0.0), (0.0, 1.0))
+    assert crowded == pytest.approx(2.0, abs=1e-3) == lean((1.0, 0.0), (1.0, 0.0))
+    assert lean((0.1, 0.0), (0.0, 0.1)) < 1.8
+    lean((0.1, 0.0), (0.0, 0.1))
+    gradient = ops.grad(lambda: moe.balance(x), None, moe.router.weight)().asnumpy().sum(1)
+    # Each token is drawn away from the expert that it crowds on.
+    assert gradient[0, 0] > 1e-3 > -1e-3 > gradient[0, 1] and gradient[1, 1] > 1e-3 > -1e-3 > gradient[1, 0]
+    even = Tensor(np.concatenate([x.asnumpy(), -x.asnumpy()], 1))
+    moe.router.weight.set_data(Tensor(np.repeat(np.array([(1.0, 0.0), (0.0, 1.0)], np.float32)[:, None], 8, 1)))
+    assert float(moe.balance(even).asnumpy()) == pytest.approx(1.0, abs=1e-3)
+
+
+def loads_of(folder, balance: float) -> list[np.ndarray]:
+    """Shares of the samples [T, R] that every token's experts get in each network of a run by the command."""
+    words = ["--config", "configs/recsys/tokenmixer_large_moe.yaml", "model.moe.experts=4", "model.moe.active=2",
+             "model.width=16", "model.ratio=2.0", f"model.moe.balance={balance}", "data.synthetic.samples=6000",
+             "data.synthetic.users=200", "data.synthetic.items=100", "train.global_batch_size=128", "train.steps=45",
+             "train.validate_every=45", f"output.directory={folder / str(balance)}", f"data.cache={folder / 'data'}",
+             "output.tensorboard=false", "output.loss_curve=false", "train.peak_tflops=1"]
+    assert main("recsys", VERBS, ["train", *words]) == 0
+    _, settings = load_run(words[1], words[2:])
+    rows = prepare(settings.data, settings.model.embedding_size).parts["test"]
+    model, loads = load(folder / str(balance)).model, []
+
+    def look(cell, inputs):
+        chosen_TBA = cell.route(inputs[0])[1].asnumpy()
+        loads.append(np.stack([np.bincount(own.reshape(-1), minlength=3) / own.size for own in chosen_TBA]))
+
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, SparsePertokenMoE):
+            cell.register_forward_pre_hook(look)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    model(Tensor(np.asarray(rows.ids[:512])), Tensor(np.asarray(rows.numbers[:512])))
+    return loads
+
+
+@pytest.mark.slow
+def test_balance_spreads_every_tokens_samples_in_a_run(tmp_path):
+    crowded, spread = loads_of(tmp_path, 0.0), loads_of(tmp_path, 0.2)
+    assert len(crowded) == len(spread) == 4
+    largest = [np.mean([load.max(1) for load in loads]) for loads in (crowded, spread)]
+    assert largest[0] > 0.6 and largest[1] < 0.5, largest
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(2, 2), (16, 2), (2, 8), (16, 8)])
