@@ -187,7 +187,7 @@ def _converter() -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `generate-pages`."""
     parser.add_argument("--output", required=True, metavar="FILE",
-                        help="pages to write: .jsonl, or .jsonl.gz / .xz / .zst")
+                        help="pages to write: .jsonl, or .jsonl.gz / .xz / .zst / .bz2")
     parser.add_argument("--pages", type=int, default=DEFAULT_PAGES, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same pages (default: %(default)s)")
 
