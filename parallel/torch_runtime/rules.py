@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are made
 pytest.importorskip("triton")
 
-from parallel.torch_runtime import dropout_attention, fused, kernels  # noqa: E402
-from parallel.torch_runtime.program import Kind, Node  # noqa: E402
+from parallel.torch_runtime.fusion import dropout_attention, fused, kernels  # noqa: E402
+from parallel.torch_runtime.graph import Kind, Node  # noqa: E402
 
 
 def near(got, wanted, tolerance: float = 1e-5) -> None:
