@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
-from parallel.torch_runtime.fusion.attention import documents_input
+from parallel.torch_runtime.fusion.attention_pass import documents_input
 from parallel.torch_runtime.fusion.fused import fused_rules
 from parallel.torch_runtime.fusion.passes import optimized
 from parallel.torch_runtime.graph import Graph

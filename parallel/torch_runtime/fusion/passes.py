@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from parallel.torch_runtime.fusion.attention import fuse_attention
+from parallel.torch_runtime.fusion.attention_pass import fuse_attention
 from parallel.torch_runtime.fusion.rewrite import Editor, plain_items
 from parallel.torch_runtime.graph import Graph, Kind, Literal, Node
 
