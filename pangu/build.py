@@ -34,16 +34,19 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     Args:
         settings: a `pangu.settings.Run`.
         parallel: resolved.
-        compute_dtype: "float32" or "float16".
+        compute_dtype: "float32", "float16" or "bfloat16".
 
     Raises:
-        UserError: an axis does not divide what it shards, or the batch.
+        UserError: an axis does not divide what it shards, or the batch; flash attention where it is not to be had.
     """
     from mindspore.nn.utils import no_init_parameters
 
     from pangu.config import check_layout
+    from parallel.training.sharded.step import micro_batches
 
     check_layout(settings.model, parallel)
+    parts = parallel.data * micro_batches(settings.train, parallel) * parallel.micro_batch_interleave
+    check_documents(settings, settings.train.global_batch_size // parts)
     with no_init_parameters():
         network = training_network(settings, compute_dtype)
     batch, length = settings.train.global_batch_size, settings.model.sequence_length
@@ -64,12 +67,37 @@ def training_network(settings: Run, compute_dtype: str, weighted: bool = False) 
 
     from pangu.model import PanGuAlpha, TrainingLoss
 
-    model = PanGuAlpha(settings.model, getattr(mstype, compute_dtype))
+    dtype = getattr(mstype, compute_dtype)
+    model = PanGuAlpha(settings.model, dtype, attention_of(settings, dtype))
     if settings.adapt is None:
         return TrainingLoss(model, weighted)
     from pangu.adaptation.network import adapted_network
 
     return adapted_network(model, settings.adapt, weighted)
+
+
+def attention_of(settings: Run, compute_dtype: Any) -> Any:
+    """The form that attention takes in training (`parallel.layers.attention.form_of`)."""
+    from parallel.layers.attention import form_of
+
+    model, torch = settings.model, settings.parallel.backend == "torch"
+    wanted = "written_out" if model.attention == "auto" and torch else model.attention
+    return form_of(wanted, dropout=model.dropout, compute_dtype=compute_dtype,
+                   head_width=model.hidden_size // model.heads, length=model.sequence_length)
+
+
+def check_documents(settings: Run, records: int) -> None:
+    """Raises a UserError unless flash attention takes the documents of `records` records, those of a device's
+    micro-batch, in one call."""
+    from parallel.layers.attention import MOST_SEQUENCES
+
+    model = settings.model
+    told = model.is_told_ends(settings.train.precision, settings.parallel.backend)
+    if told and records * model.most_documents > MOST_SEQUENCES:
+        raise UserError(f"flash attention takes {MOST_SEQUENCES} documents at once, and a device's micro-batch has "
+                        f"{records} records", where="model.most_documents", value=model.most_documents,
+                        hint=f"at most {MOST_SEQUENCES // records}, or smaller micro-batches"
+                        if records <= MOST_SEQUENCES else "smaller micro-batches")
 
 
 def sample_batch(settings: Run, seed: int) -> tuple[np.ndarray, ...]:
@@ -81,6 +109,7 @@ def sample_batch(settings: Run, seed: int) -> tuple[np.ndarray, ...]:
     low = min(10, model.vocabulary_size - 1)
     records_BR = generator.integers(low, model.vocabulary_size, (batch, model.sequence_length + 1), dtype=np.int32)
     ends_BR = generator.random(records_BR.shape) < 4.0 / model.sequence_length
+    ends_BR &= np.cumsum(ends_BR, axis=1) < model.most_documents
     records_BR[ends_BR] = model.eot_id
     lengths_B = generator.integers(3 * model.sequence_length // 4, records_BR.shape[1] + 1, batch)
     records_BR[np.arange(records_BR.shape[1]) >= lengths_B[:, None]] = model.pad_id
@@ -119,6 +148,10 @@ class PanguPackage(ModelPackage["Run"]):
         """See `ModelPackage`."""
         if verb == "finetune":
             check_adapts(settings)
+
+    def written_out(self, settings: Run) -> list[str]:
+        """Attention by products and softmax."""
+        return ["model.attention=written_out"]
 
     def inference_kinds(self, settings: Run, verb: str | None = None) -> tuple[str, ...]:
         """The graphs that generate and score over a paged cache; every verb takes all."""

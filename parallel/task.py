@@ -135,6 +135,11 @@ class ModelPackage(ABC, Generic[RunT]):
         """Raises a `UserError` where a training verb asks for more than the settings say."""
         return
 
+    def written_out(self, settings: RunT) -> list[str]:
+        """Overrides under which the graphs call no kernels that Ascend alone has, but compute the same by plain
+        primitives: what a replay compares with."""
+        return []
+
     def replay_overrides(self, settings: RunT) -> list[str]:
         """Overrides without which a layout would not compute what one device does."""
         return []

@@ -127,7 +127,8 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
     from parallel.proof.replay.settings import check_layout
     from parallel.task import load_run
 
-    package, settings = load_run(config, list(overrides))
+    overrides = [*overrides, "parallel.backend=torch"]  # what a model leaves to the backend
+    package, settings = load_run(config, overrides)
     kinds = tuple(kinds or ("step", "loss", *(("scores",) if package.has_scores else ())))
     shaping = portable.shaping(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,

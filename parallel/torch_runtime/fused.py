@@ -61,7 +61,7 @@ def _attention(node: Node, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple
     """(out, what the gradient needs...) of softmax(q k^T + bias) v; q is scaled already."""
     bias, spans, dropout = _parts(node, rest)
     if _own_kernel(q, spans, dropout):
-        from parallel.torch_runtime import dropout_attention
+        from parallel.torch_runtime.attention import dropout_attention
 
         return dropout_attention.forward(node, q, k, v, bias, dropout, spans)
     if spans:
@@ -82,7 +82,7 @@ def _attention_grad(node: Node, dout: Tensor, forward: tuple, q: Tensor, k: Tens
     """Gradients by q, k and v."""
     bias, spans, dropout = _parts(node, rest)
     if _own_kernel(q, spans, dropout):
-        from parallel.torch_runtime import dropout_attention
+        from parallel.torch_runtime.attention import dropout_attention
 
         return dropout_attention.backward(node, dout, forward, q, k, v, bias, dropout, spans)
     if spans:

@@ -25,6 +25,11 @@ def whole(*shape: int, low: int = 0, high: int = 5):
     return lambda generator: generator.integers(low, high, shape).astype(np.int32)
 
 
+def large(*shape: int):
+    """A maker of floats above 3."""
+    return lambda generator: np.abs(generator.standard_normal(shape)) + 3.0
+
+
 def truths(*shape: int):
     """A maker of booleans."""
     return lambda generator: generator.integers(0, 2, shape).astype(bool)
@@ -45,6 +50,12 @@ WITH_NUMBER = ["ScalarAdd", "ScalarMul", "Adds", "Subs", "LessScalar", "LessEqua
                "Minimum", "Pow"]
 BITWISE = ["BitwiseXor", "BitwiseAnd", "BitwiseOr", "BitwiseAndTensor", "BitwiseXorTensor", "BitwiseOrTensor"]
 REDUCTIONS = ["ReduceSum", "SumExt", "ReduceMax", "ReduceMin", "ReduceMean", "MeanExt", "ReduceProd"]
+# Shape, bits of dropout, mask, and further inputs of a fused attention: documents one after the other, one of them
+# empty; and masked ones with dropout.
+FLASH = [((7, 2, 16), None, lambda generator: np.triu(np.ones((4, 4), np.uint8), 1),
+          ((3, 3, 7), (3, 3, 7), 2, 1.0, 0.25, 99, 0, 0, 4, 2)),
+         ((2, 2, 8, 16), lambda generator: generator.integers(0, 256, (2, 2, 8, 1)).astype(np.uint8),
+          lambda generator: np.triu(np.ones((2, 1, 8, 8), np.uint8), 1), (None, None, 2, 0.9, 0.25, 99, 99, 0, 1, 0))]
 # op, inputs (makers or constants), attributes, shape of the declared output where the rule reads it
 CASES: list[tuple] = [
     *[(op, [X]) for op in ONE], *[(op, [P]) for op in POSITIVE], *[(op, [X, Y]) for op in TWO],
@@ -104,6 +115,12 @@ CASES: list[tuple] = [
       for attributes in ({}, {"exclusive": 1}, {"reverse": 1}, {"exclusive": 1, "reverse": 1})],
     ("Einsum", [(floats(2, 3, 4), floats(2, 4, 5))], {"equation": "bij,bjk->bik"}),
     *[(op, [(3, 1, 4), (2, 1)]) for op in ("DynamicBroadcastGradientArgs", "BroadcastGradientArgs")],
+    ("TensorToTuple", [whole(4)]),
+    *[("FlashAttentionScore", [*[floats(*shape)] * 3, None, bits, None, mask, None, *more])
+      for shape, bits, mask, more in FLASH],
+    *[("FlashAttentionScoreGrad", [*[floats(*shape)] * 4, None, bits, None, mask, large(*shape[:-1], 8),
+                                   large(*shape[:-1], 8), 0.0, floats(*shape), None, *more])
+      for shape, bits, mask, more in FLASH],
 ]  # fmt: skip
 
 
