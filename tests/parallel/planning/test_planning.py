@@ -99,8 +99,8 @@ def test_fused_attention_keeps_what_grows_with_the_length_alone():
     overrides = ["parallel.op=2", "parallel.data=2", "model.attention=flash"]
 
     def kept(length: int, *more: str) -> float:
-        return figures(TINY, [*overrides, f"model.sequence_length={length}", f"train.global_batch_size={8192 // length}",
-                              *more])[0].memory.activations
+        sizes = [f"model.sequence_length={length}", f"train.global_batch_size={8192 // length}"]
+        return figures(TINY, [*overrides, *sizes, *more])[0].memory.activations
 
     short, long = kept(512), kept(4096)
     assert long == pytest.approx(short, rel=1e-2)
