@@ -33,8 +33,9 @@ _SCALAR = 4
 class Memory:
     """Bytes on one rank of a stage.
 
-    `reused` is negative: gradients of a single micro-batch come layer by layer while that layer's activations and copies
-    of weights go, so they are never all there at once. Micro-batches accumulate into gradients that are there all along.
+    `reused` is negative: gradients of a single micro-batch come layer by layer while that layer's activations and
+    copies of weights go, so they are never all there at once. Micro-batches accumulate into gradients that are there
+    all along.
     """
 
     parameters: int = 0
