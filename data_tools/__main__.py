@@ -14,7 +14,7 @@ VERBS = [
          "generate a small synthetic Chinese corpus and questions about it",
          arguments="data_tools.synthetic.generate:add_arguments"),
     Verb("generate-pages", "data_tools.synthetic.pages:run_generate_pages",
-         "generate raw pages with every fault that the pipeline removes or mends",
+         "generate raw pages with every fault that the pipeline removes or repairs",
          arguments="data_tools.synthetic.pages:add_arguments"),
     Verb("clean", "data_tools.verbs:run_clean", "the eight cleaning rules over raw documents",
          settings=_SETTINGS, arguments="data_tools.flags:add_input_output"),

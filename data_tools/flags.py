@@ -21,7 +21,7 @@ def need(arguments: argparse.Namespace, *names: str) -> None:
 def add_input_output(parser: argparse.ArgumentParser) -> None:
     """The flags that every verb over documents has."""
     parser.add_argument("--input", nargs="+", metavar="PATH",
-                        help="files, folders or patterns: .jsonl .parquet .txt .warc .wet, also .gz .xz .zst")
+                        help="files, folders or patterns: .jsonl .parquet .txt .warc .wet, also .gz .xz .zst .bz2")
     parser.add_argument("--output", metavar="DIR", help="folder for the documents and for removed/")
     parser.add_argument("--engine", choices=("local", "spark"), help="where the work runs (engine.name)")
     parser.add_argument("--master", help="Spark master: local[*], spark://host:7077, yarn (engine.master);"

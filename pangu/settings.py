@@ -30,8 +30,8 @@ class DataConfig(Settings):
     """Packed records to validate on, its training part; null = the held-out records of `directory`."""
     by_file: bool = False
     """Each row of the batches comes from files of its own, in an order of its own, so that a machine reads (and needs)
-    only the files of its rows: rows and files are cut into as many equal shares as divide both, whatever the number of
-    machines. false: records of all files are shuffled together."""
+    only the files of its rows: rows and files are divided into as many equal shares as divide both, whatever the number
+    of machines. false: records of all files are shuffled together."""
     shuffle: bool = True
     """Whether records are read in an order drawn anew for every epoch, or as written."""
     eod_reset: bool = True

@@ -48,17 +48,18 @@ def training_step(settings: Run, processes: Any) -> Any:
     """The model with start values, its loss and its optimizer, as one `TrainStep`."""
     from mindspore.nn.utils import no_init_parameters
 
-    from pangu.build import training_network
+    from pangu.build import check_documents, training_network
     from parallel.layers.parameter import initialize
     from parallel.training.optimizers import Optimizer
     from parallel.training.settings import COMPUTE_DTYPES
-    from parallel.training.sharded.run import whole_network
+    from parallel.training.sharded.run import unsharded_network
     from parallel.training.step import TrainStep
 
     train = settings.train
+    check_documents(settings, train.global_batch_size // (processes.ranks * train.accumulation))
     with no_init_parameters():
         network = training_network(settings, COMPUTE_DTYPES[train.precision], weighted=True)
-    train = whole_network(network, train, settings.parallel.resolve(processes.ranks))
+    train = unsharded_network(network, train, settings.parallel.resolve(processes.ranks))
     initialize(network.model, train.seed)
     optimizer = Optimizer(network.trainable_params(), train.optimizer, train.steps)
     return TrainStep(network, optimizer, train, weighted=True, group=processes.group, rank=processes.rank,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,52 +10,19 @@ import numpy as np
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
 from parallel.sharding.config import ParallelConfig, divides
-from parallel.task import Input, Task, with_sample_numbers
+from parallel.task import Input, ModelPackage, Task, with_sample_numbers
+from parallel.training.backend import SlicedBackend
 from recsys.data.features import FeatureSpec
 from recsys.models import NAMES
 from recsys.network import labels_of, loss_network
-from recsys.passes.tasks import check_inference, inference, inference_kinds, shapes_inference
+from recsys.passes import tasks as passes
 from recsys.settings import run_class
 from recsys.tables.columns import window_spec
 
 if TYPE_CHECKING:
     from recsys.settings import Run
 
-__all__ = ["INFERENCE_VERBS", "MODELS", "TRAINING_VERBS", "build", "check_inference", "inference", "inference_kinds",
-           "labels_of", "loss_network", "settings_class", "shapes_inference", "stored_settings_class", "train_on"]
-MODELS = NAMES
-INFERENCE_VERBS = {"evaluate": False, "serve": False, "bench": False}
-"""See `parallel.task`."""
-TRAINING_VERBS = {"train": lambda settings: None}
-
-
-def settings_class(name: str) -> type[Settings]:
-    """The settings of a run of the ranker `name`."""
-    return run_class(name)
-
-
-def stored_settings_class(name: str) -> type[Settings]:
-    """The settings of a run that was checked before it was stored; its model block is taken as it is, so that no model
-    (and no MindSpore) need be imported."""
-    from recsys.settings import StoredRun
-
-    return StoredRun
-
-
-def train_on(settings: Run, backend: Any, figures: dict[str, Any]) -> dict[str, Any]:
-    """Trains on an encoded log, on any backend: see `recsys.training.any_backend`."""
-    from recsys.training import any_backend
-
-    return any_backend.train_on(settings, backend, figures)
-
-
-def replay_overrides(settings: Run) -> list[str]:
-    """See `parallel.task`. One device computes every row of routed experts, so no capacity may leave one out. Of the
-    epsilon see docs/replay.md."""
-    capacity, epsilon = settings.model.full_capacity(), ["train.optimizer.epsilon=1e-2"]
-    if capacity is not None:
-        return [f"model.moe.capacity_factor={capacity}", *epsilon]
-    return epsilon if settings.model.separation() is not None else []
+__all__ = ["PACKAGE", "build", "labels_of", "loss_network", "sample_batch", "spec_of"]
 
 
 def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
@@ -158,3 +126,59 @@ def sample_batch(spec: FeatureSpec, batch: int, tasks: int, seed: int) -> tuple[
     numbers = generator.standard_normal((batch, spec.numeric_columns)).astype(np.float32)
     labels = generator.integers(0, 2, (batch, tasks)).astype(np.float32)
     return ids, numbers, labels
+
+
+class RankerPackage(ModelPackage["Run"]):
+    """The rankers, for `parallel`."""
+
+    name = "recsys"
+    models = NAMES
+    inference_verbs = MappingProxyType({"evaluate": False, "serve": False, "bench": False})
+    has_scores = True
+
+    def settings_class(self, name: str) -> type[Settings]:
+        """See `ModelPackage`."""
+        return run_class(name)
+
+    def stored_settings_class(self, name: str) -> type[Settings]:
+        """The model block is taken as it is, so that no model (and no MindSpore) need be imported."""
+        from recsys.settings import StoredRun
+
+        return StoredRun
+
+    def build(self, settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32") -> Task:
+        """See `build`."""
+        return build(settings, parallel, compute_dtype)
+
+    def train_on(self, settings: Run, backend: SlicedBackend, figures: dict[str, Any]) -> dict[str, Any]:
+        """See `recsys.training.any_backend`."""
+        from recsys.training import any_backend
+
+        return any_backend.train_on(settings, backend, figures)
+
+    def replay_overrides(self, settings: Run) -> list[str]:
+        """One device computes every row of routed experts, so no capacity may leave one out. Of the epsilon see
+        docs/replay.md."""
+        capacity, epsilon = settings.model.full_capacity(), ["train.optimizer.epsilon=1e-2"]
+        if capacity is not None:
+            return [f"model.moe.capacity_factor={capacity}", *epsilon]
+        return epsilon if settings.model.separation() is not None else []
+
+    def inference_kinds(self, settings: Run, verb: str | None = None) -> tuple[str, ...]:
+        """See `recsys.passes.tasks`."""
+        return passes.inference_kinds(settings, verb)
+
+    def inference(self, settings: Run, parallel: ParallelConfig, compute_dtype: str, kind: str) -> Task:
+        """See `recsys.passes.tasks`."""
+        return passes.inference(settings, parallel, compute_dtype, kind)
+
+    def check_inference(self, settings: Run) -> None:
+        """See `recsys.passes.tasks`."""
+        passes.check_inference(settings)
+
+    def shapes_inference(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """See `recsys.passes.tasks`."""
+        return passes.shapes_inference(tree)
+
+
+PACKAGE = RankerPackage()

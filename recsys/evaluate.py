@@ -106,7 +106,7 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     metrics = evaluation(0)
     if arguments.segments:
         metrics |= {"segments": segments(evaluation, log, arguments.segments)}
-    return _told(settings, arguments, metrics, len(rows), path)
+    return _result(settings, arguments, metrics, len(rows), path)
 
 
 def _run_sharded(settings: Run, arguments: argparse.Namespace) -> dict:
@@ -124,7 +124,7 @@ def _run_sharded(settings: Run, arguments: argparse.Namespace) -> dict:
             metrics |= {"segments": segments(evaluation, log, arguments.segments)}
     finally:
         ranker.member.close()
-    return _told(settings, arguments, metrics, len(evaluation.rows), path)
+    return _result(settings, arguments, metrics, len(evaluation.rows), path)
 
 
 def _part(log: Log, name: str) -> Encoded:
@@ -134,6 +134,6 @@ def _part(log: Log, name: str) -> Encoded:
     return rows
 
 
-def _told(settings: Run, arguments: argparse.Namespace, metrics: dict, rows: int, path: Path) -> dict:
+def _result(settings: Run, arguments: argparse.Namespace, metrics: dict, rows: int, path: Path) -> dict:
     table(f"{settings.model.name} on {arguments.part} ({rows} rows)", ["metric", "value"], metrics.items())
     return {**metrics, "samples": rows, "part": arguments.part, "checkpoint": str(path)}

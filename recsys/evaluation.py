@@ -70,7 +70,7 @@ class Evaluation:
             number = min(first + rank, total - 1)
             (ids, numbers, _), _, _ = filled_batch(self.rows, number * self.batch, self.batch)
             own = self.scores(Tensor(ids), Tensor(numbers)).asnumpy()
-            whole = merge.whole(own if first + rank < total else None, (ranks * self.batch, own.shape[1]),
+            whole = merge.gathered(own if first + rank < total else None, (ranks * self.batch, own.shape[1]),
                                 rank * self.batch)
             for place in range(min(ranks, total - first)):
                 (_, _, labels), users, real = filled_batch(self.rows, (first + place) * self.batch, self.batch)

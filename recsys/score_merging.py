@@ -23,7 +23,7 @@ class RankScores:
     def __init__(self, backend: Backend) -> None:
         self.backend, (self.part, self.parts) = backend, backend.share
 
-    def whole(self, own: np.ndarray | None, shape: tuple[int, int], start: int) -> np.ndarray:
+    def gathered(self, own: np.ndarray | None, shape: tuple[int, int], start: int) -> np.ndarray:
         """float32 [rows, K] of which this rank gives `own` from row `start` on; None: another rank gives its rows.
         Every rank calls it with the same shape."""
         result = np.zeros(shape, np.float32)
@@ -33,8 +33,8 @@ class RankScores:
             return result
         flat = result.reshape(-1)
         for begin in range(0, flat.size, _VALUES_AT_ONCE):
-            piece = slice(begin, begin + _VALUES_AT_ONCE)
-            flat[piece] = self.backend.exchange(flat[piece].tolist())
+            chunk = slice(begin, begin + _VALUES_AT_ONCE)
+            flat[chunk] = self.backend.exchange(flat[chunk].tolist())
         return result
 
     def of_batch(self, batch: tuple[np.ndarray, ...], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,5 +49,5 @@ class RankScores:
             return scores, labels
         rows, tasks = len(labels) * self.parts, labels.shape[1]
         own = None if scores is None else np.concatenate([scores, labels], 1)
-        found = self.whole(own, (rows, 2 * tasks), self.part * len(labels))
+        found = self.gathered(own, (rows, 2 * tasks), self.part * len(labels))
         return found[:, :tasks], found[:, tasks:]

@@ -83,8 +83,8 @@ class DataSettings(Settings):
     """Which file under recsys/data/readers/ reads the log."""
     path: str | None = None
     """File, folder of shards or glob pattern; not for synthetic, redis_stream and kafka."""
-    delimiter: str = Field(",", min_length=1, max_length=1)
-    """Between the cells of reader csv."""
+    delimiter: str = ","
+    """Between the cells of reader csv: one ASCII character, no quote and no line end."""
     quoted: bool = True
     """csv: whether a cell may be in double quotes, which then may hold delimiters and line ends; false: a quote is
     text like any other."""
@@ -142,6 +142,13 @@ class DataSettings(Settings):
     """redis_stream, kafka, tail: how events are read."""
     tables: TableSettings = TableSettings()
     """Where the embedding tables are kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        if len(self.delimiter) != 1 or not self.delimiter.isascii() or self.delimiter in '"\r\n\0':
+            raise UserError("one ASCII character, no quote and no line end", where="data.delimiter",
+                            value=self.delimiter, hint="write a tab as \"\\t\"")
+        return self
 
 
 class TaskSettings(Settings):
@@ -241,6 +248,10 @@ class RankerSettings(Settings):
     def full_capacity(self) -> int | None:
         """The capacity factor under which no routed expert leaves a row out; None without such experts."""
         return None
+
+    def keep_all_rows(self) -> None:
+        """Lets routed experts take all rows that choose them, in graphs of static shapes in which what a row gets must
+        not depend on its batch; nothing without such experts."""
 
 
 class FlatSchedule(ScheduleSettings):

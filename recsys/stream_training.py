@@ -10,7 +10,7 @@ from parallel.layers.parameter import initialize
 from parallel.training.device import Processes
 from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.optimizers import run_optimizer
-from parallel.training.sharded.run import whole_network
+from parallel.training.sharded.run import unsharded_network
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
 from recsys.data.columns import columns_of, features_of
@@ -84,7 +84,7 @@ def train_stream(settings: Run, network: TrainingLoss, reading: tuple, processes
         backend, network = hosted_backend(settings, spec, len(columns.labels), processes)
         model, tables = network.model, backend.hosted.tables
     else:
-        options = whole_network(network, options, settings.parallel.resolve(processes.ranks))
+        options = unsharded_network(network, options, settings.parallel.resolve(processes.ranks))
         optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
         step = TrainStep(network, optimizer, options, group=processes.group, rank=processes.rank,
                          ranks=processes.ranks)

@@ -15,7 +15,7 @@ from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
 from parallel.training.optimizers import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded.run import ShardedRun, needs_sharding, whole_network
+from parallel.training.sharded.run import ShardedRun, needs_sharding, unsharded_network
 from parallel.training.step import TrainStep
 from parallel.training.stop import listen_early
 from parallel.training.trainer import Trainer
@@ -98,7 +98,8 @@ def train_sharded(settings: Run, parallel: ParallelConfig, processes: Processes)
 
 def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) -> dict:
     """Trains a network whose parameters have values; the run's figures."""
-    options, model = whole_network(network, settings.train, settings.parallel.resolve(processes.ranks)), network.model
+    options = unsharded_network(network, settings.train, settings.parallel.resolve(processes.ranks))
+    model = network.model
     optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
     loss = sharing_loss(network, settings) if options.share_users else network
     step = TrainStep(loss, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)

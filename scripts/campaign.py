@@ -1,12 +1,13 @@
 """Kills, damage, wrong input, full disks and slow clients: what must never end in a traceback, half a file or silence.
 
     python scripts/campaign.py [--minutes 10] [--only inputs,damage,saves,kills,layouts,disk,launch,clients]
-                               [--seed N] [--short] [--folder runs/campaign]
+                               [--seed N] [--short] [--folder runs/campaign] [--counts FILE]
 
 Each part gets its share of the time. Seeds are printed; a failure is kept in `<folder>/failures/`, its input made as
-small as can be, and tried again with `--seed`. Counts add up over runs in `<folder>/counts.json`, with the seed and
-commit of each, so that a campaign can go on another day. The last line of stdout is one JSON object; exit code 1 if
-anything failed.
+small as can be, and tried again with `--seed`. Counts add up over runs in one file (`<folder>/counts.json`, or
+`--counts`), with the seed and commit of each, so that a campaign can go on another day: those of the project are in
+`docs/measurements/raw/campaign_counts.json`. The last line of stdout is one JSON object; exit code 1 if anything
+failed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--seed", type=int, default=None, help="of everything drawn (default: the time)")
     parser.add_argument("--folder", default=str(ROOT / "runs" / "campaign"), help="for artefacts, failures and counts")
+    parser.add_argument("--counts", default=None, help="file in which counts add up (default: in the folder)")
     parser.add_argument("--short", action="store_true", help="a few trials of each part, as the suite runs it")
     arguments = parser.parse_args()
     parts = [name for name in arguments.only.split(",") if name]
@@ -55,10 +57,11 @@ def run(parts: list[str], arguments: argparse.Namespace) -> dict:
 
     seed = arguments.seed if arguments.seed is not None else int(time.time())
     started, folder = time.monotonic(), Path(arguments.folder)
+    counts = Path(arguments.counts or folder / "counts.json")
     folder.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}", file=sys.stderr, flush=True)
     campaign = Campaign(seed, folder.resolve(), started + 60 * arguments.minutes, arguments.short,
-                        Counter(kept_counts(folder / "counts.json").get("total", {})))
+                        Counter(kept_counts(counts).get("total", {})))
     weight = sum(PARTS[name] for name in parts)
     for name in parts:
         campaign.share(60 * arguments.minutes * PARTS[name] / weight)
@@ -70,7 +73,7 @@ def run(parts: list[str], arguments: argparse.Namespace) -> dict:
     for failure in campaign.failures:
         print(f"FAILED {failure['kind']}: {failure['what'].strip().splitlines()[-1][:300]}\n  {failure['file']}",
               file=sys.stderr)
-    total = add_up(folder / "counts.json", campaign, time.monotonic() - started)
+    total = add_up(counts, campaign, time.monotonic() - started)
     return {"seed": seed, "seconds": round(time.monotonic() - started, 1), "counts": dict(campaign.counts),
             "failures": len(campaign.failures), "total": total, "folder": str(folder)}
 
@@ -88,8 +91,8 @@ def add_up(path: Path, campaign: object, seconds: float) -> dict[str, int]:
 
     from parallel.common.files import write_json
 
-    lock = path.with_name(f".{path.name}.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # several campaigns may end at once; given back with the file
+    lock = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # several campaigns may end at once; given back by closing
     kept = kept_counts(path)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     kept["runs"].append({"seed": campaign.seed, "commit": commit.strip(), "date": time.strftime("%Y-%m-%d"),
@@ -99,6 +102,7 @@ def add_up(path: Path, campaign: object, seconds: float) -> dict[str, int]:
         total.update(one["counts"])
     kept["total"] = dict(sorted(total.items()))
     write_json(path, kept)
+    os.close(lock)
     return kept["total"]
 
 

@@ -80,7 +80,7 @@ def test_encoded_rows_have_the_form_of_the_compiled_graph(path):
 
 
 def test_real_batches_compile_one_graph(tmp_path):
-    """A whole network on the CPU, over records."""
+    """An unsharded network on the CPU, over records."""
     from mindspore import Tensor
 
     from pangu.data.dataset import PackedDataset

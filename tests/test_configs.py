@@ -42,7 +42,7 @@ def test_published_sizes(name, parameters):
 
 @pytest.mark.parametrize("folder", ["pangu", "recsys"])
 def test_tiny_configs_divide(folder):
-    """The tiny configs can be cut by 2 in every dimension and by 4 in data and op."""
+    """The tiny configs can be sharded by 2 in every dimension and by 4 in data and op."""
     for path in sorted((ROOT / "configs" / folder).glob("tiny*.yaml")):
         everything = ["parallel.data=2", "parallel.op=2", "parallel.pipeline.stages=2",
                       "parallel.pipeline.micro_batches=2", "parallel.optimizer.shard=-1"]

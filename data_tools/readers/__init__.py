@@ -1,7 +1,7 @@
 """Readers of document files: one module a format, found automatically.
 
 A reader module has `SUFFIXES` (file endings without compression), `ranges(path, settings)` -> [(start, end)] and
-`read(split, settings, log)` -> documents. Compression (.gz, .xz, .zst) is taken off before unless the module says
+`read(split, settings, log)` -> documents. Compression (.gz, .xz, .zst, .bz2) is taken off before unless the module says
 `READS_COMPRESSED = True`.
 """
 
@@ -60,7 +60,7 @@ def reader_for(path: Path) -> str:
     name = _reader_name(path)
     if name is None:
         raise UserError("no reader for this kind of file", where=path,
-                        hint=f"known: {', '.join(suffixes())} (also .gz .xz .zst)")
+                        hint=f"known: {', '.join(suffixes())} (also .gz .xz .zst .bz2)")
     return name
 
 

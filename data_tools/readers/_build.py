@@ -56,7 +56,7 @@ def clean_characters(text: str, log: ReadLog | None) -> str:
         text = text.replace("\x00", "")
         if log is not None:
             log.repair("null_bytes")
-    mended = without_surrogates(text)
-    if mended is not text and mended != text and log is not None:
+    repaired = without_surrogates(text)
+    if repaired is not text and repaired != text and log is not None:
         log.repair("lone_surrogates")
-    return mended
+    return repaired

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import codecs
 from functools import cache
 
-MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-"""Byte order marks and what they say; the longer ones first."""
 CHINESE = ("gb18030", "big5hkscs")
 LIKELY = 0.8
 _LOOKED_AT = 20_000
 
 
-def by_mark(data: bytes) -> str | None:
-    """The charset that a byte order mark at the beginning says, None without one."""
-    return next((name for mark, name in MARKS if data.startswith(mark)), None)
+# Characters of GBK and GB18030 that had no code points when the standard of 2000 gave them private ones, which Python's
+# decoder gives still; those that GB18030-2005 and -2022 write.
+_CODED_LATER = {ord(old): new for old, new in {
+    "\ue7c7": "\u1e3f", "\ue816": "\U00020087", "\ue817": "\U00020089", "\ue818": "\U000200cc", "\ue81e": "\u9fb4",
+    "\ue826": "\u9fb5", "\ue82b": "\u9fb6", "\ue82c": "\u9fb7", "\ue831": "\U000215d7", "\ue832": "\u9fb8",
+    "\ue83b": "\U0002298f", "\ue843": "\u9fb9", "\ue854": "\u9fba", "\ue855": "\U000241fe", "\ue864": "\u9fbb",
+}.items()}
 
 
 def strict(data: bytes, name: str) -> str | None:
     """`data` in a charset, None where it is not."""
     try:
-        return data.decode(name)
+        text = data.decode(name)
     except (UnicodeDecodeError, LookupError):
         return None
+    return text.translate(_CODED_LATER) if name == "gb18030" and not text.isascii() else text
 
 
 def everyday_share(text: str) -> float:

@@ -6,8 +6,9 @@ import codecs
 import re
 from dataclasses import dataclass
 
-from data_tools.readers._charsets import CHINESE, by_mark, likeliest, strict
+from data_tools.readers._charsets import CHINESE, likeliest, strict
 from parallel.common.errors import UserError
+from parallel.common.files import by_mark
 
 _MARK = "\x1e"  # stands for a line break until the white space of the source is collapsed
 _FURNITURE = ("script,style,noscript,template,nav,header,footer,aside,form,iframe,svg,canvas,button,select,textarea,"

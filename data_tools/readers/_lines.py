@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from data_tools import readers
-from data_tools.readers._charsets import by_mark, likeliest, strict
-from parallel.common.files import open_binary
+from data_tools.readers._charsets import likeliest, strict
+from parallel.common.files import as_utf8, by_mark, open_binary
 
 if TYPE_CHECKING:
     from data_tools.records import ReadLog, Split
@@ -31,7 +29,7 @@ def read_lines(split: Split, limit: int, log: ReadLog) -> Iterator[tuple[int, by
     with open_binary(path) as opened:
         offset = split.start
         try:
-            file = _as_utf8(opened) if offset == 0 else opened
+            file = as_utf8(opened, path, errors="replace") if offset == 0 else opened
             if offset > 0:
                 file.seek(offset - 1)
                 offset = offset - 1 + _skip_line(file)
@@ -53,33 +51,6 @@ def is_wide(path: Path) -> bool:
     """Whether a plain file begins with the byte order mark of UTF-16 or UTF-32, so that it cannot be cut at bytes."""
     with path.open("rb") as file:
         return by_mark(file.read(4)) not in (None, "utf-8-sig")
-
-
-def _as_utf8(file: io.BufferedReader) -> io.BufferedReader:
-    """`file`, or what it holds in UTF-8 where its byte order mark says UTF-16 or UTF-32."""
-    mark = by_mark(file.peek(4)[:4])
-    return file if mark in (None, "utf-8-sig") else io.BufferedReader(_Recoded(file, mark), _CHUNK)
-
-
-class _Recoded(io.RawIOBase):
-    """A stream of another charset as UTF-8; what cannot be decoded is U+FFFD."""
-
-    def __init__(self, stream: BinaryIO, charset: str) -> None:
-        self._stream, self._ready = stream, b""
-        self._decoder = codecs.getincrementaldecoder(charset)("replace")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        ended = False
-        while not self._ready and not ended:
-            data = self._stream.read(1 << 16)
-            ended = not data
-            self._ready = self._decoder.decode(data, ended).encode()
-        piece, self._ready = self._ready[:len(buffer)], self._ready[len(buffer):]
-        buffer[:len(piece)] = piece
-        return len(piece)
 
 
 def _skip_line(file: BinaryIO) -> int:

@@ -11,7 +11,7 @@ from data_tools.rules import Rule
 # Letters, marks, numbers, ordinary punctuation, currency and mathematics stay, and symbols that stand for letters or
 # numbers; everything else is a special symbol.
 _SPECIAL_CATEGORIES = ("Cc", "Cf", "Co", "Cs", "Cn", "So", "Sk")
-_KEPT = "\n\t °℃℉№℡©®™^`¨"
+_KEPT = "\n\t °℃℉№℡©®™^`¨＾｀￣˙゛゜"
 # Of category So, Cn or Co by the table, but read as what they stand for: radicals that text out of PDF files has in
 # place of characters, strokes and parts of characters, the circle that is the zero of years, characters newer than the
 # table of this Python.

@@ -22,7 +22,7 @@ from data_tools.records import Document, Split
 from data_tools.steps.filter import file_digest
 from parallel.common.digests import load_array, save_array
 from parallel.common.errors import UserError
-from parallel.common.files import open_binary
+from parallel.common.files import COMPRESSED_SUFFIXES, open_binary
 from parallel.common.lines import split_lines
 from parallel.common.progress import info, progress
 from parallel.common.settings import Settings
@@ -76,7 +76,7 @@ def _files(inputs: list[str]) -> list[Path]:
 
 
 def _known(path: Path) -> bool:
-    return any(path.name.removesuffix(ending).endswith(_SUFFIXES) for ending in ("", ".gz", ".xz", ".zst"))
+    return any(path.name.lower().removesuffix(ending).endswith(_SUFFIXES) for ending in ("", *COMPRESSED_SUFFIXES))
 
 
 def evaluation_texts(path: Path) -> Iterator[str]:
@@ -88,7 +88,7 @@ def evaluation_texts(path: Path) -> Iterator[str]:
     if len(data) > _MAX_FILE_BYTES:
         raise UserError("evaluation file is too large", where=path, value=_MAX_FILE_BYTES)
     text = decode(data, ReadLog())
-    if ".json" not in path.name:
+    if ".json" not in path.name.lower():
         yield from split_lines(text)
         return
     try:

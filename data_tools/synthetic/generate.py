@@ -8,6 +8,7 @@ The design (what is told, how often, what is held out) was chosen here.
 from __future__ import annotations
 
 import argparse
+import bz2
 import gzip
 import json
 import lzma
@@ -111,7 +112,7 @@ def generate_questions(skill: str, count: int = DEFAULT_QUESTIONS, seed: int = 1
 
 
 def write_jsonl(items: Iterable[dict], path: str | Path, total_bytes: int | None = None) -> dict[str, int]:
-    """Writes items as one JSON object a line, compressed when the name ends in .gz, .xz or .zst; atomic.
+    """Writes items as one JSON object a line, compressed when the name ends in .gz, .xz, .zst or .bz2; atomic.
 
     Returns:
         figures: `documents`, `bytes` (UTF-8 of the texts, before compression).
@@ -134,6 +135,8 @@ def compressing(raw: BinaryIO, path: Path) -> BinaryIO:
         return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)  # type: ignore[return-value]
     if path.suffix == ".xz":
         return lzma.open(raw, "wb", preset=2)  # type: ignore[return-value]
+    if path.suffix == ".bz2":
+        return bz2.open(raw, "wb")  # type: ignore[return-value]
     if path.suffix == ".zst":
         import zstandard
 
@@ -156,7 +159,7 @@ def parse_bytes(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `world`."""
     parser.add_argument("--output", required=True, metavar="FILE",
-                        help="corpus to write: .jsonl, or .jsonl.gz / .xz / .zst")
+                        help="corpus to write: .jsonl, or .jsonl.gz / .xz / .zst / .bz2")
     parser.add_argument("--bytes", default="2MB", metavar="SIZE",
                         help="size of the texts, for example 2MB or 20MB (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same corpus (default: %(default)s)")

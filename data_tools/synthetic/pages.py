@@ -163,7 +163,7 @@ def generate_pages(count: int = DEFAULT_PAGES, seed: int = 1) -> Iterator[tuple[
 
 
 def _break(line: bytes, rng: random.Random) -> bytes:
-    """Damage of a kind that is mended (a bad byte, GB18030) or that costs the page (half a line, no text)."""
+    """Damage of a kind that is repaired (a bad byte, GB18030) or that costs the page (half a line, no text)."""
     damage = rng.randrange(4)
     if damage == 0:
         return line[: len(line) // 2]
@@ -187,7 +187,7 @@ def _converter() -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb `generate-pages`."""
     parser.add_argument("--output", required=True, metavar="FILE",
-                        help="pages to write: .jsonl, or .jsonl.gz / .xz / .zst")
+                        help="pages to write: .jsonl, or .jsonl.gz / .xz / .zst / .bz2")
     parser.add_argument("--pages", type=int, default=DEFAULT_PAGES, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="same seed, same pages (default: %(default)s)")
 

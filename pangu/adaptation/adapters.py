@@ -66,8 +66,8 @@ def run_merge(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         _check(source, adapters, name)
     names = [name for name in source.names(PARAMETERS_FILE) if not name.endswith((DOWN, UP))]
 
-    def read(name: str, box: tuple | None = None) -> np.ndarray:
-        weight = source.read(name, box)
+    def read(name: str, extent: tuple | None = None) -> np.ndarray:
+        weight = source.read(name, extent)
         return weight if name not in adapted else merge(
             weight, *(adapters.read(name.removesuffix(".weight") + end) for end in (DOWN, UP)), low_rank.alpha)
 

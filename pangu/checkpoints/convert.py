@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -121,8 +121,21 @@ def _counted(item: tuple, bar: Bar) -> tuple:
 
 # ---- reading
 
-def open_source(arguments: argparse.Namespace, config: ModelConfig) -> Any:
-    """Something with `entries` (name to dtype and shape) and `read(name)`.
+class Source(Protocol):
+    """Parameters in somebody's layout.
+
+    Attributes:
+        entries: name -> something with `dtype` and `shape`.
+    """
+
+    entries: dict[str, Any]
+
+    def read(self, name: str) -> np.ndarray:
+        """One of them."""
+
+
+def open_source(arguments: argparse.Namespace, config: ModelConfig) -> Source:
+    """The checkpoint that `--from` names.
 
     Raises:
         UserError: flags that the layout needs are not given; files missing or damaged.
@@ -146,7 +159,7 @@ def _layouts(arguments: argparse.Namespace, config: ModelConfig) -> dict[str, Sl
     return read_strategy(arguments.strategy) if arguments.strategy else release_layouts(config)
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Path) -> Source:
     """A file of tensors, by its suffix."""
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
@@ -206,7 +219,7 @@ class Mapping:
         UserError: a parameter is missing, or has another shape or a type that is no float.
     """
 
-    def __init__(self, source: Any, config: ModelConfig, naming: str) -> None:
+    def __init__(self, source: Source, config: ModelConfig, naming: str) -> None:
         self.source, self.keys, self.notes = source, keys(config, naming), []
         self._names = {key.name: self._source_name(key) for key in self.keys}
         missing = [key.foreign for key in self.keys if self._names[key.name] not in source.entries]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import lzma
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from parallel.common.errors import UserError
-from parallel.common.files import COMPRESSED_SUFFIXES, open_binary
+from parallel.common.files import COMPRESSED_SUFFIXES, open_utf8
 from parallel.common.structured import BadText, parse_object
 
 TEXT_SUFFIXES = (".txt", ".text")
@@ -23,7 +22,7 @@ MAX_TEXT_DOCUMENT_BYTES = 1 << 20
 """A text document (lines without a blank one between) is split after the line that passes this size."""
 
 _KINDS = " ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES)) + " and " + " ".join(COMPRESSED_SUFFIXES) + " of them"
-_FOREIGN = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16", b"%PDF": "PDF", b"PK\x03\x04": "a zip file",
+_FOREIGN = {b"%PDF": "PDF", b"PK\x03\x04": "a zip file",
             b"\x1f\x8b": "a gzip file without .gz", b"\xfd7zXZ": "an xz file without .xz"}
 
 
@@ -34,7 +33,8 @@ def documents(
 
     Args:
         path: a `.txt` file (documents are parted by blank lines), a `.jsonl` file (one object a line), one of them
-            compressed (`.xz`, `.gz`, `.zst`), or a folder of such files (read in order of their relative paths).
+            compressed (`.xz`, `.gz`, `.zst`, `.bz2`), or a folder of such files (read in order of their
+            relative paths).
         text_key: key of the text in a JSON object.
         whole_file: a text file is one document, its blank lines kept.
         max_line_bytes: longest line allowed, and longest file when `whole_file`.
@@ -47,7 +47,7 @@ def documents(
     for file in corpus_files(path):
         kind = _kind(file)
         try:
-            with open_binary(file) as stream:
+            with open_utf8(file) as stream:
                 reader = _Lines(file, stream, max_line_bytes)
                 if kind == "json":
                     texts = _json_documents(reader, text_key)
@@ -108,10 +108,9 @@ def _damaged(file: Path, error: Exception) -> UserError:
 
 
 def _kind(path: Path) -> str | None:
-    name = path.with_suffix("") if path.suffix in COMPRESSED_SUFFIXES else path
-    if name.suffix in JSON_SUFFIXES:
-        return "json"
-    return "text" if name.suffix in TEXT_SUFFIXES else None
+    name = Path(path.name.lower())
+    suffix = (name.with_suffix("") if name.suffix in COMPRESSED_SUFFIXES else name).suffix
+    return "json" if suffix in JSON_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
 
 
 class _Lines:
@@ -127,7 +126,6 @@ class _Lines:
                 raise self.error(f"line is longer than the {self.limit} bytes allowed", hint="break it into documents")
             if self.number == 1:
                 self._refuse_foreign(line)
-                line = line.removeprefix(codecs.BOM_UTF8)
             yield self._decode(line).rstrip("\r\n")
 
     def _refuse_foreign(self, line: bytes) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pangu.evaluation.requests import OnScored, ScoreRequest, scored_item, total
 from pangu.generation import scheduler
+from pangu.generation.backend import Backend
 from pangu.generation.sampling import Sampler, SamplingRule
 from pangu.generation.scheduler import Scheduler, TokenLogprob
 
@@ -46,12 +47,12 @@ class SpanScorer:
     """`pangu.evaluation.scoring.Scorer` over a `Runner`.
 
     Args:
-        backend: a `pangu.generation.backend.Backend`.
+        backend: runs the model.
         chunk: tokens that are read in one step.
         share: whether equal beginnings are computed once.
     """
 
-    def __init__(self, backend: Any, chunk: int, share: bool = True) -> None:
+    def __init__(self, backend: Backend, chunk: int, share: bool = True) -> None:
         self.config, self.backend, self.chunk, self.share = backend.config, backend, chunk, share
         self._scheduler: Scheduler | None = None
 

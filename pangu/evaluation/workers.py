@@ -151,7 +151,7 @@ def wants_launch(arguments: argparse.Namespace) -> bool:
 
 def launch_evaluation(settings: Run, arguments: argparse.Namespace) -> dict:
     """The same command as `--nproc` processes on each machine; rank 0's figures."""
-    from pangu import build
+    from pangu.build import PACKAGE
     from parallel.launch.launcher import MindSporeLauncher
     from parallel.launch.machines import machines_of
     from parallel.training.agreement import facts_of
@@ -165,7 +165,7 @@ def launch_evaluation(settings: Run, arguments: argparse.Namespace) -> dict:
     logs = Path(arguments.output or Path(settings.output.directory) / "evaluation") / "logs"
     resolved, plan = grouped(settings, arguments)
     if takes_torch(resolved):
-        return launch_inference(build, resolved, plan, "evaluate", command, logs)
+        return launch_inference(PACKAGE, resolved, plan, "evaluate", command, logs)
     machines = machines_of(plan, facts_of(settings.model_dump(mode="json")))
     with contextlib.closing(machines):
         machines.meet()

@@ -10,6 +10,8 @@ from parallel.common.errors import UserError
 from parallel.training.settings import COMPUTE_DTYPES
 
 if TYPE_CHECKING:
+    from pangu.generation.kernel_runner import PackedWeights
+    from pangu.model import PanGuAlpha
     from pangu.settings import Run
 
 
@@ -28,14 +30,14 @@ class Backend:
     """A model that text can be generated with.
 
     Args:
-        source: a `pangu.model.PanGuAlpha`, or `PackedWeights` of one. The C++ kernels take a copy of a model's
-            parameters when they are first used.
+        source: a model, or weights of one. The C++ kernels take a copy of a model's parameters when they are first
+            used.
     """
 
     has_cache = False
     """Whether its one runner has been made, with a cache that was measured then."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: PanGuAlpha | PackedWeights) -> None:
         self.config, self._source = source.config, source
         self._weights: Any = None
         self._runner: Runner | None = None

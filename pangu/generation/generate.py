@@ -19,6 +19,8 @@ from pangu.generation.settings import GenerateSettings
 from parallel.common.errors import UserError
 
 if TYPE_CHECKING:
+    from pangu.generation.backend import Backend
+    from pangu.model import PanGuAlpha
     from pangu.settings import Run
 
 
@@ -26,8 +28,7 @@ class Generator:
     """Generates with one model; what was compiled and what was read of a prompt are kept between calls.
 
     Args:
-        source: a `pangu.generation.backend.Backend`, or a `pangu.model.PanGuAlpha` (its parameters are taken when the
-            first text is generated).
+        source: a backend, or a model (its parameters are taken when the first text is generated).
         tokenizer: a `pangu.data.tokenizer.Tokenizer`; None if only ids are generated.
         settings: defaults for every call.
 
@@ -35,7 +36,8 @@ class Generator:
         UserError: the tokenizer has another size than the model's vocabulary.
     """
 
-    def __init__(self, source: Any, tokenizer: Any, settings: GenerateSettings | None = None) -> None:
+    def __init__(self, source: Backend | PanGuAlpha, tokenizer: Any,
+                 settings: GenerateSettings | None = None) -> None:
         from pangu.generation.backend import Backend
 
         if not isinstance(source, Backend):

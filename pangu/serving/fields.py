@@ -40,7 +40,7 @@ class Fields:
             raise bad(name, f"must be from {low:g} to {high:g}", value)
         return float(value)
 
-    def whole(self, name: str, low: int, high: int, default: Any = None) -> Any:
+    def integer(self, name: str, low: int, high: int, default: Any = None) -> Any:
         """A whole number in [low, high]; 16.0 is one."""
         value = self.get(name)
         if value is None:

@@ -81,9 +81,9 @@ class Reader:
         fields = self._model(body)
         fields.neutral("suffix", "")
         prompts = self._prompts(fields.get("prompt"))
-        n = fields.whole("n", 1, self.settings.max_sequences, 1)
-        best_of = fields.whole("best_of", 1, self.settings.max_sequences, n)
-        logprobs = fields.whole("logprobs", 0, self.settings.max_logprobs)
+        n = fields.integer("n", 1, self.settings.max_sequences, 1)
+        best_of = fields.integer("best_of", 1, self.settings.max_sequences, n)
+        logprobs = fields.integer("logprobs", 0, self.settings.max_logprobs)
         ask = self._ask(fields, prompts, n, best_of, logprobs, fields.get("stop"))
         if ask.stream and best_of > n:
             raise bad("best_of", "cannot be streamed", best_of)
@@ -106,10 +106,10 @@ class Reader:
         text = self.template.render(read_messages(fields.get("messages")),
                                     fields.flag("add_generation_prompt", True), self.eos_token)
         prompts = [self._text_prompt(text, "messages")]
-        alternatives = fields.whole("top_logprobs", 0, self.settings.max_logprobs)
+        alternatives = fields.integer("top_logprobs", 0, self.settings.max_logprobs)
         if alternatives is not None and not fields.flag("logprobs"):
             raise bad("top_logprobs", "needs logprobs: true", alternatives)
-        n = fields.whole("n", 1, self.settings.max_sequences, 1)
+        n = fields.integer("n", 1, self.settings.max_sequences, 1)
         logprobs = (alternatives or 0) if fields.flag("logprobs") else None
         ask = self._ask(fields, prompts, n, n, logprobs, [*_listed(fields.get("stop")), *self.settings.chat_stop])
         params = replace(ask.params, max_tokens=self._max_tokens(
@@ -196,7 +196,7 @@ class Reader:
     def _max_tokens(self, fields: Fields, names: Sequence[str], prompts: list[Prompt], default: int) -> int:
         longest = max(len(prompt.ids) for prompt in prompts)
         for name in names:
-            asked = fields.whole(name, 0, 1 << 31)
+            asked = fields.integer(name, 0, 1 << 31)
             if asked is not None:
                 if longest + asked > self.context:
                     raise Refusal(400, f"this model's maximum context length is {self.context} tokens; the prompt has "
@@ -227,10 +227,10 @@ class Reader:
                    as_ids=fields.flag("return_tokens_as_token_ids"))
 
     def _params(self, fields: Fields, stop_ids: tuple[int, ...], logprobs: int | None) -> SamplingParams:
-        top_p, top_k = fields.number("top_p", 0.0, 1.0, 1.0), max(0, fields.whole("top_k", -1, 1 << 31, 0))
+        top_p, top_k = fields.number("top_p", 0.0, 1.0, 1.0), max(0, fields.integer("top_k", -1, 1 << 31, 0))
         if top_p == 0.0:  # only the likeliest is left
             top_p, top_k = 1.0, 1
-        seed = fields.whole("seed", -(1 << 63), (1 << 64) - 1)
+        seed = fields.integer("seed", -(1 << 63), (1 << 64) - 1)
         ends = () if fields.flag("ignore_eos") else (self.tokenizer.eot_id,)
         return SamplingParams(
             temperature=fields.number("temperature", 0.0, _TEMPERATURE, 1.0), top_p=top_p, top_k=top_k,

@@ -54,7 +54,7 @@ def _add_model(app: Any, service: Service) -> None:
             if ask.stream:
                 return EventStream(answer.stream(), openai_shape, answer.cancel)
             try:
-                return JSONResponse(await unless_gone(request, answer.whole()))
+                return JSONResponse(await unless_gone(request, answer.complete()))
             finally:
                 answer.cancel()
         return run

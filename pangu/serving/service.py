@@ -151,7 +151,7 @@ class Answer:
         for _, handle, _ in self._sequences:
             handle.cancel()
 
-    async def whole(self) -> dict[str, Any]:
+    async def complete(self) -> dict[str, Any]:
         """The answer that is not streamed.
 
         Raises:
@@ -166,10 +166,10 @@ class Answer:
             for task in tasks:
                 task.cancel()
             self.cancel()
-        joined = [TextDelta("".join(delta.text for delta in pieces),
-                            tuple(entry for delta in pieces for entry in delta.entries), pieces[-1].finish_reason)
-                  for pieces in made]
-        return self.shape.whole([joined[index] for index in self._best()], self.usage)
+        joined = [TextDelta("".join(delta.text for delta in deltas),
+                            tuple(entry for delta in deltas for entry in delta.entries), deltas[-1].finish_reason)
+                  for deltas in made]
+        return self.shape.answer([joined[index] for index in self._best()], self.usage)
 
     def _best(self) -> list[int]:
         """Of each prompt's sequences the `n` to be given, the best first where there are more."""
@@ -188,18 +188,18 @@ class Answer:
         Raises:
             Refusal: the engine failed or was stopped.
         """
-        pieces: asyncio.Queue = asyncio.Queue()
-        tasks = [asyncio.ensure_future(self._drive(index, lambda *pair: pieces.put_nowait(pair)))
+        arriving: asyncio.Queue = asyncio.Queue()
+        tasks = [asyncio.ensure_future(self._drive(index, lambda *pair: arriving.put_nowait(pair)))
                  for index in range(len(self._sequences))]
         for task in tasks:
-            task.add_done_callback(lambda task: pieces.put_nowait((-1, task)))
+            task.add_done_callback(lambda task: arriving.put_nowait((-1, task)))
         try:
             for index in range(len(tasks)):
                 for choice in self.shape.first(index):
                     yield self._event([choice])
             left = len(tasks)
             while left:
-                index, delta = await pieces.get()
+                index, delta = await arriving.get()
                 if isinstance(delta, asyncio.Future):
                     left -= 1
                     if not delta.cancelled():

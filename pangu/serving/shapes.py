@@ -49,7 +49,7 @@ class CompletionShape:
     created: int = field(default_factory=lambda: int(time.time()))
     object = chunk_object = "text_completion"
 
-    def whole(self, choices: Sequence[TextDelta], usage: Usage) -> dict[str, Any]:
+    def answer(self, choices: Sequence[TextDelta], usage: Usage) -> dict[str, Any]:
         """The answer that is not streamed."""
         return self._with([self._choice(index, delta) for index, delta in enumerate(choices)], usage.json(),
                           self.object)

@@ -21,7 +21,7 @@ from parallel.checkpoint.folder import OPTIMIZER_FILE, PARAMETERS_FILE
 from parallel.checkpoint.owners import Disks
 from parallel.checkpoint.sharded import Slices, parameter_of
 from parallel.checkpoint.tensors import NamedTensor, named
-from parallel.checkpoint.writing import Holder, Save, SlicedSave, WholeSave
+from parallel.checkpoint.writing import FullSave, Holder, Save, SlicedSave
 from parallel.common.errors import UserError
 
 _MAX_SHOWN = 3
@@ -30,7 +30,7 @@ _MAX_SHOWN = 3
 def save(directory: str | Path, step: int, parameters: Sequence[Any], states: Sequence[Any], state: dict[str, Any],
          keep: int | None, *, rank: int = 0, holder: Holder | None = None, disks: Disks | None = None,
          barrier: Callable[[], None] | None = None, add_files: Callable[[Path], None] | None = None) -> Path:
-    """A checkpoint of a run of any number of processes, which all call it: whole tensors, or every rank's slices.
+    """A checkpoint of a run of any number of processes, which all call it: full tensors, or every rank's slices.
 
     Args: see `parallel.checkpoint.writing.Save`;
         holder: which slices this process holds; None = everything.
@@ -50,7 +50,7 @@ def begun(directory: str | Path, step: int, parameters: Sequence[Any], states: S
     """What `save` does, to be done step by step."""
     if holder is not None:
         return SlicedSave(directory, step, parameters, states, state, keep, holder, disks, add_files)
-    return WholeSave(directory, step, parameters, states, state, keep, rank=rank,
+    return FullSave(directory, step, parameters, states, state, keep, rank=rank,
                      disks=disks or Disks.shared(rank + 1), add_files=add_files)
 
 
@@ -69,7 +69,7 @@ def _nobody() -> None:
 
 
 class Checkpoint:
-    """A checkpoint, whole or in slices, as full tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
+    """A checkpoint, full or in slices, as full tensors: `layout[name]` = {file, dtype, shape}, `state`, `read(name)`.
 
     Raises:
         UserError: not a checkpoint, or damaged.

@@ -1,4 +1,4 @@
-"""The index of a checkpoint in slices: one file that says where every slice of every tensor lies.
+"""The index of a checkpoint in slices: one file with the place of every slice of every tensor.
 
     layout.json                       of a disk that all ranks share
     layout-00003-of-00064.json        of machine 3 of 64 that have disks of their own; copied into one folder they are
@@ -37,7 +37,7 @@ from parallel.common.structured import read_json, typed
 
 @dataclass(frozen=True)
 class Written:
-    """A slice on the disk: its tensor, kind of file, type, whole shape; its place in the tensor, file and checksum."""
+    """A slice on the disk: its tensor, kind of file, type, full shape; its place in the tensor, file and checksum."""
 
     name: str
     kind: str
@@ -49,7 +49,7 @@ class Written:
 
 
 class _Entry(pydantic.BaseModel):
-    """A tensor in a layout of one rank (versions 1 and 2), or of a whole checkpoint."""
+    """A tensor in a layout of one rank (versions 1 and 2), or of a full checkpoint."""
 
     file: str
     dtype: str
@@ -74,7 +74,7 @@ def index_name(rank: int, disks: Disks) -> str:
 
 
 def part_name(rank: int) -> str:
-    """Name of what a rank tells the first of its disk while a checkpoint is being written."""
+    """Name of the file by which a rank reports to the first of its disk while a checkpoint is being written."""
     return f".written-{rank:05d}.json"
 
 
@@ -91,19 +91,19 @@ def index_tree(slices: Iterable[Written], ranks: int) -> dict[str, Any]:
 
 
 def written_tree(slices: Iterable[Written]) -> dict[str, Any]:
-    """The JSON by which a rank tells the first of its disk what it has written."""
+    """The JSON by which a rank reports to the first of its disk what it has written."""
     return {"slices": [[item.name, item.kind, item.dtype, item.shape, item.extent, item.file, item.crc32]
                        for item in slices]}
 
 
 def read_written(path: Path) -> list[Written]:
-    """What `written_tree` says."""
+    """The slices of a file that `written_tree` made."""
     return [Written(name, kind, dtype, tuple(shape), tuple(map(tuple, extent)), file, crc32)
             for name, kind, dtype, shape, extent, file, crc32 in read_json(path, dict)["slices"]]
 
 
 def layout_files(folder: Path) -> tuple[list[Path], list[int], int]:
-    """Layouts of a checkpoint, the numbers of missing ones, and of how many; one whole index is ([path], [], 1).
+    """Layouts of a checkpoint, the numbers of missing ones, and of how many; a single index is ([path], [], 1).
 
     Raises:
         UserError: there is none.

@@ -55,7 +55,7 @@ def agreed_checkpoint(directory: str | Path, backend: Ranks, disks: Disks) -> Pa
     for step in steps:
         path = checkpoint_path(directory, step)
         error = _damage(path, backend.rank % disks.each, disks.each, disks.count > 1)
-        bad = [rank for rank, wrong in enumerate(_told_by_each(backend, error is not None)) if wrong]
+        bad = [rank for rank, wrong in enumerate(_gathered(backend, error is not None)) if wrong]
         if not bad:
             if first is not None and backend.rank == 0:
                 info(f"taking {path} instead")
@@ -82,7 +82,7 @@ def _steps_of_chief(directory: str | Path, backend: Ranks) -> Sequence[int]:
     return steps
 
 
-def _told_by_each(backend: Ranks, wrong: bool) -> list[float]:
+def _gathered(backend: Ranks, wrong: bool) -> list[float]:
     own = [0.0] * backend.ranks
     own[backend.rank] = float(wrong)
     return backend.exchange(own)

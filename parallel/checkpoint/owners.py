@@ -57,7 +57,7 @@ class Disks:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedSlice:
     """A slice of a tensor of a checkpoint, or a part of one, and who writes it."""
 
     name: str
@@ -66,11 +66,11 @@ class Piece:
     rank: int
 
 
-def pieces(tensors: Iterable[tuple[str, str, int]], holders: Holders, disks: Disks) -> Iterator[Piece]:
+def owned_slices(tensors: Iterable[tuple[str, str, int]], holders: Holders, disks: Disks) -> Iterator[OwnedSlice]:
     """Every slice with its writer, once for each disk that has a rank which holds it.
 
     What one rank alone holds is its own to write. Of the rest the largest goes first, to the holder with the least to
-    write so far (of equals the first); a slice that is large beside an even share is cut along its first dim, for
+    write so far (of equals the first); a slice that is large beside an even share is split along its first dim, for
     several of its holders.
 
     Args:
@@ -88,7 +88,7 @@ def pieces(tensors: Iterable[tuple[str, str, int]], holders: Holders, disks: Dis
                     shared.append((-size, name, extent, own))
                 else:
                     loads.bytes[own[0]] += size
-                    yield Piece(name, extent, size, own[0])
+                    yield OwnedSlice(name, extent, size, own[0])
     share = (sum(loads.bytes) - sum(item[0] for item in shared)) / max(1, len(writers))
     largest = max(1.0, share / _PARTS_OF_A_SHARE)
     for size, name, extent, ranks in sorted(shared):
@@ -97,16 +97,16 @@ def pieces(tensors: Iterable[tuple[str, str, int]], holders: Holders, disks: Dis
             bytes_ = -size * volume(part) // max(1, volume(extent))
             rank = loads.give(bytes_, ranks, taken)
             taken.add(rank)
-            yield Piece(name, part, bytes_, rank)
+            yield OwnedSlice(name, part, bytes_, rank)
 
 
 def written_by(rank: int, tensors: Iterable[tuple[str, str, int]], holders: Holders, disks: Disks) -> dict[str, Extent]:
     """What `rank` writes of the tensors that it holds: which part of each; of a tensor that others write, nothing."""
-    return {piece.name: piece.extent for piece in pieces(tensors, holders, disks) if piece.rank == rank}
+    return {item.name: item.extent for item in owned_slices(tensors, holders, disks) if item.rank == rank}
 
 
 def _parts(extent: Extent, count: int) -> list[Extent]:
-    """A box cut along its first dim into at most `count` parts that differ by a row at most."""
+    """An extent split along its first dim into at most `count` parts that differ by a row at most."""
     if not extent or count < 2:
         return [extent]
     (start, stop), *rest = extent

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from parallel.checkpoint.folder import PARAMETERS_FILE
-from parallel.checkpoint.owners import Disks, Holders, pieces
+from parallel.checkpoint.owners import Disks, Holders, owned_slices
 from parallel.checkpoint.safetensors_file import DTYPES
 from parallel.checkpoint.sharded import Slices, parameter_of
 from parallel.checkpoint.writing import write_checkpoint, write_full, write_index, write_rank
@@ -26,7 +26,7 @@ from parallel.common.progress import Bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of both verbs."""
-    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="checkpoint, whole or in slices")
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="checkpoint, full or in slices")
     parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="folder to make; must not exist")
 
 
@@ -36,9 +36,11 @@ def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]
     Raises:
         UserError: the checkpoint is of another model, damaged or incomplete; no disk space.
     """
-    from parallel.task import build_task
+    from parallel.task import build_task, load_run
 
-    task, _, config = build_task(arguments.config, arguments.overrides)
+    package, run = load_run(arguments.config, arguments.overrides)
+    plain = package.written_out(run)  # the same parameters, without a device
+    task, _, config = build_task(arguments.config, [*arguments.overrides, *plain])
     slices = Slices(arguments.source)
     if config.world == 1:
         return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))
@@ -75,9 +77,9 @@ def rank_plans(slices: Slices, holders: Holders, ranks: int) -> list[list[tuple]
     plans: list[list[tuple]] = [[] for _ in range(ranks)]
     listed = [(name, parameter_of(name), np.dtype(DTYPES[tensor.dtype]).itemsize)
               for name, tensor in slices.tensors.items()]
-    for piece in pieces(listed, holders, Disks.shared(ranks)):
-        tensor = slices.tensors[piece.name]
-        plans[piece.rank].append((piece.name, tensor.kind, tensor.dtype, tensor.shape, piece.extent))
+    for item in owned_slices(listed, holders, Disks.shared(ranks)):
+        tensor = slices.tensors[item.name]
+        plans[item.rank].append((item.name, tensor.kind, tensor.dtype, tensor.shape, item.extent))
     return plans
 
 

@@ -34,7 +34,7 @@ def parameter_of(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredSlice:
     """A slice on the disk: its extent in the full tensor, its file and checksum."""
 
     extent: Extent
@@ -49,7 +49,7 @@ class Tensor:
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: dict[Extent, Piece] = field(default_factory=dict)
+    slices: dict[Extent, StoredSlice] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +58,7 @@ class Tensor:
 
 
 class Slices:
-    """A checkpoint, whole or in slices, opened for reading: `tensors` by name and `read(name, extent)`.
+    """A checkpoint, full or in slices, opened for reading: `tensors` by name and `read(name, extent)`.
 
     Args:
         path: a checkpoint, or a folder of them (the newest is taken).
@@ -83,7 +83,7 @@ class Slices:
         self.state = read_sealed_json(self.path / "state.json") if (self.path / "state.json").is_file() else {}
         for name, tensor in self.tensors.items():
             if not missing:
-                self._check_cover(name, tuple((0, size) for size in tensor.shape), tensor.pieces)
+                self._check_cover(name, tuple((0, size) for size in tensor.shape), tensor.slices)
 
     @staticmethod
     def _find(path: Path) -> Path:
@@ -101,12 +101,12 @@ class Slices:
         if (tensor.shape, tensor.dtype) != (item.shape, item.dtype):
             raise UserError(f"the ranks disagree on the shape of '{item.name}'", where=self.path)
         # Of equal slices the first counts: an earlier stage's, where a later one borrows the parameter.
-        tensor.pieces.setdefault(item.extent, Piece(item.extent, self.path / item.file, item.crc32))
+        tensor.slices.setdefault(item.extent, StoredSlice(item.extent, self.path / item.file, item.crc32))
 
     def _check_cover(self, name: str, extent: Extent, parts: Iterable[Extent]) -> None:
         # Slices of one layout either are the same or do not touch, so their sizes must add up.
         if sum(map(volume, parts)) != volume(extent):
-            raise UserError(f"the slices of '{name}' do not make up the whole", where=self.path,
+            raise UserError(f"the slices of '{name}' do not make up the full tensor", where=self.path,
                             hint="copy the files of all machines into one folder")
 
     def read(self, name: str, extent: Extent | None = None) -> np.ndarray:
@@ -123,26 +123,26 @@ class Slices:
         part = np.empty([stop - start for start, stop in extent], DTYPES[tensor.dtype])
         found = _overlaps(tensor, extent)
         self._check_cover(name, extent, [shared for _, shared in found])
-        for piece, shared in found:
-            self._copy(name, piece, shared, extent, part)
+        for stored, shared in found:
+            self._copy(name, stored, shared, extent, part)
         return part
 
-    def _copy(self, name: str, piece: Piece, shared: Extent, extent: Extent, part: np.ndarray) -> None:
-        file = self._opened(piece.file)
-        if (piece.file, name) not in self._checked:
-            self._check_piece(name, piece, file)
+    def _copy(self, name: str, stored: StoredSlice, shared: Extent, extent: Extent, part: np.ndarray) -> None:
+        file = self._opened(stored.file)
+        if (stored.file, name) not in self._checked:
+            self._check_slice(name, stored, file)
         place = tuple(slice(*pair) for pair in _relative(shared, extent))
-        file.copy_extent(name, _relative(shared, piece.extent), part, place)
+        file.copy_extent(name, _relative(shared, stored.extent), part, place)
 
-    def _check_piece(self, name: str, piece: Piece, file: SafetensorsFile) -> None:
-        shape, tensor = tuple(stop - start for start, stop in piece.extent), self.tensors[name]
+    def _check_slice(self, name: str, stored: StoredSlice, file: SafetensorsFile) -> None:
+        shape, tensor = tuple(stop - start for start, stop in stored.extent), self.tensors[name]
         entry = file.entries.get(name)
         if entry is not None and (entry.shape, entry.dtype) != (shape, tensor.dtype):
             raise UserError(f"checkpoint file is damaged: '{name}' is {entry.dtype} {list(entry.shape)} there and "
-                            f"{tensor.dtype} {list(shape)} in the layout", where=piece.file,
+                            f"{tensor.dtype} {list(shape)} in the layout", where=stored.file,
                             hint="use another checkpoint")
-        file.check(name, piece.crc32)
-        self._checked.add((piece.file, name))
+        file.check(name, stored.crc32)
+        self._checked.add((stored.file, name))
 
     def _opened(self, path: Path) -> SafetensorsFile:
         if path not in self._files:
@@ -155,24 +155,24 @@ class Slices:
         Raises:
             UserError: a file is missing, or its data have changed.
         """
-        listed = [(name, piece) for name, tensor in self.tensors.items() for piece in tensor.pieces.values()]
-        for name, piece in listed[part::parts]:
-            self._check_piece(name, piece, self._opened(piece.file))
+        listed = [(name, stored) for name, tensor in self.tensors.items() for stored in tensor.slices.values()]
+        for name, stored in listed[part::parts]:
+            self._check_slice(name, stored, self._opened(stored.file))
 
     def names(self, kind: str) -> list[str]:
         """Names of the parameters or of the moments."""
         return sorted(name for name, tensor in self.tensors.items() if tensor.kind == kind)
 
 
-def _overlaps(tensor: Tensor, extent: Extent) -> list[tuple[Piece, Extent]]:
+def _overlaps(tensor: Tensor, extent: Extent) -> list[tuple[StoredSlice, Extent]]:
     """Slices that have a part of `extent`, and which."""
-    if extent in tensor.pieces:
-        return [(tensor.pieces[extent], extent)]
+    if extent in tensor.slices:
+        return [(tensor.slices[extent], extent)]
     found = []
-    for piece in tensor.pieces.values():
-        shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(extent, piece.extent, strict=True))
+    for stored in tensor.slices.values():
+        shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(extent, stored.extent, strict=True))
         if all(start < stop for start, stop in shared):
-            found.append((piece, shared))
+            found.append((stored, shared))
     return found
 
 

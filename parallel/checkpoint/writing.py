@@ -48,7 +48,7 @@ class Holder:
 
     Args:
         rank, ranks: which it is, of how many.
-        extents: its boxes by parameter name; moments are sharded as their parameters, and a parameter without a box is
+        extents: its slices by parameter name; moments are sharded as their parameters, and a parameter without one is
             not held (it belongs to another stage).
         shapes: full shapes by parameter name.
         barrier: returns when all ranks have called it.
@@ -74,7 +74,7 @@ class Holder:
 
 
 class Part:
-    """The part `extent` of a `NamedTensor` whose own box is `held`."""
+    """The part `extent` of a `NamedTensor` whose own extent is `held`."""
 
     def __init__(self, tensor: NamedTensor, held: Extent, extent: Extent) -> None:
         self.name, self.dtype, self.extent = tensor.name, tensor.dtype, extent
@@ -209,8 +209,8 @@ class Save:
         raise NotImplementedError
 
 
-class WholeSave(Save):
-    """A checkpoint of whole tensors: the first rank of each disk writes it alone."""
+class FullSave(Save):
+    """A checkpoint of full tensors: the first rank of each disk writes it alone."""
 
     entries: dict[str, dict]
 
@@ -314,7 +314,7 @@ def rank_file(name: str, rank: int, ranks: int) -> str:
 def write_rank(folder: Path, rank: int, ranks: int,
                tensors: Iterable[tuple[str, str, str, tuple[int, ...], Extent]],
                read: Callable[[str, Extent], np.ndarray]) -> list[Written]:
-    """Writes one rank's files into `folder` and returns what the index is to say of them.
+    """Writes one rank's files into `folder` and returns their entries in the index.
 
     Args:
         folder: a folder that becomes a checkpoint when all ranks are written.
@@ -339,7 +339,7 @@ def write_rank(folder: Path, rank: int, ranks: int,
 
 
 def write_index(folder: Path, slices: Iterable[Written], ranks: int) -> None:
-    """Writes the index of slices that all lie in `folder`."""
+    """Writes the index of slices that are all in `folder`."""
     write_plain_json(folder / "layout.json", index_tree(slices, ranks))
 
 

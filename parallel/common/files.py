@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import contextlib
 import errno
 import glob
@@ -12,17 +14,20 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from parallel.common.errors import UserError
 from parallel.common.folders import sweep_once, temporary_name
 from parallel.common.json_text import dump_json
 from parallel.common.structured import MAX_JSON_BYTES, is_file, read_json, seal
 
-__all__ = ["MAX_JSON_BYTES", "DamagedFile", "atomic_write", "cache_folder", "explain_os_error", "inside", "matching",
-           "name_text", "open_binary", "open_text", "read_json", "write_json"]
+__all__ = ["MAX_JSON_BYTES", "DamagedFile", "as_utf8", "atomic_write", "by_mark", "cache_folder", "explain_os_error",
+           "inside", "matching", "name_text", "open_binary", "open_text", "open_utf8", "read_json", "write_json"]
 
-COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
+COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst", ".bz2")
+MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+"""Byte order marks and what they say; the longer ones first."""
 _OUTPUT = 1 << 20
 
 
@@ -70,7 +75,7 @@ class DamagedFile(UserError):
 
 
 def open_binary(path: str | Path) -> io.BufferedReader:
-    """Opens a file for reading bytes, decompressing `.xz`, `.gz` and `.zst` (streaming).
+    """Opens a file for reading bytes, decompressing `.xz`, `.gz`, `.zst` and `.bz2` (streaming).
 
     What is read before the damage is given; then `DamagedFile` is raised, whatever the compression.
 
@@ -80,7 +85,7 @@ def open_binary(path: str | Path) -> io.BufferedReader:
     path = Path(path)
     if not is_file(path):
         raise UserError("no such file", where=path, hint="check the path")
-    opened: Any = {".xz": _xz, ".gz": gzip.open, ".zst": _zstd}.get(path.suffix.lower())
+    opened: Any = {".xz": _xz, ".gz": gzip.open, ".zst": _zstd, ".bz2": _bz2}.get(path.suffix.lower())
     try:
         if opened is None:
             return path.open("rb")
@@ -119,8 +124,8 @@ class _Damage(Exception):
 
 
 class _Frames:
-    """Frames (`.zst`) or streams (`.xz`) of a file one after the other; unlike the libraries' own readers it notices a
-    file that was cut off between or inside them, and what is no frame behind one.
+    """Frames (`.zst`) or streams (`.xz`, `.bz2`) of a file one after the other; unlike the libraries' own readers it
+    notices a file that was cut off between or inside them, and what is no frame behind one.
 
     Args:
         path: the file.
@@ -181,12 +186,69 @@ def _xz(path: Path) -> _Frames:
     return _Frames(path, lzma.LZMADecompressor, lzma.LZMAError, padding=b"\0", piece=128 << 10)
 
 
-def open_text(path: str | Path, errors: str = "strict") -> IO[str]:
-    """`open_binary` read as UTF-8 text lines (universal newlines off: a lone carriage return is text).
+def _bz2(path: Path) -> _Frames:
+    return _Frames(path, bz2.BZ2Decompressor, OSError, padding=b"\0", piece=128 << 10)
 
-    A byte order mark is no text.
+
+def by_mark(data: bytes) -> str | None:
+    """The charset that a byte order mark at the beginning says, None without one."""
+    return next((name for mark, name in MARKS if data.startswith(mark)), None)
+
+
+def as_utf8(stream: io.BufferedReader, path: str | Path, errors: str = "strict") -> io.BufferedReader:
+    """`stream`, which stands at its beginning, as UTF-8 behind its byte order mark, also where that says UTF-16 or
+    UTF-32.
+
+    Args:
+        stream: bytes of a text.
+        path: the file, for messages.
+        errors: what becomes of bytes that are not what the mark says: "strict" raises `DamagedFile` when they are read,
+            "replace" gives U+FFFD.
     """
-    return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", errors=errors, newline="\n")
+    mark = by_mark(stream.peek(4)[:4])
+    if mark == "utf-8-sig":
+        stream.read(len(codecs.BOM_UTF8))
+    return stream if mark in (None, "utf-8-sig") else io.BufferedReader(_Recoded(stream, mark, path, errors), 1 << 17)
+
+
+class _Recoded(io.RawIOBase):
+    """A stream of another charset as UTF-8."""
+
+    def __init__(self, stream: BinaryIO, charset: str, path: str | Path, errors: str) -> None:
+        self._stream, self._ready, self._name, self._path = stream, b"", charset.upper(), path
+        self._decoder = codecs.getincrementaldecoder(charset)(errors)
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        ended = False
+        while not self._ready and not ended:
+            data = self._stream.read(1 << 16)
+            ended = not data
+            try:
+                self._ready = self._decoder.decode(data, ended).encode()
+            except UnicodeError:
+                raise DamagedFile(f"not the {self._name} that its byte order mark says", where=self._path,
+                                  hint="convert the file to UTF-8") from None
+        piece, self._ready = self._ready[:len(buffer)], self._ready[len(buffer):]
+        buffer[:len(piece)] = piece
+        return len(piece)
+
+
+def open_utf8(path: str | Path) -> io.BufferedReader:
+    """`open_binary` of a text: bytes of UTF-8 (see `as_utf8`), not checked to be that where no mark says anything."""
+    return as_utf8(open_binary(path), path)
+
+
+def open_text(path: str | Path, errors: str = "strict") -> IO[str]:
+    """`open_utf8` as text lines (universal newlines off: a lone carriage return is text)."""
+    return io.TextIOWrapper(open_utf8(path), encoding="utf-8", errors=errors, newline="\n")
 
 
 def cache_folder() -> Path:

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from parallel.common.errors import UserError
-from parallel.common.files import open_binary
+from parallel.common.files import open_utf8
 from parallel.common.structured import BadText, parse_object
 
 MAX_LINE_BYTES = 64 << 20
@@ -26,21 +25,18 @@ def split_lines(text: str) -> list[str]:
 
 
 def text_lines(path: str | Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end) of a text file, decompressed by its suffix; a byte order mark is no text.
+    """(number from 1, line without its end) of a text file, decompressed by its suffix; it is UTF-8, or what its byte
+    order mark says.
 
     Raises:
         UserError: missing, damaged, not UTF-8, or a line of more than `max_bytes`; names the line.
     """
-    with open_binary(path) as stream:
+    with open_utf8(path) as stream:
         for number, data in _byte_lines(stream, path, max_bytes):
-            if number == 1:
-                data = data.removeprefix(codecs.BOM_UTF8)
             try:
                 yield number, data.decode()
             except UnicodeDecodeError as error:
-                wide = number == 1 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-                what = "this is UTF-16, not UTF-8" if wide else f"not UTF-8 (byte {error.start + 1} of the line)"
-                raise UserError(what, where=f"{path}, line {number}",
+                raise UserError(f"not UTF-8 (byte {error.start + 1} of the line)", where=f"{path}, line {number}",
                                 value=data[error.start:error.start + 4], hint="convert the file to UTF-8") from None
 
 

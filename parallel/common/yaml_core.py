@@ -69,7 +69,9 @@ def load_yaml_value(text: str) -> Any:
     stripped = text.strip()
     if not stripped:
         return ""
-    if stripped.startswith("#"):
+    # What no value of one line can begin with (a comment, a block of lines, an alias, signs that are reserved) is text:
+    # `*.jsonl`, `|`, `@home`.
+    if stripped[0] in "#|>*%@`":
         return stripped
     value, node = _load(stripped)
     if node is not None and (rest := stripped[node.end_mark.index:].strip()):

@@ -18,7 +18,7 @@ import numpy as np
 from parallel.common.errors import UserError
 from parallel.interchange.onnx_graph import LAST, OnnxGraph, Value
 from parallel.interchange.sizes import Size
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 from parallel.torch_runtime.rules import dims_of, ints
 
 Rule = Callable[..., Any]
@@ -28,7 +28,7 @@ _FLOATS = ("float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class At:
-    """What a rule is told of its node: the node, the declared type of its result and its shape with free sizes; None
+    """What a rule is given of its node: the node, the declared type of its result and its shape with free sizes; None
     where it has several results."""
 
     node: Node

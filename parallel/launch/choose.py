@@ -6,10 +6,10 @@ import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
+from parallel.training.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,9 @@ def choose(config: ParallelConfig, precision: str = "fp32", dropout: float = 0.0
     return choice
 
 
-def choice_of(settings: Any, ranks: int) -> Choice:
+def choice_of(settings: RunSettings, ranks: int) -> Choice:
     """`choose` for a run of any model on a number of processes."""
-    return choose(settings.parallel.resolve(ranks), settings.train.precision,
-                  getattr(settings.model, "dropout", 0.0) or 0.0)
+    return choose(settings.parallel.resolve(ranks), settings.train.precision, settings.model.dropout)
 
 
 def _chosen(config: ParallelConfig, needed: str) -> Choice:

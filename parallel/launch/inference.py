@@ -17,10 +17,12 @@ from parallel.launch.machines import Machines, machines_of
 from parallel.launch.plan import Plan
 from parallel.launch.programs import exported
 from parallel.sharding.config import ParallelConfig
+from parallel.task import ModelPackage
 from parallel.training.agreement import facts_of
+from parallel.training.settings import RunSettings
 
 PROGRAM, DEVICE = "PARALLEL_PROGRAM", "PARALLEL_DEVICE"
-"""Variables that tell a process which program it runs, and on what ("cpu", "gpu")."""
+"""Variables that name the program that a process runs, and on what ("cpu", "gpu")."""
 _FOLDER = "inference"
 
 
@@ -41,7 +43,7 @@ def groups_of(parallel: ParallelConfig, ranks: int | None) -> ParallelConfig:
     return parallel.model_copy(update=changed, deep=True).resolve(ranks)
 
 
-def grouped(settings: Any, arguments: argparse.Namespace) -> tuple[Any, Plan]:
+def grouped(settings: RunSettings, arguments: argparse.Namespace) -> tuple[RunSettings, Plan]:
     """A run's settings with the `parallel` block of its processes (`groups_of`), and the plan of these.
 
     Args:
@@ -56,7 +58,7 @@ def grouped(settings: Any, arguments: argparse.Namespace) -> tuple[Any, Plan]:
     return settings.model_copy(update={"parallel": parallel}), Plan.of(arguments, None, parallel)
 
 
-def takes_torch(settings: Any, program: str | None = None) -> bool:
+def takes_torch(settings: RunSettings, program: str | None = None) -> bool:
     """Whether torch runs a verb under a resolved layout: where op or stages shard the model, a program is given, or
     the machine is one whose training runs on torch."""
     parallel = settings.parallel.model_copy(update={"execution": "auto"})
@@ -68,7 +70,7 @@ def compare_settings(wanted: dict[str, Any], held: dict[str, Any], folder: Path)
     """Raises a `UserError` naming the first key in which a run's settings shape other graphs than a program's.
 
     Args:
-        wanted, held: what `shapes_inference` of the model's package says of either.
+        wanted, held: `ModelPackage.shapes_inference` of either.
         folder: of the program.
     """
     for where, one, other in _leaves(wanted, held):
@@ -83,12 +85,12 @@ def _leaves(one: Any, other: Any, where: str = "") -> list[tuple[str, Any, Any]]
     return [(where, one, other)]
 
 
-def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command: list[str], logs: Path,
-                     program: str | None = None) -> dict[str, Any]:
+def launch_inference(package: ModelPackage, settings: RunSettings, plan: Plan, verb: str, command: list[str],
+                     logs: Path, program: str | None = None) -> dict[str, Any]:
     """Starts this machine's processes of a verb, waits for them and returns rank 0's figures.
 
     Args:
-        module: `build` of the model's package.
+        package: the model's.
         settings, plan: see `grouped`.
         verb: what is run.
         command: the verb's, for the Python interpreter.
@@ -98,15 +100,15 @@ def launch_inference(module: Any, settings: Any, plan: Plan, verb: str, command:
     Raises:
         UserError: a layout that does not fit the model; torch is missing.
     """
-    module.check_inference(settings)
+    package.check_inference(settings)
     machines = machines_of(plan, facts_of(settings.model_dump(mode="json")))
     with contextlib.closing(machines):
         machines.meet()
-        return _launched(module, settings, plan, machines, verb, command, logs, program)
+        return _launched(package, settings, plan, machines, verb, command, logs, program)
 
 
-def _launched(module: Any, settings: Any, plan: Plan, machines: Machines, verb: str, command: list[str], logs: Path,
-              program: str | None) -> dict[str, Any]:
+def _launched(package: ModelPackage, settings: RunSettings, plan: Plan, machines: Machines, verb: str,
+              command: list[str], logs: Path, program: str | None) -> dict[str, Any]:
     parallel = settings.parallel
     choice = choose(parallel.model_copy(update={"backend": "auto" if has_ascend() else "torch"}),
                     settings.train.precision)
@@ -115,7 +117,7 @@ def _launched(module: Any, settings: Any, plan: Plan, machines: Machines, verb: 
                         value=parallel.layout(), hint="python -m parallel dryrun --graph decode")
     info(f"{choice.text()}; {parallel.layout()}")
     if program is None:
-        kinds = module.inference_kinds(settings, verb)
+        kinds = package.inference_kinds(settings, verb)
         program, _ = exported(settings, plan.ranks, plan.node_rank, folder=_FOLDER, graphs=kinds)
     environment = {PROGRAM: str(Path(program).resolve()), DEVICE: choice.device.lower()}
     return TorchLauncher(plan, command, logs, machines, environment=environment).run()

@@ -24,6 +24,7 @@ from parallel.launch.plan import Plan, add_node_arguments
 from parallel.launch.programs import exported, rank_command
 from parallel.task import load_run
 from parallel.training.agreement import facts_of
+from parallel.training.settings import RunSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,20 +55,19 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         overrides, resume = [resume, *overrides], "auto"
     if resume is not None:
         overrides.append(f"output.resume={resume}")
-    module, run_settings = load_run(arguments.config, overrides)
+    package, run_settings = load_run(arguments.config, overrides)
     if arguments.compile_only:
         _compile_only(arguments.config, overrides)
-    package = module.__name__.partition(".")[0]
-    verbs = getattr(module, "INFERENCE_VERBS", {})
-    if arguments.what in verbs and arguments.program is None and hasattr(module, "inference_overrides"):
-        overrides += module.inference_overrides(run_settings, arguments.what)
+    verbs = package.inference_verbs
+    if arguments.what in verbs and arguments.program is None:
+        overrides += package.inference_overrides(run_settings, arguments.what)
         run_settings = load_run(arguments.config, overrides)[1]
-    command = ["-m", package, arguments.what, "--config", str(arguments.config), *overrides, *arguments.passed]
+    command = ["-m", package.name, arguments.what, "--config", str(arguments.config), *overrides, *arguments.passed]
     if arguments.what in verbs:
         run_settings, plan = grouped(run_settings, arguments)
         if takes_torch(run_settings, arguments.program) or (plan.ranks > 1 and not verbs[arguments.what]):
             logs = Path(run_settings.output.directory) / "logs" / arguments.what
-            return launch_inference(module, run_settings, plan, arguments.what, command, logs, arguments.program)
+            return launch_inference(package, run_settings, plan, arguments.what, command, logs, arguments.program)
     elif arguments.program is not None:
         raise UserError("only verbs that generate or score take a program", where="--program", value=arguments.program,
                         hint="python -m parallel.torch_runtime run DIR trains one")
@@ -77,17 +77,17 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *command])
     logs = Path(run_settings.output.directory) / "logs"
-    if arguments.what in module.TRAINING_VERBS:
-        module.TRAINING_VERBS[arguments.what](run_settings)
+    if arguments.what in package.training_verbs:
+        package.check_training(run_settings, arguments.what)
     machines = machines_of(plan, facts_of(run_settings.model_dump(mode="json")))
     with contextlib.closing(machines):
         machines.meet()
-        if arguments.what not in module.TRAINING_VERBS:
+        if arguments.what not in package.training_verbs:
             return MindSporeLauncher(plan, command, logs, machines).run()
         return _trained(run_settings, plan, machines, command, logs)
 
 
-def _trained(settings: Any, plan: Plan, machines: Machines, command: list[str], logs: Path) -> dict[str, Any]:
+def _trained(settings: RunSettings, plan: Plan, machines: Machines, command: list[str], logs: Path) -> dict[str, Any]:
     choice = choice_of(settings, plan.ranks)
     info(choice.text())
     if choice.backend == "mindspore":

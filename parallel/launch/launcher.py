@@ -28,7 +28,7 @@ _GRACE_SECONDS = 30.0
 _COLLECT_SECONDS = 1.0
 _TAIL_LINES = 12
 _USER_ERROR = UserError.exit_code
-_TOLD = (UserError.exit_code, PeerError.exit_code)
+_REPORTED = (UserError.exit_code, PeerError.exit_code)
 _SCHEDULER, _ELSEWHERE = -1, -2
 _CHATTER = re.compile(r"\[(INFO|WARNING)\] ")  # of MindSpore, which would push the error out of sight
 
@@ -55,7 +55,7 @@ class Launcher:
 
     def run(self) -> dict[str, Any]:
         """Until all ranks have ended; the exit code is 0 or that of the first rank that failed. Where `max_restarts`
-        allows it, all ranks of all machines begin again after a failure that no user has to mend."""
+        allows it, all ranks of all machines begin again after a failure that no user has to repair."""
         restarts = 0
         with self._owning() as environment:
             while True:
@@ -191,12 +191,12 @@ class Launcher:
         if failed is None and end.why:
             failed = (_ELSEWHERE, PeerError.exit_code)
         rank, code = failed if failed is not None else (None, 0)
-        told = self._told_error(rank) if code in _TOLD else None
+        error = self._reported_error(rank) if code in _REPORTED else None
         if rank == _ELSEWHERE:
             info(f"error: {end.why or self.machines.failure()}; the ranks of this machine were ended")
-        elif told is not None:
+        elif error is not None:
             silent = f"rank {' '.join(map(str, self.silent[:8]))} did not answer; " if self.silent else ""
-            info(f"{told} (rank {rank} of {self.plan.ranks}; {silent if code == PeerError.exit_code else ''}the other "
+            info(f"{error} (rank {rank} of {self.plan.ranks}; {silent if code == PeerError.exit_code else ''}the other "
                  "ranks were ended)")
         elif failed is not None:
             name = "the scheduler" if rank == _SCHEDULER else f"rank {rank}"
@@ -208,15 +208,15 @@ class Launcher:
         return {**figures_in(self.log(0)), "exit_code": code if code >= 0 else 128 - code, "ranks": self.plan.ranks,
                 "failed_rank": rank, "logs": str(self.logs)}
 
-    def _told_error(self, rank: int) -> str | None:
+    def _reported_error(self, rank: int) -> str | None:
         """The line of an error that a user can repair at the end of a rank's log."""
         lines = _last_lines(self.log(rank), 4 * _TAIL_LINES) if rank >= 0 else []
         return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
 
 class MindSporeLauncher(Launcher):
-    """Ranks of MindSpore, told who they are by the variables of its dynamic cluster, and on machine 0 the scheduler at
-    which they meet. https://www.mindspore.cn/tutorials/en/r2.7.0/parallel/dynamic_cluster.html
+    """Ranks of MindSpore, which know who they are by the variables of its dynamic cluster, and on machine 0 the
+    scheduler at which they meet. https://www.mindspore.cn/tutorials/en/r2.7.0/parallel/dynamic_cluster.html
     """
 
     def _start(self) -> None:
@@ -305,8 +305,8 @@ def _numeric(host: str) -> str:
 
 @contextmanager
 def _kept_environment() -> Iterator[None]:
-    """What processes are told by this process's own variables goes once they have it, so that what this process starts
-    later is none of them."""
+    """Variables that this process sets for others go once these have them, so that what it starts later is none of
+    them."""
     before = dict(os.environ)
     try:
         yield

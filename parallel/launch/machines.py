@@ -1,6 +1,6 @@
 """The launchers of a run's machines among themselves: who is there, whether they are alike, who has failed.
 
-Machine 0 listens at the port after the run's. The others connect before anything is compiled and say what they are; one
+Machine 0 listens at the port after the run's. The others connect before anything is compiled and send their facts; one
 that is missing, or runs other code or settings, is named on all of them. The connections stay open while the ranks run:
 so a machine whose ranks have failed, or that is gone, ends the ranks of all, and all begin again together
 (`--max-restarts`). Messages are lines of JSON of bounded length.
@@ -24,13 +24,13 @@ from parallel.common.structured import parse_object
 from parallel.launch.plan import Plan
 
 _LONGEST_LINE = 1 << 20
-_TELL_SECONDS = 20.0
+_REPORT_SECONDS = 20.0
 _RETRY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class End:
-    """How ranks have ended: what went wrong ("" = nothing), and whether to begin again cannot mend it."""
+    """How ranks have ended: what went wrong ("" = nothing), and whether to begin again cannot help."""
 
     why: str = ""
     final: bool = False
@@ -40,11 +40,11 @@ class Machines:
     """This machine among those of a run; the base is a run of one machine, which never waits.
 
     Attributes:
-        told: what every machine said it is, by node rank.
+        facts: of every machine, by node rank.
     """
 
     def __init__(self, plan: Plan, facts: dict[str, Any]) -> None:
-        self.plan, self.told = plan, {plan.node_rank: facts}
+        self.plan, self.facts = plan, {plan.node_rank: facts}
 
     def meet(self) -> None:
         """Waits for all machines and compares them.
@@ -65,7 +65,7 @@ class Machines:
         return None
 
     def ended(self, end: End) -> End:
-        """Tells the others how this machine's ranks have ended and waits for theirs; how the run has ended on all."""
+        """Sends the others how this machine's ranks have ended and waits for theirs; how the run has ended on all."""
         return end
 
     def gather(self, facts: Any) -> list[Any]:
@@ -87,10 +87,10 @@ def machines_of(plan: Plan, facts: dict[str, Any]) -> Machines:
     return _Chief(plan, facts) if plan.node_rank == 0 else _Member(plan, facts)
 
 
-def compared(told: dict[int, dict[str, Any]], names: Callable[[int], str]) -> str | None:
+def compared(every: dict[int, dict[str, Any]], names: Callable[[int], str]) -> str | None:
     """The first machine that differs from machine 0 in "code" or "settings", in words; None if there is none."""
-    first = told[0]
-    for node, facts in sorted(told.items()):
+    first = every[0]
+    for node, facts in sorted(every.items()):
         for what in ("code", "settings"):
             if facts.get(what) != first.get(what):
                 commits = f" (commit {facts.get('commit')} there, {first.get('commit')} on {names(0)})"
@@ -108,7 +108,7 @@ class _Line:
         self.thread = threading.Thread(target=self._read, daemon=True, name="machines")
         self.thread.start()
 
-    def tell(self, **message: Any) -> bool:
+    def send(self, **message: Any) -> bool:
         """Sends a message; False if nobody is there."""
         try:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
@@ -160,35 +160,35 @@ class _Chief(Machines):
 
     def meet(self) -> None:
         """See `Machines`."""
-        self.began, tell = time.monotonic(), _TELL_SECONDS
+        self.began, report = time.monotonic(), _REPORT_SECONDS
         deadline = self.began + self.plan.timeout
-        while len(self.told) < self.plan.nodes:
-            missing = sorted(set(range(self.plan.nodes)) - self.told.keys())
+        while len(self.facts) < self.plan.nodes:
+            missing = sorted(set(range(self.plan.nodes)) - self.facts.keys())
             if time.monotonic() > deadline:
                 self._refuse(f"{self._listed(missing)} did not come within {self.plan.timeout} s",
                              "start the same command there, or see that it reaches this machine")
-            if time.monotonic() - self.began > tell:
+            if time.monotonic() - self.began > report:
                 info(f"waiting for {self._listed(missing)}")
-                tell *= 2
+                report *= 2
             self._take(0.2)
-        slow = [(facts["came"], node) for node, facts in self.told.items() if "came" in facts]
-        if slow and max(slow)[0] > _TELL_SECONDS:
+        slow = [(facts["came"], node) for node, facts in self.facts.items() if "came" in facts]
+        if slow and max(slow)[0] > _REPORT_SECONDS:
             info(f"{self.plan.name(max(slow)[1])} came last, after {max(slow)[0]:.0f} s")
-        wrong = compared(self.told, self.plan.name)
+        wrong = compared(self.facts, self.plan.name)
         if wrong is not None:
             self._refuse(wrong, "use the same commit and the same settings on all machines of a run")
-        self._tell_all(met=True)
+        self._send_all(met=True)
 
     def _listed(self, nodes: list[int]) -> str:
         return ", ".join(map(self.plan.name, nodes[:8])) + (f" and {len(nodes) - 8} more" if len(nodes) > 8 else "")
 
     def _refuse(self, why: str, hint: str) -> None:
-        self._tell_all(refused=why, hint=hint)
+        self._send_all(refused=why, hint=hint)
         raise UserError(why, where="launch", hint=hint)
 
-    def _tell_all(self, **message: Any) -> None:
+    def _send_all(self, **message: Any) -> None:
         for line in self.lines.values():
-            line.tell(**message)
+            line.send(**message)
 
     def _take(self, seconds: float) -> None:
         """Takes one message, if one comes."""
@@ -210,20 +210,20 @@ class _Chief(Machines):
     def _met(self, line: _Line, message: dict[str, Any]) -> None:
         node = message["node"]
         if not isinstance(node, int) or not 0 < node < self.plan.nodes or node in self.lines:
-            line.tell(refused=f"there is already a machine with --node-rank {node}, or there are fewer machines",
+            line.send(refused=f"there is already a machine with --node-rank {node}, or there are fewer machines",
                       hint="give each machine a number of its own")
             line.close()
             return
         self.lines[node] = line
-        self.told[node] = {**message, "came": time.monotonic() - self.began}
+        self.facts[node] = {**message, "came": time.monotonic() - self.began}
 
     def ready(self, attempt: int) -> None:
         """See `Machines`."""
-        self._wait_for("ready", lambda said: said == attempt)
+        self._wait_for("ready", lambda sent: sent == attempt)
         if self.lost is not None:
             self._refuse(self.lost, "its own output says why")
         self.state["ended"] = {}
-        self._tell_all(go=attempt)
+        self._send_all(go=attempt)
 
     def _wait_for(self, kind: str, wanted: Callable[[Any], bool]) -> None:
         others = set(range(1, self.plan.nodes))
@@ -243,19 +243,19 @@ class _Chief(Machines):
         """See `Machines`."""
         why = end.why or self.failure() or ""
         if why:
-            self._tell_all(end=why)
-        self._wait_for("ended", lambda said: said is not None)
+            self._send_all(end=why)
+        self._wait_for("ended", lambda sent: sent is not None)
         why = why or self.failure() or ""
         final = end.final or self.lost is not None or any(final for _, final in self.state["ended"].values())
-        self._tell_all(all_ended=[why, final])
+        self._send_all(all_ended=[why, final])
         return End(why, final)
 
     def gather(self, facts: Any) -> list[Any]:
         """See `Machines`."""
-        self._wait_for("facts", lambda said: said is not None)
+        self._wait_for("facts", lambda sent: sent is not None)
         if self.lost is not None:
             self._refuse(self.lost, "its own output says why")
-        self._tell_all(gathered=True)
+        self._send_all(gathered=True)
         return [facts, *(self.state["facts"][node] for node in sorted(self.state["facts"]))]
 
     def close(self) -> None:
@@ -272,7 +272,7 @@ class _Member(Machines):
         super().__init__(plan, facts)
         self.came: queue.Queue = queue.Queue()
         self.line: _Line | None = None
-        self.said: dict[str, Any] = {}
+        self.received: dict[str, Any] = {}
         self.lost: str | None = None
 
     def meet(self) -> None:
@@ -289,15 +289,15 @@ class _Member(Machines):
                     raise UserError(f"{self.plan.name(0)} does not answer at {address[0]}:{address[1]}: {error}",
                                     where="launch", hint="start the same command there first") from None
                 time.sleep(_RETRY_SECONDS)
-        self.line.tell(node=self.plan.node_rank, **self.told[self.plan.node_rank])
+        self.line.send(node=self.plan.node_rank, **self.facts[self.plan.node_rank])
         self._wait_for("met")
 
     def _wait_for(self, *kinds: str, value: Any = None) -> str:
-        """Which of `kinds` machine 0 says first."""
+        """Which of `kinds` comes first from machine 0."""
         while True:
             self._take(0.2)
             for kind in kinds:
-                if kind in self.said and (value is None or self.said[kind] == value):
+                if kind in self.received and (value is None or self.received[kind] == value):
                     return kind
             if self.lost is not None:
                 raise UserError(self.lost, where="launch", hint="its own output says why")
@@ -312,33 +312,33 @@ class _Member(Machines):
         elif "refused" in message:
             raise UserError(str(message["refused"]), where="launch", hint=str(message.get("hint", "")))
         else:
-            self.said.update(message)
+            self.received.update(message)
 
     def ready(self, attempt: int) -> None:
         """See `Machines`."""
-        self.said.pop("end", None)
-        self.said.pop("all_ended", None)
-        self.line.tell(ready=attempt)
+        self.received.pop("end", None)
+        self.received.pop("all_ended", None)
+        self.line.send(ready=attempt)
         self._wait_for("go", value=attempt)
 
     def failure(self) -> str | None:
         """See `Machines`."""
         while not self.came.empty():
             self._take(0.0)
-        return self.said.get("end") or self.lost
+        return self.received.get("end") or self.lost
 
     def ended(self, end: End) -> End:
         """See `Machines`."""
-        self.line.tell(ended=[end.why, end.final])
+        self.line.send(ended=[end.why, end.final])
         try:
             self._wait_for("all_ended")
         except UserError as error:
             return End(end.why or str(error), True)
-        return End(*self.said["all_ended"])
+        return End(*self.received["all_ended"])
 
     def gather(self, facts: Any) -> list[Any]:
         """See `Machines`."""
-        self.line.tell(facts=facts)
+        self.line.send(facts=facts)
         self._wait_for("gathered")
         return []
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import socket
-from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.launch.hosts import by_node_rank, own_number, read_hosts
+from parallel.sharding.config import ParallelConfig
 
 DEFAULT_PORT = 8118
 
@@ -59,7 +59,7 @@ class Plan:
         return f"machine {node} ({self.hosts[node]})" if self.hosts else f"machine {node}"
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace, devices: int | None, parallel: Any) -> Plan:
+    def of(cls, arguments: argparse.Namespace, devices: int | None, parallel: ParallelConfig) -> Plan:
         """Checks the flags against each other and the parallel block."""
         if arguments.max_restarts < 0:
             raise UserError("must be at least 0", where="--max-restarts", value=arguments.max_restarts)
@@ -82,7 +82,7 @@ class Plan:
         return plan
 
     @classmethod
-    def _from_hosts(cls, arguments: argparse.Namespace, devices: int | None, parallel: Any) -> list[str]:
+    def _from_hosts(cls, arguments: argparse.Namespace, devices: int | None, parallel: ParallelConfig) -> list[str]:
         """Fills --nodes, --node-rank and --master from --hosts; names of the machines by node rank."""
         if arguments.nodes != 1 or arguments.node_rank != 0:
             raise UserError("--hosts says which machine is which", where="--nodes, --node-rank",
@@ -107,7 +107,7 @@ class Plan:
         check_port(self.host, self.port)
 
     @staticmethod
-    def _default_local(devices: int | None, parallel: Any, nodes: int) -> int:
+    def _default_local(devices: int | None, parallel: ParallelConfig, nodes: int) -> int:
         if devices is None and -1 in (parallel.data, parallel.op):
             raise UserError("the parallel block leaves the number of devices open", where="--nproc",
                             hint="give --nproc or parallel.devices")

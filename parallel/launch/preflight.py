@@ -1,7 +1,8 @@
 """Verb `preflight`: what would stop a run, found in a minute and before the first compile.
 
-All machines meet (same commit, same settings), start their ranks, and each rank tells versions, clock and free disk and
-makes one collective along every axis of the layout. Machine 0 says what differs or fails, and how long each axis takes.
+All machines meet (same commit, same settings), start their ranks, and each rank reports versions, clock and free disk
+and makes one collective along every axis of the layout. Machine 0 reports what differs or fails, and how long each axis
+takes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from parallel.launch.machines import Machines, machines_of
 from parallel.launch.plan import Plan, add_node_arguments
 from parallel.task import load_run
 from parallel.training.agreement import facts_of
+from parallel.training.settings import RunSettings
 
 _CLOCK_SECONDS = 5.0
 
@@ -49,7 +51,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
         return _looked(run_settings, plan, machines, arguments.mb)
 
 
-def _looked(settings: Any, plan: Plan, machines: Machines, megabytes: float) -> dict[str, Any]:
+def _looked(settings: RunSettings, plan: Plan, machines: Machines, megabytes: float) -> dict[str, Any]:
     parallel = settings.parallel.resolve(plan.ranks)
     choice = choice_of(settings, plan.ranks)
     info(choice.text())
@@ -68,10 +70,10 @@ def _looked(settings: Any, plan: Plan, machines: Machines, megabytes: float) -> 
     everyone = sorted((one for machine in machines.gather(own) for one in machine), key=lambda one: one["rank"])
     if not everyone:
         return {"ranks": plan.ranks, "exit_code": 0}
-    return _told(settings, everyone, plan)
+    return _reported(settings, everyone, plan)
 
 
-def _told(settings: Any, ranks: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+def _reported(settings: RunSettings, ranks: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     """The table, and what is wrong."""
     axes = {}
     for axis in ranks[0]["axes"]:
@@ -93,7 +95,7 @@ def _told(settings: Any, ranks: list[dict[str, Any]], plan: Plan) -> dict[str, A
             "exit_code": 2 if problems else 0}
 
 
-def _problems(settings: Any, ranks: list[dict[str, Any]], plan: Plan, spread: float, free: dict) -> list[str]:
+def _problems(settings: RunSettings, ranks: list[dict[str, Any]], plan: Plan, spread: float, free: dict) -> list[str]:
     found = []
     first = ranks[0]
     for one in ranks:
@@ -112,8 +114,8 @@ def _problems(settings: Any, ranks: list[dict[str, Any]], plan: Plan, spread: fl
     return list(dict.fromkeys(found))
 
 
-def _disk_needed(settings: Any, plan: Plan) -> float:
-    """GB of the checkpoints that lie on a disk at once; 0 where no MindSpore is here to tell the shapes."""
+def _disk_needed(settings: RunSettings, plan: Plan) -> float:
+    """GB of the checkpoints that are on a disk at once; 0 where no MindSpore is here to work out the shapes."""
     if not installed("mindspore"):
         return 0.0
     from parallel.planning.checkpoint import checkpoint_bytes

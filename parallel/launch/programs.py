@@ -14,12 +14,13 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.lines import split_lines
 from parallel.common.structured import parse_object
+from parallel.training.settings import RunSettings
 
 PROGRAM = "program"
 _EXPORTED, _RESOLVED = "exported.json", "settings.json"
 
 
-def exported(settings: Any, ranks: int, node_rank: int = 0, *, folder: str = PROGRAM,
+def exported(settings: RunSettings, ranks: int, node_rank: int = 0, *, folder: str = PROGRAM,
              graphs: Sequence[str] = ()) -> tuple[Path, Path]:
     """Writes the settings of a run and its program into the run's folder.
 

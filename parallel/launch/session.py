@@ -10,6 +10,7 @@ from parallel.common.progress import info
 from parallel.launch.choose import choice_of
 from parallel.launch.programs import exported
 from parallel.training.backend import Backend
+from parallel.training.settings import RunSettings
 from parallel.training.stop import listen_early
 
 
@@ -18,7 +19,7 @@ def ranks_here() -> int:
     return int(os.environ.get("MS_WORKER_NUM", "1"))
 
 
-def runs_on_torch(settings: Any) -> bool:
+def runs_on_torch(settings: RunSettings) -> bool:
     """Whether a run that no launcher started goes to torch, and says so.
 
     Raises:
@@ -32,7 +33,7 @@ def runs_on_torch(settings: Any) -> bool:
     return choice.backend == "torch"
 
 
-def train_on_torch(settings: Any) -> dict[str, Any]:
+def train_on_torch(settings: RunSettings) -> dict[str, Any]:
     """Exports the program of one process and runs it here; the figures of the run."""
     from parallel.torch_runtime.rank import run_rank
 

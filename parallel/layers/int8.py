@@ -339,7 +339,7 @@ def quantize_model(model: nn.Cell, gone: dict[str, Parameter]) -> dict[str, floa
 
 
 def relative_error(weight: np.ndarray, product: Int8Product) -> float:
-    """See `error_of`; product not settled yet."""
+    """See `error_of`; product not prepared yet."""
     return error_of(weight, product.weight.asnumpy(), product.scale.asnumpy())
 
 

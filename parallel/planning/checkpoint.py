@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from parallel.checkpoint.owners import Disks, pieces, volume
+from parallel.checkpoint.owners import Disks, owned_slices, volume
 from parallel.planning.memory import STATES
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.slices import holders, sharded_parameters
@@ -44,8 +44,8 @@ def checkpoint_bytes(task: Task, train: TrainSettings, config: ParallelConfig) -
         tensors += [(f"{copy}.{full.name}", full.name, _WIDTH) for copy in range(copies)]
     known = holders(listed, config)
     loads, slices = Counter(), 0
-    for piece in pieces(tensors, known, Disks.shared(config.world)):
-        loads[piece.rank] += piece.bytes
+    for item in owned_slices(tensors, known, Disks.shared(config.world)):
+        loads[item.rank] += item.bytes
         slices += 1
     counts = Counter(owner for _, owner, _ in tensors)
     # Borrowed copies of a shared table are held too, and were written.

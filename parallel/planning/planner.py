@@ -8,11 +8,12 @@ x devices x peak). A token of a ranker is a sample.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from parallel.common.settings import load_settings
+from parallel.layers.moe import CapacityExperts
 from parallel.planning.cluster import ClusterSettings, Network
 from parallel.planning.cost.network import NetworkCost, network_cost
 from parallel.planning.cost.segments import Collective, Segment, SegmentCost, segments
@@ -30,7 +31,7 @@ from parallel.planning.memory import (
 from parallel.planning.timeline import Timeline, bound, timeline
 from parallel.sharding.config import ParallelConfig
 from parallel.task import Task, load_run
-from parallel.training.settings import COMPUTE_DTYPES, TrainSettings
+from parallel.training.settings import COMPUTE_DTYPES, RunSettings, TrainSettings
 
 _UPDATE_BYTES = 28  # float32: parameter, gradient and two moments read, three of them written
 
@@ -97,12 +98,14 @@ class Planner:
         cluster: the machine.
     """
 
-    def __init__(self, build: Any, train: TrainSettings, cluster: ClusterSettings) -> None:
+    def __init__(self, build: Callable[[ParallelConfig, str], Task], train: TrainSettings,
+                 cluster: ClusterSettings) -> None:
         self.train, self.cluster = train, cluster
         with as_on_ascend():
             self.task: Task = build(ParallelConfig(), COMPUTE_DTYPES[train.precision])
         # Routed experts split the batch into parts, one for each data-parallel rank, before the partitioner does.
-        self.parted = [cell for _, cell in self.task.network.cells_and_names() if hasattr(cell, "parts")]
+        self.parted = [cell for _, cell in self.task.network.cells_and_names()
+                       if isinstance(cell, CapacityExperts)]
         self._descriptions: dict[tuple, tuple[Description, list[Segment]]] = {}
         self._costs: dict[tuple, NetworkCost] = {}
         self._known_holdings: dict[tuple, Holdings] = {}
@@ -286,12 +289,12 @@ class _Times:
         return exposed, update / rate
 
 
-def planner_for(config: str | Path, overrides: list[str], cluster: str | Path) -> tuple[Planner, Any]:
+def planner_for(config: str | Path, overrides: list[str], cluster: str | Path) -> tuple[Planner, RunSettings]:
     """(planner, run settings) of a config file of any model."""
-    module, settings = load_run(config, overrides)
+    package, settings = load_run(config, overrides)
 
     def build(parallel: ParallelConfig, compute_dtype: str) -> Task:
-        return module.build(settings, parallel, compute_dtype)
+        return package.build(settings, parallel, compute_dtype)
 
     return Planner(build, settings.train, load_settings(ClusterSettings, cluster_file(cluster))), settings
 

@@ -29,7 +29,7 @@ _MOST_STAGES = 64
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder's sizes; what a model's `build.decoder_sizes` tells.
+    """A decoder's sizes; see `parallel.task.ModelPackage.decoder_sizes`.
 
     Args:
         layers, width, heads, inner, vocabulary: L, D, H, F, V.
@@ -82,11 +82,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a model that does not generate, or that no number of devices holds.
     """
-    module, settings = load_run(arguments.config, list(arguments.overrides))
-    if not hasattr(module, "decoder_sizes"):
-        raise UserError("this model does not generate", where="model.name", value=settings.model.name)
-    module.check_inference(settings)
-    decoder = Decoder(**module.decoder_sizes(settings))
+    package, settings = load_run(arguments.config, list(arguments.overrides))
+    decoder = Decoder(**package.decoder_sizes(settings))
+    package.check_inference(settings)
     cluster = load_settings(ClusterSettings, cluster_file(arguments.cluster))
     layout = settings.parallel.forward().resolve()
     own = served(decoder, cluster, layout.op, layout.pipeline.stages)
@@ -108,10 +106,10 @@ def fewest(decoder: Decoder, cluster: ClusterSettings) -> Served:
     Raises:
         UserError: there is none.
     """
-    ways = [op for op in range(1, cluster.devices_per_node + 1) if decoder.heads % op == 0 and decoder.inner % op == 0
+    widths = [op for op in range(1, cluster.devices_per_node + 1) if decoder.heads % op == 0 and decoder.inner % op == 0
             and (decoder.whole_vocabulary or decoder.vocabulary % op == 0)]
     depths = range(1, min(decoder.layers, _MOST_STAGES) + 1)
-    found = [served(decoder, cluster, op, stages) for op in ways for stages in depths]
+    found = [served(decoder, cluster, op, stages) for op in widths for stages in depths]
     fitting = [one for one in found if one.fits]
     if not fitting:
         raise UserError(f"no group within {cluster.devices_per_node} x {_MOST_STAGES} devices holds the model",

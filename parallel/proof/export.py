@@ -42,7 +42,7 @@ _ATTRIBUTES = ("axis", "paddings", "output_num", "begin_mask", "end_mask", "elli
                "root_rank")
 _MARKS = ("micro", "mirror_user_id", "pipeline_param")
 _SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parallel/proof/compile",
-            "parallel/proof/export.py", "parallel/torch_runtime/program.py")
+            "parallel/proof/export.py", "parallel/torch_runtime/graph.py", "parallel/torch_runtime/program.py")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,8 +106,8 @@ def _served_kinds(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The graphs of inference that the model has."""
     from parallel.task import load_run
 
-    module, settings = load_run(arguments.config, list(arguments.overrides))
-    return tuple(module.inference_kinds(settings)) if hasattr(module, "inference_kinds") else ()
+    package, settings = load_run(arguments.config, list(arguments.overrides))
+    return package.inference_kinds(settings)
 
 
 def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds: Sequence[str] | None = None,
@@ -127,8 +127,9 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
     from parallel.proof.replay.settings import check_layout
     from parallel.task import load_run
 
-    module, settings = load_run(config, list(overrides))
-    kinds = tuple(kinds or ("step", "loss", *(("scores",) if hasattr(module, "scores") else ())))
+    overrides = [*overrides, "parallel.backend=torch"]  # what a model leaves to the backend
+    package, settings = load_run(config, overrides)
+    kinds = tuple(kinds or ("step", "loss", *(("scores",) if package.has_scores else ())))
     shaping = portable.shaping(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,
                    lambda: check_layout(config, list(overrides)))
@@ -147,15 +148,15 @@ def exported_inference(config: str, overrides: Sequence[str], *, processes: int 
     """
     from parallel.task import load_run
 
-    module, settings = load_run(config, list(overrides))
-    if not hasattr(module, "inference"):
+    package, settings = load_run(config, list(overrides))
+    kinds = tuple(kinds or package.inference_kinds(settings))
+    if not kinds:
         raise UserError("this model has no graphs of inference", where="model.name", value=settings.model.name)
-    kinds = tuple(kinds or module.inference_kinds(settings))
     overrides = [*overrides, *inference_layout(settings.parallel.forward().resolve())]
     settings = load_run(config, list(overrides))[1]
-    shaping = module.shapes_inference(settings.model_dump(mode="json"))
+    shaping = package.shapes_inference(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,
-                   lambda: module.check_inference(settings))
+                   lambda: package.check_inference(settings))
 
 
 def inference_layout(config: ParallelConfig) -> list[str]:

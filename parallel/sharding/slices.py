@@ -58,7 +58,7 @@ def sharded_parameters(network: nn.Cell, config: ParallelConfig) -> list[FullPar
 
 def holders(parameters: Sequence[FullParameter], config: ParallelConfig,
             rank: int | None = None) -> dict[str, dict[Extent, tuple[int, ...]]]:
-    """Who holds which slice of every parameter: {name: {box: ranks in rising order}}.
+    """Who holds which slice of every parameter: {name: {extent: ranks in rising order}}.
 
     Of a parameter that several stages hold, the first one's slices alone: the others borrow it.
 
@@ -77,16 +77,16 @@ def holders(parameters: Sequence[FullParameter], config: ParallelConfig,
         # Most parameters are those of one layer once more.
         key = rule.key if isinstance(rule, SliceOfRank) else full.name
         if key not in alike:
-            boxes: dict[Extent, list[int]] = {}
+            ranks_of: dict[Extent, list[int]] = {}
             for stage in range(config.pipeline.stages):
                 for holder in range(stage * per_stage, (stage + 1) * per_stage):
                     extent = rule(holder)
                     if extent is None:
                         break
-                    boxes.setdefault(extent, []).append(holder)
-                if boxes:
+                    ranks_of.setdefault(extent, []).append(holder)
+                if ranks_of:
                     break
-            alike[key] = {extent: tuple(ranks) for extent, ranks in boxes.items()}
+            alike[key] = {extent: tuple(ranks) for extent, ranks in ranks_of.items()}
         found[full.name] = alike[key]
     return found
 
@@ -139,7 +139,7 @@ class SliceOfRank:
 
     @property
     def key(self) -> tuple:
-        """Equal for parameters of which every rank of one `config` holds the same box."""
+        """Equal for parameters of which every rank of one `config` holds the same extent."""
         return self.shape, self.mesh_axes, None if self.stages is None else frozenset(self.stages), self.shardable
 
     @property

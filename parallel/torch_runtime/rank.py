@@ -12,6 +12,7 @@ from parallel.common.files import read_json
 from parallel.common.settings import validate
 from parallel.task import package_of
 from parallel.torch_runtime.program import Program
+from parallel.training.settings import RunSettings
 from parallel.training.stop import listen_early
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timeout")
@@ -33,18 +34,17 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     return run_rank(Path(arguments.program), stored_settings(tree, str(path)), device=arguments.device)
 
 
-def stored_settings(tree: dict[str, Any], where: str) -> Any:
+def stored_settings(tree: dict[str, Any], where: str) -> RunSettings:
     """Settings of a run of any model, without importing the model.
 
     Raises:
         UserError: a key or a model that is not known.
     """
-    module = package_of(tree["model"]["name"])
-    kind = getattr(module, "stored_settings_class", module.settings_class)(tree["model"]["name"])
-    return validate(kind, tree, where=where)
+    name = tree["model"]["name"]
+    return validate(package_of(name).stored_settings_class(name), tree, where=where)
 
 
-def run_rank(program: Path, settings: Any, *, device: str = "cpu") -> dict[str, Any]:
+def run_rank(program: Path, settings: RunSettings, *, device: str = "cpu") -> dict[str, Any]:
     """Trains as the rank that the launcher's variables name, rank 0 of 1 without them.
 
     Args:

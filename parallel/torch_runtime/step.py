@@ -17,17 +17,20 @@ from torch import Tensor
 from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
-from parallel.torch_runtime.fused import fused_rules
+from parallel.torch_runtime.fusion.attention_pass import documents_input
+from parallel.torch_runtime.fusion.fused import fused_rules
+from parallel.torch_runtime.fusion.passes import optimized
+from parallel.torch_runtime.graph import Graph
 from parallel.torch_runtime.groups import Communicator, join, leave
-from parallel.torch_runtime.passes import documents_input, optimized
-from parallel.torch_runtime.program import Graph, Program, start_of
+from parallel.torch_runtime.program import Program, start_of
 from parallel.torch_runtime.program import Tensor as Held
+from parallel.training.backend import SlicedBackend
+from parallel.training.data_source import SAMPLE_NUMBERS
 from parallel.training.operation.stall import waiting
 
 MODES = ("exact", "eager", "cuda_graph", "inductor")
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
                 torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-SAMPLE_NUMBERS = "sample_numbers"
 _ACCUMULATED = "accu_grads."
 
 
@@ -54,7 +57,7 @@ class TorchTensor:
         self.tensor.copy_(value.reshape(self.tensor.shape))
 
 
-class TorchStep:
+class TorchStep(SlicedBackend):
     """One rank of an exported program on one device, ready to step from its start values.
 
     Args:
@@ -122,17 +125,17 @@ class TorchStep:
         self.copies_are_old = True
         names = ("loss", "global_norm", "finite", "loss_scale", "learning_rate")
         # One transfer for all five.
-        told = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
+        values = torch.stack([torch.as_tensor(item, device=self.device).reshape(()).to(torch.float64)
                             for item in results])
         if self.device.type == "cuda":
             with waiting("the end of a step"):
-                told = told.tolist()
+                values = values.tolist()
         else:
-            told = told.tolist()
-        return {**dict(zip(names, told, strict=True)), "finite": bool(told[2])}
+            values = values.tolist()
+        return {**dict(zip(names, values, strict=True)), "finite": bool(values[2])}
 
     def loss(self, batch: Sequence[np.ndarray]) -> tuple[float, float]:
-        """(loss x weight, weight) of the whole batch on one rank, (0, 0) on the others. See `Backend.loss`."""
+        """(loss x weight, weight) of the global batch on one rank, (0, 0) on the others. See `Backend.loss`."""
         self._refresh_copies()
         result = self.run("loss", batch)
         if not self.is_last or self.own.data or self.own.op:
@@ -179,7 +182,7 @@ class TorchStep:
         """Of the network, those that this rank holds."""
         return self._of("parameter")
 
-    def whole_start(self, name: str) -> np.ndarray:
+    def full_start(self, name: str) -> np.ndarray:
         """Start value of a parameter before it is sharded."""
         return start_of(self.program.by_name[name], None, self.program.seed)
 
@@ -301,7 +304,7 @@ class TorchStep:
         graph = optimized(graph, causal=causal, free=free)
         kind = Binder
         if self.mode == "inductor":
-            from parallel.torch_runtime.regions import RegionBinder
+            from parallel.torch_runtime.fusion.regions import RegionBinder
 
             kind = RegionBinder
         bound = kind(graph, self.state, self.device, communicator=self.communicator, rules=fused_rules(self.device),
@@ -349,17 +352,17 @@ def messages(program: Program, rank: int, kind: str = "step") -> dict[tuple[int,
 def out_of_memory(error: Exception, program: Program, rank: int) -> UserError:
     """One line for a device whose memory is too small: what the run needs by the estimate that was made at the export,
     and the key that lowers it at the least cost of time."""
-    told, needs = str(error).splitlines()[0].partition(" If reserved")[0], program.tree.get("needs") or {}
+    message, needs = str(error).splitlines()[0].partition(" If reserved")[0], program.tree.get("needs") or {}
     key, hint = "train.global_batch_size", "lower it"
     if needs:
         largest = sorted(((size, kind) for kind, size in needs["kinds"].items() if kind != "total"), reverse=True)[:2]
-        told += (f" The estimate for this layout is {needs['bytes'] / 1e9:.1f} GB ("
+        message += (f" The estimate for this layout is {needs['bytes'] / 1e9:.1f} GB ("
                  + ", ".join(f"{kind} {size / 1e9:.1f}" for size, kind in largest) + ").")
         changes = [f"{name}={value} {size / 1e9:.1f} GB" for name, value, size in needs["changes"]]
         if changes:
             key = needs["changes"][0][0]
             hint = f"by the estimate a device needs with {', with '.join(changes)}; export again with one"
-    return UserError(f"out of device memory on rank {rank}: {told}", where=key, hint=hint)
+    return UserError(f"out of device memory on rank {rank}: {message}", where=key, hint=hint)
 
 
 def device_of(name: str | None) -> torch.device:

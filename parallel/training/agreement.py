@@ -51,11 +51,11 @@ def facts_of(describe: dict[str, Any]) -> dict[str, Any]:
 def commit() -> str:
     """The commit of these sources, "unknown" outside a repository."""
     try:
-        told = subprocess.run(["git", "-C", str(_ROOT), "describe", "--always", "--dirty"], capture_output=True,
+        ended = subprocess.run(["git", "-C", str(_ROOT), "describe", "--always", "--dirty"], capture_output=True,
                               text=True, timeout=10.0, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return told.stdout.strip()
+    return ended.stdout.strip()
 
 
 def agree(backend: Backend, describe: dict[str, Any]) -> None:

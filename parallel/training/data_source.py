@@ -5,37 +5,49 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from parallel.task import SAMPLE_NUMBERS, sample_numbers
+from parallel.common.errors import UserError
 
 _PREFETCHED = 2
+SAMPLE_NUMBERS = "sample_numbers"
+"""The input by which a network with dropout knows its samples (`parallel.layers.dropout`)."""
 
 
-class DataSource(Protocol):
-    """What the trainer reads from. Batch i depends only on the source's seed and i. See also `WaitingSource`. A source
-    whose batches have different shapes says so by `forms_vary`; those of others are compared with the first."""
+class DataSource(ABC):
+    """What the trainer reads from. Batch i depends only on the source's seed and i.
+
+    Attributes:
+        columns: names of the arrays of a batch.
+        steps_per_epoch: batches in one pass over the data.
+        forms_vary: whether batches have different shapes; those of other sources are compared with the first.
+    """
 
     columns: Sequence[str]
     steps_per_epoch: int
+    forms_vary: bool = False
 
+    @abstractmethod
     def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
         """Batches start_step, start_step + 1, ...: one array per column, this rank's rows first dim."""
-        ...
 
     def mindspore_dataset(self, start_step: int, steps: int) -> Any:
-        """The same batches as a `mindspore.dataset` of `steps` batches, for data sink (Ascend). May be absent."""
-        ...
+        """The same batches as a `mindspore.dataset` of `steps` batches, for data sink (Ascend).
+
+        Raises:
+            UserError: the source has none.
+        """
+        raise UserError("this data is not fed by data sink", where="train.data_sink", hint="set it to false")
 
 
-@runtime_checkable
-class WaitingSource(Protocol):
+class WaitingSource(DataSource):
     """A data source that waits for events.
 
-    Args:
+    Attributes:
         ends: whether its batches may end, and the run with them.
         read_ahead: whether batches may be read before the step that takes them.
     """
@@ -43,15 +55,15 @@ class WaitingSource(Protocol):
     ends: bool
     read_ahead: bool
 
+    @abstractmethod
     def interrupt(self) -> None:
         """Ends a wait for events; called by the handler of a signal."""
-        ...
 
 
 class BatchForm:
     """Shapes and element types of a run's batches: those that its graph was compiled for.
 
-    A framework that compiles at the first call would compile another graph for a batch of another form, and a cut
+    A framework that compiles at the first call would compile another graph for a batch of another form, and a sharded
     network cannot be compiled twice: its parameters are slices by then.
 
     Args:
@@ -77,7 +89,7 @@ class BatchForm:
                                  f"{dtype} {list(shape)}")
 
 
-class UnreadSource:
+class UnreadSource(DataSource):
     """Batches of zeros in place of a source whose batches nobody looks at.
 
     Args:
@@ -94,7 +106,20 @@ class UnreadSource:
         return itertools.repeat(self.batch)
 
 
-class NumberedSource:
+def sample_numbers(iteration: int, batch: int, part: int = 0, parts: int = 1) -> np.ndarray:
+    """Numbers through the whole run of the samples in one global batch, int32 (wraps) [batch / parts].
+
+    Args:
+        iteration: number of the batch.
+        batch: samples of a global batch.
+        part, parts: which consecutive share of them.
+    """
+    share = batch // parts
+    first = iteration * batch + part * share
+    return np.arange(first, first + share, dtype=np.int64).astype(np.int32)
+
+
+class NumberedSource(DataSource):
     """A source with the numbers of the samples as one more column, which a network with dropout takes.
 
     Args:
@@ -105,14 +130,7 @@ class NumberedSource:
     def __init__(self, source: DataSource, part: int, parts: int) -> None:
         self.source, self.part, self.parts = source, part, parts
         self.columns, self.steps_per_epoch = (*source.columns, SAMPLE_NUMBERS), source.steps_per_epoch
-        self.stream = source if isinstance(source, WaitingSource) else None
-        self.ends = self.stream is not None and self.stream.ends
-        self.read_ahead = self.stream is None or self.stream.read_ahead
-
-    def interrupt(self) -> None:
-        """See `WaitingSource`."""
-        if self.stream is not None:
-            self.stream.interrupt()
+        self.forms_vary = source.forms_vary
 
     def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
         """See `DataSource`."""

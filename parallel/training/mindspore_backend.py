@@ -17,7 +17,8 @@ from mindspore import Tensor, nn, ops
 from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
-from parallel.training.backend import Batch, Outputs
+from parallel.training.backend import Backend, Batch, Outputs, SlicedBackend
+from parallel.training.data_source import DataSource
 from parallel.training.device import DeviceSum
 from parallel.training.operation.stall import waiting
 from parallel.training.sharded.run import ShardedRun
@@ -41,8 +42,8 @@ class MeanLoss(nn.Cell):
         return ops.cast(loss, ms.float32) * weight, weight
 
 
-class MindSporeBackend:
-    """A `TrainStep` of an unsharded network. See `Backend`.
+class MindSporeBackend(Backend):
+    """A `TrainStep` of an unsharded network.
 
     Args:
         step: the training step.
@@ -61,7 +62,7 @@ class MindSporeBackend:
         self.training = self.stepped = False
 
     def profiler(self, folder: Path) -> Callable[[], None]:
-        """Begins to profile; the function ends it. See `parallel.training.operation.profile`."""
+        """See `Backend`."""
         from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
         on_ascend = ms.get_context("device_target") == "Ascend"
@@ -85,8 +86,8 @@ class MindSporeBackend:
         self.stepped = True
         return outputs
 
-    def stretches(self, source: Any, first: int, steps: int, size: int) -> Iterator[tuple[int, Outputs]]:
-        """See `SinkingBackend` (Ascend only, never run by us).
+    def stretches(self, source: DataSource, first: int, steps: int, size: int) -> Iterator[tuple[int, Outputs]]:
+        """See `Backend` (Ascend only, never run by us).
 
         Raises:
             UserError: the device is the CPU.
@@ -149,7 +150,7 @@ class MindSporeBackend:
         """Nothing to leave: MindSpore's processes part by themselves."""
 
 
-class ShardedBackend(MindSporeBackend):
+class ShardedBackend(MindSporeBackend, SlicedBackend):
     """A network of which every process holds slices (Ascend).
 
     Args:
@@ -167,7 +168,7 @@ class ShardedBackend(MindSporeBackend):
         """See `MindSporeBackend`."""
         return self.run.cell
 
-    def whole_start(self, name: str) -> np.ndarray:
+    def full_start(self, name: str) -> np.ndarray:
         """See `SlicedBackend`."""
         starts = {parameter.name: parameter.start for parameter in self.run.task.network.get_parameters()}
         return start_value(name, self.holder.shapes[name], starts[name], self.run.settings.seed)

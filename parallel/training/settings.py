@@ -1,13 +1,15 @@
-"""The `train:` and `output:` blocks that every run file has. Docstrings below the fields are the manual."""
+"""The `train:` and `output:` blocks that every run file has, and what else is asked of its settings. Docstrings below
+the fields are the manual."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import pydantic
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
+from parallel.sharding.config import ParallelConfig
 
 COMPUTE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Names of the element types of the matrix products, by `train.precision`."""
@@ -218,3 +220,41 @@ class OutputSettings(Settings):
 
     loss_curve: bool = True
     """Draw loss.png at every validation and at the end."""
+
+
+class ModelBlock(Protocol):
+    """What the `model:` block of every model has."""
+
+    @property
+    def name(self) -> str:
+        """Which model."""
+
+    @property
+    def dropout(self) -> float:
+        """Rate while training; 0 = none."""
+
+
+class RunSettings(Protocol):
+    """The blocks that the file of every run has. The class is the model's (`parallel.task.ModelPackage`)."""
+
+    @property
+    def model(self) -> ModelBlock:
+        """Sizes and choices of the model."""
+
+    @property
+    def train(self) -> TrainSettings:
+        """Batch, steps, optimizer."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How the model is sharded over devices."""
+
+    @property
+    def output(self) -> OutputSettings:
+        """Where results go."""
+
+    def model_dump(self, **options: Any) -> dict[str, Any]:
+        """See pydantic."""
+
+    def model_copy(self, **options: Any) -> RunSettings:
+        """See pydantic."""

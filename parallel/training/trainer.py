@@ -24,7 +24,7 @@ from parallel.common.errors import UserError
 from parallel.common.ownership import owned
 from parallel.common.progress import Bar, info
 from parallel.training.agreement import agree
-from parallel.training.backend import Backend, SinkingBackend
+from parallel.training.backend import Backend
 from parallel.training.companions import Companion, restore_all, states_of
 from parallel.training.data_source import (
     BatchForm,
@@ -93,8 +93,7 @@ class Trainer:
         self.settings, self.output = run.settings, run.output
         source = self._read_or_not(run.source)
         self.source = NumberedSource(source, *backend.share) if backend.numbered else source
-        varies = getattr(run.source, "forms_vary", False)
-        self.form = None if varies else BatchForm(getattr(backend, "inputs", None))
+        self.form = None if run.source.forms_vary else BatchForm(backend.inputs)
         self.stream = run.source if isinstance(run.source, WaitingSource) else None
         self.evaluators, self.companions = list(run.evaluate), tuple(run.companions)
         for companion in self.companions:
@@ -118,7 +117,7 @@ class Trainer:
 
     def _read_or_not(self, source: DataSource) -> DataSource:
         """A stream is always read: what has been read of it is what all processes have trained on."""
-        if getattr(self.backend, "reads", True) or isinstance(source, WaitingSource):
+        if self.backend.reads or isinstance(source, WaitingSource):
             return source
         return UnreadSource(source, self.backend.inputs)
 
@@ -198,9 +197,6 @@ class Trainer:
 
     def _sunk_outputs(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Stretches of log_every steps run by the device alone."""
-        if not isinstance(self.backend, SinkingBackend):
-            raise UserError("data sink needs MindSpore on an Ascend device", where="train.data_sink",
-                            hint="set it to false")
         if self.settings.profile is not None:
             raise UserError("the steps of a sunk stretch are not told apart", where="train.profile",
                             hint="set it to null, or train.data_sink to false")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from parallel.common.errors import UserError
+from parallel.training.data_source import DataSource
 from recsys.data.encode import Encoded
 from recsys.data.features import UNSEEN, FeatureSpec
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
@@ -14,8 +15,8 @@ from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY
 _WINDOW = 1 << 22
 
 
-class Batches:
-    """Batches of encoded rows for the trainer: (ids, numbers, labels). See `parallel.training.data_source.DataSource`.
+class Batches(DataSource):
+    """Batches of encoded rows for the trainer: (ids, numbers, labels).
 
     Args:
         rows: a part of a log.

@@ -1,4 +1,4 @@
-"""Heads of several tasks on one representation: a tower each, mixtures of shared experts (MMoE), or of shared and own
+"""Heads of several tasks on one representation: an MLP each, mixtures of shared experts (MMoE), or of shared and own
 ones in levels (PLE); and calibration of their logits.
 
 Shapes: B batch, D width, E experts, H width of an expert, K tasks.

@@ -28,7 +28,7 @@ from parallel.interchange.sizes import variants
 from recsys.build import sample_batch
 from recsys.data.features import FeatureSpec
 from recsys.network import labels_of
-from recsys.passes.tasks import KINDS, arguments_of, cell_of, exact_experts, kinds_of, whole_spec
+from recsys.passes.tasks import KINDS, arguments_of, cell_of, kinds_of, whole_spec
 from recsys.passes.weights import Weights
 from recsys.saved_model import VOCABULARY, vocabulary_of
 from recsys.ug_sep.sides import UserCandidateSplit
@@ -91,7 +91,7 @@ class Exported:
         from parallel.proof.compile.rank_compiler import Compilers
 
         check_installed()
-        told = {"nodes": 0, "bytes": 0, "weights": 0}
+        written = {"nodes": 0, "bytes": 0, "weights": 0}
         with Compilers(1) as compilers:
             for kind in self.kinds:
                 info(f"compiling the pass {kind}")
@@ -99,29 +99,29 @@ class Exported:
                                                                  for sizes in variants(_FREE[kind])], compilers)
                 own = write(self.folder / f"{kind}.onnx", graphs, _FREE[kind], *self.ports(kind),
                             lambda name, shape: self.weights.read(self.spec, name, shape), self._about(kind))
-                told = {name: told[name] + own[name] for name in told}
-        return self._finished("onnx", Session, told)
+                written = {name: written[name] + own[name] for name in written}
+        return self._finished("onnx", Session, written)
 
     def mindir(self) -> dict[str, Any]:
         """Writes and checks the MindIR passes; the verb's figures."""
         from parallel.interchange.mindir import Loaded, plain_operations, write
 
-        exact_experts(self.settings)
+        self.settings.model.keep_all_rows()
         with plain_operations():
             self.fill()
-            told = {"bytes": 0}
+            written = {"bytes": 0}
             for kind in self.kinds:
                 cell = cell_of(kind, self.model)
                 cell.set_train(False)
-                told["bytes"] += write(self.folder / f"{kind}.mindir", cell, self.ports(kind)[0])
-            return self._finished("mindir", Loaded, told)
+                written["bytes"] += write(self.folder / f"{kind}.mindir", cell, self.ports(kind)[0])
+            return self._finished("mindir", Loaded, written)
 
-    def _finished(self, form: str, opened: Any, told: dict[str, int]) -> dict[str, Any]:
+    def _finished(self, form: str, opened: Any, written: dict[str, int]) -> dict[str, Any]:
         """Describes and checks what was written; the verb's figures."""
         files = {kind: f"{kind}.{form}" for kind in self.kinds}
         self._describe(files)
         difference = self.check({kind: opened(self.folder / file) for kind, file in files.items()})
-        return {"format": form, "passes": list(self.kinds), **told, "max_difference": difference,
+        return {"format": form, "passes": list(self.kinds), **written, "max_difference": difference,
                 "checkpoint": str(self.checkpoint), "output": str(self.folder)}
 
     def _arguments(self, kind: str, sizes: dict[str, int]) -> dict[str, Any]:

@@ -83,12 +83,12 @@ class ShardedRanker:
     def lead(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """`run` on all ranks of the group, called by its first rank alone."""
         flat = [np.ascontiguousarray(array).reshape(-1).view(np.int32) for array in inputs]
-        self.member.tell(np.concatenate([[np.int32(self.kinds.index(kind))], *flat]))
+        self.member.broadcast(np.concatenate([[np.int32(self.kinds.index(kind))], *flat]))
         return self.run(kind, inputs)
 
     def follow(self) -> dict:
         """What a rank that does not lead does until its group's first rank has ended."""
-        while len(message := self.member.hear()):
+        while len(message := self.member.receive()):
             if message[0] == _TAKE:
                 self.take(self.read(bytes(message[1:].astype(np.uint8)).decode()))
             else:
@@ -100,7 +100,7 @@ class ShardedRanker:
     def close(self) -> None:
         """Lets the ranks that follow end."""
         if self.member.leads:
-            self.member.tell(_NOTHING)
+            self.member.broadcast(_NOTHING)
         self.member.close()
 
     def _unpacked(self, kind: str, flat: np.ndarray) -> list[np.ndarray]:
@@ -137,7 +137,7 @@ class ShardedRanker:
     def lead_take(self, checkpoint: Path, values: dict[str, Any]) -> None:
         """`take` on all ranks of the group, of values that this one has read; called by its first rank alone."""
         path = np.frombuffer(str(checkpoint.resolve()).encode(), np.uint8).astype(np.int32)
-        self.member.tell(np.concatenate([[np.int32(_TAKE)], path]))
+        self.member.broadcast(np.concatenate([[np.int32(_TAKE)], path]))
         self.take(values)
 
 
@@ -163,7 +163,7 @@ def check_checkpoint(settings: Run, path: Path) -> None:
 
 
 class GroupScores:
-    """What brings the groups' scores together (`recsys.score_merging.RankScores`): the first rank of each tells its
+    """What brings the groups' scores together (`recsys.score_merging.RankScores`): the first rank of each gives its
     own."""
 
     def __init__(self, ranker: ShardedRanker) -> None:

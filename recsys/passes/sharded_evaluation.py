@@ -47,8 +47,8 @@ class ShardedEvaluation:
             number = min(first + member.group, total - 1)  # all score as often
             (ids, numbers, _), _, _ = filled_batch(self.rows, number * self.batch, self.batch)
             own = self.ranker.run(kind, (ids.astype(np.int32), numbers))
-            told = own if member.leads and first + member.group < total else None
-            whole = merge.whole(told, (member.groups * self.batch, len(self.labels)), member.group * self.batch)
+            given = own if member.leads and first + member.group < total else None
+            whole = merge.gathered(given, (member.groups * self.batch, len(self.labels)), member.group * self.batch)
             for place in range(min(member.groups, total - first)):
                 (_, _, labels), users, real = filled_batch(self.rows, (first + place) * self.batch, self.batch)
                 scores = whole[place * self.batch:place * self.batch + real]

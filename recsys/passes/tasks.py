@@ -38,7 +38,7 @@ KINDS = ("scores", "user", "candidates")
 
 def kinds_of(settings: Run) -> tuple[str, ...]:
     """The passes that a ranker is served by."""
-    separation = getattr(settings.model, "ug_sep", None)
+    separation = settings.model.separation()
     return KINDS[1:] if separation is not None and separation.separated else KINDS[:1]
 
 
@@ -63,7 +63,7 @@ def built(settings: dict[str, Any], sizes: dict[str, int], kind: str, rows: int,
         UserError: a pass that the model does not have, or an axis that does not divide what it shards.
     """
     run = run_class(settings["model"]["name"]).model_validate(settings)
-    exact_experts(run)
+    run.model.keep_all_rows()
     config = run.parallel.resolve()
     spec = whole_spec(run, sizes)
     task = task_of(run, spec, kind, rows, users)
@@ -77,13 +77,6 @@ def whole_spec(settings: Run, sizes: dict[str, int]) -> FeatureSpec:
     features = [feature.model_copy(update={"values": "integer", "rows": sizes.get(feature.target or feature.name, 1)})
                 if feature.is_dynamic else feature for feature in features_of(settings.data)]
     return assign_columns(features, settings.model.embedding_size, sizes)
-
-
-def exact_experts(settings: Run) -> None:
-    """Lets routed experts take all rows that choose them: what a row gets must not depend on its batch."""
-    moe = getattr(settings.model, "moe", None)
-    if moe is not None and hasattr(moe, "dispatch"):
-        moe.dispatch, moe.capacity_factor = "capacity", float(moe.experts)
 
 
 def task_of(settings: Run, spec: FeatureSpec, kind: str, rows: int, users: int = 1,
@@ -133,14 +126,14 @@ def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
 
 
 def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind: str) -> Task:
-    """The task of such a graph; see `parallel.task`.
+    """The task of such a graph; see `parallel.task.ModelPackage`.
 
     Raises:
         UserError: an axis does not divide what it shards, or a vocabulary's size is not known.
     """
     check_inference(settings)
     own = settings.model_copy(deep=True)
-    exact_experts(own)
+    own.model.keep_all_rows()
     name, _, rows = kind.rpartition("_")
     task = task_of(own, whole_spec(own, sizes_of(own)), name, int(rows), settings.serve.engine.requests, compute_dtype)
     task.network.model.check_layout(parallel, int(rows))
@@ -153,7 +146,7 @@ def check_inference(settings: Run) -> None:
         raise UserError("tables on the host are served and evaluated by one process", where="data.tables.place",
                         value="host", hint="set parallel.op and parallel.pipeline.stages to 1")
     if settings.model.lookup.by != "op":
-        raise UserError("a forward pass alone cuts tables over the op axis", where="model.lookup.by",
+        raise UserError("a forward pass alone shards tables over the op axis", where="model.lookup.by",
                         value=settings.model.lookup.by, hint="set model.lookup.by=op: the checkpoint is the same")
     if settings.parallel.pipeline.stages > 1 and len(kinds_of(settings)) > 1:
         raise UserError("both passes of a separated ranker are sharded by op alone", where="parallel.pipeline.stages",

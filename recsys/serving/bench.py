@@ -36,7 +36,7 @@ SWEEP_SECONDS = 6.0  # of rounds for one ratio and number of candidates
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("--candidates", type=int, default=500, metavar="C", help="of one request (default 500)")
-    parser.add_argument("--ug-ratio", default="1:1", metavar="U:G", help="user tokens : group tokens (default 1:1)")
+    parser.add_argument("--ug-ratio", default="1:1", metavar="U:G", help="user tokens : candidate tokens (default 1:1)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="requests of each variant (default 15)")
     parser.add_argument("--sweep", action="store_true",
                         help="also 1, 50, 200, 500 and 1000 candidates and ratios 1:2, 1:1 and 3:1, with a picture")

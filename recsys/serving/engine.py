@@ -1,7 +1,7 @@
 """Scoring of ranking requests: a request is one user and its candidates; several requests share a batch.
 
 Separated models (UG-Sep) compute a request's user once, or find it in the cache, and then only the candidates' side;
-unseparated ones compute a whole row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
+unseparated ones compute a full row for every candidate. Graphs have fixed shapes, compiled when the engine starts, and
 one thread runs them all. What a request gets does not depend on what was in its batch.
 
 Shapes: R requests, C candidates of one, N candidates of a batch, M, m id columns (all, of one side), K tasks, S state.
@@ -42,17 +42,17 @@ class Scorer:
     """Probabilities of batches in fixed shapes; for one thread.
 
     Args:
-        model: a ranker, settled, in inference mode.
+        model: a ranker in inference mode, its int8 products prepared.
         settings: the shapes.
         cache: of user states.
-        tables: `recsys.tables.host.HostTables`, where the model's lie on the host.
+        tables: `recsys.tables.host.HostTables`, where the model's are on the host.
     """
 
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache, tables: Any = None) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
-        self.spec, self.sides = model.spec, getattr(model, "sides", None)
+        self.spec, self.sides = model.spec, model.sides if isinstance(model, SeparatedRanker) else None
         self.separated = isinstance(model, SeparatedRanker) and model.ug_sep.separated
-        self.whole_pass = model
+        self.full_pass = model
         if self.separated:
             self.user_pass, self.candidate_pass = UserPass(model), CandidatePass(model)
         if tables is not None:
@@ -63,7 +63,7 @@ class Scorer:
         """Lets every pass read its rows from tables on the host."""
         from recsys.tables.step import Hosted
 
-        self.whole_pass = Hosted(self.model, self.model, tables)
+        self.full_pass = Hosted(self.model, self.model, tables)
         if self.separated:
             sides = self.model.sides
             self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
@@ -95,8 +95,8 @@ class Scorer:
     # -- the passes ---------------------------------------------------------------------------------------------------
 
     def score_rows(self, ids_NM: np.ndarray, numbers_NN: np.ndarray) -> np.ndarray:
-        """The whole forward pass."""
-        return self.whole_pass(Tensor(ids_NM), Tensor(numbers_NN)).asnumpy()
+        """The full forward pass."""
+        return self.full_pass(Tensor(ids_NM), Tensor(numbers_NN)).asnumpy()
 
     def user_states(self, ids_Rm: np.ndarray, numbers_Rn: np.ndarray) -> np.ndarray:
         """states_RS of one user, or of as many as requests are scored together."""
@@ -339,7 +339,7 @@ class Engine:
 
     def taken(self, trained: Trained, rise: int) -> None:
         """Names the model that was put in place."""
-        # In this order: who takes version and reading first never has an older `trained` than they say.
+        # In this order: who takes the versions first never has an older `trained` than they belong to.
         self.trained = trained
         self.encoding_version += rise
         self.scorer.version += 1

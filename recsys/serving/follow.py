@@ -94,8 +94,8 @@ class LiveModel:
             parameter.set_data(Tensor(value, parameter.dtype))
         for name, (rows, values) in delta.rows.items():
             self.writers[name](rows, values)
-        for name, pieces in delta.entries.items():
-            for entries in pieces:
+        for name, parts in delta.entries.items():
+            for entries in parts:
                 self.trained.tables.tables[name].put(entries)
 
 

@@ -19,7 +19,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from recsys.serving.settings import ServeSettings
 from recsys.serving.workers import ARROW, JSON, Peers, Place, run_workers, shared_listener
 from recsys.versions.pinned import Versions
 from recsys.versions.request_log import RequestLog
+
+if TYPE_CHECKING:
+    from recsys.settings import Run
 
 _SHORT_BYTES = 1 << 16  # some 2 ms
 
@@ -201,10 +204,10 @@ class Service:
 
     async def everywhere(self, call: str, name: str | None = None) -> dict:
         """`control` here, and then by the other workers."""
-        told = await self.control(call, name)
+        result = await self.control(call, name)
         if self.peers is not None:
-            await self.peers.tell_all({"call": call, "name": name})
-        return told
+            await self.peers.control_others({"call": call, "name": name})
+        return result
 
     async def control(self, call: str, name: str | None) -> dict:
         """Reloads ("reload"), or pins, goes back or lets go ("pin", "rollback", "unpin"), in this process.
@@ -269,7 +272,7 @@ def _object(raw: bytes, most: int, kind: int) -> Any:
 
 
 def user_of(raw: bytes, kind: int, trained: Any, most: int) -> Any:
-    """What tells a request's user: the id, where the run's `data.user` is in it, else all that it says of the user."""
+    """What identifies a request's user: the id, where the run's `data.user` is in it, else all of the user's fields."""
     body = _object(raw, most, kind)
     user = body.get("user") if isinstance(body, dict) else None
     if not isinstance(user, dict):
@@ -368,7 +371,7 @@ def run(settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     return _served(service, listener)
 
 
-def _run_sharded(run_settings: Any, settings: ServeSettings, arguments: argparse.Namespace) -> dict:
+def _run_sharded(run_settings: Run, settings: ServeSettings, arguments: argparse.Namespace) -> dict:
     """One of the processes of a launch."""
     from recsys.serving.sharded import open_engine
 
@@ -389,7 +392,7 @@ def _started(engine: Any, settings: ServeSettings, folder: str) -> Service:
 def _served(service: Service, listener: Any) -> dict:
     """Until a signal; the verb's figures."""
     engine, trained = service.engine, service.engine.trained
-    said = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
-    serve(application(service), listener, service.settings, one_line, lambda: info(said))
+    what = f"serving {trained.settings.model.name} of {trained.path} on {address(listener)}"
+    serve(application(service), listener, service.settings, one_line, lambda: info(what))
     service.stop()
     return {"version": engine.version, "cache_hit_rate": engine.cache.hit_rate}

@@ -105,7 +105,7 @@ def open_engine(run: Run, settings: ServeSettings, checkpoint: str, config: str 
         raise UserError("a server is one group of op x stages processes", where="--nproc", value=ranker.member.world,
                         hint=f"start {ranker.member.size}, and a server for each further group")
     if not ranker.member.leads:
-        for number in (signal.SIGTERM, signal.SIGINT):  # the first process says when it is over
+        for number in (signal.SIGTERM, signal.SIGINT):  # the first process decides when it is over
             signal.signal(number, signal.SIG_IGN)
         ranker.follow()
         return None

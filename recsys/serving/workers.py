@@ -27,6 +27,7 @@ from parallel.common.progress import info
 from parallel.common.structured import parse_json
 from parallel.serving.errors import Refusal
 from parallel.serving.settings import HttpSettings
+from recsys.serving.settings import ServeSettings
 
 _VARIABLE = "RANKER_WORKER"
 _HEAD = struct.Struct("<IB")
@@ -48,7 +49,7 @@ class Place:
 
     @classmethod
     def mine(cls) -> Place | None:
-        """As the parent said; None in a process that serves alone, and in the parent."""
+        """As the parent gave it; None in a process that serves alone, and in the parent."""
         text = os.environ.get(_VARIABLE)
         return cls(*parse_json(text)) if text else None
 
@@ -82,7 +83,7 @@ def shared_listener(settings: HttpSettings, port: int | None = None) -> socket.s
 # ---------------------------------------------------------------- the parent
 
 
-def run_workers(settings: Any, said: str) -> dict:
+def run_workers(settings: ServeSettings, what: str) -> dict:
     """Starts the workers, starts one anew that dies, and ends them at SIGTERM or SIGINT."""
     _nobody_listens(settings)
     listener = shared_listener(settings)  # never listens: it keeps the port
@@ -96,13 +97,13 @@ def run_workers(settings: Any, said: str) -> dict:
         signal.signal(number, end)
     with tempfile.TemporaryDirectory(prefix="ranker-") as folder:
         workers = [_start(index, settings.workers, folder, port) for index in range(settings.workers)]
-        info(f"{settings.workers} processes {said}")
+        info(f"{settings.workers} processes {what}")
         try:
             while not ending:
                 for index, worker in enumerate(workers):
                     if worker.poll() is None:
                         continue
-                    if worker.returncode == 2:  # a mistake of the user's: the worker has said which
+                    if worker.returncode == 2:  # a mistake of the user's, which the worker has reported
                         return {"exit_code": 2, "workers": settings.workers}
                     restarts += 1
                     info(f"worker {index} ended with {worker.returncode}; it is started anew")
@@ -182,7 +183,7 @@ class Peers:
             raise Refusal(status, body["message"], kind=body["kind"], retry_after=body["retry_after"])
         return body
 
-    async def tell_all(self, call: dict) -> None:
+    async def control_others(self, call: dict) -> None:
         """`control` in every other worker; one that is away reads the newest model when it starts anew."""
         for other in range(self.place.count):
             if other != self.place.index:
@@ -205,7 +206,7 @@ class Peers:
         free.append((reader, writer))
         return status, body
 
-    async def _told(self, raw: bytes, kind: int) -> list:
+    async def _answered(self, raw: bytes, kind: int) -> list:
         try:
             if kind != CONTROL:
                 return [200, await self.rank(raw, kind)]
@@ -223,7 +224,7 @@ class Peers:
                 if size > _LONGEST:
                     return
                 raw = await reader.readexactly(size)
-                text = json.dumps(await self._told(raw, kind)).encode()
+                text = json.dumps(await self._answered(raw, kind)).encode()
                 writer.write(_HEAD.pack(len(text), 0) + text)
                 await writer.drain()
         except (EOFError, OSError):

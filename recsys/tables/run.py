@@ -9,7 +9,7 @@ from parallel.common.errors import UserError
 from parallel.training.device import Processes
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
-from parallel.training.sharded.run import whole_network
+from parallel.training.sharded.run import unsharded_network
 from parallel.training.trainer import Trainer
 from recsys.data.features import FeatureSpec
 from recsys.data.log import Log
@@ -77,7 +77,7 @@ def hosted_backend(settings: Run, spec: FeatureSpec, tasks: int,
     batch = options.global_batch_size // processes.ranks
     tables = HostTables(settings, spec, batch, exchange_of(processes, settings.data.tables.exchange_kb << 10))
     network = loss_network(settings, tables.window, tasks, COMPUTE_DTYPES[options.precision])
-    options = whole_network(network, options, settings.parallel.resolve(processes.ranks))
+    options = unsharded_network(network, options, settings.parallel.resolve(processes.ranks))
     dense = [parameter for parameter in network.trainable_params() if not is_sparse(parameter.name)]
     step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
                      rank=processes.rank, ranks=processes.ranks)

@@ -50,14 +50,14 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     publisher = ranks_publisher(settings, backend)
     trainer = Trainer(backend, run_of(settings, figures, batches, ranks=backend.ranks, evaluate=[best],
                                       companions=[publisher] if publisher is not None else []))
-    told = trainer.run()
+    result = trainer.run()
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else log.parts["validation"]
-    told = with_test(told, RanksEvaluation(backend, test, log.labels, plan, batch)(trainer.iteration))
-    told |= {"best_step": best.step, **sizes(figures), **attainable_auc(settings, log)}
+    result = with_test(result, RanksEvaluation(backend, test, log.labels, plan, batch)(trainer.iteration))
+    result |= {"best_step": best.step, **sizes(figures), **attainable_auc(settings, log)}
     if backend.rank == 0:
-        table("Trained", ["figure", "value"], told.items())
-    return told
+        table("Trained", ["figure", "value"], result.items())
+    return result
 
 
 def batches_of(settings: RunSettings, log: Log, rank: int, ranks: int) -> Batches:

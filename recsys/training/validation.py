@@ -90,7 +90,7 @@ class RanksEvaluation:
 
     def merged(self, own: np.ndarray | None) -> np.ndarray:
         """float32 [batch, tasks] of the rows that the processes give; what one alone gives comes back exactly."""
-        return RankScores(self.backend).whole(own, (self.batch, len(self.labels)), self.mine.start)
+        return RankScores(self.backend).gathered(own, (self.batch, len(self.labels)), self.mine.start)
 
 
 class Best:

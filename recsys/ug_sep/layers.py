@@ -29,7 +29,7 @@ class Columns(Layer):
 
 
 class TwoSidedEmbedding(nn.Cell):
-    """One embedding for each side out of common tables. Called with whole rows it gives the groups of both."""
+    """One embedding for each side out of common tables. Called with rows of both sides it gives the groups of both."""
 
     def __init__(self, spec: FeatureSpec, sides: UserCandidateSplit, std: float) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class TwoSidedEmbedding(nn.Cell):
         self.user = FeatureEmbedding(sides.user.spec, std, tables)
         self.group = FeatureEmbedding(sides.candidate.spec, std, tables)
         self.user_ids, self.user_numbers = Columns(sides.user.ids), Columns(sides.user.numbers)
-        self.candidate_ids, self.group_numbers = Columns(sides.candidate.ids), Columns(sides.candidate.numbers)
+        self.candidate_ids, self.candidate_numbers = Columns(sides.candidate.ids), Columns(sides.candidate.numbers)
 
     def construct(self, ids_BM: Tensor, numbers_BN: Tensor) -> tuple:
         """(U groups, G groups)."""
         user, _ = self.user(self.user_ids(ids_BM), self.user_numbers(numbers_BN))
-        group, _ = self.group(self.candidate_ids(ids_BM), self.group_numbers(numbers_BN))
-        return user, group
+        candidate, _ = self.group(self.candidate_ids(ids_BM), self.candidate_numbers(numbers_BN))
+        return user, candidate
 
 
 class Widths(Layer):

@@ -124,27 +124,27 @@ class SeparatedRanker(Ranker):
     # -- the forward pass ---------------------------------------------------------------------------------------------
 
     def outputs(self, ids_BM: Tensor, numbers_BN: Tensor, rows_B: Tensor | None = None) -> tuple:
-        user, group = self.embedding(ids_BM, numbers_BN)
-        user, group = self.dropped(user, rows_B), self.dropped(group, rows_B)
+        user, candidate = self.embedding(ids_BM, numbers_BN)
+        user, candidate = self.dropped(user, rows_B), self.dropped(candidate, rows_B)
         if self.in_slices:
-            return self.both_layers(user, group, None)
-        x_TBD, auxiliary, penalties = self.masked_layers(user, group)
+            return self.both_layers(user, candidate, None)
+        x_TBD, auxiliary, penalties = self.masked_layers(user, candidate)
         if self.norm is not None:
             x_TBD = self.norm(x_TBD)
         return self.head(self.pool_user(x_TBD)), auxiliary, penalties
 
     def aggregated_outputs(self, user_ids: Tensor, user_numbers: Tensor, index_N: Tensor, candidate_ids: Tensor,
-                           group_numbers: Tensor) -> tuple:
+                           candidate_numbers: Tensor) -> tuple:
         """As `outputs` for a batch whose users' rows are given once each; `index_N` is each sample's user. There must
         be no dropout, which would not differ between a user's samples."""
         user, _ = self.embedding.user(user_ids, user_numbers)
-        group, _ = self.embedding.group(candidate_ids, group_numbers)
-        return self.both_layers(user, group, index_N)
+        candidate, _ = self.embedding.group(candidate_ids, candidate_numbers)
+        return self.both_layers(user, candidate, index_N)
 
-    def both_layers(self, user: tuple, group: tuple, index_N: Tensor | None) -> tuple:
+    def both_layers(self, user: tuple, candidate: tuple, index_N: Tensor | None) -> tuple:
         """(logits, auxiliary logits, penalties): both passes at once, layer by layer."""
         x_uRD, first = self.tokenize.user(user)
-        x_gND = self.tokenize.candidate(group, first, index_N)
+        x_gND = self.tokenize.candidate(candidate, first, index_N)
         users, candidates, auxiliary, penalties = (), (), (), ()
         for index in range(len(self.layers)):
             users, candidates = users + (x_uRD,), candidates + (x_gND,)
@@ -215,10 +215,10 @@ class SeparatedRanker(Ranker):
         user_ND = self.reshape(self.take(user_1RD, index_N), (-1, self.settings.width))
         return self.shared_mean(user_ND, self.pool_candidate(x_gND), counts[0] / sum(counts))
 
-    def masked_layers(self, user: tuple, group: tuple) -> tuple:
+    def masked_layers(self, user: tuple, candidate: tuple) -> tuple:
         """(x_TBD after all layers; auxiliary logits; penalties): `represent` with masks instead of slices."""
         x_uBD, first = self.tokenize.user(user)
-        x_TBD = self.join_tokens(x_uBD, self.tokenize.candidate(group, first, None))
+        x_TBD = self.join_tokens(x_uBD, self.tokenize.candidate(candidate, first, None))
         inputs, auxiliary, penalties = (), (), ()
         for index in range(len(self.layers)):
             inputs += (x_TBD,)

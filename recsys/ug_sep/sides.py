@@ -91,12 +91,12 @@ def tokens_of_ratio(ratio: str, tokens: int) -> tuple[int, int]:
     Raises:
         UserError: they do not divide so.
     """
-    user, group = pair(ratio, "model.ug_sep.ratio")
-    total = user + group
+    user, candidate = pair(ratio, "model.ug_sep.ratio")
+    total = user + candidate
     if tokens % total:
         raise UserError(f"{tokens} tokens do not divide {ratio}", where="model.tokens", value=tokens,
                         hint=f"take a multiple of {total}, {-(-tokens // total) * total} say")
-    return tokens * user // total, tokens * group // total
+    return tokens * user // total, tokens * candidate // total
 
 
 def heads_of(user_tokens: int, tokens: int, heads: int) -> int:

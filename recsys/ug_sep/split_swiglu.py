@@ -18,18 +18,18 @@ class SplitSwiGLU(nn.Cell):
     The first products are sums over both parts; `user` gives U's summands, `candidate` the result.
     """
 
-    def __init__(self, tokens: int, user: int, group: int, inner: int, outputs: int, *, layout: TokenLayout,
+    def __init__(self, tokens: int, user: int, candidate: int, inner: int, outputs: int, *, layout: TokenLayout,
                  down_gain: float, compute_dtype: mstype) -> None:
         super().__init__()
 
         def first(inputs: int) -> GroupedLinear:
-            # The start is that of one matrix with user + group rows.
-            gain = math.sqrt((inputs + inner) / (user + group + inner))
+            # The start is that of one matrix with user + candidate rows.
+            gain = math.sqrt((inputs + inner) / (user + candidate + inner))
             return GroupedLinear(tokens, inputs, inner, style="column", gain=gain, layout=layout, bias=False,
                                  compute_dtype=compute_dtype)
 
-        self.gate_user, self.up_user, self.gate_group, self.up_group = first(user), first(user), first(group), first(
-            group)
+        self.gate_user, self.up_user = first(user), first(user)
+        self.gate_group, self.up_group = first(candidate), first(candidate)
         self.add1, self.add2, self.swish, self.take = Add(layout.inner), Add(layout.inner), Swish(layout.inner), Take()
         self.down = GroupedLinear(tokens, inner, outputs, style="row", gain=down_gain, layout=layout, bias=False,
                                   compute_dtype=compute_dtype)

@@ -25,19 +25,19 @@ class TwoSidedGroupTokenizer(nn.Cell):
     component of the state.
 
     Args:
-        users, groups: widths of each side's groups.
+        users, candidates: widths of each side's groups.
         counts: (U, G) tokens, global tokens counted.
         global_token: none, candidate or per_side.
     """
 
-    def __init__(self, users: dict[str, int], groups: dict[str, int], counts: Shape, width: int, *,
+    def __init__(self, users: dict[str, int], candidates: dict[str, int], counts: Shape, width: int, *,
                  named: dict[str, int], global_token: str, hidden: int | None,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         options = {"hidden": hidden, "compute_dtype": compute_dtype}
         both = global_token == "per_side"
         self.bundles, self.sides = [], []
-        for own, count, extra in ((users, counts[0], both), (groups, counts[1], global_token != "none")):
+        for own, count, extra in ((users, counts[0], both), (candidates, counts[1], global_token != "none")):
             bundles = allot(list(own), count - int(extra), named)
             self.bundles.append(tuple(len(names) for names, _ in bundles))
             widths = [sum(own[name] for name in names) for names, _ in bundles]
@@ -51,13 +51,13 @@ class TwoSidedGroupTokenizer(nn.Cell):
         del self.sides, self.joins
         self.has_global = global_token != "none"
         if self.has_global:
-            wide, total = hidden or width, sum(users.values()) + sum(groups.values())
+            wide, total = hidden or width, sum(users.values()) + sum(candidates.values())
             self.global_user = dense(sum(users.values()), wide, compute_dtype, bias=False)
-            self.global_group = dense(sum(groups.values()), wide, compute_dtype)
+            self.global_group = dense(sum(candidates.values()), wide, compute_dtype)
             for linear in (self.global_user, self.global_group):
                 linear.weight.start = ("normal", math.sqrt(2.0 / (total + wide)))
             self.global_out = dense(hidden, width, compute_dtype) if hidden else None
-            self.relu, self.join_users, self.join_candidate = ReLU(), Join(len(users)), Join(len(groups))
+            self.relu, self.join_users, self.join_candidate = ReLU(), Join(len(users)), Join(len(candidates))
             self.add, self.beside = Add(("batch", None)), Beside(0, (None, "batch", None))
         self.wide, self.take, self.stack, self.reshape = hidden or width, Take(), Stack(1), ops.Reshape()
 

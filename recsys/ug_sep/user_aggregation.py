@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Tensor
 
 from parallel.common.errors import UserError
+from parallel.training.data_source import DataSource
 from recsys.data.batches import Batches
 from recsys.ranker import TrainingLoss
 from recsys.ug_sep.ranker import SeparatedRanker
@@ -39,7 +40,7 @@ def distinct_users(ids: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np
     return ids[first], numbers[first], index.reshape(-1).astype(np.int32)
 
 
-class SharedUsers:
+class SharedUsers(DataSource):
     """Batches (ids_Bm, numbers_Bn, labels_BK, index_B, user_ids_Rm, user_numbers_Rn) of batches with rows of both
     sides.
 
@@ -65,17 +66,17 @@ class SharedUsers:
     def ids_of(self, batch: tuple[np.ndarray, ...]) -> np.ndarray:
         """ids_BM of such a batch, the columns of both sides."""
         ids, _, _, index, user_ids, _ = batch
-        whole = np.empty((len(ids), ids.shape[1] + user_ids.shape[1]), ids.dtype)
-        whole[:, list(self.sides.candidate.ids)], whole[:, list(self.sides.user.ids)] = ids, user_ids[index]
-        return whole
+        full = np.empty((len(ids), ids.shape[1] + user_ids.shape[1]), ids.dtype)
+        full[:, list(self.sides.candidate.ids)], full[:, list(self.sides.user.ids)] = ids, user_ids[index]
+        return full
 
 
 def share(sides: UserCandidateSplit, ids: np.ndarray, numbers: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
                                                                                                         ...]:
     """A batch with rows of both sides as `SharedUsers` gives it."""
-    user, group = sides.split(ids, numbers)
+    user, candidate = sides.split(ids, numbers)
     user_ids, user_numbers, index = distinct_users(*user)
-    return *group, labels, index, user_ids, user_numbers
+    return *candidate, labels, index, user_ids, user_numbers
 
 
 class SharedUsersLoss(TrainingLoss):

@@ -66,7 +66,7 @@ def warm_start_slices(backend: SlicedBackend, spec: FeatureSpec, vocabulary: Voc
     """
     move, rows, holder = _Move(describe(path, stored=True), spec, vocabulary), [], backend.holder
     for tensor in backend.parameters():
-        value, what = move.parameter(tensor.name, backend.whole_start(tensor.name))
+        value, what = move.parameter(tensor.name, backend.full_start(tensor.name))
         rows.append((tensor.name, what))
         if value is not None:
             places = tuple(slice(*pair) for pair in holder.extents[tensor.name]) if holder is not None else ()

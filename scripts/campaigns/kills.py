@@ -20,7 +20,7 @@ from campaigns.base import Campaign
 from campaigns.children import Child, all_ended
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 300.0
+LIMIT = 1200.0
 _A_FEW = 10
 
 
@@ -118,10 +118,12 @@ def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random) -> 
         campaign.count(f"kill {job.name}")
     else:
         children = job.start(folder)
-        all_ended(children, LIMIT)
+    in_time = all_ended(children, LIMIT)
     codes, output = [child.code for child in children], "\n---\n".join(child.told()[-2500:] for child in children)
     _end(children)
-    if any(codes) or "Traceback" in output:
+    if not in_time:
+        _keep(campaign, job, folder, f"{output}\nthe resumed run does not end within {LIMIT:.0f} s")
+    elif any(codes) or "Traceback" in output:
         _keep(campaign, job, folder, f"exit codes {codes}\n{output}")
     elif job.result(folder) != job.wanted:
         _keep(campaign, job, folder, f"{output}\nthe resumed run left something else than the uninterrupted one")

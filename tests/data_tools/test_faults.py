@@ -7,6 +7,7 @@ import decimal
 import gzip
 import json
 import lzma
+import re
 import time
 
 import pytest
@@ -178,6 +179,50 @@ def test_an_archive_that_ends_inside_a_record_is_reported_and_its_half_page_left
         assert [entry["kind"] for entry in log.damaged_files] == ["truncated"], cut
         assert all(d.text.endswith(f"{TEXT}第{number}页") for number, d in enumerate(documents)), cut
         assert len(documents) >= 3
+
+
+def as_record(http, url="http://x.cn"):
+    return (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nWARC-Record-ID: <urn:1>\r\nContent-Type: "
+            f"application/http; msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n").encode() + http + b"\r\n\r\n"
+
+
+def test_a_body_that_ends_before_its_last_chunk_or_its_length_is_no_page(tmp_path):
+    page = f"<html><body><p>{TEXT}</p></body></html>".encode()
+    parts = [page[at:at + 200] for at in range(0, len(page), 200)]
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
+    chunked = head + b"Transfer-Encoding: Chunked\r\n\r\n"
+    ends = (b"0\r\n\r\n", b"0\r\nX: a trailer\r\n\r\n", b"0\r\n")
+    whole = [*(chunked + chunks + end for end in ends),
+             head + b"Content-Length: %d\r\n\r\n" % len(page) + page, chunked + page,
+             head + b"Content-Length: 9\r\n\r\n" + page, head + b"Content-Length: x\r\n\r\n" + page]
+    cut = [chunked + chunks, chunked + chunks[:-150], head + b"Content-Length: %d\r\n\r\n" % (len(page) + 9) + page]
+    (tmp_path / "a.warc").write_bytes(b"".join(map(as_record, whole + cut)))
+    documents, log = read_all(tmp_path / "a.warc")
+    assert [d.text for d in documents] == [TEXT] * len(whole) and not log.damaged_files
+    assert [entry["rule"] for entry in log.dropped] == ["read_cut_page"] * len(cut)
+
+
+@pytest.mark.parametrize("before", [b"\r\n\r\n", b"\xef\xbb\xbf", b"\n" * 70_000])
+def test_what_is_before_the_first_record_hides_none(tmp_path, before):
+    (tmp_path / "a.warc").write_bytes(before + b"".join(archive()))
+    assert len(read_all(tmp_path / "a.warc")[0]) == 4
+
+
+def test_records_whose_length_is_wrong_or_missing_are_no_pages(tmp_path):
+    first, second, *_ = archive()
+    length = re.compile(rb"Content-Length: \d+\r\n")
+    (tmp_path / "a.warc").write_bytes(length.sub(b"Content-Length: 400\r\n", first) + second)
+    documents, log = read_all(tmp_path / "a.warc")
+    assert [d.text for d in documents] == [f"{TEXT}第1页"] and [e["rule"] for e in log.dropped] == ["read_cut_page"]
+    (tmp_path / "a.warc").write_bytes(first + length.sub(b"", second) + first)
+    documents, log = read_all(tmp_path / "a.warc")
+    assert len(documents) == 1 and [entry["kind"] for entry in log.damaged_files] == ["truncated"]
+
+
+def test_characters_that_gbk_had_before_their_code_points(tmp_path):
+    (tmp_path / "a.txt").write_bytes(TEXT.encode("gb18030") + b"\xfe\x59\xfe\xa0")
+    assert read_all(tmp_path / "a.txt")[0][0].text == TEXT + "\u9fb4\u9fbb"
 
 
 PAGE = "<p>中文网页内容测试，这是一个普通的网页。</p>"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parallel.training.data_source import DataSource
 from parallel.training.device import start_device
 from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.settings import LossScaleSettings, OutputSettings
@@ -14,7 +15,7 @@ from tests.parallel.toy import Batches, make_step, settings, values
 BROKEN_STEP = 3
 
 
-class Rows:
+class Rows(DataSource):
     """A rank's rows of the global batches."""
 
     def __init__(self, source: Batches, rank: int, ranks: int) -> None:

@@ -1,4 +1,4 @@
-"""A layout changes nothing: every cut of every model gives the losses, norms and parameters of one device.
+"""A layout changes nothing: every layout of every model gives the losses, norms and parameters of one device.
 
 Law: 3 training steps of all ranks, executed from the partitioned graphs, equal 3 steps on one device, both in
 float64 (`parallel.proof.replay.tolerances`); and recomputation changes no bit. A few cases run by

@@ -1,4 +1,4 @@
-"""The boxes that `parallel.sharding.slices` works out are those that MindSpore's partitioner gives every parameter."""
+"""The slices that `parallel.sharding.slices` works out are those that MindSpore's partitioner gives every parameter."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_slices_are_those_of_the_compiled_graph(name, tmp_path):
     assert {key for key, extent in ours.items() if extent is not None} == {key for key in layouts if key in ours}
     for key, extent in ours.items():
         if extent is not None:
-            # Slice shape before the optimizer's cut, and the group that cuts dim 0 again: "<size>-<hash>", or all.
+            # Slice shape before optimizer shards, and the group that shards dim 0 again: "<size>-<hash>", or all.
             shape, group = list(layouts[key][2]), layouts[key][5]
             if group:
                 shape[0] //= config.world if group == "hccl_world_group" else int(group.partition("-")[0])

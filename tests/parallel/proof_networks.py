@@ -57,7 +57,7 @@ class Entrance(Layer):
 
 
 class SquaredError(Layer):
-    """Mean over the batch of (sum over tokens and width - label)^2; `wrong` wants the tokens cut, not the batch."""
+    """Mean over the batch of (sum over tokens and width - label)^2; `wrong` wants the tokens sharded, not the batch."""
 
     def __init__(self, wrong: bool) -> None:
         super().__init__()

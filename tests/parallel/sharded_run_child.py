@@ -1,4 +1,4 @@
-"""What the processes of test_cut_run do: a simulated cluster whose ranks are forks that talk through shared memory.
+"""What the processes of test_sharded_run do: a simulated cluster whose ranks are forks that talk through shared memory.
 
 MindSpore compiles the real step of every rank; the step itself cannot be executed, so a stand-in takes its place in the
 trainer's loop. Everything else is the code of a real run.
@@ -14,6 +14,8 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+
+from parallel.training.data_source import DataSource
 
 
 class SharedSum:
@@ -31,7 +33,7 @@ class SharedSum:
         return table[:, :len(values)].sum(0).tolist()
 
 
-class Rows:
+class Rows(DataSource):
     """Batches of which each process has its rows: row i of batch b holds the number 1000 b + i everywhere."""
 
     columns = ("records", "position_ids", "documents")
@@ -73,25 +75,25 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     processes = Processes(rank, world, "hccl_world_group", "Ascend")
     task, settings, config = build_task(order["config"], order["overrides"], world)
     assert needs_sharding(config, processes)
-    cut = ShardedRun(task, settings.train, config, processes, validated=order["validated"], all_reduce=add)
+    sharded = ShardedRun(task, settings.train, config, processes, validated=order["validated"], all_reduce=add)
     seen = []
 
     def stand_in(*batch: Tensor) -> tuple:
         seen.append([item.asnumpy() for item in batch])
-        values = (4.0 - cut.step.rank * 0.0, 1.0, True, 1.0, 0.1)
+        values = (4.0 - sharded.step.rank * 0.0, 1.0, True, 1.0, 0.1)
         return tuple(Tensor(value) for value in values)
 
     stand_in.set_train = lambda mode: None
     shapes = [item.shape for item in task.inputs if item.name != "sample_numbers"]
-    backend = ShardedBackend(cut)
-    cut.cell = stand_in
-    trainer = Trainer(backend, Run(Rows(shapes, cut.rows), settings.train, settings.output))
+    backend = ShardedBackend(sharded)
+    sharded.cell = stand_in
+    trainer = Trainer(backend, Run(Rows(shapes, sharded.rows), settings.train, settings.output))
     figures = trainer.run()
     message = {"figures": figures, "rows": [[int(item.reshape(len(item), -1)[i, 0]) for i in range(len(item))]
                                             for item in seen[0]] if seen else [],
                "shapes": {item.name: list(item.shape) for item in backend.parameters()},
-               "boxes": {name: [list(pair) for pair in extent] for name, extent in cut.holder.extents.items()},
-               "validated": cut.loss is not None}
+               "extents": {name: [list(pair) for pair in extent] for name, extent in sharded.holder.extents.items()},
+               "validated": sharded.loss is not None}
     (Path(order["folder"]) / f"rank_{rank}.json").write_text(json.dumps(message, default=str), encoding="utf-8")
 
 

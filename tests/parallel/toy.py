@@ -6,7 +6,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.layers.dropout import Dropout, DropoutKeys
-from parallel.task import sample_numbers
+from parallel.training.data_source import DataSource, sample_numbers
 from parallel.training.optimizers import Optimizer
 from parallel.training.settings import LossScaleSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from parallel.training.step import TrainStep
@@ -33,7 +33,7 @@ class Perceptron(nn.Cell):
         return ops.reduce_sum(error * mask) / ops.maximum(weight, Tensor(1.0)), weight
 
 
-class Batches:
+class Batches(DataSource):
     """Batch i is a function of (seed, i); batches whose number is in `broken` hold a NaN."""
 
     columns = ("x", "y", "mask")

@@ -92,7 +92,7 @@ def test_metrics_of_rows_that_ranks_score_in_turn_are_those_of_one(rows, ranks, 
 def test_scores_come_back_exactly_whatever_they_are():
     group = Ranks(3)
     values = np.array([[1e-30, 0.1], [0.9999999, 1 / 3], [1e-7, 5e-324]], np.float32)
-    for whole in group.run(lambda backend: RankScores(backend).whole(
+    for whole in group.run(lambda backend: RankScores(backend).gathered(
             values[backend.rank:backend.rank + 1] if backend.rank != 1 else None, (3, 2), backend.rank)):
         assert np.array_equal(whole, np.where(np.arange(3)[:, None] == 1, 0, values))
 

@@ -76,7 +76,7 @@ class ShardedModel:
                                   settings.parallel.execution in _CAPTURED)
         self.backend = None
         if self.member.leads:
-            runner = SpanRunner(self.rank, self.member.tell, self.blocks, settings.model)
+            runner = SpanRunner(self.rank, self.member.broadcast, self.blocks, settings.model)
             self.backend = ShardedBackend(settings.model, runner)
         if self.member.rank == 0:
             info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}; a cache of "
@@ -103,7 +103,7 @@ class ShardedModel:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         try:
-            follow(self.rank, self.member.hear, self.blocks)
+            follow(self.rank, self.member.receive, self.blocks)
         except RuntimeError as error:
             # That of the other process is the one to be told.
             info(f"the first process of the group has ended: {str(error).splitlines()[0]}")
@@ -114,7 +114,7 @@ class ShardedModel:
 
     def close(self) -> None:
         """Lets the ranks that follow end."""
-        self.member.tell(_NOTHING)
+        self.member.broadcast(_NOTHING)
         self.rank.release()
         self.member.close()
 

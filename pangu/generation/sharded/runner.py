@@ -21,7 +21,7 @@ from pangu.native import kernel_library
 
 
 class GraphRank(Protocol):
-    """What runs the graphs of this process: `parallel.torch_runtime.inference.InferenceRank`."""
+    """What runs the graphs of this process: `parallel.torch_runtime.inference.rank.InferenceRank`."""
 
     def shape(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a graph's inputs by name."""
@@ -114,15 +114,15 @@ class SpanRunner:
 
     Args:
         rank: the graphs.
-        tell: gives the other ranks of the group a message.
+        send: gives the other ranks of the group a message.
         blocks: of the cache; the graphs' cache has one more.
         config: the model's sizes.
     """
 
     block_size, shares_prefixes = SLOTS, True
 
-    def __init__(self, rank: GraphRank, tell: Any, blocks: int, config: Any) -> None:
-        self.rank, self.tell, self.blocks, self.config = rank, tell, blocks, config
+    def __init__(self, rank: GraphRank, send: Any, blocks: int, config: Any) -> None:
+        self.rank, self.send, self.blocks, self.config = rank, send, blocks, config
         self.shapes = {kind: rank.shape(kind) for kind in KINDS}
         library = kernel_library()
         self._choice = LibraryChoice(library) if library is not None else None
@@ -132,7 +132,7 @@ class SpanRunner:
         logits: list[list[np.ndarray]] = [[] for _ in spans]
         best: list[list[np.ndarray]] = [[] for _ in spans]
         for numbers, call in self.calls(spans):
-            self.tell(call.packed())
+            self.send(call.packed())
             found = run_call(self.rank, call, self.shapes, self.blocks)
             wanted = sum(part.outputs for part in call.parts)
             if not wanted:
@@ -241,7 +241,7 @@ def sample_call(kind: str, shape: SpanShape, model: Any, seed: int) -> list[np.n
 
 
 def follow(rank: GraphRank, hear: Any, blocks: int) -> None:
-    """Runs what the group's first rank says until it says that it is over (an empty message)."""
+    """Runs what the group's first rank sends until it ends (an empty message)."""
     shapes = {kind: rank.shape(kind) for kind in KINDS}
     while len(message := hear()):
         run_call(rank, Call.unpacked(message), shapes, blocks)

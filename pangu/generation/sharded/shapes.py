@@ -58,7 +58,7 @@ def span_shape(kind: str, model: Any, generate: Any) -> SpanShape:
 
 
 def shapes_inference(settings: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's settings (as JSON) that shapes the graphs of `pangu.build.inference`."""
+    """The part of a run's settings (as JSON) that shapes the graphs of `pangu.build.PanguPackage.inference`."""
     model, layout, generate = (settings[block] for block in ("model", "parallel", "generate"))
     return {
         "model": {key: value for key, value in model.items() if key not in ("dropout", *_STARTS)},

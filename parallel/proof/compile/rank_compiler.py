@@ -410,9 +410,9 @@ def _build(request: Request) -> tuple[Any, Any, Any]:
         precision = load_run(request.config, request.overrides)[1].train.precision
         dtype = COMPUTE_DTYPES[precision]
     if request.graph not in KINDS:
-        module, settings = load_run(request.config, request.overrides)
+        package, settings = load_run(request.config, request.overrides)
         config = settings.parallel.resolve(request.world)
-        return module.inference(settings, config, dtype, request.graph), settings.train, config
+        return package.inference(settings, config, dtype, request.graph), settings.train, config
     task, settings, config = build_task(request.config, request.overrides, request.world, dtype)
     return task, settings.train, config
 

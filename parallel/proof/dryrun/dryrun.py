@@ -48,7 +48,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from parallel.task import load_run
 
-    module, run_settings = load_run(arguments.config, arguments.overrides)
+    package, run_settings = load_run(arguments.config, arguments.overrides)
     everything = arguments.ranks is not None
     if everything and arguments.ranks != "all-distinct":
         raise UserError("ranks can only be all-distinct", where="--ranks", value=arguments.ranks,
@@ -56,7 +56,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.graph != "step":
         from parallel.proof.dryrun import inference
 
-        return inference.run(module, run_settings, arguments)
+        return inference.run(package, run_settings, arguments)
     config = run_settings.parallel.resolve()
     first = arguments.rank or 0
     if not 0 <= first < config.world:

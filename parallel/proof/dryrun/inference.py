@@ -15,6 +15,8 @@ from parallel.proof.dryrun.accounting import Collective, collectives, coordinate
 from parallel.proof.export import inference_layout
 from parallel.proof.replay.inline import flat
 from parallel.sharding.config import ParallelConfig
+from parallel.task import ModelPackage
+from parallel.training.settings import RunSettings
 
 CACHE = "cache."
 """How the names of parameters begin that are kept from call to call and are no weights."""
@@ -38,18 +40,18 @@ class Held:
     activations: int
 
 
-def run(module: Any, settings: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(package: ModelPackage, settings: RunSettings, arguments: argparse.Namespace) -> dict[str, Any]:
     """Compiles a graph of inference on one rank of a group, or on the first of every stage, and reports it.
 
     Args:
-        module: `build` of the model's package.
+        package: the model's.
         settings: of the run.
         arguments: those of the verb.
 
     Raises:
         UserError: a kind that the model has not, a layout that does not fit it, a rank outside the group.
     """
-    check_kind(module, settings, arguments.graph)
+    check_kind(package, settings, arguments.graph)
     for flag in ("html", "flat", "all_stages"):
         if getattr(arguments, flag):
             raise UserError("is for the training step", where=f"--{flag.replace('_', '-')}", hint="leave it out")
@@ -73,9 +75,9 @@ def run(module: Any, settings: Any, arguments: argparse.Namespace) -> dict[str, 
     return figures if len(found) == 1 else figures | {"ranks": found}
 
 
-def check_kind(module: Any, settings: Any, kind: str) -> None:
+def check_kind(package: ModelPackage, settings: RunSettings, kind: str) -> None:
     """Raises a UserError unless the model has such a graph of inference."""
-    kinds = module.inference_kinds(settings) if hasattr(module, "inference_kinds") else ()
+    kinds = package.inference_kinds(settings)
     if kind not in kinds:
         raise UserError("no such graph", where="--graph", value=kind, hint=f"known: {', '.join(('step', *kinds))}")
 

@@ -39,13 +39,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for flag in ("grid", "float32"):
         if getattr(arguments, flag):
             raise UserError("is for the training step", where=f"--{flag}", hint="leave it out")
-    module, settings = load_run(arguments.config, list(arguments.overrides))
-    check_kind(module, settings, arguments.graph)
-    if not hasattr(module, "inference_sample"):
-        raise UserError("this model's graphs of inference are not replayed", where="--graph", value=arguments.graph)
+    package, settings = load_run(arguments.config, list(arguments.overrides))
+    check_kind(package, settings, arguments.graph)
+    batch = package.inference_sample(settings, arguments.graph, settings.train.seed)
     check_size(arguments.config, list(arguments.overrides))
     began, layout = time.monotonic(), inference_layout(settings.parallel.forward().resolve())
-    batch = module.inference_sample(settings, arguments.graph, settings.train.seed)
     with Compilers(arguments.processes) as compilers:
         world, values = _compiled(arguments, [*arguments.overrides, *layout], compilers, settings.train.seed)
         one, _ = _compiled(arguments, [*arguments.overrides, *layout, *_ONE], compilers, settings.train.seed)

@@ -52,12 +52,15 @@ class OneDevice:
         from parallel.training.sharded.step import micro_batches
 
         start_device(target="CPU")
-        self.config, self.overrides = config, list(overrides)
+        self.config = config
+        # The other side of whatever the layout has fused.
+        package, settings = load_run(config, list(overrides))
+        self.overrides = [*overrides, *package.written_out(settings)]
         self.compilers = compilers
         self.single: dict[int, AllRanks] = {}
         self.histories: dict[bytes, History] = {}
         self.exact_histories: dict[bytes, History] = {}
-        self.module, self.settings = load_run(config, self.overrides)
+        self.package, self.settings = load_run(config, self.overrides)
         self.count = micro_batches(self.settings.train, self.settings.parallel.resolve())
         self._build()
         self.start = {item.name: item.asnumpy().copy() for item in self.step.get_parameters()}
@@ -69,7 +72,7 @@ class OneDevice:
         from parallel.training.step import TrainStep, enable_weighted_loss
 
         train = self.settings.train.model_copy(update={"accumulation": self.count})
-        self.task = self.module.build(self.settings, ParallelConfig(), "float32")
+        self.task = self.package.build(self.settings, ParallelConfig(), "float32")
         initialize(self.task.network, train.seed)
         optimizer = run_optimizer(self.task.network.trainable_params(), train, self.task.is_sparse)
         self.step = TrainStep(self.task.network, optimizer, train, weighted=enable_weighted_loss(self.task.network))

@@ -1,8 +1,8 @@
 """One process of a launch that generates: its group of op x stages ranks, and how the first of a group leads.
 
 A program of inference is that of one group of data parallelism. A launch may run several such groups side by side;
-group g has the ranks from g x (op x stages) on. What a graph computes with is told by its group's first rank, which
-alone decides; the others follow.
+group g has the ranks from g x (op x stages) on. A group's first rank alone decides what is computed and broadcasts the
+inputs; the others follow.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ class Member:
         return [parse_json(bytes(part[:int(size)].numpy()).decode(), max_bytes=1 << 32)
                 for part, size in zip(parts, sizes, strict=True)]
 
-    def tell(self, message: np.ndarray) -> None:
-        """Gives the others of the group a message of int32s."""
+    def broadcast(self, message: np.ndarray) -> None:
+        """Sends the others of the group a message of int32s."""
         if self.size > 1:
             dist.broadcast(torch.tensor([len(message)]), self.base, group=self.control)
             dist.broadcast(torch.from_numpy(np.ascontiguousarray(message, np.int32)), self.base, group=self.control)
 
-    def hear(self) -> np.ndarray:
-        """The next message of the group's first rank."""
+    def receive(self) -> np.ndarray:
+        """The next message that the group's first rank broadcasts."""
         size = torch.zeros(1, dtype=torch.int64)
         dist.broadcast(size, self.base, group=self.control)
         message = torch.zeros(int(size), dtype=torch.int32)

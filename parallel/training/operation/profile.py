@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from parallel.common.errors import UserError
 from parallel.common.progress import info
+from parallel.training.backend import Backend
 from parallel.training.settings import ProfileSettings
 
 
@@ -15,20 +14,14 @@ class ProfileWindow:
     """Profiles the steps of a window, this process's own, into `<directory>/profile`.
 
     Args:
-        backend: profiles, by `profiler(folder) -> stop`.
+        backend: profiles.
         settings: which steps; None = none.
         directory: of the run.
-
-    Raises:
-        UserError: this backend cannot.
     """
 
-    def __init__(self, backend: Any, settings: ProfileSettings | None, directory: Path) -> None:
+    def __init__(self, backend: Backend, settings: ProfileSettings | None, directory: Path) -> None:
         self.backend, self.settings, self.folder = backend, settings, directory / "profile"
         self.stop: Callable[[], None] | None = None
-        if settings is not None and not hasattr(backend, "profiler"):
-            raise UserError(f"the backend {backend.name} has no profiler", where="train.profile",
-                            hint="set it to null")
 
     def before_step(self, step: int) -> None:
         """Called with the number of the step that comes, from 1."""

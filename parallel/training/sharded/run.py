@@ -21,24 +21,25 @@ from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize, recompute
 from parallel.sharding.slices import Extent, holders, sharded_parameters
 from parallel.sharding.trainable import is_weighted
-from parallel.task import SAMPLE_NUMBERS, Input, Task
+from parallel.task import Input, Task
+from parallel.training.data_source import SAMPLE_NUMBERS
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.settings import TrainSettings
 from parallel.training.sharded.step import ShardedStep, input_shapes, micro_batches, sharded_step, switch_on
 
 
 def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
-    """Whether a run takes the step of a cut network: everything but what `whole_network` does.
+    """Whether a run takes the step of a sharded network: everything but what `unsharded_network` does.
 
     Raises:
-        UserError: it does, and the processes run on the CPU, where MindSpore cuts nothing, or there is one.
+        UserError: it does, and the processes run on the CPU, where MindSpore shards nothing, or there is one.
     """
     sharded = config.beyond_data()
     if sharded and (processes.target == "CPU" or config.world == 1):
         what = "on the CPU MindSpore runs data parallelism only"
         hint = "parallel.backend=torch (or auto) runs the others"
         if processes.target != "CPU":
-            what, hint = "one Ascend device runs a whole network", "set it to 1"
+            what, hint = "one Ascend device runs an unsharded network", "set it to 1"
         raise UserError(what, where="parallel", hint=hint,
                         value=", ".join(f"{name} {degree}" for name, degree in sharded.items()))
     if processes.target == "CPU" or config.world == 1:
@@ -48,9 +49,9 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
         or config.pipeline.micro_batches > 1
 
 
-def whole_network(network: nn.Cell, settings: TrainSettings, config: ParallelConfig) -> TrainSettings:
-    """Does with a whole network, on one device or under plain data parallelism, what the block asks for: its layers are
-    marked for recomputation; the settings that come back have its micro-batches.
+def unsharded_network(network: nn.Cell, settings: TrainSettings, config: ParallelConfig) -> TrainSettings:
+    """Does with an unsharded network, on one device or under plain data parallelism, what the block asks for: its
+    layers are marked for recomputation; the settings that come back have its micro-batches.
 
     Args:
         network: with its loss; marked in place.
@@ -156,12 +157,12 @@ def evaluation_graph(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
 
 
 def inference_graph(task: Task, config: ParallelConfig) -> nn.Cell:
-    """The sharded network of a task that `build.inference` made, ready to compile; see `evaluation_graph`."""
+    """The sharded network of a task of `ModelPackage.inference`, ready to compile; see `evaluation_graph`."""
     network = parallelize(task.network, config)
-    # Told by the graph the others would add zeros of another shape.
-    cut = switch_on(network, config, [(1,) * len(item.shape) for item in task.inputs], False, told=False)
-    cut.set_train(False)
-    return cut
+    # Where the graph broadcasts the result, the others add zeros of another shape.
+    sharded = switch_on(network, config, [(1,) * len(item.shape) for item in task.inputs], False, broadcast=False)
+    sharded.set_train(False)
+    return sharded
 
 
 def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn.Cell, list[Input]]:
@@ -171,12 +172,12 @@ def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
         cell = task.scores(task.network)
         cell.apply_sharding(Axes(config))
         fed = fed[:cell.inputs]
-    ways = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
-    # The last stage tells the result. Told to the others by the graph, it would meet zeros cut over two devices of a
+    degrees = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
+    # The last stage gives the result. Broadcast by the graph, it would meet zeros sharded over two devices of a
     # stage, whatever the result's own shape: no rank would ever have it.
-    cut = switch_on(cell, config, ways, False, told=False)
-    cut.set_train(False)
-    return cut, fed
+    sharded = switch_on(cell, config, degrees, False, broadcast=False)
+    sharded.set_train(False)
+    return sharded, fed
 
 
 class ForwardLoss(nn.Cell):

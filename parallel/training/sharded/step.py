@@ -248,7 +248,7 @@ def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelCo
 
 
 def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...]], start_values: bool, *,
-              told: bool = True) -> AutoParallel:
+              broadcast: bool = True) -> AutoParallel:
     """`step` under MindSpore's semi-automatic parallelism with the dimensions of `config`.
 
     Args:
@@ -256,7 +256,7 @@ def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...
         config: resolved.
         inputs: degrees by which each dim of each input is sharded.
         start_values: see `sharded_step`.
-        told: whether the last stage tells the others the result.
+        broadcast: whether the last stage gives the others the result.
     """
     os.environ["PIPELINE_SLICE_SKIP_REDISTRIBUTION"] = "1"
     sharded = AutoParallel(step, "semi_auto")
@@ -266,7 +266,7 @@ def switch_on(step: nn.Cell, config: ParallelConfig, inputs: list[tuple[int, ...
                      threshold=config.optimizer.threshold_kb, optimizer_level=f"level{config.optimizer.level}")
     if config.pipeline.stages > 1:
         schedule = config.pipeline.schedule
-        sharded.pipeline(config.pipeline.stages, output_broadcast=told, interleave=schedule != "1f1b",
+        sharded.pipeline(config.pipeline.stages, output_broadcast=broadcast, interleave=schedule != "1f1b",
                          scheduler="1f1b" if schedule == "interleaved" else schedule)
     if not start_values:
         sharded.no_init_parameters_in_compile()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv as python_csv
 import os
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as parquet
 
 from parallel.common.errors import UserError
-from parallel.common.files import COMPRESSED_SUFFIXES, matching, open_binary
+from parallel.common.files import COMPRESSED_SUFFIXES, matching, open_utf8
 from parallel.common.progress import info
 from recsys.data.features import Feature
 from recsys.data.readers._records import Position, complete_records
@@ -28,7 +27,8 @@ def shards(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
         UserError: nothing is there.
     """
     found = [file for position in matching(path) for file in (
-        sorted(file for file in position.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes)
+        sorted(file for file in position.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes
+               and not file.name.startswith("."))
         if position.is_dir() else [position])]
     if not found:
         raise UserError(f"no {' or '.join(suffixes)} file here", where="data.path", value=str(path),
@@ -37,7 +37,7 @@ def shards(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _bare_suffix(file: Path) -> str:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSED_SUFFIXES]
+    suffixes = [suffix for suffix in map(str.lower, file.suffixes) if suffix not in COMPRESSED_SUFFIXES]
     return suffixes[-1] if suffixes else ""
 
 
@@ -48,13 +48,11 @@ def csv_tables(file: Path, *, delimiter: str = ",", names: list[str] | None = No
     Raises:
         UserError: not UTF-8, rows of different lengths, quotes that do not balance, a damaged archive; names the row.
     """
-    with open_binary(file) as stream:
+    with open_utf8(file) as stream:
         if not stream.peek(1):
             info(f"{file}: empty, left out")
             return
-        if stream.peek(3)[:3] == codecs.BOM_UTF8:
-            stream.read(3)
-        columns, position = names, Position(file, delimiter, names is None)
+        columns, position = names, Position(file, delimiter, names is None, len(names) if names else None)
         for data in complete_records(stream, position, quoted):
             table = _table(data, columns, position, quoted)
             columns = columns or table.column_names
@@ -75,7 +73,7 @@ def _table(data: bytes, columns: list[str] | None, position: Position, quoted: b
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        raise position.error("not UTF-8 text", data, error.start) from None
+        raise position.error("not UTF-8 text", data, error.start, hint="convert the file to UTF-8") from None
     names = columns or _header(data, delimiter, quoted)
     kept = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True,
                               null_values=["", "NULL", "\\N"])

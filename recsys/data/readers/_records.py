@@ -2,7 +2,8 @@
 
 A quoted cell may hold delimiters, line ends and doubled quotes. It begins right behind a delimiter or line end and ends
 right before one; a quote elsewhere in a cell that does not begin with one is text. Anything else is an error that names
-the row: read on, it would swallow the rows up to the next quote in silence.
+the row: read on, it would swallow the rows up to the next quote in silence. So would two stray quotes that happen to
+fit: a cell over several lines, each of which would be a whole row by itself, is an error too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,18 +27,31 @@ HINT = 'double a quote inside a quoted cell, or set data.quoted: false where quo
 
 
 class Position:
-    """Where reading is in a file: `row` data rows came before the bytes looked at (-1: the header is ahead too)."""
+    """Where reading is in a file: `row` data rows came before the bytes looked at (-1: the header is ahead too).
 
-    def __init__(self, file: Path, delimiter: str, headed: bool) -> None:
+    Args:
+        file: the file.
+        delimiter: parts cells.
+        headed: whether the first record names the columns.
+        columns: how many there are; None: as many as the first line has.
+    """
+
+    def __init__(self, file: Path, delimiter: str, headed: bool, columns: int | None = None) -> None:
         self.file, self.delimiter, self.row = file, delimiter, -1 if headed else 0
+        self.columns = columns
 
-    def error(self, what: str, data: bytes, start: int) -> UserError:
+    def error(self, what: str, data: bytes, start: int, hint: str = HINT) -> UserError:
         """About the record that byte `start` of `data` is in."""
         before = io.StringIO(data[:start].decode("utf-8", "replace") + "x", newline="")
         csv.field_size_limit(1 << 30)
         records = sum(1 for cells in csv.reader(before, delimiter=self.delimiter) if cells)
         return UserError(what, where=f"{self.file}, row {self.row + records}",
-                         value=data[start:start + 40].decode("utf-8", "replace"), hint=HINT)
+                         value=data[start:start + 40].decode("utf-8", "replace"), hint=hint)
+
+    def look(self, data: bytes) -> None:
+        """Takes the number of columns from the file's first bytes where nobody has said it."""
+        if self.columns is None:
+            self.columns = len(_cells(re.split(rb"[\r\n]", data, maxsplit=1)[0], self.delimiter.encode()))
 
 
 def complete_records(stream: BinaryIO, position: Position, quoted: bool) -> Iterator[bytes]:
@@ -51,6 +66,7 @@ def complete_records(stream: BinaryIO, position: Position, quoted: bool) -> Iter
         data = rest + chunk
         if not data:
             return
+        position.look(data)
         end = _last_end(data, position.delimiter.encode(), quoted, not chunk, position)
         if end:
             yield data[:end]
@@ -91,22 +107,56 @@ def _end_outside(data: bytes, stop: int, marks: np.ndarray) -> int:
 
 def _refuse_swallowed(data: bytes, opening: np.ndarray, closing: np.ndarray, delimiter: bytes,
                       position: Position) -> None:
-    """A cell over several lines whose inner lines all have the columns of a row is two stray quotes around rows."""
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == _LINE_END)
     count = min(len(opening), len(closing))
     lines = np.searchsorted(ends, closing[:count]) - np.searchsorted(ends, opening[:count])
-    for index in np.flatnonzero(lines >= 2):
+    for index in np.flatnonzero(lines):
         _refuse_rows(data, int(opening[index]), int(closing[index]), delimiter, position)
 
 
 def _refuse_rows(data: bytes, start: int, stop: int, delimiter: bytes, position: Position) -> None:
-    inner = data[start + 1:stop].split(b"\n")[1:-1]
-    first = data.rfind(b"\n", 0, start) + 1
-    columns = data[first:data.find(b"\n", start)].count(delimiter)
-    counts = {line.count(delimiter) for line in inner}
-    if len(counts) == 1 and (found := counts.pop()) > 0 and (found == columns or len(inner) > 3):
-        raise position.error(f"a quoted cell holds {len(inner)} whole lines with {found + 1} columns each: its quote "
-                             "is not closed where it should be", data, start)
+    """A quoted cell (its quotes at `start` and `stop`) over several lines that would all be rows without the quotes.
+
+    Such a line has the delimiters of a row, and numbers where the row that the cell is in has numbers: lines of a
+    description that happen to have as many delimiters hardly ever have those too.
+    """
+    wide = (position.columns or 1) - 1
+    lines = data.count(b"\n", start, stop)
+    if not lines or not wide or data.count(delimiter, start, stop) != lines * wide:
+        return
+    inner = data[start + 1:stop].split(b"\n")
+    behind, ahead = inner[0].count(delimiter), inner[-1].count(delimiter)
+    if behind + ahead != wide or any(line.count(delimiter) != wide for line in inner[1:-1]):
+        return
+    begin, end = data.rfind(b"\n", 0, start) + 1, data.find(b"\n", stop)
+    left = _cells(data[begin:start], delimiter)[:-1]
+    right = _cells(data[stop + 1:end if end >= 0 else len(data)], delimiter)[1:]
+    rows = [line.decode("utf-8", "replace").split(delimiter.decode()) for line in inner]
+    if len(left) == ahead and len(right) == behind and all(
+            _alike(left, later[:ahead]) and _alike(right, row[len(row) - behind:]) for row, later in pairwise(rows)):
+        raise position.error(f"a quoted cell goes over {lines + 1} lines that are whole rows without its quotes: they "
+                             "are not where they should be", data, start)
+
+
+def _cells(line: bytes, delimiter: bytes) -> list[str]:
+    try:
+        return next(csv.reader([line.decode("utf-8", "replace")], delimiter=delimiter.decode()), [])
+    except csv.Error:
+        return []
+
+
+def _alike(cells: list[str], others: list[str]) -> bool:
+    """Whether there are numbers where there are numbers; an empty cell may be anything."""
+    return all(not one or not other or _is_number(one) == _is_number(other)
+               for one, other in zip(cells, others, strict=True))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.strip('" \r'))
+    except ValueError:
+        return False
+    return True
 
 
 def record_ends(data: bytes, quoted: bool, last: bool, position: Position) -> list[int]:

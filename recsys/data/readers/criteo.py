@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.common.files import open_binary
+from parallel.common.files import open_utf8
 from recsys.data.features import Feature
 from recsys.data.readers import Reader
 from recsys.data.readers._files import csv_tables, ids, shards
@@ -38,7 +38,7 @@ def files_of(path: Path) -> list[Path]:
 def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:
     """Tables of the file or of all shards in a folder."""
     for file in files_of(path):
-        with open_binary(file) as stream:
+        with open_utf8(file) as stream:
             headed = stream.read(5) == b"label"
         delimiter = "," if ".csv" in file.suffixes else "\t"
         yield from csv_tables(file, delimiter=delimiter, names=None if headed else NAMES, quoted=False)

@@ -164,7 +164,7 @@ class Folder:
             stream.seek(begin)
             block = stream.read(_BLOCK)
             ended = final and not stream.read(1)
-        position = _Byte(file, self._delimiter(file), begin)
+        position = _Byte(file, self._delimiter(file), begin, len(columns))
         ends = record_ends(block, self.quoted, ended, position)
         if not ends and len(block) == _BLOCK:
             raise UserError(f"a row is longer than {_BLOCK} bytes", where=file, value=begin)
@@ -203,13 +203,13 @@ class Folder:
 class _Byte(Position):
     """Names the byte of the file, since rows are not counted."""
 
-    def __init__(self, file: Path, delimiter: str, begin: int) -> None:
-        super().__init__(file, delimiter, False)
+    def __init__(self, file: Path, delimiter: str, begin: int, columns: int) -> None:
+        super().__init__(file, delimiter, False, columns)
         self.begin = begin
 
-    def error(self, what: str, data: bytes, start: int) -> UserError:
+    def error(self, what: str, data: bytes, start: int, hint: str = HINT) -> UserError:
         return UserError(what, where=f"{self.file}, byte {self.begin + start}",
-                         value=data[start:start + 40].decode("utf-8", "replace"), hint=HINT)
+                         value=data[start:start + 40].decode("utf-8", "replace"), hint=hint)
 
 
 def read(data: DataSettings, path: Path) -> Iterator[tuple[Any, str]]:

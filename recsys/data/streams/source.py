@@ -20,6 +20,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
 from parallel.common.progress import info
 from parallel.training.companions import Companion
+from parallel.training.data_source import WaitingSource
 from recsys.data.encode import Columns, Encoded, Encoder
 from recsys.data.features import Feature, FeatureSpec
 from recsys.data.streams.events import Event, Positions, Tables, Transport
@@ -37,8 +38,8 @@ class _Moved(Exception):
     """Partitions came or went: the batch is collected anew."""
 
 
-class StreamSource(Companion):
-    """A `DataSource` without epochs, and the companion that keeps the stream's position in the checkpoints.
+class StreamSource(WaitingSource, Companion):
+    """A data source without epochs, and the companion that keeps the stream's position in the checkpoints.
 
     Args:
         transport: brings the events.

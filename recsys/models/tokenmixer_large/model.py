@@ -97,6 +97,11 @@ class TokenMixerLargeSettings(RankerSettings):
         """See `RankerSettings`."""
         return self.moe.experts if self.moe is not None else None
 
+    def keep_all_rows(self) -> None:
+        """See `RankerSettings`."""
+        if self.moe is not None:
+            self.moe.dispatch, self.moe.capacity_factor = "capacity", float(self.moe.experts)
+
     @property
     def inner(self) -> int:
         """F of the networks of tokens, rounded to a whole number."""

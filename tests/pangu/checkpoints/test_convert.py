@@ -137,7 +137,7 @@ def test_damaged_files_are_refused(tmp_path, content):
 # ---- slices -------------------------------------------------------------------------------------------------------
 
 def strategy_bytes(config, data, op):
-    """A strategy file with the release's cuts for a matrix [data, op], optimizer states included."""
+    """A strategy file with the release's layout of a matrix [data, op], optimizer states included."""
     def layout(name, shape):
         kind = name.rsplit(".", 2)[-2:]
         full = "layernorm" in name or "embedding" in name or kind in (["projection", "bias"],)

@@ -86,7 +86,7 @@ BAD = {
     "empty json": (b'{"text": ""}\n', "a.jsonl", "empty"),
     "not UTF-8": ("好\n中文".encode("gb18030"), "a.txt", "line 1: not UTF-8"),
     "not UTF-8 later": ("好\n".encode() + "中文".encode("gb18030"), "a.txt", "line 2: not UTF-8"),
-    "UTF-16": ("中文".encode("utf-16"), "a.txt", "UTF-16"),
+    "cut UTF-16": ("中文".encode("utf-16")[:-1], "a.txt", "UTF-16"),
     "binary": (b"abc\n\x00\x01\x02", "a.txt", "line 2: binary"),
     "a zip": (b"PK\x03\x04\x00", "a.txt", "zip"),
     "gzip without its suffix": (gzip.compress(b"x"), "a.txt", "gzip"),

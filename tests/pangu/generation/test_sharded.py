@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pangu import build
+from pangu.build import PACKAGE
 from pangu.config import ModelConfig
 from pangu.generation.generate import Generator
 from pangu.generation.sharded.dealing import dealt
@@ -74,7 +74,7 @@ def launched(checkpoint, folder, layout, nproc, config=CONFIG):
     arguments = parser.parse_args(["--nproc", str(nproc)])
     settings, plan = grouped(load_settings(Run, path), arguments)
     command = ["-m", "tests.pangu.generation.sharded_child", str(path), str(checkpoint), str(folder / "told")]
-    figures = launch_inference(build, settings, plan, "generate", command, folder / "logs")
+    figures = launch_inference(PACKAGE, settings, plan, "generate", command, folder / "logs")
     assert figures["failed_rank"] is None
     with np.load(folder / "told.npz") as found:
         logits = [found[str(number)] for number in range(len(found.files))]

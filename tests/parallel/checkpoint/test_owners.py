@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from parallel.checkpoint import index, sharded
-from parallel.checkpoint.owners import Disks, held_alike, pieces, volume, written_by
+from parallel.checkpoint.owners import Disks, held_alike, owned_slices, volume, written_by
 from parallel.checkpoint.sharded import Slices
 from parallel.checkpoint.writing import write_index, write_rank
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.slices import FullParameter, SliceOfRank, holders
 
-# A layer as PanGu-alpha's, for one device: name, shape, what cuts its dims.
+# A layer as PanGu-alpha's, for one device: name, shape, what shards its dims.
 LAYER = [("norm.gamma", (64,), (None,)), ("qkv.weight", (64, 192), (None, "op")), ("qkv.bias", (192,), ("op",)),
          ("mapping.weight", (64, 256), (None, "op")), ("projection.weight", (256, 64), ("op", None)),
          ("projection.bias", (64,), (None,))]
@@ -50,7 +50,7 @@ def test_every_slice_is_written_once_a_disk_and_by_one_who_holds_it(name, disks)
     shapes = {full.name: full.shape for full in listed}
     known = holders(listed, config)
     by_disk: dict[tuple, Counter] = {}
-    for piece in pieces(tensors_of(listed), known, where):
+    for piece in owned_slices(tensors_of(listed), known, where):
         owner = sharded.parameter_of(piece.name)
         held = next(full for full in listed if full.name == owner).slice_of_rank(piece.rank)
         assert all(a <= start and stop <= b for (start, stop), (a, b) in zip(piece.extent, held, strict=True))
@@ -70,7 +70,7 @@ def test_it_is_spread_evenly_and_every_rank_knows_it(name):
     config = LAYOUTS[name].resolve()
     listed, disks = parameters(config), Disks.shared(config.world)
     loads, told = Counter(), Counter()
-    for piece in pieces(tensors_of(listed), holders(listed, config), disks):
+    for piece in owned_slices(tensors_of(listed), holders(listed, config), disks):
         loads[piece.rank] += piece.bytes
     total = sum(12 * int(np.prod(full.shape)) for full in listed)
     assert sum(loads.values()) == total and max(loads.values()) < 1.3 * total / config.world
@@ -99,7 +99,7 @@ def test_one_index_at_2048_ranks(tmp_path, monkeypatch):
                             optimizer={"shard": -1}).resolve()
     listed = parameters(config, layers=16)
     shapes, plans = {full.name: full.shape for full in listed}, {}
-    for piece in pieces(tensors_of(listed), holders(listed, config), Disks.shared(2048)):
+    for piece in owned_slices(tensors_of(listed), holders(listed, config), Disks.shared(2048)):
         plans.setdefault(piece.rank, []).append((piece.name, "parameters.safetensors", "F32",
                                                  shapes[sharded.parameter_of(piece.name)], piece.extent))
     written = [index.Written(name, kind, dtype, shape, extent, f"{kind}-{rank}", 0)
@@ -131,7 +131,7 @@ def test_one_index_at_2048_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(sharded, "SafetensorsFile", counted("files", sharded.SafetensorsFile))
     monkeypatch.setattr(sharded, "_overlaps", counted("looks", sharded._overlaps))
     slices = Slices(folder)
-    count = sum(len(tensor.pieces) for tensor in slices.tensors.values())
+    count = sum(len(tensor.slices) for tensor in slices.tensors.values())
     assert count == len(written) and opened["layouts"] == 1 and opened["files"] == 0
     for name, extent in wanted.items():
         assert (slices.read(name, extent) == extent[0][0]).all()

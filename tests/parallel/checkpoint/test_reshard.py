@@ -1,4 +1,4 @@
-"""Slices: boxes follow the layouts, and a checkpoint cut, cut again and put together is the same, bit for bit."""
+"""Slices follow the layouts, and a checkpoint sharded, resharded and put together is the same, bit for bit."""
 
 import argparse
 import json
@@ -77,7 +77,7 @@ def full(model, tmp_path_factory):
     return save_checkpoint(folder, 7, parameters, states, {"iteration": 7, "counters": {"step": 7}})
 
 
-def recut(source, target, model, layout):
+def resharded(source, target, model, layout):
     """What the verb does, for a model without a config file."""
     slices = Slices(source)
     plans = reshard.rank_plans(slices, holders(sharded_parameters(model, layout), layout), layout.world)
@@ -103,7 +103,7 @@ def merge(source, target):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_there_and_back_is_the_identity(full, model, tmp_path, name):
-    sharded = recut(full, tmp_path / "cut", model, LAYOUTS[name])
+    sharded = resharded(full, tmp_path / "sharded", model, LAYOUTS[name])
     merge(sharded, tmp_path / "back")
     for file in ("parameters.safetensors", "optimizer.safetensors"):
         assert_same_file(full / file, tmp_path / "back" / file)
@@ -114,8 +114,8 @@ def test_from_layout_to_layout(full, model, tmp_path):
     names = list(LAYOUTS)
     source = full
     for number, name in enumerate(names):
-        source = recut(source, tmp_path / str(number), model, LAYOUTS[name])
-    direct = recut(full, tmp_path / "direct", model, LAYOUTS[names[-1]])
+        source = resharded(source, tmp_path / str(number), model, LAYOUTS[name])
+    direct = resharded(full, tmp_path / "direct", model, LAYOUTS[names[-1]])
     files = sorted(path.name for path in direct.iterdir())
     assert files == sorted(path.name for path in source.iterdir()) and len(files) == 8 * 2 + 2
     assert all((direct / name).read_bytes() == (source / name).read_bytes() for name in files)
@@ -132,7 +132,7 @@ def extents(model, layout, name):
     return [full.slice_of_rank(rank) for rank in range(layout.world)]
 
 
-def test_boxes_of_op_and_data(model):
+def test_slices_of_op_and_data(model):
     layout = LAYOUTS["dp2 op4"]
     columns = [((8 * op, 8 * op + 8), (0, 16)) for op in range(4)]
     assert extents(model, layout, "first.mapping.weight") == columns * 2
@@ -141,7 +141,7 @@ def test_boxes_of_op_and_data(model):
     assert extents(model, layout, "embedding.table")[3] == ((18, 24), (0, 16))
 
 
-def test_boxes_of_stages(model):
+def test_slices_of_stages(model):
     layout = LAYOUTS["op2 pp3"]
     held = [extent is not None for extent in extents(model, layout, "second.norm.gamma")]
     assert held == [False, False, True, True, False, False]
@@ -149,7 +149,7 @@ def test_boxes_of_stages(model):
     assert held == [True, True, False, False, True, True], "the shared table lies on the first and the last stage"
 
 
-def test_boxes_of_the_optimizer_shard(model):
+def test_slices_of_the_optimizer_shard(model):
     assert extents(model, LAYOUTS["dp4 op2 all sharded"], "first.mapping.weight")[3] == ((20, 24), (0, 16))
     assert extents(model, LAYOUTS["dp4 op2 all sharded"], "embedding.table")[3] == ((12, 24), (0, 16))
     assert [extent[0] for extent in extents(model, LAYOUTS["dp4 sharded by 2"], "first.mapping.weight")] == [
@@ -157,7 +157,7 @@ def test_boxes_of_the_optimizer_shard(model):
     assert extents(model, LAYOUTS["dp4 sharded by 2"], "first.norm.gamma") == [((0, 16),)] * 4
 
 
-def test_boxes_of_a_compiled_layout():
+def test_slices_of_a_compiled_layout():
     entry = [[4, 2], [0, -1], [64, 128], 0, True, "4-123", [128, 128]]
     assert slice_of_mindspore(entry, 5) == ((64, 128), (0, 128))
     assert slice_of_mindspore(entry, 5, [1, 3, 5, 7]) == ((96, 112), (0, 128))
@@ -165,7 +165,7 @@ def test_boxes_of_a_compiled_layout():
 
 
 def test_one_device_reads_slices_and_a_rank_reads_its_part(full, model, tmp_path):
-    sharded = recut(full, tmp_path / "cut", model, LAYOUTS["all"])
+    sharded = resharded(full, tmp_path / "sharded", model, LAYOUTS["all"])
     expected = SafetensorsFile(full / "parameters.safetensors")
     parameters = [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=p.name) for p in model.get_parameters()]
     assert load_checkpoint(sharded, parameters)["iteration"] == 7
@@ -227,8 +227,8 @@ def test_the_first_stages_copy_of_a_shared_table_counts(tmp_path):
     assert (merged.read("table") == 1.0).all() and (merged.read("own.1") == 7.0).all()
 
 
-def test_boxes_of_experts():
-    """data 4 = 2 replicas x 2 of the expert axis: experts are cut by the inner half of the data coordinate."""
+def test_slices_of_experts():
+    """data 4 = 2 replicas x 2 of the expert axis: experts are sharded by the inner half of the data coordinate."""
     from parallel.layers.moe import SparsePertokenMoE
 
     class Experts(Layer):
@@ -251,7 +251,7 @@ def test_boxes_of_experts():
 
 
 def test_what_is_wrong_is_said(full, model, tmp_path):
-    sharded = recut(full, tmp_path / "cut", model, LAYOUTS["dp2 op4"])
+    sharded = resharded(full, tmp_path / "sharded", model, LAYOUTS["dp2 op4"])
     with pytest.raises(UserError, match="exists already"):
         merge(sharded, sharded)
     file = sharded / "parameters-00003-of-00008.safetensors"
@@ -260,7 +260,7 @@ def test_what_is_wrong_is_said(full, model, tmp_path):
     file.write_bytes(data)
     with pytest.raises(UserError, match="have changed"):
         merge(sharded, tmp_path / "no")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut"], "nothing half-written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sharded"], "nothing half-written"
     (sharded / "layout.json").rename(sharded / "layout-00002-of-00008.json")
     with pytest.raises(UserError, match="layout 0 of 8 is missing"):
         Slices(sharded)

@@ -59,6 +59,8 @@ def test_what_is_no_yaml_is_one_line_soon(text):
 
 def test_a_hash_in_an_override_is_part_of_its_value():
     assert load_yaml_value("out #1") == "out #1" and load_yaml_value("#1") == "#1"
+    for text in ("*.jsonl", "|", "||", "> 3", "@home", "%d", "`a`"):  # nothing of one line begins so in YAML
+        assert load_yaml_value(text) == text
     assert load_settings(Sizes, None, ["names=[语料, 'b #2']"]).names == ["语料", "b #2"]
     for text in ("'a' #b", "[a] # b"):
         with pytest.raises(BadYaml):
@@ -151,8 +153,11 @@ def test_a_line_ends_in_a_line_feed_and_nowhere_else(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert [line for _, line in text_lines(path)] == split_lines(text)
-    path.write_bytes("文字".encode("utf-16"))
-    with pytest.raises(UserError, match="UTF-16.*line 1|line 1.*UTF-16"):
+    for charset in ("utf-16", "utf-32"):
+        path.write_bytes(text.encode(charset))
+        assert [line for _, line in text_lines(path)] == split_lines(text)
+    path.write_bytes("文字".encode("gb18030"))
+    with pytest.raises(UserError, match="not UTF-8.*line 1|line 1.*not UTF-8"):
         list(text_lines(path))
     path.write_text('\ufeff{"a": 1}\n\n[2]\n')
     with pytest.raises(UserError, match="line 3.*not an object but an array"):

@@ -67,10 +67,10 @@ def expected_pangu(rank: int, parallel: dict, model: dict = networks.PANGU, batc
                    half: int = FLOAT) -> Expected:
     """What the layout of PanGu-alpha must cause on `rank`, by the rules of the layers.
 
-    Row-cut products end in an AllReduce over op, whose gradient is one too; the vocabulary-cut lookup likewise, and of
-    the loss's three reductions over the vocabulary all but the maximum have a gradient. `half` is the size of what
-    products give and take; the lookup, the loss, parameters and their gradients are float32, but a weight is gathered
-    in the type in which it is used.
+    Row-parallel products end in an AllReduce over op, whose gradient is one too; the vocabulary-parallel lookup
+    likewise, and of the loss's three reductions over the vocabulary all but the maximum have a gradient. `half` is the
+    size of what products give and take; the lookup, the loss, parameters and their gradients are float32, but a weight
+    is gathered in the type in which it is used.
     """
     config = ParallelConfig.model_validate(parallel).resolve()
     data, op, stages = config.data, config.op, config.pipeline.stages

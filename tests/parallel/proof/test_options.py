@@ -28,7 +28,7 @@ LAYERS, WIDTH, TOKENS = networks.PANGU["layers"], networks.PANGU["hidden_size"],
 INNER, VOCABULARY = 4 * WIDTH, networks.PANGU["vocabulary_size"]
 HIDDEN = 4 * TOKENS * WIDTH  # bytes of the residual stream of a global batch
 MATRICES = [4 * WIDTH * WIDTH] * 4 + [4 * WIDTH * INNER] * 2  # bytes of one layer's
-BIASES = [4 * WIDTH] * 3 + [4 * INNER]  # those that optimizer shards cut
+BIASES = [4 * WIDTH] * 3 + [4 * INNER]  # those that optimizer shards split
 
 
 def pipeline(**more) -> dict:
@@ -123,7 +123,7 @@ def test_parts_of_a_micro_batch_speak_in_halves(compiled):
 
 def test_sequence_parallelism_turns_sums_into_halves(compiled):
     full, sharded = (compiled("pangu", 0, op=2, sequence=sequence) for sequence in (False, True))
-    # Each of the two row-cut products of a layer; left are the three sums over the vocabulary.
+    # Each of the two row-parallel products of a layer; left are the three sums over the vocabulary.
     assert [runs(report, "AllReduce", "op", "activation", "forward") for report in (full, sharded)] == [2 * LAYERS + 3,
                                                                                                         3]
     assert size(sharded, "ReduceScatter", "activation", "forward") == (2 * LAYERS + 1) * HIDDEN  # and the lookup

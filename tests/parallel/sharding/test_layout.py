@@ -1,4 +1,4 @@
-"""Layers say which named axis cuts each dim; the strategies that follow are those of PanGu-alpha's code."""
+"""Layers say which named axis shards each dim; the strategies that follow are those of PanGu-alpha's code."""
 
 from __future__ import annotations
 

@@ -107,9 +107,9 @@ def test_a_stage_between_others_reads_no_data(tmp_path):
 def test_zeros_stand_for_batches_that_nobody_reads():
     import numpy as np
 
-    from parallel.training.data_source import UnreadSource
+    from parallel.training.data_source import DataSource, UnreadSource
 
-    class Never:
+    class Never(DataSource):
         columns, steps_per_epoch = ("ids", "labels"), 7
 
         def batches(self, start_step):

@@ -6,6 +6,7 @@ import pytest
 
 from parallel.common.errors import UserError
 from parallel.training.companions import Companion
+from parallel.training.data_source import WaitingSource
 from parallel.training.mindspore_backend import MindSporeBackend
 from parallel.training.settings import OutputSettings
 from parallel.training.trainer import Run, Trainer
@@ -37,7 +38,7 @@ class Tally(Companion):
         self.count = state["count"]
 
 
-class Ending(Batches):
+class Ending(Batches, WaitingSource):
     """A stream of five batches."""
 
     ends, read_ahead = True, True

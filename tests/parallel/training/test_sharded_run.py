@@ -1,5 +1,5 @@
-"""A run of a cut network: every rank's real step compiled in a simulated cluster, with the trainer's own loop, rows,
-start values, sliced checkpoints and resume; only the execution of the step is a stand-in (compiled, not run)."""
+"""A run of a sharded network: every rank's real step compiled in a simulated cluster, with the trainer's own loop,
+rows, start values, sliced checkpoints and resume; only the execution of the step is a stand-in (compiled, not run)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_ranks_start_from_the_slices_of_one_device(sharded):
 def test_each_rank_holds_its_slices_and_reads_its_rows(sharded):
     message, _ = sharded
     for rank, own in enumerate(message):
-        for name, extent in own["boxes"].items():
+        for name, extent in own["extents"].items():
             assert own["shapes"][name] == [stop - start for start, stop in extent], name
         data = rank // 2
         numbers = list(range(4 * data, 4 * data + 4))
@@ -92,7 +92,7 @@ def test_a_ranker_starts_from_the_slices_of_one_device(tmp_path):
     for name, value in start.items():
         np.testing.assert_array_equal(saved.read(name), value, err_msg=name)
     sharded = {name for name,
-               extent in message[0]["boxes"].items() if [stop for _, stop in extent] != list(start[name].shape)}
+               extent in message[0]["extents"].items() if [stop for _, stop in extent] != list(start[name].shape)}
     assert {f"layers.{i}.network.{part}.weight" for i in range(2) for part in ("mapping", "projection")} <= sharded
 
 
@@ -109,7 +109,7 @@ def test_a_run_goes_on_under_another_layout(sharded, tmp_path):
         np.testing.assert_array_equal(after.read(name), before.read(name), err_msg=name)
     assert after.state["iteration"] == 3
     assert message[0]["rows"][0] == [2000 + i for i in range(8)], "batch 2 comes next"
-    held = [set(own["boxes"]) for own in message]
+    held = [set(own["extents"]) for own in message]
     assert held[0] == held[1] != held[2] == held[3]
     assert held[0] & held[2] == {"embedding.word.table"}, "the word table lies on the first and the last stage"
 

@@ -1,4 +1,4 @@
-"""The training step: cutting a batch and non-finite steps change nothing, clip and loss scale as defined."""
+"""The training step: splitting a batch and non-finite steps change nothing, clip and loss scale as defined."""
 
 import numpy as np
 import pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import datetime
 
 import numpy as np
@@ -46,6 +47,43 @@ def test_a_stray_quote_loses_no_rows(tmp_path, first, second, at):
     rows = rows_of(file, delimiter="\t", quoted=False)
     assert len(rows) == 400 and rows[99]["item"] == first
     assert sum(map(len, log(tmp_path, file, delimiter="\t", quoted=False).parts.values())) == 400
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ","])
+@pytest.mark.parametrize("column", [0, 1, 3])
+@pytest.mark.parametrize("apart", [1, 2, 5])
+def test_two_stray_quotes_that_fit_swallow_no_rows(tmp_path, delimiter, column, apart):
+    rows = [["u7", f"i{i}", "", f"{i % 2}"] for i in range(40)]
+    rows[20][column] = '"' + rows[20][column]
+    rows[20 + apart][column] += '"'
+    file = tmp_path / "t.tsv"
+    file.write_text("\n".join(delimiter.join(row) for row in [HEAD.split(","), *rows]))
+    with pytest.raises(UserError, match=f"row 21.*over {apart + 1} lines"):
+        rows_of(file, delimiter=delimiter)
+
+
+@pytest.mark.parametrize("cell", ["a, b\nc, d, e", "a\nb, c, d, e\nf", "a\nb, c\nd, e\nf, g\nh, i\nj",
+                                  "1,2\n3,4", "one, two, three\nfour"])
+def test_lines_of_prose_are_one_cell(tmp_path, cell):
+    file = tmp_path / "p.csv"
+    file.write_text(f"{HEAD}\n" + f'u1,"{cell}",0.5,1\n' * 20)
+    assert [row["item"] for row in rows_of(file)] == [cell] * 20
+
+
+@pytest.mark.parametrize("charset", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_the_charset(tmp_path, charset):
+    file = tmp_path / "B.CSV.bz2"
+    file.write_bytes(bz2.compress(f"{HEAD}\n用户,i,0.5,1\n".encode(charset)))
+    assert rows_of(shards(tmp_path, (".csv",))[0]) == [{"user": "用户", "item": "i", "price": "0.5", "click": "1"}]
+    file.write_bytes(bz2.compress(f"{HEAD}\n用户,i,0.5,1\n".encode("utf-16") + b"\x00\xd8"))
+    with pytest.raises(UserError, match="UTF-16 that its byte order mark says"):
+        rows_of(file)
+
+
+@pytest.mark.parametrize("delimiter", ["，", "||", "", '"', "\n"])
+def test_cells_are_parted_by_one_ascii_character(delimiter):
+    with pytest.raises(UserError, match="one ASCII character"):
+        DataSettings(delimiter=delimiter)
 
 
 def test_quotes_inside_plain_cells_are_text_and_doubled_ones_are_one(tmp_path):

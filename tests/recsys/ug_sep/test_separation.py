@@ -230,18 +230,18 @@ def test_a_state_of_several_users_serves_all_candidates(name, tasks):
     task = tasks(name)
     model, (ids, numbers, _) = task.network.model, task.sample(0)
     index = np.array([0, 1, 2, 1, 0, 2, 2, 1, 0, 0, 0, 2], np.int32)
-    (users, user_numbers), (group, group_numbers) = model.sides.split(ids, numbers)
+    (users, user_numbers), (candidates, candidate_numbers) = model.sides.split(ids, numbers)
     ids[:, list(model.sides.user.ids)], numbers[:, list(model.sides.user.numbers)] = users[index], user_numbers[index]
     wanted = scores(model, ids, numbers, masks=True)
     assert np.abs(scores(model, ids, numbers) - wanted).max() <= 1e-6
     state = model.user_pass(Tensor(users[:3]), Tensor(user_numbers[:3]))
     assert state.shape == (3, model.state_size)
-    got = model.candidate_pass(state, Tensor(index), Tensor(group), Tensor(group_numbers)).asnumpy()
+    got = model.candidate_pass(state, Tensor(index), Tensor(candidates), Tensor(candidate_numbers)).asnumpy()
     assert np.abs(got - wanted).max() <= 1e-6 and np.ptp(wanted) > 1e-3
     # Candidates do not see each other, nor do requests.
     order = np.random.default_rng(1).permutation(12)[:5]
-    some = model.candidate_pass(state, Tensor(index[order]), Tensor(group[order]),
-                                Tensor(group_numbers[order])).asnumpy()
+    some = model.candidate_pass(state, Tensor(index[order]), Tensor(candidates[order]),
+                                Tensor(candidate_numbers[order])).asnumpy()
     assert np.abs(some - wanted[order]).max() <= 1e-6
     alone = model.user_pass(Tensor(users[1:2]), Tensor(user_numbers[1:2])).asnumpy()
     assert np.abs(alone - state.asnumpy()[1:2]).max() <= 1e-5

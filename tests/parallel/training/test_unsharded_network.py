@@ -1,5 +1,6 @@
-"""What of the `parallel:` block a whole network takes is in its graph; what it does not is refused or goes to torch, on
-one device and under data parallelism alike. Estimate, dry run and the program that torch runs are held together."""
+"""What of the `parallel:` block an unsharded network takes is in its graph; what it does not is refused or goes to
+torch, on one device and under data parallelism alike. Estimate, dry run and the program that torch runs are held
+together."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ CONFIG = str(ROOT / "configs" / "pangu" / "tiny.yaml")
 SIZES = ["model.layers=2", "model.hidden_size=32", "model.heads=4", "model.sequence_length=16",
          "model.vocabulary_size=64", "train.global_batch_size=8"]
 
-# Compiles and runs two steps of a whole network on the CPU; prints losses and how often each operation is in its graph.
+# Compiles and runs two steps on the CPU; prints losses and how often each operation is in the graph.
 RUN = """
 import json, os, re, sys
 from collections import Counter
@@ -55,7 +56,7 @@ def whole(folder: Path, *keys: str) -> tuple[list, Counter]:
 
 
 @pytest.mark.slow
-def test_a_whole_network_recomputes_and_takes_micro_batches(tmp_path):
+def test_an_unsharded_network_recomputes_and_takes_micro_batches(tmp_path):
     """Products of two layers are made again, with the same result bit for bit; micro-batches repeat the whole pass."""
     plain, products = whole(tmp_path / "plain")
     again, more = whole(tmp_path / "full", "parallel.recompute.policy=full")
@@ -85,7 +86,7 @@ REFUSED = {"micro_batch_interleave": {"micro_batch_interleave": 2}, "optimizer.s
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_whole_network_does_not_take_goes_to_torch_or_is_refused(name, monkeypatch):
+def test_what_an_unsharded_network_does_not_take_goes_to_torch_or_is_refused(name, monkeypatch):
     from parallel.launch import choose as module
 
     monkeypatch.setattr(module, "installed", lambda package: True)
@@ -98,7 +99,7 @@ def test_what_a_whole_network_does_not_take_goes_to_torch_or_is_refused(name, mo
         needs_sharding(config, Processes(0, config.world, None, "CPU"))
     ascend = Processes(0, config.world, None, "Ascend")
     if config.world == 1:
-        with pytest.raises(UserError, match="one Ascend device runs a whole network"):
+        with pytest.raises(UserError, match="one Ascend device runs an unsharded network"):
             needs_sharding(config, ascend)
     else:
         assert needs_sharding(config, ascend)
@@ -138,7 +139,8 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_estimate_dry_run_and_run_are_one_program(name, tmp_path):
     """The graph that torch runs has the collectives that the dry run reports and the estimate counts."""
-    from parallel.torch_runtime.program import COLLECTIVES, Program
+    from parallel.torch_runtime.graph import COLLECTIVES
+    from parallel.torch_runtime.program import Program
 
     words = ["--config", CONFIG, *SIZES, "train.precision=fp16", *BLOCKS[name]]
     told = {}
