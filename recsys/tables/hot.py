@@ -10,17 +10,14 @@ Shapes: H hot rows of one width, R other rows of its window, W width, S floats o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from recsys.data.features import FIRST_KNOWN
+from recsys.tables.columns import TablePlan
 from recsys.tables.dynamic import STATES, DynamicTable, Rule
-
-if TYPE_CHECKING:
-    from recsys.tables.host import HostTables
+from recsys.tables.settings import TableSettings
 
 
 class PutRows(nn.Cell):
@@ -147,21 +144,24 @@ class HotTables:
     """The hot rows of all tables.
 
     Args:
-        tables: whose rows they are.
+        settings: `data.tables`.
+        rule: name of the optimizer.
+        plans, tables: by feature.
         windows: parameters of the network, one a width.
     """
 
-    def __init__(self, tables: HostTables, windows: list[Parameter]) -> None:
-        self.owner, self.every = tables, tables.settings.hot_every
-        self.widths = [HotWidth(window, tables.settings.hot_rows, tables.optimizer.name) for window in windows]
-        self.numbers = {name: number for number, name in enumerate(tables.plans)}
-        self.names = list(tables.plans)
+    def __init__(self, settings: TableSettings, rule: str, plans: dict[str, TablePlan],
+                 tables: dict[str, DynamicTable], windows: list[Parameter]) -> None:
+        self.plans, self.tables, self.every = plans, tables, settings.hot_every
+        self.widths = [HotWidth(window, settings.hot_rows, rule) for window in windows]
+        self.numbers = {name: number for number, name in enumerate(plans)}
+        self.names = list(plans)
         self.steps = self.found = self.asked = 0
 
     def slots(self, name: str, rows_N: np.ndarray, times_N: np.ndarray, train: bool) -> np.ndarray:
         """Rows in the window of a table's rows (the first two, which are no hot ones, left out), -1 where a row is not
         hot; in training they are counted as met."""
-        own, slots = self.widths[self.owner.plans[name].width], np.full(len(rows_N), -1, np.int32)
+        own, slots = self.widths[self.plans[name].width], np.full(len(rows_N), -1, np.int32)
         keys = (np.int64(self.numbers[name]) << 32) + rows_N[FIRST_KNOWN:]
         slots[FIRST_KNOWN:] = own.slots(keys)
         if train:
@@ -199,10 +199,10 @@ class HotTables:
         self.steps += 1
         if self.steps in (1, 4, 16) or self.steps % self.every == 0:
             self.write_back()
-            for number, own in enumerate(self.widths):
-                self._choose(number, own)
+            for own in self.widths:
+                self._choose(own)
 
-    def _choose(self, number: int, own: HotWidth) -> None:
+    def _choose(self, own: HotWidth) -> None:
         keys = own.hottest()
         values, states = np.zeros((len(keys), own.width), np.float32), np.zeros((len(keys), own.sizes), np.float32)
         for table, part, rows in self._parts(keys):
@@ -214,7 +214,7 @@ class HotTables:
         owners, parts = keys >> 32, []
         for number in np.unique(owners).tolist():
             part = slice(*np.searchsorted(owners, [number, number + 1]).tolist())
-            parts.append((self.owner.tables[self.names[number]], part, (keys[part] & (2**32 - 1)).astype(np.int32)))
+            parts.append((self.tables[self.names[number]], part, (keys[part] & (2**32 - 1)).astype(np.int32)))
         return parts
 
     def write_back(self) -> None:

@@ -109,7 +109,7 @@ class HostedStep:
         self.step, self.tables = step, tables
         self.windows = window_parameters(step.network)
         if tables.settings.hot_rows is not None:
-            tables.hot = HotTables(tables, self.windows)
+            tables.hot = HotTables(tables.settings, tables.optimizer.name, tables.plans, tables.tables, self.windows)
 
     def set_train(self, mode: bool = True) -> None:
         """As of a cell."""
