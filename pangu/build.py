@@ -34,10 +34,10 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     Args:
         settings: a `pangu.settings.Run`.
         parallel: resolved.
-        compute_dtype: "float32" or "float16".
+        compute_dtype: "float32", "float16" or "bfloat16".
 
     Raises:
-        UserError: an axis does not divide what it shards, or the batch.
+        UserError: an axis does not divide what it shards, or the batch; flash attention where it is not to be had.
     """
     from mindspore.nn.utils import no_init_parameters
 
@@ -54,7 +54,8 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     if settings.adapt is not None:
         inputs.append(Input("counted", (batch, length), "int32", 2))
     task = Task(network, inputs, lambda seed: sample_batch(settings, seed), batch * length,
-                {"model": settings.model.name, "layers": settings.model.layers})
+                {"model": settings.model.name, "layers": settings.model.layers},
+                most_rows=most_records(settings, compute_dtype))
     return with_sample_numbers(task, settings.model.dropout)
 
 
@@ -64,12 +65,32 @@ def training_network(settings: Run, compute_dtype: str, weighted: bool = False) 
 
     from pangu.model import PanGuAlpha, TrainingLoss
 
-    model = PanGuAlpha(settings.model, getattr(mstype, compute_dtype))
+    model = PanGuAlpha(settings.model, getattr(mstype, compute_dtype), attention_of(settings, compute_dtype))
     if settings.adapt is None:
         return TrainingLoss(model, weighted)
     from pangu.adaptation.network import adapted_network
 
     return adapted_network(model, settings.adapt, weighted)
+
+
+def attention_of(settings: Run, compute_dtype: str) -> Any:
+    """The form that attention takes in training (`parallel.layers.attention.form_of`)."""
+    from mindspore import dtype as mstype
+
+    from parallel.layers.attention import form_of
+
+    model, torch = settings.model, settings.parallel.backend == "torch"
+    wanted = "written_out" if model.attention == "auto" and torch else model.attention
+    return form_of(wanted, dropout=model.dropout, compute_dtype=getattr(mstype, compute_dtype),
+                   head_width=model.hidden_size // model.heads, length=model.sequence_length)
+
+
+def most_records(settings: Run, compute_dtype: str) -> int | None:
+    """Records of a device's micro-batch at most: flash attention takes so many documents at once."""
+    from parallel.layers.attention import MOST_SEQUENCES
+
+    told = attention_of(settings, compute_dtype) == "packed"
+    return MOST_SEQUENCES // settings.model.most_documents if told else None
 
 
 def sample_batch(settings: Run, seed: int) -> tuple[np.ndarray, ...]:
@@ -81,6 +102,7 @@ def sample_batch(settings: Run, seed: int) -> tuple[np.ndarray, ...]:
     low = min(10, model.vocabulary_size - 1)
     records_BR = generator.integers(low, model.vocabulary_size, (batch, model.sequence_length + 1), dtype=np.int32)
     ends_BR = generator.random(records_BR.shape) < 4.0 / model.sequence_length
+    ends_BR &= np.cumsum(ends_BR, axis=1) < model.most_documents
     records_BR[ends_BR] = model.eot_id
     lengths_B = generator.integers(3 * model.sequence_length // 4, records_BR.shape[1] + 1, batch)
     records_BR[np.arange(records_BR.shape[1]) >= lengths_B[:, None]] = model.pad_id
@@ -119,6 +141,10 @@ class PanguPackage(ModelPackage["Run"]):
         """See `ModelPackage`."""
         if verb == "finetune":
             check_adapts(settings)
+
+    def written_out(self, settings: Run) -> list[str]:
+        """Attention by products and softmax."""
+        return ["model.attention=written_out"]
 
     def inference_kinds(self, settings: Run, verb: str | None = None) -> tuple[str, ...]:
         """The graphs that generate and score over a paged cache; every verb takes all."""

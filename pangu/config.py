@@ -37,7 +37,15 @@ class ModelConfig(Settings):
     gelu: Literal["tanh", "fast", "erf"] = "tanh"
     """tanh: released weights; fast: code from r1.5 on; erf: the Hugging Face port."""
     softmax_dtype: Literal["float32", "float16"] = "float32"
-    """Type of the attention softmax. float16 is the later code's default and overflows sooner."""
+    """Type of the attention softmax. float16 is the later code's default and overflows sooner. Flash attention has
+    float32."""
+    attention: Literal["auto", "flash", "written_out"] = "auto"
+    """How training computes attention. flash: CANN's FlashAttentionScore, which keeps no scores (Ascend; CANN has none
+    for the Ascend 910 of the Atlas training series). written_out: its products and softmax one by one, as everywhere
+    else. auto: flash on Ascend in bf16, which the chips that have the operator have too; written_out elsewhere."""
+    most_documents: int = Field(64, ge=1, le=1024)
+    """Documents in a record at most, where flash attention is told where each ends (that is without dropout). Records
+    with more are refused. Times the records of a device's micro-batch at most 1024."""
     embedding_std: float = Field(0.02, gt=0)
     """Sigma of the three embedding tables (position and query tables: normal truncated at two sigma)."""
     linear_std: float = Field(0.01, gt=0)
@@ -53,6 +61,16 @@ class ModelConfig(Settings):
     def ffn(self) -> int:
         """Feed-forward width, the default filled in."""
         return self.ffn_size or 4 * self.hidden_size
+
+    def is_told_ends(self, precision: str, backend: str) -> bool:
+        """Whether a run trains by flash attention that is told where documents end, if it trains on Ascend.
+
+        Args:
+            precision: `train.precision`.
+            backend: `parallel.backend`.
+        """
+        chosen = self.attention == "flash" or (self.attention == "auto" and precision == "bf16" and backend != "torch")
+        return chosen and self.dropout == 0.0
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:

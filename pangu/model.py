@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from pangu.config import ModelConfig
-from parallel.layers.attention import Attention, AttentionBias
+from parallel.layers.attention import Attention, Form, mask_of
 from parallel.layers.dropout import Dropout, DropoutKeys
 from parallel.layers.embedding import Embedding, Residual, TiedHead
 from parallel.layers.feed_forward import FeedForward
@@ -29,13 +29,14 @@ class DecoderLayer(nn.Cell):
     The query layer is the same cell called with another query input (eq. 5): the residual is the layer's own input.
     """
 
-    def __init__(self, config: ModelConfig, compute_dtype: mstype) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: mstype, form: Form = "written_out") -> None:
         super().__init__()
         width, depth_std = config.hidden_size, config.ffn_std / math.sqrt(2 * config.layers)
         self.norm1 = LayerNorm(width, compute_dtype=compute_dtype)
         self.attention = Attention(
             width, config.heads, qkv_std=config.linear_std, output_std=depth_std, dropout=config.dropout,
-            compute_dtype=compute_dtype, softmax_dtype=getattr(mstype, config.softmax_dtype))
+            compute_dtype=compute_dtype, softmax_dtype=getattr(mstype, config.softmax_dtype),
+            form=form, most_documents=config.most_documents)
         self.norm2 = LayerNorm(width, compute_dtype=compute_dtype)
         self.feed_forward = FeedForward(width, config.ffn, mapping_std=config.ffn_std, projection_std=depth_std,
                                         gelu=config.gelu, compute_dtype=compute_dtype)
@@ -44,14 +45,14 @@ class DecoderLayer(nn.Cell):
         self.dropout2 = Dropout(config.dropout, ("residual", None))
         self.add1, self.add2 = Residual(), Residual()
 
-    def construct(self, hidden_ND: Tensor, bias_B1SS: Tensor, query_ND: Tensor | None = None,
+    def construct(self, hidden_ND: Tensor, told: Tensor, query_ND: Tensor | None = None,
                   rows_B: Tensor | None = None) -> Tensor:
         normed_ND, keys = self.norm1(hidden_ND), None
         if query_ND is None:
             query_ND = normed_ND
         if rows_B is not None:
             keys = self.dropout_keys(rows_B, hidden_ND.shape[0] // rows_B.shape[0])
-        hidden_ND = self.add1(hidden_ND, self.dropout1(self.attention(query_ND, normed_ND, bias_B1SS, keys), keys))
+        hidden_ND = self.add1(hidden_ND, self.dropout1(self.attention(query_ND, normed_ND, told, keys), keys))
         return self.add2(hidden_ND, self.dropout2(self.feed_forward(self.norm2(hidden_ND)), keys))
 
 
@@ -80,24 +81,26 @@ class PanGuAlpha(nn.Cell):
     Args:
         config: sizes and choices.
         compute_dtype: type of the matmuls (float16 on Ascend, float32 on the CPU).
+        attention: the form it takes (`parallel.layers.attention`).
 
     Inputs: ids_BS int32, positions_BS int32, documents_BS int32 (or a mask [B, S, S], see `AttentionBias`).
     Output: logits [N, V].
     """
 
-    def __init__(self, config: ModelConfig, compute_dtype: mstype = mstype.float32) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: mstype = mstype.float32,
+                 attention: Form = "written_out") -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
         self.embedding = TokenEmbedding(config, compute_dtype, "vocabulary")
         # One for each layer, so that pipeline stages make it themselves instead of sending it on; on one stage the
         # compiler merges them.
-        self.biases = nn.CellList([AttentionBias() for _ in range(config.layers - 1)])
-        self.bias = AttentionBias()
-        self.layers = nn.CellList([DecoderLayer(config, compute_dtype) for _ in range(config.layers - 1)])
+        self.biases = nn.CellList([mask_of(attention, config.most_documents) for _ in range(config.layers - 1)])
+        self.bias = mask_of(attention, config.most_documents)
+        self.layers = nn.CellList([DecoderLayer(config, compute_dtype, attention) for _ in range(config.layers - 1)])
         self.query_embedding = Embedding(config.sequence_length, width, std=config.embedding_std,
                                          start="truncated_normal")
-        self.query_layer = DecoderLayer(config, compute_dtype)
+        self.query_layer = DecoderLayer(config, compute_dtype, attention)
         self.norm = LayerNorm(width, compute_dtype=compute_dtype)
         self.head = TiedHead(axis="vocabulary")
         self.norm_first = config.final_norm == "before_query"

@@ -29,7 +29,7 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     Raises:
         UserError: records that are missing, damaged or do not fit the model, and see `Trainer.run`.
     """
-    training, validation = sources(settings, backend.share)
+    training, validation = sources(settings, backend.share, backend.name)
     result = Trainer(backend, run_of(settings, training, validation, backend.ranks)).run()
     if backend.rank == 0:
         table("Trained", ["figure", "value"], result.items())
@@ -45,14 +45,22 @@ def run_of(settings: RunSettings, training: PackedDataset, validation: PackedDat
                start_from=settings.adapt.checkpoint if settings.adapt is not None else None, is_new=is_adapter)
 
 
-def sources(settings: RunSettings, share: tuple[int, int]) -> tuple[PackedDataset, PackedDataset | None]:
-    """Training and validation records, the `share` (number, of how many) of every batch."""
+def sources(settings: RunSettings, share: tuple[int, int], backend: str | None = None
+            ) -> tuple[PackedDataset, PackedDataset | None]:
+    """Training and validation records, the `share` (number, of how many) of every batch.
+
+    Args:
+        backend: "mindspore" or "torch"; None = what the settings say.
+    """
     data, model = settings.data, settings.model
+    told = model.is_told_ends(settings.train.precision, backend or settings.parallel.backend)
+    most = model.most_documents if told else None
     if settings.adapt is not None:
-        return _pairs(settings, share)
+        return _pairs(settings, share, most)
     shared = {"batch_size": settings.train.global_batch_size, "sequence_length": model.sequence_length,
               "vocabulary_size": model.vocabulary_size, "shard": share,
-              "eod_reset": data.eod_reset, "seed": settings.train.seed, "by_file": data.by_file}
+              "eod_reset": data.eod_reset, "seed": settings.train.seed, "by_file": data.by_file,
+              "most_documents": most}
     training = PackedDataset(data.directory, shuffle=data.shuffle, **shared)
     if data.validation_directory is not None:
         return training, PackedDataset(data.validation_directory, shuffle=False, repeat=False, **shared)
@@ -62,11 +70,13 @@ def sources(settings: RunSettings, share: tuple[int, int]) -> tuple[PackedDatase
     return training, PackedDataset(data.directory, split="validation", shuffle=False, repeat=False, **shared)
 
 
-def _pairs(settings: RunSettings, share: tuple[int, int]) -> tuple[PairsDataset, PairsDataset | None]:
+def _pairs(settings: RunSettings, share: tuple[int, int], most: int | None
+           ) -> tuple[PairsDataset, PairsDataset | None]:
     tokenizer, adapt = Tokenizer(settings.data.tokenizer), settings.adapt
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
     shared = {"batch_size": settings.train.global_batch_size, "seed": settings.train.seed,
-              "sequence_length": settings.model.sequence_length, "shard": share}
+              "sequence_length": settings.model.sequence_length, "shard": share,
+              "most_documents": most}
     validation = None
     if adapt.validation is not None:
         validation = PairsDataset(adapt.validation, tokenizer, repeat=False, **shared)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pangu.data.dataset import document_positions, shuffled
+from pangu.data.dataset import check_documents, document_positions, shuffled
 from parallel.common.errors import UserError
 from parallel.common.lines import text_lines
 from parallel.common.structured import BadText, parse_object
@@ -71,21 +71,24 @@ class PairsDataset(DataSource):
         sequence_length: S.
         shard: (index, count) of this rank.
         repeat: on, epochs without end; off, one pass in the file's order, the last batch filled with padding.
+        most_documents: pairs in a record; None = any number.
 
     Raises:
-        UserError: see `numbered_pairs`; a pair longer than the model's context; a batch that ranks cannot share.
+        UserError: see `numbered_pairs`; a pair longer than the model's context; a batch that ranks cannot share; a record
+            with more pairs than `most_documents`.
     """
 
     columns = ("input_ids", "position_ids", "documents", "counted")
 
     def __init__(self, path: str | Path, tokenizer: Any, *, batch_size: int, seed: int, sequence_length: int,
-                 shard: tuple[int, int] = (0, 1), repeat: bool = True) -> None:
+                 shard: tuple[int, int] = (0, 1), repeat: bool = True, most_documents: int | None = None) -> None:
         if batch_size % shard[1]:
             raise UserError("the batch cannot be shared equally", where="global_batch_size", value=batch_size,
                             hint=f"choose a multiple of the {shard[1]} data-parallel ranks")
         self.batch_size, self.seed, self.repeat, self.length = batch_size, seed, repeat, sequence_length
         self.eot_id, self.pad_id = tokenizer.eot_id, tokenizer.pad_id
         self.ids, self.counted = self._records(path, tokenizer)
+        check_documents(document_positions(self.ids[:, :-1], self.eot_id)[1], most_documents, Path(path))
         self.records = len(self.ids)
         rank, ranks = shard
         self._slice = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)

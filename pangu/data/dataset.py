@@ -49,6 +49,14 @@ def document_positions(ids_BS: np.ndarray, eod_id: int) -> tuple[np.ndarray, np.
     return places_S - np.maximum.accumulate(starts_BS, axis=1), documents_BS.astype(np.int32)
 
 
+def check_documents(documents_BS: np.ndarray, most: int | None, where: Path) -> None:
+    """Raises a UserError if a record holds more than `most` documents (None: any number will do)."""
+    if most is None or not documents_BS.size or documents_BS.max() < most:
+        return
+    raise UserError(f"a record holds {documents_BS.max() + 1} documents, and attention is told where {most} end",
+                    where=where, hint="raise model.most_documents, or take model.attention=written_out")
+
+
 def plain_positions(ids_BS: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions 0..S-1 and a single document: `eod_reset` off.
 
@@ -170,6 +178,7 @@ class PackedDataset(DataSource):
         reader: which files are read, with the same batches; auto = the flat ones where there are any, so that no
             MindSpore is needed.
         by_file: each row of the batches comes from files of its own, so that a rank reads only those of its rows.
+        most_documents: in a record; None = any number.
 
     Raises:
         UserError: no records, another sequence length, vocabulary or tokenizer, a batch that the ranks cannot share
@@ -181,7 +190,9 @@ class PackedDataset(DataSource):
     def __init__(self, directory: str | Path, *, batch_size: int, seed: int, sequence_length: int, vocabulary_size: int,
                  shard: tuple[int, int] = (0, 1), shuffle: bool = True, eod_reset: bool = True, split: str = "train",
                  repeat: bool = True, tokenizer_fingerprint: str | None = None,
-                 reader: Literal["auto", "flat", "mindrecord"] = "auto", by_file: bool = False) -> None:
+                 reader: Literal["auto", "flat", "mindrecord"] = "auto", by_file: bool = False,
+                 most_documents: int | None = None) -> None:
+        self.most_documents = most_documents
         self.directory, self.index = Path(directory), read_index(directory)
         self._check("sequence_length", self.index.sequence_length, sequence_length)
         self._check("vocabulary_size", self.index.vocabulary_size, vocabulary_size)
@@ -216,7 +227,7 @@ class PackedDataset(DataSource):
         Without end when `repeat`, else up to `steps_per_epoch`.
 
         Raises:
-            UserError: a file is damaged.
+            UserError: a file is damaged, or a record holds more documents than `most_documents`.
         """
         for ids in self._ids(start_step):
             yield (ids, *self._positions_and_documents(ids[:, :-1]))
@@ -254,7 +265,9 @@ class PackedDataset(DataSource):
 
     def _positions_and_documents(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.eod_reset:
-            return document_positions(ids_BS, self.index.eot_id)
+            positions_BS, documents_BS = document_positions(ids_BS, self.index.eot_id)
+            check_documents(documents_BS, self.most_documents, self.directory)
+            return positions_BS, documents_BS
         return plain_positions(ids_BS, self.index.pad_id)
 
     def _check(self, name: str, packed: Any, wanted: Any) -> None:

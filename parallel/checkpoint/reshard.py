@@ -36,9 +36,11 @@ def run_reshard(settings: None, arguments: argparse.Namespace) -> dict[str, Any]
     Raises:
         UserError: the checkpoint is of another model, damaged or incomplete; no disk space.
     """
-    from parallel.task import build_task
+    from parallel.task import build_task, load_run
 
-    task, _, config = build_task(arguments.config, arguments.overrides)
+    package, run = load_run(arguments.config, arguments.overrides)
+    plain = package.written_out(run)  # the same parameters, without a device
+    task, _, config = build_task(arguments.config, [*arguments.overrides, *plain])
     slices = Slices(arguments.source)
     if config.world == 1:
         return _timed(arguments, slices, 1, lambda folder: write_full(folder, slices), slices_bytes(slices))

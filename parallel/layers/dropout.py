@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 
 from parallel.sharding.layout import Layer, Operand, OpSharding
 
@@ -35,11 +36,21 @@ def position_numbers(positions: int, salt: int) -> Tensor:
 @ops.constexpr
 def column_keys(shape: tuple[int, ...], salt: int) -> Tensor:
     """Odd int32 of `shape`: MurmurHash3's finaliser of the columns' numbers, times an odd salt."""
+    return Tensor(_column_keys(shape, salt))
+
+
+def _column_keys(shape: tuple[int, ...], salt: int) -> np.ndarray:
     h = np.arange(1, math.prod(shape) + 1, dtype=np.uint32)
     h = (h ^ (h >> np.uint32(16))) * np.uint32(_MIX_1 & 0xFFFFFFFF)
     h = (h ^ (h >> np.uint32(13))) * np.uint32(_MIX_2 & 0xFFFFFFFF)
     h = ((h ^ (h >> np.uint32(16))) | np.uint32(1)) * np.uint32(salt & 0xFFFFFFFF)
-    return Tensor(h.astype(np.int32).reshape(shape))
+    return h.astype(np.int32).reshape(shape)
+
+
+@ops.constexpr
+def every_eighth(shape: tuple[int, ...], salt: int, place: int) -> Tensor:
+    """`column_keys` of the columns place, 8 + place, 16 + place, ... of the last dim."""
+    return Tensor(np.ascontiguousarray(_column_keys(shape, salt)[..., place::8]))
 
 
 class Mix(Layer):
@@ -146,6 +157,41 @@ class Dropout(Layer):
         return [OpSharding(self.hash_product, (thin, columns)), OpSharding(self.hash_sum, (whole, thin)),
                 OpSharding(self.keep, (whole, ())), OpSharding(self.grow, (whole, ())),
                 OpSharding(self.product, (whole, whole))]
+
+
+class DropoutBits(Dropout):
+    """The mask of a `Dropout` over the probabilities [B, H, S, S] as bits, uint8 [B, H, S, S / 8]: bit i of byte j is 1
+    where column 8 j + i is kept, as FlashAttentionScore takes it. The scores need not be in memory for it.
+
+    Args:
+        rate: probability of zeroing, in (0, 1).
+        heads: H.
+    """
+
+    def __init__(self, rate: float, heads: int) -> None:
+        super().__init__(rate, ("batch", "heads", None, None))
+        self.heads = heads
+        self.bit, self.join, self.pack = ops.Mul(), ops.Add(), ops.Cast()
+
+    def construct(self, keys: tuple[Tensor, Tensor], batch: int, positions: int) -> Tensor:
+        """keys: of the rows, [B S, 1] each; positions: S, a multiple of 8."""
+        row_key = self.reshape(keys[0], (batch, 1, positions, 1))
+        row_sum = self.reshape(keys[1], (batch, 1, positions, 1))
+        packed = self._eighth(row_key, row_sum, positions, 0)
+        for place in range(1, 8):
+            kept = self._eighth(row_key, row_sum, positions, place)
+            packed = self.join(packed, self.bit(kept, ops.cast(2.0**place, kept.dtype)))
+        return self.pack(packed, mstype.uint8)
+
+    def _eighth(self, row_key: Tensor, row_sum: Tensor, positions: int, place: int) -> Tensor:
+        """float16 [B, H, S, S / 8], which holds whole numbers up to 2048: 1 where column 8 j + place is kept."""
+        columns = every_eighth((1, self.heads, 1, positions), self.salt, place)
+        hashed = self.hash_sum(self.hash_product(row_key, columns), row_sum)
+        return ops.cast(self.keep(hashed, self.threshold), mstype.float16)
+
+    def sharding(self) -> list[OpSharding]:
+        whole = self.operand
+        return [*super().sharding(), OpSharding(self.bit, (whole, ())), OpSharding(self.join, (whole, whole))]
 
 
 def connect_dropout(network: nn.Cell, seed: int) -> bool:

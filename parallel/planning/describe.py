@@ -19,7 +19,17 @@ import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.common.errors import UserError
-from parallel.planning.shapes import INTEGER_RESULTS, RULES, Dim, Dims, Result, broadcast, reshaped
+from parallel.planning.shapes import (
+    INTEGER_RESULTS,
+    RULES,
+    SIDE_RESULTS,
+    Dim,
+    Dims,
+    Result,
+    attended,
+    broadcast,
+    reshaped,
+)
 from parallel.sharding.layout import Layer
 from parallel.sharding.trainable import pipeline_units, shared_parameters
 from parallel.task import Task
@@ -121,6 +131,7 @@ class Op:
         needed: whether a gradient flows through it to the parameters.
         layer: whether it is in the first cell of its unit, which full recomputation runs again.
         free: whether it is outside every unit: each stage that needs its result computes it for itself.
+        attended: keys that each query of a fused attention is multiplied with; 0 for any other primitive.
     """
 
     primitive: str
@@ -137,6 +148,7 @@ class Op:
     needed: bool = False
     free: bool = False
     layer: bool = False
+    attended: int = 0
 
 
 @dataclass
@@ -258,6 +270,8 @@ class Trace:
     def call(self, primitive: Any, arguments: tuple) -> Any:
         """A primitive is called: notes it and gives its results."""
         name = primitive.name
+        # What is left out has no place in a strategy.
+        arguments = tuple(value for value in arguments if value is not None)
         if name not in RULES:
             raise UserError("the planner has no shape rule for this primitive", where=self.stack[-1][0], value=name,
                             hint="add one line to parallel/planning/shapes.py")
@@ -276,6 +290,8 @@ class Trace:
                               repr(rest))
         if name == "OneHot" and layout is not None:
             self.operations[-1].one_hot_axis = layout.inputs[0][-1]
+        if name == "FlashAttentionScore":
+            self.operations[-1].attended = attended(primitive, tensors)
         return outputs[0] if len(outputs) == 1 and name != "SplitWithSize" else tuple(outputs)
 
     def functional(self, name: str, *arguments: Any) -> SymbolicTensor:
@@ -301,8 +317,9 @@ class Trace:
         differentiable = any(item.differentiable for item in inputs) and name not in (
             *INTEGER_RESULTS, "OneHot", "StopGradient", "ZerosLike", "OnesLike")
         parameter = inputs[0].parameter if name == "Cast" else None
-        made = [SymbolicTensor(dims, "int32" if name == "TopK" and index else dtype, parameter,
-                               differentiable and not (name == "TopK" and index), number, self)
+        kinds = SIDE_RESULTS.get(name, {})
+        made = [SymbolicTensor(dims, kinds.get(index) or dtype, parameter, differentiable and index not in kinds,
+                               number, self)
                 for index, dims in enumerate(rule([item.dims for item in inputs]).outputs)]
         if plain:
             for index, item in enumerate(made):

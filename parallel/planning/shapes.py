@@ -186,6 +186,25 @@ def _top(operands: list[Dims], primitive: Any, arguments: list) -> Result:
     return Result((out, out))
 
 
+def _flash(operands: list[Dims], primitive: Any, arguments: list) -> Result:
+    """Largest scores and their sums, eight copies of each; an output that nobody uses; the mixed values."""
+    queries, values = operands[0], operands[2]
+    narrow = (*queries[:-1], Dim(8))
+    return Result((narrow, narrow, (Dim(1),), (*queries[:-1], values[-1])))
+
+
+def attended(primitive: Any, operands: list) -> int:
+    """Keys of a record, with all of which a fused attention multiplies its queries (masked ones are counted, too).
+
+    Args:
+        primitive: FlashAttentionScore.
+        operands: its tensors, queries first; with documents one after the other the last one tells where they end,
+            `primitive.documents` of them for each record.
+    """
+    queries, last = operands[0].shape, operands[-1].shape
+    return queries[2] if len(queries) == 4 else queries[0] * primitive.documents // last[0]
+
+
 _ELEMENTWISE = (
     "Add Sub Mul RealDiv Div FloorDiv Maximum Minimum Pow AddN Equal NotEqual Greater GreaterEqual Less LessEqual "
     "LogicalAnd LogicalOr Select BitwiseAnd BitwiseOr BitwiseXor RightShift LeftShift")
@@ -199,11 +218,15 @@ RULES: dict[str, Callable[[list[Dims], Any, list], Result]] = {
     "ReduceSum": _reduce, "ReduceMean": _reduce, "ReduceMax": _reduce, "ReduceMin": _reduce, "ExpandDims": _expand,
     "LayerNorm": _layer_norm, "RmsNorm": _rms_norm, "OneHot": _one_hot, "Concat": _concat, "Stack": _stack,
     "SplitWithSize": _split, "StridedSlice": _strided_slice, "Tile": _tile, "Pad": _pad, "PadV3": _pad, "TopK": _top,
+    "FlashAttentionScore": _flash,
 }
 
 INTEGER_RESULTS = frozenset({"Equal", "NotEqual", "Greater", "GreaterEqual", "Less", "LessEqual", "LogicalAnd",
                              "LogicalOr", "LogicalNot"})
 """Results without a gradient."""
+SIDE_RESULTS: dict[str, dict[int, str | None]] = {
+    "TopK": {1: "int32"}, "FlashAttentionScore": {0: "float32", 1: "float32", 2: None}}
+"""Results beside the one that has a gradient, by place, and their element types (None = that of the inputs)."""
 FOLLOWERS = frozenset({"Cast", "Reshape", "StopGradient", "Depend", "Detach"})
 """Primitives that keep their input's sharding."""
 VIEWS = frozenset({"Reshape", "StopGradient", "Depend", "Detach", "ExpandDims"})

@@ -42,7 +42,7 @@ _ATTRIBUTES = ("axis", "paddings", "output_num", "begin_mask", "end_mask", "elli
                "root_rank")
 _MARKS = ("micro", "mirror_user_id", "pipeline_param")
 _SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parallel/proof/compile",
-            "parallel/proof/export.py", "parallel/torch_runtime/program.py")
+            "parallel/proof/export.py", "parallel/torch_runtime/graph.py", "parallel/torch_runtime/program.py")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +127,8 @@ def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds
     from parallel.proof.replay.settings import check_layout
     from parallel.task import load_run
 
-    package, settings = load_run(config, list(overrides))
+    overrides = [*overrides, "parallel.backend=torch"]  # what a model leaves to the backend
+    package, settings = load_run(config, overrides)
     kinds = tuple(kinds or ("step", "loss", *(("scores",) if package.has_scores else ())))
     shaping = portable.shaping(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,

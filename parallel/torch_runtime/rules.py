@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.attention import flash
+from parallel.torch_runtime.graph import Node
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
@@ -25,7 +26,8 @@ UPDATES: dict[str, Rule] = {}
 VIEWS = {
     "Load", "Depend", "StopGradient", "Reshape", "Transpose", "TransposeExt", "ExpandDims", "Squeeze", "Flatten",
     "StridedSlice", "Slice", "Split", "SplitWithSize", "Unstack", "TupleGetItem", "MakeTuple", "MakeList", "Cast",
-    "BroadcastTo", "Contiguous", "ScalarToTensor", "TensorToScalar", "Tile", "AddN", "Item",
+    "BroadcastTo", "Contiguous", "ScalarToTensor", "TensorToScalar", "TensorToTuple", "Tile", "AddN",
+    "Item",
 }  # fmt: skip
 """Primitives whose result may share memory with an input (a cast to the same type, a sum of one item...)."""
 
@@ -143,6 +145,8 @@ RULES |= {
     "MakeList": lambda node, *items: tuple(items),
     "TupleGetItem": lambda node, items, index: items[int(index)],
     "Depend": lambda node, x, *after: x,
+    "TensorToTuple": lambda node, x: x,  # its readers take tensors, without waiting for the device
+    "FlashAttentionScore": flash.forward, "FlashAttentionScoreGrad": flash.backward,
     "UpdateState": lambda node, *after: None,
     "Reshape": lambda node, x, shape: x.reshape(ints(shape)),
     "Squeeze": lambda node, x, *dims: x.reshape(node.outputs[0].shape),

@@ -92,7 +92,7 @@ out.add_block_count(layers); out.add_head_count(12); out.add_layer_norm_eps(1e-5
 out.add_tokenizer_model("gpt2"); out.add_tokenizer_pre("gpt-2")
 vocabulary = json.load(open(f"{folder}/vocab.json"))
 out.add_token_list(sorted(vocabulary, key=vocabulary.get)); out.add_token_types([1] * 50256 + [3])
-out.add_token_merges([])
+out.add_token_merges(["! !"])  # it wants one; prompts have letters only
 out.add_bos_token_id(50256); out.add_eos_token_id(50256)
 out.add_tensor("token_embd.weight", get("wte.weight")); out.add_tensor("position_embd.weight", get("wpe.weight"))
 out.add_tensor("output.weight", get("wte.weight"))
@@ -132,7 +132,7 @@ def llama(python: str, scratch: Path, layers: int) -> Command:
     subprocess.run([python, "-c", _GGUF, str(folder), str(scratch / "gpt2.gguf"), str(layers)], check=True,
                    stdout=subprocess.DEVNULL)
     return ([python, "-m", "llama_cpp.server", "--model", str(scratch / "gpt2.gguf"), "--port", "PORT", "--n_ctx",
-             str(CONTEXT), "--model_alias", "gpt2"], {}, "gpt2")
+             str(CONTEXT), "--model_alias", "gpt2", "--interrupt_requests", "False"], {}, "gpt2")
 
 
 PEERS = {"vllm": vllm, "llama": llama}

@@ -26,8 +26,10 @@ _READS: dict[str, str | tuple[str, ...]] = {
     "Exp": ("o0",), "Tanh": ("o0",), "ReLU": ("o0",), "Sqrt": ("o0",), "Rsqrt": ("o0",), "Reciprocal": ("o0",),
     "GeLU": ("i0", "o0"), "FastGeLU": ("i0",), "SiLU": ("i0",), "Log": ("i0",), "Log1p": ("i0",), "Square": ("i0",),
     "Abs": ("i0",), "Erf": ("i0",), "LayerNorm": ("i0", "o1", "o2"), "RmsNorm": ("i0", "o1"),
+    "FlashAttentionScore": ("i0", "i1", "i2", "i3", "i4", "o0", "o1", "o2", "o3"),
     "ReduceMax": ("i0", "o0"), "ReduceMin": ("i0", "o0"), "Gather": ("i1",), "Select": ("i0",), "TopK": ("o1",),
 }
+_BACKWARD_PRODUCTS = 5  # of a fused attention: scores, and the gradients by probabilities, values, queries and keys
 _NOTHING = frozenset({"Depend", "StopGradient", "Detach"})
 
 
@@ -201,7 +203,9 @@ class ForwardTracer:
                        if not cell or not self._is_made_in(item, cell))
         if not _is_weight_copy(operation):
             done.largest = max(done.largest, out_bytes)
-        if operation.primitive in PRODUCTS:
+        if operation.attended:
+            self._attention(operation, operands, work, in_bytes + out_bytes)
+        elif operation.primitive in PRODUCTS:
             self._product(operation, operands, outputs, work, in_bytes + out_bytes)
         elif _moves_memory(operation) and (in_bytes + out_bytes or not cell):
             if operation.primitive == "Gather":
@@ -225,6 +229,15 @@ class ForwardTracer:
         work.products[product] += 1
         if operation.needed:
             self.done.backward.products[product] += sum(item.differentiable for item in operation.inputs)
+
+    def _attention(self, operation: Op, operands: list[Dims], work: Work, moved: int) -> None:
+        """A fused attention: two products forward, and five backward, the scores being computed again."""
+        width = operands[0][-1].size
+        rows = self.mesh.local(operands[0]) // width  # times heads
+        product = (2 * rows * operation.attended * width, min(operation.attended, width), moved // 2)
+        work.products[product] += 2
+        if operation.needed:
+            self.done.backward.products[product] += _BACKWARD_PRODUCTS
 
     def _read(self, operation: Op, operands: list[Dims]) -> None:
         """Records the forward results that this operation's gradient reads."""

@@ -54,6 +54,7 @@ class Layout:
 # The epsilon: see docs/replay.md for what float32 rounds.
 _SPARSE = "train.sparse_optimizer.name=adagrad train.sparse_optimizer.learning_rate=1e-2 " \
           "train.sparse_optimizer.epsilon=1e-2"
+_FLASH = "model.attention=flash model.hidden_size=64"  # heads of 16, which it asks for
 LAYOUTS = (
     # Each dimension alone.
     Layout("one", _keys()),
@@ -120,6 +121,13 @@ LAYOUTS = (
     Layout("dropout_accumulation", _keys(data=2, more="train.accumulation=2 model.dropout=0.1")),
     Layout("dropout_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more="parallel.sequence=true "
                                      "model.dropout=0.1")),
+    # Attention by Ascend's fused operator, against the written-out form on one device.
+    Layout("flash", _keys(2, 2, more=_FLASH)),
+    Layout("flash_recompute", _keys(2, 2, recompute="full", more=_FLASH), "flash"),
+    Layout("flash_all_five", _keys(2, 2, 2, shard=-1, recompute="full", more=f"parallel.sequence=true {_FLASH}")),
+    Layout("flash_dropout", _keys(2, 2, more=f"{_FLASH} model.dropout=0.1")),
+    Layout("flash_dropout_all_five", _keys(2, 2, 2, shard=-1, recompute="selective",
+                                           more=f"{_FLASH} model.dropout=0.1")),
     # What rankers have besides: tables with an optimizer of their own, tokens sharded, experts on the data axis.
     Layout("sparse_optimizer", _keys(data=2, shard=-1, more=_SPARSE)),
     Layout("sparse_optimizer_op", _keys(2, 2, shard=-1, more=f"{_SPARSE} train.accumulation=2")),

@@ -100,6 +100,7 @@ RULES |= {
     "MakeTuple": lambda node, *items: tuple(items),
     "MakeList": lambda node, *items: tuple(items),
     "TupleGetItem": lambda node, items, index: items[int(index)],
+    "TensorToTuple": lambda node, x: tuple(int(item) for item in x),
     "Depend": lambda node, x, *after: x,
     "UpdateState": lambda node, *after: None,
     "Reshape": lambda node, x, shape: np.reshape(x, tuple(int(size) for size in np.atleast_1d(shape))
@@ -336,6 +337,73 @@ def _broadcast_dims(node: Node, one: Sequence[int], other: Sequence[int]) -> tup
     size = max(len(one), len(other))
     a, b = ((1,) * (size - len(shape)) + tuple(shape) for shape in (one, other))
     return tuple(i for i in range(size) if a[i] < b[i]), tuple(i for i in range(size) if b[i] < a[i])
+
+
+# Numbers of FlashAttentionScore's input layouts.
+BNSD, TND = 1, 4
+
+
+def _sequences(q: np.ndarray, hidden: np.ndarray | None, ends: tuple | None, other: tuple | None, layout: int,
+               sparse: int) -> list[tuple[Any, np.ndarray | bool]]:
+    """(index of its rows, which pairs of positions are hidden) of every sequence that FlashAttentionScore runs over.
+
+    Raises:
+        ValueError: a mode that no model uses, or ends that do not reach the last row.
+    """
+    if int(layout) == BNSD and ends is None and int(sparse) == 0:
+        return [((Ellipsis,), False if hidden is None else hidden.astype(bool))]
+    if int(layout) != TND or ends != other or int(sparse) not in (2, 3):
+        raise ValueError(f"no rule for FlashAttentionScore with layout {layout}, sparse mode {sparse}")
+    if not np.array_equal(hidden, np.triu(np.ones_like(hidden), 1)) or ends[-1] != len(q):
+        raise ValueError(f"FlashAttentionScore with a mask that is not causal, or {ends[-1]} of {len(q)} rows")
+    return [(slice(start, end), np.triu(np.ones((end - start, end - start), bool), 1))
+            for start, end in zip((0, *ends[:-1]), ends, strict=True) if end > start]
+
+
+def _heads_first(x: np.ndarray) -> np.ndarray:
+    """[s, H, K] of one sequence as [H, s, K]; [B, H, S, K] as it is. Its own inverse."""
+    return np.swapaxes(x, 0, 1) if x.ndim == 3 else x
+
+
+def _kept(bits: np.ndarray | None, keep: float) -> Any:
+    """What the probabilities are multiplied by: 0 or 1 / keep (a float32), the first column in the lowest bit."""
+    grown = float(np.float32(1.0) / np.float32(keep))
+    return 1.0 if bits is None else np.unpackbits(bits, axis=-1, bitorder="little") * grown
+
+
+@rule("FlashAttentionScore")
+def _flash(node: Node, q: np.ndarray, k: np.ndarray, v: np.ndarray, shift: None, bits: Any, padding: None, mask: Any,
+           prefix: None, ends: Any, other: Any, heads: int, keep: float, scale: float, before: int, after: int,
+           precise: int, layout: int, sparse: int) -> tuple:
+    kept, out = _kept(bits, keep), np.empty_like(v)
+    largest, total = (np.empty((*q.shape[:-1], 8), q.dtype) for _ in range(2))
+    for rows, hidden in _sequences(q, mask, ends, other, layout, sparse):
+        queries, keys, values = (_heads_first(x[rows]) for x in (q, k, v))
+        scores = np.where(hidden, -np.inf, queries @ np.swapaxes(keys, -1, -2) * scale)
+        top = scores.max(axis=-1, keepdims=True)
+        p = np.exp(scores - top)
+        row_sum = p.sum(axis=-1, keepdims=True)
+        out[rows] = _heads_first((p / row_sum * kept) @ values)
+        largest[rows], total[rows] = _heads_first(top), _heads_first(row_sum)
+    return largest, total, np.zeros(1, q.dtype), out
+
+
+@rule("FlashAttentionScoreGrad")
+def _flash_grad(node: Node, q: np.ndarray, k: np.ndarray, v: np.ndarray, gradient: np.ndarray, shift: None, bits: Any,
+                padding: None, mask: Any, largest: np.ndarray, total: np.ndarray, unused: Any, out: np.ndarray,
+                prefix: None, ends: Any, other: Any, heads: int, keep: float, scale: float, before: int, after: int,
+                precise: int, layout: int, sparse: int) -> tuple:
+    kept = _kept(bits, keep)
+    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+    for rows, hidden in _sequences(q, mask, ends, other, layout, sparse):
+        queries, keys, values, dy, y, top, row_sum = (_heads_first(x[rows]) for x in (q, k, v, gradient, out, largest,
+                                                                                      total))
+        scores = np.where(hidden, -np.inf, queries @ np.swapaxes(keys, -1, -2) * scale)
+        p = np.exp(scores - top[..., :1]) / row_sum[..., :1]
+        ds = p * (dy @ np.swapaxes(values, -1, -2) * kept - (dy * y).sum(axis=-1, keepdims=True)) * scale
+        dv[rows] = _heads_first(np.swapaxes(p * kept, -1, -2) @ dy)
+        dq[rows], dk[rows] = _heads_first(ds @ keys), _heads_first(np.swapaxes(ds, -1, -2) @ queries)
+    return dq, dk, dv, np.zeros(1, q.dtype)
 
 
 @rule("AdamWeightDecay", table=UPDATES)

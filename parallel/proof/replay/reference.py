@@ -52,7 +52,10 @@ class OneDevice:
         from parallel.training.sharded.step import micro_batches
 
         start_device(target="CPU")
-        self.config, self.overrides = config, list(overrides)
+        self.config = config
+        # The other side of whatever the layout has fused.
+        package, settings = load_run(config, list(overrides))
+        self.overrides = [*overrides, *package.written_out(settings)]
         self.compilers = compilers
         self.single: dict[int, AllRanks] = {}
         self.histories: dict[bytes, History] = {}

@@ -60,9 +60,11 @@ def check_size(config: str, overrides: Sequence[str]) -> None:
 def check_layout(config: str, overrides: Sequence[str]) -> None:
     """Raises a `UserError` if the layout does not fit the network or the batch, before anything is compiled."""
     from parallel.sharding.parallelize import parallelize
-    from parallel.task import build_task
+    from parallel.task import build_task, load_run
     from parallel.training.sharded.step import input_shapes
 
-    task, settings, layout = build_task(config, list(overrides))
+    # This process has no kernels of Ascend's.
+    package, settings = load_run(config, list(overrides))
+    task, settings, layout = build_task(config, [*overrides, *package.written_out(settings)])
     input_shapes(task, settings.train, layout)
     parallelize(task.network, layout)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.torch_runtime import fused
-from parallel.torch_runtime.program import Kind, Node
+from parallel.torch_runtime.fusion import fused
+from parallel.torch_runtime.graph import Kind, Node
 
 
 def check(device: torch.device) -> dict[str, float]:
@@ -87,7 +87,7 @@ def time_attention(device: torch.device, tiles: dict[str, list[tuple]]) -> dict[
     """Milliseconds of attention, (forward, backward), at the size of a layer (batch 16, two documents a sample), by
     kind of mask; and with every tile of `tiles` (kernel: [(rows, columns, warps, stages)]), the best of which stay set.
     """
-    from parallel.torch_runtime import dropout_attention
+    from parallel.torch_runtime.attention import dropout_attention
 
     own, size, found = fused.fused_rules(device), (16, 16, 1024, 64), {}
     documents = torch.arange(size[2], device=device)[None].expand(size[0], -1) // 512

@@ -120,6 +120,16 @@ def test_plain_positions_by_hand():
     assert mask_of(documents)[0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
+def test_a_record_with_more_documents_than_attention_is_told_of_is_refused(folder, all_records):
+    ends = (all_records[:, :-1] == 9).sum(1)
+    documents = int(document_positions(all_records[:, :-1], 9)[1].max()) + 1
+    assert 2 < documents <= ends.max() + 1
+    steps = open_set(folder).steps_per_epoch
+    assert_same(take(open_set(folder, most_documents=documents), 0, steps), take(open_set(folder), 0, steps))
+    with pytest.raises(UserError, match=f"a record holds .* and attention is told where {documents - 1} end"):
+        take(open_set(folder, most_documents=documents - 1), 0, steps)
+
+
 # ---------------------------------------------------------------- order
 
 @settings(max_examples=60, deadline=None)

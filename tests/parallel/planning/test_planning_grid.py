@@ -35,6 +35,13 @@ GRID = {
     "dropout": (TINY, 0, "parallel.data=2 parallel.op=2 model.dropout=0.1 " + EIGHT),
     "dropout, recomputed, last stage": (TINY, 4, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full "
                                         "model.dropout=0.1 train.global_batch_size=16 " + PIPE),
+    "flash": (TINY, 0, "parallel.data=2 parallel.op=2 model.attention=flash " + EIGHT),
+    "flash, recomputed, last stage": (TINY, 4, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full "
+                                      "parallel.sequence=true model.attention=flash train.global_batch_size=16 "
+                                      + PIPE),
+    "flash, dropout": (TINY, 0, "parallel.data=2 parallel.op=2 model.attention=flash model.dropout=0.1 " + EIGHT),
+    "flash, dropout, first stage": (TINY, 0, "parallel.data=2 parallel.op=2 model.attention=flash model.dropout=0.1 "
+                                    "parallel.recompute.policy=full train.global_batch_size=16 " + PIPE),
     "full recomputation": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full " + EIGHT),
     "sliced": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.recompute.policy=full "
                "parallel.recompute.slice_activations=true " + EIGHT),
@@ -69,7 +76,7 @@ GRID = {
     **{f"{name} in stages": (ROOT / f"configs/recsys/{name}.yaml", 0, "parallel.data=2 parallel.pipeline.stages=2")
        for name in ("tokenmixer_large_ug_sep", "rankmixer_ug_sep", "hiformer", "autoint", "dhen")},
 }
-QUICK = ("all of them, last stage, sequence", "sliced", "ranker")
+QUICK = ("all of them, last stage, sequence", "sliced", "flash, recomputed, last stage", "ranker")
 
 
 @pytest.fixture(scope="module")

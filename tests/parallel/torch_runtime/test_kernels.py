@@ -10,8 +10,9 @@ torch = pytest.importorskip("torch")
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are made
 pytest.importorskip("triton")
 
-from parallel.torch_runtime import dropout_attention, fused, kernels  # noqa: E402
-from parallel.torch_runtime.program import Kind, Node  # noqa: E402
+from parallel.torch_runtime.attention import dropout_attention, flash  # noqa: E402
+from parallel.torch_runtime.fusion import fused, kernels  # noqa: E402
+from parallel.torch_runtime.graph import Kind, Node  # noqa: E402
 
 
 def near(got, wanted, tolerance: float = 1e-5) -> None:
@@ -69,3 +70,22 @@ def test_attention(mask, dropout):
     near([found[0]], [wanted.detach()])
     near(dropout_attention.backward(node, gradient, found, q, k, v, given, parts, spans),
          [leaf.grad for leaf in leaves])
+
+
+def test_documents_one_after_the_other(monkeypatch):
+    """FlashAttentionScore and its gradient by the kernels, against the written-out rule."""
+    torch.manual_seed(0)
+    q, k, v, gradient = (torch.randn(150, 2, 16) for _ in range(4))
+    mask, node = torch.ones(8, 8).triu(1).byte(), Node("FlashAttentionScore", [], [])
+    rest = (None, ends := torch.tensor([1, 70, 70, 130, 150]), ends, 2, 1.0, 0.25, 99, 0, 0, 4, 2)
+
+    def both() -> tuple:
+        largest, total, unused, out = flash.forward(node, q, k, v, None, None, None, mask, *rest)
+        assert largest.shape == total.shape == (150, 2, 8)
+        return out, *flash.backward(node, q, k, v, gradient, None, None, None, mask, largest, total, unused, out,
+                                    *rest)[:3]
+
+    wanted = both()
+    monkeypatch.setattr(flash, "_has_kernel", lambda q: True)
+    monkeypatch.setattr(flash, "_sequences", None)  # not by this way
+    near(both(), wanted)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from parallel.proof.compile import graph as compiled  # noqa: E402
 from parallel.proof.replay import numpy_ops  # noqa: E402
-from parallel.torch_runtime import program, rules  # noqa: E402
+from parallel.torch_runtime import graph, rules  # noqa: E402
 
 
 def floats(*shape: int, positive: bool = False):
@@ -23,6 +23,11 @@ def floats(*shape: int, positive: bool = False):
 def whole(*shape: int, low: int = 0, high: int = 5):
     """A maker of int32 inputs."""
     return lambda generator: generator.integers(low, high, shape).astype(np.int32)
+
+
+def large(*shape: int):
+    """A maker of floats above 3."""
+    return lambda generator: np.abs(generator.standard_normal(shape)) + 3.0
 
 
 def truths(*shape: int):
@@ -45,6 +50,12 @@ WITH_NUMBER = ["ScalarAdd", "ScalarMul", "Adds", "Subs", "LessScalar", "LessEqua
                "Minimum", "Pow"]
 BITWISE = ["BitwiseXor", "BitwiseAnd", "BitwiseOr", "BitwiseAndTensor", "BitwiseXorTensor", "BitwiseOrTensor"]
 REDUCTIONS = ["ReduceSum", "SumExt", "ReduceMax", "ReduceMin", "ReduceMean", "MeanExt", "ReduceProd"]
+# Shape, bits of dropout, mask, and further inputs of a fused attention: documents one after the other, one of them
+# empty; and masked ones with dropout.
+FLASH = [((7, 2, 16), None, lambda generator: np.triu(np.ones((4, 4), np.uint8), 1),
+          ((3, 3, 7), (3, 3, 7), 2, 1.0, 0.25, 99, 0, 0, 4, 2)),
+         ((2, 2, 8, 16), lambda generator: generator.integers(0, 256, (2, 2, 8, 1)).astype(np.uint8),
+          lambda generator: np.triu(np.ones((2, 1, 8, 8), np.uint8), 1), (None, None, 2, 0.9, 0.25, 99, 99, 0, 1, 0))]
 # op, inputs (makers or constants), attributes, shape of the declared output where the rule reads it
 CASES: list[tuple] = [
     *[(op, [X]) for op in ONE], *[(op, [P]) for op in POSITIVE], *[(op, [X, Y]) for op in TWO],
@@ -104,6 +115,12 @@ CASES: list[tuple] = [
       for attributes in ({}, {"exclusive": 1}, {"reverse": 1}, {"exclusive": 1, "reverse": 1})],
     ("Einsum", [(floats(2, 3, 4), floats(2, 4, 5))], {"equation": "bij,bjk->bik"}),
     *[(op, [(3, 1, 4), (2, 1)]) for op in ("DynamicBroadcastGradientArgs", "BroadcastGradientArgs")],
+    ("TensorToTuple", [whole(4)]),
+    *[("FlashAttentionScore", [*[floats(*shape)] * 3, None, bits, None, mask, None, *more])
+      for shape, bits, mask, more in FLASH],
+    *[("FlashAttentionScoreGrad", [*[floats(*shape)] * 4, None, bits, None, mask, large(*shape[:-1], 8),
+                                   large(*shape[:-1], 8), 0.0, floats(*shape), None, *more])
+      for shape, bits, mask, more in FLASH],
 ]  # fmt: skip
 
 
@@ -153,7 +170,7 @@ def test_a_rule_gives_what_the_replay_gives(case):
         values = [made(item, generator, dtype) for item in inputs]
         node = compiled.Node("x", op, [], [compiled.TensorType(shape, dtype)], attributes)
         wanted = numpy_ops.RULES[op](node, *values)
-        node = program.Node(op, [], [program.Kind(shape, dtype)], attributes)
+        node = graph.Node(op, [], [graph.Kind(shape, dtype)], attributes)
         same(rules.RULES[op](node, *map(torched, values)), wanted, tolerance)
 
 
@@ -171,7 +188,7 @@ def test_an_update_changes_its_parameters_in_place_as_the_replay_says(op, dtype,
     values = [made(item, generator, dtype) for item in UPDATES[op]]
     wanted = numpy_ops.UPDATES[op](compiled.Node("x", op, [], []), *values)
     tensors = [torched(value) for value in values]
-    rules.UPDATES[op](program.Node(op, [], []), *tensors)
+    rules.UPDATES[op](graph.Node(op, [], []), *tensors)
     assert rules.WRITES.get(op, 1) == len(wanted)
     same(tuple(tensors[:len(wanted)]), tuple(wanted), tolerance)
 
@@ -189,7 +206,7 @@ def test_views_are_the_rules_that_may_share_memory():
         if op in rules.VIEWS:
             continue
         values = [torched(made(item, np.random.default_rng(1), "float32")) for item in inputs]
-        result = rules.RULES[op](program.Node(op, [], [program.Kind(shape, "float32")], attributes), *values)
+        result = rules.RULES[op](graph.Node(op, [], [graph.Kind(shape, "float32")], attributes), *values)
         taken = {item.untyped_storage().data_ptr() for value in values for item in
                  (value if isinstance(value, tuple) else (value,)) if isinstance(item, torch.Tensor)}
         for item in result if isinstance(result, tuple) else (result,):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 
 _aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ def fused_rules(device: torch.device, traced: bool = False) -> dict[str, Callabl
     """
     rules = dict(_PLAIN)
     if device.type == "cuda" and not traced:
-        from parallel.torch_runtime import kernels
+        from parallel.torch_runtime.fusion import kernels
 
         rules |= {"RowSums": kernels.row_sums, "RowSumsGrad": kernels.row_sums_grad, "FusedAdam": _adam_cuda,
                   "SumOfSquares": _sum_of_squares_cuda}
@@ -61,7 +61,7 @@ def _attention(node: Node, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple
     """(out, what the gradient needs...) of softmax(q k^T + bias) v; q is scaled already."""
     bias, spans, dropout = _parts(node, rest)
     if _own_kernel(q, spans, dropout):
-        from parallel.torch_runtime import dropout_attention
+        from parallel.torch_runtime.attention import dropout_attention
 
         return dropout_attention.forward(node, q, k, v, bias, dropout, spans)
     if spans:
@@ -82,7 +82,7 @@ def _attention_grad(node: Node, dout: Tensor, forward: tuple, q: Tensor, k: Tens
     """Gradients by q, k and v."""
     bias, spans, dropout = _parts(node, rest)
     if _own_kernel(q, spans, dropout):
-        from parallel.torch_runtime import dropout_attention
+        from parallel.torch_runtime.attention import dropout_attention
 
         return dropout_attention.backward(node, dout, forward, q, k, v, bias, dropout, spans)
     if spans:
@@ -220,7 +220,7 @@ def _adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient
 
 
 def _adam_cuda(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient: Tensor, *_: Any) -> None:
-    from parallel.torch_runtime import kernels
+    from parallel.torch_runtime.fusion import kernels
 
     fits = p.is_contiguous() and p.dtype == m.dtype == v.dtype == torch.float32
     (kernels.adam if fits else _adam)(node, p, m, v, scalars, gradient)
