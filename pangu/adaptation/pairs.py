@@ -74,8 +74,8 @@ class PairsDataset(DataSource):
         most_documents: pairs in a record; None = any number.
 
     Raises:
-        UserError: see `numbered_pairs`; a pair longer than the model's context; a batch that ranks cannot share; a record
-            with more pairs than `most_documents`.
+        UserError: see `numbered_pairs`; a pair longer than the model's context; a batch that ranks cannot share; a
+            record with more pairs than `most_documents`.
     """
 
     columns = ("input_ids", "position_ids", "documents", "counted")
