@@ -10,7 +10,7 @@ from parallel.proof.compile.rank_compiler import Compilers, Request
 from parallel.proof.export import converted
 from parallel.proof.replay.executor import prepare
 from parallel.proof.replay.inline import flat
-from parallel.torch_runtime.program import Graph
+from parallel.torch_runtime.graph import Graph
 
 
 def graphs_of(builder: str, arguments: Sequence[dict[str, Any]], compilers: Compilers) -> list[Graph]:

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from parallel.common.errors import UserError
 from parallel.interchange.sizes import Counted, Filled, Size
-from parallel.torch_runtime.program import Literal
+from parallel.torch_runtime.graph import Literal
 
 OPSET = 18
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE,

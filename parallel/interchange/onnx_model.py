@@ -16,7 +16,7 @@ import numpy as np
 from parallel.common.errors import UserError
 from parallel.interchange.ports import Port
 from parallel.interchange.sizes import FreeSizes
-from parallel.torch_runtime.program import Graph
+from parallel.torch_runtime.graph import Graph
 
 Reader = Callable[[str, tuple[int, ...]], np.ndarray]
 _INLINE_BYTES = 1 << 30

@@ -18,7 +18,7 @@ import numpy as np
 from parallel.common.errors import UserError
 from parallel.interchange.onnx_graph import LAST, OnnxGraph, Value
 from parallel.interchange.sizes import Size
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 from parallel.torch_runtime.rules import dims_of, ints
 
 Rule = Callable[..., Any]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from parallel.common.errors import UserError
-from parallel.torch_runtime.program import Graph, Literal
+from parallel.torch_runtime.graph import Graph, Literal
 
 PRIMES = (211, 223, 199, 227)
 Number = int | float

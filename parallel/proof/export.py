@@ -42,7 +42,7 @@ _ATTRIBUTES = ("axis", "paddings", "output_num", "begin_mask", "end_mask", "elli
                "root_rank")
 _MARKS = ("micro", "mirror_user_id", "pipeline_param")
 _SOURCES = ("parallel/layers", "parallel/sharding", "parallel/training", "parallel/proof/compile",
-            "parallel/proof/export.py", "parallel/torch_runtime/program.py")
+            "parallel/proof/export.py", "parallel/torch_runtime/graph.py", "parallel/torch_runtime/program.py")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from parallel.torch_runtime.graph import Graph, Node
 from parallel.torch_runtime.groups import JOINED
-from parallel.torch_runtime.program import Graph, Node
 
 FULL = 48 << 20
 """Bytes of a bucket that begins without waiting for more."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from parallel.common.errors import UserError
 from parallel.torch_runtime.buckets import bucketed
+from parallel.torch_runtime.graph import COLLECTIVES, Graph, Literal, Node
 from parallel.torch_runtime.groups import Communicator, Pending
-from parallel.torch_runtime.program import COLLECTIVES, Graph, Literal, Node
 from parallel.torch_runtime.rules import RULES, UPDATES, VIEWS, WRITES
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.common.errors import UserError
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 from parallel.training.operation.stall import ACTIVITY, waiting
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,

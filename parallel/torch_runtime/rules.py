@@ -18,7 +18,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from parallel.torch_runtime.attention import flash
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}

@@ -17,10 +17,12 @@ from torch import Tensor
 from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
-from parallel.torch_runtime.fused import fused_rules
+from parallel.torch_runtime.fusion.attention_pass import documents_input
+from parallel.torch_runtime.fusion.fused import fused_rules
+from parallel.torch_runtime.fusion.passes import optimized
+from parallel.torch_runtime.graph import Graph
 from parallel.torch_runtime.groups import Communicator, join, leave
-from parallel.torch_runtime.passes import documents_input, optimized
-from parallel.torch_runtime.program import Graph, Program, start_of
+from parallel.torch_runtime.program import Program, start_of
 from parallel.torch_runtime.program import Tensor as Held
 from parallel.training.backend import SlicedBackend
 from parallel.training.data_source import SAMPLE_NUMBERS
@@ -302,7 +304,7 @@ class TorchStep(SlicedBackend):
         graph = optimized(graph, causal=causal, free=free)
         kind = Binder
         if self.mode == "inductor":
-            from parallel.torch_runtime.regions import RegionBinder
+            from parallel.torch_runtime.fusion.regions import RegionBinder
 
             kind = RegionBinder
         bound = kind(graph, self.state, self.device, communicator=self.communicator, rules=fused_rules(self.device),

@@ -21,7 +21,7 @@ from pangu.native import kernel_library
 
 
 class GraphRank(Protocol):
-    """What runs the graphs of this process: `parallel.torch_runtime.inference.InferenceRank`."""
+    """What runs the graphs of this process: `parallel.torch_runtime.inference.rank.InferenceRank`."""
 
     def shape(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a graph's inputs by name."""

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 
 _LOG2E = 1.4426950408889634
 _ALL, _BIASED, _DOCUMENTS = 0, 1, 2

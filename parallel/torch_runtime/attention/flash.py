@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 
 _BNSD, _TND = 1, 4
 _KERNEL_WIDTHS = (16, 32, 64, 128)

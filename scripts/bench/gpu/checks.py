@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.torch_runtime import fused
-from parallel.torch_runtime.program import Kind, Node
+from parallel.torch_runtime.fusion import fused
+from parallel.torch_runtime.graph import Kind, Node
 
 
 def check(device: torch.device) -> dict[str, float]:

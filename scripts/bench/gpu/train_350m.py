@@ -46,7 +46,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from parallel.torch_runtime import buckets, captured, execute, passes  # noqa: E402
+from parallel.torch_runtime import buckets, captured, execute  # noqa: E402
+from parallel.torch_runtime.fusion import attention_pass  # noqa: E402
 from parallel.torch_runtime.program import Program  # noqa: E402
 from parallel.torch_runtime.step import TorchStep, measured_tflops  # noqa: E402
 from scripts.bench.gpu.checks import check, time_attention  # noqa: E402
@@ -100,7 +101,7 @@ class Ours:
     def __init__(self, program: Program, rank: int, device: str, mode: str, address: str | None) -> None:
         mode, *options = mode.split("+")
         buckets.FULL = 0 if "alone" in options else 48 << 20
-        passes.SPANS = "none" if "bias" in options else "all"
+        attention_pass.SPANS = "none" if "bias" in options else "all"
         # Ways to look for a mistake: sums over ranks that leave what they sum as it is, and no captured graph.
         execute.Binder._alone = (lambda binder, number: False) if "clone" in options else _ALONE
         captured.Captured = (lambda bound, _: bound) if "uncaptured" in options else _CAPTURED

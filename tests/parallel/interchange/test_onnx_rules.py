@@ -18,7 +18,7 @@ from parallel.interchange.onnx_graph import OPSET, OnnxGraph, Value  # noqa: E40
 from parallel.interchange.onnx_rules import RULES, At, apply  # noqa: E402
 from parallel.proof.compile import graph as compiled  # noqa: E402
 from parallel.proof.replay import numpy_ops  # noqa: E402
-from parallel.torch_runtime import program  # noqa: E402
+from parallel.torch_runtime import graph  # noqa: E402
 from tests.parallel.torch_runtime.test_rules import CASES, made, parts, same  # noqa: E402
 
 REFUSED = {"Softmax": (0, 2), "LogSoftmax": (0, 2)}  # dims that have no rule
@@ -55,7 +55,7 @@ def test_a_rule_gives_what_the_replay_gives(case):
         wanted = np.asarray(wanted)
         wanted = wanted.astype(np.float32) if wanted.dtype == np.float64 else wanted
     g, values = OnnxGraph(()), {}
-    at = At(program.Node(op, [], [], attributes), wanted.dtype.name if single else None,
+    at = At(graph.Node(op, [], [], attributes), wanted.dtype.name if single else None,
             wanted.shape if single else None)
     given = [fed(g, values, item) for item in arrays]
     if inputs[1:2] == [REFUSED.get(op)]:
@@ -77,4 +77,4 @@ def test_every_rule_is_one_of_the_replay_and_has_a_case():
 
 def test_a_primitive_without_a_rule_is_named():
     with pytest.raises(UserError, match="no ONNX rule for the primitive BitwiseXor"):
-        apply(OnnxGraph(()), At(program.Node("BitwiseXor", [], []), "int32", (2,)), [])
+        apply(OnnxGraph(()), At(graph.Node("BitwiseXor", [], []), "int32", (2,)), [])

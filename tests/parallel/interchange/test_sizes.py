@@ -7,7 +7,7 @@ import pytest
 
 from parallel.common.errors import UserError
 from parallel.interchange.sizes import Counted, Filled, FreeSizes, Size, variants
-from parallel.torch_runtime.program import Graph, Kind, Literal, Node
+from parallel.torch_runtime.graph import Graph, Kind, Literal, Node
 
 
 def graphs(constants, names):

@@ -33,7 +33,7 @@ def main(folder: Path, rank: int, address: str, ways: list[str]) -> None:
     """Runs all ways, one after the other in the same processes."""
     import torch
 
-    from parallel.torch_runtime import regions
+    from parallel.torch_runtime.fusion import regions
     from parallel.torch_runtime.program import Program
     from parallel.torch_runtime.step import TorchStep
 
@@ -62,7 +62,8 @@ def serve() -> None:
     """See the module."""
     import torch
 
-    from parallel.torch_runtime import regions, step  # noqa: F401
+    from parallel.torch_runtime import step  # noqa: F401
+    from parallel.torch_runtime.fusion import regions  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 from parallel.torch_runtime import buckets  # noqa: E402
-from parallel.torch_runtime.program import Graph, Kind, Node  # noqa: E402
+from parallel.torch_runtime.graph import Graph, Kind, Node  # noqa: E402
 
 PAIR = (0, 1)
 GRAPH = Graph([], [], [], [], 0, [PAIR])

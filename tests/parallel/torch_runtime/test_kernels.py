@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are made
 pytest.importorskip("triton")
 
-from parallel.torch_runtime import fused, kernels  # noqa: E402
 from parallel.torch_runtime.attention import dropout_attention, flash  # noqa: E402
-from parallel.torch_runtime.program import Kind, Node  # noqa: E402
+from parallel.torch_runtime.fusion import fused, kernels  # noqa: E402
+from parallel.torch_runtime.graph import Kind, Node  # noqa: E402
 
 
 def near(got, wanted, tolerance: float = 1e-5) -> None:

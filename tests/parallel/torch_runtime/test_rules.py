@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from parallel.proof.compile import graph as compiled  # noqa: E402
 from parallel.proof.replay import numpy_ops  # noqa: E402
-from parallel.torch_runtime import program, rules  # noqa: E402
+from parallel.torch_runtime import graph, rules  # noqa: E402
 
 
 def floats(*shape: int, positive: bool = False):
@@ -170,7 +170,7 @@ def test_a_rule_gives_what_the_replay_gives(case):
         values = [made(item, generator, dtype) for item in inputs]
         node = compiled.Node("x", op, [], [compiled.TensorType(shape, dtype)], attributes)
         wanted = numpy_ops.RULES[op](node, *values)
-        node = program.Node(op, [], [program.Kind(shape, dtype)], attributes)
+        node = graph.Node(op, [], [graph.Kind(shape, dtype)], attributes)
         same(rules.RULES[op](node, *map(torched, values)), wanted, tolerance)
 
 
@@ -188,7 +188,7 @@ def test_an_update_changes_its_parameters_in_place_as_the_replay_says(op, dtype,
     values = [made(item, generator, dtype) for item in UPDATES[op]]
     wanted = numpy_ops.UPDATES[op](compiled.Node("x", op, [], []), *values)
     tensors = [torched(value) for value in values]
-    rules.UPDATES[op](program.Node(op, [], []), *tensors)
+    rules.UPDATES[op](graph.Node(op, [], []), *tensors)
     assert rules.WRITES.get(op, 1) == len(wanted)
     same(tuple(tensors[:len(wanted)]), tuple(wanted), tolerance)
 
@@ -206,7 +206,7 @@ def test_views_are_the_rules_that_may_share_memory():
         if op in rules.VIEWS:
             continue
         values = [torched(made(item, np.random.default_rng(1), "float32")) for item in inputs]
-        result = rules.RULES[op](program.Node(op, [], [program.Kind(shape, "float32")], attributes), *values)
+        result = rules.RULES[op](graph.Node(op, [], [graph.Kind(shape, "float32")], attributes), *values)
         taken = {item.untyped_storage().data_ptr() for value in values for item in
                  (value if isinstance(value, tuple) else (value,)) if isinstance(item, torch.Tensor)}
         for item in result if isinstance(result, tuple) else (result,):

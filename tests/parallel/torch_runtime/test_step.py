@@ -7,7 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from parallel.common.errors import UserError  # noqa: E402
-from parallel.torch_runtime.program import Graph, Kind, Node, Program, Rank, Tensor, Writer  # noqa: E402
+from parallel.torch_runtime.graph import Graph, Kind, Node  # noqa: E402
+from parallel.torch_runtime.program import Program, Rank, Tensor, Writer  # noqa: E402
 from parallel.torch_runtime.step import TorchStep, check_messages  # noqa: E402
 
 NEEDS = {"bytes": 152_300_000_000, "kinds": {"parameters": 1_400_000_000, "activations": 140_000_000_000,

@@ -139,7 +139,8 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_estimate_dry_run_and_run_are_one_program(name, tmp_path):
     """The graph that torch runs has the collectives that the dry run reports and the estimate counts."""
-    from parallel.torch_runtime.program import COLLECTIVES, Program
+    from parallel.torch_runtime.graph import COLLECTIVES
+    from parallel.torch_runtime.program import Program
 
     words = ["--config", CONFIG, *SIZES, "train.precision=fp16", *BLOCKS[name]]
     told = {}

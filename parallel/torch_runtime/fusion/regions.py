@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from parallel.torch_runtime.execute import Binder, Step, read_by
-from parallel.torch_runtime.fused import fused_rules
-from parallel.torch_runtime.program import COLLECTIVES, Graph, Kind, Node
-from parallel.torch_runtime.rewrite import dependencies, only_for_the_update
+from parallel.torch_runtime.fusion.fused import fused_rules
+from parallel.torch_runtime.fusion.rewrite import dependencies, only_for_the_update
+from parallel.torch_runtime.graph import COLLECTIVES, Graph, Kind, Node
 from parallel.torch_runtime.rules import WRITES
 
 # Inductor would add rows by atomics, in another order every time.

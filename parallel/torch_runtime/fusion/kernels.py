@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 
 _BLOCK = 2048
 

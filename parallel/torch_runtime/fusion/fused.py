@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.torch_runtime.program import Node
+from parallel.torch_runtime.graph import Node
 
 _aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ def fused_rules(device: torch.device, traced: bool = False) -> dict[str, Callabl
     """
     rules = dict(_PLAIN)
     if device.type == "cuda" and not traced:
-        from parallel.torch_runtime import kernels
+        from parallel.torch_runtime.fusion import kernels
 
         rules |= {"RowSums": kernels.row_sums, "RowSumsGrad": kernels.row_sums_grad, "FusedAdam": _adam_cuda,
                   "SumOfSquares": _sum_of_squares_cuda}
@@ -220,7 +220,7 @@ def _adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient
 
 
 def _adam_cuda(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient: Tensor, *_: Any) -> None:
-    from parallel.torch_runtime import kernels
+    from parallel.torch_runtime.fusion import kernels
 
     fits = p.is_contiguous() and p.dtype == m.dtype == v.dtype == torch.float32
     (kernels.adam if fits else _adam)(node, p, m, v, scalars, gradient)

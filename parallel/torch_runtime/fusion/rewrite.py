@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from parallel.torch_runtime.execute import aliases_of, read_by, written_by
-from parallel.torch_runtime.program import COLLECTIVES, Graph, Kind, Node
+from parallel.torch_runtime.graph import COLLECTIVES, Graph, Kind, Node
 from parallel.torch_runtime.rules import VIEWS, WRITES
 
 
@@ -293,3 +293,12 @@ def only_for_the_update(graph: Graph, waits: dict[int, set[int]]) -> set[int]:
         needed.add(number)
         pending += waits.get(number, ())
     return {number for number in behind if number not in needed}
+
+
+def plain_items(editor: Editor) -> None:
+    """TupleGetItem becomes Item, whose index is an attribute."""
+    for node in list(editor.nodes.values()):
+        if node.op == "TupleGetItem":
+            index = editor.constant(node.inputs[1])
+            if isinstance(index, int):
+                editor.change(node, "Item", node.inputs[:1], {"index": index})
