@@ -114,7 +114,7 @@ def measured(arguments: argparse.Namespace, scratch: Path) -> dict:
             slices, *CLUSTER)
     program = scratch / "program"
     layout = ["parallel.op=2", "generate.batch_size=1"]
-    Watched("parallel", "export", "--config", config, "--output", program, "--graphs", "prefill,decode", *layout,
+    Watched("parallel", "export", "--config", config, "--output", program, "--graphs", "prefill,decode,score", *layout,
             "parallel.devices=2")
     sizes = {"slices_gb": size(slices), "model_gb": size(scratch / "model/run")}
     sharded = ["parallel", "launch", "--config", config, "--run", "generate", "--nproc", 2, "--program", program,
