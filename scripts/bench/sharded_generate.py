@@ -75,8 +75,9 @@ class Watched:
 
 
 def environment() -> dict[str, str]:
-    """That of every side but for malloc: memory that is freed goes back, for peaks are told."""
-    return {name: value for name, value in turns.environment().items() if name not in turns.MALLOC}
+    """That of every side, but memory that is freed goes back, for peaks are told, and the cores are dealt among a
+    launch's ranks by the launcher."""
+    return {name: value for name, value in turns.environment().items() if name not in (*turns.MALLOC, "OMP_NUM_THREADS")}
 
 
 def descendants(root: int) -> list[int]:
@@ -120,14 +121,15 @@ def measured(arguments: argparse.Namespace, scratch: Path) -> dict:
     sharded = ["parallel", "launch", "--config", config, "--run", "generate", "--nproc", 2, "--program", program,
                *layout, "KEYS", "--", "--prompt", PROMPT, "--checkpoint", slices]
     rounds: dict[str, list[dict]] = {"merged": [], "sharded": []}
+    texts: set[str] = set()
     for number in range(arguments.rounds):
         for name in list(rounds)[:: 1 if number % 2 == 0 else -1]:
             make = merged(config, slices, scratch / "whole") if name == "merged" else lambda *keys: Watched(
                 *(part for word in sharded for part in (keys if word == "KEYS" else [word])))
             rounds[name].append(one_round(make, arguments.tokens))
             shutil.rmtree(scratch / "whole", ignore_errors=True)
+            texts.add(json.dumps(rounds[name][-1].pop("outputs")))
             print(f"{name}: {rounds[name][-1]}", file=sys.stderr)
-    texts = {json.dumps(one.pop("outputs")) for own in rounds.values() for one in own}
     if len(texts) != 1:
         raise SystemExit("error: the sides do not give one text")
     table = {name: {key: statistics.median(one[key] for one in own) for key in own[0]} for name, own in rounds.items()}
