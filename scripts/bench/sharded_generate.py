@@ -77,7 +77,8 @@ class Watched:
 def environment() -> dict[str, str]:
     """That of every side, but memory that is freed goes back, for peaks are told, and the cores are dealt among a
     launch's ranks by the launcher."""
-    return {name: value for name, value in turns.environment().items() if name not in (*turns.MALLOC, "OMP_NUM_THREADS")}
+    left_out = {*turns.MALLOC, "OMP_NUM_THREADS"}
+    return {name: value for name, value in turns.environment().items() if name not in left_out}
 
 
 def descendants(root: int) -> list[int]:
@@ -111,8 +112,8 @@ def measured(arguments: argparse.Namespace, scratch: Path) -> dict:
     config = sides.start_values(scratch / "model", arguments.layers, vocabulary=40000, width=arguments.width,
                                 heads=arguments.width // 64)
     slices = scratch / "slices"
-    Watched("parallel", "reshard", "--config", config, "--from", scratch / "model/run/checkpoints/step_00000001", "--to",
-            slices, *CLUSTER)
+    start = scratch / "model/run/checkpoints/step_00000001"
+    Watched("parallel", "reshard", "--config", config, "--from", start, "--to", slices, *CLUSTER)
     program = scratch / "program"
     layout = ["parallel.op=2", "generate.batch_size=1"]
     Watched("parallel", "export", "--config", config, "--output", program, "--graphs", "prefill,decode,score", *layout,
