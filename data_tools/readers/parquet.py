@@ -89,7 +89,7 @@ def _records(batch: Any) -> list[dict[str, Any]]:
 
 
 def _unfold(record: dict[str, Any]) -> dict[str, Any]:
-    """Puts the further keys that `write_records` folded into `other` back, and drops empty columns."""
+    """Puts the further keys back that are kept in `other` (`data_tools.documents`), and drops empty columns."""
     other = record.pop("other", None)
     record = {key: value for key, value in record.items() if value is not None}
     if isinstance(other, str):

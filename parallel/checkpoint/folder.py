@@ -1,5 +1,5 @@
 """The folder of a checkpoint: its name and path, and how it appears there complete or not at all. What is in it:
-`checkpoint`, `sliced_checkpoint`."""
+`full`, `sharded`."""
 
 from __future__ import annotations
 

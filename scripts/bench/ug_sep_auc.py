@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="tokenmixer_large,rankmixer", help="models, with commas")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each variant")
-    parser.add_argument("--ratios", default="1:1", help="user tokens : group tokens, of 12; several with commas")
+    parser.add_argument("--ratios", default="1:1", help="user tokens : candidate tokens, of 12; several with commas")
     parser.add_argument("--compensation", default="low_rank", help="form of the third variant")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which of them, with commas")
     parser.add_argument("--steps", type=int, help="steps of a run (default 800, MovieLens 320)")

@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(ROOT / "configs" / "recsys" / "tokenmixer_large_ug_sep.yaml"),
                         help="a separated ranker")
-    parser.add_argument("--ratios", default="1:1", help="user tokens : group tokens, several with commas")
+    parser.add_argument("--ratios", default="1:1", help="user tokens : candidate tokens, several with commas")
     parser.add_argument("--together", type=int, default=8, help="samples of a user that are neighbours")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each way")
     parser.add_argument("words", nargs="*", help="overrides, key.sub=value")
