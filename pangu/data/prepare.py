@@ -1,4 +1,4 @@
-"""From text to records: the verbs `vocabulary` and `pack`."""
+"""From text to records: the verbs `train-vocabulary` and `pack`."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
         UserError: nothing to quantize, the checkpoint is quantized already or damaged, or the log cannot be read.
     """
     from parallel.layers.int8 import prepare, products
-    from recsys.evaluate import load_model, open_log
+    from recsys.evaluation.evaluate import load_model, open_log
     from recsys.quantization.layers import quantize_model
 
     start_device()
@@ -73,7 +73,7 @@ def _bytes(checkpoint: Path) -> int:
 
 
 def _auc(model: Any, log: Any, settings: Run, arguments: argparse.Namespace) -> float | None:
-    from recsys.evaluation import Evaluation
+    from recsys.evaluation.log_metrics import Evaluation
 
     if arguments.part == "none":
         return None

@@ -106,6 +106,6 @@ def attainable_auc(settings: RunSettings, log: Log) -> dict[str, float]:
     if data.reader != "synthetic" or data.split.by not in ("default", "order"):
         return {}
     from recsys.data.readers.synthetic import probabilities
-    from recsys.metrics import bayes_auc
+    from recsys.evaluation.metrics import bayes_auc
 
     return {"bayes_auc": bayes_auc(probabilities(data)[-max(1, len(log.parts["test"])):])}

@@ -1,4 +1,4 @@
-"""Metrics of a model on a part of a log, and the verb `evaluate`."""
+"""Verb `evaluate`: exact metrics of a checkpoint on a part of a log, or requests scored again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from recsys.build import loss_network
 from recsys.data.encode import Encoded
 from recsys.data.features import FIRST_KNOWN
 from recsys.data.log import VOCABULARY, Log, prepare
-from recsys.evaluation import Evaluation
-from recsys.metrics import segmented_ne
+from recsys.evaluation.log_metrics import Evaluation
+from recsys.evaluation.metrics import segmented_ne
 from recsys.passes.sharded import ShardedRanker, is_sharded
 from recsys.passes.sharded_evaluation import ShardedEvaluation
 from recsys.ranker import Ranker, Scores

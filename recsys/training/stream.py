@@ -19,9 +19,9 @@ from recsys.data.log import VOCABULARY
 from recsys.data.readers import reader
 from recsys.data.streams.source import StreamSource
 from recsys.data.vocabulary import Vocabulary
+from recsys.evaluation.progressive import Progressive
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
-from recsys.progressive import Progressive
 from recsys.ranker import Scores, TrainingLoss
 from recsys.tables.names import is_sparse
 from recsys.tables.run import hosted_backend
