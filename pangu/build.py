@@ -42,11 +42,8 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     from mindspore.nn.utils import no_init_parameters
 
     from pangu.config import check_layout
-    from parallel.training.sharded.step import micro_batches
 
     check_layout(settings.model, parallel)
-    parts = parallel.data * micro_batches(settings.train, parallel) * parallel.micro_batch_interleave
-    check_documents(settings, settings.train.global_batch_size // parts)
     with no_init_parameters():
         network = training_network(settings, compute_dtype)
     batch, length = settings.train.global_batch_size, settings.model.sequence_length
@@ -57,7 +54,8 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     if settings.adapt is not None:
         inputs.append(Input("counted", (batch, length), "int32", 2))
     task = Task(network, inputs, lambda seed: sample_batch(settings, seed), batch * length,
-                {"model": settings.model.name, "layers": settings.model.layers})
+                {"model": settings.model.name, "layers": settings.model.layers},
+                most_rows=most_records(settings, compute_dtype))
     return with_sample_numbers(task, settings.model.dropout)
 
 
@@ -67,8 +65,7 @@ def training_network(settings: Run, compute_dtype: str, weighted: bool = False) 
 
     from pangu.model import PanGuAlpha, TrainingLoss
 
-    dtype = getattr(mstype, compute_dtype)
-    model = PanGuAlpha(settings.model, dtype, attention_of(settings, dtype))
+    model = PanGuAlpha(settings.model, getattr(mstype, compute_dtype), attention_of(settings, compute_dtype))
     if settings.adapt is None:
         return TrainingLoss(model, weighted)
     from pangu.adaptation.network import adapted_network
@@ -76,28 +73,24 @@ def training_network(settings: Run, compute_dtype: str, weighted: bool = False) 
     return adapted_network(model, settings.adapt, weighted)
 
 
-def attention_of(settings: Run, compute_dtype: Any) -> Any:
+def attention_of(settings: Run, compute_dtype: str) -> Any:
     """The form that attention takes in training (`parallel.layers.attention.form_of`)."""
+    from mindspore import dtype as mstype
+
     from parallel.layers.attention import form_of
 
     model, torch = settings.model, settings.parallel.backend == "torch"
     wanted = "written_out" if model.attention == "auto" and torch else model.attention
-    return form_of(wanted, dropout=model.dropout, compute_dtype=compute_dtype,
+    return form_of(wanted, dropout=model.dropout, compute_dtype=getattr(mstype, compute_dtype),
                    head_width=model.hidden_size // model.heads, length=model.sequence_length)
 
 
-def check_documents(settings: Run, records: int) -> None:
-    """Raises a UserError unless flash attention takes the documents of `records` records, those of a device's
-    micro-batch, in one call."""
+def most_records(settings: Run, compute_dtype: str) -> int | None:
+    """Records of a device's micro-batch at most: flash attention takes so many documents at once."""
     from parallel.layers.attention import MOST_SEQUENCES
 
-    model = settings.model
-    told = model.is_told_ends(settings.train.precision, settings.parallel.backend)
-    if told and records * model.most_documents > MOST_SEQUENCES:
-        raise UserError(f"flash attention takes {MOST_SEQUENCES} documents at once, and a device's micro-batch has "
-                        f"{records} records", where="model.most_documents", value=model.most_documents,
-                        hint=f"at most {MOST_SEQUENCES // records}, or smaller micro-batches"
-                        if records <= MOST_SEQUENCES else "smaller micro-batches")
+    told = attention_of(settings, compute_dtype) == "packed"
+    return MOST_SEQUENCES // settings.model.most_documents if told else None
 
 
 def sample_batch(settings: Run, seed: int) -> tuple[np.ndarray, ...]:

@@ -48,15 +48,17 @@ def training_step(settings: Run, processes: Any) -> Any:
     """The model with start values, its loss and its optimizer, as one `TrainStep`."""
     from mindspore.nn.utils import no_init_parameters
 
-    from pangu.build import check_documents, training_network
+    from pangu.build import most_records, training_network
     from parallel.layers.parameter import initialize
     from parallel.training.optimizers import Optimizer
     from parallel.training.settings import COMPUTE_DTYPES
     from parallel.training.sharded.run import unsharded_network
+    from parallel.training.sharded.step import check_rows
     from parallel.training.step import TrainStep
 
     train = settings.train
-    check_documents(settings, train.global_batch_size // (processes.ranks * train.accumulation))
+    check_rows(most_records(settings, COMPUTE_DTYPES[train.precision]),
+               train.global_batch_size // (processes.ranks * train.accumulation))
     with no_init_parameters():
         network = training_network(settings, COMPUTE_DTYPES[train.precision], weighted=True)
     train = unsharded_network(network, train, settings.parallel.resolve(processes.ranks))

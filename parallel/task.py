@@ -50,6 +50,7 @@ class Task:
         tokens: tokens (or samples, for rankers) in one global batch.
         figures: anything that reports want to show (sizes and names).
         is_sparse: by name, the parameters that `train.sparse_optimizer` owns; None = there are none.
+        most_rows: samples that the network takes at once on one device at most; None = any number.
         scores: for a ranker, `scores(network)` -> the `Layer` from the first `inputs` (its attribute) of the inputs to
             probabilities [rows, tasks], with the parameters of `network`, itself not sharded; None for others.
     """
@@ -61,6 +62,7 @@ class Task:
     figures: dict[str, Any] = field(default_factory=dict)
     is_sparse: Callable[[str], bool] | None = None
     scores: Callable[[Any], Any] | None = None
+    most_rows: int | None = None
 
 
 def with_sample_numbers(task: Task, dropout: float) -> Task:

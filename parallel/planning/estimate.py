@@ -12,6 +12,8 @@ from parallel.planning.checkpoint import checkpoint_bytes
 from parallel.planning.hints import hints
 from parallel.planning.planner import Estimate, Planner, planner_for
 from parallel.planning.report import write_report
+from parallel.sharding.config import ParallelConfig
+from parallel.training.sharded.step import check_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +43,9 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if not planner.divides(config, count):
         raise UserError("an axis does not divide what it shards, or data x micro-batches the batch", where="parallel",
                         value=f"data {config.data}, op {config.op}, micro-batches {count}")
+    check_rows(planner.task.most_rows, planner.task.inputs[0].shape[0] // (
+        config.data * count * config.micro_batch_interleave))
+    check_cells(planner, config)
     estimate = planner.evaluate(config)
     show(estimate, planner)
     tokens = arguments.tokens or float(estimate.tokens) * run_settings.train.steps
@@ -59,6 +64,16 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.html:
         write_report(Path(arguments.html), planner, estimate, title=Path(arguments.config).name)
     return figures
+
+
+def check_cells(planner: Planner, config: ParallelConfig) -> None:
+    """Raises a `UserError` if a cell that is to be recomputed is in no layer: nothing would be."""
+    if config.recompute.policy != "selective":
+        return
+    scopes = {f".{operation.scope}." for operation in planner.description(1, config.data)[0].operations}
+    for name in config.recompute.cells:
+        if not any(f".{name}." in scope for scope in scopes):
+            raise UserError("no such cell in a layer", where="parallel.recompute.cells", value=name)
 
 
 def figures_of(estimate: Estimate, planner: Planner) -> dict[str, Any]:

@@ -204,7 +204,10 @@ class Program:
         return [kind for kind in self.ranks[0].graphs if kind not in KINDS]
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs of a kind of inference graph, by name."""
+        """Shapes of the inputs of a kind of inference graph, by name; a UserError where the program lacks it."""
+        if kind not in self.tree["shapes"]:
+            raise UserError(f"the program holds no {kind} graph", where=self.folder,
+                            value=", ".join(self.tree["shapes"]), hint=f"export it again, with {kind} among --graphs")
         return {name: tuple(shape) for name, shape, _ in self.tree["shapes"][kind]}
 
     def graph(self, rank: int, kind: str = "step") -> Graph:

@@ -177,6 +177,7 @@ class Publisher(Companion):
         """Entries of tables on the host: all, or those seen since the last version."""
         if self.tables is None:
             return {}
+        self.tables.settle()
         found = {}
         for name, table in self.tables.tables.items():
             seconds = self.tables.plans[name].slot.feature.expire_unit == "seconds"

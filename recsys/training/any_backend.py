@@ -39,8 +39,7 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     if options.share_users:
         raise UserError("a sharded run does not share users", where="train.share_users", hint="set it to false")
     log = prepared(settings, backend)
-    batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      *backend.share, log.spec, settings.data.together, compares(settings))
+    batches = batches_of(settings, log, *backend.share)
     plan, batch = TaskPlan.of(settings.model.tasks, len(log.labels)), options.global_batch_size
     evaluation = RanksEvaluation(backend, validation_rows(settings, log.parts["validation"]), log.labels, plan, batch)
     best = Best(settings, evaluation, backend.parameters, backend.rank, holder=backend.holder)
@@ -59,6 +58,13 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     if backend.rank == 0:
         table("Trained", ["figure", "value"], result.items())
     return result
+
+
+def batches_of(settings: RunSettings, log: Log, rank: int, ranks: int) -> Batches:
+    """Training batches of one of `ranks` data-parallel processes."""
+    data, options = settings.data, settings.train
+    return Batches(log.parts["train"], options.global_batch_size, options.seed if data.shuffle else None, rank, ranks,
+                   log.spec, data.together, compares(settings), data.shards)
 
 
 def compares(settings: RunSettings) -> bool:

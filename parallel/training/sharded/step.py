@@ -285,10 +285,19 @@ def input_shapes(task: Task, settings: TrainSettings, config: ParallelConfig) ->
     """Shape of each input on one rank: its rows of the global batch.
 
     Raises:
-        UserError: the global batch does not divide.
+        UserError: the global batch does not divide, or the network does not take so large a micro-batch.
     """
     parts = micro_batches(settings, config) * config.data * config.micro_batch_interleave
     for item in task.inputs:
         divides(parts, item.shape[0], where="train.global_batch_size", what="the global batch",
                 hint="it must divide by data x micro-batches x micro_batch_interleave")
+    check_rows(task.most_rows, task.inputs[0].shape[0] // parts)
     return [(item.shape[0] // config.data, *item.shape[1:]) for item in task.inputs]
+
+
+def check_rows(most: int | None, rows: int) -> None:
+    """Raises a `UserError` if a device's micro-batch has more than `most` samples (None = any number)."""
+    if most is not None and rows > most:
+        raise UserError(f"a device's micro-batch has {rows} samples, and the network takes {most}",
+                        where="train.global_batch_size", hint="more micro-batches, or a smaller model.most_documents "
+                        "where attention is told where documents end")

@@ -91,6 +91,51 @@ def test_unknown_primitive_is_a_clear_error(planner, monkeypatch):
         describe(planner.task, 1)
 
 
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def test_fused_attention_keeps_what_grows_with_the_length_alone():
+    """Beside what the written-out form keeps without the scores: two float32 a query and head, eight times each."""
+    overrides = ["parallel.op=2", "parallel.data=2", "model.attention=flash"]
+
+    def kept(length: int, *more: str) -> float:
+        sizes = [f"model.sequence_length={length}", f"train.global_batch_size={8192 // length}"]
+        return figures(TINY, [*overrides, *sizes, *more])[0].memory.activations
+
+    short, long = kept(512), kept(4096)
+    assert long == pytest.approx(short, rel=1e-2)
+    written_out = kept(512, "model.attention=written_out"), kept(4096, "model.attention=written_out")
+    tokens, layers, heads = 8192 // 2, 4, 2
+    scores = [tokens * length * layers * heads * 6 for length in (512, 4096)]  # float32 softmax, its float16 copy
+    more = [other - one for one, other in zip((short, long), written_out, strict=True)]
+    assert more == pytest.approx(scores, rel=0.1)
+    bits = kept(512, "model.dropout=0.1") - kept(512, "model.dropout=0.1", "model.attention=written_out")
+    assert bits < -tokens * 512 * layers * heads * 6  # a bit for each pair of positions in place of hashes and products
+
+
+def test_products_of_fused_attention_are_those_of_the_formula():
+    overrides = ["train.precision=fp16", "train.global_batch_size=32"]
+    made, written_out = (planner_for(TINY, [*overrides, f"model.attention={form}"], CLUSTER)[0]
+                         for form in ("flash", "written_out"))
+    assert made.model_flops == written_out.model_flops
+    one, other = (network_cost(item.description(1, 1)[0], ParallelConfig()) for item in (made, written_out))
+    pair = 2 * 32 * 128 * 128 * 128  # 2 B S^2 D: one product of one layer
+    more = sum(part.backward.flops for part in one.costs) - sum(part.backward.flops for part in other.costs)
+    assert more == 4 * pair  # scores are computed again in each of four layers
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["model.attention=flash", "train.global_batch_size=32"], "micro-batch has 32 samples, and the network takes 16"),
+    (["parallel.recompute.policy=selective", "parallel.recompute.cells=[feed_forward.none]"], "no such cell"),
+])
+def test_estimate_refuses_what_a_run_refuses(capsys, overrides, message):
+    from parallel.__main__ import VERBS
+    from parallel.common.command import main
+
+    assert main("parallel", VERBS, ["estimate", "--config", str(TINY), "train.precision=fp16", *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
 # -- collectives and memory against counts by hand --------------------------------------------------------------------
 
 
