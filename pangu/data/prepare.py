@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run_train_vocabulary(settings: Run, arguments: argparse.Namespace) -> dict:
-    """Verb `vocabulary`: trains model.vocabulary_size pieces on data.corpus and writes data.tokenizer."""
+    """Verb `train-vocabulary`: trains model.vocabulary_size pieces on data.corpus and writes data.tokenizer."""
     from pangu.data.corpus import documents
     from pangu.data.train_vocabulary import train_vocabulary
 

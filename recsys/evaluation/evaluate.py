@@ -15,7 +15,8 @@ from parallel.training.device import start_device
 from recsys.build import loss_network
 from recsys.data.encode import Encoded
 from recsys.data.features import FIRST_KNOWN
-from recsys.data.log import VOCABULARY, Log, prepare
+from recsys.data.log import Log, prepare
+from recsys.data.vocabulary import VOCABULARY
 from recsys.evaluation.log_metrics import Evaluation
 from recsys.evaluation.metrics import segmented_ne
 from recsys.passes.sharded import ShardedRanker, is_sharded

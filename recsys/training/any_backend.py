@@ -14,7 +14,8 @@ from parallel.common.progress import table
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 from recsys.data.batches import Batches
-from recsys.data.log import VOCABULARY, Log, prepare
+from recsys.data.log import Log, prepare
+from recsys.data.vocabulary import VOCABULARY
 from recsys.layers.tasks import TaskPlan
 from recsys.live.ranks import ranks_publisher
 from recsys.training.validation import Best, RanksEvaluation, validation_rows
