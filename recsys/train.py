@@ -22,7 +22,7 @@ from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
 from recsys.data.log import Log, prepare
 from recsys.data.readers import reader
-from recsys.evaluation import Evaluation
+from recsys.evaluation.log_metrics import Evaluation
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
@@ -71,7 +71,7 @@ def _is_flat(settings: Run) -> bool:
 
 def run_stream(settings: Run, processes: Processes) -> dict:
     """Trains on a stream (readers redis_stream, kafka, tail)."""
-    from recsys.stream_training import check, reading_of, train_stream
+    from recsys.training.stream import check, reading_of, train_stream
 
     check(settings)
     reading = reading_of(settings)

@@ -35,8 +35,6 @@ from recsys.data.vocabulary import Statistics, Vocabulary
 if TYPE_CHECKING:
     from recsys.settings import DataSettings
 
-VOCABULARY = "vocabulary.json"
-"""Name of the vocabulary's file beside encoded rows and beside checkpoints."""
 _FORMAT = 5
 
 

@@ -22,6 +22,7 @@ from parallel.training.backend import Backend
 from parallel.training.companions import Companion
 from recsys.data.features import FeatureSpec
 from recsys.data.readers import reader
+from recsys.data.vocabulary import VOCABULARY
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Values, Versions
 from recsys.tables.files import FOLDER, write_entries
@@ -30,7 +31,6 @@ from recsys.tables.names import is_sparse
 if TYPE_CHECKING:
     from recsys.settings import Run
 
-VOCABULARY = "vocabulary.json"
 # Rows whose gradient is 0 stay as they are under these.
 _ROW_EXACT = ("adagrad", "rowwise_adagrad", "lazy_adam")
 

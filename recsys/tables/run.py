@@ -13,7 +13,7 @@ from parallel.training.sharded.run import unsharded_network
 from parallel.training.trainer import Trainer
 from recsys.data.features import FeatureSpec
 from recsys.data.log import Log
-from recsys.evaluation import Evaluation
+from recsys.evaluation.log_metrics import Evaluation
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.network import loss_network

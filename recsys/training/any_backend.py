@@ -14,7 +14,8 @@ from parallel.common.progress import table
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 from recsys.data.batches import Batches
-from recsys.data.log import VOCABULARY, Log, prepare
+from recsys.data.log import Log, prepare
+from recsys.data.vocabulary import VOCABULARY
 from recsys.layers.tasks import TaskPlan
 from recsys.live.ranks import ranks_publisher
 from recsys.training.validation import Best, RanksEvaluation, validation_rows
@@ -112,6 +113,6 @@ def attainable_auc(settings: RunSettings, log: Log) -> dict[str, float]:
     if data.reader != "synthetic" or data.split.by not in ("default", "order"):
         return {}
     from recsys.data.readers.synthetic import probabilities
-    from recsys.metrics import bayes_auc
+    from recsys.evaluation.metrics import bayes_auc
 
     return {"bayes_auc": bayes_auc(probabilities(data)[-max(1, len(log.parts["test"])):])}

@@ -188,7 +188,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, graph_mode):
 
 
 def _evaluate_tells_the_same(settings, folder, figures) -> None:
-    from recsys.evaluate import run
+    from recsys.evaluation.evaluate import run
 
     arguments = SimpleNamespace(checkpoint=str(folder / "stopped" / "best"), part="test", requests=None,
                                 segments="gender")
