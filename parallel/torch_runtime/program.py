@@ -39,6 +39,8 @@ KINDS = ("step", "loss", "scores")
 those, and the model's package says what they are called (`ModelPackage.inference_kinds`)."""
 INLINE = 64
 """Constants of at most this many elements are written into the JSON."""
+CACHE = "cache."
+"""How the names of parameters begin that are kept from call to call and are no weights."""
 _LARGEST_JSON = 1 << 30
 # Settings that shape no graph.
 _SHAPELESS = {

@@ -22,6 +22,7 @@ from parallel.training.backend import Backend
 from parallel.training.companions import Companion
 from recsys.data.features import FeatureSpec
 from recsys.data.readers import reader
+from recsys.data.vocabulary import VOCABULARY
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Values, Versions
 from recsys.tables.files import FOLDER, write_entries
@@ -30,7 +31,6 @@ from recsys.tables.names import is_sparse
 if TYPE_CHECKING:
     from recsys.settings import Run
 
-VOCABULARY = "vocabulary.json"
 # Rows whose gradient is 0 stay as they are under these.
 _ROW_EXACT = ("adagrad", "rowwise_adagrad", "lazy_adam")
 
@@ -177,6 +177,7 @@ class Publisher(Companion):
         """Entries of tables on the host: all, or those seen since the last version."""
         if self.tables is None:
             return {}
+        self.tables.settle()
         found = {}
         for name, table in self.tables.tables.items():
             seconds = self.tables.plans[name].slot.feature.expire_unit == "seconds"
