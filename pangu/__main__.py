@@ -33,8 +33,8 @@ VERBS = [
          settings="pangu.settings:ServeRun", arguments="pangu.serving.server:add_arguments"),
     Verb("quantize", "pangu.quantize:run", "make a checkpoint with int8 weights", settings=RUN,
          arguments="pangu.quantize:add_arguments"),
-    Verb("export", "pangu.checkpoints.mindir:run", "the reading of a prompt and the single step as MindIR files",
-         settings=RUN, arguments="pangu.checkpoints.mindir:add_arguments"),
+    Verb("export", "pangu.export:run", "the reading of a prompt and the single step as MindIR files",
+         settings=RUN, arguments="pangu.export:add_arguments"),
     Verb("convert", "pangu.checkpoints.convert:run", "convert checkpoints of other codes, both ways", settings=RUN,
          arguments="pangu.checkpoints.convert:add_arguments"),
 ]

@@ -1,4 +1,4 @@
-"""What a PanGu-alpha run is made of: the blocks of a YAML file under configs/pangu/."""
+"""The `model:` block of PanGu-alpha, and which layouts fit it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run(settings: Run, arguments: argparse.Namespace) -> dict:
-    """Verb `params`: the exact number of parameters and where they are.
+    """Verb `count`: the exact number of parameters and where they are.
 
     The network itself is built, its parameters without data, so the count is that of the code and not of a formula.
     """

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.folder import PARAMETERS_FILE, resolve_checkpoint
+from parallel.checkpoint.folder import parameter_bytes, resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import info, progress, table
@@ -61,14 +61,9 @@ def run(settings: Run, arguments: argparse.Namespace) -> dict:
     after = perplexity(model, settings, arguments.records)
     table("Relative error of each weight, ||W - qs|| / ||W||", ["weight", "shape", "error"],
           [[name, " x ".join(map(str, shapes[name])), f"{error:.5f}"] for name, error in errors.items()])
-    return {"bytes_before": _bytes(source), "bytes_after": _bytes(target), "perplexity_before": before,
-            "perplexity_after": after, "max_relative_error": max(errors.values()), "checkpoint": str(target),
-            "quantized": len(errors), "group": arguments.group, "products": mode}
-
-
-def _bytes(checkpoint: Path) -> int:
-    """Size of the parameters on disk."""
-    return sum(file.stat().st_size for file in checkpoint.glob(f"{PARAMETERS_FILE.split('.')[0]}*.safetensors"))
+    return {"bytes_before": parameter_bytes(source), "bytes_after": parameter_bytes(target),
+            "perplexity_before": before, "perplexity_after": after, "max_relative_error": max(errors.values()),
+            "checkpoint": str(target), "quantized": len(errors), "group": arguments.group, "products": mode}
 
 
 def perplexity(model: Any, settings: Run, records: int) -> float | None:

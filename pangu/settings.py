@@ -21,9 +21,9 @@ class DataConfig(Settings):
     """What the model is trained on."""
 
     corpus: str | None = None
-    """Text that `vocabulary` and `pack` read: txt or jsonl, plain or .xz .gz .zst, or a folder of such."""
+    """Text that `train-vocabulary` and `pack` read: txt or jsonl, plain or .xz .gz .zst, or a folder of such."""
     tokenizer: str = "runs/tiny/vocabulary.model"
-    """SentencePiece model: written by `vocabulary`, read by everything else."""
+    """SentencePiece model: written by `train-vocabulary`, read by everything else."""
     directory: str = "runs/tiny/records"
     """Packed records: written by `pack`, read by `train`."""
     validation_directory: str | None = None

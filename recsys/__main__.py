@@ -9,8 +9,8 @@ from parallel.common.command import Verb, main
 RUN = "recsys.settings:Run"
 VERBS = [
     Verb("train", "recsys.train:run", "train a ranker on a click log", settings=RUN),
-    Verb("evaluate", "recsys.evaluate:run", "exact metrics of a checkpoint", settings=RUN,
-         arguments="recsys.evaluate:add_arguments"),
+    Verb("evaluate", "recsys.evaluation.evaluate:run", "exact metrics of a checkpoint", settings=RUN,
+         arguments="recsys.evaluation.evaluate:add_arguments"),
     Verb("count", "recsys.count:run", "count parameters and FLOPs, without allocating them", settings=RUN),
     Verb("sweep", "recsys.sweep:run", "train a grid of sizes and draw AUC against parameters and FLOPs", settings=RUN,
          arguments="recsys.sweep:add_arguments"),

@@ -19,8 +19,8 @@ from parallel.training.optimizers import run_optimizer
 from recsys.build import labels_of, loss_network
 from recsys.data.columns import features_of
 from recsys.data.features import Feature, FeatureSpec, assign_columns
-from recsys.data.log import VOCABULARY, count_values
-from recsys.data.vocabulary import Vocabulary
+from recsys.data.log import count_values
+from recsys.data.vocabulary import VOCABULARY, Vocabulary
 from recsys.tables.names import is_sparse
 from recsys.tables.refresh import refresh_run
 

@@ -15,12 +15,10 @@ from recsys.data.columns import columns_of, features_of
 from recsys.data.encode import Columns
 from recsys.data.features import Feature, FeatureSpec, assign_columns
 from recsys.data.readers import reader
-from recsys.data.vocabulary import Vocabulary
+from recsys.data.vocabulary import VOCABULARY, Vocabulary
 
 if TYPE_CHECKING:
     from recsys.settings import Run
-
-VOCABULARY = "vocabulary.json"
 
 
 @dataclass

@@ -123,6 +123,12 @@ class DataSettings(Settings):
     together: int = Field(1, ge=1)
     """Shuffled training rows keep up to this many of a user's samples one after the other, so that batches hold fewer
     users (see train.share_users)."""
+    shards: int = Field(1, ge=1)
+    """Parts of consecutive training rows, each of which gives every batch equally many samples; a data-parallel process
+    reads only its own parts (their number must divide by that of the processes). Batches depend on the shards and not
+    on the processes. 1 = every process reads here and there in the whole log."""
+    workers: int = Field(1, ge=1, le=1024)
+    """engine local: processes that count and encode the log, a file each (readers csv, parquet, criteo, avazu)."""
     cache: str = "runs/data"
     """Folder for the encoded rows and the vocabulary; they are made once per log and feature list."""
     engine: Literal["local", "spark"] = "local"

@@ -20,15 +20,14 @@ from parallel.training.step import TrainStep
 from parallel.training.stop import listen_early
 from parallel.training.trainer import Trainer
 from recsys.build import build, loss_network
-from recsys.data.batches import Batches
 from recsys.data.log import Log, prepare
 from recsys.data.readers import reader
-from recsys.evaluation import Evaluation
+from recsys.evaluation.log_metrics import Evaluation
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.ranker import TrainingLoss
 from recsys.tables.names import is_sparse
-from recsys.training.any_backend import compares, keep_vocabulary, run_of, train_on
+from recsys.training.any_backend import batches_of, keep_vocabulary, run_of, train_on
 from recsys.training.fit import check_device, finish, start_values
 from recsys.training.validation import Best, evaluation_batch, validation_rows
 from recsys.ug_sep.user_aggregation import SharedUsers, sharing_loss
@@ -72,7 +71,7 @@ def _is_flat(settings: Run) -> bool:
 
 def run_stream(settings: Run, processes: Processes) -> dict:
     """Trains on a stream (readers redis_stream, kafka, tail)."""
-    from recsys.stream_training import check, reading_of, train_stream
+    from recsys.training.stream import check, reading_of, train_stream
 
     check(settings)
     reading = reading_of(settings)
@@ -104,9 +103,7 @@ def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) 
     optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
     loss = sharing_loss(network, settings) if options.share_users else network
     step = TrainStep(loss, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
-    batches = Batches(log.parts["train"], options.global_batch_size,
-                      options.seed if settings.data.shuffle else None, processes.rank, processes.ranks, log.spec,
-                      settings.data.together, compares(settings))
+    batches = batches_of(settings, log, processes.rank, processes.ranks)
     if options.share_users:
         batches = SharedUsers(batches, model.sides)
     rows = validation_rows(settings, log.parts["validation"])

@@ -157,7 +157,7 @@ def parse_bytes(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb `world`."""
+    """Flags of the verb `generate-corpus`."""
     parser.add_argument("--output", required=True, metavar="FILE",
                         help="corpus to write: .jsonl, or .jsonl.gz / .xz / .zst / .bz2")
     parser.add_argument("--bytes", default="2MB", metavar="SIZE",
@@ -170,7 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate_corpus(settings: None, arguments: argparse.Namespace) -> dict:
-    """The verb `world`: writes the corpus, and the questions when asked for."""
+    """The verb `generate-corpus`: writes the corpus, and the questions when asked for."""
     size, started, sources = parse_bytes(arguments.bytes), time.perf_counter(), Counter()
 
     def counted() -> Iterator[dict]:

@@ -21,7 +21,12 @@ _MOST_PAIRS = 5_000_000
 
 
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:
-    """(prompt, answer) of every line of a jsonl file.
+    """(prompt, answer) of every line of a jsonl file; raises as `numbered_pairs`."""
+    return [(prompt, answer) for prompt, answer, _ in numbered_pairs(path)]
+
+
+def numbered_pairs(path: str | Path) -> list[tuple[str, str, int]]:
+    """(prompt, answer, number of the line) of every line of a jsonl file that is not blank.
 
     Raises:
         UserError: no such file, a line that is no object with two texts, an empty answer, none at all.
@@ -30,7 +35,7 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     for number, line in text_lines(path):
         if not line.strip():
             continue
-        pairs.append(_pair(line, path, number))
+        pairs.append((*_pair(line, path, number), number))
         if len(pairs) > _MOST_PAIRS:
             raise UserError("more pairs than allowed", where=path, value=_MOST_PAIRS)
     if not pairs:
@@ -69,8 +74,8 @@ class PairsDataset(DataSource):
         most_documents: pairs in a record; None = any number.
 
     Raises:
-        UserError: see `read_pairs`; a pair longer than the model's context; a batch that ranks cannot share; a record
-            with more pairs than `most_documents`.
+        UserError: see `numbered_pairs`; a pair longer than the model's context; a batch that ranks cannot share; a
+            record with more pairs than `most_documents`.
     """
 
     columns = ("input_ids", "position_ids", "documents", "counted")
@@ -115,11 +120,11 @@ class PairsDataset(DataSource):
 
     def _records(self, path: str | Path, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
         rows_ids, rows_counted, ids, counted = [], [], [], []
-        for number, (prompt, answer) in enumerate(read_pairs(path), start=1):
+        for prompt, answer, number in numbered_pairs(path):
             front, back = tokenizer.encode(prompt), [*tokenizer.encode(answer), self.eot_id]
             if len(front) + len(back) > self.length + 1:
-                raise UserError(f"pair {number} has {len(front) + len(back)} tokens, the model reads "
-                                f"{self.length + 1}", where=path, hint="shorten the prompt")
+                raise UserError(f"the pair has {len(front) + len(back)} tokens, the model reads {self.length + 1}",
+                                where=f"{path}, line {number}", hint="shorten the prompt")
             if len(ids) + len(front) + len(back) > self.length + 1:
                 rows_ids.append(ids)
                 rows_counted.append(counted)

@@ -1,4 +1,4 @@
-"""From text to records: the verbs `vocabulary` and `pack`."""
+"""From text to records: the verbs `train-vocabulary` and `pack`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run_train_vocabulary(settings: Run, arguments: argparse.Namespace) -> dict:
-    """Verb `vocabulary`: trains model.vocabulary_size pieces on data.corpus and writes data.tokenizer."""
+    """Verb `train-vocabulary`: trains model.vocabulary_size pieces on data.corpus and writes data.tokenizer."""
     from pangu.data.corpus import documents
     from pangu.data.train_vocabulary import train_vocabulary
 

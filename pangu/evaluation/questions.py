@@ -35,7 +35,8 @@ def _check(question: Any, where: str) -> None:
     for key in ("skill", "prompt"):
         if not isinstance(question[key], str):
             raise UserError(f"'{key}' must be a text", where=where, value=question[key])
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice.strip()
+                                                                          for choice in choices):
         raise UserError("a question needs at least two choices, each a text", where=where, value=choices)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError("answer must be the index of a choice", where=where, value=answer)

@@ -203,9 +203,10 @@ class Source:
     def _read(self, path: Path) -> Iterator[dict]:
         reader = read_json_lines if self.task.reader == "json_lines" else importlib.import_module(
             f"pangu.tasks.{self.task.reader}").read
-        number = -1
+        last = None
         try:
             for number, record in enumerate(reader(path)):
+                last = record.get("id")
                 if number >= MAX_RECORDS:
                     raise UserError("more records than allowed", where=path, value=MAX_RECORDS)
                 # "-" marks sentence pairs on which the annotators did not agree.
@@ -217,7 +218,7 @@ class Source:
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             what = f"has no key {error}" if isinstance(error, KeyError) else f"{type(error).__name__} {error}"
             raise UserError(f"not the published format of {self.task.name}: {what}",
-                            where=f"{path}, record {number + 1}" if number >= 0 else path,
+                            where=path if last is None else f"{path}, behind record {last}",
                             hint=f"the data are published by {self.task.published}") from None
 
     def _check(self, record: dict, path: Path) -> None:
@@ -233,6 +234,11 @@ class Source:
             if name not in record:
                 raise UserError(f"a record has no field '{name}'", where=where,
                                 hint=f"is it of another data set or version? ({task.published})")
+            listed = name in ("candidates", "answers")
+            values = record[name] if listed and isinstance(record[name], list) else [record[name]]
+            if not all(isinstance(value, (str, int, float)) for value in values):
+                raise UserError(f"'{name}' is no {'list of texts' if listed else 'text'}", where=where,
+                                value=record[name])
         if "candidates" in wanted and not 0 <= int(record["answer"]) < len(record["candidates"]):
             raise UserError("the answer is no candidate", where=where, value=record["answer"])
         if "answers" in wanted and not record["answers"]:

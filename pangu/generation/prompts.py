@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 from pydantic import field_validator
 
 from pangu.generation.settings import GenerateSettings
 from parallel.common.command import own_file
 from parallel.common.errors import UserError
+from parallel.common.json_text import dump_json
 from parallel.common.lines import text_lines
 from parallel.common.settings import Settings, load_settings
 from parallel.common.structured import BadText, parse_json
@@ -114,17 +116,35 @@ def _read_file(path: Path) -> list[str]:
     if path.stat().st_size > _MAX_BYTES:
         raise UserError("the file of prompts is too large", where=path, value=path.stat().st_size)
     lines = [(number, line) for number, line in text_lines(path, _MAX_BYTES) if line.strip()]
-    if ".jsonl" not in path.suffixes:
+    if not lines:
+        raise UserError("no prompt in this file", where=path)
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    if ".json" in suffixes and (values := _one_value([line for _, line in lines])) is not None:
+        return [_prompt_of(value, f"{path}, item {number}") for number, value in enumerate(values, 1)]
+    if not suffixes & {".json", ".jsonl", ".ndjson"}:
         return [line for _, line in lines]
-    return [_prompt_of(line, f"{path}, line {number}") for number, line in lines]
+    return [_prompt_of(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in lines]
 
 
-def _prompt_of(line: str, where: str) -> str:
+def _one_value(lines: list[str]) -> list | None:
+    """The items of a file that is one JSON value, an array or a single item; None for a value a line."""
     try:
-        value = parse_json(line)
+        value = parse_json("\n".join(lines))
+    except BadText:
+        return None
+    return value if isinstance(value, list) else [value]
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return parse_json(line)
     except BadText as error:
         raise UserError(str(error), where=where, value=line[:40]) from None
+
+
+def _prompt_of(value: Any, where: str) -> str:
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise UserError("neither a string nor an object with a string 'prompt'", where=where, value=line[:40])
+        raise UserError("neither a string nor an object with a string 'prompt'", where=where,
+                        value=dump_json(value)[:40])
     return prompt

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from parallel.common.errors import UserError
-from parallel.common.files import open_text
+from parallel.common.lines import text_lines
 
 BLANK = "XXXXX"
 _FENCE = "|||"
@@ -24,25 +24,24 @@ def read(path: Path) -> Iterator[dict]:
     answers = _answers(path)
     lines: list[str] = []
     asked = 0
-    with open_text(path) as file:
-        for line in file:
-            first, *parts = [part.strip() for part in line.split(_FENCE)]
-            if not parts:
-                continue
-            asks = not first.isdigit() or (len(parts) > 1 and parts[1] != "" and BLANK in parts[0])
-            if not asks:
-                lines.append(_joined(parts[0]))
-                continue
-            yield _record(str(asked) if first.isdigit() else first, lines, parts, answers, path)
-            lines, asked = [], asked + 1
+    for _, line in text_lines(path):
+        first, *parts = [part.strip() for part in line.split(_FENCE)]
+        if not parts:
+            continue
+        asks = not first.isdigit() or (len(parts) > 1 and parts[1] != "" and BLANK in parts[0])
+        if not asks:
+            lines.append(_joined(parts[0]))
+            continue
+        yield _record(str(asked) if first.isdigit() else first, lines, parts, answers, path)
+        lines, asked = [], asked + 1
 
 
 def _answers(path: Path) -> dict[str, str]:
     file = path.with_suffix(".answer")
     if path.suffix != ".doc_query" or not file.is_file():
         return {}
-    with open_text(file) as lines:
-        return {name.strip(): _joined(answer) for name, _, answer in (line.partition(_FENCE) for line in lines)}
+    pairs = (line.partition(_FENCE) for _, line in text_lines(file))
+    return {name.strip(): _joined(answer) for name, _, answer in pairs}
 
 
 def _record(name: str, lines: list[str], parts: list[str], answers: dict[str, str], path: Path) -> dict:

@@ -20,5 +20,8 @@ def read(path: Path) -> Iterator[dict]:
             if not places:
                 raise ValueError(f"record {row['id']}: the pronoun is not in the text")
             begin = min(places, key=lambda index: abs(index - begin))
+        label = str(row["label"]).lower()
+        if label not in ("true", "false"):
+            raise ValueError(f"record {row['id']}: the label is neither true nor false")
         yield {"id": f"{row['id']}-{number}", "before": text[:begin], "after": text[begin + len(pronoun):],
-               "candidates": [pronoun, target["span1_text"]], "answer": int(str(row["label"]).lower() == "true")}
+               "candidates": [pronoun, target["span1_text"]], "answer": int(label == "true")}

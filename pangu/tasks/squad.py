@@ -27,4 +27,7 @@ def read(path: Path) -> Iterator[dict]:
 
 
 def _text(answer: object) -> str:
-    return str(answer["text"] if isinstance(answer, dict) else answer).strip()
+    text = answer["text"] if isinstance(answer, dict) else answer
+    if not isinstance(text, str):
+        raise ValueError(f"an answer is no text but {text!r}")
+    return text.strip()

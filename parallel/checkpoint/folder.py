@@ -129,3 +129,8 @@ def write_plain_json(path: Path, value: dict) -> None:
         file.write(json_with_digest(value))
         file.flush()
         os.fsync(file.fileno())
+
+
+def parameter_bytes(checkpoint: Path) -> int:
+    """Size on disk of a checkpoint's parameters."""
+    return sum(file.stat().st_size for file in checkpoint.glob(f"{PARAMETERS_FILE.split('.')[0]}*.safetensors"))

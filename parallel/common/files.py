@@ -19,15 +19,12 @@ from typing import IO, Any, BinaryIO
 from parallel.common.errors import UserError
 from parallel.common.folders import sweep_once, temporary_name
 from parallel.common.json_text import dump_json
-from parallel.common.structured import MAX_JSON_BYTES, is_file, read_json, seal
+from parallel.common.structured import MAX_JSON_BYTES, by_mark, is_file, read_json, seal
 
 __all__ = ["MAX_JSON_BYTES", "DamagedFile", "as_utf8", "atomic_write", "by_mark", "cache_folder", "explain_os_error",
            "inside", "matching", "name_text", "open_binary", "open_text", "open_utf8", "read_json", "write_json"]
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst", ".bz2")
-MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-"""Byte order marks and what they say; the longer ones first."""
 _OUTPUT = 1 << 20
 
 
@@ -188,11 +185,6 @@ def _xz(path: Path) -> _Frames:
 
 def _bz2(path: Path) -> _Frames:
     return _Frames(path, bz2.BZ2Decompressor, OSError, padding=b"\0", piece=128 << 10)
-
-
-def by_mark(data: bytes) -> str | None:
-    """The charset that a byte order mark at the beginning says, None without one."""
-    return next((name for mark, name in MARKS if data.startswith(mark)), None)
 
 
 def as_utf8(stream: io.BufferedReader, path: str | Path, errors: str = "strict") -> io.BufferedReader:

@@ -175,9 +175,12 @@ def _first_error(cls: type[Settings], error: pydantic.ValidationError, where: st
         return cause
     message = str(cause) if cause is not None else details["msg"]
     value = None if details["type"] == "missing" or isinstance(details["input"], dict) else details["input"]
-    sixty = isinstance(value, str) and SEXAGESIMAL.fullmatch(value)
-    return UserError(f"{key}: {message}" if key else message, where=where, value=value,
-                     hint="write a number in decimal digits; this is text" if sixty else None)
+    hint = None
+    if isinstance(value, str) and SEXAGESIMAL.fullmatch(value):
+        hint = "write a number in decimal digits; this is text"
+    elif details["type"] == "string_type":
+        hint = "quote it for the text"
+    return UserError(f"{key}: {message}" if key else message, where=where, value=value, hint=hint)
 
 
 def _known_keys(cls: type[Settings], path: list) -> list[str]:

@@ -7,6 +7,7 @@ holds are refused, a byte order mark is not. YAML is read by `yaml_core`.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -21,6 +22,9 @@ from parallel.common.errors import UserError
 from parallel.common.json_text import has_surrogates, plain, without_surrogates
 from parallel.common.yaml_core import BadYaml, load_yaml
 
+MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+"""Byte order marks and what they say; the longer ones first."""
 MAX_JSON_BYTES = 256 << 20
 MAX_YAML_BYTES = 1 << 20
 DIGEST_KEY = "digest_of_file"
@@ -73,13 +77,16 @@ def parse_json(text: str | bytes, *, surrogates: Surrogates = "replace", strict:
     return value
 
 
+def by_mark(data: bytes) -> str | None:
+    """The charset that a byte order mark at the beginning says, None without one."""
+    return next((name for mark, name in MARKS if data.startswith(mark)), None)
+
+
 def _decoded(text: str | bytes) -> str:
     if isinstance(text, str):
         return text[1:] if text.startswith("\ufeff") else text
     try:
-        if text.startswith((b"\xff\xfe", b"\xfe\xff")):
-            return text.decode("utf-16")
-        return text.decode("utf-8-sig")
+        return text.decode(by_mark(text) or "utf-8")
     except UnicodeDecodeError as error:
         raise BadText(f"not UTF-8 (byte {error.start})") from None
 

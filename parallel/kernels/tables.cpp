@@ -258,11 +258,23 @@ struct Rule {
   double rate, epsilon, beta1, beta2, correction1, correction2;
 };
 
+// Sum of squares by halves: what a graph of a device adds up in whole vectors, so that rows which stay on a device
+// (recsys/tables/hot.py) move as those here do, to the bit. All rules are in float32 for the same reason.
+float square_sum(const float* g, int64_t width) {
+  thread_local std::vector<float> square;
+  int64_t size = 1;
+  while (size < width) size *= 2;
+  square.assign(size, 0.0f);
+  for (int64_t i = 0; i < width; ++i) square[i] = g[i] * g[i];
+  for (size /= 2; size > 0; size /= 2)
+    for (int64_t i = 0; i < size; ++i) square[i] += square[i + size];
+  return square[0];
+}
+
 void rowwise_adagrad(float* p, float* a, const float* g, int64_t width, const Rule& rule) {
-  double square = 0.0;
-  for (int64_t i = 0; i < width; ++i) square += static_cast<double>(g[i]) * g[i];
-  a[0] = static_cast<float>(a[0] + square / width);
-  const float step = static_cast<float>(rule.rate / (std::sqrt(static_cast<double>(a[0])) + rule.epsilon));
+  const float rate = static_cast<float>(rule.rate), epsilon = static_cast<float>(rule.epsilon);
+  a[0] += square_sum(g, width) / static_cast<float>(width);
+  const float step = rate / (std::sqrt(a[0]) + epsilon);
   for (int64_t i = 0; i < width; ++i) p[i] -= step * g[i];
 }
 
@@ -276,12 +288,13 @@ void adagrad(float* p, float* a, const float* g, int64_t width, const Rule& rule
 
 void lazy_adam(float* p, float* state, const float* g, int64_t width, const Rule& rule) {
   float *m = state, *v = state + width;
+  const float rate = static_cast<float>(rule.rate), epsilon = static_cast<float>(rule.epsilon);
   const float b1 = static_cast<float>(rule.beta1), b2 = static_cast<float>(rule.beta2);
+  const float c1 = static_cast<float>(rule.correction1), c2 = static_cast<float>(rule.correction2);
   for (int64_t i = 0; i < width; ++i) {
     m[i] = b1 * m[i] + (1.0f - b1) * g[i];
     v[i] = b2 * v[i] + (1.0f - b2) * g[i] * g[i];
-    const double direction = m[i] / rule.correction1 / (std::sqrt(v[i] / rule.correction2) + rule.epsilon);
-    p[i] = static_cast<float>(p[i] - rule.rate * direction);
+    p[i] -= rate * (m[i] / c1 / (std::sqrt(v[i] / c2) + epsilon));
   }
 }
 
@@ -549,6 +562,15 @@ void table_states(void* handle, const int32_t* rows, int64_t n, float* out) {
   const Table& table = *static_cast<Table*>(handle);
   for (int64_t i = 0; i < n; ++i)
     if (rows[i] >= 0) std::memcpy(out + i * table.states, table.state(rows[i]), table.states * 4);
+}
+
+// Gives rows their values and states; what else is known of them stays.
+void table_set(void* handle, const int32_t* rows, int64_t n, const float* values, const float* states) {
+  const Table& table = *static_cast<Table*>(handle);
+  for (int64_t i = 0; i < n; ++i) {
+    std::memcpy(table.values(rows[i]), values + i * table.width, table.width * 4);
+    std::memcpy(table.state(rows[i]), states + i * table.states, table.states * 4);
+  }
 }
 
 // Puts entries into a table (replacing those with the same keys): a key with a row keeps that row's number where

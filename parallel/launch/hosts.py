@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.common.errors import UserError
-from parallel.common.files import open_text
+from parallel.common.lines import text_lines
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.topology import place_nodes
 
@@ -36,16 +36,15 @@ def read_hosts(path: str | Path) -> list[Host]:
         UserError: no such file, a line with more than two words, a machine twice, or none.
     """
     found: dict[str, Host] = {}
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            words = line.partition("#")[0].split()
-            if not words:
-                continue
-            if len(words) > 2 or max(map(len, words)) > _LONGEST_NAME or number > _MOST:
-                raise UserError("a line is a name and perhaps an address", where=f"{path}, line {number}", value=line)
-            if words[0] in found:
-                raise UserError("the machine is listed twice", where=f"{path}, line {number}", value=words[0])
-            found[words[0]] = Host(words[0], words[-1])
+    for number, line in text_lines(path):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) > 2 or max(map(len, words)) > _LONGEST_NAME or number > _MOST:
+            raise UserError("a line is a name and perhaps an address", where=f"{path}, line {number}", value=line)
+        if words[0] in found:
+            raise UserError("the machine is listed twice", where=f"{path}, line {number}", value=words[0])
+        found[words[0]] = Host(words[0], words[-1])
     if not found:
         raise UserError("no machine is listed", where=path, hint="write one name or address a line")
     return list(found.values())

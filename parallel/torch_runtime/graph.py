@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "Send", "Receive")
-_WIDTHS = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
+WIDTHS = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
+"""Bytes of an element; 1 of any other type."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Kind:
     @property
     def bytes(self) -> int:
         """Of all its elements."""
-        return math.prod(self.shape) * _WIDTHS.get(self.dtype, 1)
+        return math.prod(self.shape) * WIDTHS.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ KINDS = ("step", "loss", "scores")
 those, and the model's package says what they are called (`ModelPackage.inference_kinds`)."""
 INLINE = 64
 """Constants of at most this many elements are written into the JSON."""
+CACHE = "cache."
+"""How the names of parameters begin that are kept from call to call and are no weights."""
 _LARGEST_JSON = 1 << 30
 # Settings that shape no graph.
 _SHAPELESS = {
@@ -204,7 +206,10 @@ class Program:
         return [kind for kind in self.ranks[0].graphs if kind not in KINDS]
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs of a kind of inference graph, by name."""
+        """Shapes of the inputs of a kind of inference graph, by name; a UserError where the program lacks it."""
+        if kind not in self.tree["shapes"]:
+            raise UserError(f"the program holds no {kind} graph", where=self.folder,
+                            value=", ".join(self.tree["shapes"]), hint=f"export it again, with {kind} among --graphs")
         return {name: tuple(shape) for name, shape, _ in self.tree["shapes"][kind]}
 
     def graph(self, rank: int, kind: str = "step") -> Graph:

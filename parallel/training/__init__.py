@@ -1,1 +1,1 @@
-"""How any model is run: settings, command line, trainer, optimizers, checkpoints, launch."""
+"""How any model is trained: settings, data sources, trainer, backends, steps, optimizers, schedules."""

@@ -29,13 +29,12 @@ from recsys.data.passes import PARTS, Passes, write_log
 from recsys.data.readers import Reader, reader
 from recsys.data.spark_passes import SparkPasses
 from recsys.data.turns import one_at_a_time
+from recsys.data.unit_passes import PoolPasses
 from recsys.data.vocabulary import Statistics, Vocabulary
 
 if TYPE_CHECKING:
     from recsys.settings import DataSettings
 
-VOCABULARY = "vocabulary.json"
-"""Name of the vocabulary's file beside encoded rows and beside checkpoints."""
 _FORMAT = 5
 
 
@@ -87,7 +86,7 @@ def _same(one: Path, other: Path) -> bool:
 def _digest(data: DataSettings, vocabulary: Path | None) -> str:
     """Name of the encoded log: of its settings, features, and the sizes and times of its files."""
     tree = data.model_dump(mode="json", exclude={"cache", "shuffle", "pooling", "vocabulary", "tables", "stream",
-                                                 "engine", "spark"})
+                                                 "engine", "spark", "shards", "workers", "together"})
     tree["features"] = [feature.model_dump(mode="json", exclude={"width", "pooling", "attention_size",
                                                                  "unseen_rate", "admission_share",
                                                                  "expire_after", "expire_unit",
@@ -114,7 +113,8 @@ def _files_of(path: str) -> Iterator[Path]:
 def _encode_to(directory: Path, data: DataSettings, source: Reader, given: Path | None) -> None:
     features = features_of(data)
     encoder = Encoder(features, columns_of(data, source), data.on_bad_row)
-    passes = Passes(data, source, encoder) if data.engine == "local" else SparkPasses(data, source, encoder)
+    kind = SparkPasses if data.engine == "spark" else PoolPasses if data.workers > 1 else Passes
+    passes = kind(data, source, encoder)
     vocabulary = Vocabulary.load(given) if given is not None else Vocabulary()
     if given is None and Statistics.needed(features):
         vocabulary = passes.statistics(features).vocabulary()

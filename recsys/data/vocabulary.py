@@ -22,6 +22,8 @@ from parallel.common.files import read_json, write_json
 from parallel.common.progress import info
 from recsys.data.features import FIRST_KNOWN, UNSEEN, Feature
 
+VOCABULARY = "vocabulary.json"
+"""Name of the vocabulary's file beside encoded rows, checkpoints and published versions."""
 RESERVOIR = 100_000
 MAX_VOCABULARY_BYTES = 4 << 30
 

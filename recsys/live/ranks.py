@@ -23,7 +23,7 @@ from parallel.common.files import atomic_write
 from parallel.training.backend import Backend
 from parallel.training.companions import Companion
 from parallel.training.operation.saving import disks_of
-from recsys.data.log import VOCABULARY
+from recsys.data.vocabulary import VOCABULARY
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Versions
 from recsys.tables.names import is_sparse

@@ -27,10 +27,11 @@ from parallel.interchange.ports import Port
 from parallel.interchange.sizes import variants
 from recsys.build import sample_batch
 from recsys.data.features import FeatureSpec
+from recsys.data.vocabulary import VOCABULARY
 from recsys.network import labels_of
 from recsys.passes.tasks import KINDS, arguments_of, cell_of, kinds_of, whole_spec
 from recsys.passes.weights import Weights
-from recsys.saved_model import VOCABULARY, vocabulary_of
+from recsys.saved_model import vocabulary_of
 from recsys.ug_sep.sides import UserCandidateSplit
 
 if TYPE_CHECKING:

@@ -163,7 +163,7 @@ def check_checkpoint(settings: Run, path: Path) -> None:
 
 
 class GroupScores:
-    """What brings the groups' scores together (`recsys.score_merging.RankScores`): the first rank of each gives its
+    """What brings the groups' scores together (`recsys.evaluation.score_merging`): the first rank of each gives its
     own."""
 
     def __init__(self, ranker: ShardedRanker) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 from parallel.common.progress import progress
 from recsys.data.batches import filled_batch
 from recsys.data.encode import Encoded
+from recsys.evaluation.score_merging import RankScores
 from recsys.layers.tasks import TaskPlan
 from recsys.passes.sharded import GroupScores, ShardedRanker
 from recsys.passes.tasks import evaluation_rows
-from recsys.score_merging import RankScores
 from recsys.training.validation import Prediction, metrics_of
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from parallel.common.errors import UserError
 from parallel.task import Input, Task
 from recsys.data.columns import features_of
 from recsys.data.features import FeatureSpec, assign_columns
-from recsys.data.log import VOCABULARY
-from recsys.data.vocabulary import Vocabulary
+from recsys.data.vocabulary import VOCABULARY, Vocabulary
 from recsys.network import labels_of, loss_network
 from recsys.settings import run_class
 

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.folder import PARAMETERS_FILE, resolve_checkpoint
+from parallel.checkpoint.folder import parameter_bytes, resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.training.device import start_device
-from recsys.saved_model import VOCABULARY, settings_of
+from recsys.data.vocabulary import VOCABULARY
+from recsys.saved_model import settings_of
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -37,7 +38,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
         UserError: nothing to quantize, the checkpoint is quantized already or damaged, or the log cannot be read.
     """
     from parallel.layers.int8 import prepare, products
-    from recsys.evaluate import load_model, open_log
+    from recsys.evaluation.evaluate import load_model, open_log
     from recsys.quantization.layers import quantize_model
 
     start_device()
@@ -63,17 +64,12 @@ def run(settings: None, arguments: argparse.Namespace) -> dict:
     table("Relative error of each weight, ||W - qs|| / ||W||", ["weight", "shape", "error"],
           [[name, " x ".join(map(str, shapes[name])), f"{error:.5f}"] for name, error in errors.items()])
     return {"max_relative_error": max(errors.values()), "auc_before": before, "auc_after": after,
-            "bytes_before": _bytes(source), "bytes_after": _bytes(target), "checkpoint": str(target),
+            "bytes_before": parameter_bytes(source), "bytes_after": parameter_bytes(target), "checkpoint": str(target),
             "quantized": len(errors), "group": arguments.group, "products": mode}
 
 
-def _bytes(checkpoint: Path) -> int:
-    """Size of the parameters on disk."""
-    return sum(file.stat().st_size for file in checkpoint.glob(f"{PARAMETERS_FILE.split('.')[0]}*.safetensors"))
-
-
 def _auc(model: Any, log: Any, settings: Run, arguments: argparse.Namespace) -> float | None:
-    from recsys.evaluation import Evaluation
+    from recsys.evaluation.log_metrics import Evaluation
 
     if arguments.part == "none":
         return None

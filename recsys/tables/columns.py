@@ -77,13 +77,14 @@ def plans(spec: FeatureSpec) -> dict[str, TablePlan]:
     return found
 
 
-def window_spec(spec: FeatureSpec, batch: int, most: int | None = None) -> FeatureSpec:
+def window_spec(spec: FeatureSpec, batch: int, most: int | None = None, hot: int = 0) -> FeatureSpec:
     """The spec of a network that sees the rows of one step.
 
     Args:
         spec: columns of the features in the log.
         batch: samples of a step on one process.
         most: rows of each width at most.
+        hot: further rows of each width behind them.
     """
     found = plans(spec)
     slots = {name: replace(slot, offset=found[slot.feature.target or name].first, rows=FIRST_KNOWN)
@@ -92,5 +93,5 @@ def window_spec(spec: FeatureSpec, batch: int, most: int | None = None) -> Featu
     for index, width in enumerate(spec.tables):
         own = [plan for plan in found.values() if plan.width == index]
         rows = FIRST_KNOWN * len(own) + min(sum(batch * len(plan.columns) for plan in own), most or 2**31 - 1)
-        tables[width] = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+        tables[width] = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE + hot
     return replace(spec, slots=slots, tables=tables)

@@ -173,6 +173,12 @@ class DynamicTable:
                                   RULES[rule.name], rule.rate, rule.epsilon, rule.beta1, rule.beta2, rule.correction1,
                                   rule.correction2)
 
+    def set_rows(self, rows_N: np.ndarray, values_NW: np.ndarray, states_NS: np.ndarray) -> None:
+        """Gives rows their values and states; counts and times stay."""
+        rows_N = np.ascontiguousarray(rows_N, np.int32)
+        values_NW, states_NS = (np.ascontiguousarray(array, np.float32) for array in (values_NW, states_NS))
+        self._kernel.table_set(self._table, address(rows_N), len(rows_N), address(values_NW), address(states_NS))
+
     def sweep(self, oldest: int = 0, least: float = 0.0, decay: float = 1.0) -> int:
         """Evicts keys last seen before `oldest` or counted less than `least`, then decays the counts; rows freed."""
         return int(self._kernel.table_sweep(self._table, max(0, oldest), least, decay, ALWAYS_BELOW))

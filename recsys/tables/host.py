@@ -30,7 +30,10 @@ from recsys.tables.native import add_rows, unique
 from recsys.tables.optimizer import TableOptimizer
 
 if TYPE_CHECKING:
+    from mindspore import Tensor
+
     from recsys.settings import Run
+    from recsys.tables.hot import HotTables
 
 _SPECIAL = np.array([MISSING_KEY, UNSEEN_KEY], np.int64)
 
@@ -63,9 +66,11 @@ class HostTables(Companion):
         self.settings, self.spec, self.exchange = own, spec, exchange or Alone()
         self.optimizer = TableOptimizer(settings.train)
         self.columns, self.plans = KeyColumns(spec), plans(spec)
-        self.window = window_spec(spec, batch, own.window)
+        hot = own.hot_rows or 0
+        self.window = window_spec(spec, batch, own.window, hot)
         self.widths = list(spec.tables)
-        self.windows = [np.zeros((rows, width), np.float32) for width, rows in self.window.tables.items()]
+        self.windows = [np.zeros((rows - hot, width), np.float32) for width, rows in self.window.tables.items()]
+        self.hot: HotTables | None = None
         self.start = settings.train.seed, settings.model.embedding_std
         self.tables: dict[str, DynamicTable] = {}
         self.empty()
@@ -76,6 +81,8 @@ class HostTables(Companion):
 
     def empty(self) -> None:
         """All tables as at the start of a run."""
+        if self.hot is not None:
+            self.hot.forget()
         self.tables.clear()  # first, since the new ones' files have the same names
         self.tables.update({name: self._table(name, plan) for name, plan in self.plans.items()})
 
@@ -119,7 +126,8 @@ class HostTables(Companion):
         self._asked = {}
         for name, (keys, times) in asked.items():
             plan = self.plans[name]
-            slots, free[plan.width] = self._window_rows(plan, known[name][0], free[plan.width])
+            hot = self.hot.slots(name, known[name][1], times, train) if self.hot is not None else None
+            slots, free[plan.width] = self._window_rows(plan, known[name][0], free[plan.width], hot)
             self._fill(name, known[name], slots)
             self._asked[name] = _Asked(keys, slots, self._touched(slots, times), known[name][1])
             # An id without a row has the row of the unseen value.
@@ -139,11 +147,13 @@ class HostTables(Companion):
         times[:FIRST_KNOWN] -= 1.0
         return keys, which[FIRST_KNOWN:], times
 
-    def _window_rows(self, plan: TablePlan, known: np.ndarray, free: int) -> tuple[np.ndarray, int]:
-        """Row of each distinct key in the window (-1: it has no row), and the next free one."""
-        slots = np.full(len(known), -1, np.int32)
+    def _window_rows(self, plan: TablePlan, known: np.ndarray, free: int,
+                     hot: np.ndarray | None) -> tuple[np.ndarray, int]:
+        """Row of each distinct key in the window (-1: it has no row), and the next free one; `hot` has those of keys
+        that are there already."""
+        slots = np.full(len(known), -1, np.int32) if hot is None else hot
         slots[:FIRST_KNOWN] = plan.first + np.arange(FIRST_KNOWN)
-        found = np.flatnonzero(known[FIRST_KNOWN:]) + FIRST_KNOWN
+        found = np.flatnonzero(known[FIRST_KNOWN:] & (slots[FIRST_KNOWN:] < 0)) + FIRST_KNOWN
         slots[found] = np.arange(free, free + len(found))
         free += len(found)
         if free > len(self.windows[plan.width]):
@@ -179,28 +189,38 @@ class HostTables(Companion):
         if self.exchange.ranks > 1:
             window[slots[known[0]]] = known[1][known[0]]
         else:
-            self.tables[name].gather(known[1], window, slots)
+            rows = known[1] if self.hot is None else np.where(slots < len(window), known[1], -1)
+            self.tables[name].gather(rows, window, slots)
 
-    def update(self, gradients: list[np.ndarray]) -> None:
+    def update(self, gradients: list[np.ndarray] | list[Tensor]) -> None:
         """Moves the rows of the last `fetch` by the window's gradients, one [rows, W] for each width: sums over this
-        process's samples of the gradient of the mean loss."""
+        process's samples of the gradient of the mean loss. With hot rows they are tensors of the device."""
         rule = self.optimizer.rule(self.updates)
+        if self.hot is not None:
+            gradients = self.hot.update(gradients, [np.concatenate(
+                [np.zeros(0, np.int32), *(asked.slots[asked.touched] for name, asked in self._asked.items()
+                                          if self.plans[name].width == width)]) for width in range(len(self.widths))],
+                rule)
         if self.exchange.ranks > 1:
             self._exchanged_update(gradients, rule)
         else:
             for name, asked in self._asked.items():
-                rows = np.where(asked.touched, asked.rows, -1)
+                mine = asked.touched & (asked.slots < len(self.windows[self.plans[name].width]))
+                rows = np.where(mine, asked.rows, -1)
                 self.tables[name].update(rows, gradients[self.plans[name].width], rule, asked.slots)
         self.updates += 1
 
     def end_step(self) -> None:
         """Counts the step, and sweeps where one is due."""
         self.steps += 1
+        if self.hot is not None:
+            self.hot.end_step()
         if self.settings.sweep_every and self.steps % self.settings.sweep_every == 0:
             self.sweep()
 
     def sweep(self) -> int:
         """Evicts what has expired by each feature's rules; rows freed on this process."""
+        self.settle(forget=True)
         freed = 0
         for name, plan in self.plans.items():
             feature = plan.slot.feature
@@ -208,6 +228,13 @@ class HostTables(Companion):
                 oldest = self._now(name, self.steps + 1) - feature.expire_after if feature.expire_after else 0
                 freed += self.tables[name].sweep(oldest, feature.expire_below, feature.count_decay)
         return freed
+
+    def settle(self, forget: bool = False) -> None:
+        """Brings the tables up to date with the rows that are on the device; `forget`: none stays there."""
+        if self.hot is not None:
+            self.hot.write_back()
+            if forget:
+                self.hot.forget()
 
     # -- several processes --------------------------------------------------------------------------------------------
 
@@ -269,6 +296,7 @@ class HostTables(Companion):
 
     def before_checkpoint(self, directory: Path, step: int) -> None:
         """Writes this process's rows beside the checkpoint."""
+        self.settle()
         stage_tables(self.tables, directory, self.exchange.rank, self.exchange.ranks)
         self.exchange.all_to_all([b""] * self.exchange.ranks)
         self._staged = directory
@@ -293,7 +321,7 @@ class HostTables(Companion):
             UserError: see `restore_files`.
         """
         other = copy.copy(self)
-        other.tables = {}
+        other.tables, other.hot = {}, None
         other.restore_files(folder)
         return other
 
@@ -305,10 +333,10 @@ class HostTables(Companion):
         """Takes `state`."""
         self.steps, self.updates = int(state["steps"]), int(state["updates"])
 
-    def figures(self) -> dict[str, int]:
-        """Rows, ids that wait for admission and bytes on this process."""
-        tables = self.tables.values()
-        return {"table_rows": sum(map(len, tables)), "table_waiting": sum(table.waiting for table in tables),
+    def figures(self) -> dict[str, float]:
+        """Rows, ids that wait for admission and bytes on this process; how many of the rows asked for were hot."""
+        tables, hot = self.tables.values(), self.hot.figures() if self.hot is not None else {}
+        return {**hot, "table_rows": sum(map(len, tables)), "table_waiting": sum(table.waiting for table in tables),
                 "table_bytes": sum(table.bytes for table in tables)}
 
 

@@ -40,4 +40,5 @@ def load_hosted(settings: Run, spec: FeatureSpec, tasks: int, path: Path, batch:
 
 def _in_memory(data: Any) -> Any:
     """Settings under which a reader does not touch the files of a run that trains."""
-    return data.model_copy(update={"tables": data.tables.model_copy(update={"folder": None, "window": None})})
+    own = data.tables.model_copy(update={"folder": None, "window": None, "hot_rows": None})
+    return data.model_copy(update={"tables": own})

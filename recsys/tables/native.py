@@ -28,6 +28,7 @@ _SIGNATURES = {
     "table_sweep": (_LONG, [_POINTER, _UNSIGNED, _DOUBLE, _DOUBLE, _LONG]),
     "table_entries": (_LONG, [_POINTER, _UNSIGNED] + [_POINTER] * 4),
     "table_states": (None, [_POINTER] * 2 + [_LONG, _POINTER]),
+    "table_set": (None, [_POINTER] * 2 + [_LONG] + [_POINTER] * 2),
     "table_put": (_LONG, [_POINTER] * 7 + [_LONG, _INT]),
     "table_close_gaps": (_LONG, [_POINTER]),
 }

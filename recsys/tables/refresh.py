@@ -14,7 +14,8 @@ from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint, load_checkpoint, save_checkpoint
 from parallel.common.errors import UserError
 from parallel.common.progress import table as show
-from recsys.data.log import VOCABULARY, prepare
+from recsys.data.log import prepare
+from recsys.data.vocabulary import VOCABULARY
 from recsys.tables.dynamic import DynamicTable
 from recsys.tables.host import HostTables
 from recsys.tables.keys import ALWAYS_BELOW

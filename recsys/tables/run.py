@@ -11,10 +11,9 @@ from parallel.training.optimizers import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.sharded.run import unsharded_network
 from parallel.training.trainer import Trainer
-from recsys.data.batches import Batches
 from recsys.data.features import FeatureSpec
 from recsys.data.log import Log
-from recsys.evaluation import Evaluation
+from recsys.evaluation.log_metrics import Evaluation
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
 from recsys.network import loss_network
@@ -23,7 +22,7 @@ from recsys.tables.exchange import exchange_of
 from recsys.tables.host import HostTables
 from recsys.tables.names import is_sparse
 from recsys.tables.step import Hosted, HostedBackend, TableStep, dense_parameters
-from recsys.training.any_backend import compares, keep_vocabulary, run_of
+from recsys.training.any_backend import batches_of, keep_vocabulary, run_of
 from recsys.training.validation import Best, evaluation_batch, validation_rows
 
 if TYPE_CHECKING:
@@ -45,8 +44,7 @@ def train_hosted(settings: Run, log: Log, processes: Processes) -> dict:
     tables, batch = backend.hosted.tables, options.global_batch_size // processes.ranks
     check_device(settings, network.model, processes)
     start_values(settings, network, log, tables)
-    batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      processes.rank, processes.ranks, log.spec, settings.data.together, compares(settings))
+    batches = batches_of(settings, log, processes.rank, processes.ranks)
     rows = validation_rows(settings, log.parts["validation"])
     # The windows have places for a batch of this process, no more.
     evaluation = Evaluation(network.model, rows, log.labels, min(evaluation_batch(settings, rows), batch),
@@ -73,6 +71,9 @@ def hosted_backend(settings: Run, spec: FeatureSpec, tasks: int,
     if settings.parallel.backend == "torch":
         raise UserError("tables on the host are trained by MindSpore", where="parallel.backend", value="torch",
                         hint="leave it out, or set data.tables.place: graph")
+    if settings.data.tables.hot_rows is not None and processes.ranks > 1:
+        raise UserError("hot rows are for one process", where="data.tables.hot_rows",
+                        value=settings.data.tables.hot_rows, hint="set it to null")
     batch = options.global_batch_size // processes.ranks
     tables = HostTables(settings, spec, batch, exchange_of(processes, settings.data.tables.exchange_kb << 10))
     network = loss_network(settings, tables.window, tasks, COMPUTE_DTYPES[options.precision])

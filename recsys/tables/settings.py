@@ -22,6 +22,11 @@ class TableSettings(Settings):
     window: int | None = Field(None, ge=1)
     """host: rows of each width that a step may use on a device; null = the most that a batch can name. A step that
     needs more ends the run with one line."""
+    hot_rows: int | None = Field(None, ge=1)
+    """host, one process: rows of each width that stay on the device with their optimizer's state, those met most often;
+    results are the same to the bit. The window then needs room for the others only. Null = none."""
+    hot_every: int = Field(100, ge=1)
+    """host: steps between two choices of the hot rows."""
     sweep_every: int | None = Field(None, ge=1)
     """host: steps between two sweeps that evict expired ids (see expire_after and expire_below of a feature); null =
     none."""

@@ -18,6 +18,7 @@ from parallel.training.optimizers import Optimizer, pick
 from parallel.training.settings import TrainSettings
 from parallel.training.step import GlobalNorm, MeanGradient, TrainStep, times
 from recsys.tables.host import HostTables
+from recsys.tables.hot import HotTables
 from recsys.tables.names import is_sparse
 
 
@@ -107,6 +108,8 @@ class HostedStep:
     def __init__(self, step: TableStep, tables: HostTables) -> None:
         self.step, self.tables = step, tables
         self.windows = window_parameters(step.network)
+        if tables.settings.hot_rows is not None:
+            tables.hot = HotTables(tables.settings, tables.optimizer.name, tables.plans, tables.tables, self.windows)
 
     def set_train(self, mode: bool = True) -> None:
         """As of a cell."""
@@ -116,10 +119,11 @@ class HostedStep:
         """The step's five scalars."""
         keys = self.tables.columns.keys(ids_BM.asnumpy())
         ids = self.tables.fetch(keys, train=True)
-        put_windows(self.windows, self.tables.windows)
+        put_windows(self.windows, self.tables)
         *scalars, gradients = self.step(Tensor(ids), *rest)
         if bool(scalars[2].asnumpy()):
-            self.tables.update([gradient.asnumpy() for gradient in gradients])
+            self.tables.update(gradients if self.tables.hot is not None
+                               else [gradient.asnumpy() for gradient in gradients])
         self.tables.end_step()
         return tuple(scalars)
 
@@ -147,9 +151,12 @@ class HostedBackend(MindSporeBackend):
         return [tensor for tensor in super().parameters() if not is_sparse(tensor.name)]
 
 
-def put_windows(parameters: list[Parameter], windows: list[np.ndarray]) -> None:
+def put_windows(parameters: list[Parameter], tables: HostTables) -> None:
     """Gives the network the rows of a step."""
-    for parameter, window in zip(parameters, windows, strict=True):
+    if tables.hot is not None:
+        tables.hot.put(tables.windows)
+        return
+    for parameter, window in zip(parameters, tables.windows, strict=True):
         parameter.set_data(Tensor(window))
 
 
@@ -179,5 +186,5 @@ class Hosted:
         ids = inputs[self.argument].asnumpy()
         own = self.columns if self.columns is not None else slice(None)
         found = self.tables.fetch(self.tables.columns.keys(ids, own), columns=self.columns)
-        put_windows(self.windows, self.tables.windows)
+        put_windows(self.windows, self.tables)
         return self.cell(*inputs[:self.argument], Tensor(found), *inputs[self.argument + 1:])

@@ -1,1 +1,1 @@
-"""Training rankers: on any backend, on MindSpore, validation."""
+"""Training rankers: on any backend, on MindSpore, on a stream; validation."""

@@ -14,7 +14,8 @@ from parallel.common.progress import table
 from parallel.training.backend import Backend
 from parallel.training.trainer import Run, Trainer
 from recsys.data.batches import Batches
-from recsys.data.log import VOCABULARY, Log, prepare
+from recsys.data.log import Log, prepare
+from recsys.data.vocabulary import VOCABULARY
 from recsys.layers.tasks import TaskPlan
 from recsys.live.ranks import ranks_publisher
 from recsys.training.validation import Best, RanksEvaluation, validation_rows
@@ -39,8 +40,7 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     if options.share_users:
         raise UserError("a sharded run does not share users", where="train.share_users", hint="set it to false")
     log = prepared(settings, backend)
-    batches = Batches(log.parts["train"], options.global_batch_size, options.seed if settings.data.shuffle else None,
-                      *backend.share, log.spec, settings.data.together, compares(settings))
+    batches = batches_of(settings, log, *backend.share)
     plan, batch = TaskPlan.of(settings.model.tasks, len(log.labels)), options.global_batch_size
     evaluation = RanksEvaluation(backend, validation_rows(settings, log.parts["validation"]), log.labels, plan, batch)
     best = Best(settings, evaluation, backend.parameters, backend.rank, holder=backend.holder)
@@ -59,6 +59,13 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     if backend.rank == 0:
         table("Trained", ["figure", "value"], result.items())
     return result
+
+
+def batches_of(settings: RunSettings, log: Log, rank: int, ranks: int) -> Batches:
+    """Training batches of one of `ranks` data-parallel processes."""
+    data, options = settings.data, settings.train
+    return Batches(log.parts["train"], options.global_batch_size, options.seed if data.shuffle else None, rank, ranks,
+                   log.spec, data.together, compares(settings), data.shards)
 
 
 def compares(settings: RunSettings) -> bool:
@@ -106,6 +113,6 @@ def attainable_auc(settings: RunSettings, log: Log) -> dict[str, float]:
     if data.reader != "synthetic" or data.split.by not in ("default", "order"):
         return {}
     from recsys.data.readers.synthetic import probabilities
-    from recsys.metrics import bayes_auc
+    from recsys.evaluation.metrics import bayes_auc
 
     return {"bayes_auc": bayes_auc(probabilities(data)[-max(1, len(log.parts["test"])):])}

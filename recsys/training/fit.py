@@ -14,7 +14,7 @@ from parallel.training.sharded.run import needs_sharding
 from parallel.training.trainer import Trainer
 from recsys.build import check_layout
 from recsys.data.log import Log
-from recsys.evaluation import Evaluation
+from recsys.evaluation.log_metrics import Evaluation
 from recsys.ranker import TrainingLoss
 from recsys.training.any_backend import attainable_auc, sizes, with_test
 from recsys.training.validation import Best, evaluation_batch

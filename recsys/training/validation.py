@@ -19,9 +19,9 @@ from parallel.training.backend import Backend
 from parallel.training.operation.saving import disks_of
 from recsys.data.batches import in_order
 from recsys.data.encode import Encoded
+from recsys.evaluation.metrics import Accumulator, NumberAccumulator
+from recsys.evaluation.score_merging import RankScores
 from recsys.layers.tasks import TaskPlan
-from recsys.metrics import Accumulator, NumberAccumulator
-from recsys.score_merging import RankScores
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -44,8 +44,8 @@ def validation_rows(settings: Run, rows: Encoded) -> Encoded:
 
 
 def metrics_of(predictions: Iterable[Prediction], labels: list[str], plan: TaskPlan) -> dict[str, float]:
-    """`recsys.metrics.BINARY_METRICS` (or NUMBER_METRICS) for each task, exact, on the samples that count for it; of
-    the tasks after the first with `_<label>` at the end."""
+    """BINARY_METRICS (or NUMBER_METRICS) for each task, exact, on the samples that count for it; of the tasks after the
+    first with `_<label>` at the end."""
     collected = [Accumulator() if task.kind == "binary" else NumberAccumulator() for task in plan.tasks]
     for labels_nT, scores_nK, users_n in predictions:
         counted_nK = plan.counted(labels_nT)

@@ -117,7 +117,7 @@ class Trained:
         from parallel.training.step import TrainStep
         from recsys.build import loss_network
         from recsys.data.log import prepare
-        from recsys.evaluation import Evaluation
+        from recsys.evaluation.log_metrics import Evaluation
         from recsys.layers.sizes import count
         from recsys.tables.names import is_sparse
         from recsys.training.any_backend import attainable_auc

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, WIDTH, HEADS, VOCABULARY, CONTEXT = 12, 768, 12, 50257, 1024
 Command = tuple[list[str], dict[str, str], str]
+_MEANT = 26011  # pieces of the vocabulary that are not fill
 
 # -- ours -------------------------------------------------------------------------------------------------------------
 
@@ -47,15 +48,21 @@ save_checkpoint(folder / "run" / "checkpoints", 1, list(network.get_parameters()
 """
 
 
-def ours(scratch: Path, layers: int, int8: bool) -> Command:
-    """A checkpoint of start values (its query layer counts as one of `layers`), served."""
-    folder = scratch / "ours"
+def start_values(folder: Path, layers: int, *, vocabulary: int = VOCABULARY, width: int = WIDTH, heads: int = HEADS,
+                 context: int = CONTEXT) -> Path:
+    """A checkpoint of start values (its query layer counts as one of `layers`) with a vocabulary; its config file."""
     folder.mkdir()
-    sizes = {"VOCABULARY": VOCABULARY, "WIDTH": WIDTH, "HEADS": HEADS, "CONTEXT": CONTEXT, "FILL": 24246}
+    sizes = {"VOCABULARY": vocabulary, "WIDTH": width, "HEADS": heads, "CONTEXT": context, "FILL": vocabulary - _MEANT}
     script = "\n".join(f"{name} = {value}" for name, value in sizes.items()) + _OURS
     subprocess.run([sys.executable, "-c", script, str(folder), str(layers)], cwd=ROOT, check=True,
                    stdout=subprocess.DEVNULL)
-    words = [sys.executable, "-m", "pangu", "serve", "--config", str(folder / "run.yaml"), "port=PORT"]
+    return folder / "run.yaml"
+
+
+def ours(scratch: Path, layers: int, int8: bool) -> Command:
+    """A checkpoint of start values, served."""
+    config = start_values(scratch / "ours", layers)
+    words = [sys.executable, "-m", "pangu", "serve", "--config", str(config), "port=PORT"]
     return [*words, "--int8"] if int8 else words, {}, "pangu_alpha"
 
 

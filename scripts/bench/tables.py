@@ -1,7 +1,7 @@
 """Tables on the host: what 10^8 rows cost a training step, and lookup + update against torch and TorchRec.
 
     python scripts/bench/tables.py [--rows 100000,100000000] [--folder DIR] [--steps 30] [--rounds 7]
-        [--torchrec PYTHON] [--ids N] [--skip-step] [--skip-peers]
+        [--hot N] [--torchrec PYTHON] [--ids N] [--skip-step] [--skip-peers]
 
 1. A whole training step of configs/recsys/tokenmixer_large.yaml with tables of width 16 and row-wise Adagrad, whose
    users and items (and histories of items) are Zipf-distributed ids of that many rows in all, in files mapped into
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every size or side")
     parser.add_argument("--batch", type=int, default=512, help="samples of a step")
+    parser.add_argument("--hot", type=int, help="rows of each width that stay on the device (data.tables.hot_rows)")
     parser.add_argument("--peer-rows", type=int, default=1_000_000, help="rows of the table of the peers")
     parser.add_argument("--peer-ids", type=int, default=16_384, help="ids of one of the peers' steps")
     parser.add_argument("--torchrec", metavar="PYTHON", help="a Python with torchrec and fbgemm-gpu-cpu")
@@ -93,9 +94,10 @@ class Sized:
         rows: of users and items together.
         batch: samples.
         folder: for the files.
+        hot: rows of each width that stay on the device.
     """
 
-    def __init__(self, rows: int, batch: int, folder: Path) -> None:
+    def __init__(self, rows: int, batch: int, folder: Path, hot: int | None) -> None:
         from parallel.layers.parameter import initialize
         from parallel.task import load_run
         from parallel.training.optimizers import Optimizer
@@ -112,7 +114,8 @@ class Sized:
                     for feature in features_of(plain.data)]
         _, settings = load_run(str(ROOT / "configs/recsys/tokenmixer_large.yaml"), [
             "data.tables.place=host", f"data.tables.folder={folder}", "train.sparse_optimizer.name=rowwise_adagrad",
-            f"train.sparse_optimizer.learning_rate={RATE}", f"train.global_batch_size={batch}"])
+            f"train.sparse_optimizer.learning_rate={RATE}", f"train.global_batch_size={batch}",
+            f"data.tables.hot_rows={hot or 'null'}"])
         self.rows, self.spec = rows, assign_columns(features, settings.model.embedding_size)
         self.tables = HostTables(settings, self.spec, batch)
         for name in ("user_id", "item_id"):
@@ -146,7 +149,11 @@ class Sized:
     def lookup(self) -> tuple[float, float]:
         """Seconds of a lookup and of an update without the network."""
         keys = self.tables.columns.keys(self.inputs()[0])
-        gradients = [np.full_like(window, 1e-6) for window in self.tables.windows]
+        gradients = [np.full((rows, width), 1e-6, np.float32) for width, rows in self.tables.window.tables.items()]
+        if self.tables.hot is not None:
+            from mindspore import Tensor
+
+            gradients = [Tensor(gradient) for gradient in gradients]
         began = time.perf_counter()
         self.tables.fetch(keys, train=True)
         middle = time.perf_counter()
@@ -168,7 +175,7 @@ def steps_of_sizes(sizes: list[int], arguments: argparse.Namespace, folder: Path
     import mindspore as ms
 
     ms.set_context(mode=ms.GRAPH_MODE)
-    sized = [Sized(rows, arguments.batch, folder / str(rows)) for rows in sizes]
+    sized = [Sized(rows, arguments.batch, folder / str(rows), arguments.hot) for rows in sizes]
     steps: dict[int, list[float]] = {rows: [] for rows in sizes}
     lookups: dict[int, list[tuple]] = {rows: [] for rows in sizes}
     for number in range(arguments.rounds):

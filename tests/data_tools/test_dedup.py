@@ -133,6 +133,7 @@ def test_spark_splits_skewed_buckets_as_local_does(spark_engine, tmp_path):
     assert local.by_rule["near_duplicate"] >= 0.97 * whole.by_rule["near_duplicate"]
 
 
+@pytest.mark.slow
 def test_spark_with_nothing_to_find(spark_engine, tmp_path):
     for name, texts in (("none", []), ("few", ["好", "好", "是", make_text(random.Random(1), 50)])):
         documents = [{"id": str(number), "text": text, "source": "s"} for number, text in enumerate(texts)]

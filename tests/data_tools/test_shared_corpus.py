@@ -53,6 +53,7 @@ def test_recall_and_no_false_merge(corpus):
             assert near >= THRESHOLD - MARGIN, (id, kept_id)
 
 
+@pytest.mark.slow
 def test_spark_equals_local(corpus, spark_engine, tmp_path):
     _, path, output = corpus
     dedup([path], tmp_path / "spark", spark_engine)

@@ -11,8 +11,8 @@ from parallel.common.settings import load_settings
 from recsys.__main__ import VERBS
 from recsys.build import loss_network, spec_of
 from recsys.data.log import prepare
-from recsys.evaluation import Evaluation
-from recsys.metrics import auc
+from recsys.evaluation.log_metrics import Evaluation
+from recsys.evaluation.metrics import auc
 from recsys.settings import Run
 
 CONFIG = "configs/recsys/rankmixer.yaml"

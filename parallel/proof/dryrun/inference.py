@@ -16,10 +16,9 @@ from parallel.proof.export import inference_layout
 from parallel.proof.replay.inline import flat
 from parallel.sharding.config import ParallelConfig
 from parallel.task import ModelPackage
+from parallel.torch_runtime.program import CACHE
 from parallel.training.settings import RunSettings
 
-CACHE = "cache."
-"""How the names of parameters begin that are kept from call to call and are no weights."""
 _SHARES_MEMORY = {"Load", "Depend", "Reshape", "TupleGetItem", "MakeTuple", "UpdateState", "ScatterUpdate",
                   "ExpandDims"}
 

@@ -14,10 +14,11 @@ from parallel.common.errors import UserError
 from parallel.common.progress import table
 from parallel.common.start_value import start_value
 from parallel.proof.compile.rank_compiler import Compilers
-from parallel.proof.dryrun.inference import CACHE, check_kind
+from parallel.proof.dryrun.inference import check_kind
 from parallel.proof.export import inference_layout
 from parallel.proof.replay.executor import Rank, run_step
 from parallel.proof.replay.ranks import AllRanks, compile_graphs, part_of, read_ranks
+from parallel.torch_runtime.program import CACHE
 
 TOLERANCE = 1e-9
 _ONE = ("parallel.op=1", "parallel.pipeline.stages=1", "parallel.pipeline.micro_batches=1",

@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel.torch_runtime.execute import Binder, Step, read_by
 from parallel.torch_runtime.fusion.fused import fused_rules
 from parallel.torch_runtime.fusion.rewrite import dependencies, only_for_the_update
-from parallel.torch_runtime.graph import COLLECTIVES, Graph, Kind, Node
+from parallel.torch_runtime.graph import COLLECTIVES, WIDTHS, Graph, Kind, Node
 from parallel.torch_runtime.rules import WRITES
 
 # Inductor would add rows by atomics, in another order every time.
@@ -25,7 +25,6 @@ OPAQUE = ("FusedAttention", "FusedAttentionGrad", "UnsortedSegmentSum", "Scatter
 _PULLED = {"Load", "Depend", "StopGradient", "Reshape", "Transpose", "TransposeExt", "ExpandDims", "Squeeze", "Flatten",
            "MakeTuple", "MakeList", "GeLU"}
 _ITEMS = ("Item", "TupleGetItem")
-_SIZES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
 _LARGEST = 600
 _compiled: dict[str, Callable] = {}
 
@@ -54,7 +53,7 @@ class RegionBinder(Binder):
             if node.number in self.for_others:
                 return False
             before, after = self.kinds.get(node.inputs[0]), node.outputs[0]
-            return before is not None and _SIZES.get(after.dtype, 1) > _SIZES.get(before.dtype, 1)
+            return before is not None and WIDTHS.get(after.dtype, 1) > WIDTHS.get(before.dtype, 1)
         return node.op in _PULLED
 
     def _single(self, node: Node) -> bool:

@@ -17,9 +17,8 @@ from parallel.checkpoint.sharded import Extent
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
 from parallel.torch_runtime.inference.member import Member
-from parallel.torch_runtime.program import Program
+from parallel.torch_runtime.program import CACHE, Program
 
-CACHE = "cache."
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 ReadPart = Callable[[str, Extent | None], np.ndarray]

@@ -165,7 +165,7 @@ def read(data: DataSettings, path: Path | None) -> Iterator[tuple[pa.Table, str]
 
 
 def probabilities(data: DataSettings) -> np.ndarray:
-    """True click probability of every row, in order: what `recsys.metrics.bayes_auc` takes."""
+    """True click probability of every row, in order: what `recsys.evaluation.metrics.bayes_auc` takes."""
     made, truth = data.synthetic, truth_of(data)
     blocks = range(-(-made.samples // BLOCK))
     return np.concatenate([truth.sample(block)["probability"] for block in blocks])[: made.samples]

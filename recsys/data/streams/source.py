@@ -84,7 +84,8 @@ class StreamSource(WaitingSource, Companion):
         self.stop.set()
 
     def batches(self, start_step: int) -> Iterator[tuple[np.ndarray, ...]]:
-        """Batches start_step, start_step + 1, ... until the stream is idle for too long or `interrupt`."""
+        """Batches start_step, start_step + 1, ... until the stream is idle for too long or `interrupt`. The transport
+        stays open for the offsets of the last checkpoint, until `finish`."""
         try:
             self._step = self._reported_step = start_step
             self._begin(start_step)
@@ -102,8 +103,11 @@ class StreamSource(WaitingSource, Companion):
                 self.save()
                 self._return_to_reported()
             return
-        finally:
+        except GeneratorExit:
+            raise
+        except BaseException:
             self.transport.close()
+            raise
 
     def _begin(self, step: int) -> None:
         if step:
@@ -224,7 +228,8 @@ class StreamSource(WaitingSource, Companion):
         return state["time"] if state is not None else None
 
     def finish(self, step: int) -> dict[str, Any]:
-        """What became of the events."""
+        """What became of the events; leaves the stream."""
+        self.transport.close()
         skipped = self.skipped + self.encoder.report.skipped
         if skipped:
             info("events skipped: " + ", ".join(f"{count} ({what})" for what, count in skipped.items()))

@@ -104,7 +104,7 @@ def test_ranks_share_the_batch_of_one_process_and_every_pair_comes_once_an_epoch
 
 @pytest.mark.parametrize("rows, message", [
     (['{"prompt": "a"}'], "line 1: 'answer' is no text"), (["[1]"], "line 1: not a JSON object"),
-    (["{"], "line 1: not JSON"), ([], "no pairs"), ([{"prompt": "字" * 50, "answer": "b"}], "pair 1 has")])
+    (["{"], "line 1: not JSON"), ([], "no pairs"), ([{"prompt": "字" * 50, "answer": "b"}], "line 1: the pair has")])
 def test_bad_pairs_are_one_line(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         PairsDataset(write(tmp_path / "p.jsonl", *rows), PairTokenizer(), batch_size=1, seed=1, sequence_length=15)

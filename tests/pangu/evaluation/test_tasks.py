@@ -121,6 +121,39 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_data(place, tmp_path, nam
     assert list(Source(load_task(name), tmp_path).records()) == wanted
 
 
+OCNLI = {"sentence1": "天黑", "sentence2": "天亮", "label": "neutral"}
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({**OCNLI, "sentence1": None}, "record 4: 'sentence1' is no text"),
+    ({**OCNLI, "sentence2": ["a"]}, "record 4: 'sentence2' is no text"),
+    ({**OCNLI, "label": None}, "record 4: 'label' is no text"),
+    ({"sentence1": "a"}, "record 4: a record has no field")])
+def test_a_record_without_a_text_is_named_as_in_the_file(tmp_path, row, message):
+    (tmp_path / "dev.json").write_text(lines({**OCNLI, "label": "-"}, OCNLI) + "\n" + lines(row, OCNLI))
+    with pytest.raises(UserError, match=message):
+        list(Source(load_task("ocnli"), tmp_path).records())
+
+
+@pytest.mark.parametrize(("name", "file", "content", "message"), [
+    ("cmrc2018", "cmrc2018_dev.json",
+     [{"context": "甲", "qas": [{"question": "问", "id": 1, "answers": [{"text": None}]}]}], "an answer is no text"),
+    ("c3", "c3-d-dev.json", [[["男"], [{"question": "问", "choice": ["a", None], "answer": "a"}], "T"]],
+     "'candidates' is no list of texts"),
+    ("cluewsc2020", "dev.json", {"target": {"span1_text": "他", "span2_text": "天", "span2_index": 0}, "text": "天黑",
+                                 "label": None, "idx": 7}, "record 7: the label is neither")])
+def test_null_is_no_text_and_no_label(tmp_path, name, file, content, message):
+    (tmp_path / file).write_text(json.dumps(content, ensure_ascii=False) + "\n")
+    with pytest.raises(UserError, match=message):
+        list(Source(load_task(name), tmp_path).records())
+
+
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
+    (tmp_path / "pd.test").write_bytes("1 ||| 甲\n".encode() + "2 ||| 乙XXXXX\n".encode("gb18030"))
+    with pytest.raises(UserError, match="pd.test, line 2: not UTF-8"):
+        list(Source(load_task("pd_cft"), tmp_path).records())
+
+
 def test_questions_and_pairs_with_a_byte_order_mark(tmp_path):
     question = {"skill": "s", "prompt": "p", "choices": ["a", "b"], "answer": 0}
     (tmp_path / "q.jsonl").write_bytes(("\ufeff" + lines(question)).encode())

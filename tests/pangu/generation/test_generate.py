@@ -167,6 +167,22 @@ def test_scanner_holds_back_what_may_become_a_stop():
     assert (open_end.feed("xab"), open_end.finish(), open_end.found) == ("x", "ab", False)
 
 
+@pytest.mark.parametrize(("name", "text", "prompts"), [
+    ("A.JSONL", '{"prompt": "甲\\u2028"}\n\n"乙"\n', ["甲\u2028", "乙"]), ("a.ndjson", '"甲"\n', ["甲"]),
+    ("a.json", '[\n{"prompt": "甲"},\n"乙"]', ["甲", "乙"]), ("a.json", '{"prompt":\n"甲"}', ["甲"]),
+    ("a.json", '"甲"\n"乙"\n', ["甲", "乙"]), ("a.txt", "甲\n\n[乙]\r\n", ["甲", "[乙]"])])
+def test_a_file_of_prompts_is_read_by_its_name(tmp_path, name, text, prompts):
+    (tmp_path / name).write_text(text, encoding="utf-16", newline="")
+    assert read_prompts(str(tmp_path / name), None, GenerateSettings())[0] == prompts
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(UserError, match=f"{name}: no prompt"):
+        read_prompts(str(tmp_path / name), None, GenerateSettings())
+    if name != "a.txt":
+        (tmp_path / name).write_text('\n{"text": "甲"}\n')
+        with pytest.raises(UserError, match="(line 2|item 1): neither a string"):
+            read_prompts(str(tmp_path / name), None, GenerateSettings())
+
+
 @pytest.mark.parametrize(("ids", "message"), [([], "empty"), ([11] * (CONTEXT + 1), "longer than the model's context"),
                                               ([VOCABULARY], "outside the vocabulary")])
 def test_bad_prompts_are_refused(ids, message):

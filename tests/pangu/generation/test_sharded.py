@@ -150,6 +150,10 @@ def test_what_cannot_be_opened_is_one_line_with_what_fits(checkpoint, program, m
         open_sharded(settings, checkpoint, int8=True)
     with pytest.raises(UserError, match="generate.prefill_chunk: the program was exported with 16"):
         open_sharded(load_settings(Run, path, ["generate.prefill_chunk=32"]), checkpoint)
+    monkeypatch.setenv("PARALLEL_PROGRAM", str(exported_inference(str(path), [], kinds=["prefill", "decode"])))
+    with pytest.raises(UserError, match="the program holds no score graph"):
+        open_sharded(settings, checkpoint)
+    monkeypatch.setenv("PARALLEL_PROGRAM", str(folder))
     main("parallel", VERBS, ["reshard", "--config", str(path), "--from", str(checkpoint), "--to",
                              str(tmp_path / "slices"), "parallel.op=2"])
     next((tmp_path / "slices").glob("parameters-00001-*")).unlink()

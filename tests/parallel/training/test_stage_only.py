@@ -73,6 +73,7 @@ def test_the_layers_of_others_are_left_out(pipeline, expected) -> None:
     assert len(before) - len(held) == expected * len(layer) and set(held) <= set(before)
 
 
+@pytest.mark.slow
 def test_middle_stage(compiled) -> None:
     same(compiled, 2, data=1, op=2, pipeline={"stages": 4, "micro_batches": 4}, model=WET)
 

@@ -274,6 +274,29 @@ def test_batches_depend_on_seed_and_number_alone(tmp_path):
         Batches(rows, 1000, 1)
 
 
+def test_a_rank_reads_its_shards_alone_and_batches_are_the_same_for_any_ranks(tmp_path):
+    log = prepare(DataSettings(cache=str(tmp_path), synthetic={"samples": 1000, "users": 50, "items": 30}), 4)
+    rows = log.parts["train"]
+
+    def batches(rank: int, ranks: int, start: int = 0, together: int = 1) -> list:
+        source = Batches(rows, 80, 7, rank, ranks, log.spec, together=together, shards=4)
+        return [batch for batch, _ in zip(source.batches(start), range(30 - start), strict=False)]
+
+    for together in (1, 4):
+        whole = batches(0, 1, together=together)
+        assert all(np.array_equal(a, b) for a, b in zip(batches(0, 1, 13, together)[0], whole[13], strict=True))
+        for ranks in (2, 4):
+            parts = [batches(rank, ranks, together=together) for rank in range(ranks)]
+            for step, batch in enumerate(whole):
+                for column, values in enumerate(batch):
+                    assert np.array_equal(np.concatenate([part[step][column] for part in parts]), values)
+    read = [np.concatenate([*Batches(rows, 80, 7, rank, 2, shards=4)._orders(3, 0)]) for rank in range(2)]
+    assert read[0].max() < 400 <= read[1].min() and sorted(np.concatenate(read)) == list(range(800))
+    for shards, ranks in ((3, 1), (4, 8), (5, 2)):
+        with pytest.raises(UserError, match="divide"):
+            Batches(rows, 80, 7, 0, ranks, shards=shards)
+
+
 def test_some_values_are_shown_as_unseen_alike_on_every_rank(tmp_path):
     features = [{"name": "item", "values": "integer", "rows": 500, "side": "item", "unseen_rate": 0.4}]
     text = "click,item\n" + "\n".join(f"{i % 2},{i if i % 5 else ''}" for i in range(500)) + "\n"
@@ -293,7 +316,7 @@ def test_some_values_are_shown_as_unseen_alike_on_every_rank(tmp_path):
 def test_one_epoch_sees_each_row_once_and_in_order_fills_the_last_batch(tmp_path):
     log = prepare(DataSettings(cache=str(tmp_path), synthetic={"samples": 1000, "users": 50, "items": 30}), 4)
     rows = log.parts["train"]
-    index = np.concatenate(list(Batches(rows, 80, 3)._order(0, 0)))
+    index = np.concatenate(list(Batches(rows, 80, 3)._orders(0, 0)))
     assert sorted(index) == list(range(800))
     parts = list(in_order(rows, 96))
     assert [real for _, _, real in parts] == [96] * 8 + [32]

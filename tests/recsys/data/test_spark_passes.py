@@ -1,4 +1,4 @@
-"""Logs counted and encoded on Spark are, byte for byte, those of this process."""
+"""Logs counted and encoded on Spark, or by several processes, are byte for byte those of this process."""
 
 from __future__ import annotations
 
@@ -77,6 +77,13 @@ def test_a_split_by_files_and_one_file(log, tmp_path, monkeypatch):
     monkeypatch.setattr(spark_passes, "_session", lambda data: Here())
     split = {"by": "files", "validation_path": str(log / "part_0.csv"), "test_path": str(log / "part_1.csv")}
     assert encoded(log, tmp_path / "a", split=split) == encoded(log, tmp_path / "b", split=split, engine="spark")
+
+
+def test_two_processes_that_read_a_file_each_make_the_same_log(log, tmp_path):
+    local = encoded(log, tmp_path / "one", split={"by": "time"})
+    assert encoded(log, tmp_path / "two", split={"by": "time"}, workers=2) == local
+    with pytest.raises(UserError, match=r"part_\d.csv, row \d+: label that is not 0 or 1|text that is not a number"):
+        encoded(log, tmp_path / "error", split={"by": "time"}, workers=2, on_bad_row="error")
 
 
 def test_times_of_two_forms_in_two_files_are_refused(log, tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ from parallel.common.command import main  # noqa: E402
 from parallel.common.files import read_json  # noqa: E402
 from parallel.task import load_run  # noqa: E402
 from recsys.__main__ import VERBS  # noqa: E402
-from recsys.evaluate import open_log  # noqa: E402
-from recsys.metrics import Accumulator  # noqa: E402
+from recsys.evaluation.evaluate import open_log  # noqa: E402
+from recsys.evaluation.metrics import Accumulator  # noqa: E402
 from recsys.passes.weights import rows_of  # noqa: E402
 from tests.recsys.runs import DATA, make_run  # noqa: E402
 

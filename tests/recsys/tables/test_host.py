@@ -188,7 +188,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, graph_mode):
 
 
 def _evaluate_tells_the_same(settings, folder, figures) -> None:
-    from recsys.evaluate import run
+    from recsys.evaluation.evaluate import run
 
     arguments = SimpleNamespace(checkpoint=str(folder / "stopped" / "best"), part="test", requests=None,
                                 segments="gender")
@@ -274,6 +274,40 @@ def _dynamic(settings) -> list[str]:
     return [f"data.features={json.dumps(tree)}"]
 
 
+def same_files(one, other) -> None:
+    """Checkpoints with the same tensors, to the bit."""
+    paths = sorted(one.rglob("*.safetensors"))
+    assert len(paths) > 2
+    for path in paths:
+        assert (other / path.relative_to(one)).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("rule", ["rowwise_adagrad", *(pytest.param(rule, marks=pytest.mark.slow) for rule in (
+    "adagrad", "lazy_adam", "sgd"))])
+def test_rows_that_stay_on_the_device_change_no_bit(tmp_path, graph_mode, rule):
+    """Dynamic ids with admission and sweeps, other rows hot every five steps, a validation and a checkpoint between;
+    then the run goes on from that checkpoint."""
+    words = ("data.tables.place=host", f"train.sparse_optimizer.name={rule}", "data.tables.sweep_every=7",
+             "train.sparse_optimizer.learning_rate=0.05", "train.validate_every=6", "output.checkpoint_every=6",
+             "train.keep_best=auc", *_dynamic(settings_of()))
+    hot = ("data.tables.hot_rows=100", "data.tables.hot_every=3")
+    plain, _ = train(tmp_path / "plain", *words, "train.steps=24")
+    train(tmp_path / "hot", *words, *hot, "train.steps=12")
+    found, _ = train(tmp_path / "hot", *words, *hot, "train.steps=24")
+    assert 0.1 < found.pop("hot_share") < 0.9
+    for name in ("auc", "logloss", "validation_auc", "loss", "table_rows", "table_waiting"):
+        assert found[name] == plain[name], name
+    for step in (18, 24):
+        same_files(*(tmp_path / name / "checkpoints" / f"step_{step:08d}" for name in ("plain", "hot")))
+
+
+def test_hot_rows_over_processes_are_one_line(tmp_path):
+    from recsys.tables.run import hosted_backend
+
+    with pytest.raises(UserError, match="one process"):
+        hosted_backend(settings_of(hot_rows=8), None, 1, SimpleNamespace(ranks=2))
+
+
 def test_dynamic_ids_need_the_host(tmp_path):
     from recsys.build import build
 
@@ -291,13 +325,14 @@ def test_an_optimizer_that_touches_all_rows_is_refused():
 
 @pytest.mark.slow
 def test_two_real_processes_equal_one(tmp_path):
-    """`python -m parallel launch --nproc 2 ... data.tables.place=host` over MindSpore's own process group."""
+    """`python -m parallel launch --nproc 2 ... data.tables.place=host` over MindSpore's own process group, each process
+    reading its half of the log."""
     import json
     import subprocess
     import sys
 
     words = [*TINY, *HOST, "train.steps=12", "train.validate_every=6", "train.keep_best=auc",
-             "data.tables.exchange_kb=16", f"data.cache={tmp_path / 'data'}"]
+             "data.tables.exchange_kb=16", "data.shards=2", f"data.cache={tmp_path / 'data'}"]
     figures = []
     for count in (1, 2):
         command = [sys.executable, "-m", "parallel", "launch", "--config", "configs/recsys/dlrm_mlp.yaml",

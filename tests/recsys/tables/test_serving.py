@@ -66,7 +66,7 @@ def served(request, tmp_path_factory, graph_mode):
 def scores_of_log(folder, settings, spec, encoded) -> np.ndarray:
     """As `evaluate` scores rows."""
     from parallel.checkpoint.folder import resolve_checkpoint
-    from recsys.evaluation import Evaluation
+    from recsys.evaluation.log_metrics import Evaluation
     from recsys.ranker import Scores
     from recsys.tables.loaded import load_hosted
 

@@ -151,7 +151,7 @@ def test_a_server_is_pinned_and_goes_back(three):
 
 
 def test_logged_requests_are_scored_alike(three, tmp_path):
-    from recsys.evaluate import run
+    from recsys.evaluation.evaluate import run
 
     engine, folder, settings, log = three
     path = tmp_path / "requests.jsonl"

@@ -11,7 +11,7 @@ from parallel.common.settings import load_settings
 from recsys.data.readers import reader
 from recsys.data.streams.source import StreamSource
 from recsys.settings import Run
-from recsys.stream_training import reading_of
+from recsys.training.stream import reading_of
 from tests.recsys.data.streams.events import SMALL
 
 

@@ -101,6 +101,7 @@ class Reading(threading.Thread):
                 time.sleep(0.005)
                 if self.steps % 7 == 0:
                     self.save()
+            self.source.finish(self.steps)
         except BaseException as error:  # told by the test
             self.error = error
 

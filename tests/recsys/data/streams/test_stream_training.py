@@ -19,6 +19,7 @@ from parallel.common.command import main
 from parallel.training.metrics_log import read_metrics
 from recsys.__main__ import VERBS
 from tests.recsys.data.streams.events import SMALL, add, clicks
+from tests.recsys.kafka_cluster import KafkaCluster
 from tests.recsys.redis_server import RedisServer
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -48,9 +49,9 @@ def tensors(folder) -> dict:
     return {name: checkpoint.read(name) for name in checkpoint.layout}
 
 
-def kill_in_the_middle(server, folder, generator: random.Random) -> None:
+def kill_in_the_middle(command: list[str], folder, generator: random.Random) -> None:
     """Starts the command and kills it after a checkpoint, at no particular moment."""
-    process = subprocess.Popen([sys.executable, "-m", "recsys", *words(server, folder)], stdout=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, "-m", "recsys", *command], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env={**os.environ, "GLOG_v": "3"})
     before, deadline = len(list_checkpoints(folder / "checkpoints")), time.monotonic() + 120
     while len(list_checkpoints(folder / "checkpoints")) == before and process.poll() is None:
@@ -89,7 +90,7 @@ def test_it_learns_and_tests_before_it_trains(server, uninterrupted):
 
 def test_killed_with_sigkill_is_the_uninterrupted_run(server, uninterrupted, tmp_path, capsys):
     generator = random.Random(1)
-    kill_in_the_middle(server, tmp_path, generator)
+    kill_in_the_middle(words(server, tmp_path), tmp_path, generator)
     assert len(list_checkpoints(tmp_path / "checkpoints")) > 0
     server.kill()
     server.start()
@@ -106,10 +107,44 @@ def test_killed_with_sigkill_is_the_uninterrupted_run(server, uninterrupted, tmp
 def test_killed_again_and_again(server, uninterrupted, tmp_path, capsys, seed):
     generator = random.Random(seed)
     for _ in range(3):
-        kill_in_the_middle(server, tmp_path, generator)
+        kill_in_the_middle(words(server, tmp_path), tmp_path, generator)
         server.kill()
         server.start()
     figures_of(server, tmp_path, capsys)
+    same_model(uninterrupted, tmp_path)
+
+
+def later_labels(events: list[dict]) -> list[dict]:
+    """The same samples as impressions and, three seconds later, the clicks on them."""
+    found = []
+    for number, event in enumerate(events):
+        label, shown = event["click"], {name: value for name, value in event.items() if name != "click"}
+        found.append({**shown, "kind": "impression", "request_id": number})
+        if label:
+            found.append({"kind": "click", "request_id": number, "time": event["time"] + 3.5})
+    return sorted(found, key=lambda event: event["time"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_on_kafka_with_labels_that_come_later(uninterrupted, tmp_path, capsys, seed):
+    """Four partitions, the trainer killed twice: the model is that of the run on Redis whose events were complete."""
+    pytest.importorskip("confluent_kafka")
+    cluster, generator = KafkaCluster(), random.Random(seed)
+    try:
+        events = later_labels(clicks(16 * STEPS))
+        for partition in range(4):
+            cluster.write("shown", partition, [*events[partition::4], {"kind": "scroll", "request_id": 0, "time": 1e6}])
+        command = ["train", *SMALL, "data.reader=kafka", f"data.stream.kafka.brokers={cluster.brokers}",
+                   "data.stream.kafka.topic=shown", f"output.directory={tmp_path}", f"train.steps={STEPS}",
+                   "data.stream.labels={id: request_id, kind: kind, window_seconds: 10}"]
+        for _ in range(2):
+            kill_in_the_middle(command, tmp_path, generator)
+        assert main("recsys", VERBS, command) == 0
+        figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    finally:
+        cluster.close()
+    assert figures["steps"] == STEPS and figures["samples"] == 16 * STEPS
     same_model(uninterrupted, tmp_path)
 
 

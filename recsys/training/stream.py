@@ -15,13 +15,12 @@ from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
 from recsys.data.columns import columns_of, features_of
 from recsys.data.features import FeatureSpec, assign_columns
-from recsys.data.log import VOCABULARY
 from recsys.data.readers import reader
 from recsys.data.streams.source import StreamSource
-from recsys.data.vocabulary import Vocabulary
+from recsys.data.vocabulary import VOCABULARY, Vocabulary
+from recsys.evaluation.progressive import Progressive
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
-from recsys.progressive import Progressive
 from recsys.ranker import Scores, TrainingLoss
 from recsys.tables.names import is_sparse
 from recsys.tables.run import hosted_backend

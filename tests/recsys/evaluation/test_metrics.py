@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from parallel.common.errors import UserError
-from recsys.metrics import (
+from recsys.evaluation.metrics import (
     BINARY_METRICS,
     NUMBER_METRICS,
     Accumulator,

@@ -10,10 +10,10 @@ import pytest
 from mindspore import Tensor
 
 from recsys.data.encode import Encoded
-from recsys.evaluation import Evaluation
+from recsys.evaluation.log_metrics import Evaluation
+from recsys.evaluation.progressive import Progressive, Window, window_metrics
+from recsys.evaluation.score_merging import RankScores
 from recsys.layers.tasks import TaskPlan
-from recsys.progressive import Progressive, Window, window_metrics
-from recsys.score_merging import RankScores
 
 
 class Ranks:

@@ -1,4 +1,4 @@
-"""Metrics of a model on a part of a log, and the verb `evaluate`."""
+"""Verb `evaluate`: exact metrics of a checkpoint on a part of a log, or requests scored again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from parallel.training.device import start_device
 from recsys.build import loss_network
 from recsys.data.encode import Encoded
 from recsys.data.features import FIRST_KNOWN
-from recsys.data.log import VOCABULARY, Log, prepare
-from recsys.evaluation import Evaluation
-from recsys.metrics import segmented_ne
+from recsys.data.log import Log, prepare
+from recsys.data.vocabulary import VOCABULARY
+from recsys.evaluation.log_metrics import Evaluation
+from recsys.evaluation.metrics import segmented_ne
 from recsys.passes.sharded import ShardedRanker, is_sharded
 from recsys.passes.sharded_evaluation import ShardedEvaluation
 from recsys.ranker import Ranker, Scores

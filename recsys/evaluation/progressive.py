@@ -15,8 +15,8 @@ import numpy as np
 
 from parallel.training.backend import Backend
 from parallel.training.companions import Companion
-from recsys.metrics import auc, calibration, logloss, normalized_entropy
-from recsys.score_merging import RankScores
+from recsys.evaluation.metrics import auc, calibration, logloss, normalized_entropy
+from recsys.evaluation.score_merging import RankScores
 
 
 class Window:
@@ -101,6 +101,6 @@ class Progressive(Companion):
 
 
 def window_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """auc, ne, logloss and calibration of `recsys.metrics`."""
+    """auc, ne, logloss and calibration of `recsys.evaluation.metrics`."""
     return {"auc": auc(labels, scores), "ne": float(normalized_entropy(labels, scores)),
             "logloss": logloss(labels, scores), "calibration": calibration(labels, scores)}

@@ -37,7 +37,7 @@ def export(folder, capsys, *more, code=0):
 
 
 def test_loaded_graphs_generate_what_the_engine_does(run, capsys):
-    from pangu.checkpoints.mindir import ExportedDecoder
+    from pangu.export import ExportedDecoder
     from pangu.generation.generate import Generator
     from pangu.generation.settings import GenerateSettings
 

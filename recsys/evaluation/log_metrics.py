@@ -12,9 +12,9 @@ from parallel.common.progress import progress
 from parallel.training.backend import Backend
 from recsys.data.batches import filled_batch, in_order
 from recsys.data.encode import Encoded
+from recsys.evaluation.score_merging import RankScores
 from recsys.layers.tasks import TaskPlan
 from recsys.ranker import Ranker, Scores
-from recsys.score_merging import RankScores
 from recsys.training.validation import Prediction, metrics_of
 
 
@@ -44,7 +44,7 @@ class Evaluation:
         self.plan = plan or (model.plan if model is not None else TaskPlan.of((), len(labels)))
 
     def __call__(self, step: int) -> dict[str, float]:
-        """`recsys.metrics.BINARY_METRICS` (or NUMBER_METRICS) for each task, on the samples that count for it."""
+        """BINARY_METRICS (or NUMBER_METRICS) for each task, on the samples that count for it."""
         return metrics_of(self.predictions(), self.labels, self.plan) if len(self.rows) else {}
 
     def predictions(self):
