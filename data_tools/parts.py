@@ -22,6 +22,7 @@ from typing import Any
 from data_tools.documents import OutputFormat, RecordWriter, read_split
 from data_tools.engines.base import Engine
 from data_tools.records import Document, ReadLog, ReadSettings, Split
+from parallel.common.digests import file_crc32
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
 from parallel.common.progress import info
@@ -150,7 +151,8 @@ class PartTask:
         figures.repaired.update(log.repaired)
         figures.damaged_files += log.damaged_files
         figures.worker_seconds = time.perf_counter() - started
-        write_json(self.marker, {"digest": digest, "step": self.step.name, "figures": figures.to_json()})
+        write_json(self.marker, {"digest": digest, "step": self.step.name, "figures": figures.to_json(),
+                                 "crc32": [file_crc32(path) for path in (self.path, self.removed_path)]})
         return figures
 
     def _one(self, document: Document, row: int, figures: PartFigures, kept: RecordWriter,
@@ -209,6 +211,10 @@ class PartTask:
             return None
         if marker.get("digest") != digest or not self.path.is_file() or not self.removed_path.is_file():
             return None
+        for path, crc32 in zip((self.path, self.removed_path), marker.get("crc32", ()), strict=False):
+            if file_crc32(path) != crc32:
+                info(f"{path} has changed since it was written: the part is made anew")
+                return None
         figures = PartFigures.from_json(marker["figures"])
         figures.parts_reused = 1
         return figures

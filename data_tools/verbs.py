@@ -51,8 +51,8 @@ def claim_output(output: str, verb: str) -> None:
     if Path(output).is_file():
         raise UserError("the output is a file", where="--output", value=output, hint="give a folder")
     marker = Path(output) / ".state" / "verb"
-    if marker.is_file() and (owner := marker.read_text("utf-8").strip()) != verb:
-        raise UserError(f"the folder holds the output of '{owner}'", where="--output", value=output,
+    if marker.is_file() and (owner := marker.read_text("utf-8", "replace").strip()) != verb:
+        raise UserError(f"the folder holds the output of '{owner[:40]}'", where="--output", value=output,
                         hint="give another folder")
     if Path(output).is_dir() and any(path.is_file() for path in Path(output).iterdir()) and not marker.is_file():
         raise UserError("the output folder holds other files", where="--output", value=output,

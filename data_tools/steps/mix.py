@@ -23,7 +23,7 @@ from data_tools.engines.base import Engine
 from data_tools.parts import OutputLayout, PartFigures, clear_stale, digest_of, histogram_bin, split_identity
 from data_tools.records import Document, ReadLog, ReadSettings, Split
 from data_tools.steps.filter import uniform
-from parallel.common.digests import load_array, save_array
+from parallel.common.digests import file_crc32, load_array, save_array
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
 from parallel.common.json_text import dump_json
@@ -243,9 +243,9 @@ def _draw_and_sort(plan: MixPlan, splits: list[Split], layout: OutputLayout, eng
                    digest: str) -> PartFigures:
     marker = Path(layout.state) / "done.json"
     outputs = [Path(layout.documents) / f"part-{shard:05d}.{format}" for shard in range(plan.shards)]
-    if marker.is_file() and all(path.is_file() for path in outputs):
-        done = read_json(marker)
-        if done.get("digest") == digest:
+    if all(path.is_file() for path in outputs):
+        done = _read_marker(marker)
+        if done.get("digest") == digest and done.get("crc32") == sorted(engine.map(_sum_of, outputs, "mix: compare")):
             info("mix: the mixture was made already")
             return PartFigures.from_json(done["figures"])
     list(engine.map(_call, [_DrawTask(plan, split) for split in splits], "mix: drawing"))
@@ -253,9 +253,22 @@ def _draw_and_sort(plan: MixPlan, splits: list[Split], layout: OutputLayout, eng
     tasks = [_SortTask(plan, shard, parts, layout, format) for shard in range(plan.shards)]
     for figures in engine.map(_call, tasks, "mix: shuffling"):
         total.add(figures)
-    write_json(marker, {"digest": digest, "figures": total.to_json()})
+    write_json(marker, {"digest": digest, "figures": total.to_json(),
+                        "crc32": sorted(engine.map(_sum_of, outputs, "mix: checksums"))})
     shutil.rmtree(plan.work, ignore_errors=True)
     return total
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    """What stands there; {} where nothing does or it is damaged: the mixture is made anew."""
+    try:
+        return read_json(path, dict, sealed=True) if path.is_file() else {}
+    except UserError:
+        return {}
+
+
+def _sum_of(path: Path) -> list[Any]:
+    return [path.name, file_crc32(path)]
 
 
 def _category_figures(counts: dict[str, Counter], epochs: dict[str, float], figures: PartFigures) -> dict[str, Any]:

@@ -69,6 +69,13 @@ def kill_all(campaign: Campaign, name: str, make: Callable[[Path], list[Job]]) -
             print(f"{name}: {dict(campaign.counts)}", file=sys.stderr, flush=True)
 
 
+def kill_few(campaign: Campaign, name: str, job: Job) -> None:
+    """Kills one job twice, as the suite does it."""
+    folder = campaign.folder / name
+    if measure(campaign, job, folder / "straight"):
+        kill_one(campaign, job, folder / "killed", campaign.part(name), kills=2)
+
+
 def single(words: Callable[[Path], list[str]]) -> Callable[[Path], list[Child]]:
     """A job of one process; `words(folder)`: what follows `python -m`."""
     return lambda place: [Child(words(place), place.with_name(f"{place.name}.log"))]
@@ -105,12 +112,12 @@ def _fresh(job: Job, folder: Path) -> None:
     job.prepare(folder)
 
 
-def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random) -> None:
+def kill_one(campaign: Campaign, job: Job, folder: Path, rng: random.Random, kills: int | None = None) -> None:
     """Kills the job a few times, one of its processes a moment before the others, lets it end, and compares."""
     _fresh(job, folder)
-    for _ in range(rng.randrange(3, 13)):
+    for _ in range(kills or rng.randrange(3, 13)):
         children = job.start(folder)
-        if all_ended(children, rng.uniform(0.05, 1.0) * job.seconds):
+        if all_ended(children, rng.uniform(0.05, 0.6 if kills else 1.0) * job.seconds):
             break
         rng.choice(children).kill()
         time.sleep(rng.choice((0.0, 0.05, 0.3)) if len(children) > 1 else 0.0)

@@ -18,7 +18,8 @@ from campaigns.kills import ROOT, newest
 
 LIMIT = 420.0
 PORTS = range(8200, 8900)
-KINDS = ("SIGTERM", "SIGINT", "rank killed", "launcher killed")
+ENDS = 5
+GOALS = {"SIGTERM": 10, "SIGINT": 10, "rank killed": 5, "launcher killed": 5}
 
 
 def run(campaign: Campaign) -> None:
@@ -31,19 +32,25 @@ def run(campaign: Campaign) -> None:
     launch(folder, "straight", rng).communicate(timeout=LIMIT)
     wanted, done = newest(folder / "straight"), 0
     while campaign.more(done, 0):
-        kind, name = min(KINDS, key=lambda kind: campaign.counts[f"launch {kind}"]
-                         + campaign.before[f"launch {kind}"]), f"run{done}"
-        output = end(campaign, folder, name, kind, rng)
+        name, output, ended = f"run{done}", "", []
+        for _ in range(ENDS):  # of one run, each behind a later checkpoint
+            ended.append(min(GOALS, key=lambda kind: (campaign.counts[f"launch {kind}"]
+                                                      + campaign.before[f"launch {kind}"]) / GOALS[kind]))
+            output += end(campaign, folder, name, ended[-1], rng)
+            campaign.count(f"launch {ended[-1]}")
+            print(f"launch: {dict(campaign.counts)}", file=sys.stderr, flush=True)
+            if not campaign.more(done, 0):
+                break
         process = launch(folder, name, rng)
         try:
             rest = process.communicate(timeout=LIMIT)[1]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             rest = "the second launch did not end"
-        campaign.count(f"launch {kind}")
+        campaign.count("launch resumed")
         if "Traceback" in output + rest or newest(folder / name) != wanted:
-            campaign.fail(f"launch {kind}", f"{output[-2000:]}\n---\n{rest[-2500:]}\n{newest(folder / name)[:20]} for "
-                          f"{wanted[:20]}")
+            campaign.fail(f"launch {', '.join(ended)}", f"{output[-2000:]}\n---\n{rest[-2500:]}\n"
+                          f"{newest(folder / name)[:20]} for {wanted[:20]}")
         shutil.rmtree(folder / name, ignore_errors=True)
         done += 1
 
@@ -61,9 +68,10 @@ def launch(folder: Path, name: str, rng: random.Random) -> subprocess.Popen:
 
 def end(campaign: Campaign, folder: Path, name: str, kind: str, rng: random.Random) -> str:
     """Starts a launch and ends it once it has saved; its output."""
+    before = newest_step(folder / name)
     process = launch(folder, name, rng)
     deadline = time.monotonic() + LIMIT
-    while newest(folder / name) == "none" and process.poll() is None and time.monotonic() < deadline:
+    while newest_step(folder / name) == before and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(rng.uniform(0.0, 1.5))
     ranks = children(process.pid)

@@ -225,6 +225,22 @@ def test_characters_that_gbk_had_before_their_code_points(tmp_path):
     assert read_all(tmp_path / "a.txt")[0][0].text == TEXT + "\u9fb4\u9fbb"
 
 
+@pytest.mark.parametrize("verb", ["clean", "dedup"])
+def test_output_that_has_changed_is_made_anew(tmp_path, capsys, verb):
+    rows = [json.dumps({"id": str(n), "text": TEXT + str(n)}) + "\n" for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    words = [verb, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "o",
+             *(["--engine", "local"] if verb == "dedup" else [])]
+    run(capsys, *words)
+    for path in (next((tmp_path / "o").glob("part-*")), next((tmp_path / "o" / "removed").glob("part-*"))):
+        whole = path.read_bytes()
+        for damaged in (b"", whole[:-30] + b"x" + whole[-29:]):
+            path.write_bytes(damaged)
+            assert run(capsys, *words)[0] == 0 and path.read_bytes() == whole
+    (tmp_path / "o" / ".state" / "verb").write_bytes(b"\xff\xfe")
+    assert run(capsys, *words)[0] == 2
+
+
 PAGE = "<p>中文网页内容测试，这是一个普通的网页。</p>"
 
 
