@@ -200,6 +200,7 @@ class PackedCore(Layer):
     Args:
         heads: H.
         head_width: K.
+        most: L.
 
     Source: FlashAttentionScore with actual_seq_qlen (docs/mindspore_notes.md).
     """

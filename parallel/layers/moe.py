@@ -136,14 +136,13 @@ def routed_weight(layout: TokenLayout) -> Operand:
 
 
 class CapacityExperts(Layer):
-    """As `GroupedExperts` with static shapes: each expert takes at most C rows of each data-parallel part.
-
-    Rows beyond that get nothing from their expert.
+    """As `GroupedExperts` with static shapes: in training each expert takes at most C rows of each data-parallel part, and
+    rows beyond that get nothing from it. In inference C is the samples of the part, so every row gets its experts.
 
     Args:
         tokens: T.
         experts: R.
-        factor: C = ceil(factor x rows / R); factor >= R drops nothing.
+        factor: C = ceil(factor x rows / R) in training; factor >= R drops nothing.
         layout: what tensor parallelism shards.
 
     The batch is seen as G parts, one a device of the data axis, so that routing needs no exchange; the only exchanges
@@ -170,6 +169,8 @@ class CapacityExperts(Layer):
         active, parts = chosen_TBA.shape[2], self.parts
         rows = batch // parts * active
         capacity = min(rows, -int(-self.factor * rows // self.experts))
+        if not self.training:  # a sample chooses an expert once
+            capacity = batch // parts
         chosen_GTN = self.turn_chosen(self.reshape(chosen_TBA, (tokens, parts, rows)), (1, 0, 2))
         read_GTS, slot_GTN, fits_GTN = self.plan(chosen_GTN, rows, capacity, active)
         x_GTBD = self.turn_rows(self.reshape(x_TBD, (tokens, parts, batch // parts, width)), (1, 0, 2, 3))
@@ -271,6 +272,9 @@ class SparsePertokenMoE(Layer):
         self.down_weight = parameter(out, "uniform", down_gain * math.sqrt(6.0 / (outputs + self.inner)))
         on_cpu = mindspore.get_context("device_target") == "CPU"
         self.dispatch = dispatch if dispatch != "auto" else ("grouped" if on_cpu else "capacity")
+        if self.dispatch == "grouped" and not on_cpu:
+            raise UserError("grouped dispatch runs Python on the host, which a device's graph cannot",
+                            where="model.moe.dispatch", value="grouped", hint="leave it at auto, or take capacity")
         self.run = (GroupedExperts(self.routed) if self.dispatch == "grouped"
                     else CapacityExperts(tokens, self.routed, capacity_factor, layout=layout))
         self.softmax, self.top, self.sum, self.share = ops.Softmax(-1), ops.TopK(), ops.ReduceSum(True), ops.RealDiv()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
+from parallel.common.errors import UserError
 from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU, TokenLayout
 from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import LayerNorm, RMSNorm
@@ -152,10 +153,19 @@ def test_capacity_leaves_out_what_does_not_fit():
     x = np.abs(stream(1, 8))
     moe.router.weight.set_data(Tensor(np.array([[[1.0, -1.0]] * 8], np.float32)))
     shared = swiglu(x.astype(np.float64), values(moe), "shared.")
-    routed = moe(Tensor(x)).asnumpy() - shared
+    exact, _ = numpy_moe(x.astype(np.float64), values(moe), 1, 3 / 2)
+    close(moe(Tensor(x)), exact)  # nothing is left out in inference
+    routed = moe.set_train()(Tensor(x)).asnumpy() - shared
     capacity = 2  # ceil(0.5 x 6 rows / 2 experts), and every row wants expert 0
     assert np.abs(routed[0, :capacity]).max(axis=1).min() > 1e-3
     assert np.abs(routed[0, capacity:]).max() < 1e-5
+
+
+def test_python_on_the_host_is_refused_on_a_device(monkeypatch):
+    monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
+    assert SparsePertokenMoE(1, 8, 18, experts=3, active=2).dispatch == "capacity"
+    with pytest.raises(UserError, match="model.moe.dispatch: grouped dispatch runs Python on the host"):
+        SparsePertokenMoE(1, 8, 18, experts=3, active=2, dispatch="grouped")
 
 
 @pytest.mark.parametrize("active", [2, 4])
