@@ -136,8 +136,8 @@ def routed_weight(layout: TokenLayout) -> Operand:
 
 
 class CapacityExperts(Layer):
-    """As `GroupedExperts` with static shapes: in training each expert takes at most C rows of each data-parallel part, and
-    rows beyond that get nothing from it. In inference C is the samples of the part, so every row gets its experts.
+    """As `GroupedExperts` with static shapes: in training each expert takes at most C rows of each data-parallel part,
+    and rows beyond that get nothing from it. In inference C is the samples of the part: every row gets its experts.
 
     Args:
         tokens: T.
