@@ -163,18 +163,44 @@ def test_structured_text_comes_in_by_one_door():
     assert not others
 
 
-NAMED = {"settings", "run_settings", "package", "module", "backend", "source"}
+ASKED = {"settings", "run_settings", "package", "module", "backend", "source"}
 
 
 def test_what_is_asked_of_a_model_a_backend_or_a_run_is_declared():
-    """Base classes with defaults (`ModelPackage`, `Backend`, `DataSource`, `RunSettings`) in place of `hasattr`."""
+    """Base classes with defaults (`ModelPackage`, `Backend`, `DataSource`, `RunSettings`) in place of `hasattr`; flags
+    that a verb reads are flags that it declares."""
     asked = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.arg) and node.arg in NAMED and ast.unparse(node.annotation or node) == "Any":
+            if isinstance(node, ast.arg) and node.arg in ASKED and ast.unparse(node.annotation or node) == "Any":
                 asked.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.arg}: Any")
-            elif isinstance(node, ast.Call) and path.is_relative_to(ROOT / "parallel") and node.args:
+            elif isinstance(node, ast.Call) and node.args:
                 call, whose = ast.unparse(node.func), ast.unparse(node.args[0]).rpartition(".")[2]
-                if whose in NAMED and (call == "hasattr" or call == "getattr" and len(node.args) == 3):
+                if whose in ASKED | {"arguments"} and (call == "hasattr" or call == "getattr" and len(node.args) == 3):
                     asked.append(f"{path.relative_to(ROOT)}:{node.lineno} {call}({whose})")
     assert not asked
+
+
+def names_in(path: Path) -> set[str]:
+    """Everything that a module defines, assigns or imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[0])
+    return found
+
+
+def test_what_is_imported_within_functions_is_there():
+    """Collecting the tests does not run such imports, nor those of the scripts."""
+    known, wrong = {name: names_in(path) for name, path in MODULES.items()}, []
+    for path in [*SOURCES, *(ROOT / "scripts").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+                missing = [alias.name for alias in node.names if alias.name not in known.get(node.module, ())
+                           and f"{node.module}.{alias.name}" not in MODULES]
+                wrong += [f"{path.relative_to(ROOT)}:{node.lineno} {node.module}.{name}" for name in missing]
+    assert not wrong

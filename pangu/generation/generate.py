@@ -199,9 +199,9 @@ def run_generate(settings: Run, arguments: argparse.Namespace) -> dict:
     texts, rules = read_prompts(arguments.prompts, arguments.prompt, settings.generate)
     if arguments.stream and len(texts) != 1:
         raise UserError("--stream shows one prompt", where="--stream", value=f"{len(texts)} prompts")
-    tokenizer = Tokenizer(getattr(arguments, "tokenizer", None) or settings.data.tokenizer)
+    tokenizer = Tokenizer(settings.data.tokenizer)
     check_vocabulary(tokenizer, settings.model.vocabulary_size)
-    place, int8 = arguments.checkpoint or settings.output.directory, getattr(arguments, "int8", False)
+    place, int8 = arguments.checkpoint or settings.output.directory, arguments.int8
     sharded = open_sharded(settings, place, int8)
     if sharded is not None:
         return sharded.follow() if sharded.backend is None else _generate_sharded(sharded, tokenizer, texts, rules)

@@ -31,7 +31,12 @@ _SCALAR = 4
 
 @dataclass
 class Memory:
-    """Bytes on one rank of a stage."""
+    """Bytes on one rank of a stage.
+
+    `reused` is negative: gradients of a single micro-batch come layer by layer while that layer's activations and
+    copies of weights go, so they are never all there at once. Micro-batches accumulate into gradients that are there
+    all along.
+    """
 
     parameters: int = 0
     optimizer: int = 0
@@ -40,6 +45,7 @@ class Memory:
     weight_copies: int = 0
     communication: int = 0
     workspace: int = 0
+    reused: int = 0
 
     @property
     def total(self) -> int:
@@ -178,7 +184,10 @@ def stage_figures(description: Description, cost: NetworkCost, config: ParallelC
     _activations(figures, description, cost, config, micro_batches, stage, homes)
     _crossing(figures, description, cost, micro_batches, stage, homes)
     _norm(figures, cost.mesh, config)
-    figures.memory.communication = 2 * max((entry.bytes for entry in figures.collectives), default=0)
+    memory = figures.memory
+    memory.communication = 2 * max((entry.bytes for entry in figures.collectives), default=0)
+    if micro_batches == 1:
+        memory.reused = -min(memory.gradients, memory.activations + memory.weight_copies)
     return figures
 
 
@@ -252,6 +261,9 @@ def _activations(figures: Stage, description: Description, cost: NetworkCost, co
         figures.memory.workspace = max(figures.memory.workspace, _workspace(part, again))
         for collective, times in part.collectives.items():
             if collective.phase != "recompute" or (again and config.recompute.communication):
+                figures.collectives[collective] += times * micro_batches
+        if config.recompute.policy == "selective" and config.recompute.communication:
+            for collective, times in part.selective_collectives.items():
                 figures.collectives[collective] += times * micro_batches
         for (number, collective), times in part.arrivals.items():
             # A redistribution belongs to the cell whose result it brings on, and is run again with that cell.

@@ -206,6 +206,9 @@ class _Times:
         for collective, times in part.collectives.items():
             if collective.phase != "recompute" or (again and self.config.recompute.communication):
                 communication[collective.phase] += times * self.network.seconds_of(collective)
+        if self.config.recompute.policy == "selective" and self.config.recompute.communication:
+            for collective, times in part.selective_collectives.items():
+                communication["recompute"] += times * self.network.seconds_of(collective)
         forward, exposed_forward = self._overlapped(compute[0], communication["forward"])
         backward, exposed_backward = self._overlapped(compute[1] + recompute,
                                                       communication["backward"] + communication["recompute"])

@@ -30,6 +30,9 @@ _GPT3 = ("model.layers=96", "model.hidden_size=12288", "model.heads=96", "model.
 _LARGE = ("model.vocabulary_size=131072",)
 _MINDFORMERS = ("model.softmax_dtype=float16", "parallel.optimizer.shard=-1", "parallel.recompute.policy=full",
                 "parallel.vocabulary=false")
+# Megatron-LM keeps a rank's own part of what column-parallel products read under sequence parallelism and gathers it
+# again in the backward pass, as MindSpore does where the norms before them are computed again.
+_GATHERED_AGAIN = ("parallel.recompute.policy=selective", "parallel.recompute.cells=[norm1,norm2]")
 _FUSED_DROPOUT = ("dropout", "dropout1", "dropout2")
 
 
@@ -68,7 +71,7 @@ def _gpt3(name: str, cluster: str, batch: int, layout: tuple[int, int, int], mic
     data, op, stages = layout
     words = (f"parallel.devices={data * op * stages}", f"parallel.data={data}", f"parallel.op={op}",
              f"parallel.pipeline.stages={stages}", f"parallel.pipeline.micro_batches={batch // data // micro}",
-             f"train.global_batch_size={batch}", "parallel.sequence=true", "parallel.recompute.policy=none",
+             f"train.global_batch_size={batch}", "parallel.sequence=true", *_GATHERED_AGAIN,
              "parallel.pipeline.schedule=interleaved", f"parallel.pipeline.interleave={chunks}", *more)
     return Point(name, "2_6b.yaml", (*_GPT3, *words), cluster, mfu, None, fitted, source, ("attention.core",), True)
 
@@ -133,7 +136,7 @@ def check(points: list[Point]) -> list[dict]:
         value = point.mfu if point.mfu is not None else point.tokens_per_second
         rows.append({"point": point.name, "published": value, "planner": value * ratio(point, found),
                      "ratio": ratio(point, found), "fitted": point.fitted, "source": point.source,
-                     "memory_gb": found.fullest.total / 1e9})
+                     "memory_gb": found.fullest.total / 1e9, "usable_gb": found.limit / 1e9})
     return rows
 
 
@@ -159,9 +162,9 @@ def main() -> None:
         print(json.dumps({"constants": fit()}))
         return
     rows = check(POINTS)
-    table("published speeds and the planner's", ["point", "published", "planner", "ratio", "", "source"],
+    table("published speeds and the planner's", ["point", "published", "planner", "ratio", "", "GB", "of", "source"],
           [[row["point"], row["published"], row["planner"], row["ratio"], "fitted" if row["fitted"] else "held out",
-            row["source"]] for row in rows])
+            row["memory_gb"], row["usable_gb"], row["source"]] for row in rows])
     print(json.dumps({"points": rows}))
 
 

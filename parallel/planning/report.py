@@ -78,14 +78,14 @@ def timeline_picture(line: Timeline) -> str:
 
 def memory_picture(estimate: Estimate) -> str:
     """Stacked bars of memory by kind, with the limit as a line."""
-    names, row = list(vars(estimate.fullest)), 18
+    names, row = [name for name in vars(estimate.fullest) if name != "reused"], 18
     most = max(estimate.fullest.total, estimate.limit)
     scale, shapes = (_WIDTH - 60) / most, []
     for stage, memory in enumerate(estimate.memory):
         left = 60.0
         shapes.append(f"<text x='0' y='{stage * row + 12}' font-size='11'>stage {stage}</text>")
         for name, colour in zip(names, _COLOURS, strict=False):
-            width = getattr(memory, name) * scale
+            width = (getattr(memory, name) + (memory.reused if name == "gradients" else 0)) * scale
             shapes.append(f"<rect x='{left:.1f}' y='{stage * row}' width='{width:.1f}' height='{row - 3}' "
                           f"fill='{colour}'><title>{name} {getattr(memory, name) / 1e9:.2f} GB</title></rect>")
             left += width

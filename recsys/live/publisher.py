@@ -3,6 +3,10 @@
 The values are copied between two steps and written by a thread; while it writes, no further version is begun, so what a
 server gets is always the newest. The first version is complete and written before the first step: a folder that cannot
 be written ends the run at once and not after an hour.
+
+Where tables on the host are spread over processes, each writes its rows of a version into a hidden folder that all see,
+and process 0 puts them beside the dense weights. Steps (or event time) alone then decide when a version is due, so that
+all agree, and a version waits for the one before.
 """
 
 from __future__ import annotations
@@ -12,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 
@@ -20,17 +23,19 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.training.backend import Backend
 from parallel.training.companions import Companion
+from parallel.training.operation.saving import disks_of
 from recsys.data.features import FeatureSpec
 from recsys.data.readers import reader
 from recsys.data.vocabulary import VOCABULARY
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Values, Versions
-from recsys.tables.files import FOLDER, write_entries
+from recsys.tables.files import FOLDER, write_all_entries
 from recsys.tables.names import is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run
 
+_STAGED = ".tables"
 # Rows whose gradient is 0 stay as they are under these.
 _ROW_EXACT = ("adagrad", "rowwise_adagrad", "lazy_adam")
 
@@ -97,6 +102,7 @@ class Publisher(Companion):
         self.touched = TouchedRows(spec, exact_rows) if tables is None else None
         self.versions = Versions(folder, settings.keep)
         self.thread, self.writing = ThreadPoolExecutor(1, "publish"), None
+        self.spread = tables is not None and tables.exchange.ranks > 1
         self.step = self.published = 0
         self.time: float | None = None
         self.since, self.since_time, self.sweeps = 0, 0.0, 0
@@ -115,7 +121,7 @@ class Publisher(Companion):
         if self.writing is not None and self.writing.done():
             self.writing.result()  # an error of the thread ends the run
             self.writing = None
-        if self.writing is None and self._due(step):
+        if (self.writing is None or self.spread) and self._due(step):
             self.writing = self._publish(step)
 
     def finish(self, step: int) -> dict[str, int]:
@@ -149,22 +155,35 @@ class Publisher(Companion):
                 continue
             rows = self.touched.changed(name, values)
             delta.rows[name] = rows, values[rows]
-        entries = self._entries(full)
+        add = self._adds(self._entries(full))
         if self.touched is not None:
             self.touched.begin()
         if self.backend.rank != 0:
             return self.thread.submit(lambda: None)
         if full:
             tensors = [Values(name, value) for name, value in parameters.items()]
-            return self.thread.submit(self._write_full, tensors, step, self.time, entries)
-        return self.thread.submit(self.versions.write_delta, delta, lambda folder: _write_entries(folder, entries))
+            return self.thread.submit(self._write_full, tensors, step, self.time, add)
+        return self.thread.submit(self.versions.write_delta, delta, add)
 
-    def _write_full(self, tensors: list, step: int, time: float | None, entries: dict) -> int:
+    def _adds(self, entries: dict[str, Any]) -> Callable[[Path], Any]:
+        """What puts the entries of all processes into a version's folder."""
+        if not self.spread:
+            return lambda folder: write_all_entries(folder / FOLDER, entries) if entries else None
+        if self.writing is not None:
+            self.writing.result()
+        staged, exchange = self.versions.folder / _STAGED, self.tables.exchange
+        if exchange.rank == 0:
+            shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
+        exchange.all_to_all([b""] * exchange.ranks)  # the version before has taken its files
+        write_all_entries(staged, entries, exchange.rank, exchange.ranks)
+        exchange.all_to_all([b""] * exchange.ranks)
+        return lambda folder: staged.rename(folder / FOLDER)
+
+    def _write_full(self, tensors: list, step: int, time: float | None, add: Callable[[Path], Any]) -> int:
         target = self.versions.folder / VOCABULARY
         with atomic_write(target, "wb") as file, self.vocabulary.open("rb") as source:
             shutil.copyfileobj(source, file)
-        return self.versions.write_full(tensors, {"run": self.describe}, step, time,
-                                        lambda folder: _write_entries(folder, entries))
+        return self.versions.write_full(tensors, {"run": self.describe}, step, time, add)
 
     def _swept(self) -> bool:
         """Whether rows of tables on the host were evicted since the last version: a delta cannot say so."""
@@ -186,20 +205,14 @@ class Publisher(Companion):
         return found
 
 
-def _write_entries(folder: Path, entries: dict[str, Any]) -> None:
-    if entries:
-        (folder / FOLDER).mkdir()
-    for name, own in entries.items():
-        write_entries(folder / FOLDER / f"{quote(name, safe='')}-00000-of-00001.safetensors", own)
-
-
 def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: Any = None,
                  event_time: Callable[[int], float | None] = lambda step: None,
                  ids_of: Callable[[Any], np.ndarray] = lambda batch: batch[0]) -> Publisher | None:
     """The publisher of a run, where its settings want one; see `Publisher`.
 
     Raises:
-        UserError: seconds of event time are asked for where there are none; tables spread over processes.
+        UserError: seconds of event time are asked for where there are none; tables are spread over machines with disks
+            of their own.
     """
     own = settings.publish
     if not own.wanted:
@@ -207,9 +220,9 @@ def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: 
     if own.every_seconds is not None and reader(settings.data.reader).stream is None:
         raise UserError("files have no event time", where="publish.every_seconds", value=own.every_seconds,
                         hint="set publish.every_steps")
-    if tables is not None and backend.ranks > 1:
-        raise UserError("tables spread over processes are not published", where="publish",
-                        hint="train with one process, or with data.tables.place: graph")
+    if tables is not None and disks_of(backend.ranks, settings.output).count > 1:
+        raise UserError("versions are put together on a disk that all machines share", where="output.shared_disk",
+                        value=settings.output.shared_disk, hint="set publish.every_steps to null")
     optimizer = settings.train.sparse_optimizer or settings.train.optimizer
     folder = Path(own.directory or Path(settings.output.directory) / "live")
     return Publisher(own, folder, backend, spec, settings.model_dump(mode="json"),

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from parallel.checkpoint.tensors import NamedTensor
 from parallel.common.errors import UserError
 from parallel.common.files import inside, read_json, write_json
 from parallel.common.folders import put_in_place, temporary_name
-from recsys.tables.files import FOLDER, read_entries
+from recsys.tables.files import FOLDER, read_all_entries
 
 CURRENT = "current.json"
 _ROWS, _VALUES = ".delta_rows", ".delta_values"
@@ -203,8 +202,7 @@ def read_delta(folder: Path) -> Delta:
             delta.rows[table] = array, arrays[table + _VALUES]
         elif not name.endswith(_VALUES):
             delta.dense[name] = array
-    for path in sorted((folder / FOLDER).glob("*.safetensors")):
-        delta.entries[unquote(path.name.rsplit("-", 3)[0])] = read_entries(path)
+    delta.entries = read_all_entries(folder / FOLDER)
     return delta
 
 

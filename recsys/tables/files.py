@@ -53,6 +53,28 @@ def read_entries(path: Path) -> Entries:
     return entries
 
 
+def file_name(feature: str, rank: int, ranks: int) -> str:
+    """Of what one of the processes holds of a feature's table."""
+    return f"{quote(feature, safe='')}-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def write_all_entries(folder: Path, entries: dict[str, Entries], rank: int = 0, ranks: int = 1) -> None:
+    """A file for each feature's entries on one process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, own in entries.items():
+        write_entries(folder / file_name(name, rank, ranks), own)
+
+
+def read_all_entries(folder: Path) -> dict[str, Entries]:
+    """Entries of every feature that any number of processes wrote into a folder, those of all of them together."""
+    found: dict[str, list[Entries]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if match := _NAME.match(path.name):
+            found.setdefault(unquote(match[1]), []).append(read_entries(path))
+    return {name: own[0] if len(own) == 1 else Entries(*(np.concatenate([getattr(one, part) for one in own])
+                                                         for part in Entries.NAMES)) for name, own in found.items()}
+
+
 def stage_tables(tables: dict[str, DynamicTable], directory: Path, rank: int, ranks: int) -> None:
     """Writes the tables of one process into a hidden folder of `directory`."""
     staged = directory / _STAGED
@@ -63,7 +85,7 @@ def stage_tables(tables: dict[str, DynamicTable], directory: Path, rank: int, ra
     except OSError as error:
         raise explain_os_error(error, staged) from error
     for name, table in tables.items():
-        write_entries(staged / f"{quote(name, safe='')}-{rank:05d}-of-{ranks:05d}.safetensors", table.entries())
+        write_entries(staged / file_name(name, rank, ranks), table.entries())
 
 
 def take_staged(directory: Path, folder: Path) -> None:

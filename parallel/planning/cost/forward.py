@@ -77,6 +77,7 @@ class ForwardPass:
         reads: (tensor, layout) of the forward results that gradients read.
         masks: (tensor, layout) of ids beside which a mask is kept.
         forward, backward: work of all operations.
+        moved: redistributions of a tensor that is made here.
         arrivals, arrived_from, largest, divides: as in `SegmentCost`.
     """
 
@@ -91,6 +92,7 @@ class ForwardPass:
     backward: Work = field(default_factory=Work)
     arrivals: Counter = field(default_factory=Counter)
     arrived_from: dict[tuple, Dims] = field(default_factory=dict)
+    moved: dict[int, list[Collective]] = field(default_factory=dict)
     largest: int = 0
     divides: bool = True
 
@@ -156,7 +158,9 @@ class ForwardTracer:
             back = operation.needed and item.differentiable
             for kind, factors, elements in redistribution(self.mesh, here, target):
                 collective = self._emit(index, kind, factors, elements * WIDTH[item.dtype], back)
-                if key[0] not in done.maker:
+                if key[0] in done.maker:
+                    done.moved.setdefault(key[0], []).append(collective)
+                else:
                     done.arrivals[key[0], collective] += 1
                     done.arrived_from[key] = here
         return target

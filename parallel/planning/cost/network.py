@@ -136,6 +136,11 @@ class _Kept:
         for (number, dims), size in cost.kept.items():
             if self._in_selected(number):
                 todo.append(number)
+                # What was redistributed is kept as it was before, and redistributed again.
+                for collective in done.moved.get(number, ()):
+                    cost.selective_collectives[replace(collective, phase="recompute")] += 1
+                    own = done.layout[number]
+                    cost.kept_selective[number, own] = self.mesh.local(own) * WIDTH[self.segment.items[number].dtype]
             else:
                 cost.kept_selective[number, dims] = size
         while todo:

@@ -60,6 +60,7 @@ class SegmentCost:
         kept: bytes of each forward result that the backward pass reads, by the tensor's number in the segment.
         kept_recomputed: the same if the unit is recomputed: what reaches it from outside.
         kept_selective, selective: what is kept, and computed again, if only the cells named in the config are.
+        selective_collectives: what moves again where only those cells are.
         arrivals: (number, collective) of the redistributions of tensors that come from outside.
         arrived_from: for each (tensor, layout) in `kept` that was redistributed from outside, its layout there.
         largest: bytes of the largest result.
@@ -75,6 +76,7 @@ class SegmentCost:
     kept_recomputed: dict[tuple, int] = field(default_factory=dict)
     kept_selective: dict[tuple, int] = field(default_factory=dict)
     selective: Work = field(default_factory=Work)
+    selective_collectives: Counter = field(default_factory=Counter)
     arrivals: Counter = field(default_factory=Counter)
     arrived_from: dict[tuple, Dims] = field(default_factory=dict)
     largest: int = 0

@@ -259,7 +259,8 @@ def run(model, tmp_path, monkeypatch):
 
 
 def words(**given) -> argparse.Namespace:
-    return argparse.Namespace(**{"checkpoint": None, "prompt": None, "prompts": None, "stream": False, **given})
+    return argparse.Namespace(**{"checkpoint": None, "prompt": None, "prompts": None, "stream": False, "int8": False,
+                                 **given})
 
 
 def test_the_verb_generates_from_a_checkpoint(run, generator, capsys):

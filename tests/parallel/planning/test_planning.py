@@ -414,6 +414,16 @@ def test_scaling_stops_where_the_batch_is_used_up(planner):
 def within_a_fifth(points):
     for row in check(points):
         assert 1 / 1.2 < row["ratio"] < 1.2, row
+        assert row["memory_gb"] < row["usable_gb"], row  # it ran
+
+
+def test_gradients_of_a_single_micro_batch_take_the_places_of_activations():
+    """They come layer by layer as activations and copies of weights go; accumulated ones are there all along."""
+    overrides = ["parallel.data=2", "parallel.op=2", "train.global_batch_size=16"]
+    one, two = (figures(TINY, [*overrides, f"train.accumulation={count}"])[0].memory for count in (1, 2))
+    assert one.reused == -one.gradients and one.total == (
+        one.parameters + one.optimizer + one.activations + one.weight_copies + one.communication + one.workspace)
+    assert two.reused == 0 and two.total == sum(vars(two).values())
 
 
 def test_published_speeds_are_met_within_a_fifth():

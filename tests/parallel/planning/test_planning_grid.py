@@ -50,6 +50,9 @@ GRID = {
     "selective": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.recompute.policy=selective " + EIGHT),
     "selective, last stage": (TINY, 4, "parallel.data=2 parallel.op=2 parallel.recompute.policy=selective "
                               "train.global_batch_size=16 " + PIPE),
+    "sequence, norms recomputed": (TINY, 0, "parallel.data=2 parallel.op=2 parallel.sequence=true "
+                                   "parallel.recompute.policy=selective parallel.recompute.cells=[norm1,norm2] "
+                                   + EIGHT),
     "part of an optimizer shard": (TINY, 0, "parallel.data=4 parallel.op=2 parallel.optimizer.shard=2 "
                                    "parallel.recompute.policy=selective " + EIGHT),
     "accumulation": (TINY, 0, "parallel.data=2 parallel.op=2 train.accumulation=4 train.global_batch_size=16"),

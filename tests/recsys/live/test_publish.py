@@ -32,6 +32,8 @@ def train(folder, capsys, *more):
 @pytest.mark.parametrize("more", [
     ["train.sparse_optimizer={name: adagrad, learning_rate: 0.1}"],
     pytest.param(["train.sparse_optimizer={name: adagrad, learning_rate: 0.1}", "data.tables.place=host"], id="host"),
+    pytest.param(["train.sparse_optimizer={name: adagrad, learning_rate: 0.1}",
+                  "data.tables={place: host, hot_rows: 20, hot_every: 2}"], marks=pytest.mark.slow, id="hot"),
     pytest.param(["train.optimizer.name=adam"], marks=pytest.mark.slow, id="adam"),
 ])
 def test_delta_after_delta_is_the_full_export(tmp_path, capsys, more):

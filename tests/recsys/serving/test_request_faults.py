@@ -54,3 +54,35 @@ def test_a_number_that_float32_does_not_hold_is_refused(trained, price):
 def test_a_list_holds_single_values(trained, tags):
     with pytest.raises(UserError, match="list"):
         ask(trained, tags=tags)
+
+
+HOSTILE = [-1, -(2**63) - 1, 2**63, 2**64 + 5, -(10**40), "x" * 10_000, "x" * 10_001, "007", " 7", "名", "\x00", "1e3"]
+
+
+@pytest.mark.parametrize("kind", [{}, {"values": "hash", "rows": 1000}, {"values": "dynamic"},
+                                  {"values": "integer", "rows": 100}])
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: str(value)[:12].encode().hex())
+def test_a_hostile_id_lands_where_the_log_puts_it(trained, kind, value):
+    """In a row that depends on its text, in both alike; an id outside a table of numbers is refused by both."""
+    import pyarrow as pa
+
+    from recsys.data.encode import Columns, Encoder
+    from recsys.data.features import Feature, assign_columns
+    from recsys.data.vocabulary import Vocabulary
+
+    features = [Feature(name="uid", side="user", **kind), Feature(name="vid", side="item", values="integer", rows=9)]
+    vocabulary = Vocabulary({"uid": ["1", "x" * 10_000, "007"]}, {}, {}, {})
+    made = SimpleNamespace(features=features, spec=assign_columns(features, 4, vocabulary.sizes()), columns=Columns([]),
+                           vocabulary=vocabulary)
+    log = pa.table({"uid": pa.array([str(value)]), "vid": pa.array(["3"])})
+
+    def read(way) -> list | None:
+        try:
+            return way()
+        except UserError:
+            return None
+
+    trains = read(lambda: Encoder(features, Columns([]), "error").encode(log, made.spec, vocabulary, "log", 0)[0]
+                  .ids.tolist())
+    serves = read(lambda: read_request({"user": {"uid": value}, "candidates": [{"vid": 3}]}, made, 10).ids.tolist())
+    assert trains == serves and (trains is None) == (kind.get("values") == "integer" and value != "007")

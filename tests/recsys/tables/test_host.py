@@ -325,13 +325,14 @@ def test_an_optimizer_that_touches_all_rows_is_refused():
 
 @pytest.mark.slow
 def test_two_real_processes_equal_one(tmp_path):
-    """`python -m parallel launch --nproc 2 ... data.tables.place=host` over MindSpore's own process group."""
+    """`python -m parallel launch --nproc 2 ... data.tables.place=host` over MindSpore's own process group, each process
+    reading its half of the log."""
     import json
     import subprocess
     import sys
 
     words = [*TINY, *HOST, "train.steps=12", "train.validate_every=6", "train.keep_best=auc",
-             "data.tables.exchange_kb=16", f"data.cache={tmp_path / 'data'}"]
+             "data.tables.exchange_kb=16", "data.shards=2", f"data.cache={tmp_path / 'data'}"]
     figures = []
     for count in (1, 2):
         command = [sys.executable, "-m", "parallel", "launch", "--config", "configs/recsys/dlrm_mlp.yaml",
