@@ -179,3 +179,28 @@ def test_what_is_asked_of_a_model_a_backend_or_a_run_is_declared():
                 if whose in ASKED | {"arguments"} and (call == "hasattr" or call == "getattr" and len(node.args) == 3):
                     asked.append(f"{path.relative_to(ROOT)}:{node.lineno} {call}({whose})")
     assert not asked
+
+
+def names_in(path: Path) -> set[str]:
+    """Everything that a module defines, assigns or imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[0])
+    return found
+
+
+def test_what_is_imported_within_functions_is_there():
+    """Collecting the tests does not run such imports, nor those of the scripts."""
+    known, wrong = {name: names_in(path) for name, path in MODULES.items()}, []
+    for path in [*SOURCES, *(ROOT / "scripts").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+                missing = [alias.name for alias in node.names if alias.name not in known.get(node.module, ())
+                           and f"{node.module}.{alias.name}" not in MODULES]
+                wrong += [f"{path.relative_to(ROOT)}:{node.lineno} {node.module}.{name}" for name in missing]
+    assert not wrong

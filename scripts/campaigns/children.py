@@ -18,8 +18,8 @@ from pathlib import Path
 
 _IMPORTED = ["numpy", "safetensors", "pydantic", "yaml", "rich", "torch", "torch.distributed", "mindspore",
              "parallel.common.command", "parallel.torch_runtime.rank", "parallel.torch_runtime.step",
-             "parallel.training.trainer", "pangu.build", "recsys.build", "pangu.train", "recsys.train", "pangu.pack",
-             "data_tools.dedup"]
+             "parallel.training.trainer", "pangu.build", "recsys.build", "pangu.train", "recsys.train",
+             "pangu.data.packing", "data_tools.dedup"]
 
 
 @cache

@@ -129,6 +129,29 @@ def test_every_layout_of_every_model_equals_one_device(grid, model, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", [
+    ["train.precision=fp16", "train.loss_scale.name=dynamic", "train.loss_scale.initial=1024", "model.attention=flash"],
+    ["train.precision=bf16"],  # flash attention by itself
+    ["train.precision=fp16", "--float32"], ["train.precision=bf16", "--float32"],
+])
+def test_half_precision_equals_one_device(root, capsys, words):
+    """In float64 what half precision compiles is what float32 compiles; rounded as it declares, within a bound."""
+    from parallel.__main__ import VERBS
+    from parallel.common.command import main
+    from parallel.proof.replay.tolerances import HALF
+
+    sizes = "model.layers=2 model.hidden_size=64 model.sequence_length=32 model.vocabulary_size=64"
+    layout = "parallel.data=2 parallel.op=2 train.global_batch_size=8"
+    assert main("parallel", VERBS, ["replay", "--config", str(root / "configs/pangu/tiny.yaml"), "--steps", "2",
+                                    *sizes.split(), *layout.split(), *words]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rounded = "--float32" in words
+    assert figures["equal"] and figures["precision"] == ("float32" if rounded else "float64")
+    assert figures["max_parameter_difference"] < (HALF[words[0][-4:]].parameter if rounded else 1e-9)
+    assert (figures["max_parameter_difference"] > 1e-3) == rounded  # half precision was there
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model, name", [("pangu/tiny", "all_five_data_4"), ("pangu/tiny", "dropout"),
                                          ("recsys/rankmixer", "data_tokens"),
                                          ("recsys/tokenmixer_large_moe", "expert_half")])

@@ -30,6 +30,17 @@ def pangu(parallel: dict, model: dict | None = None, train: dict | None = None) 
     return build(settings, config), settings.train, config
 
 
+def halved(parallel: dict, compute_dtype: str, train: dict | None = None) -> tuple:
+    """`pangu` with its products in another element type."""
+    from pangu.build import build
+    from pangu.settings import Run
+
+    settings = Run.model_validate({"model": PANGU, "parallel": parallel,
+                                   "train": {"global_batch_size": BATCH} | (train or {})})
+    config = settings.parallel.resolve()
+    return build(settings, config, compute_dtype), settings.train, config
+
+
 def one_bias(parallel: dict, model: dict | None = None, train: dict | None = None) -> tuple:
     """The same as it should not be: the attention bias is made on the first stage and sent to all others."""
     task, settings, config = pangu(parallel, model, train)

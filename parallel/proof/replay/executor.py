@@ -188,11 +188,20 @@ def declared(node: Node, result: Any, exact: bool = False) -> Any:
     kind = node.outputs[0]
     dtype = "float64" if exact and kind.dtype in _FLOATING else _NUMPY.get(kind.dtype, kind.dtype)
     array = np.asarray(result, dtype)
+    if kind.dtype == "bfloat16" and not exact:
+        array = rounded_to_bfloat16(array)
     if array.shape != kind.shape and not any(size < 0 for size in kind.shape):
         if array.size != 1 or node.op in ("UpdateState", "Assign"):
             raise ValueError(f"{node.op} at {node.scope} gave shape {array.shape}, the graph declares {kind.shape}")
         array = array.reshape(kind.shape)
     return array
+
+
+def rounded_to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float32 values rounded to the nearest that bfloat16 has, ties to even."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.where(np.isfinite(array), nearest.view(np.float32), array)
 
 
 def _floats(result: Any) -> Any:

@@ -17,7 +17,7 @@ from parallel.proof.replay.divergence import locate
 from parallel.proof.replay.executor import Rank, run_step
 from parallel.proof.replay.ranks import AllRanks, part_of
 from parallel.proof.replay.reference import History, OneDevice
-from parallel.proof.replay.tolerances import FLOAT32, FLOAT64, MICRO_BATCHES, STATE_FLOOR, STEP, Difference
+from parallel.proof.replay.tolerances import FLOAT32, FLOAT64, HALF, MICRO_BATCHES, STATE_FLOOR, STEP, Difference
 
 
 class Replay:
@@ -35,7 +35,8 @@ class Replay:
     def __init__(self, world: AllRanks, reference: OneDevice, steps: int, *, quiet: bool = False,
                  exact: bool = True) -> None:
         self.world, self.reference, self.steps, self.quiet = world, reference, steps, quiet
-        self.exact, self.bounds = exact, FLOAT64 if exact else FLOAT32
+        precision = reference.settings.train.precision
+        self.exact, self.bounds = exact, FLOAT64 if exact else HALF.get(precision, FLOAT32)
         if exact and world.count > 1 and reference.step.weighted:
             self.bounds = MICRO_BATCHES
         self.ranks: list[Rank] = []

@@ -81,9 +81,9 @@ class AllRanks:
 
 def compile_ranks(config: str, overrides: Sequence[str], compilers: Compilers, *, keep: str | None = None,
                   every_rank: bool = False, trust: bool = False) -> AllRanks:
-    """Compiles the ranks of the layout in the file in float32, and reads what came out; see `compile_graphs`."""
-    return read_ranks(*compile_graphs(config, overrides, compilers, keep=keep, every_rank=every_rank, trust=trust,
-                                      compute_dtype="float32"))
+    """Compiles the ranks of the layout in the file, in the types of `train.precision`, and reads what came out; see
+    `compile_graphs`."""
+    return read_ranks(*compile_graphs(config, overrides, compilers, keep=keep, every_rank=every_rank, trust=trust))
 
 
 def compile_graphs(config: str, overrides: Sequence[str], compilers: Compilers, *, keep: str | None = None,

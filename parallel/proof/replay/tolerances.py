@@ -34,6 +34,10 @@ denominator is the tokens plus 1e-5 (`parallel.layers.loss.MaskedMean`, as in th
 225 tokens that is 4e-8. A mistake of a millionth is still five times the bound."""
 FLOAT32 = Bounds(1e-5, 1e-4, 1e-4, 1e-3, 1e-3)
 """Both sides in float32."""
+HALF = {"fp16": Bounds(1e-4, 1e-3, 2e-2, 2e-2, 1e-2), "bf16": Bounds(8e-4, 8e-3, 1.6e-1, 1.6e-1, 8e-2)}
+"""A graph in half precision, every result rounded as it declares, against MindSpore's float32 step, by
+`train.precision`: about twice the largest that the tiny model shows for a parameter. Bfloat16 has three bits less than
+float16, hence eight times the bounds."""
 STEP = Bounds(1e-5, 1e-4, float("inf"), float("inf"), float("inf"))
 """The one-rank graph in float64 against MindSpore's own float32 step: what is compared is the loss and the norm."""
 # The smallest scale of a moment, in largest first moments.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.proof.compile.graph import read_graph
 from parallel.proof.compile.rank_compiler import Request
 from parallel.proof.dryrun.dryrun import read_rank
 from parallel.task import load_run
@@ -189,3 +190,24 @@ def test_dropout_communicates_nothing_and_compiles_on_every_stage(compiled):
                     for rate in (0.0, 0.1))
         assert Counter(map(_key, dry.collectives)) == Counter(map(_key, wet.collectives))
         assert wet.memory.largest_constant <= 4 * networks.PANGU["heads"] * 8  # numbers of heads x positions
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_sharded_weights_are_cast_once_a_step(compilers, tmp_path, precision):
+    """Before they are gathered, for all micro-batches, so that half of the bytes travel; what optimizer sharding leaves
+    out (the word table, vectors) is cast for every one."""
+    request = Request(2, 0, builder="proof_networks:halved", paths=[str(Path(__file__).parents[1])],
+                      arguments={"parallel": {"data": 2, "optimizer": {"shard": -1}},
+                                 "train": {"accumulation": MICRO}, "compute_dtype": precision})
+    graph = read_graph(compilers.compile([request])[0].graph)
+    casts, gathered = {}, []
+    for _, node, times in graph.walk():
+        if node.op == "Cast" and node.outputs[0].dtype == precision and node.inputs[0] in graph.parameters:
+            casts[node.inputs[0]] = casts.get(node.inputs[0], 0) + times
+        if node.op == "AllGather" and node.instance.startswith("parallel_optimizer"):
+            gathered.append((times, node.outputs[0].dtype, len(node.outputs[0].shape)))
+    matrices = [name for name, kind in graph.parameters.items()
+                if name.endswith(".weight") and not name.startswith(("accu_grads.", "adam"))]
+    assert len(matrices) == LAYERS * 6 and all(casts[name] == 1 for name in matrices)
+    halves = [item for item in gathered if item[2] == 2 and item[1] == precision]
+    assert len(halves) == LAYERS * 6 and all(times == 1 for times, _, _ in halves)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from parallel.common.errors import UserError
-from parallel.proof.compile.graph import TensorType
-from parallel.proof.replay.executor import Rank, prepare, run_step
+from parallel.proof.compile.graph import Node, TensorType
+from parallel.proof.replay.executor import Rank, declared, prepare, run_step
 from tests.parallel.proof.replay.graphs import graph_of, node, ranks_of
 
 
@@ -23,6 +23,16 @@ class TestExecutor:
         rank = Rank(0, prepare(made), {"w": np.ones(2, np.float32)})
         got = run_step([rank], [[np.full(2, 5, np.float32)]])
         assert list(got[0]) == [4, 4] and list(rank.state["w"]) == [5, 5]
+
+    def test_bfloat16_is_rounded_unless_exact(self):
+        ms = pytest.importorskip("mindspore")
+        x = np.array([1.0 + 2**-8, 1.0 + 3 * 2**-8, 1.0 + 2**-8 + 2**-20, -1 / 3, 3.4e38, np.inf, 0.0], np.float32)
+        made = Node("n", "Identity", [], [TensorType((7,), "bfloat16")])
+        rounded = declared(made, x)
+        assert np.array_equal(rounded, ms.Tensor(x).astype(ms.bfloat16).astype(ms.float32).asnumpy())
+        assert rounded[0] == 1.0 and rounded[1] == 1.0 + 2**-6 and rounded[2] == 1.0 + 2**-7
+        assert np.isnan(declared(made, np.full(7, np.nan, np.float32))).all()
+        assert np.array_equal(declared(made, x, exact=True), x)
 
     def test_wrong_shape_stops(self):
         with pytest.raises(ValueError, match="gave shape"):
