@@ -24,6 +24,8 @@ import numpy as np
 
 from parallel.common.errors import UserError
 from parallel.common.files import cache_folder
+from parallel.common.folders import sweep_once, temporary_name
+from parallel.common.progress import info
 from parallel.common.settings import Settings
 from parallel.proof.compile.graph import Node, attribute_value
 from parallel.proof.compile.rank_compiler import Compiled, Compilers
@@ -169,12 +171,19 @@ def inference_layout(config: ParallelConfig) -> list[str]:
 
 def _cached(config: str, overrides: Sequence[str], digest: str, kinds: Sequence[str], processes: int,
             compilers: Compilers | None, check: Callable[[], None]) -> Path:
-    """The folder of the program with this digest, made if it is missing."""
+    """The folder of the program with this digest, made if it is missing or damaged."""
     folder = cache_folder() / "programs" / digest
     if (folder / portable.FILE).is_file():
-        return folder
+        try:
+            portable.Program(folder).check()
+            return folder
+        except UserError as error:
+            info(f"{error.where}: {error.what}; it is compiled anew")
+            shutil.rmtree(folder)
     check()
-    hidden = folder.with_name(f".{digest}.{os.getpid()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep_once(folder.parent)
+    hidden = temporary_name(folder)
     try:
         if compilers is not None:
             write_program(config, overrides, hidden, compilers, digest, kinds)

@@ -5,7 +5,7 @@
     constants-0.npz       its large constants, if it has any
 
 The graphs are those of `parallel.torch_runtime.graph`; the ranks of a graph's groups are in each rank's own table. No
-pickle; files are checked against the digests in program.json.gz.
+pickle; files are checked against the digests in program.json.gz, which carries its own.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.settings import without
 from parallel.common.start_value import start_value
-from parallel.common.structured import parse_json
+from parallel.common.structured import parse_json, seal, unseal
 from parallel.torch_runtime.graph import Graph, Kind, Literal, Node
 
-FORMAT, VERSION = "parallel-program", 1
+FORMAT, VERSION = "parallel-program", 2
 FILE = "program.json.gz"
 KINDS = ("step", "loss", "scores")
 """Graphs of a program of training. Others are of inference, of one group of data parallelism: a program holds these or
@@ -123,7 +123,7 @@ class Program:
         if tree.get("version") != VERSION:
             raise UserError("the program is of another version", where=path, value=tree.get("version"),
                             hint=f"export it again: this code reads version {VERSION}")
-        self.tree = tree
+        self.tree = tree = unseal(tree, path, hint="export it again")
         self._results: dict[tuple[int, str], tuple[int, ...]] = {}
         try:
             self.tensors = [Tensor(*item[:2], tuple(item[2]), item[3], tuple(item[4])) for item in tree["tensors"]]
@@ -240,6 +240,15 @@ class Program:
             self._results[rank, kind] = made.outputs[0].shape
         return self._results[rank, kind]
 
+    def check(self) -> None:
+        """Compares every file with its digest.
+
+        Raises:
+            UserError: one is missing or damaged.
+        """
+        for name in self.tree["files"]:
+            self._check(name)
+
     def _check(self, name: str) -> None:
         known, path = self.tree["files"].get(name), self.folder / name
         if known is None:
@@ -311,9 +320,9 @@ class Writer:
 
 
 def write_program_file(folder: Path, tree: dict[str, Any]) -> None:
-    """Writes program.json.gz."""
+    """Writes program.json.gz, with the digest of all that is in it."""
     with atomic_write(folder / FILE, "wb") as file:
-        file.write(_zipped(json.dumps(tree, separators=(",", ":")).encode()))
+        file.write(_zipped(json.dumps(seal(tree), separators=(",", ":")).encode()))
 
 
 def structure(graph: Graph) -> str:

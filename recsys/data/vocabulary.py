@@ -20,12 +20,15 @@ import pyarrow.compute as pc
 from parallel.common.errors import UserError
 from parallel.common.files import read_json, write_json
 from parallel.common.progress import info
+from parallel.common.structured import typed
 from recsys.data.features import FIRST_KNOWN, UNSEEN, Feature
 
 VOCABULARY = "vocabulary.json"
 """Name of the vocabulary's file beside encoded rows, checkpoints and published versions."""
 RESERVOIR = 100_000
 MAX_VOCABULARY_BYTES = 4 << 30
+_SHAPES = {"values": dict[str, list[str]], "counts": dict[str, list[float]], "boundaries": dict[str, list[float]],
+           "moments": dict[str, tuple[float, float]]}
 
 
 @dataclass
@@ -63,8 +66,13 @@ class Vocabulary:
         tree = read_json(path, max_bytes=MAX_VOCABULARY_BYTES)
         if not isinstance(tree, dict) or set(tree) != {"values", "counts", "boundaries", "moments"}:
             raise UserError("file is damaged: not a vocabulary", where=path, hint="run train again")
-        return cls(tree["values"], tree["counts"], tree["boundaries"],
-                   {name: (float(pair[0]), float(pair[1])) for name, pair in tree["moments"].items()})
+        made = cls(**{name: typed(tree[name], shape, where=f"{path}, {name}", hint="run train again")
+                      for name, shape in _SHAPES.items()})
+        for name, values in made.values.items():
+            if name in made.counts and len(made.counts[name]) != len(values):
+                raise UserError(f"there are not as many counts as values of '{name}'", where=path,
+                                hint="run train again")
+        return made
 
     def rows_of(self, feature: Feature, values: pa.Array) -> np.ndarray:
         """Rows of string values; null = missing = 0, not in the vocabulary = unseen = 1."""

@@ -322,8 +322,9 @@ def _column(feature: Feature, values: list, where: str) -> pa.Array:
         values = [None if value is None else [None if item is None else str(item) for item in value]
                   for value in values]
         return _array(values, name, where, pa.list_(pa.string()))
-    if any(isinstance(value, (list, dict)) for value in values):
-        raise UserError(f"feature '{name}' must be a single value", where=where)
+    for index, value in enumerate(values):
+        if isinstance(value, (list, dict)):
+            raise UserError(f"feature '{name}' must be a single value", where=f"{where}[{index}]", value=value)
     kinds = {type(value) for value in values if value is not None}
     large = feature.type != "numeric" and any(type(value) is int and not -2**63 <= value < 2**63 for value in values)
     if int in kinds and feature.type == "numeric":

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from parallel.common.errors import UserError
+from parallel.common.files import write_json
 from recsys.data.log import prepare
 from recsys.data.readers._files import csv_tables, shards
+from recsys.data.vocabulary import Vocabulary
 from recsys.settings import DataSettings
 
 FEATURES = [{"name": "user", "side": "user"}, {"name": "item", "side": "item"}]
@@ -173,6 +175,18 @@ def test_a_number_that_float32_does_not_hold_names_its_row(tmp_path):
         prepare(DataSettings(reader="csv", path=str(path), features=features, labels=["click"],
                              cache=str(tmp_path / "c")), 4)
     assert "row 95" in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("moments", 1e308), ("moments", {"price": [1.0]}), ("values", {"user": ["a", -1]}), ("values", {"user": [["a"]]}),
+    ("values", None), ("counts", {"user": [1.0]}), ("counts", {"user": "ab"}), ("boundaries", {"price": ["x"]})])
+def test_a_vocabulary_of_another_shape_is_one_line(tmp_path, key, value):
+    whole = {"values": {"user": ["a", "b"]}, "counts": {"user": [2, 1.0]}, "boundaries": {}, "moments": {}}
+    write_json(tmp_path / "v.json", whole, sealed=False)
+    assert Vocabulary.load(tmp_path / "v.json").counts == {"user": [2.0, 1.0]}
+    write_json(tmp_path / "v.json", {**whole, key: value})
+    with pytest.raises(UserError, match="v.json"):
+        Vocabulary.load(tmp_path / "v.json")
 
 
 def test_ids_of_64_bits_without_sign(tmp_path):
