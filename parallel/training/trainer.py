@@ -200,6 +200,10 @@ class Trainer:
         if self.settings.profile is not None:
             raise UserError("the steps of a sunk stretch are not told apart", where="train.profile",
                             hint="set it to null, or train.data_sink to false")
+        for companion in self.companions:
+            if type(companion).before_step is not Companion.before_step:
+                raise UserError(f"{companion.name} sees every batch, and a sunk stretch shows none",
+                                where="train.data_sink", value=True, hint="set it to false")
         steps = self.settings.steps - self.iteration
         size = math.gcd(steps, self.settings.log_every)
         stretches = self.backend.stretches(self.source, self.iteration, steps, size)

@@ -50,8 +50,8 @@ class Ending(Batches, WaitingSource):
         return itertools.islice(super().batches(start_step), max(0, 5 - start_step))
 
 
-def run(folder, steps, companion, source):
-    train = settings(steps=steps)
+def run(folder, steps, companion, source, **train):
+    train = settings(steps=steps, **train)
     output = OutputSettings(directory=str(folder), checkpoint_every=2, tensorboard=False)
     return Trainer(MindSporeBackend(make_step(train)), Run(source, train, output, companions=[companion])).run()
 
@@ -64,6 +64,11 @@ def test_a_companion_goes_along_and_its_state_returns(tmp_path):
     assert second.count == 5 and second.order[0][:2] == ("before", 3)
     assert figures["steps"] == 5 and figures["stopped"] == "end of data"
     assert figures["checkpoint"].endswith("step_00000005")
+
+
+def test_one_that_sees_every_batch_is_refused_where_the_device_takes_them_by_itself(tmp_path):
+    with pytest.raises(UserError, match="train.data_sink: tally sees every batch"):
+        run(tmp_path, 2, Tally(), Batches(), data_sink=True)
 
 
 def test_a_damaged_state_is_one_line(tmp_path):
