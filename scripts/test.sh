@@ -5,4 +5,4 @@
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment data serve stream evaluate mindformers export bench test || exit $?
-cd "$ROOT" && exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --durations=30 "$@"
+cd "$ROOT" && exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=30 "$@"
