@@ -15,8 +15,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 SHARED = ROOT.parent / "shared"
 
 
+# The longest files in turn: run last, they would keep one process busy while the others have nothing left to do.
+LONGEST = ("tests/test_readme.py", "tests/recsys/ug_sep/test_separation.py", "tests/pangu/evaluation/test_evaluate.py",
+           "tests/recsys/tables/test_host.py", "tests/parallel/proof/test_dryrun.py", "tests/data_tools/test_dedup.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `shared_data` where there is no ../shared, saying so."""
+    """Puts the longest files first. Skips tests marked `shared_data` where there is no ../shared, saying so."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))
     if SHARED.is_dir():
         return
     skip = pytest.mark.skip(reason=f"no shared data: {SHARED} is absent")

@@ -34,7 +34,8 @@ def uninterrupted(tmp_path_factory):
     return folder, *train(folder)
 
 
-@pytest.mark.parametrize("stops", [(5,), (3, 7)], ids=["within a log window", "twice, after a skipped step"])
+@pytest.mark.parametrize("stops", [pytest.param((5,), id="within a log window", marks=pytest.mark.slow),
+                                   pytest.param((3, 7), id="twice, after a skipped step")])
 def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, stops):
     folder, figures, expected = uninterrupted
     for stop_at in stops:

@@ -121,6 +121,7 @@ def answers(home: Path, checkpoint: Path, capsys) -> list[str]:
     return [output["text"] if isinstance(output, dict) else output for output in last_json(capsys)["outputs"]]
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_learns_the_answers(home, capsys):
     finetune(home, "full", "train.steps=60")
     figures = last_json(capsys)

@@ -159,7 +159,7 @@ def test_readers_say_what_is_wrong_with_their_files(tmp_path):
             prepare(DataSettings(reader=name, path=str(tmp_path / "nowhere"), cache=str(tmp_path / "c")), 4)
     for name, file in (("criteo", "a.csv"), ("avazu", "a.csv"), ("frappe", "a.libfm"), ("taac", "a.parquet")):
         path = tmp_path / file
-        path.write_bytes(b"\xff\xfe rubbish\x00,1\n2,3\n")
+        path.write_bytes(b"\xfe\xfd rubbish\x00,1\n2,3\n")
         refused(name, "well-formed|UTF-8|parquet", path=str(path))
         path.write_bytes(b"")
         refused(name, "no row is left|empty", path=str(path))

@@ -18,7 +18,9 @@ from tests.recsys.runs import make_run
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
-@pytest.mark.parametrize("config", ["tokenmixer_large_ug_sep", "rankmixer_ug_sep", "tokenmixer_large_moe", "dlrm_mlp"])
+@pytest.mark.parametrize("config", ["tokenmixer_large_ug_sep", "dlrm_mlp",
+                                    pytest.param("rankmixer_ug_sep", marks=pytest.mark.slow),
+                                    pytest.param("tokenmixer_large_moe", marks=pytest.mark.slow)])
 def test_quantized_models_give_nearly_the_same(config, tmp_path):
     """The kernel's network against the same one with weights widened to float32, and both against the float one."""
     from recsys.build import loss_network

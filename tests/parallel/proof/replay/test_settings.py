@@ -20,7 +20,8 @@ class TestComparison:
 
         network = SimpleNamespace(trainable_params=list)
         world = SimpleNamespace(extents=[{}], count=1)
-        replay = Replay(world, SimpleNamespace(task=SimpleNamespace(network=network)), 3)
+        settings = SimpleNamespace(train=SimpleNamespace(precision="fp32"))
+        replay = Replay(world, SimpleNamespace(task=SimpleNamespace(network=network), settings=settings), 3)
         rank = Rank(0, prepare(graph_of(node("Neg", "out", ("x",), (1,)))), {})
         found = []
         for ours, full in ((1.0, 1.0), (2e-7, 1e-7), (0.5, 1.0), (1.0, np.nan)):
