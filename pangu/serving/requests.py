@@ -15,6 +15,9 @@ from parallel.serving.errors import Refusal
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on to the end of the context
 _MOST_STOPS, _LONGEST_STOP = 64, 1000
 _CHARACTERS_A_TOKEN = 64  # text this much longer than the context is refused before it is segmented
+# vLLM's, whose answers would not be what their senders take them for
+_OUTPUT_FIELDS = ("prompt_logprobs", "truncate_prompt_tokens", "allowed_token_ids", "structured_outputs", "guided_json",
+                  "guided_regex", "guided_choice", "guided_grammar")
 _BIAS, _PENALTY, _TEMPERATURE = 100.0, 2.0, 2.0
 
 
@@ -101,8 +104,6 @@ class Reader:
         fields = self._model(body)
         for name in ("tools", "functions"):
             fields.neutral(name, [])
-        if isinstance(form := fields.get("response_format"), dict) and form.get("type") != "text":
-            raise bad("response_format", "only text is supported", form.get("type"), "unsupported_parameter")
         text = self.template.render(read_messages(fields.get("messages")),
                                     fields.flag("add_generation_prompt", True), self.eos_token)
         prompts = [self._text_prompt(text, "messages")]
@@ -215,7 +216,12 @@ class Reader:
         self._not_too_many(len(prompts) * best_of, "best_of" if best_of > n else "n" if n > 1 else "prompt")
         for name, value in (("min_p", 0), ("repetition_penalty", 1), ("min_tokens", 0), ("length_penalty", 1)):
             fields.neutral(name, value)
-        fields.neutral("use_beam_search", False)
+        for name in ("use_beam_search", "include_stop_str_in_output"):
+            fields.neutral(name, False)
+        fields.neutral("response_format", {"type": "text"})
+        fields.neutral("bad_words", [])
+        for name in _OUTPUT_FIELDS:
+            fields.neutral(name)
         stream, options = fields.flag("stream"), fields.get("stream_options")
         if options is not None and not isinstance(options, dict):
             raise bad("stream_options", "must be an object", options, "invalid_type")

@@ -253,6 +253,9 @@ WRONG = [
     ({"stream": "yes"}, "stream", "invalid_type"), ({"stream_options": {}}, "stream_options", "invalid_value"),
     ({"presence_penalty": 3}, "presence_penalty", "invalid_value"), ({"seed": 1.5}, "seed", "invalid_type"),
     ({"user": 5}, "user", "invalid_type"), ({"repetition_penalty": 1.2}, "repetition_penalty", "unsupported_parameter"),
+    *((fields, next(iter(fields)), "unsupported_parameter") for fields in (
+        {"include_stop_str_in_output": True}, {"response_format": {"type": "json_object"}}, {"response_format": "json"},
+        {"bad_words": ["a"]}, {"guided_choice": ["a", "b"]}, {"prompt_logprobs": 1})),
 ]
 
 
@@ -280,7 +283,9 @@ def test_wrong_chats_are_refused(client, fields):
 def test_what_clients_send_beside_is_let_be(client):
     answer = complete(client, prompt="今天", user="someone", presence_penalty=0, frequency_penalty=0.0, top_p=1,
                       logit_bias={}, extra_body={"made_up": {"a": [1]}, "suffix": None, "best_of": None, "min_p": 0,
-                                                 "repetition_penalty": 1.0, "service_tier": "auto"})
+                                                 "repetition_penalty": 1.0, "service_tier": "auto", "bad_words": [],
+                                                 "include_stop_str_in_output": False, "guided_json": None,
+                                                 "response_format": {"type": "text"}})
     assert answer.choices[0].finish_reason
     assert complete(client, prompt="", max_tokens=2).usage.prompt_tokens == 1  # the beginning of a document
 
