@@ -21,8 +21,8 @@ from parallel.common.errors import UserError
 from parallel.common.files import atomic_write, read_json, write_json
 from parallel.common.lines import split_lines
 from parallel.common.progress import info, table
-from parallel.common.settings import to_yaml
 from parallel.common.structured import parse_object
+from parallel.common.yaml_core import dump_yaml
 from parallel.training.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -106,9 +106,12 @@ class Job:
             settings.model.vocabulary_size, settings.vocabulary.shrink = self._vocabulary_size(), True
         if self.arguments.steps is not None:
             settings.train.steps = self.arguments.steps
+        tree = settings.model_dump(mode="json")
+        # What this file sets comes before what a recipe says, so it sets no more than it was told.
+        told = {**tree, "generate": settings.generate.model_dump(mode="json", exclude_unset=True)}
         with atomic_write(self.config) as file:
-            file.write(to_yaml(settings))
-        return settings.model_dump(mode="json")
+            file.write(dump_yaml(told))
+        return tree
 
     @property
     def config(self) -> Path:

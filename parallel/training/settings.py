@@ -69,9 +69,9 @@ class OptimizerSettings(Settings):
     @pydantic.model_validator(mode="after")
     def _check(self) -> OptimizerSettings:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise UserError("betas must be in [0, 1)", where="optimizer.betas", value=list(self.betas))
+            raise UserError("betas must be in [0, 1)", where="train.optimizer.betas", value=list(self.betas))
         if self.schedule.end_learning_rate > self.learning_rate:
-            raise UserError("the schedule ends above its start", where="optimizer.schedule.end_learning_rate",
+            raise UserError("the schedule ends above its start", where="train.optimizer.schedule.end_learning_rate",
                             value=self.schedule.end_learning_rate, hint=f"at most {self.learning_rate}")
         return self
 

@@ -339,6 +339,8 @@ class Trainer:
         self._same_on_all_ranks()
         if path is not None and self.backend.rank == 0:
             info(f"going on from {path} (step {self.iteration})")
+            if self.iteration >= self.settings.steps:
+                info(f"nothing is left to train: train.steps is {self.settings.steps}")
 
     def _load(self, path: Path) -> None:
         extents = self.backend.holder.extents if self.backend.holder is not None else None
