@@ -91,10 +91,10 @@ def open_binary(path: str | Path) -> io.BufferedReader:
         raise UserError(f"cannot be read: {error.strerror}", where=path) from None
 
 
-class _Decompressed(io.RawIOBase):
-    """A decompressing stream whose damage is a `DamagedFile`."""
+class _Converted(io.RawIOBase):
+    """Another stream's bytes made into others; its damage is a `DamagedFile` that names `path`."""
 
-    def __init__(self, stream: Any, path: Path) -> None:
+    def __init__(self, stream: Any, path: str | Path) -> None:
         self._stream, self._path = stream, path
 
     def readable(self) -> bool:
@@ -104,6 +104,10 @@ class _Decompressed(io.RawIOBase):
         if not self.closed:
             self._stream.close()
         super().close()
+
+
+class _Decompressed(_Converted):
+    """A decompressing stream."""
 
     def readinto(self, buffer: Any) -> int:
         try:
@@ -203,20 +207,13 @@ def as_utf8(stream: io.BufferedReader, path: str | Path, errors: str = "strict")
     return stream if mark in (None, "utf-8-sig") else io.BufferedReader(_Recoded(stream, mark, path, errors), 1 << 17)
 
 
-class _Recoded(io.RawIOBase):
+class _Recoded(_Converted):
     """A stream of another charset as UTF-8."""
 
     def __init__(self, stream: BinaryIO, charset: str, path: str | Path, errors: str) -> None:
-        self._stream, self._ready, self._name, self._path = stream, b"", charset.upper(), path
+        super().__init__(stream, path)
+        self._ready, self._name = b"", charset.upper()
         self._decoder = codecs.getincrementaldecoder(charset)(errors)
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if not self.closed:
-            self._stream.close()
-        super().close()
 
     def readinto(self, buffer: Any) -> int:
         ended = False

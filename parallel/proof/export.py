@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,10 @@ from parallel.proof.replay.executor import BFLOAT16, Program, constant, data_inp
 from parallel.proof.replay.ranks import AllRanks, compile_graphs, read_ranks
 from parallel.sharding.config import ParallelConfig
 from parallel.torch_runtime import program as portable
+
+if TYPE_CHECKING:
+    from parallel.task import ModelPackage
+    from parallel.training.settings import RunSettings
 
 _PROJECT = Path(__file__).resolve().parents[2]
 # What a rule reads; everything else says how the partitioner came by a node.
@@ -62,19 +66,25 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a layout that does not fit or that MindSpore refuses.
     """
+    from parallel.task import load_run
+
     if not Path(arguments.config).is_file():
         raise UserError("no such file", where="--config", value=arguments.config)
     started = time.monotonic()
     kinds = [kind for kind in (arguments.graphs or "").split(",") if kind]
-    served = _served_kinds(arguments)
+    package, settings = load_run(arguments.config, list(arguments.overrides))
+    served = package.inference_kinds(settings)
     if set(kinds) and not ("step" in kinds and set(kinds) <= set(portable.KINDS)) and not set(kinds) <= set(served):
         raise UserError(f"the graphs are step, and any of loss and scores; or any of {', '.join(served)}",
                         where="--graphs", value=arguments.graphs)
-    make = exported_inference if set(kinds) & set(served) else exported
+    if set(kinds) & set(served):
+        make, settings = exported_inference, _inference_run(arguments.config, arguments.overrides)[2]
+    else:
+        make = exported
     made = make(arguments.config, arguments.overrides, processes=arguments.processes, kinds=kinds)
     target = Path(arguments.output)
-    own = _exported_settings(arguments.config, arguments.overrides, bool(set(kinds) & set(served)))
-    _copy(made, target, own, config=Path(arguments.config).name, overrides=list(arguments.overrides))
+    _copy(made, target, settings.model_dump(mode="json"), config=Path(arguments.config).name,
+          overrides=list(arguments.overrides))
     opened = portable.Program(target)
     first = next(iter(opened.ranks[0].graphs))
     return {"world": opened.world, "distinct_graphs": len({rank.graphs[first] for rank in opened.ranks}),
@@ -94,22 +104,14 @@ def _copy(source: Path, target: Path, settings: dict[str, Any], **more: Any) -> 
     portable.write_program_file(target, tree | {"settings": settings, "parallel": tree["parallel"] | own, **more})
 
 
-def _exported_settings(config: str, overrides: Sequence[str], of_inference: bool) -> dict[str, Any]:
-    """The settings of the run, as JSON: those of inference with the layout of its graphs."""
+def _inference_run(config: str, overrides: Sequence[str]) -> tuple[ModelPackage, list[str], RunSettings]:
+    """The model's package, the overrides that end in the layout of its graphs of inference, and the settings under
+    them."""
     from parallel.task import load_run
 
-    settings = load_run(config, list(overrides))[1]
-    if of_inference:
-        settings = load_run(config, [*overrides, *inference_layout(settings.parallel.forward().resolve())])[1]
-    return settings.model_dump(mode="json")
-
-
-def _served_kinds(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The graphs of inference that the model has."""
-    from parallel.task import load_run
-
-    package, settings = load_run(arguments.config, list(arguments.overrides))
-    return package.inference_kinds(settings)
+    package, settings = load_run(config, list(overrides))
+    overrides = [*overrides, *inference_layout(settings.parallel.forward().resolve())]
+    return package, overrides, load_run(config, overrides)[1]
 
 
 def exported(config: str, overrides: Sequence[str], *, processes: int = 1, kinds: Sequence[str] | None = None,
@@ -148,14 +150,10 @@ def exported_inference(config: str, overrides: Sequence[str], *, processes: int 
     Raises:
         UserError: a model without such graphs, or a layout that does not fit it.
     """
-    from parallel.task import load_run
-
-    package, settings = load_run(config, list(overrides))
+    package, overrides, settings = _inference_run(config, overrides)
     kinds = tuple(kinds or package.inference_kinds(settings))
     if not kinds:
         raise UserError("this model has no graphs of inference", where="model.name", value=settings.model.name)
-    overrides = [*overrides, *inference_layout(settings.parallel.forward().resolve())]
-    settings = load_run(config, list(overrides))[1]
     shaping = package.shapes_inference(settings.model_dump(mode="json"))
     return _cached(config, overrides, digest_of(settings, kinds, shaping), kinds, processes, compilers,
                    lambda: package.check_inference(settings))
