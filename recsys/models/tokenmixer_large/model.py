@@ -258,6 +258,12 @@ class TokenMixerLarge(Ranker):
             x_TBD = self.norm(x_TBD)
         return self.pool(x_TBD), auxiliary, penalties
 
+    def check_layout(self, parallel: ParallelConfig, batch: int) -> None:
+        if self.balanced and parallel.pipeline.stages > 1:
+            raise UserError("the loss that balances loads does not go from stage to stage", where="model.moe.balance",
+                            value=self.settings.moe.balance, hint="set it to 0, or train without stages")
+        super().check_layout(parallel, batch)
+
     def check_op(self, parallel: ParallelConfig, batch: int) -> None:
         check_token_axes(self.settings, parallel, batch, {self.tokens, self.heads})
 

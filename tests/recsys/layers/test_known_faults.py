@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
+from parallel.__main__ import VERBS as PARALLEL_VERBS
 from parallel.common.command import main
 from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU
 from parallel.layers.moe import SparsePertokenMoE
@@ -49,6 +50,13 @@ def test_experts_together_are_the_dense_network(experts):
     routers = sparse.router.weight.size
     assert sum(p.size for p in sparse.get_parameters()) - routers == size
     assert sparse.gate_weight.shape == (3, experts - 1, 16, 32 // experts)
+
+
+def test_balance_is_refused_where_its_loss_would_have_to_pass_between_stages(capsys):
+    words = ["dryrun", "--config", "configs/recsys/tokenmixer_large_moe.yaml", "parallel.pipeline.stages=2",
+             "model.moe.balance=0.1"]
+    assert main("parallel", PARALLEL_VERBS, words) == 2
+    assert "error: model.moe.balance: the loss that balances loads" in capsys.readouterr().err
 
 
 def test_tokens_that_crowd_on_different_experts_are_not_balanced():
