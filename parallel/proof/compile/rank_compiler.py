@@ -386,7 +386,7 @@ def _tensors(step: Any) -> list[list]:
         return [item.name, kind, list(item.shape), str(item.dtype).lower(), start]
 
     counters = {parameter.name for parameter in step.counters()}
-    return [*(entry(item, "parameter", list(item.start)) for item in step.network.get_parameters()
+    return [*(entry(item, "parameter", _start_of(item)) for item in step.network.get_parameters()
               if item.name not in counters),
             *(entry(item, "state", ["fill", float(item.init_mode.init.value)]) for item in step.optimizer.states()),
             *(entry(item, "counter", ["fill", item.asnumpy().item()]) for item in step.counters())]
@@ -394,8 +394,17 @@ def _tensors(step: Any) -> list[list]:
 
 def _held(network: Any) -> list[list]:
     """The same of what a network holds that is not trained."""
-    return [[item.name, "parameter", list(item.shape), str(item.dtype).lower(), list(item.start)]
+    return [[item.name, "parameter", list(item.shape), str(item.dtype).lower(), _start_of(item)]
             for item in network.get_parameters()]
+
+
+def _start_of(item: Any) -> list:
+    """How a parameter starts; a UserError for one that a layer sets and moves by itself (`ReluMoE`'s factor)."""
+    start = getattr(item, "start", None)
+    if start is None:
+        raise UserError("a layer sets this number and moves it while it trains, which graphs compiled apart cannot",
+                        where=item.name, hint="leave the layer out (RankMixer: model.moe)")
+    return list(start)
 
 
 def _build(request: Request) -> tuple[Any, Any, Any]:
