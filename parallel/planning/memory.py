@@ -18,6 +18,8 @@ from parallel.planning.cost.network import NetworkCost
 from parallel.planning.cost.segments import Collective, Segment, SegmentCost
 from parallel.planning.describe import WIDTH, Description, ParameterCount
 from parallel.planning.mesh import Mesh
+from parallel.planning.runtime.memory import fill
+from parallel.planning.runtime.settings import RuntimeSettings
 from parallel.planning.shapes import Dim, Dims
 from parallel.planning.timeline import most_held
 from parallel.sharding.config import ParallelConfig
@@ -139,11 +141,17 @@ class Stage:
         memory: bytes by kind.
         collectives: all of one step with how often they run.
         parameters: elements of this stage's model part, uncut.
+        tensors: its parameters.
+        copied: elements that have a half-precision copy.
+        tied: elements that several of the stage's units use.
     """
 
     memory: Memory = field(default_factory=Memory)
     collectives: Counter = field(default_factory=Counter)
     parameters: int = 0
+    tensors: int = 0
+    copied: int = 0
+    tied: int = 0
 
 
 class Holdings:
@@ -156,6 +164,7 @@ class Holdings:
     """
 
     def __init__(self, slices: list[Slice], mesh: Mesh, optimizer: OptimizerSettings) -> None:
+        self.optimizer = optimizer.name
         self.states = STATES[optimizer.name] + (1 if optimizer.name == "rmsprop" and optimizer.momentum else 0)
         groups: dict[tuple[int, ...], list[Slice]] = {}
         for item in slices:
@@ -169,15 +178,21 @@ class Holdings:
             total.memory.optimizer += self.states * 4 * (item.bytes // WIDTH[item.count.dtype])
             total.memory.gradients += item.full
             total.parameters += item.full // WIDTH[item.count.dtype]
+            total.tensors += 1
             if item.count.cast not in (None, item.count.dtype):
                 total.memory.weight_copies += item.full // WIDTH[item.count.dtype] * WIDTH[item.count.cast]
+                total.copied += item.full // WIDTH[item.count.dtype]
             _gradient(total, item, mesh)
         return total
 
 
 def stage_figures(description: Description, cost: NetworkCost, config: ParallelConfig, micro_batches: int,
-                  holdings: Holdings, stage: int) -> Stage:
-    """Memory and collectives of one rank of `stage` in one step."""
+                  holdings: Holdings, stage: int, runtime: RuntimeSettings | None = None) -> Stage:
+    """Memory and collectives of one rank of `stage` in one step.
+
+    Args:
+        runtime: of the cluster, if it runs node by node; `cost` has its walks then.
+    """
     figures = Stage()
     homes = stages_of_units(description.units, config)
     _parameters(figures, holdings, config, micro_batches, homes, stage)
@@ -186,7 +201,9 @@ def stage_figures(description: Description, cost: NetworkCost, config: ParallelC
     _norm(figures, cost.mesh, config)
     memory = figures.memory
     memory.communication = 2 * max((entry.bytes for entry in figures.collectives), default=0)
-    if micro_batches == 1:
+    if runtime is not None:
+        _by_walking(figures, description, cost, config, micro_batches, holdings, homes, stage, runtime)
+    elif micro_batches == 1:
         memory.reused = -min(memory.gradients, memory.activations + memory.weight_copies)
     return figures
 
@@ -208,6 +225,10 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
         full = micro_batches > 1 and config.optimizer.level == 1
         memory.gradients += total.memory.gradients if full else total.memory.parameters
         figures.parameters += total.parameters
+        figures.tensors += total.tensors
+        figures.copied += total.copied
+        if len(units) > 1 and len(shared) == 1:
+            figures.tied += total.parameters
         if stage == min(shared) or config.optimizer_shard > 1:
             # Else a borrower sends its part as it is: the owner sums over the ranks once they are added.
             for collective, times in total.collectives.items():
@@ -217,6 +238,28 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
             for item in members:
                 figures.collectives[Collective(there, (), item.full, "pipeline", "forward", "parameter")] += 1
                 figures.collectives[Collective(back, (), item.full, "pipeline", "backward", "parameter")] += 1
+
+
+def _by_walking(figures: Stage, description: Description, cost: NetworkCost, config: ParallelConfig,
+                micro_batches: int, holdings: Holdings, homes: list[int], stage: int, runtime: RuntimeSettings) -> None:
+    """Memory under a runtime that runs node by node: its fullest moment."""
+    parts = []
+    for segment, part in zip(cost.segments, cost.costs, strict=True):
+        if homes[segment.unit] == stage:
+            again = is_recomputed(segment.unit, description.units, config)
+            kept = sum(size for *_, size in _kept_on_stage(segment, part, again, description, cost, homes))
+            parts.append((segment, part, kept))
+    copies: Counter = Counter()
+    for units, _, total in holdings.groups:
+        here = [unit for unit in units if homes[unit] == stage]
+        if here:
+            copies[max(here)] += total.memory.weight_copies
+    sharded = config.optimizer_shard if config.optimizer_shard > 1 else 1
+    sent = sum(collective.bytes * times for collective, times in figures.collectives.items()
+               if collective.kind == "Send")
+    borrows = any(min(homes[unit] for unit in units) < stage for units, _, _ in holdings.groups
+                  if any(homes[unit] == stage for unit in units))
+    fill(figures.memory, runtime, holdings.optimizer, parts, copies, micro_batches, sharded, sent, borrows)
 
 
 def _times_a_step(collective: Collective, config: ParallelConfig, micro_batches: int) -> int:

@@ -18,6 +18,9 @@ from parallel.planning.cost.forward import ForwardPass, ForwardTracer, FusedCell
 from parallel.planning.cost.segments import Segment, SegmentCost, segments
 from parallel.planning.describe import WIDTH, Description
 from parallel.planning.mesh import Mesh
+from parallel.planning.runtime.kernels import SegmentKernels
+from parallel.planning.runtime.settings import RuntimeSettings
+from parallel.planning.runtime.walk import Walker
 from parallel.planning.shapes import Dim, Dims
 from parallel.sharding.config import ParallelConfig
 
@@ -35,7 +38,8 @@ class NetworkCost:
 
 
 def network_cost(description: Description, config: ParallelConfig, parts: list[Segment] | None = None,
-                 fused: tuple[str, ...] = ()) -> NetworkCost:
+                 fused: tuple[str, ...] = (), runtime: RuntimeSettings | None = None,
+                 wide: bool = False) -> NetworkCost:
     """Cost of every segment of `description` under `config` (resolved): data, op, sequence, vocabulary and expert.
 
     Args:
@@ -43,6 +47,8 @@ def network_cost(description: Description, config: ParallelConfig, parts: list[S
         config: resolved.
         parts: `segments(description)`, where it is at hand.
         fused: ends of the paths of cells that run as one kernel.
+        runtime: one that runs node by node, whose kernels are wanted.
+        wide: whether its update reads gradients in float32 only.
     """
     mesh = Mesh(config)
     parts = parts or segments(description)
@@ -56,7 +62,7 @@ def network_cost(description: Description, config: ParallelConfig, parts: list[S
         arriving = tuple(layouts.get(id(segment.items[index]), segment.items[index].dims) for index in segment.outside)
         key = (segment.alike, arriving)
         if key not in known:
-            known[key] = segment_cost(mesh, segment, arriving, fused)
+            known[key] = segment_cost(mesh, segment, arriving, fused, runtime, wide)
         cost = known[key]
         for number, dims in cost.outputs.items():
             layouts[id(segment.items[number])] = dims
@@ -64,21 +70,26 @@ def network_cost(description: Description, config: ParallelConfig, parts: list[S
     return NetworkCost(mesh, parts, costs, layouts)
 
 
-def segment_cost(mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused: tuple[str, ...]) -> SegmentCost:
+def segment_cost(mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused: tuple[str, ...],
+                 runtime: RuntimeSettings | None = None, wide: bool = False) -> SegmentCost:
     """Cost of one segment.
 
     Args:
         arriving: layouts of `segment.outside`.
-        fused: as of `network_cost`.
+        fused, runtime, wide: as of `network_cost`.
     """
     cells = FusedCells(segment, fused)
-    done = ForwardTracer(mesh, segment, arriving, cells).run()
+    kernels = SegmentKernels(mesh, segment, tuple(runtime.attention), tuple(runtime.loss)) if runtime else None
+    done = ForwardTracer(mesh, segment, arriving, cells, kernels).run()
     cost = SegmentCost(forward=done.forward, backward=done.backward, collectives=done.collectives,
                        arrivals=done.arrivals, arrived_from=done.arrived_from, largest=done.largest,
                        divides=done.divides, outputs={number: done.layout[number] for number in done.maker})
     kept = _Kept(mesh, segment, done, cells, cost)
     kept.all()
     kept.selective()
+    if kernels is not None:
+        cost.walk = Walker(mesh, segment, done, kernels, cost.kept, wide or mesh.config.data > 1,
+                           mesh.config.pipeline.stages > 1).run()
     return cost
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from parallel.planning.describe import Description, Op, SymbolicTensor
+from parallel.planning.runtime.walk import SegmentWalk
 from parallel.planning.shapes import Dims
 
 
@@ -32,11 +33,13 @@ class Collective:
 
 @dataclass
 class Work:
-    """Work of one rank's cores: products as (FLOPs, least dim, bytes moved), everything else as bytes moved."""
+    """Work of one rank's cores: products as (FLOPs, least dim, bytes moved), everything else as bytes moved; beside it
+    the kernels of a runtime that runs node by node (`parallel.planning.runtime`), where the cluster names one."""
 
     products: Counter = field(default_factory=Counter)
     bytes: int = 0
     kernels: int = 0
+    started: Counter = field(default_factory=Counter)
 
     @property
     def flops(self) -> int:
@@ -48,6 +51,7 @@ class Work:
         self.products.update(other.products)
         self.bytes += other.bytes
         self.kernels += other.kernels
+        self.started.update(other.started)
 
 
 @dataclass
@@ -66,6 +70,7 @@ class SegmentCost:
         largest: bytes of the largest result.
         divides: whether every axis divides the dim that it shards.
         outputs: layouts of the tensors that it makes.
+        walk: what a runtime that runs node by node holds at its fullest.
     """
 
     forward: Work = field(default_factory=Work)
@@ -82,6 +87,7 @@ class SegmentCost:
     largest: int = 0
     divides: bool = True
     outputs: dict[int, Dims] = field(default_factory=dict)
+    walk: SegmentWalk | None = None
 
 
 @dataclass

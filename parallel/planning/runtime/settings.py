@@ -1,0 +1,143 @@
+"""The block `runtime` of a cluster file: how long the kernels of a runtime that runs node by node take."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from parallel.common.settings import Settings
+from parallel.planning.runtime.kernels import Kernel
+
+if TYPE_CHECKING:
+    from parallel.planning.memory import Stage
+
+_CAST = 6  # bytes of an element that is read in float32 and written in half precision, or the other way about
+_TIED = 18  # of an element whose gradients are two: one is widened, and both are added
+_ADDED = 10  # of an element of a gradient that is added to others in float32
+
+
+class ProductSettings(Settings):
+    """Matrix products in half precision."""
+
+    tflops: float = Field(700.0, gt=0)
+    """10^12 FLOP/s of large ones."""
+    units: int = Field(132, ge=1)
+    """Multiprocessors: as many tiles are computed at once."""
+    tile: tuple[int, int] = (128, 256)
+    """Rows and columns of the result that one computes."""
+    ramp: float = Field(0.0, ge=0)
+    """Length of a sum at which half the speed is reached."""
+    float32_tflops: float = Field(50.0, gt=0)
+    """The same of float32."""
+    bandwidth_gb: float = Field(4000.0, gt=0)
+    """GB/s at which operands and results are read and written where that takes longer."""
+
+
+class AttentionSettings(Settings):
+    """A fused causal attention; FLOPs are counted over all pairs of positions."""
+
+    forward_tflops: float = Field(400.0, gt=0)
+    backward_tflops: float = Field(400.0, gt=0)
+    half_width: float = Field(0.0, ge=0)
+    """Width of a head at which half the speed is reached."""
+
+
+class UpdateSettings(Settings):
+    """What the update of a parameter element moves."""
+
+    bytes: float = Field(24.0, gt=0)
+    """Read and written, but for the gradient where it is widened in passing."""
+    kernels: float = Field(1.0, gt=0)
+    """Kernels of a parameter."""
+    held: float = Field(0.0, ge=0)
+    """Bytes that all elements hold at once beside their gradients."""
+    wide: bool = False
+    """Whether it reads gradients in float32 only; else it widens them in passing."""
+
+
+class RuntimeSettings(Settings):
+    """A runtime that starts a kernel for every node."""
+
+    attention: list[str] = Field(default_factory=lambda: ["attention.core"])
+    """Cells (ends of their paths) that compute attention, each a kernel."""
+    loss: list[str] = Field(default_factory=lambda: ["cross_entropy"])
+    """Cells that compute cross entropy over many columns: a largest, sums, and one gradient."""
+    kernel_us: float = Field(3.0, ge=0)
+    """Microseconds of a kernel that moves nothing, with the gap before it."""
+    bandwidth_gb: dict[str, float] = Field(default_factory=lambda: {"pass": 3500.0})
+    """GB/s of passes over memory, by what they do (`parallel.planning.runtime.kernels`); else that of "pass"."""
+    products: ProductSettings = ProductSettings()
+    """Of products."""
+    fused_attention: AttentionSettings = AttentionSettings()
+    """Of attention."""
+    update: dict[str, UpdateSettings] = Field(default_factory=dict)
+    """By optimizer."""
+
+    def update_of(self, optimizer: str) -> UpdateSettings:
+        """What the update of an optimizer takes; the defaults where nothing is said."""
+        return self.update.get(optimizer) or UpdateSettings()
+
+    def seconds_of(self, kernels: Counter) -> float:
+        """Of kernels one behind the other."""
+        return sum(times * self.kernel_seconds(kernel) for kernel, times in kernels.items())
+
+    def late_seconds(self, kernels: Counter) -> float:
+        """Of those that wait until a stage has sent what its neighbour is waiting for: gradients of weights."""
+        return self.seconds_of(Counter({kernel: times for kernel, times in kernels.items() if kernel.kind == "weight"}))
+
+    def kernel_seconds(self, kernel: Kernel) -> float:
+        """Of one kernel with the gap before it."""
+        if kernel.kind in ("product", "weight"):
+            return self.kernel_us * 1e-6 + self.product_seconds(*kernel.shape)
+        if kernel.kind in ("attention", "attention_grad"):
+            return self.kernel_us * 1e-6 + self._attention_seconds(kernel)
+        return self.kernel_us * 1e-6 + kernel.moved / self.rate_of(kernel.kind)
+
+    def rate_of(self, kind: str) -> float:
+        """Bytes a second of a kind of pass."""
+        return 1e9 * (self.bandwidth_gb.get(kind) or self.bandwidth_gb["pass"])
+
+    def product_seconds(self, dtype: str, batch: int, rows: int, columns: int, inner: int) -> float:
+        """Of one product: its tiles in waves over the multiprocessors, or its bytes."""
+        own = self.products
+        flops, width = 2.0 * batch * rows * columns * inner, 4 if dtype == "float32" else 2
+        moved = width * batch * (rows * inner + inner * columns + rows * columns) / (own.bandwidth_gb * 1e9)
+        if dtype == "float32":
+            return max(flops / (own.float32_tflops * 1e12), moved)
+        tiles = batch * math.ceil(rows / own.tile[0]) * math.ceil(columns / own.tile[1])
+        waves = math.ceil(tiles / own.units)
+        computed = 2.0 * waves * own.units * own.tile[0] * own.tile[1] * (inner + own.ramp)
+        return max(computed / (own.tflops * 1e12), moved)
+
+    def _attention_seconds(self, kernel: Kernel) -> float:
+        own, (heads, length, width) = self.fused_attention, kernel.shape
+        back = kernel.kind == "attention_grad"
+        flops = (10.0 if back else 4.0) * heads * length * length * width
+        share = width / (width + own.half_width)
+        return flops / ((own.backward_tflops if back else own.forward_tflops) * 1e12 * share)
+
+    def update_seconds(self, stage: Stage, optimizer: str, data: int, micro_batches: int) -> float:
+        """From the last gradient to the end of the step, and the copies of weights.
+
+        Args:
+            stage: parameters that a rank updates, and holds.
+            optimizer: whose update.
+            data: ranks over which gradients are summed.
+            micro_batches: whose gradients are added.
+        """
+        own, held = self.update_of(optimizer), stage.memory.parameters / 4
+        wide = own.wide or data > 1
+        moved = held * own.bytes + stage.tied * _TIED
+        moved += held * (0 if own.wide else 4 if wide or micro_batches > 1 else 2)  # read by the update itself
+        moved += held * (4 if wide or micro_batches > 1 else 2)  # for the norm
+        casts = held / max(1, stage.parameters) * stage.copied * _CAST
+        if micro_batches > 1:
+            moved += stage.parameters * (_ADDED * micro_batches + 4)
+        elif wide:
+            casts += stage.copied * _CAST
+        kernels = stage.tensors * (own.kernels + 1 + (1 if stage.copied else 0) + (micro_batches if micro_batches > 1
+                                                                                  else 1 if wide else 0))
+        return moved / self.rate_of("update") + casts / self.rate_of("cast") + kernels * self.kernel_us * 1e-6
