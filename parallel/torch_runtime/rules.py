@@ -461,5 +461,5 @@ UPDATES |= {
     "InplaceZero": lambda node, p, *_: p.zero_(),
     "InplaceCopy": lambda node, p, value, *_: p.copy_(value),
 }
-WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3}
+WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3, "FusedAdagrad": 2}
 """How many of its first inputs a primitive (or a fused node) writes; those that write none are not named."""

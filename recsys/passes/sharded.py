@@ -62,7 +62,9 @@ class ShardedRanker:
         self.program, self.kinds = program, program.inference_kinds
         self.member = Member(program, os.environ.get(DEVICE, "cpu"))
         read = reading(program, checkpoint)
-        self.rank = InferenceRank(program, self.member, read, 0, settings.parallel.execution in _CAPTURED)
+        execution = settings.parallel.execution
+        self.rank = InferenceRank(program, self.member, read, 0, execution in _CAPTURED,
+                                  _mode(execution, self.member.device.type))
         self._next: dict[str, Any] = {}
         if self.first:
             info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}")
@@ -139,6 +141,13 @@ class ShardedRanker:
         path = np.frombuffer(str(checkpoint.resolve()).encode(), np.uint8).astype(np.int32)
         self.member.broadcast(np.concatenate([[np.int32(_TAKE)], path]))
         self.take(values)
+
+
+def _mode(execution: str, device: str) -> str:
+    """How `InferenceRank` binds the nodes: by `parallel.execution`, of which auto fuses on GPUs alone."""
+    if execution == "auto":
+        return "eager" if device == "cuda" else "exact"
+    return "eager" if execution == "cuda_graph" else execution
 
 
 def reading(program: Any, checkpoint: Path | None) -> Any:

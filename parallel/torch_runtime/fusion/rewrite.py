@@ -125,7 +125,7 @@ class Editor:
         self.nodes = {number: node for number, node in self.nodes.items() if number in wanted}
 
 
-_BACKWARD = ("LayerNormGrad", "FusedLayerNormGrad", "SoftmaxBackward", "FusedAttentionGrad", "GeLUGrad", "RmsNormGrad",
+_BACKWARD = ("LayerNormGrad", "FusedLayerNormGrad", "SoftmaxBackward", "FusedAttentionGrad", "FusedTargetAttentionGrad", "GeLUGrad", "RmsNormGrad",
              "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad", "SoftmaxGrad", "Receive", "Send")
 
 

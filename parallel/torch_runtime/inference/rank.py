@@ -16,6 +16,10 @@ from torch import Tensor
 from parallel.checkpoint.sharded import Extent
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
+from parallel.torch_runtime.fusion.fused import fused_rules
+from parallel.torch_runtime.fusion.passes import optimized
+from parallel.torch_runtime.fusion.weights import narrowed
+from parallel.torch_runtime.graph import Graph
 from parallel.torch_runtime.inference.member import Member
 from parallel.torch_runtime.program import CACHE, Program
 
@@ -34,20 +38,23 @@ class InferenceRank:
             shards and one tensor are in memory.
         slots: of the cache.
         captured: whether graphs are captured as CUDA graphs.
+        mode: "exact", node by node; "eager", with fused nodes; "inductor", what lies between fused nodes compiled.
 
     Raises:
         UserError: the program is none of inference, a parameter is missing or of another shape.
     """
 
-    def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool) -> None:
+    def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool,
+                 mode: str = "exact") -> None:
         self.program, self.member, self.device = program, member, member.device
         self.own = program.ranks[member.number]
-        self.graphs = {kind: program.graph(member.number, kind) for kind in program.inference_kinds}
-        if not self.graphs:
+        kinds = program.inference_kinds
+        if not kinds:
             raise UserError("the program is none of inference", where=program.folder,
                             hint="export it with --graphs and the names of such graphs")
+        self.graphs = dict(zip(kinds, narrowed([program.graph(member.number, kind) for kind in kinds]), strict=True))
         self.last = program.parallel["op"] * (program.parallel["pipeline"]["stages"] - 1)
-        self.slots, self.captured = slots, captured and self.device.type == "cuda"
+        self.slots, self.captured, self.mode = slots, captured and self.device.type == "cuda", mode
         self.state = self._state(read)
         self.bound: dict[str, Any] = {}
 
@@ -104,13 +111,25 @@ class InferenceRank:
                                 hint=f"it holds {', '.join(self.graphs)}; export it with --graphs")
             graph = self.graphs[kind]
             graph.groups = [tuple(rank + self.member.base for rank in members) for members in graph.groups]
-            bound = Binder(graph, self.state, self.device, communicator=self.member.communicator).bind()
+            bound = self._binder(graph).bind()
             if self.captured:
                 from parallel.torch_runtime.captured import Captured
 
                 bound = Captured(bound, self.device)
             self.bound[kind] = bound
         return self.bound[kind]
+
+    def _binder(self, graph: Graph) -> Binder:
+        communicator = self.member.communicator
+        if self.mode == "exact":
+            return Binder(graph, self.state, self.device, communicator=communicator)
+        kind = Binder
+        if self.mode == "inductor":
+            from parallel.torch_runtime.fusion.regions import RegionBinder
+
+            kind = RegionBinder
+        return kind(optimized(graph, early=False), self.state, self.device, communicator=communicator,
+                    rules=fused_rules(self.device))
 
 
 def tensor_of(array: np.ndarray) -> Tensor:
