@@ -3,11 +3,11 @@ the chip alone, forward and backward.
 
 Shapes: B samples, L list length, W embedding width, H hidden units.
 
-The four parts of W1 = [a, b, c, d] are put together once a sample: W1 [q, k, q - k, q * k] = k (b - c + q d) + q (a + c),
-so a product has W rows where it is written with 4 W.
+The four parts of W1 = [a, b, c, d] are put together once a sample: W1 [q, k, q - k, q * k] = k (b - c + q d) +
+q (a + c), so a product has W rows where it is written with 4 W.
 
-Imported on GPUs only. `fusion.target_attention` has the plain form, with which the tests compare these kernels in Triton's
-interpreter.
+Imported on GPUs only. `fusion.target_attention` has the plain form, with which the tests compare these kernels in
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _effective(base, cross, query, w, column, there, hidden, W: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(q, k, present, base, cross, own, w2, b2, out, scores, length, hidden, k_sample, k_row, W: tl.constexpr,
-                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _forward_kernel(q, k, present, base, cross, own, w2, b2, out, scores, length, hidden, k_sample, k_row,
+                    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     w = tl.arange(0, W)
     query = tl.load(q + sample * W + w).to(tl.float32)
@@ -132,13 +132,13 @@ def forward(q: Tensor, k: Tensor, present: Tensor, base: Tensor, cross: Tensor, 
     """
     samples, length, width = k.shape
     out, scores = (torch.empty(samples, size, dtype=torch.float32, device=k.device) for size in (width, length))
-    _forward_kernel[(samples,)](q, k, present, base, cross, own, w2, b2, out, scores, length, base.shape[1], k.stride(0),
-                                k.stride(1), W=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS)
+    _forward_kernel[(samples,)](q, k, present, base, cross, own, w2, b2, out, scores, length, base.shape[1],
+                                k.stride(0), k.stride(1), W=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS)
     return out, scores
 
 
-def backward(dout: Tensor, scores: Tensor, q: Tensor, k: Tensor, present: Tensor, base: Tensor, cross: Tensor, own: Tensor,
-             w2: Tensor) -> tuple[Tensor, ...]:
+def backward(dout: Tensor, scores: Tensor, q: Tensor, k: Tensor, present: Tensor, base: Tensor, cross: Tensor,
+             own: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
     """(dk_BLW, dscores_BL, gradient of what each sample multiplies its rows with [B, W, H], of `own` [B, H], of w2 by
     sample [B, H]), float32."""
     samples, length, width = k.shape

@@ -251,6 +251,8 @@ _PLAIN: dict[str, Callable] = {
     "Item": lambda node, items: items[node.attributes["index"]], "FusedAttention": _attention,
     "FusedAttentionGrad": _attention_grad, "RowSums": _row_sums, "RowSumsGrad": _row_sums_grad,
     "FusedLayerNorm": _layer_norm, "FusedLayerNormGrad": _layer_norm_grad, "SumOfSquares": _sum_of_squares,
-    "AdamScalars": _scalars, "AdagradScalars": _scalars, "FusedAdagrad": _adagrad, "FusedAdam": _adam, "Linear": _linear, "DocumentSpans": _document_spans,
+    "AdamScalars": _scalars,
+    "AdagradScalars": _scalars, "FusedAdagrad": _adagrad, "FusedAdam": _adam, "Linear": _linear,
+    "DocumentSpans": _document_spans,
     "SumsOfSquares": _sums_of_squares, **target_attention.RULES,
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""Triton kernels of the fused nodes that torch has no operator for: cross entropy's rows, AdamW and Adagrad with their scaling.
+"""Triton kernels of the fused nodes that torch has no operator for: cross entropy's rows, AdamW and Adagrad with their
+scaling.
 
 Imported on GPUs only. Each is compared with its plain form (`fused`) by `scripts/bench/gpu/train_350m.py`, and by the
 tests in Triton's interpreter where Triton is installed.

@@ -21,8 +21,8 @@ from parallel.torch_runtime.graph import COLLECTIVES, WIDTHS, Graph, Kind, Node
 from parallel.torch_runtime.rules import WRITES
 
 # Inductor would add rows by atomics, in another order every time.
-OPAQUE = ("FusedAttention", "FusedAttentionGrad", "FusedTargetAttention", "FusedTargetAttentionGrad", "UnsortedSegmentSum",
-          "ScatterNd", "SumsOfSquares")
+OPAQUE = ("FusedAttention", "FusedAttentionGrad", "FusedTargetAttention", "FusedTargetAttentionGrad",
+          "UnsortedSegmentSum", "ScatterNd", "SumsOfSquares")
 _PULLED = {"Load", "Depend", "StopGradient", "Reshape", "Transpose", "TransposeExt", "ExpandDims", "Squeeze", "Flatten",
            "MakeTuple", "MakeList", "GeLU"}
 _ITEMS = ("Item", "TupleGetItem")

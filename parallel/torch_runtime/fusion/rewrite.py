@@ -125,8 +125,9 @@ class Editor:
         self.nodes = {number: node for number, node in self.nodes.items() if number in wanted}
 
 
-_BACKWARD = ("LayerNormGrad", "FusedLayerNormGrad", "SoftmaxBackward", "FusedAttentionGrad", "FusedTargetAttentionGrad", "GeLUGrad", "RmsNormGrad",
-             "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad", "SoftmaxGrad", "Receive", "Send")
+_BACKWARD = ("LayerNormGrad", "FusedLayerNormGrad", "SoftmaxBackward", "FusedAttentionGrad", "FusedTargetAttentionGrad",
+             "GeLUGrad", "RmsNormGrad", "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad", "SoftmaxGrad", "Receive",
+             "Send")
 
 
 def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...]] = frozenset()) -> list[Node]:

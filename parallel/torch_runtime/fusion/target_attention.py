@@ -1,8 +1,8 @@
 """Target attention over behaviour lists in one node, forward and backward: its pass, and what the nodes compute.
 
-The pattern is that of `recsys.layers.embedding.TargetAttention`, sum_L a(q, k_l) k_l with a = w2 swish(W1 [q, k, q - k,
-q * k] + b1) + b2 where a list holds something. Written out it keeps [B L, 4 W] and several [B L, H]; fused, the backward
-pass computes hidden units again. Shapes: B samples, L list length, W embedding width, H hidden units.
+The pattern is that of `recsys.layers.embedding.TargetAttention`, sum_L a(q, k_l) k_l with a = w2 swish(W1 [q, k,
+q - k, q * k] + b1) + b2 where a list holds something. Written out it keeps [B L, 4 W] and several [B L, H]; fused, the
+backward pass computes hidden units again. Shapes: B samples, L list length, W embedding width, H hidden units.
 
     FusedTargetAttention(q_BW, k_BLW, present_BL1, W1 [H, 4 W], b1_H, w2_1H, b2_1) -> (out_BW, scores_BL)
     FusedTargetAttentionGrad(dout, scores_BL, the same inputs) -> gradients of q, k, W1, b1, w2, b2

@@ -13,8 +13,8 @@ _HALVES = ("bfloat16", "float16")
 
 
 def narrowed(graphs: Sequence[Graph]) -> list[Graph]:
-    """The graphs with every parameter in half precision that all of them do nothing with but to cast it there: a forward
-    pass then reads it at half the bytes, and no cast is left to run. Values are the same."""
+    """The graphs with every parameter in half precision that all of them do nothing with but to cast it there: a
+    forward pass then reads it at half the bytes, and no cast is left to run. Values are the same."""
     found: dict[str, set[str | None]] = {}
     for graph in graphs:
         editor = Editor(graph)

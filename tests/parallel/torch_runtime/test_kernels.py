@@ -103,7 +103,7 @@ def test_adagrad(skipped):
 
 
 def test_target_attention(monkeypatch):
-    """Values and gradients by the kernels against the plain form in float32; rows lie apart, as slices of a lookup do."""
+    """Values and gradients by the kernels against the plain form in float32; rows lie apart as a lookup's slices do."""
     torch.manual_seed(0)
     samples, length, width, hidden = 3, 150, 32, 70
     k = torch.randn(samples, length + 3, width)[:, 2:-1]
