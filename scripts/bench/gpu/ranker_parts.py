@@ -6,10 +6,13 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +20,8 @@ from torch import Tensor
 
 from parallel.torch_runtime.execute import DTYPES
 from parallel.torch_runtime.graph import Graph, Kind, Node
-from parallel.torch_runtime.inference.rank import InferenceRank
+from parallel.torch_runtime.inference.rank import binding, prepared
+from parallel.torch_runtime.inference.weights import Weights
 from parallel.torch_runtime.program import Program
 from parallel.torch_runtime.step import TorchStep
 
@@ -25,35 +29,43 @@ DATA_SHEET_TFLOPS = 989.0
 _PRODUCTS = ("MatMul", "BatchMatMul")
 
 
-def drawn(program: Program, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Start value of a parameter by its distribution, random numbers of the device."""
+def drawn(program: Program, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Float32 start value of a parameter by its distribution, the same wherever it is asked for, by random numbers of
+    the device."""
     held = program.by_name.get(name)
-    if held is None:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    distribution, scale = held.start
+    distribution, scale = held.start if held is not None else ("zeros", 0.0)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     if distribution == "normal":
-        return torch.randn(shape, dtype=dtype, device=device).mul_(scale)
+        return torch.randn(shape, generator=generator, device=device).mul_(scale)
     if distribution == "uniform":
-        return torch.rand(shape, dtype=dtype, device=device).mul_(2.0 * scale).sub_(scale)
-    return torch.full(shape, {"zeros": 0.0, "ones": 1.0}.get(distribution, scale), dtype=dtype, device=device)
+        return torch.rand(shape, generator=generator, device=device).mul_(2.0 * scale).sub_(scale)
+    return torch.full(shape, {"zeros": 0.0, "ones": 1.0}.get(distribution, scale), device=device)
 
 
-class DrawnRank(InferenceRank):
-    """An `InferenceRank` whose weights are drawn on the device."""
+class Served:
+    """Graphs of inference as the torch runtime serves them, with weights drawn on the device.
 
-    def __init__(self, program: Program, member: Any, mode: str) -> None:
-        super().__init__(program, member, lambda name, extent: None, 0, False, mode)
+    Args:
+        program: the graphs are of.
+        graphs: by name; they share their weights.
+        mode: "exact", "cuda_graph" (fused) or "inductor" (compiled).
+        device: where they run.
+    """
 
-    def _state(self, read: Any) -> dict[str, Tensor]:
-        torch.manual_seed(1)
-        kinds = {name: kind for graph in self.graphs.values() for name, kind in graph.parameters}
-        return {name: drawn(self.program, name, kind.shape, DTYPES[kind.dtype], self.device)
-                for name, kind in kinds.items()}
+    def __init__(self, program: Program, graphs: dict[str, Graph], mode: str, device: torch.device) -> None:
+        self.device, self.compiled = device, mode == "inductor"
+        self.graphs = prepared(graphs, fused=mode != "exact", compiled=self.compiled)
+        self.weights = Weights(self.graphs.values(), device)
+        for name, shape in self.weights.shapes.items():
+            if self.weights.forms[name]:
+                self.weights.put(name, drawn(program, name, shape, device))
+            else:
+                self.weights.state.setdefault(name, None)
+        self.weights.settle()
 
-    def function(self, graph: Graph, mode: str) -> Callable[[Sequence[Tensor]], Tensor]:
-        """A graph with these weights as a function of its inputs."""
-        self.mode = mode
-        return self._binder(graph).bind().run
+    def function(self, name: str) -> Callable[[Sequence[Tensor]], Tensor]:
+        """A graph as a function of its inputs."""
+        return binding(self.graphs[name], self.weights, self.device, self.compiled).run
 
 
 class DrawnStep(TorchStep):
@@ -63,7 +75,7 @@ class DrawnStep(TorchStep):
         held = self.program.by_name.get(name)
         if held is None or held.start[0] == "fill" or not DTYPES[dtype].is_floating_point:
             return super()._started(name, shape, dtype)
-        return drawn(self.program, name, shape, DTYPES[dtype], self.device)
+        return drawn(self.program, name, shape, self.device).to(DTYPES[dtype])
 
 
 def inputs_of(listed: Sequence[tuple], rows: dict[str, int], device: torch.device, seed: int = 0) -> list[Tensor]:
@@ -161,6 +173,22 @@ def _renumbered(graph: Graph, nodes: list[Node], outside: dict[int, Kind], resul
     made = [dataclasses.replace(node, inputs=[numbers[item] for item in _read(node)], number=numbers[node.number])
             for node in nodes]
     return Graph(inputs, graph.parameters, graph.constants, made, numbers[result], graph.groups)
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Raises a `TimeoutError` in what takes longer."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"not ready after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import json
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,26 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from parallel.torch_runtime.execute import DTYPES  # noqa: E402
+from parallel.torch_runtime.fusion.weights import narrowed  # noqa: E402
 from parallel.torch_runtime.graph import Graph, Literal  # noqa: E402
-from parallel.torch_runtime.inference.member import Member  # noqa: E402
 from parallel.torch_runtime.program import Program  # noqa: E402
 from parallel.torch_runtime.step import measured_tflops  # noqa: E402
 from scripts.bench.gpu import ranker_peers as peers  # noqa: E402
 from scripts.bench.gpu.ranker_parts import (  # noqa: E402
     DATA_SHEET_TFLOPS,
-    DrawnRank,
+    Served,
     captured,
     dense_part,
     difference,
+    drawn,
     flops,
     in_turns,
     inputs_of,
     smallest_table,
+    within,
 )
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CANDIDATES, RATIOS = (100, 500, 1000), ("1:2", "1:1", "3:1")
 
 
@@ -61,15 +64,9 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder, self.modes = Path(arguments.programs), arguments.modes.split(",")
-        self.kind = "gpu" if arguments.device == "cuda" else "cpu"
-        self.device = torch.device("cuda:0" if self.kind == "gpu" else "cpu")
-        self.seconds = arguments.seconds
+        self.device = torch.device("cuda:0" if arguments.device == "cuda" else "cpu")
+        self.seconds, self.limit = arguments.seconds, arguments.limit
         self.peak = measured_tflops(self.device, torch.bfloat16)
-
-    def rank(self, name: str) -> DrawnRank:
-        """The program of this name with drawn weights."""
-        program = Program(self.folder / name)
-        return DrawnRank(program, Member(program, self.kind), "eager")
 
     def figures(self, milliseconds: float, count: float, rows: int) -> dict[str, float]:
         """Milliseconds, samples/s and both MFUs of a pass with so many FLOPs."""
@@ -81,22 +78,24 @@ class Bench:
 
     def forward(self, name: str) -> dict[str, Any]:
         """The dense part and the whole pass of a RankMixer's program beside the peer."""
-        rank = self.rank(name)
-        kind = rank.program.inference_kinds[0]
-        graph, rows = rank.graphs[kind], int(kind.rpartition("_")[2])
-        inputs = inputs_of(rank.program.tree["shapes"][kind], {"ids": smallest_table(rank.program)}, self.device)
-        peer = Peer(rank, graph)
-        groups = [item.clone() for item in peer.lookups(rank.state, inputs[0])]
+        program = Program(self.folder / name)
+        kind = program.inference_kinds[0]
+        graph, rows = program.graph(0, kind), int(kind.rpartition("_")[2])
+        inputs = inputs_of(program.tree["shapes"][kind], {"ids": smallest_table(program)}, self.device)
+        peer = Peer(program, graph, self.device)
+        with torch.no_grad():
+            groups = [item.clone() for item in peer.lookups(peer.weights, inputs[0])]
         found: dict[str, Any] = {}
         for part, own, given, plain in (
                 ("dense", dense_part(graph), self._fed(groups, dense_part(graph)), lambda: peer.dense(groups)),
                 ("whole", graph, inputs, lambda: peer.whole(inputs[0]))):
             with torch.no_grad():
-                wanted = peer.reference(groups if part == "dense" else peer.lookups.wide(rank.state, inputs[0]))
+                wide = groups if part == "dense" else peer.lookups.wide(peer.weights, inputs[0])
+                wanted = peer.reference(wide)
             entries, checked = {}, {}
             for mode in self.modes:
-                entries[mode] = self._entry(f"{name} {part} {mode}", checked, mode,
-                                            lambda mode=mode, own=own, given=given: self._run(rank, own, mode, given))
+                make = partial(self._run, program, own, mode, given)
+                entries[mode] = self._entry(f"{name} {part} {mode}", checked, mode, make)
             entries["peer"] = self._entry(f"{name} {part} peer", checked, "peer", lambda plain=plain: plain)
             entries = {mode: call for mode, call in entries.items() if call is not None}
             errors = {mode: round(difference(result, wanted), 6) for mode, result in checked.items()}
@@ -109,9 +108,9 @@ class Bench:
             self._show(f"{name} {part}", found[part])
         return found
 
-    def _run(self, rank: DrawnRank, graph: Graph, mode: str, inputs: list[Tensor]) -> Any:
-        bound = rank.function(graph, "eager" if mode == "cuda_graph" else mode)
-        return lambda: bound(inputs)
+    def _run(self, program: Program, graph: Graph, mode: str, inputs: list[Tensor]) -> Any:
+        function = Served(program, {"own": graph}, mode, self.device).function("own")
+        return lambda: function(inputs)
 
     def _fed(self, groups: list[Tensor], graph: Graph) -> list[Tensor]:
         """The groups' vectors in the order and form of the cut graph's inputs."""
@@ -125,7 +124,8 @@ class Bench:
         """A captured callable, its result in `checked`; None where it failed, with the traceback on stderr."""
         begin = time.perf_counter()
         try:
-            replay, result = captured(make(), self.device)
+            with within(self.limit):
+                replay, result = captured(make(), self.device)
             checked[name] = result.clone()
         except Exception:
             print(f"{what} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -138,18 +138,19 @@ class Bench:
     def separated(self, model: str) -> dict[str, Any]:
         """Milliseconds of a request by number of candidates: entangled, and by ratio separated and cached."""
         found: dict[str, Any] = {}
-        whole, parts = self.rank(f"ug_{model}"), {}
+        whole, parts = Passes(self.folder / f"ug_{model}", self.modes[0], self.device), {}
         for ratio in RATIOS:
-            if (self.folder / f"ug_{model}_{ratio.replace(':', '_')}" / "program.json.gz").is_file():
-                parts[ratio] = self.rank(f"ug_{model}_{ratio.replace(':', '_')}")
+            path = self.folder / f"ug_{model}_{ratio.replace(':', '_')}"
+            if (path / "program.json.gz").is_file():
+                parts[ratio] = Passes(path, self.modes[0], self.device)
         for count in CANDIDATES:
-            entries, checked, mode = {}, {}, self.modes[0]
-            together, _ = self._pass(whole, f"scores_{count}", mode)
+            entries, checked = {}, {}
+            together, _ = whole(f"scores_{count}")
             entries["entangled"] = self._entry(f"{model} entangled {count}", checked, "entangled",
                                                lambda together=together: together)
             for ratio, rank in parts.items():
-                user, state = self._pass(rank, "user_1", mode)
-                candidates, _ = self._pass(rank, f"candidates_{count}", mode, state)
+                user, state = rank("user_1")
+                candidates, _ = rank(f"candidates_{count}")
                 entries[f"separated {ratio}"] = self._entry(
                     f"{model} separated {ratio} {count}", checked, f"separated {ratio}",
                     lambda user=user, candidates=candidates: lambda: candidates(user()))
@@ -172,25 +173,15 @@ class Bench:
         found["numbers"] = self._agrees(parts)
         return found
 
-    def _pass(self, rank: DrawnRank, kind: str, mode: str, state: Tensor | None = None) -> tuple[Any, Any]:
-        """(a pass as a function: of the state, or of nothing; its result, of a pass without a state)."""
-        inputs = inputs_of(rank.program.tree["shapes"][kind], {"ids": smallest_table(rank.program)}, self.device)
-        bound = rank.function(rank.graphs[kind], "eager" if mode == "cuda_graph" else mode)
-        if kind.startswith("candidates"):
-            return (lambda own: bound([own, *inputs[1:]])), None
-        with torch.no_grad():
-            return (lambda: bound(inputs)), bound(inputs).clone()
-
-    def _agrees(self, parts: dict[str, DrawnRank]) -> dict[str, float]:
+    def _agrees(self, parts: dict[str, Passes]) -> dict[str, float]:
         """|fused - exact| / |exact| of both passes of every ratio: the exact mode keeps to the graph node by node."""
         found = {}
-        for ratio, rank in parts.items():
-            scores = {}
-            for mode in ("exact", "eager"):
-                user, state = self._pass(rank, "user_1", mode)
+        for ratio, own in parts.items():
+            scores = []
+            for passes in (own, Passes(own.path, "exact", self.device)):
                 with torch.no_grad():
-                    scores[mode] = self._pass(rank, f"candidates_{CANDIDATES[0]}", mode, state)[0](state).clone()
-            found[ratio] = round(difference(scores["eager"], scores["exact"]), 6)
+                    scores.append(passes(f"candidates_{CANDIDATES[0]}")[0](passes("user_1")[1]).clone())
+            found[ratio] = round(difference(*scores), 6)
         return found
 
     def _show(self, title: str, figures: dict[str, Any]) -> None:
@@ -198,6 +189,24 @@ class Bench:
         for name, value in figures.items():
             print(f"  {name}: {value}", file=sys.stderr)
         sys.stderr.flush()
+
+
+class Passes:
+    """The passes of a program, served in a mode."""
+
+    def __init__(self, path: Path, mode: str, device: torch.device) -> None:
+        self.path, self.device, self.program = path, device, Program(path)
+        self.graphs = {kind: self.program.graph(0, kind) for kind in self.program.inference_kinds}
+        self.served = Served(self.program, self.graphs, mode, device)
+
+    def __call__(self, kind: str) -> tuple[Any, Tensor | None]:
+        """(a pass as a function: of the state, or of nothing; its result, of a pass without a state)."""
+        inputs = inputs_of(self.program.tree["shapes"][kind], {"ids": smallest_table(self.program)}, self.device)
+        function = self.served.function(kind)
+        if kind.startswith("candidates"):
+            return (lambda state: function([state, *inputs[1:]])), None
+        with torch.no_grad():
+            return (lambda: function(inputs)), function(inputs).clone()
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -217,13 +226,16 @@ class Peer:
     """RankMixer in torch with the weights of a rank: compiled, and in float32 to compare with.
 
     Args:
-        rank: of the program.
+        program: whose weights it has, in the type of the products where the graph casts them.
         graph: its pass.
+        device: where it runs.
     """
 
-    def __init__(self, rank: DrawnRank, graph: Graph) -> None:
-        settings = rank.program.settings
-        self.weights, self.layers = rank.state, settings["model"]["layers"]
+    def __init__(self, program: Program, graph: Graph, device: torch.device) -> None:
+        settings = program.settings
+        self.weights = {name: drawn(program, name, kind.shape, device).to(DTYPES[kind.dtype])
+                        for name, kind in narrowed([graph])[0].parameters}
+        self.layers = settings["model"]["layers"]
         self.tasks = len(settings["data"]["labels"])
         missing = [_number(graph.constant(node.inputs[1])) for node in graph.nodes if node.op == "NotEqual"]
         self.lookups = Lookups(settings["data"]["features"], missing, torch.compile(peers.attention, dynamic=False))
@@ -259,6 +271,7 @@ def main() -> int:
     parser.add_argument("--modes", default="cuda_graph,inductor", help="of the runtime; --separated takes the first")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=0.15, help="of a turn; there are five of each")
+    parser.add_argument("--limit", type=int, default=600, help="seconds until a callable is ready; then it is left out")
     arguments = parser.parse_args()
     bench, found = Bench(arguments), {}
     print(f"peak {bench.peak:.1f} TFLOP/s", file=sys.stderr, flush=True)

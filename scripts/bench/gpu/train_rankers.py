@@ -45,6 +45,7 @@ from scripts.bench.gpu.ranker_parts import (  # noqa: E402
     flops,
     inputs_of,
     smallest_table,
+    within,
 )
 
 STEPS = 4
@@ -77,33 +78,33 @@ class Peer:
         begin = train["optimizer"]["initial_accumulator"]
         self.sums = [torch.full_like(value, begin) for value in self.weights.values()]
         parts = ["sparse_optimizer" if name.startswith("embedding.tables.") else "optimizer" for name in self.weights]
-        self.rates = [train[part]["learning_rate"] for part in parts]
+        device = self.sums[0].device
+        self.rates = [torch.tensor(train[part]["learning_rate"], device=device) for part in parts]
         self.epsilon = train["optimizer"]["epsilon"]
         missing = [int(graph.constant(node.inputs[1]).array().item()) for node in graph.nodes if node.op == "NotEqual"]
         self.lookups = peers.Lookups(settings["data"]["features"], missing, peers.attention)
         self.loss = torch.compile(self._loss, dynamic=False)
-        self.update = torch.compile(self._update, dynamic=False)
+        self.update = torch.compile(_adagrad, dynamic=True)
 
     def _loss(self, weights: peers.Weights, ids: Tensor, labels: Tensor) -> Tensor:
         half = {name: value.to(torch.bfloat16) if _is_product(name) else value for name, value in weights.items()}
         groups = self.lookups(half, ids)
         return peers.tokenmixer_loss(half, groups, labels, self.model)
 
-    def _update(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
-        for weight, gradient, total, rate in zip(weights, gradients, self.sums, self.rates, strict=True):
-            total.add_(gradient * gradient)
-            weight.sub_(rate * gradient / (total.sqrt() + self.epsilon))
-
     def __call__(self, batch: list[Tensor]) -> Tensor:
         """The loss."""
         loss = self.loss(self.weights, batch[0], batch[2])
         loss.backward()
         with torch.no_grad():
-            values = list(self.weights.values())
-            self.update([value.detach() for value in values], [value.grad for value in values])
-            for value in values:
+            for value, total, rate in zip(self.weights.values(), self.sums, self.rates, strict=True):
+                self.update(value.detach().view(-1), total.view(-1), value.grad.reshape(-1), rate, self.epsilon)
                 value.grad = None
         return loss.detach()
+
+
+def _adagrad(weight: Tensor, total: Tensor, gradient: Tensor, rate: Tensor, epsilon: float) -> None:
+    total.add_(gradient * gradient)
+    weight.sub_(rate * gradient / (total.sqrt() + epsilon))
 
 
 def _is_product(name: str) -> bool:
@@ -128,9 +129,9 @@ def contest(arguments: argparse.Namespace, name: str, rank: int, address: str | 
                                    for mode in arguments.modes.split(",")}
     entries: dict[str, dict] = {}
     if arguments.peer and program.world == 1:
-        makers = {"peer": lambda: Peer(program, Ours(program, rank, str(device), "eager", None).step.state), **makers}
+        makers["peer"] = lambda: Peer(program, Ours(program, rank, str(device), "eager", None).step.state)
     for mode, make in makers.items():
-        entry = _begun(f"{name} {mode}", make, batches, device)
+        entry = _begun(f"{name} {mode}", make, batches, device, arguments.limit)
         if entry is not None:
             entries[mode] = entry
             if not arguments.together:
@@ -146,7 +147,7 @@ def contest(arguments: argparse.Namespace, name: str, rank: int, address: str | 
     return _told(program, rank, device, entries, batch)
 
 
-def _begun(title: str, make: Callable, batches: list, device: torch.device) -> dict[str, Any] | None:
+def _begun(title: str, make: Callable, batches: list, device: torch.device, limit: int) -> dict[str, Any] | None:
     """A callable after its first steps: when it was ready, its losses, its peak memory."""
     cuda, begin = device.type == "cuda", time.perf_counter()
     if cuda:
@@ -154,10 +155,11 @@ def _begun(title: str, make: Callable, batches: list, device: torch.device) -> d
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if cuda else 0
     try:
-        call = make()
-        losses = [float(call(batch)) for batch in batches]
-        if cuda:
-            torch.cuda.synchronize(device)
+        with within(limit):
+            call = make()
+            losses = [float(call(batch)) for batch in batches]
+            if cuda:
+                torch.cuda.synchronize(device)
     except Exception:
         print(f"{title} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return None
@@ -253,6 +255,7 @@ def main() -> int:
     parser.add_argument("--together", action="store_true", help="all modes (and the peer) in memory at once, in turns")
     parser.add_argument("--profile", action="store_true", help="also where the time goes, by kind of kernel")
     parser.add_argument("--nproc", type=int, default=1, help="more than 1: programs of several ranks")
+    parser.add_argument("--limit", type=int, default=600, help="seconds until a callable is ready; then it is left out")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
