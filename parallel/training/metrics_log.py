@@ -177,18 +177,18 @@ class Clock:
         """Units per second over the run."""
         return self.units * self.steps / self.seconds if self.seconds else None
 
-    def _share(self, rate: float | None) -> float | None:
-        if rate is None or not self.flops or not self.peak_tflops:
+    def _share(self, rate: float | None, tflops: float | None) -> float | None:
+        if rate is None or not self.flops or not tflops:
             return None
-        return rate / self.units * self.flops / (self.peak_tflops * 1e12 * self.ranks)
+        return rate / self.units * self.flops / (tflops * 1e12 * self.ranks)
 
     def mfu(self) -> float | None:
         """Share of the peak over the last steps, in [0, 1]."""
-        return self._share(self.rate())
+        return self._share(self.rate(), self.peak_tflops)
 
-    def mean_mfu(self) -> float | None:
-        """Share of the peak over the run, in [0, 1]."""
-        return self._share(self.mean_rate())
+    def mean_mfu(self, tflops: float | None = None) -> float | None:
+        """Share of the peak (or of `tflops` of a device) over the run, in [0, 1]."""
+        return self._share(self.mean_rate(), self.peak_tflops if tflops is None else tflops)
 
     def shown(self, units: str) -> dict[str, str]:
         """For the progress bar."""
