@@ -12,6 +12,7 @@ from pathlib import Path
 from parallel.common.files import atomic_write, explain_os_error
 from parallel.common.json_text import dump_json
 from parallel.common.lines import split_lines
+from parallel.common.progress import info
 from parallel.common.structured import BadText, parse_object
 
 _FLUSH_SECONDS = 30.0
@@ -60,12 +61,17 @@ class MetricsLog:
             self._events.close()
 
     def draw(self, path: str | Path, title: str) -> None:
-        """Draws training and validation loss over the steps as a PNG; nothing if there is no point yet."""
+        """Draws training and validation loss over the steps as a PNG; nothing if there is no point yet or no
+        matplotlib."""
         curves = {name: self.series(name) for name in ("loss", "validation_loss")}
         if not any(steps for steps, _ in curves.values()):
             return
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            info(f"{path} is not drawn: matplotlib is not installed")
+            return
 
         # Without pyplot, whose registry keeps every figure's canvas alive: a drawing would cost about 1 MB for good.
         figure = Figure(figsize=(8, 4.5), dpi=100)

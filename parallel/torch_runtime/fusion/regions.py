@@ -1,10 +1,10 @@
 """Compiled regions: what is between fused attention, collectives and updates is traced and compiled by Inductor.
 
 A network's layers give the same region again and again, which is compiled once. Where a layer's result is summed over
-ranks, compiled kernels round to half precision wherever the graph does: there the bias is added to the sum, and the sum
-to the residual stream; rounded but once, the many sums that lie half way between two numbers would all go the way of a
-bias, however small, and the first updates would move the loss a hundred times too far. Views, casts to a wider type and GELUs
-are computed again in every region that reads them, so that what is kept for the backward pass is the narrow tensor.
+ranks, compiled kernels round to half precision wherever the graph does: there the bias is added to the sum, and the
+sum to the residual stream; rounded but once, the many sums that lie half way between two numbers would all go the way
+of a bias, however small, which the loss shows from the first update on. Views, casts to a wider type and GELUs are
+computed again in every region that reads them, so that what is kept for the backward pass is the narrow tensor.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class RegionBinder(Binder):
 
     def __init__(self, graph: Graph, *arguments: Any, compile: Callable | None = None, **keywords: Any) -> None:
         super().__init__(graph, *arguments, **keywords)
-        self.rounds = any(node.marks.get(AWAITED) for node in graph.nodes)
+        self.rounds = any(node.marks.get(AWAITED) and node.outputs[0].dtype in ("bfloat16", "float16")
+                          for node in graph.nodes)
         self.compile = compile or partial(inductor, rounds=self.rounds)
         self.traced = {**self.rules, **fused_rules(self.device, traced=True)}
         self.kinds: dict[int, Kind | None] = {node.number: node.outputs[0] if len(node.outputs) == 1 else None
@@ -247,8 +248,8 @@ class _Region:
     def __call__(self, values: list) -> list[Tensor]:
         inputs = [values[number] for number in self.inputs]
         if self.ready is None:
-            key = self.description + str(self.rounds) + str([(item.dtype, tuple(item.shape), item.stride(), item.device.type)
-                                          for item in inputs])
+            key = str(self.rounds) + self.description + str([
+                (item.dtype, tuple(item.shape), item.stride(), item.device.type) for item in inputs])
             if key not in _compiled:
                 _compiled[key] = self.compile(self.plain, inputs)
             self.ready = _compiled[key]

@@ -1,4 +1,4 @@
-"""Collectives that the forward or backward pass waits for: when they begin, and how compiled regions round around them."""
+"""Collectives that the forward or backward pass waits for: when they begin, and how regions round around them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PAIR = (0, 1)
 KIND = Kind((4,), "float32")
 
 
-def two_parts() -> Graph:
+def two_parts(kind: Kind = KIND) -> Graph:
     """Two parts of a batch, interleaved as a compiler orders them: the first part's sum stands behind the second's
     product."""
-    nodes = [Node("Mul", [0, 1], [KIND], number=2), Node("Mul", [2, 0], [KIND], number=3),
-             Node("Mul", [3, 0], [KIND], number=4),
-             Node("AllReduce", [2], [KIND], {"group": 0, "op": "sum"}, number=5), Node("Add", [5, 4], [KIND], number=6)]
-    return Graph([("x", KIND)], [("w", KIND)], [], nodes, 6, [PAIR])
+    nodes = [Node("Mul", [0, 1], [kind], number=2), Node("Mul", [2, 0], [kind], number=3),
+             Node("Mul", [3, 0], [kind], number=4),
+             Node("AllReduce", [2], [kind], {"group": 0, "op": "sum"}, number=5), Node("Add", [5, 4], [kind], number=6)]
+    return Graph([("x", kind)], [("w", kind)], [], nodes, 6, [PAIR])
 
 
 def test_a_sum_begins_as_soon_as_what_it_sends_is_there():
@@ -44,10 +44,10 @@ def test_a_large_sum_that_the_pass_waits_for_is_not_held_back(monkeypatch):
     assert [node.number for node in items] == [2, 3, 4, 5, 6]
 
 
-def test_regions_round_where_layers_are_summed_over_ranks():
+def test_regions_round_where_layers_are_summed_over_ranks_in_half_precision():
     state = {"w": torch.zeros(4)}
-    for early, rounds in ((True, True), (False, False)):
-        graph = Editor(two_parts()).graph(early=early, free=frozenset({PAIR}))
+    for dtype, early, rounds in (("bfloat16", True, True), ("float32", True, False), ("bfloat16", False, False)):
+        graph = Editor(two_parts(Kind((4,), dtype))).graph(early=early, free=frozenset({PAIR}))
         assert RegionBinder(graph, state, torch.device("cpu")).rounds is rounds
 
 
