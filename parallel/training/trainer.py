@@ -387,7 +387,7 @@ class Trainer:
             if watch is not None and self.early_stop["bad"] >= watch.patience:
                 self.stopped_by = "early_stop"
             self.metrics = {k: math.nan if v is None else v for k, v in state["metrics"].items()}
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError("the checkpoint's state.json is damaged", where=path,
                             hint="use another checkpoint") from None
         self.saver.newest = path

@@ -98,6 +98,12 @@ class Editor:
         if self.result == old:
             self.result = new
 
+    def drop(self, node: Node) -> None:
+        """Takes a node away that nothing reads any more, though it writes a parameter."""
+        for item in node.inputs:
+            self._users[item].pop(node.number, None)
+        del self.nodes[node.number]
+
     def graph(self, *, early: bool = False, free: frozenset[tuple[int, ...]] = frozenset()) -> Graph:
         """The changed graph without what nobody reads, in an order that keeps every dependency.
 
