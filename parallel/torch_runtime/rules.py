@@ -461,7 +461,7 @@ UPDATES |= {
     "InplaceZero": lambda node, p, *_: p.zero_(),
     "InplaceCopy": lambda node, p, value, *_: p.copy_(value),
 }
-WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3, "SlotAttention": 2}
+WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3, "FusedAdagrad": 2, "SlotAttention": 2}
 """How many of its first inputs a primitive (or a fused node) writes; those that write none are not named."""
 ANSWERS = {"SlotAttention"}
 """Those of WRITES whose result is not the first of what they write."""

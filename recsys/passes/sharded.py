@@ -64,7 +64,8 @@ class ShardedRanker:
         self.member = Member(program, os.environ.get(DEVICE, "cpu"))
         read = reading(program, checkpoint)
         self.rank = InferenceRank(program, self.member, read, 0, settings.parallel.execution in _CAPTURED,
-                                  eight=is_eight if kind is not None else None, group=(kind or {}).get("group"))
+                                  eight=is_eight if kind is not None else None, group=(kind or {}).get("group"),
+                                  compiled=settings.parallel.execution == "inductor")
         self._next: dict[str, Any] = {}
         if self.first:
             info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}")

@@ -17,8 +17,12 @@ from parallel.checkpoint.sharded import Extent
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
 from parallel.torch_runtime.fusion.fused import fused_rules
+from parallel.torch_runtime.fusion.passes import optimized
 from parallel.torch_runtime.fusion.served import EIGHT_ROWS, choose_tiles, serving_rules
 from parallel.torch_runtime.fusion.serving_pass import for_serving
+from parallel.torch_runtime.fusion.weights import narrowed
+from parallel.torch_runtime.graph import Graph
+from parallel.torch_runtime.groups import Communicator
 from parallel.torch_runtime.inference.member import Member
 from parallel.torch_runtime.inference.weights import Weights
 from parallel.torch_runtime.program import CACHE, Program
@@ -41,6 +45,7 @@ class InferenceRank:
         eight: whether a parameter's products take int8 weights where they have few rows; None = none do.
         group: inputs of one scale of int8 weights (128); None = one scale for an output.
         fused: whether patterns are fused; None = on GPUs.
+        compiled: whether what lies between fused nodes is compiled by Inductor; not with int8 weights.
 
     Raises:
         UserError: the program is none of inference, a parameter is missing or of another shape, or int8 weights for a
@@ -49,7 +54,7 @@ class InferenceRank:
 
     def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool, *,
                  eight: Callable[[str], bool] | None = None, group: int | None = None,
-                 fused: bool | None = None) -> None:
+                 fused: bool | None = None, compiled: bool = False) -> None:
         self.program, self.member, self.device = program, member, member.device
         self.own = program.ranks[member.number]
         self.graphs = {kind: program.graph(member.number, kind) for kind in program.inference_kinds}
@@ -62,9 +67,8 @@ class InferenceRank:
             raise UserError("int8 weights run on one process", where=program.folder,
                             hint="take float weights, or export with parallel.op and parallel.pipeline.stages at 1")
         fused = self.device.type == "cuda" if fused is None else fused
-        if fused or eight is not None:
-            self.graphs = {kind: for_serving(graph, fused=fused, eight=lambda name, rows: (
-                eight is not None and rows <= EIGHT_ROWS and eight(name))) for kind, graph in self.graphs.items()}
+        self.compiled = compiled and eight is None
+        self.graphs = prepared(self.graphs, fused=fused, eight=eight, compiled=self.compiled)
         self.weights = Weights(self.graphs.values(), self.device, group)
         self.state = self._state(read)
         self.bound: dict[str, Any] = {}
@@ -122,16 +126,40 @@ class InferenceRank:
                                 hint=f"it holds {', '.join(self.graphs)}; export it with --graphs")
             graph = self.graphs[kind]
             graph.groups = [tuple(rank + self.member.base for rank in members) for members in graph.groups]
-            bound = Binder(graph, self.state, self.device, communicator=self.member.communicator,
-                           rules=fused_rules(self.device) | serving_rules(self.device, self.weights)).bind()
-            if self.device.type == "cuda":
-                choose_tiles(graph, self.weights, self.device)
+            bound = binding(graph, self.weights, self.device, self.compiled, self.member.communicator)
             if self.captured:
                 from parallel.torch_runtime.captured import Captured
 
                 bound = Captured(bound, self.device)
             self.bound[kind] = bound
         return self.bound[kind]
+
+
+def prepared(graphs: dict[str, Graph], *, fused: bool, eight: Callable[[str], bool] | None = None,
+             compiled: bool = False) -> dict[str, Graph]:
+    """Graphs of inference with their patterns fused; see `InferenceRank`."""
+    if compiled:
+        narrow = narrowed(list(graphs.values()))
+        return {kind: optimized(graph, early=False) for kind, graph in zip(graphs, narrow, strict=True)}
+    if not fused and eight is None:
+        return graphs
+    return {kind: for_serving(graph, fused=fused, eight=lambda name, rows: (
+        eight is not None and rows <= EIGHT_ROWS and eight(name))) for kind, graph in graphs.items()}
+
+
+def binding(graph: Graph, weights: Weights, device: torch.device, compiled: bool,
+            communicator: Communicator | None = None) -> Bound:
+    """A `prepared` graph ready to run with settled weights."""
+    kind = Binder
+    if compiled:
+        from parallel.torch_runtime.fusion.regions import RegionBinder
+
+        kind = RegionBinder
+    bound = kind(graph, weights.state, device, communicator=communicator,
+                 rules=fused_rules(device) | serving_rules(device, weights)).bind()
+    if device.type == "cuda":
+        choose_tiles(graph, weights, device)
+    return bound
 
 
 def tensor_of(array: np.ndarray | Tensor) -> Tensor:
