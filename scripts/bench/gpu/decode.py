@@ -47,7 +47,6 @@ from parallel.torch_runtime.inference.weights import form_of  # noqa: E402
 from parallel.torch_runtime.program import CACHE, Program  # noqa: E402
 
 SIDES = {"bf16": None, "int8": lambda name: True}
-LOOP = 48
 
 
 class Side:
@@ -119,12 +118,12 @@ class Side:
         end.synchronize()
         return begin.elapsed_time(end) / times
 
-    def loop(self, context: int) -> float:
+    def loop(self, context: int, count: int = 48) -> float:
         """Greedy tokens a second from a context on."""
         token, begin = 7, time.perf_counter()
-        for number in range(LOOP):
+        for number in range(count):
             token = int(self.rank.run("decode", self.inputs(context + number, token))[0].argmax())
-        return LOOP / (time.perf_counter() - begin)
+        return count / (time.perf_counter() - begin)
 
     def bytes_read(self, context: int) -> int:
         """Of a token: the weights of all products once, keys and values that are visible."""
@@ -167,6 +166,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="1000,144")
     parser.add_argument("--device", default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loop", type=int, default=48, help="tokens that are generated")
     parser.add_argument("--peer", action="store_true", help="Hugging Face's GPT-2 of the same sizes beside it")
     parser.add_argument("--check", action="store_true", help="logits against the program run node by node")
     arguments = parser.parse_args()
@@ -192,14 +192,16 @@ def main() -> None:
         for item in longest:
             print(f"    {item[2]:.3f} ms in {item[1]:4d}  {item[0]}")
     context = min(contexts)
-    found["loop"] = {name: statistics.median(side.loop(context) for _ in range(3)) for name, side in sides.items()}
+    found["loop"] = {name: statistics.median(side.loop(context, arguments.loop) for _ in range(3))
+                     for name, side in sides.items()}
     print("tokens/s with the host's work:", {name: round(value, 1) for name, value in found["loop"].items()})
     if device.type == "cuda":
         found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     if arguments.peer:
         from scripts.bench.gpu import hf_decode
 
-        found["peer"] = hf_decode.measured(program.settings["model"], device, context, LOOP, sides["bf16"].loop)
+        found["peer"] = hf_decode.measured(program.settings["model"], device, context, arguments.loop,
+                                          lambda begin: sides["bf16"].loop(begin, arguments.loop))
     print(json.dumps(found))
 
 
