@@ -169,7 +169,7 @@ def _made(node: Node, *inputs: Any) -> Tensor:
 
 @rule("Pad")
 def _pad(node: Node, x: Tensor) -> Tensor:
-    flat = [int(item) for pair in node.attributes["paddings"] for item in (pair if isinstance(pair, list) else [pair])]
+    flat = torch.tensor(node.attributes["paddings"]).reshape(-1).tolist()
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
     return nnf.pad(x, [size for pair in reversed(pairs) for size in pair])
 
