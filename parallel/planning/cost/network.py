@@ -79,7 +79,8 @@ def segment_cost(mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused
         fused, runtime, wide: as of `network_cost`.
     """
     cells = FusedCells(segment, fused)
-    kernels = SegmentKernels(mesh, segment, tuple(runtime.attention), tuple(runtime.loss)) if runtime else None
+    kernels = SegmentKernels(mesh, segment, tuple(runtime.attention), tuple(runtime.loss),
+                             tuple(runtime.lists)) if runtime else None
     done = ForwardTracer(mesh, segment, arriving, cells, kernels).run()
     cost = SegmentCost(forward=done.forward, backward=done.backward, collectives=done.collectives,
                        arrivals=done.arrivals, arrived_from=done.arrived_from, largest=done.largest,

@@ -54,6 +54,7 @@ _FORWARD: dict[str, tuple[tuple[str, float], ...]] = {
 }
 """Passes of a primitive, in the same way; one over everything where nothing is said."""
 _COLUMNS = 64
+_LIST = (4, 8)  # small kernels beside attention to a list, forward and backward
 _UNARY = frozenset({"Cast", "GeLU", "Sigmoid", "SiLU", "ReLU"})
 
 
@@ -65,11 +66,15 @@ class SegmentKernels:
         segment: whose operations.
         attention: ends of the paths of cells that compute attention, each a kernel.
         loss: ends of the paths of cells that compute cross entropy over the last dim.
+        lists: names of cells whose parts attend to a list of rows each.
     """
 
-    def __init__(self, mesh: Mesh, segment: Segment, attention: tuple[str, ...], loss: tuple[str, ...]) -> None:
+    def __init__(self, mesh: Mesh, segment: Segment, attention: tuple[str, ...], loss: tuple[str, ...],
+                 lists: tuple[str, ...]) -> None:
         self.mesh, self.segment = mesh, segment
-        self.attention, self.loss = attention, loss
+        self.attention, self.loss, self.lists = attention, loss, lists
+        self.attending = {scope for operation in segment.operations if operation.primitive == "Sigmoid"
+                          and self._within(operation, lists) for scope in [operation.scope]}
         self.readers = Counter(segment.number[id(item)] for operation in segment.operations if operation.needed
                                for item in operation.inputs if item.differentiable and item.parameter is None)
         self.maker = {segment.number[id(item)]: operation for operation in segment.operations
@@ -97,6 +102,8 @@ class SegmentKernels:
             found = self._loss(operation, operands)
             if found is not None:
                 return found
+        if any(f"{operation.scope}.".startswith(f"{scope}.") for scope in self.attending):
+            return self._list(operation, operands)
         forward, backward = Counter(), Counter()
         self._forward(forward, operation, operands, outputs)
         if operation.needed:
@@ -258,6 +265,15 @@ class SegmentKernels:
             forward[Kernel("attention", 0, shape)] += 1
             if operation.needed:
                 backward[Kernel("attention_grad", 0, shape)] += 1
+        return forward, backward
+
+    def _list(self, operation: Op, operands: list[Dims]) -> tuple[Counter, Counter]:
+        """Attention to a list's rows, which are read once forward; backward also written, and read again."""
+        forward, backward = Counter(), Counter()
+        if operation.primitive == "ReduceSum":
+            rows = self.bytes_of(operands[0], operation.inputs[0].dtype)
+            forward.update({Kernel("pass", rows): 1, Kernel("pass", 0): _LIST[0]})
+            backward.update({Kernel("pass", 3 * rows): 1, Kernel("pass", 0): _LIST[1]})
         return forward, backward
 
     def _loss(self, operation: Op, operands: list[Dims]) -> tuple[Counter, Counter] | None:

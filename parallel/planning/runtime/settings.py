@@ -65,6 +65,8 @@ class RuntimeSettings(Settings):
     """Cells (ends of their paths) that compute attention, each a kernel."""
     loss: list[str] = Field(default_factory=lambda: ["cross_entropy"])
     """Cells that compute cross entropy over many columns: a largest, sums, and one gradient."""
+    lists: list[str] = Field(default_factory=lambda: ["poolings"])
+    """Cells whose parts attend to a list of rows each (target attention)."""
     kernel_us: float = Field(3.0, ge=0)
     """Microseconds of a kernel that moves nothing, with the gap before it."""
     bandwidth_gb: dict[str, float] = Field(default_factory=lambda: {"pass": 3500.0})

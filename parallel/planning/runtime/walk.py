@@ -114,7 +114,7 @@ class Walker:
 
     def _inside(self, operation: Op, number: int) -> bool:
         """Whether a tensor exists in a fused cell only."""
-        names = self.kernels.attention + self.kernels.loss
+        names = self.kernels.attention + self.kernels.loss + self.kernels.lists
         if not any(f".{name}." in f".{operation.scope}." for name in names):
             return False
         if self.kernels.is_small_loss(operation):
