@@ -243,12 +243,14 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
 def _by_walking(figures: Stage, description: Description, cost: NetworkCost, config: ParallelConfig,
                 micro_batches: int, holdings: Holdings, homes: list[int], stage: int, runtime: RuntimeSettings) -> None:
     """Memory under a runtime that runs node by node: its fullest moment."""
-    parts = []
+    parts, computed_again = [], set()
     for segment, part in zip(cost.segments, cost.costs, strict=True):
         if homes[segment.unit] == stage:
             again = is_recomputed(segment.unit, description.units, config)
             kept = sum(size for *_, size in _kept_on_stage(segment, part, again, description, cost, homes))
             parts.append((segment, part, kept))
+            if again:
+                computed_again.add(segment.unit)
     copies: Counter = Counter()
     for units, _, total in holdings.groups:
         here = [unit for unit in units if homes[unit] == stage]
@@ -259,7 +261,8 @@ def _by_walking(figures: Stage, description: Description, cost: NetworkCost, con
                if collective.kind == "Send")
     borrows = any(min(homes[unit] for unit in units) < stage for units, _, _ in holdings.groups
                   if any(homes[unit] == stage for unit in units))
-    fill(figures.memory, runtime, holdings.optimizer, parts, copies, micro_batches, sharded, sent, borrows)
+    fill(figures.memory, runtime, holdings.optimizer, parts, copies, micro_batches, sharded, sent, borrows,
+         config.pipeline.stages > 1, computed_again)
 
 
 def _times_a_step(collective: Collective, config: ParallelConfig, micro_batches: int) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from parallel.planning.cost.forward import ForwardPass, ForwardTracer, FusedCells, source_tensor
 from parallel.planning.cost.segments import Segment, SegmentCost, segments
-from parallel.planning.describe import WIDTH, Description
+from parallel.planning.describe import WIDTH, Description, Op
 from parallel.planning.mesh import Mesh
 from parallel.planning.runtime.kernels import SegmentKernels
 from parallel.planning.runtime.settings import RuntimeSettings
@@ -85,7 +85,7 @@ def segment_cost(mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused
     cost = SegmentCost(forward=done.forward, backward=done.backward, collectives=done.collectives,
                        arrivals=done.arrivals, arrived_from=done.arrived_from, largest=done.largest,
                        divides=done.divides, outputs={number: done.layout[number] for number in done.maker})
-    kept = _Kept(mesh, segment, done, cells, cost)
+    kept = _Kept(mesh, segment, done, cells, cost, kernels)
     kept.all()
     kept.selective()
     if kernels is not None:
@@ -97,8 +97,10 @@ def segment_cost(mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused
 class _Kept:
     """Fills in what a segment keeps for its backward pass, and what a recomputation of it runs."""
 
-    def __init__(self, mesh: Mesh, segment: Segment, done: ForwardPass, fused: FusedCells, cost: SegmentCost) -> None:
+    def __init__(self, mesh: Mesh, segment: Segment, done: ForwardPass, fused: FusedCells, cost: SegmentCost,
+                 kernels: SegmentKernels | None) -> None:
         self.mesh, self.segment, self.done, self.fused, self.cost = mesh, segment, done, fused, cost
+        self.kernels = kernels
 
     def all(self) -> None:
         """With and without recomputation of the unit."""
@@ -113,7 +115,7 @@ class _Kept:
             index = done.maker.get(number)
             if index is None or not self.segment.operations[index].layer:
                 item = self.segment.items[number]
-                if item.producer >= 0:
+                if item.producer >= 0 and not (self.kernels is not None and number in self.kernels.masks):
                     dims = done.layout[number]
                     cost.kept_recomputed[number, dims] = self.mesh.local(dims) * WIDTH[item.dtype]
             elif index not in again:
@@ -145,8 +147,12 @@ class _Kept:
     def selective(self) -> None:
         """Where only some cells are recomputed: their inputs are kept instead of what they make inside."""
         cost, done, again, todo = self.cost, self.done, set(), []
+        outside = self._read_outside()
         for (number, dims), size in cost.kept.items():
-            if self._in_selected(number):
+            if self._in_selected(number) and number in outside:
+                cost.kept_selective[number, dims] = size
+                todo.append(number)
+            elif self._in_selected(number):
                 todo.append(number)
                 # What was redistributed is kept as it was before, and redistributed again.
                 for collective in done.moved.get(number, ()):
@@ -169,12 +175,21 @@ class _Kept:
         for index in again:
             cost.selective.add(done.works[index])
 
+    def _read_outside(self) -> set[int]:
+        """Under a runtime that runs node by node: results of the recomputed cells that other cells' gradients read. The
+        graph reads the first ones there, and only the cell's own gradients read what is computed again."""
+        if self.kernels is None:
+            return set()
+        return {number for index, number in self.done.read_by
+                if not self._is_selected(self.segment.operations[index])}
+
     def _in_selected(self, number: int) -> bool:
         """Whether a tensor is made in a cell that the config recomputes."""
         index = self.done.maker.get(number)
-        if index is None:
-            return False
-        scope = f".{self.segment.operations[index].scope}."
+        return index is not None and self._is_selected(self.segment.operations[index])
+
+    def _is_selected(self, operation: Op) -> bool:
+        scope = f".{operation.scope}."
         return any(f".{name}." in scope for name in self.mesh.config.recompute.cells)
 
     def _inputs(self, index: int) -> list[int]:

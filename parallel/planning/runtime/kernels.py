@@ -25,7 +25,8 @@ class Kernel(NamedTuple):
         kind: "product", "weight" (that of a weight's gradient), "attention", "attention_grad", or what a pass over
             memory does.
         moved: bytes that it reads and writes; 0 for products.
-        shape: of a product (element type, batch, rows, columns, inner); of attention (batch x heads, length, width).
+        shape: of a product (element type, batch, rows, columns, inner); of attention (batch x heads, length, width);
+            of a lookup and its gradient (rows,).
     """
 
     kind: str
@@ -34,22 +35,22 @@ class Kernel(NamedTuple):
 
 
 _BACKWARD: dict[str, tuple[tuple[str, float], ...]] = {
-    "Cast": (("cast", 1.0),), "GeLU": (("pass", 1.5),), "Sigmoid": (("pass", 1.5), ("pass", 1.0), ("pass", 1.5)),
+    "GeLU": (("gelu_grad", 1.5),), "Sigmoid": (("pass", 1.5), ("pass", 1.0), ("pass", 1.5)),
     "SiLU": (("pass", 1.0), ("pass", 1.0), ("pass", 1.5), ("pass", 1.0), ("pass", 1.5)),
     "ReLU": (("pass", 0.7), ("pass", 1.2)), "Tanh": (("pass", 1.0), ("pass", 1.0), ("pass", 1.5)),
     "Softmax": (("pass", 1.5),), "LayerNorm": (("norm_grad", 1.5),), "Square": (("pass", 1.5),),
     "Exp": (("pass", 1.5),), "Log": (("pass", 1.5),), "Abs": (("pass", 1.0), ("pass", 1.5)),
-    "RmsNorm": (("pass", 1.0), ("pass", 1.0), ("pass", 1.0), ("pass", 1.0), ("pass", 1.5), ("pass", 1.5),
+    "RmsNorm": (("column", 1.0), ("column", 1.0), ("column", 1.0), ("column", 1.0), ("pass", 1.5), ("pass", 1.5),
                 ("pass", 1.5), ("sum", 0.5), ("sum", 0.5)),
-    "SplitWithSize": (("copy", 1.0),), "Split": (("copy", 1.0),), "ReduceSum": (("copy", 1.0),),
+    "SplitWithSize": (("join", 1.0),), "Split": (("join", 1.0),), "ReduceSum": (("copy", 1.0),),
     "ReduceMean": (("pass", 1.0), ("copy", 1.0)), "Tile": (("sum", 1.0),), "Neg": (("pass", 1.0),),
 }
 """Passes of a primitive's gradient: kind, and bytes in parts of what the primitive itself reads and writes. Concat
 gives views; Transpose, Add and the like are worked out from their operands."""
 _FORWARD: dict[str, tuple[tuple[str, float], ...]] = {
-    "LayerNorm": (("norm", 1.0),), "Cast": (("cast", 1.0),), "Concat": (("copy", 1.0),), "Stack": (("copy", 1.0),),
+    "LayerNorm": (("norm", 1.0),), "GeLU": (("gelu", 1.0),), "Concat": (("join", 1.0),), "Stack": (("copy", 1.0),),
     "Tile": (("copy", 1.0),), "ReduceSum": (("sum", 1.0),), "ReduceMean": (("sum", 1.0),), "ReduceMax": (("sum", 1.0),),
-    "RmsNorm": (("pass", 1.0), ("sum", 0.5), ("pass", 1.0), ("pass", 1.0)),
+    "RmsNorm": (("pass", 1.0), ("sum", 0.5), ("column", 1.0), ("column", 1.0)),
     "SplitWithSize": (), "Split": (), "Transpose": (), "StridedSlice": (), "OneHot": (("pass", 1.0),),
 }
 """Passes of a primitive, in the same way; one over everything where nothing is said."""
@@ -81,6 +82,8 @@ class SegmentKernels:
                       for item in operation.outputs}
         self.ordered: dict[int, bool] = {}
         self.summed: set[int] = set()
+        self.masks: set[int] = set()
+        """Numbers of the masks of scores that attention's kernels do not read."""
         self.unread = self._only_for_attention()
 
     def of(self, operation: Op, operands: list[Dims], outputs: tuple[Dims, ...],
@@ -126,6 +129,9 @@ class SegmentKernels:
                 masks |= inputs
             else:
                 wanted |= inputs
+        read = [item for operation in self.segment.operations for item in operation.inputs]
+        self.masks = {self.segment.number[id(item)] for item in read
+                      if id(item) in masks - wanted and not item.differentiable}
         return found
 
     def bytes_of(self, dims: Dims, dtype: str) -> int:
@@ -151,14 +157,20 @@ class SegmentKernels:
         elif name in PRODUCTS:
             found[self._product(operation, operands, outputs, "forward")] += 1
         elif name == "Gather":
-            found[Kernel("gather", 2 * self.bytes_of(outputs[0], operation.outputs[0].dtype))] += 1
+            size = self.bytes_of(outputs[0], operation.outputs[0].dtype)
+            found[Kernel("gather", 2 * size, (self._rows(outputs[0]),))] += 1
         elif self._joins_product(operation):
             pass
+        elif name == "Cast":
+            found[self._cast(operation, moved, True)] += 1
+        elif name in ("Add", "Sub", "Mul") and self._spreads(operands):
+            found[Kernel("spread", moved)] += 1
         else:
             for kind, part in _FORWARD.get(name, (("pass", 1.0),)):
                 found[Kernel(kind, int(part * moved))] += 1
-            if name == "Transpose":
-                self.ordered[own] = False
+            if name == "Transpose":  # attention's kernels write in the order that they read
+                maker = self.maker.get(before)
+                self.ordered[own] = maker is not None and self._within(maker, self.attention)
             elif name in _UNARY:
                 self.ordered[own] = self.ordered.get(before, True)
 
@@ -200,7 +212,7 @@ class SegmentKernels:
         elif name == "Gather":
             table = self.bytes_of(operands[0], operation.inputs[0].dtype)
             found[Kernel("zero", table)] += 1
-            found[Kernel("scatter", 3 * gradient)] += 1
+            found[Kernel("scatter", 3 * gradient, (self._rows(outputs[0]),))] += 1
         elif name in ("Add", "Sub", "Mul", "RealDiv", "Div", "AddN"):
             self._elementwise_gradient(found, operation, operands, gradient)
         elif is_free(operation):
@@ -208,10 +220,24 @@ class SegmentKernels:
                 found[Kernel("copy", 2 * gradient)] += 1
         elif name in ("Concat", "Stack", "Transpose", "StridedSlice", "OneHot"):
             pass
+        elif name == "Cast":
+            found[self._cast(operation, self._moved(operation, operands, outputs), False)] += 1
         else:
             moved = self._moved(operation, operands, outputs)
             for kind, part in _BACKWARD.get(name, (("pass", 1.0),)):
                 found[Kernel(kind, int(part * moved))] += 1
+
+    def _cast(self, operation: Op, moved: int, forward: bool) -> Kernel:
+        wider = WIDTH[operation.outputs[0].dtype] > WIDTH[operation.inputs[0].dtype]
+        return Kernel("widen" if wider == forward else "narrow", moved)
+
+    def _spreads(self, operands: list[Dims]) -> bool:
+        """Whether one operand is repeated along the other's dims."""
+        sizes = sorted(map(self.mesh.local, operands))
+        return len(sizes) == 2 and sizes[0] < sizes[1]
+
+    def _rows(self, dims: Dims) -> int:
+        return self.mesh.local(dims[:-1])
 
     def _from_transpose(self, operation: Op) -> bool:
         """Whether a view's gradient comes back out of order: its result is transposed next."""

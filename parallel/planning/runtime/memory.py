@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def fill(memory: Memory, runtime: RuntimeSettings, optimizer: str, parts: Sequence[tuple[Segment, SegmentCost, int]],
-         copies: dict[int, int], micro_batches: int, sharded: float, sent: int, borrows: bool) -> None:
+         copies: dict[int, int], micro_batches: int, sharded: float, sent: int, borrows: bool,
+         staged: bool, again: set[int]) -> None:
     """Writes a stage's memory by kind: activations, copies of weights and gradients as they are at the fullest moment.
 
     Args:
@@ -31,19 +32,20 @@ def fill(memory: Memory, runtime: RuntimeSettings, optimizer: str, parts: Sequen
         sharded: parts that a gradient is scattered into, over the ranks of an optimizer shard.
         sent: bytes of the step's messages, which stay until its end.
         borrows: whether the stage uses a parameter of an earlier one: its gradients are made at the end of all.
+        staged: whether there are stages.
+        again: units that are computed again as a whole.
     """
     own = sum(kept for _, _, kept in parts)
-    others = max(0, memory.activations - own)
+    # Without stages the graph lists the forward passes of all micro-batches first.
+    others = max(0, memory.activations - own) if staged else (micro_batches - 1) * own
     accumulated = memory.gradients if micro_batches > 1 else 0
     most, best = -1, (0, 0, 0, 0)
     before, gradients, put_off = own, 0, 0
-    again = {segment.unit for segment, cost, kept in parts if kept < cost.walk.kept}
     for segment, cost, kept in reversed(parts):
         alive = sum(size for unit, size in copies.items() if unit <= segment.unit and
                     (unit not in again or unit == segment.unit))
         extra = cost.walk.backward + put_off
-        if kept < cost.walk.kept:  # recomputed: what it keeps is made again first
-            extra += cost.walk.kept - kept
+        extra += max(0, cost.walk.kept - kept)  # recomputed: what it keeps is made again first
         total = before + alive + gradients + extra
         if total > most:
             most, best = total, (before, alive, gradients, extra)
@@ -68,3 +70,4 @@ def fill(memory: Memory, runtime: RuntimeSettings, optimizer: str, parts: Sequen
     else:
         memory.activations, memory.weight_copies = others + kept, alive
         memory.gradients, memory.workspace = accumulated + gradients, extra
+    memory.workspace += int(runtime.workspace_mb * 1e6)

@@ -14,8 +14,10 @@ from parallel.planning.runtime.kernels import Kernel
 if TYPE_CHECKING:
     from parallel.planning.memory import Stage
 
+_ALIGNED = 8  # elements of 16 bytes in half precision
 _CAST = 6  # bytes of an element that is read in float32 and written in half precision, or the other way about
 _TIED = 18  # of an element whose gradients are two: one is widened, and both are added
+_TOGETHER = 8  # tensors whose squares are summed by one kernel
 _ADDED = 10  # of an element of a gradient that is added to others in float32
 
 
@@ -30,14 +32,36 @@ class ProductSettings(Settings):
     """Rows and columns of the result that one computes."""
     ramp: float = Field(0.0, ge=0)
     """Length of a sum at which half the speed is reached."""
+    cache_mb: float = Field(40.0, gt=0)
+    """MB of a first operand that is still in the second-level cache."""
+    cold: float = Field(1.0, ge=1)
+    """By how much a product takes longer whose first operand is not: more from memory, and a clock that power holds
+    down."""
+    ragged_tflops: float = Field(60.0, gt=0)
+    """The same where a side is no multiple of eight elements."""
     float32_tflops: float = Field(50.0, gt=0)
     """The same of float32."""
     bandwidth_gb: float = Field(4000.0, gt=0)
     """GB/s at which operands and results are read and written where that takes longer."""
 
 
+class PassSettings(Settings):
+    """A kind of pass over memory."""
+
+    bandwidth_gb: float = Field(4000.0, gt=0)
+    """GB/s of large ones, read and written."""
+    us: float = Field(2.0, ge=0)
+    """Microseconds of one that moves nothing, with the gap before it."""
+    row_ns: float = Field(0.0, ge=0)
+    """Nanoseconds of a row, where it is looked up or added to."""
+
+
 class AttentionSettings(Settings):
     """A fused causal attention; FLOPs are counted over all pairs of positions."""
+
+    forward_us: float = Field(10.0, ge=0)
+    backward_us: float = Field(20.0, ge=0)
+    """Microseconds of one with nothing to attend to."""
 
     forward_tflops: float = Field(400.0, gt=0)
     backward_tflops: float = Field(400.0, gt=0)
@@ -68,13 +92,15 @@ class RuntimeSettings(Settings):
     lists: list[str] = Field(default_factory=lambda: ["poolings"])
     """Cells whose parts attend to a list of rows each (target attention)."""
     kernel_us: float = Field(3.0, ge=0)
-    """Microseconds of a kernel that moves nothing, with the gap before it."""
-    bandwidth_gb: dict[str, float] = Field(default_factory=lambda: {"pass": 3500.0})
-    """GB/s of passes over memory, by what they do (`parallel.planning.runtime.kernels`); else that of "pass"."""
+    """Microseconds of a product beside its arithmetic, with the gap before it."""
+    passes: dict[str, PassSettings] = Field(default_factory=dict)
+    """Passes over memory by what they do (`parallel.planning.runtime.kernels`); else those of "pass"."""
     products: ProductSettings = ProductSettings()
     """Of products."""
     fused_attention: AttentionSettings = AttentionSettings()
     """Of attention."""
+    workspace_mb: float = Field(0.0, ge=0)
+    """MB that the libraries of products hold for themselves."""
     update: dict[str, UpdateSettings] = Field(default_factory=dict)
     """By optimizer."""
 
@@ -95,12 +121,19 @@ class RuntimeSettings(Settings):
         if kernel.kind in ("product", "weight"):
             return self.kernel_us * 1e-6 + self.product_seconds(*kernel.shape)
         if kernel.kind in ("attention", "attention_grad"):
-            return self.kernel_us * 1e-6 + self._attention_seconds(kernel)
-        return self.kernel_us * 1e-6 + kernel.moved / self.rate_of(kernel.kind)
+            return self._attention_seconds(kernel)
+        own = self.pass_of(kernel.kind)
+        rows = kernel.shape[0] if kernel.shape else 0
+        return own.us * 1e-6 + kernel.moved / (own.bandwidth_gb * 1e9) + rows * own.row_ns * 1e-9
 
-    def rate_of(self, kind: str) -> float:
-        """Bytes a second of a kind of pass."""
-        return 1e9 * (self.bandwidth_gb.get(kind) or self.bandwidth_gb["pass"])
+    def pass_of(self, kind: str) -> PassSettings:
+        """Of a kind of pass."""
+        return self.passes.get(kind) or self.passes.get("pass") or PassSettings()
+
+    def moving(self, kind: str, moved: float, kernels: float) -> float:
+        """Seconds of some passes of a kind that move so many bytes together."""
+        own = self.pass_of(kind)
+        return moved / (own.bandwidth_gb * 1e9) + kernels * own.us * 1e-6
 
     def product_seconds(self, dtype: str, batch: int, rows: int, columns: int, inner: int) -> float:
         """Of one product: its tiles in waves over the multiprocessors, or its bytes."""
@@ -109,17 +142,21 @@ class RuntimeSettings(Settings):
         moved = width * batch * (rows * inner + inner * columns + rows * columns) / (own.bandwidth_gb * 1e9)
         if dtype == "float32":
             return max(flops / (own.float32_tflops * 1e12), moved)
+        if any(size % _ALIGNED for size in (rows, columns, inner)):
+            return max(flops / (own.ragged_tflops * 1e12), moved)
         tiles = batch * math.ceil(rows / own.tile[0]) * math.ceil(columns / own.tile[1])
         waves = math.ceil(tiles / own.units)
         computed = 2.0 * waves * own.units * own.tile[0] * own.tile[1] * (inner + own.ramp)
-        return max(computed / (own.tflops * 1e12), moved)
+        cold = own.cold if width * batch * rows * inner > own.cache_mb * 1e6 else 1.0
+        return max(cold * computed / (own.tflops * 1e12), moved)
 
     def _attention_seconds(self, kernel: Kernel) -> float:
         own, (heads, length, width) = self.fused_attention, kernel.shape
         back = kernel.kind == "attention_grad"
         flops = (10.0 if back else 4.0) * heads * length * length * width
         share = width / (width + own.half_width)
-        return flops / ((own.backward_tflops if back else own.forward_tflops) * 1e12 * share)
+        begin = own.backward_us if back else own.forward_us
+        return begin * 1e-6 + flops / ((own.backward_tflops if back else own.forward_tflops) * 1e12 * share)
 
     def update_seconds(self, stage: Stage, optimizer: str, data: int, micro_batches: int) -> float:
         """From the last gradient to the end of the step, and the copies of weights.
@@ -131,15 +168,17 @@ class RuntimeSettings(Settings):
             micro_batches: whose gradients are added.
         """
         own, held = self.update_of(optimizer), stage.memory.parameters / 4
+        several = micro_batches > 1
         wide = own.wide or data > 1
-        moved = held * own.bytes + stage.tied * _TIED
-        moved += held * (0 if own.wide else 4 if wide or micro_batches > 1 else 2)  # read by the update itself
-        moved += held * (4 if wide or micro_batches > 1 else 2)  # for the norm
-        casts = held / max(1, stage.parameters) * stage.copied * _CAST
-        if micro_batches > 1:
-            moved += stage.parameters * (_ADDED * micro_batches + 4)
+        width = 4 if wide or several else 2
+        seconds = self.moving("update", held * (own.bytes + (0 if own.wide else width)), own.kernels * stage.tensors)
+        seconds += self.moving("square", held * width, stage.tensors / _TOGETHER)
+        own_part = held / max(1, stage.parameters)
+        seconds += self.moving("narrow", own_part * stage.copied * _CAST, stage.tensors)
+        seconds += self.moving("pass", stage.tied * _TIED, 2)
+        if several:
+            seconds += self.moving("pass", stage.parameters * (_ADDED * micro_batches + 4),
+                                   stage.tensors * (micro_batches + 1))
         elif wide:
-            casts += stage.copied * _CAST
-        kernels = stage.tensors * (own.kernels + 1 + (1 if stage.copied else 0) + (micro_batches if micro_batches > 1
-                                                                                  else 1 if wide else 0))
-        return moved / self.rate_of("update") + casts / self.rate_of("cast") + kernels * self.kernel_us * 1e-6
+            seconds += self.moving("widen", stage.copied * _CAST, stage.tensors)
+        return seconds
