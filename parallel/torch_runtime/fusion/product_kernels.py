@@ -64,7 +64,8 @@ def rows_of_block(rows: int) -> int:
 
 EARLY = True
 """Whether kernels begin while the one before them ends (programmatic dependent launch, from Hopper on): what they read
-first, weights, is no result of it, and is on its way to the second-level cache when the activations are ready."""
+first, weights, is no result of it, and is on its way to the second-level cache when the activations are ready. Products
+of several rows do not: their blocks are large, and two kernels side by side were slower."""
 AHEAD = 2048  # bytes of an output's weights that are fetched so
 
 
@@ -175,8 +176,7 @@ def _row_kernel(x, w, scale, bias, extra, y, parts, counts, inputs, outputs, x_t
 def _rows_kernel(x, w, scale, bias, extra, y, parts, counts, rows, inputs, outputs, x_token, x_row, w_token,
                  scale_token, y_token, SCALED: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr,
                  HAS_EXTRA: tl.constexpr, GELU: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
-                 STAGES: tl.constexpr, O: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
-                 EARLY: tl.constexpr, M: tl.constexpr):
+                 STAGES: tl.constexpr, O: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
     block, token, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     o, m = block * O + tl.arange(0, O), tl.arange(0, M)
     inside, present = o < outputs, m < rows
@@ -184,8 +184,6 @@ def _rows_kernel(x, w, scale, bias, extra, y, parts, counts, rows, inputs, outpu
     each = tl.cdiv(tl.cdiv(inputs, K), PARTS) * K
     weights = w + token * w_token + safe.to(tl.int64)[:, None] * inputs
     given = x + token * x_token + row[None, :] * x_row
-    if EARLY:
-        _begun(weights, part * each, inputs, LINE, LINES)
     sums = tl.zeros((O, M), tl.float32)
     for begin in tl.range(part * each, tl.minimum((part + 1) * each, inputs), K, num_stages=STAGES):
         k = begin + tl.arange(0, K)
@@ -278,15 +276,14 @@ def product(x: Tensor, w: Tensor, scale: Tensor | None = None, bias: Tensor | No
         parts = torch.empty(tokens * blocks * shared * tile.outputs * block, dtype=torch.float32, device=x.device)
     options = {"SCALED": scale is not None and not grouped, "GROUPED": grouped, "HAS_BIAS": bias is not None,
                "HAS_EXTRA": extra is not None, "GELU": gelu, "EVEN": inputs % depth == 0, "PARTS": shared,
-               "STAGES": tile.stages, "O": tile.outputs, "K": depth, "num_warps": tile.warps,
-               "LINE": 128 // w.element_size(), "LINES": AHEAD // 128, **early_options(x.device)}
+               "STAGES": tile.stages, "O": tile.outputs, "K": depth, "num_warps": tile.warps}
     given = (x, w, y if scale is None else scale, y if bias is None else bias, y if extra is None else extra, y, parts,
              counts_on(x.device))
     token = 0 if scale is None else scale.stride(0)
     grid = (blocks, tokens, shared)
     if block == 1:
         _row_kernel[grid](*given, inputs, outputs, x.stride(0), w.stride(0), token, y.stride(0), BITS=x.is_cuda,
-                          **options)
+                          LINE=128 // w.element_size(), LINES=AHEAD // 128, **early_options(x.device), **options)
     else:
         _rows_kernel[grid](*given, rows, inputs, outputs, x.stride(0), x.stride(1), w.stride(0), token, y.stride(0),
                            M=block, **options)
