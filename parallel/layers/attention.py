@@ -24,6 +24,7 @@ from mindspore.ops.operations.nn_ops import FlashAttentionScore
 from parallel.common.errors import UserError
 from parallel.layers.dropout import Dropout, DropoutBits
 from parallel.layers.linear import Linear
+from parallel.layers.parameter import casts_factors
 from parallel.sharding.layout import Axes, Layer, OpSharding
 
 MASKED = -10000.0
@@ -173,7 +174,7 @@ class AttentionCore(Layer):
         self.factor, self.softmax_dtype = 1.0 / math.sqrt(head_width), softmax_dtype
         self.scale, self.mask, self.softmax = ops.Mul(), ops.Add(), ops.Softmax(axis=-1)
         self.rows = RowSoftmax() if mindspore.get_context("device_target") == "CPU" else None
-        self.casts_factor = mindspore.get_context("device_target") == "GPU"  # it multiplies no float16 by a number
+        self.casts_factor = casts_factors()
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.cast = ops.Cast()
