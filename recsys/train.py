@@ -43,7 +43,7 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     listen_early()
     if settings.parallel.mindspore.device is not None and not _is_flat(settings):
         raise UserError("MindSpore's CUDA backend trains on encoded logs with tables in the graph only",
-                        where="parallel.mindspore.device", value=settings.parallel.mindspore.device, hint="leave it out")
+                        where="parallel.mindspore.device", value="GPU", hint="leave it out")
     processes = start_device(settings.parallel.mindspore, key=graph_key(settings.model_dump(mode="json")))
     if reader(settings.data.reader).stream is not None:
         return run_stream(settings, processes)

@@ -1,6 +1,7 @@
 """Stand-ins of the CUDA libraries, with which MindSpore's CUDA backend compiles and goes through the motions on a
 machine without a GPU: device memory is host memory, kernels and products do nothing, collectives really exchange
-(`collectives.c`). So graphs, kernels' choice, order of communication, checkpoints and launches are tried, numbers are not.
+(`collectives.c`). So graphs, choice of kernels, order of communication, checkpoints and launches are tried, numbers
+are not.
 
 The names of the functions are read out of the wheel's own undefined symbols.
 """
@@ -30,15 +31,18 @@ SPECIAL = {
     "cudaFreeHost": "int NAME(void *p) { free(p); return 0; }",
     "cudaMemGetInfo": "int NAME(size_t *free, size_t *total) { *free = *total = 2000000000ull; return 0; }",
     "cudaMemcpy": "int NAME(void *to, void *from, size_t n, int kind) { memmove(to, from, n); return 0; }",
-    "cudaMemcpyAsync": "int NAME(void *to, void *from, size_t n, int kind, void *s) { memmove(to, from, n); return 0; }",
+    "cudaMemcpyAsync": "int NAME(void *to, void *from, size_t n, int k, void *s) { memmove(to, from, n); return 0; }",
     "cudaMemset": "int NAME(void *to, int value, size_t n) { memset(to, value, n); return 0; }",
     "cudaMemsetAsync": "int NAME(void *to, int value, size_t n, void *s) { memset(to, value, n); return 0; }",
     "cudaEventElapsedTime": "int NAME(float *milliseconds) { *milliseconds = 1; return 0; }",
     **dict.fromkeys(("cudaGetErrorName", "cudaGetErrorString", "cudnnGetErrorString"),
                     'const char *NAME(int error) { return "stand-in"; }'),
 }
-# A step's branch reads what this kernel writes, and what happened to lie there before may be no truth value.
-FINITE = "int stand_finite(size_t n, void *x, char *y) { memset(y, 1, n); return 0; }\n"
+# A step's branch reads what the first writes, and what happened to lie there before may be no truth value; metrics read
+# probabilities, float32, which the second writes.
+WRITERS = """int stand_finite(size_t n, void *x, char *y) { memset(y, 1, n); return 0; }
+int stand_zero(size_t n, void *x, char *y) { memset(y, 0, 4 * n); return 0; }
+"""
 
 
 def mindspore_folder() -> Path:
@@ -65,9 +69,8 @@ def build(folder: Path) -> dict[str, str]:
     names = sorted(wanted & _symbols("--defined-only", kernels) - {"_init", "_fini"})
     (folder / "kernels.s").write_text(".text\n" + "".join(
         f".globl {name}\n.type {name},@function\n{name}:\n"
-        + ("\tjmp stand_finite@PLT\n" if "CalIsFinite" in name else "\txorl %eax,%eax\n\tret\n") for name in names)
-        + '.section .note.GNU-stack,"",@progbits\n')
-    _library(folder, "libcuda_ops.so.11", HEAD + FINITE, str(folder / "kernels.s"))
+        + _body(name) for name in names) + '.section .note.GNU-stack,"",@progbits\n')
+    _library(folder, "libcuda_ops.so.11", HEAD + WRITERS, str(folder / "kernels.s"))
     _library(folder, "libnccl.so.2", (Path(__file__).parent / "collectives.c").read_text())
     compiler = folder / "bin" / "nvcc"
     compiler.parent.mkdir()
@@ -76,7 +79,16 @@ def build(folder: Path) -> dict[str, str]:
     library = mindspore_folder() / "lib"
     # The wheel looks for these two beside itself before it looks elsewhere.
     first = ":".join(str(folder / name) for name in ("libcuda_ops.so.11", "libnccl.so.2"))
-    return {"CUDA_HOME": str(folder), "LD_LIBRARY_PATH": f"{folder}:{library}:{library / 'plugin'}", "LD_PRELOAD": first}
+    return {"CUDA_HOME": str(folder), "LD_PRELOAD": first,
+            "LD_LIBRARY_PATH": f"{folder}:{library}:{library / 'plugin'}"}
+
+
+def _body(kernel: str) -> str:
+    if "CalIsFinite" in kernel:
+        return "\tjmp stand_finite@PLT\n"
+    if "UnaryOpsCudaFunc" in kernel and "EffE" in kernel:
+        return "\tjmp stand_zero@PLT\n"
+    return "\txorl %eax,%eax\n\tret\n"
 
 
 def _symbols(which: str, *files: Path) -> set[str]:

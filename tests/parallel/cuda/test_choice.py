@@ -54,7 +54,8 @@ def test_layouts_are_sharded_as_on_ascend():
     for block in ({"data": 2}, {"op": 2}, {"data": 2, "optimizer": {"shard": -1}}, {"pipeline": {"stages": 2}},
                   {"data": 2, "recompute": {"policy": "full"}}):
         config = gpu(**block)
-        assert needs_sharding(config, Processes(0, 2, "g", "GPU")) == needs_sharding(config, Processes(0, 2, "g", "Ascend"))
+        here, there = (needs_sharding(config, Processes(0, 2, "all", target)) for target in ("GPU", "Ascend"))
+        assert here == there
     with pytest.raises(UserError, match="one GPU device runs an unsharded network"):
         needs_sharding(gpu(optimizer={"shard": 1}, micro_batch_interleave=2), Processes(0, 1, None, "GPU"))
 

@@ -50,8 +50,8 @@ def records(tmp_path_factory):
     """Packed records and the keys that name them."""
     folder = tmp_path_factory.mktemp("records")
     text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"第{i}天，他在河边走了{i * 7 % 97}里路。" * 12}, ensure_ascii=False) + "\n"
-                            for i in range(200)))
+    lines = ({"text": f"第{i}天，他在河边走了{i * 7 % 97}里路。" * 12} for i in range(200))
+    text.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     keys = [f"data.corpus={text}", f"data.directory={folder / 'records'}", f"data.tokenizer={folder / 'v.model'}",
             "model.vocabulary_size=80"]
     for verb in ("train-vocabulary", "pack"):
