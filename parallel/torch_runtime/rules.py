@@ -169,7 +169,7 @@ def _made(node: Node, *inputs: Any) -> Tensor:
 
 @rule("Pad")
 def _pad(node: Node, x: Tensor) -> Tensor:
-    flat = [int(item) for pair in node.attributes["paddings"] for item in (pair if isinstance(pair, list) else [pair])]
+    flat = torch.tensor(node.attributes["paddings"]).reshape(-1).tolist()
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
     return nnf.pad(x, [size for pair in reversed(pairs) for size in pair])
 
@@ -461,5 +461,7 @@ UPDATES |= {
     "InplaceZero": lambda node, p, *_: p.zero_(),
     "InplaceCopy": lambda node, p, value, *_: p.copy_(value),
 }
-WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3}
+WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3, "FusedAdagrad": 2, "SlotAttention": 2}
 """How many of its first inputs a primitive (or a fused node) writes; those that write none are not named."""
+ANSWERS = {"SlotAttention"}
+"""Those of WRITES whose result is not the first of what they write."""

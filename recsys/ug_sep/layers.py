@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import SplitWithSize
 
 from parallel.layers.parameter import casts_factors
@@ -32,12 +33,13 @@ class Columns(Layer):
 class TwoSidedEmbedding(nn.Cell):
     """One embedding for each side out of common tables. Called with rows of both sides it gives the groups of both."""
 
-    def __init__(self, spec: FeatureSpec, sides: UserCandidateSplit, std: float) -> None:
+    def __init__(self, spec: FeatureSpec, sides: UserCandidateSplit, std: float,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         tables = {width: Table(rows, width, std) for width, rows in spec.tables.items()}
         self.tables = nn.CellList(list(tables.values()))
-        self.user = FeatureEmbedding(sides.user.spec, std, tables)
-        self.group = FeatureEmbedding(sides.candidate.spec, std, tables)
+        self.user = FeatureEmbedding(sides.user.spec, std, tables, compute_dtype=compute_dtype)
+        self.group = FeatureEmbedding(sides.candidate.spec, std, tables, compute_dtype=compute_dtype)
         self.user_ids, self.user_numbers = Columns(sides.user.ids), Columns(sides.user.numbers)
         self.candidate_ids, self.candidate_numbers = Columns(sides.candidate.ids), Columns(sides.candidate.numbers)
 

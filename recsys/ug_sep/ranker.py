@@ -64,7 +64,7 @@ class SeparatedRanker(Ranker):
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
         self.ug_sep, self.sides = settings.ug_sep, UserCandidateSplit.of(spec)
-        self.embedding = TwoSidedEmbedding(spec, self.sides, settings.embedding_std)
+        self.embedding = TwoSidedEmbedding(spec, self.sides, settings.embedding_std, compute_dtype)
         self.layout = TokenLayout(settings.op_sharding)
         self.in_slices = self.ug_sep.form == "slices" and self.ug_sep.separated
         self.take, self.reshape, self.transpose = Take(), ops.Reshape(), ops.Transpose()

@@ -45,14 +45,15 @@ class ShardedModel:
     """Args:
         settings: a `pangu.settings.Run`.
         checkpoint: see `open_checkpoint`.
-        int8: refused; see Raises.
+        int8: whether products of few rows take int8 weights, quantized while they are read; so do those of a quantized
+            checkpoint.
         cache_bytes: memory for keys and values on each device; None = enough for `generate.batch_size` sequences.
 
     Attributes: `member`, this process among all; `backend`, what its group's first rank generates with, None elsewhere;
     `checkpoint`, where the weights came from.
 
     Raises:
-        UserError: no such checkpoint or one of another model; int8 weights, which have no sharded graphs; a program of
+        UserError: no such checkpoint or one of another model; int8 weights for a program of several ranks; a program of
             other settings; a cache larger than the memory that is left.
     """
 
@@ -60,20 +61,26 @@ class ShardedModel:
                  ) -> None:
         from parallel.torch_runtime.inference.member import Member
         from parallel.torch_runtime.inference.rank import InferenceRank
+        from parallel.torch_runtime.inference.weights import widening
         from parallel.torch_runtime.program import Program
 
         program = Program(os.environ[PROGRAM])
         check_program(program.settings, settings, program.folder)
         opened = open_checkpoint(checkpoint, settings.model)
-        if int8 or opened.state.get("quantization") is not None:
+        kind = opened.state.get("quantization")
+        eight, read = int8 or kind is not None, opened.read
+        if eight and program.world > 1:
             raise UserError("int8 weights run on one process", where="--int8" if int8 else opened.path,
                             hint="take the float checkpoint, or leave parallel.op and parallel.pipeline.stages at 1")
+        if kind is not None:
+            read = widening(read, {tensor.name: tensor.shape for tensor in program.tensors})
         self.checkpoint = opened.path
         self.identity = opened.identity if isinstance(opened, ForeignCheckpoint) else bytes
         self.member = Member(program, os.environ.get(DEVICE, "cpu"))
         self.blocks = self._blocks(program, settings, cache_bytes)
-        self.rank = InferenceRank(program, self.member, opened.read, (self.blocks + 1) * SLOTS,
-                                  settings.parallel.execution in _CAPTURED)
+        self.rank = InferenceRank(program, self.member, read, (self.blocks + 1) * SLOTS,
+                                  settings.parallel.execution in _CAPTURED, group=(kind or {}).get("group"),
+                                  eight=(lambda name: True) if eight else None)
         self.backend = None
         if self.member.leads:
             runner = SpanRunner(self.rank, self.member.broadcast, self.blocks, settings.model)
@@ -153,7 +160,8 @@ def open_checkpoint(path: str | Path, config: Any) -> Checkpoint | ForeignCheckp
     if path.is_file() or (not _has(path, _OURS) and _has(path, _THEIRS)):
         return ForeignCheckpoint(path, config)
     opened = Checkpoint(path)
-    check_parameters(opened, parameter_shapes(config))
+    if opened.state.get("quantization") is None:  # else weights are stored in other shapes
+        check_parameters(opened, parameter_shapes(config))
     return opened
 
 

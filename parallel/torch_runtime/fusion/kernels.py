@@ -1,4 +1,5 @@
-"""Triton kernels of the fused nodes that torch has no operator for: cross entropy's rows, AdamW with its scaling.
+"""Triton kernels of the fused nodes that torch has no operator for: cross entropy's rows, AdamW and Adagrad with their
+scaling.
 
 Imported on GPUs only. Each is compared with its plain form (`fused`) by `scripts/bench/gpu/train_350m.py`, and by the
 tests in Triton's interpreter where Triton is installed.
@@ -62,6 +63,20 @@ def _adam_kernel(p, m, v, scalars, gradient, count, BLOCK: tl.constexpr):
     tl.store(v + place, new_v, mask=inside)
 
 
+@triton.jit
+def _adagrad_kernel(p, a, scalars, gradient, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    rate, epsilon = tl.load(scalars), tl.load(scalars + 1)
+    factor, skipped = tl.load(scalars + 2), tl.load(scalars + 3)
+    g = tl.load(gradient + place, mask=inside).to(tl.float32) * factor
+    g = tl.where(skipped > 0.0, 0.0, g)
+    total = tl.load(a + place, mask=inside) + g * g
+    own = tl.load(p + place, mask=inside)
+    tl.store(p + place, own - rate * g / (tl.sqrt(total) + epsilon), mask=inside)
+    tl.store(a + place, total, mask=inside)
+
+
 def row_sums(node: Node, logits: Tensor, largest: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """See `fused`."""
     logits, rows = logits.contiguous(), logits.shape[0]
@@ -87,3 +102,9 @@ def adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient:
     """See `fused`; parameter and moments are float32 and contiguous."""
     block = 1024
     _adam_kernel[(triton.cdiv(p.numel(), block),)](p, m, v, scalars, gradient.contiguous(), p.numel(), BLOCK=block)
+
+
+def adagrad(node: Node, p: Tensor, a: Tensor, scalars: Tensor, gradient: Tensor) -> None:
+    """See `fused`; parameter and sum of squares are float32 and contiguous."""
+    block = 1024
+    _adagrad_kernel[(triton.cdiv(p.numel(), block),)](p, a, scalars, gradient.contiguous(), p.numel(), BLOCK=block)

@@ -22,8 +22,9 @@ from parallel.torch_runtime.run import settings_of
 _SHOWN = 8
 
 
-def written(program: Path, checkpoint: str, tokenizer: Path, texts: Path, device: str, count: int) -> dict[str, Any]:
-    """Texts of every recipe and how many keep the form.
+def written(program: Path, checkpoint: str, tokenizer: Path, texts: Path, device: str, count: int,
+            captured: bool = True) -> dict[str, Any]:
+    """Texts of every recipe (all as `texts`: pairs of prompt and text; some as `samples`) and how many keep the form.
 
     Args:
         program: exported with the graphs decode, prefill and score.
@@ -32,9 +33,10 @@ def written(program: Path, checkpoint: str, tokenizer: Path, texts: Path, device
         texts: folder with `unseen.jsonl` and `unseen_couplets.jsonl` (`corpora.py`).
         device: "gpu" or "cpu".
         count: poems, and couplets.
+        captured: whether GPUs run captured graphs.
     """
     os.environ |= {PROGRAM: str(program), DEVICE: device}
-    settings = settings_of(Program(program), [])
+    settings = settings_of(Program(program), [f"parallel.execution={'auto' if captured else 'eager'}"])
     model, coder = open_sharded(settings, checkpoint), Tokenizer(tokenizer)
     poems = [row for row in _rows(texts / "unseen.jsonl") if _halves("\n".join(row["lines"]))[1] in (5, 7)][:count]
     couplets = [row["text"].split("\n")[0].removeprefix("上联：")
@@ -51,6 +53,7 @@ def written(program: Path, checkpoint: str, tokenizer: Path, texts: Path, device
         generator = Generator(model.backend, coder, rules)
         texts_made = [item.text for item in generator.generate(prompts)]
         found[name] = {"tokens_per_second": round(generator.tokens_per_second, 1),
+                       "texts": [[prompt, text] for prompt, text in zip(prompts, texts_made, strict=True)],
                        "samples": [prompt + text for prompt, text in zip(prompts, texts_made, strict=True)][:_SHOWN]}
         if name == "poem":
             found[name] |= {"forms": poem_forms(texts_made),

@@ -43,7 +43,7 @@ def main(folder: Path, rank: int, address: str, ways: list[str]) -> None:
     for way in ways:
         mode, floating = way.split("/")
         # The mode of compiled regions, with Python in place of the compiler, which would take minutes here.
-        regions.inductor = lambda function, inputs: function
+        regions.inductor = lambda function, inputs, **_: function
         regions._compiled.clear()
         step = TorchStep(program, rank, device="cpu", mode="inductor" if mode == "regions" else mode,
                          floating=floating, address=address)
