@@ -120,11 +120,6 @@ def flops(graph: Graph, wanted: Callable[[Node], bool] = lambda node: True) -> f
     return total
 
 
-def is_dense(node: Node) -> bool:
-    """Whether a product is of the tokenization, the blocks or the heads."""
-    return "/embedding-" not in node.scope
-
-
 def dense_part(graph: Graph) -> Graph:
     """Tokenization, blocks and heads of a forward pass as a graph whose inputs are the groups' vectors."""
     nodes = {node.number: node for node in graph.nodes}
