@@ -207,7 +207,12 @@ def captured(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
             result = function()
         graph.replay()
         torch.cuda.synchronize(device)
-        return graph.replay, result
+
+    def replay(kept: Any = (function, result)) -> None:
+        """What the graph reads lives as long as this does."""
+        graph.replay()
+
+    return replay, result
 
 
 def in_turns(entries: dict[str, Callable[[], Any]], device: torch.device, turns: int = 5,
