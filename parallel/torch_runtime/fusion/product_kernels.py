@@ -42,10 +42,10 @@ class Tile:
 
 
 TILES: dict[tuple[bool, int], Tile] = {
-    (False, 1): Tile(4, 512, 1, 4, 2), (True, 1): Tile(4, 1024, 1, 4, 2),
-    (False, 16): Tile(32, 128, 1, 4, 4), (True, 16): Tile(32, 256, 1, 4, 4),
-    (False, 32): Tile(32, 128, 1, 4, 4), (True, 32): Tile(32, 256, 1, 4, 4),
-    (False, 64): Tile(64, 128, 1, 4, 4), (True, 64): Tile(64, 128, 1, 2, 4),
+    (False, 1): Tile(4, 512, 1, 4, 3), (True, 1): Tile(16, 512, 1, 4, 3),
+    (False, 16): Tile(32, 128, 1, 4, 4), (True, 16): Tile(32, 128, 1, 2, 6),
+    (False, 32): Tile(32, 128, 1, 4, 4), (True, 32): Tile(64, 128, 2, 2, 4),
+    (False, 64): Tile(64, 128, 1, 4, 4), (True, 64): Tile(64, 128, 1, 4, 4),
 }
 """By whether weights are int8 and the rows of a block: what a product runs with unless its shape has one of its own."""
 CHOSEN: dict[tuple, Tile | None] = {}
