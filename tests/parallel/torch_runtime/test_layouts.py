@@ -57,6 +57,10 @@ CASES = [pytest.param(model, layout.name, layout.keys.split(), id=f"{model.parti
 CASES += [pytest.param("pangu/tiny", f"optimizer_{name}", ["parallel.data=2", "parallel.op=2",
                                                            "parallel.optimizer.shard=-1", *keys.split()],
                        id=f"tiny-{name}", marks=pytest.mark.slow) for name, keys in OPTIMIZERS.items()]
+CASES += [pytest.param("pangu/tiny", f"parts_{name}", ["parallel.micro_batch_interleave=2", *keys.split()],
+                       id=f"tiny-parts_{name}", marks=pytest.mark.slow)
+          for name, keys in (("op", "parallel.op=2"), ("sequence", "parallel.op=2 parallel.sequence=true"),
+                             ("data_op", "parallel.data=2 parallel.op=2"))]
 
 
 @dataclass
