@@ -32,8 +32,9 @@ def fused_rules(device: torch.device, traced: bool = False) -> dict[str, Callabl
 
         rules |= {"RowSums": kernels.row_sums, "RowSumsGrad": kernels.row_sums_grad, "FusedAdam": _adam_cuda,
                   "FusedAdagrad": _adagrad_cuda, "FusedSwish": kernels.swish, "FusedSwishGrad": kernels.swish_grad,
-                  "RmsNorm": _rms_norm_cuda, "RmsNormGrad": _rms_norm_grad_cuda,
                   "SumOfSquares": _sum_of_squares_cuda}
+        if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm_backward", "CUDA"):  # torch 2.9 on
+            rules |= {"RmsNorm": _rms_norm_cuda, "RmsNormGrad": _rms_norm_grad_cuda}
     return rules
 
 
