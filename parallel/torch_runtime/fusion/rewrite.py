@@ -138,8 +138,8 @@ class Editor:
 
 
 _BACKWARD = ("LayerNormGrad", "FusedLayerNormGrad", "SoftmaxBackward", "FusedAttentionGrad", "FusedTargetAttentionGrad",
-             "GeLUGrad", "RmsNormGrad", "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad", "SoftmaxGrad", "Receive",
-             "Send")
+             "FusedSwishGrad", "GeLUGrad", "RmsNormGrad", "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad",
+             "SoftmaxGrad", "Receive", "Send")
 
 
 def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...]] = frozenset()) -> list[Node]:

@@ -175,6 +175,15 @@ def _prepared(node: Node, q: Tensor, w1: Tensor, b1: Tensor, dtype: torch.dtype)
     return (b - c).contiguous().to(dtype), d.contiguous().to(dtype), torch.addmm(b1.float(), q.float(), both), both
 
 
+def _filled(q: Tensor, base: Tensor, cross: Tensor, own: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(base + q cross for each sample, own, w2) with as many hidden units as the kernels take."""
+    from parallel.torch_runtime.attention.target_attention import filled
+
+    base, cross = filled(base), filled(cross)
+    effective = torch.addcmul(base[None], q.to(base.dtype)[:, :, None], cross[None])
+    return effective, filled(own), filled(w2.reshape(-1).float())
+
+
 def _hidden(q: Tensor, k: Tensor, base: Tensor, cross: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """(hidden units before the swish [b, L, H], what each sample multiplies its rows with [b, W, H])."""
     effective = (base.float() + q.float()[:, :, None] * cross.float()).to(base.dtype)
@@ -195,7 +204,8 @@ def forward(node: Node, q: Tensor, k: Tensor, present: Tensor, w1: Tensor, b1: T
     if _own_kernels(k, dtype):
         from parallel.torch_runtime.attention import target_attention
 
-        return target_attention.forward(q.contiguous(), k, present.contiguous(), base, cross, own, w2.reshape(-1), b2)
+        effective, own, w2 = _filled(q, base, cross, own, w2)
+        return target_attention.forward(k, present.contiguous(), effective, own, w2, b2)
     scores = []
     for part in _chunks(k, base.shape[1]):
         h, _ = _hidden(q[part], k[part], base, cross, own[part])
@@ -213,8 +223,10 @@ def backward(node: Node, dout: Tensor, scores: Tensor, q: Tensor, k: Tensor, pre
     if _own_kernels(k, dtype):
         from parallel.torch_runtime.attention import target_attention
 
-        dk, dscores, deffective, downs, dw2 = target_attention.backward(
-            dout.contiguous(), scores, q.contiguous(), k, present.contiguous(), base, cross, own, w2.reshape(-1))
+        effective, whole_own, whole_w2 = _filled(q, base, cross, own, w2)
+        dk, dscores, *found = target_attention.backward(dout.contiguous(), scores, k, present.contiguous(), effective,
+                                                        whole_own, whole_w2)
+        deffective, downs, dw2 = (item[..., :base.shape[1]] for item in found)
     else:
         dk, dscores, deffective, downs, dw2 = _plain_backward(dout, scores, q, k, present, base, cross, own, w2)
     db, dd = deffective.sum(0), torch.einsum("bw,bwh->wh", q.to(deffective.dtype), deffective)

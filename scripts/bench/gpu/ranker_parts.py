@@ -120,11 +120,6 @@ def flops(graph: Graph, wanted: Callable[[Node], bool] = lambda node: True) -> f
     return total
 
 
-def is_dense(node: Node) -> bool:
-    """Whether a product is of the tokenization, the blocks or the heads."""
-    return "/embedding-" not in node.scope
-
-
 def dense_part(graph: Graph) -> Graph:
     """Tokenization, blocks and heads of a forward pass as a graph whose inputs are the groups' vectors."""
     nodes = {node.number: node for node in graph.nodes}
@@ -212,7 +207,12 @@ def captured(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
             result = function()
         graph.replay()
         torch.cuda.synchronize(device)
-        return graph.replay, result
+
+    def replay(kept: Any = (function, result)) -> None:
+        """What the graph reads lives as long as this does."""
+        graph.replay()
+
+    return replay, result
 
 
 def in_turns(entries: dict[str, Callable[[], Any]], device: torch.device, turns: int = 5,
