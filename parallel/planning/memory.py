@@ -18,8 +18,6 @@ from parallel.planning.cost.network import NetworkCost
 from parallel.planning.cost.segments import Collective, Segment, SegmentCost
 from parallel.planning.describe import WIDTH, Description, ParameterCount
 from parallel.planning.mesh import Mesh
-from parallel.planning.runtime.memory import fill
-from parallel.planning.runtime.settings import RuntimeSettings
 from parallel.planning.shapes import Dim, Dims
 from parallel.planning.timeline import most_held
 from parallel.sharding.config import ParallelConfig
@@ -187,12 +185,8 @@ class Holdings:
 
 
 def stage_figures(description: Description, cost: NetworkCost, config: ParallelConfig, micro_batches: int,
-                  holdings: Holdings, stage: int, runtime: RuntimeSettings | None = None) -> Stage:
-    """Memory and collectives of one rank of `stage` in one step.
-
-    Args:
-        runtime: of the cluster, if it runs node by node; `cost` has its walks then.
-    """
+                  holdings: Holdings, stage: int) -> Stage:
+    """Memory and collectives of one rank of `stage` in one step."""
     figures = Stage()
     homes = stages_of_units(description.units, config)
     _parameters(figures, holdings, config, micro_batches, homes, stage)
@@ -201,9 +195,7 @@ def stage_figures(description: Description, cost: NetworkCost, config: ParallelC
     _norm(figures, cost.mesh, config)
     memory = figures.memory
     memory.communication = 2 * max((entry.bytes for entry in figures.collectives), default=0)
-    if runtime is not None:
-        _by_walking(figures, description, cost, config, micro_batches, holdings, homes, stage, runtime)
-    elif micro_batches == 1:
+    if micro_batches == 1:
         memory.reused = -min(memory.gradients, memory.activations + memory.weight_copies)
     return figures
 
@@ -238,31 +230,6 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
             for item in members:
                 figures.collectives[Collective(there, (), item.full, "pipeline", "forward", "parameter")] += 1
                 figures.collectives[Collective(back, (), item.full, "pipeline", "backward", "parameter")] += 1
-
-
-def _by_walking(figures: Stage, description: Description, cost: NetworkCost, config: ParallelConfig,
-                micro_batches: int, holdings: Holdings, homes: list[int], stage: int, runtime: RuntimeSettings) -> None:
-    """Memory under a runtime that runs node by node: its fullest moment."""
-    parts, computed_again = [], set()
-    for segment, part in zip(cost.segments, cost.costs, strict=True):
-        if homes[segment.unit] == stage:
-            again = is_recomputed(segment.unit, description.units, config)
-            kept = sum(size for *_, size in _kept_on_stage(segment, part, again, description, cost, homes))
-            parts.append((segment, part, kept))
-            if again:
-                computed_again.add(segment.unit)
-    copies: Counter = Counter()
-    for units, _, total in holdings.groups:
-        here = [unit for unit in units if homes[unit] == stage]
-        if here:
-            copies[max(here)] += total.memory.weight_copies
-    sharded = config.optimizer_shard if config.optimizer_shard > 1 else 1
-    sent = sum(collective.bytes * times for collective, times in figures.collectives.items()
-               if collective.kind == "Send")
-    borrows = any(min(homes[unit] for unit in units) < stage for units, _, _ in holdings.groups
-                  if any(homes[unit] == stage for unit in units))
-    fill(figures.memory, runtime, holdings.optimizer, parts, copies, micro_batches, sharded, sent, borrows,
-         config.pipeline.stages > 1, computed_again)
 
 
 def _times_a_step(collective: Collective, config: ParallelConfig, micro_batches: int) -> int:
@@ -300,7 +267,7 @@ def _activations(figures: Stage, description: Description, cost: NetworkCost, co
         if homes[segment.unit] != stage:
             continue
         again = is_recomputed(segment.unit, description.units, config)
-        for number, dims, size in _kept_on_stage(segment, part, again, description, cost, homes):
+        for number, dims, size in kept_on_stage(segment, part, again, description, cost, homes):
             kept[chunks[segment.unit]][id(segment.items[number].value), dims] = size
             if again and size < cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]:
                 figures.collectives[_gather_back(cost.mesh, size)] += micro_batches
@@ -320,7 +287,7 @@ def _activations(figures: Stage, description: Description, cost: NetworkCost, co
                                            config.pipeline.stages, stage, micro_batches)
 
 
-def _kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description: Description, cost: NetworkCost,
+def kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description: Description, cost: NetworkCost,
                    homes: list[int]) -> Iterator[tuple[int, Dims, int]]:
     """(number, layout, bytes) of every tensor that one segment keeps."""
     config = cost.mesh.config

@@ -28,6 +28,8 @@ from parallel.planning.memory import (
     stage_figures,
     stages_of_units,
 )
+from parallel.planning.runtime.memory import by_walking
+from parallel.planning.runtime.update import update_seconds
 from parallel.planning.timeline import Timeline, bound, timeline
 from parallel.sharding.config import ParallelConfig
 from parallel.task import Task, load_run
@@ -161,7 +163,10 @@ class Planner:
         held = self._held(found, cost, config, count)
         last = config.pipeline.stages - 1
         wanted = sorted({0, min(1, last), last}) if ends_only else range(last + 1)
-        figures = [stage_figures(found, cost, config, count, held, stage, self.cluster.runtime) for stage in wanted]
+        figures = [stage_figures(found, cost, config, count, held, stage) for stage in wanted]
+        if self.cluster.runtime is not None:
+            for stage, own in zip(wanted, figures, strict=True):
+                by_walking(own, found, cost, config, count, held, stage, self.cluster.runtime)
         times = _Times(self.cluster, found, cost, config, figures, list(wanted), self.train.optimizer.name)
         return times.estimate(count, self, exact)
 
@@ -297,7 +302,7 @@ class _Times:
         for way, passes in (("forward", self.forward), ("backward", self.backward)):
             exposed += max((1 - overlap) * seconds[way], seconds[way] - overlap * rounds * sum(passes[stage]))
         if self.cluster.runtime is not None:
-            return exposed, self.cluster.runtime.update_seconds(figures, self.optimizer, self.config.data, count)
+            return exposed, update_seconds(self.cluster.runtime, figures, self.optimizer, self.config.data, count)
         update = figures.memory.parameters / 4 * _UPDATE_BYTES
         rate = self.cluster.memory_bandwidth_gb * 1e9 * self.cluster.efficiency.memory
         return exposed, update / rate

@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from parallel.planning.describe import Description, Op, SymbolicTensor
-from parallel.planning.runtime.walk import SegmentWalk
 from parallel.planning.shapes import Dims
 
 
@@ -52,6 +51,29 @@ class Work:
         self.bytes += other.bytes
         self.kernels += other.kernels
         self.started.update(other.started)
+
+
+@dataclass
+class SegmentWalk:
+    """Bytes of one rank beside what is counted for the stage.
+
+    Args:
+        forward: largest results of the forward pass that are there beside what is kept.
+        backward: of the fullest moment of the backward pass, less `kept`; may be negative.
+        kept: what the backward pass reads, as it is when that begins.
+        gradients: of its parameters, as they are when it has ended.
+        put_off: what the products of weights' gradients read, where these come at the end of a micro-batch.
+        borrowed: the largest of these alone.
+        tables: gradients of parameters that are looked up in.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    kept: int = 0
+    gradients: int = 0
+    put_off: int = 0
+    borrowed: int = 0
+    tables: int = 0
 
 
 @dataclass

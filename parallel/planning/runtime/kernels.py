@@ -8,14 +8,12 @@ are a few kernels each. What a gradient takes differs from one primitive to the 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from parallel.planning.cost.segments import Segment
 from parallel.planning.describe import WIDTH, Op
+from parallel.planning.mesh import Mesh
 from parallel.planning.shapes import PRODUCTS, VIEWS, Dims
-
-if TYPE_CHECKING:
-    from parallel.planning.cost.segments import Segment
-    from parallel.planning.mesh import Mesh
 
 
 class Kernel(NamedTuple):

@@ -7,17 +7,50 @@ are still to be read, and the gradients of the segments behind it; or as the upd
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from parallel.planning.cost.network import NetworkCost
+from parallel.planning.cost.segments import Segment, SegmentCost
+from parallel.planning.describe import Description
+from parallel.planning.memory import Holdings, Memory, Stage, is_recomputed, kept_on_stage, stages_of_units
 from parallel.planning.runtime.settings import RuntimeSettings
-
-if TYPE_CHECKING:
-    from parallel.planning.cost.segments import Segment, SegmentCost
-    from parallel.planning.memory import Memory
+from parallel.sharding.config import ParallelConfig
 
 
-def fill(memory: Memory, runtime: RuntimeSettings, optimizer: str, parts: Sequence[tuple[Segment, SegmentCost, int]],
+def by_walking(figures: Stage, description: Description, cost: NetworkCost, config: ParallelConfig,
+               micro_batches: int, holdings: Holdings, stage: int, runtime: RuntimeSettings) -> None:
+    """Puts the fullest moment in place of the memory that `stage_figures` gives.
+
+    Args:
+        figures: of a rank of `stage`; its memory is changed.
+        description, cost, config, micro_batches, holdings, stage: as of `stage_figures`; `cost` has its walks.
+        runtime: of the cluster.
+    """
+    homes = stages_of_units(description.units, config)
+    parts, computed_again = [], set()
+    for segment, part in zip(cost.segments, cost.costs, strict=True):
+        if homes[segment.unit] == stage:
+            again = is_recomputed(segment.unit, description.units, config)
+            kept = sum(size for *_, size in kept_on_stage(segment, part, again, description, cost, homes))
+            parts.append((segment, part, kept))
+            if again:
+                computed_again.add(segment.unit)
+    copies: Counter = Counter()
+    for units, _, total in holdings.groups:
+        here = [unit for unit in units if homes[unit] == stage]
+        if here:
+            copies[max(here)] += total.memory.weight_copies
+    sharded = config.optimizer_shard if config.optimizer_shard > 1 else 1
+    sent = sum(collective.bytes * times for collective, times in figures.collectives.items()
+               if collective.kind == "Send")
+    borrows = any(min(homes[unit] for unit in units) < stage for units, _, _ in holdings.groups
+                  if any(homes[unit] == stage for unit in units))
+    _fill(figures.memory, runtime, holdings.optimizer, parts, copies, micro_batches, sharded, sent, borrows,
+         config.pipeline.stages > 1, computed_again)
+
+
+def _fill(memory: Memory, runtime: RuntimeSettings, optimizer: str, parts: Sequence[tuple[Segment, SegmentCost, int]],
          copies: dict[int, int], micro_batches: int, sharded: float, sent: int, borrows: bool,
          staged: bool, again: set[int]) -> None:
     """Writes a stage's memory by kind: activations, copies of weights and gradients as they are at the fullest moment.

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from parallel.common.settings import Settings
 from parallel.planning.runtime.kernels import Kernel
 
-if TYPE_CHECKING:
-    from parallel.planning.memory import Stage
-
 _ALIGNED = 8  # elements of 16 bytes in half precision
-_CAST = 6  # bytes of an element that is read in float32 and written in half precision, or the other way about
-_TIED = 18  # of an element whose gradients are two: one is widened, and both are added
-_TOGETHER = 8  # tensors whose squares are summed by one kernel
-_ADDED = 10  # of an element of a gradient that is added to others in float32
+
 
 
 class ProductSettings(Settings):
@@ -157,28 +150,3 @@ class RuntimeSettings(Settings):
         share = width / (width + own.half_width)
         begin = own.backward_us if back else own.forward_us
         return begin * 1e-6 + flops / ((own.backward_tflops if back else own.forward_tflops) * 1e12 * share)
-
-    def update_seconds(self, stage: Stage, optimizer: str, data: int, micro_batches: int) -> float:
-        """From the last gradient to the end of the step, and the copies of weights.
-
-        Args:
-            stage: parameters that a rank updates, and holds.
-            optimizer: whose update.
-            data: ranks over which gradients are summed.
-            micro_batches: whose gradients are added.
-        """
-        own, held = self.update_of(optimizer), stage.memory.parameters / 4
-        several = micro_batches > 1
-        wide = own.wide or data > 1
-        width = 4 if wide or several else 2
-        seconds = self.moving("update", held * (own.bytes + (0 if own.wide else width)), own.kernels * stage.tensors)
-        seconds += self.moving("square", held * width, stage.tensors / _TOGETHER)
-        own_part = held / max(1, stage.parameters)
-        seconds += self.moving("narrow", own_part * stage.copied * _CAST, stage.tensors)
-        seconds += self.moving("pass", stage.tied * _TIED, 2)
-        if several:
-            seconds += self.moving("pass", stage.parameters * (_ADDED * micro_batches + 4),
-                                   stage.tensors * (micro_batches + 1))
-        elif wide:
-            seconds += self.moving("widen", stage.copied * _CAST, stage.tensors)
-        return seconds

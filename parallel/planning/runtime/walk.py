@@ -9,43 +9,16 @@ what the segments before this one keep.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from parallel.planning.cost.forward import ForwardPass
+from parallel.planning.cost.segments import Segment, SegmentWalk
 from parallel.planning.describe import WIDTH, Op
+from parallel.planning.mesh import Mesh
 from parallel.planning.runtime.kernels import SegmentKernels, is_free
 from parallel.planning.shapes import PRODUCTS
 
-if TYPE_CHECKING:
-    from parallel.planning.cost.forward import ForwardPass
-    from parallel.planning.cost.segments import Segment
-    from parallel.planning.mesh import Mesh
-
 _SCRATCH = {"Sigmoid": 2.0, "RmsNorm": 4.0, "SiLU": 3.0, "Abs": 1.0, "ReLU": 1.0, "ReduceMean": 1.0}
 """Results that a gradient makes on the way, in parts of the operation's result."""
-
-
-@dataclass
-class SegmentWalk:
-    """Bytes of one rank beside what is counted for the stage.
-
-    Args:
-        forward: largest results of the forward pass that are there beside what is kept.
-        backward: of the fullest moment of the backward pass, less `kept`; may be negative.
-        kept: what the backward pass reads, as it is when that begins.
-        gradients: of its parameters, as they are when it has ended.
-        put_off: what the products of weights' gradients read, where these come at the end of a micro-batch.
-        borrowed: the largest of these alone.
-        tables: gradients of parameters that are looked up in.
-    """
-
-    forward: int = 0
-    backward: int = 0
-    kept: int = 0
-    gradients: int = 0
-    put_off: int = 0
-    borrowed: int = 0
-    tables: int = 0
 
 
 class Walker:
