@@ -185,6 +185,29 @@ def test_what_cannot_be_opened_is_one_line_with_what_fits(checkpoint, program, m
         open_sharded(settings, tmp_path / "slices")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [True, False])
+def test_int8_weights_in_a_program_write_what_one_process_does(checkpoint, program, quantized, monkeypatch, tmp_path):
+    """From a quantized checkpoint, and from a float one, whose word embedding stays as it is."""
+    from pangu.__main__ import VERBS as PANGU
+    from pangu.generation.backend import load_backend
+
+    folder, path = program
+    settings, place = load_settings(Run, path), checkpoint
+    if quantized:
+        place = tmp_path / "int8"
+        assert main("pangu", PANGU, ["quantize", "--config", str(path), "--checkpoint", str(checkpoint), "--output",
+                                     str(place), "--records", "0"]) == 0
+    prompts = texts(CONFIG.vocabulary_size)
+    wanted = Generator(load_backend(settings, place, not quantized), None).generate_ids(prompts, GREEDY)
+    monkeypatch.setenv("PARALLEL_PROGRAM", str(folder))
+    opened = open_sharded(settings, place, int8=not quantized)
+    found = Generator(opened.backend, None).generate_ids(prompts, GREEDY)
+    assert any(node.op == "Product" for node in opened.rank.graphs["decode"].nodes)
+    same = [one.ids == other.ids for one, other in zip(found, wanted, strict=True)]
+    assert all(same) if quantized else sum(same) >= len(same) // 2
+
+
 def test_equal_prompts_stay_together_and_the_longest_are_spread():
     prompts = [[1] * 5, [2] * 50, [1] * 5, [3] * 40, [4] * 30]
     first, second = dealt(prompts, 2)
