@@ -1,19 +1,20 @@
 """The planner held against measurements: step time and memory of a list of points, predicted and measured.
 
-A point is a config file and overrides; `points/points.yaml` lists those that constants were fitted on and those that
-were held out. On a machine with MindSpore:
+A point is a config file and overrides; `points/points.yaml` lists those that constants were fitted on, those that were
+held out, and layouts of two GPUs. On a machine with MindSpore:
 
     P="python scripts/bench/gpu/planner_points.py"
     $P export --programs programs                                # one program a point
     $P predict --output predicted.json                           # by configs/cluster/h200.yaml
 
-then, with torch and two GPUs (no MindSpore), and where both files are:
+then, with torch and a GPU (no MindSpore; `--nproc 2` for layouts of two GPUs), and where both files are:
 
-    $P measure --programs programs --set held_out --nproc 2 --output measured.jsonl
+    $P measure --programs programs --set held_out --output measured.jsonl
     $P score --predicted predicted.json --measured measured.jsonl --set held_out
 
 Steps run as a CUDA graph on random tokens and ids from start values made on the device; points of one GPU are shared
-out over the GPUs and run at the same time, those of two follow. A step is the median of turns of several back to back.
+out over the GPUs of `--nproc` and run at the same time, those of two follow. A step is the median of turns of several
+back to back.
 `peak_allocated` is `torch.cuda.max_memory_allocated` from before the parameters are made until the captured step has
 run: parameters, moments, and what lives at the fullest moment in the graph's pool; NCCL's buffers and the CUDA context
 are outside it. `--device cpu` measures times of small programs (`--small`) and no memory.
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 _HERE = Path(__file__).resolve().parent
 _TURNS = 5
+KINDS = ("fitted", "held_out", "two_gpus")
 _SMALL = {
     "pangu": ["model.hidden_size=64", "model.heads=4", "model.layers=2", "model.sequence_length=64",
               "model.vocabulary_size=512"],
@@ -53,7 +55,7 @@ def points_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     path, kind = arguments.points, arguments.set
     tree, found = yaml.safe_load(path.read_text(encoding="utf-8")), []
     only = {name for name in arguments.only.split(",") if name}
-    for name in ("fitted", "held_out") if kind == "all" else (kind,):
+    for name in KINDS if kind == "all" else (kind,):
         for item in tree[name]:
             if only and item["name"] not in only:
                 continue
@@ -343,7 +345,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["export", "predict", "measure", "score"])
     parser.add_argument("--points", type=Path, default=_HERE / "points" / "points.yaml", help="list of points")
-    parser.add_argument("--set", default="all", choices=["all", "fitted", "held_out"])
+    parser.add_argument("--set", default="all", choices=["all", *KINDS])
     parser.add_argument("--only", default="", help="names of points with commas between (default: all of the set)")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
     parser.add_argument("--programs", default="programs", help="folder of the exported programs, one a point")
