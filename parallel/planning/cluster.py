@@ -82,7 +82,7 @@ class ClusterSettings(Settings):
     efficiency: EfficiencySettings = EfficiencySettings()
     """Constants of the software."""
     runtime: RuntimeSettings | None = None
-    """A runtime that runs a graph node by node, with a kernel at each (configs/cluster/h200.yaml has one); None = as the
+    """A runtime that runs a graph node by node, a kernel at each (configs/cluster/h200.yaml has one); None = as the
     constants say."""
 
     @property
