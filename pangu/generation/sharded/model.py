@@ -63,8 +63,8 @@ class ShardedModel:
     `checkpoint`, where the weights came from.
 
     Raises:
-        UserError: no such checkpoint or one of another model; int8 weights for a program of several ranks; a program of
-            other settings; a cache larger than the memory that is left.
+        UserError: no such checkpoint or one of another model; a program of other settings; a cache larger than the
+            memory that is left.
     """
 
     def __init__(self, settings: Run, checkpoint: str | Path, int8: bool = False, cache_bytes: int | None = None
@@ -74,7 +74,7 @@ class ShardedModel:
 
         self.program, self.settings, self.int8 = Program(os.environ[PROGRAM]), settings, int8
         check_program(self.program.settings, settings, self.program.folder)
-        opened = self._opened(checkpoint)
+        opened = open_checkpoint(checkpoint, settings.model)
         self.checkpoint = opened.path
         self.identity = opened.identity if isinstance(opened, ForeignCheckpoint) else bytes
         self.member = Member(self.program, os.environ.get(DEVICE, "cpu"))
@@ -85,14 +85,6 @@ class ShardedModel:
         if self.member.rank == 0:
             info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}; a cache of "
                  f"{self.blocks * SLOTS} tokens")
-
-    def _opened(self, checkpoint: str | Path) -> Checkpoint | ForeignCheckpoint:
-        """A checkpoint that this program can run."""
-        opened = open_checkpoint(checkpoint, self.settings.model)
-        if (self.int8 or opened.state.get("quantization") is not None) and self.program.world > 1:
-            raise UserError("int8 weights run on one process", where="--int8" if self.int8 else opened.path,
-                            hint="take the float checkpoint, or leave parallel.op and parallel.pipeline.stages at 1")
-        return opened
 
     def _rank(self, opened: Checkpoint | ForeignCheckpoint) -> InferenceRank:
         """The graphs with this process's part of a checkpoint's weights."""
@@ -116,7 +108,7 @@ class ShardedModel:
         if free is not None and needed > free:
             raise UserError(f"a second model beside the first needs {needed / 1e9:.2f} GB on each device, and "
                             f"{free / 1e9:.2f} GB are left", where="reload", hint="start the server again")
-        return self._rank(self._opened(path))
+        return self._rank(open_checkpoint(path, self.settings.model))
 
     def _backend(self, number: int) -> ShardedBackend:
         runner = SpanRunner(self.models.held[number], self.models.sender(number), self.blocks, self.settings.model,
@@ -133,7 +125,7 @@ class ShardedModel:
         Raises:
             UserError: it cannot be opened here, or not loaded on one of the ranks: then on none.
         """
-        path = str(Path(self._opened(checkpoint).path).resolve())
+        path = str(Path(open_checkpoint(checkpoint, self.settings.model).path).resolve())
         self.backend = self._backend(self.models.load(path))
         return self.backend, path
 

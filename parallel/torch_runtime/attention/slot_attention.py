@@ -16,21 +16,35 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from parallel.torch_runtime.fusion.product_kernels import counts_on
+from parallel.torch_runtime.fusion.product_kernels import counts_on, early_options, fetch
 
 BLOCK = 32
-PROGRAMS = 512
+PROGRAMS = 2048
 """About so many programs share the work."""
 
 
 @triton.jit
 def _slots_kernel(q, k, v, keys, values, write, read, visible, out, parts, counts, groups, slots, each, scale, q_row,
-                  k_row, v_row, heads, HAS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, C: tl.constexpr):
+                  k_row, v_row, heads, HAS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, C: tl.constexpr,
+                  LINES: tl.constexpr, EARLY: tl.constexpr):
     group, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, WIDTH)
     there = d < HAS
     at = head * HAS + d
+    if EARLY:  # old keys and values are no result of the kernel before
+        gdc_launch_dependents()
+        lines = head * HAS + tl.arange(0, LINES) * (HAS // LINES)
+        for begin in range(split * each, tl.minimum((split + 1) * each, slots), C):
+            c = begin + tl.arange(0, C)
+            seen = tl.load(visible + group * slots + c, mask=c < slots, other=0) != 0
+            if tl.max(seen.to(tl.int32), 0) > 0:
+                slot = tl.load(read + group * slots + c, mask=seen, other=0)
+                place = slot.to(tl.int64)[:, None] * (heads * HAS) + lines[None, :]
+                fetch(keys + place)
+                fetch(values + place)
+        gdc_wait()
     query = tl.load(q + group * q_row + at, mask=there, other=0.0).to(tl.float32) * scale
     top, total = -float("inf"), 0.0
     mixed = tl.zeros((WIDTH,), tl.float32)
@@ -113,5 +127,6 @@ def attend(keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, write:
     _slots_kernel[(groups, heads, splits)](
         q, k, v, keys, values, write, read, visible, out, parts, counts_on(q.device), groups, slots,
         triton.cdiv(blocks, splits) * BLOCK, scale, q.stride(0), k.stride(0), v.stride(0), heads, HAS=width,
-        WIDTH=padded, SPLITS=splits, C=BLOCK, num_warps=4)
+        WIDTH=padded, SPLITS=splits, C=BLOCK, LINES=triton.next_power_of_2(max(1, width * keys.element_size() // 128)),
+        num_warps=4, **early_options(q.device))
     return out

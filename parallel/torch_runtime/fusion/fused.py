@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.torch_runtime.fusion import target_attention
+from parallel.torch_runtime.fusion import swiglu, target_attention
 from parallel.torch_runtime.graph import Node
 
 _aten = torch.ops.aten
@@ -31,8 +31,10 @@ def fused_rules(device: torch.device, traced: bool = False) -> dict[str, Callabl
         from parallel.torch_runtime.fusion import kernels
 
         rules |= {"RowSums": kernels.row_sums, "RowSumsGrad": kernels.row_sums_grad, "FusedAdam": _adam_cuda,
-                  "FusedAdagrad": _adagrad_cuda,
+                  "FusedAdagrad": _adagrad_cuda, "FusedSwish": kernels.swish, "FusedSwishGrad": kernels.swish_grad,
                   "SumOfSquares": _sum_of_squares_cuda}
+        if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm_backward", "CUDA"):  # torch 2.9 on
+            rules |= {"RmsNorm": _rms_norm_cuda, "RmsNormGrad": _rms_norm_grad_cuda}
     return rules
 
 
@@ -180,6 +182,14 @@ def _layer_norm_grad(node: Node, x: Tensor, gradient: Tensor, inverse: Tensor, m
                                             [True, True, True])
 
 
+def _rms_norm_cuda(node: Node, x: Tensor, gamma: Tensor, epsilon: float) -> tuple:
+    return _aten._fused_rms_norm(x, [x.shape[-1]], gamma, epsilon)
+
+
+def _rms_norm_grad_cuda(node: Node, gradient: Tensor, x: Tensor, inverse: Tensor, gamma: Tensor) -> tuple:
+    return _aten._fused_rms_norm_backward(gradient.contiguous(), x, [x.shape[-1]], inverse, gamma, [True, True])
+
+
 def _sum_of_squares(node: Node, x: Tensor) -> Tensor:
     return (x * x).sum()
 
@@ -254,5 +264,5 @@ _PLAIN: dict[str, Callable] = {
     "AdamScalars": _scalars,
     "AdagradScalars": _scalars, "FusedAdagrad": _adagrad, "FusedAdam": _adam, "Linear": _linear,
     "DocumentSpans": _document_spans,
-    "SumsOfSquares": _sums_of_squares, **target_attention.RULES,
+    "SumsOfSquares": _sums_of_squares, **target_attention.RULES, **swiglu.RULES,
 }  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 from parallel.torch_runtime.fusion.attention_pass import fuse_attention
 from parallel.torch_runtime.fusion.rewrite import Editor, plain_items
+from parallel.torch_runtime.fusion.swiglu import fuse_swish
 from parallel.torch_runtime.fusion.target_attention import fuse_target_attention
 from parallel.torch_runtime.graph import Graph, Kind, Literal, Node
 
@@ -30,6 +31,7 @@ def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attenti
     if attention:
         fuse_attention(editor, causal)
         fuse_target_attention(editor)
+    fuse_swish(editor)
     fuse_cross_entropy(editor)
     fuse_layer_norm(editor)
     fuse_squares(editor)

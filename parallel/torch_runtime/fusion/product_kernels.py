@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 GROUP = 128
 MOST_ROWS = 64
@@ -41,10 +42,10 @@ class Tile:
 
 
 TILES: dict[tuple[bool, int], Tile] = {
-    (False, 1): Tile(4, 512, 1, 4, 2), (True, 1): Tile(4, 1024, 1, 4, 2),
-    (False, 16): Tile(32, 128, 1, 4, 4), (True, 16): Tile(32, 256, 1, 4, 4),
-    (False, 32): Tile(32, 128, 1, 4, 4), (True, 32): Tile(32, 256, 1, 4, 4),
-    (False, 64): Tile(64, 128, 1, 4, 4), (True, 64): Tile(64, 128, 1, 2, 4),
+    (False, 1): Tile(4, 512, 1, 4, 3), (True, 1): Tile(16, 512, 1, 4, 3),
+    (False, 16): Tile(32, 128, 1, 4, 4), (True, 16): Tile(32, 128, 1, 2, 6),
+    (False, 32): Tile(32, 128, 1, 4, 4), (True, 32): Tile(64, 128, 2, 2, 4),
+    (False, 64): Tile(64, 128, 1, 4, 4), (True, 64): Tile(64, 128, 1, 4, 4),
 }
 """By whether weights are int8 and the rows of a block: what a product runs with unless its shape has one of its own."""
 CHOSEN: dict[tuple, Tile | None] = {}
@@ -59,6 +60,53 @@ def key_of(x: Tensor, w: Tensor) -> tuple:
 def rows_of_block(rows: int) -> int:
     """1, or the least of 16, 32 and 64 that holds so many rows."""
     return 1 if rows == 1 else max(_FEW, triton.next_power_of_2(rows))
+
+
+EARLY = True
+"""Whether kernels begin while the one before them ends (programmatic dependent launch, from Hopper on): what they read
+first, weights, is no result of it, and is on its way to the second-level cache when the activations are ready. Products
+of several rows do not: their blocks are large, and two kernels side by side were slower."""
+AHEAD = 2048  # bytes of an output's weights that are fetched so
+
+
+def early_options(device: torch.device) -> dict[str, bool]:
+    """Options of a launch on a device."""
+    early = EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@triton.jit
+def fetch(pointers):
+    """Asks for the lines of some addresses in the second-level cache."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
+                              dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _wide(b):
+    """float32 of int8s by bit operations, exactly: b + 128 becomes the last byte of 2^23. Hopper's own conversion is
+    slower than reading the weights."""
+    return tl.inline_asm_elementwise("""{
+        .reg .b32 t;
+        xor.b32 t, $4, 0x80808080;
+        prmt.b32 $0, t, 0x4B000000, 0x7440;
+        prmt.b32 $1, t, 0x4B000000, 0x7441;
+        prmt.b32 $2, t, 0x4B000000, 0x7442;
+        prmt.b32 $3, t, 0x4B000000, 0x7443;
+        sub.f32 $0, $0, 0f4B000080;
+        sub.f32 $1, $1, 0f4B000080;
+        sub.f32 $2, $2, 0f4B000080;
+        sub.f32 $3, $3, 0f4B000080;
+        }""", "=f,=f,=f,=f,r", [b], dtype=tl.float32, is_pure=True, pack=4)
+
+
+@triton.jit
+def _begun(weights, first, inputs, LINE: tl.constexpr, LINES: tl.constexpr):
+    """Lets the next kernel begin, fetches the first weights and waits for the kernel before."""
+    gdc_launch_dependents()
+    place = tl.minimum(first + tl.arange(0, LINES) * LINE, inputs - 1)
+    fetch(weights + place[None, :])
+    gdc_wait()
 
 
 @triton.jit
@@ -80,22 +128,26 @@ def _ended(found, scale, bias, extra, HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.cons
 def _row_kernel(x, w, scale, bias, extra, y, parts, counts, inputs, outputs, x_token, w_token, scale_token, y_token,
                 SCALED: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXTRA: tl.constexpr,
                 GELU: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-                O: tl.constexpr, K: tl.constexpr):
+                O: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
+                BITS: tl.constexpr):
     block, token, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     o = block * O + tl.arange(0, O)
     inside = o < outputs
     safe = tl.where(inside, o, 0)
     each = tl.cdiv(tl.cdiv(inputs, K), PARTS) * K
     weights = w + token * w_token + safe.to(tl.int64)[:, None] * inputs
+    if EARLY:
+        _begun(weights, part * each, inputs, LINE, LINES)
     sums = tl.zeros((O, K), tl.float32)
     for begin in tl.range(part * each, tl.minimum((part + 1) * each, inputs), K, num_stages=STAGES):
         k = begin + tl.arange(0, K)
         if EVEN:
             a = tl.load(x + token * x_token + k).to(tl.float32)
-            b = tl.load(weights + k[None, :], eviction_policy="evict_first").to(tl.float32)
+            b = tl.load(weights + k[None, :], eviction_policy="evict_first")
         else:
             a = tl.load(x + token * x_token + k, mask=k < inputs, other=0.0).to(tl.float32)
-            b = tl.load(weights + k[None, :], mask=k[None, :] < inputs, other=0.0).to(tl.float32)
+            b = tl.load(weights + k[None, :], mask=k[None, :] < inputs, other=0)
+        b = _wide(b) if BITS and (SCALED or GROUPED) else b.to(tl.float32)
         if GROUPED:
             b = b * tl.load(scale + token * scale_token + (begin // 128) * outputs + safe)[:, None]
         sums += a[None, :] * b
@@ -170,14 +222,19 @@ def _rows_kernel(x, w, scale, bias, extra, y, parts, counts, rows, inputs, outpu
 
 
 @triton.jit
-def _norm_kernel(x, gamma, beta, y, width, x_row, epsilon, BLOCK: tl.constexpr):
+def _norm_kernel(x, gamma, beta, y, width, x_row, epsilon, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = place < width
+    if EARLY:
+        gdc_launch_dependents()
+    factor = tl.load(gamma + place, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(beta + place, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
     own = tl.load(x + row * x_row + place, mask=inside, other=0.0).to(tl.float32)
     centred = tl.where(inside, own - tl.sum(own, 0) / width, 0.0)
     found = centred * tl.rsqrt(tl.sum(centred * centred, 0) / width + epsilon)
-    found = found * tl.load(gamma + place, mask=inside, other=0.0).to(tl.float32)
-    found = found + tl.load(beta + place, mask=inside, other=0.0).to(tl.float32)
+    found = found * factor + shift
     tl.store(y + row * width + place, found.to(y.dtype.element_ty), mask=inside)
 
 
@@ -225,7 +282,8 @@ def product(x: Tensor, w: Tensor, scale: Tensor | None = None, bias: Tensor | No
     token = 0 if scale is None else scale.stride(0)
     grid = (blocks, tokens, shared)
     if block == 1:
-        _row_kernel[grid](*given, inputs, outputs, x.stride(0), w.stride(0), token, y.stride(0), **options)
+        _row_kernel[grid](*given, inputs, outputs, x.stride(0), w.stride(0), token, y.stride(0), BITS=x.is_cuda,
+                          LINE=128 // w.element_size(), LINES=AHEAD // 128, **early_options(x.device), **options)
     else:
         _rows_kernel[grid](*given, rows, inputs, outputs, x.stride(0), x.stride(1), w.stride(0), token, y.stride(0),
                            M=block, **options)
@@ -238,5 +296,5 @@ def normed(x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float, dtype: torch.
     y = torch.empty(rows, width, dtype=dtype, device=x.device)
     block = triton.next_power_of_2(width)
     _norm_kernel[(rows,)](x, gamma, beta, y, width, x.stride(0), epsilon, BLOCK=block,
-                          num_warps=min(16, max(1, block // 512)))
+                          num_warps=min(16, max(1, block // 512)), **early_options(x.device))
     return y

@@ -138,8 +138,8 @@ class Editor:
 
 
 _BACKWARD = ("LayerNormGrad", "FusedLayerNormGrad", "SoftmaxBackward", "FusedAttentionGrad", "FusedTargetAttentionGrad",
-             "GeLUGrad", "RmsNormGrad", "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad", "SoftmaxGrad", "Receive",
-             "Send")
+             "FusedSwishGrad", "GeLUGrad", "RmsNormGrad", "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad",
+             "SoftmaxGrad", "Receive", "Send")
 
 
 def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...]] = frozenset()) -> list[Node]:
@@ -327,9 +327,11 @@ def only_for_the_update(graph: Graph, waits: dict[int, set[int]]) -> set[int]:
 
 
 def plain_items(editor: Editor) -> None:
-    """TupleGetItem becomes Item, whose index is an attribute."""
+    """TupleGetItem becomes Item, whose index is an attribute, right behind what gives the tuple: a tuple that waits for
+    a reader in the backward pass would keep all its items until then."""
     for node in list(editor.nodes.values()):
         if node.op == "TupleGetItem":
             index = editor.constant(node.inputs[1])
             if isinstance(index, int):
                 editor.change(node, "Item", node.inputs[:1], {"index": index})
+                editor.position[node.number] = editor.position.get(node.inputs[0], editor.position[node.number])

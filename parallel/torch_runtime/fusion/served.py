@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from parallel.torch_runtime.inference.weights import Weights
 
 GROUP = 128
-EIGHT_ROWS = 64
+EIGHT_ROWS = 32
 """Rows up to which products take int8 weights: with more they are no longer bound by reading weights."""
 FLOAT_ROWS = 1
 """Rows up to which products of floating weights [O, K] run in the project's own kernel."""

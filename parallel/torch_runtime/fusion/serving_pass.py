@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from parallel.torch_runtime.fusion.rewrite import Editor, plain_items
+from parallel.torch_runtime.fusion.swiglu import fuse_swish
 from parallel.torch_runtime.fusion.target_attention import fuse_target_attention
 from parallel.torch_runtime.graph import Graph, Kind, Literal, Node
 from parallel.torch_runtime.program import CACHE
@@ -35,6 +36,7 @@ def for_serving(graph: Graph, *, eight: Callable[[str, int], bool] = lambda name
         fuse_norms(editor)
         fuse_slot_attention(editor)
         fuse_target_attention(editor)
+        fuse_swish(editor)
     made = fuse_products(editor, eight, fused)
     if fused:
         join_products(editor, made)

@@ -48,8 +48,8 @@ class InferenceRank:
         compiled: whether what lies between fused nodes is compiled by Inductor; not with int8 weights.
 
     Raises:
-        UserError: the program is none of inference, a parameter is missing or of another shape, or int8 weights for a
-            program of several ranks.
+        UserError: the program is none of inference, a parameter is missing or of another shape, or shards part the
+            groups of int8 weights.
     """
 
     def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool, *,
@@ -63,9 +63,6 @@ class InferenceRank:
                             hint="export it with --graphs and the names of such graphs")
         self.last = program.parallel["op"] * (program.parallel["pipeline"]["stages"] - 1)
         self.slots, self.captured = slots, captured and self.device.type == "cuda"
-        if eight is not None and program.world > 1:
-            raise UserError("int8 weights run on one process", where=program.folder,
-                            hint="take float weights, or export with parallel.op and parallel.pipeline.stages at 1")
         fused = self.device.type == "cuda" if fused is None else fused
         self.compiled = compiled and eight is None
         self.graphs = prepared(self.graphs, fused=fused, eight=eight, compiled=self.compiled)
@@ -115,9 +112,26 @@ class InferenceRank:
                 raise UserError(f"'{name}' has shape {list(value.shape)} in the checkpoint and {list(shape)} in the "
                                 "program", where=self.program.folder,
                                 hint="export the program with the checkpoint's model settings")
-            self.weights.put(name, value)
+            self.weights.put(name, value, self._largest(name, read))
         self.weights.settle()
         return self.weights.state
+
+    def _largest(self, name: str, read: ReadPart) -> Tensor | None:
+        """What int8 weights are scaled by where other ranks have some of their inputs, so that all ranks have the scale
+        of one device; read for this rank's outputs with all inputs."""
+        extent, dim = self.own.extents.get(name), self.weights.inputs_of_eight(name)
+        if extent is None or dim is None:
+            return None
+        (begin, end), size, group = extent[dim], self.program.by_name[name].shape[dim], self.weights.group
+        if end - begin == size:
+            return None
+        if group is not None and size > group:
+            if begin % group or (end % group and end != size):
+                raise UserError(f"a shard of '{name}' has inputs {begin} to {end}, int8 weights a scale for {group}",
+                                where="parallel.op", value=self.program.parallel["op"],
+                                hint=f"take an op whose shards of {size} inputs are multiples of {group}")
+            return None
+        return self.weights.largest(name, tensor_of(read(name, (*extent[:dim], (0, size), *extent[dim + 1:]))))
 
     def _bound(self, kind: str) -> Bound:
         if kind not in self.bound:

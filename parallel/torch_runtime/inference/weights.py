@@ -68,15 +68,29 @@ class Weights:
                 for name in node.attributes["biases"]:
                     self.forms[name].add(node.attributes["dtype"])
 
-    def put(self, name: str, value: Tensor) -> None:
+    def inputs_of_eight(self, name: str) -> int | None:
+        """Which dim of a parameter holds the inputs of int8 products; None where it has none."""
+        if EIGHT not in self.forms[name]:
+            return None
+        return int(self.turned[name]) if len(self.shapes[name]) == 2 else 1
+
+    def largest(self, name: str, value: Tensor) -> Tensor:
+        """[T, O]: largest magnitude of each output's weights, of a parameter that is to be int8."""
+        return self._by_outputs(name, value.to(self.device)).float().abs().amax(-1)
+
+    def put(self, name: str, value: Tensor, largest: Tensor | None = None) -> None:
         """Takes a parameter's values, at first or in place of others.
+
+        Args:
+            name, value: it.
+            largest: what int8 weights are scaled by (`largest`), where the value holds a part of the inputs only.
 
         Raises:
             UserError: a weight that is to be int8 is not finite.
         """
         value = value.to(self.device)
         for form in self.forms[name]:
-            made = self._made(name, value, form)
+            made = self._made(name, value, form, largest)
             if (name, form) in self.parts:
                 for own, new in zip(self.parts[name, form], made, strict=True):
                     own.copy_(new)
@@ -84,15 +98,17 @@ class Weights:
                 self.parts[name, form] = made
         self.state.setdefault(name, self.parts.get((name, self.types[name]), (None,))[0])
 
-    def _made(self, name: str, value: Tensor, form: str) -> tuple[Tensor, ...]:
+    def _by_outputs(self, name: str, value: Tensor) -> Tensor:
+        """A parameter as [T, O, K]."""
+        if value.dim() == 2:
+            return value[None] if self.turned[name] else value.t()[None]
+        return value.transpose(1, 2)
+
+    def _made(self, name: str, value: Tensor, form: str, largest: Tensor | None) -> tuple[Tensor, ...]:
         if form != EIGHT:
             return (value.to(DTYPES[form]).contiguous(),)
-        if value.dim() == 2:
-            value = value[None] if self.turned[name] else value.t()[None]
-        else:
-            value = value.transpose(1, 2)
         try:
-            return quantized(value, self.group)
+            return quantized(self._by_outputs(name, value), self.group, largest)
         except UserError as error:
             raise UserError(error.what, where=name, hint=error.hint) from None
 
@@ -148,8 +164,14 @@ def form_of(node: Node) -> str:
     return EIGHT if node.attributes["eight"] else node.attributes["dtype"]
 
 
-def quantized(value: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+def quantized(value: Tensor, group: int | None = None, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(int8 [T, O, K], scales float32 [T, G, O]) of weights [T, O, K]; see `parallel.layers.int8_numbers.quantize`.
+
+    Args:
+        value: the weights.
+        group: inputs of one scale; None = all.
+        largest: [T, O], the largest magnitudes of outputs that have more inputs than these; None = these are all, or
+            whole groups.
 
     Raises:
         UserError: a weight is not finite.
@@ -161,7 +183,7 @@ def quantized(value: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     for token in range(tokens):  # one token's float32 copy at a time
         for place, begin in enumerate(range(0, inputs, size)):
             part = value[token, :, begin:begin + size].float()
-            scale = part.abs().amax(-1) / 127.0
+            scale = (part.abs().amax(-1) if largest is None else largest[token]) / 127.0
             scale = torch.where(scale == 0.0, 1.0, scale)
             found[token, :, begin:begin + size] = (part / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
             scales[token, place] = scale
@@ -170,18 +192,16 @@ def quantized(value: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     return found, scales
 
 
-
-
 def widening(read: Callable[[str, Any], np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Callable:
-    """A `ReadPart` of whole parameters by that of a quantized checkpoint: int8 weights as float32, in the shapes that a
-    program has. To quantize them again gives the same int8 weights."""
+    """A `ReadPart` by that of a quantized checkpoint, which is read in whole tensors: int8 weights as float32, in the
+    shapes that a program has. To quantize them again gives the same int8 weights."""
 
     def found(name: str, extent: Any) -> np.ndarray:
         value = read(name, None)
-        if value.dtype != np.int8:
-            return value
-        value = dequantize(value, read(name + SCALE, None)).astype(np.float32)
-        # The weight [O, K] of a linear layer is kept as [1, K, O].
-        return value if value.shape == shapes[name] else value.reshape(value.shape[-2:]).T
+        if value.dtype == np.int8:
+            value = dequantize(value, read(name + SCALE, None)).astype(np.float32)
+            # The weight [O, K] of a linear layer is kept as [1, K, O].
+            value = value if value.shape == shapes[name] else value.reshape(value.shape[-2:]).T
+        return value if extent is None else value[tuple(slice(start, stop) for start, stop in extent)]
 
     return found

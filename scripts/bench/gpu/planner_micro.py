@@ -1,6 +1,6 @@
 """What the planner's cluster file needs of a GPU: rates of products by shape, of passes over memory, of collectives.
 
-    python scripts/bench/gpu/planner_micro.py --nproc 2 --output micro.json      # two GPUs: collectives, messages too
+    python scripts/bench/gpu/planner_micro.py --output micro.json                # --nproc 2: collectives, messages too
     python scripts/bench/gpu/planner_micro.py --device cpu --small --output micro.json
 
 Each is captured as a CUDA graph of several launches that rotate among copies of their operands, as a step finds them:
@@ -73,7 +73,7 @@ class Timer:
 
 def products(timer: Timer, small: bool) -> list[list[Any]]:
     """[type, batch, m, n, k, left transposed, right transposed, microseconds] of products [m, k] x [k, n]."""
-    found, limit = [], time.perf_counter() + 25
+    found, limit = [], time.perf_counter() + 16
     for dtype, batch, m, n, k in product_shapes(small):
         for left, right in ((False, True), (False, False), (True, False)):  # forward, by the input, by the weight
             if time.perf_counter() > limit:
@@ -315,6 +315,11 @@ def main() -> int:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.nproc == 1:
+        found = own(arguments, 0)
+        Path(arguments.output).write_text(json.dumps(found) + "\n", encoding="utf-8")
+        print(json.dumps({"measured": [key for key in found if key != "rank"]}))
+        return 0
     if arguments.rank is not None:
         print(json.dumps(own(arguments, arguments.rank)), flush=True)
         os._exit(0)  # captured graphs hold NCCL's communicators, which would wait for each other to be given up

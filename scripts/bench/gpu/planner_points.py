@@ -1,19 +1,20 @@
 """The planner held against measurements: step time and memory of a list of points, predicted and measured.
 
-A point is a config file and overrides; `points/points.yaml` lists those that constants were fitted on and those that
-were held out. On a machine with MindSpore:
+A point is a config file and overrides; `points/points.yaml` lists those that constants were fitted on, those that were
+held out, and layouts of two GPUs. On a machine with MindSpore:
 
     P="python scripts/bench/gpu/planner_points.py"
     $P export --programs programs                                # one program a point
     $P predict --output predicted.json                           # by configs/cluster/h200.yaml
 
-then, with torch and two GPUs (no MindSpore), and where both files are:
+then, with torch and a GPU (no MindSpore; `--nproc 2` for layouts of two GPUs), and where both files are:
 
-    $P measure --programs programs --set held_out --nproc 2 --output measured.jsonl
+    $P measure --programs programs --set held_out --output measured.jsonl
     $P score --predicted predicted.json --measured measured.jsonl --set held_out
 
 Steps run as a CUDA graph on random tokens and ids from start values made on the device; points of one GPU are shared
-out over the GPUs and run at the same time, those of two follow. A step is the median of turns of several back to back.
+out over the GPUs of `--nproc` and run at the same time, those of two follow. A step is the median of turns of several
+back to back.
 `peak_allocated` is `torch.cuda.max_memory_allocated` from before the parameters are made until the captured step has
 run: parameters, moments, and what lives at the fullest moment in the graph's pool; NCCL's buffers and the CUDA context
 are outside it. `--device cpu` measures times of small programs (`--small`) and no memory.
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 _HERE = Path(__file__).resolve().parent
 _TURNS = 5
+KINDS = ("fitted", "held_out", "two_gpus")
 _SMALL = {
     "pangu": ["model.hidden_size=64", "model.heads=4", "model.layers=2", "model.sequence_length=64",
               "model.vocabulary_size=512"],
@@ -53,7 +55,7 @@ def points_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     path, kind = arguments.points, arguments.set
     tree, found = yaml.safe_load(path.read_text(encoding="utf-8")), []
     only = {name for name in arguments.only.split(",") if name}
-    for name in ("fitted", "held_out") if kind == "all" else (kind,):
+    for name in KINDS if kind == "all" else (kind,):
         for item in tree[name]:
             if only and item["name"] not in only:
                 continue
@@ -123,16 +125,15 @@ def batch_of(program: Any, rows: int, seed: int) -> list[np.ndarray]:
     return found
 
 
-def measured(point: dict[str, Any], arguments: argparse.Namespace, rank: int, address: str | None) -> dict[str, Any]:
-    """One point on this process's device: milliseconds of a step, memory, losses of the first steps."""
+def step_of(program: Any, rank: int, device: str, address: str | None) -> Any:
+    """A rank's step whose start values are made on the device; captured on a GPU."""
     import torch
 
     from parallel.torch_runtime.execute import DTYPES
-    from parallel.torch_runtime.program import Program
     from parallel.torch_runtime.step import TorchStep
 
     class Step(TorchStep):
-        """A step whose start values are made on the device."""
+        """With random numbers of the right scale in place of those that the seed gives."""
 
         def _started(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
             held = self.program.by_name.get(name)
@@ -142,55 +143,37 @@ def measured(point: dict[str, Any], arguments: argparse.Namespace, rank: int, ad
                 return torch.full(shape, value, dtype=DTYPES[dtype], device=self.device)
             return torch.randn(shape, dtype=DTYPES[dtype], device=self.device) * float(held.start[1])
 
-    device, cuda = torch.device(arguments.device), arguments.device != "cpu"
+    return Step(program, rank, device=device, mode="eager" if device == "cpu" else "cuda_graph", address=address)
+
+
+def measured(point: dict[str, Any], arguments: argparse.Namespace, rank: int, address: str | None) -> dict[str, Any]:
+    """One point on this process's device: milliseconds of a step, memory, losses of the first steps."""
+    import torch
+
+    from parallel.torch_runtime.program import Program
+
+    cuda, before = arguments.device != "cpu", 0
     if cuda:
-        device = torch.device(f"cuda:{rank}")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(rank)
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    before, begin = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
+        before = torch.cuda.memory_allocated()
+    begin = time.perf_counter()
     program = Program(Path(arguments.programs) / point["name"])
     joint = program.world > 1
-    step = Step(program, rank if joint else 0, device=str(device), mode="cuda_graph" if cuda else "eager",
-                address=address)
-    rows = program.inputs[0][1][0] // step.share[1]
-    batch = batch_of(program, rows, 7 + step.share[0])
-
-    def done() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    losses, feed = [float(step.run("step", batch)[0]) for _ in range(4)], None
-    start = done() - begin
+    step = step_of(program, rank if joint else 0, f"cuda:{rank}" if cuda else "cpu", address)
+    batch = batch_of(program, program.inputs[0][1][0] // step.share[1], 7 + step.share[0])
+    losses = [float(step.run("step", batch)[0]) for _ in range(4)]
     found = {"name": point["name"], "kind": point["kind"], "world": program.world, "losses": losses,
-             "start_s": round(start, 2)}
+             "start_s": round(time.perf_counter() - begin, 2)}
+    call = lambda: step.run("step", batch)  # noqa: E731
     if cuda:
         found |= {"peak_allocated_gb": (torch.cuda.max_memory_allocated() - before) / 1e9,
                   "reserved_gb": torch.cuda.memory_reserved() / 1e9, "before_gb": before / 1e9}
-        bound = next(iter(step.bound.values()))
-        feed = bound.recorded.replay
-    call = feed or (lambda: step.run("step", batch))
-    call()
-    own, begin = None, done()
-    call()
-    own = done() - begin
-    times = int(max(3, min(60, arguments.seconds / max(own, 1e-5))))
-    if joint:
-        times = int(step.communicator.add([float(times)])[0] / program.world)
-    turns = []
-    for _ in range(_TURNS):
-        if joint:
-            step.barrier()
-        begin = done()
-        for _ in range(times):
-            call()
-        turns.append(1e3 * (done() - begin) / times)
-    if joint:
-        turns = [value / program.world for value in step.communicator.add(turns)]
-    found |= {"step_ms": statistics.median(turns), "turns_ms": [round(value, 4) for value in turns], "steps": times}
+        call = next(iter(step.bound.values())).recorded.replay
+    found |= timed(call, step, arguments.seconds, torch.cuda.synchronize if cuda else lambda: None)
     if arguments.profile and cuda:
         found["kernels"] = kernels_of(call)
     if joint:
@@ -199,6 +182,34 @@ def measured(point: dict[str, Any], arguments: argparse.Namespace, rank: int, ad
         found["peak_allocated_gb_by_rank"] = step.communicator.add(peaks)
     step.bound.clear()
     return found
+
+
+def timed(call: Any, step: Any, seconds: float, finish: Any) -> dict[str, Any]:
+    """Milliseconds of a step: the median of turns of about `seconds` each, back to back; of several ranks, their mean.
+
+    Args:
+        call: one step.
+        step: whose ranks begin a turn together.
+        finish: returns when the device has nothing left to do.
+    """
+    def taken(times: int) -> float:
+        finish()
+        begin = time.perf_counter()
+        for _ in range(times):
+            call()
+        finish()
+        return (time.perf_counter() - begin) / times
+
+    taken(1)
+    times = int(max(3, min(60, seconds / max(taken(1), 1e-5))))
+    if step.ranks > 1:
+        times = int(step.exchange([float(times)])[0] / step.ranks)
+    turns = []
+    for _ in range(_TURNS):
+        step.barrier()
+        turns.append(1e3 * taken(times))
+    turns = [value / step.ranks for value in step.exchange(turns)]
+    return {"step_ms": statistics.median(turns), "turns_ms": [round(value, 4) for value in turns], "steps": times}
 
 
 def kernels_of(call: Any) -> list[list[Any]]:
@@ -343,7 +354,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["export", "predict", "measure", "score"])
     parser.add_argument("--points", type=Path, default=_HERE / "points" / "points.yaml", help="list of points")
-    parser.add_argument("--set", default="all", choices=["all", "fitted", "held_out"])
+    parser.add_argument("--set", default="all", choices=["all", *KINDS])
     parser.add_argument("--only", default="", help="names of points with commas between (default: all of the set)")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
     parser.add_argument("--programs", default="programs", help="folder of the exported programs, one a point")

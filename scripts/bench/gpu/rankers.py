@@ -65,7 +65,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder, self.modes = Path(arguments.programs), arguments.modes.split(",")
         self.device = torch.device("cuda:0" if arguments.device == "cuda" else "cpu")
-        self.seconds, self.limit = arguments.seconds, arguments.limit
+        self.seconds, self.limit, self.parts = arguments.seconds, arguments.limit, arguments.parts.split(",")
         self.peak = measured_tflops(self.device, torch.bfloat16)
 
     def figures(self, milliseconds: float, count: float, rows: int) -> dict[str, float]:
@@ -89,6 +89,8 @@ class Bench:
         for part, own, given, plain in (
                 ("dense", dense_part(graph), self._fed(groups, dense_part(graph)), lambda: peer.dense(groups)),
                 ("whole", graph, inputs, lambda: peer.whole(inputs[0]))):
+            if part not in self.parts:
+                continue
             with torch.no_grad():
                 wide = groups if part == "dense" else peer.lookups.wide(peer.weights, inputs[0])
                 wanted = peer.reference(wide)
@@ -269,6 +271,7 @@ def main() -> int:
     parser.add_argument("--run", default="", help="programs of RankMixer, with commas between")
     parser.add_argument("--separated", default="", help="models of which there are separated programs")
     parser.add_argument("--modes", default="cuda_graph,inductor", help="of the runtime; --separated takes the first")
+    parser.add_argument("--parts", default="dense,whole", help="of --run: which parts of the pass")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=0.15, help="of a turn; there are five of each")
     parser.add_argument("--limit", type=int, default=600, help="seconds until a callable is ready; then it is left out")

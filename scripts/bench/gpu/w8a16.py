@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1,4,16,32,64", help="rows of the activations")
+    parser.add_argument("--shapes", help="numbers of some of SHAPES, with commas between")
     parser.add_argument("--device", default=None)
     parser.add_argument("--small", action="store_true", help="small shapes, one tile")
     parser.add_argument("--output", help="JSON file for the times of all tiles")
@@ -54,7 +56,8 @@ def main() -> None:
     copied = copy_bandwidth(device, 1 << (31 if device.type == "cuda" else 22))
     print(f"copy {copied / 1e12:.3f} TB/s (read and written)", flush=True)
     found = []
-    for shape in SMALL if arguments.small else SHAPES:
+    shapes = SMALL if arguments.small else SHAPES
+    for shape in [shapes[int(item)] for item in arguments.shapes.split(",")] if arguments.shapes else shapes:
         for rows in (int(item) for item in arguments.rows.split(",")):
             found.append(measured(shape, rows, device, dtype, cold, arguments.small))
             print(line(found[-1], copied), flush=True)
@@ -123,12 +126,29 @@ def peer(x: Tensor, w_TOK: Tensor, turned: bool, cold: int) -> float:
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second of a copy on the device, read and written."""
-    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+    """Bytes a second of a copy on the device, read and written: the fastest of some copies of float32s."""
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    for _ in range(2):
-        target.copy_(source)
-    return 2.0 * size / tiles.seconds([lambda: target.copy_(source)] * 4, device)
+    times = []
+    for _ in range(6):
+        if device.type != "cuda":
+            begin = time.perf_counter()
+            target.copy_(source)
+            times.append(time.perf_counter() - begin)
+            continue
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(3):
+            target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 3e3)
+        begin.record()
+        torch.add(source, 1.0, out=target)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return 2.0 * size / min(times)
 
 
 def name_of(device: torch.device) -> str:

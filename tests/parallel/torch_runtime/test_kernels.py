@@ -11,7 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are made
 pytest.importorskip("triton")
 
 from parallel.torch_runtime.attention import dropout_attention, flash  # noqa: E402
-from parallel.torch_runtime.fusion import fused, kernels, target_attention  # noqa: E402
+from parallel.torch_runtime.fusion import fused, kernels, swiglu, target_attention  # noqa: E402
 from parallel.torch_runtime.graph import Kind, Node  # noqa: E402
 
 
@@ -100,6 +100,16 @@ def test_adagrad(skipped):
     kernels.adagrad(None, *ours, scalars, gradient)
     fused._adagrad(None, *theirs, scalars, gradient)
     near(ours, theirs)
+
+
+def test_the_gate_of_a_swiglu():
+    torch.manual_seed(0)
+    gradient, g, u = (torch.randn(3, 50, 30) for _ in range(3))
+    near([kernels.swish(None, g, u)], [swiglu.forward(None, g, u)])
+    near(kernels.swish_grad(None, gradient, g, u), swiglu.backward(None, gradient, g, u))
+    g.requires_grad_(), u.requires_grad_()
+    (g * torch.sigmoid(g) * u).backward(gradient)
+    near(kernels.swish_grad(None, gradient, g.detach(), u.detach()), [g.grad, u.grad])
 
 
 def test_target_attention(monkeypatch):
