@@ -12,11 +12,13 @@ from collections.abc import Callable
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.graph.api import _cell_graph_executor
 
 from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.layers.dropout import drops
 from parallel.layers.parameter import start_value
+from parallel.proof.compile.graph import read_graph
 from parallel.sharding.config import ParallelConfig, divides
 from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize, recompute
@@ -90,7 +92,8 @@ class ShardedRun:
         validated, scored: whether the loss without gradients, or a ranker's scores, are wanted too.
         all_reduce: adds lists of floats over all processes; None = AllReduce on the device.
 
-    Attributes: `cell`, what is called with this process's rows; `step`, the step in it; `holder`, for checkpoints.
+    Attributes: `cell`, what is called with this process's rows; `step`, the step in it; `holder`, for checkpoints;
+    `reads`, whether a graph of this process looks at a batch (see `Backend`).
     """
 
     def __init__(self, task: Task, settings: TrainSettings, config: ParallelConfig, processes: Processes, *,
@@ -122,6 +125,10 @@ class ShardedRun:
         self.cell.set_train(True)
         self.cell.compile(*self.inputs)
         self.give_start_values()
+        between = 0 < self.stage < config.pipeline.stages - 1
+        arrays = sum(item.name != SAMPLE_NUMBERS for item in task.inputs)
+        self.reads = not between or any(reads_batches(cell, arrays) for cell in (self.cell, self.loss, self.scores)
+                                        if cell is not None)
 
     @property
     def reports_loss(self) -> bool:
@@ -224,6 +231,13 @@ class ForwardLoss(nn.Cell):
             weight = ops.ones_like(loss)
         parts = self.reshape(self.cast(loss, ms.float32), (1,)), self.reshape(self.cast(weight, ms.float32), (1,))
         return self.join(parts)
+
+
+def reads_batches(cell: nn.Cell, arrays: int) -> bool:
+    """Whether the compiled graph of a cell looks at any of its first `arrays` inputs, the arrays of a batch."""
+    graph = read_graph(_cell_graph_executor._get_func_graph_proto(cell, cell.phase_cache[cell.phase], "mind_ir"))
+    names = [name for name in graph.main.inputs if name not in graph.parameters]
+    return any(name in graph.main.users for name in names[:arrays])
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:
