@@ -93,7 +93,10 @@ class RowTable(Layer):
 
     by_rows = False
     table: Parameter
-    accumulator: Parameter | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accumulator: Parameter | None = None
 
     def keep_accumulator(self, start: float) -> None:
         """Makes `accumulator`, filled with `start`."""
