@@ -14,7 +14,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.layers.embedding import RowTable
 
-_TOP, _GATHER, _SUM = ops.TopK(), ops.Gather(), ops.UnsortedSegmentSum()
+_TOP, _GATHER, _SUM, _FLAT = ops.TopK(), ops.Gather(), ops.UnsortedSegmentSum(), ops.Squeeze(0)
 
 
 def row_tables(network: nn.Cell) -> list[RowTable]:
@@ -59,9 +59,9 @@ def once(asked_RK: Tensor, gradients_RKW: Tensor) -> tuple[Tensor, Tensor]:
     """
     # By K alone, lest the shapes before partitioning (R parts) be written into the graph.
     count, width = asked_RK.shape[1], gradients_RKW.shape[2]
-    asked_K = ops.reshape(ops.strided_slice(asked_RK, (0, 0), (1, count), (1, 1)), (count,))
-    gradients_KW = ops.reshape(ops.strided_slice(gradients_RKW, (0, 0, 0), (1, count, width), (1, 1, 1)),
-                               (count, width))
+    # Nor a Reshape, for whose shape the partitioner puts that of the whole input.
+    asked_K = _FLAT(ops.strided_slice(asked_RK, (0, 0), (1, count), (1, 1)))
+    gradients_KW = _FLAT(ops.strided_slice(gradients_RKW, (0, 0, 0), (1, count, width), (1, 1, 1)))
     if count == 1:
         return asked_K, gradients_KW
     sorted_K, order_K = _TOP(asked_K, count)
