@@ -38,7 +38,10 @@ class HostedRanks(SlicedBackend):
     def __init__(self, backend: SlicedBackend, tables: HostTables) -> None:
         self.backend, self.tables = backend, tables
         self.name, self.rank, self.ranks, self.share = backend.name, backend.rank, backend.ranks, backend.share
-        self.numbered, self.inputs, self.reads = backend.numbered, backend.inputs, backend.reads
+        self.numbered, self.reads = backend.numbered, backend.reads
+        # A batch holds keys, which the network's numbering of a step's rows replaces.
+        kind = "int64" if tables.spec.is_dynamic else "int32"
+        self.inputs = [(name, shape, kind if name == "ids" else dtype) for name, shape, dtype in backend.inputs]
         self.windows = [tensor for tensor in backend.parameters() if is_sparse(tensor.name)]
 
     def _fill(self, ids_BM: np.ndarray, train: bool = False) -> np.ndarray:
