@@ -15,7 +15,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from parallel.training.optimizers.dense import held, make_states
 from parallel.training.settings import OptimizerSettings
 
-_GATHER, _PUT = ops.Gather(), ops.ScatterUpdate()
+_GATHER, _PUT, _TAKE = ops.Gather(), ops.ScatterUpdate(), ops.ScatterSub()
 
 
 def places(rows_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,42 +27,49 @@ def places(rows_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ops.maximum(row_K, ops.zeros_like(row_K)), source_K, ops.expand_dims(row_K >= 0, -1)
 
 
-def moved(parameter: Parameter, row_K: Tensor, touched_K1: Tensor, old_KW: Tensor, new_KW: Tensor) -> Tensor:
-    """Writes rows; those that are not touched keep what they had."""
-    return _PUT(parameter, row_K, ops.select(ops.broadcast_to(touched_K1, old_KW.shape), new_KW, old_KW))
+def moved(state: Parameter, row_K: Tensor, touched_K1: Tensor, old_KW: Tensor, new_KW: Tensor) -> Tensor:
+    """Writes rows of a state; those that are not touched keep what they had."""
+    return _PUT(state, row_K, ops.select(ops.broadcast_to(touched_K1, old_KW.shape), new_KW, old_KW))
+
+
+def stepped(table: Parameter, row_K: Tensor, source_K: Tensor, touched_K1: Tensor, step_KW: Tensor) -> Tensor:
+    """Subtracts the steps of rows, each once. The table is not read: beside the forward pass's read a second one would
+    make MindSpore copy all of it, lest it change under the first."""
+    own_K1 = ops.logical_and(touched_K1, ops.expand_dims(
+        ops.equal(source_K, Tensor(np.arange(row_K.shape[0]), ms.int32)), -1))
+    return _TAKE(table, row_K, ops.select(ops.broadcast_to(own_K1, step_KW.shape), step_KW, ops.zeros_like(step_KW)))
 
 
 def sgd_rows(rate: Tensor, table: Parameter, gradient_KW: Tensor, rows_K: Tensor) -> Tensor:
     """p -= rate g."""
     row_K, source_K, touched_K1 = places(rows_K)
-    g, p = _GATHER(gradient_KW, source_K, 0), _GATHER(table, row_K, 0)
-    return moved(table, row_K, touched_K1, p, p - rate * g)
+    return stepped(table, row_K, source_K, touched_K1, rate * _GATHER(gradient_KW, source_K, 0))
 
 
 def adagrad_rows(rate: Tensor, epsilon: float, mean: bool, table: Parameter, a: Parameter, gradient_KW: Tensor,
                  rows_K: Tensor) -> Tensor:
     """a += g^2 (row-wise: its mean over the row, a [V, 1]), p -= rate g / (sqrt(a) + epsilon)."""
     row_K, source_K, touched_K1 = places(rows_K)
-    g, p, old = _GATHER(gradient_KW, source_K, 0), _GATHER(table, row_K, 0), _GATHER(a, row_K, 0)
+    g, old = _GATHER(gradient_KW, source_K, 0), _GATHER(a, row_K, 0)
     square = ops.square(g)
     if mean:
         square = ops.expand_dims(ops.reduce_sum(square, -1), -1) / g.shape[1]
     new = old + square
-    p_done = moved(table, row_K, touched_K1, p, p - rate * g / (ops.sqrt(new) + epsilon))
-    return ops.depend(p_done, moved(a, row_K, touched_K1, old, new))
+    done = stepped(table, row_K, source_K, touched_K1, rate * g / (ops.sqrt(new) + epsilon))
+    return ops.depend(done, moved(a, row_K, touched_K1, old, new))
 
 
 def adam_rows(rate: Tensor, betas: tuple, corrections: tuple, epsilon: float, table: Parameter, m: Parameter,
               v: Parameter, gradient_KW: Tensor, rows_K: Tensor) -> Tensor:
     """Adam's formula, moments of a row decaying at the steps that use it only."""
     row_K, source_K, touched_K1 = places(rows_K)
-    g, p = _GATHER(gradient_KW, source_K, 0), _GATHER(table, row_K, 0)
+    g = _GATHER(gradient_KW, source_K, 0)
     old_m, old_v = _GATHER(m, row_K, 0), _GATHER(v, row_K, 0)
     new_m = betas[0] * old_m + (1.0 - betas[0]) * g
     new_v = betas[1] * old_v + (1.0 - betas[1]) * ops.square(g)
     step = rate * (new_m / corrections[0]) / (ops.sqrt(new_v / corrections[1]) + epsilon)
-    p_done = moved(table, row_K, touched_K1, p, p - step)
-    return ops.depend(ops.depend(p_done, moved(m, row_K, touched_K1, old_m, new_m)),
+    done = stepped(table, row_K, source_K, touched_K1, step)
+    return ops.depend(ops.depend(done, moved(m, row_K, touched_K1, old_m, new_m)),
                       moved(v, row_K, touched_K1, old_v, new_v))
 
 

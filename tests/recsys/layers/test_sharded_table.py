@@ -84,15 +84,14 @@ def test_four_devices_equal_one(rule):
 
 
 def elements(rows: int, rule: str) -> int:
-    """What all nodes of rank 0's graph of a step write; a ScatterUpdate what it puts into the table."""
-    words = [*LOOKUP, "train.sparse_optimizer.learning_rate=0.1", f"train.sparse_optimizer.name={rule}",
-             f"data.synthetic.users={rows}"]
+    """What all nodes of rank 0's graph of a step write; a ScatterUpdate and a ScatterSub what they are given."""
+    words = [*LOOKUP, f"train.sparse_optimizer.name={rule}", f"data.synthetic.users={rows}"]
     request = Request(4, 0, str(Path("configs/recsys/dlrm_mlp.yaml").resolve()), words)
     graph = read_graph(compile_rank(request).graph)
     nodes = {node.name: node for node in graph.main.nodes}
     total = 0
     for node in graph.main.nodes:
-        if node.op == "ScatterUpdate":
+        if node.op in ("ScatterUpdate", "ScatterSub"):
             total += math.prod(nodes[node.inputs[2]].outputs[0].shape)
         elif node.op not in ("Constant", "Load", "Depend", "UpdateState", "Reshape", "MakeTuple", "TupleGetItem"):
             total += sum(math.prod(kind.shape) for kind in node.outputs)
