@@ -160,6 +160,8 @@ def report_step(result: StepResult, seconds: float) -> dict[str, Any]:
     sizes = more.pop("cluster_sizes", {})
     if sizes:
         table("dedup: clusters", ["documents in a cluster", "clusters"], list(sizes.items())[:20])
+    if figures.documents_in and not figures.documents_out:
+        info(f"nothing is left: {name} removed all {figures.documents_in:,} documents; the table says by which rule")
     more = {"categories": more} if name == "mix" else more
     speed = figures.bytes_in / 1e6 / seconds if seconds > 0 else 0.0
     return {**figures.summary(), **more, "seconds": round(seconds, 3), "mb_per_second": round(speed, 3)}

@@ -24,7 +24,7 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
 
 
 def mindspore_backend(settings: Run) -> Any:
-    """This process on MindSpore: the full model, or its slices of it (Ascend)."""
+    """This process on MindSpore: the full model, or its slices of it (Ascend, or NVIDIA GPUs as an experiment)."""
     from pangu.build import build
     from parallel.training.agreement import graph_key
     from parallel.training.device import set_seed, start_device

@@ -127,7 +127,8 @@ class Ranker(nn.Cell):
         self.settings, self.spec, self.tasks, self.compute_dtype = settings, spec, tasks, compute_dtype
         self.plan = TaskPlan.of(settings.tasks, tasks)
         self.calibration = None
-        self.embedding = FeatureEmbedding(spec, settings.embedding_std, lookup=settings.lookup)
+        self.embedding = FeatureEmbedding(spec, settings.embedding_std, lookup=settings.lookup,
+                                          compute_dtype=compute_dtype)
         self.drop, self.drop_keys = Dropout(settings.dropout, ("batch", None)), DropoutKeys()
 
     token_count: int | None = None  # feature tokens, in rankers that have them

@@ -10,7 +10,7 @@ from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.checkpoint.full import Checkpoint
 from parallel.common.errors import UserError
 from parallel.common.renamed import current_keys
-from parallel.common.settings import load_settings
+from parallel.common.settings import load_settings, validate
 from recsys.data.columns import columns_of, features_of
 from recsys.data.encode import Columns
 from recsys.data.features import Feature, FeatureSpec, assign_columns
@@ -68,11 +68,12 @@ def settings_of(checkpoint: Path, config: str | None = None, stored: bool = Fals
     if config is not None:
         return load_settings(Run.for_file(config, []), config, [])
     kept = Checkpoint(checkpoint).state.get("run")
-    if not kept or "model" not in kept:
+    model = (kept or {}).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("name", ""), str):
         raise UserError("the checkpoint does not say which settings it was trained with", where=checkpoint,
                         hint="name them with --config")
-    kind = StoredRun if stored else run_class(kept["model"].get("name", ""))
-    return kind.model_validate(current_keys(kept))
+    kind = StoredRun if stored else run_class(model.get("name", ""))
+    return validate(kind, current_keys(kept), where=str(checkpoint / "state.json"))
 
 
 def vocabulary_of(checkpoint: Path, settings: Run) -> Vocabulary:

@@ -42,6 +42,9 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
     if _is_flat(settings) and runs_on_torch(settings):
         return train_on_torch(settings)
     listen_early()
+    if settings.parallel.mindspore.device is not None and not _is_flat(settings):
+        raise UserError("MindSpore's CUDA backend trains on encoded logs with tables in the graph only",
+                        where="parallel.mindspore.device", value="GPU", hint="leave it out")
     processes = start_device(settings.parallel.mindspore, key=graph_key(settings.model_dump(mode="json")))
     if reader(settings.data.reader).stream is not None:
         return run_stream(settings, processes)
@@ -88,7 +91,7 @@ def run_stream(settings: Run, processes: Processes) -> dict:
 
 
 def train_sharded(settings: Run, parallel: ParallelConfig, processes: Processes) -> dict:
-    """Trains a ranker of which every process holds slices, on MindSpore (Ascend).
+    """Trains a ranker of which every process holds slices, on MindSpore (Ascend, or NVIDIA GPUs as an experiment).
 
     Raises:
         UserError: the run shares users.

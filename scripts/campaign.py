@@ -1,6 +1,6 @@
 """Kills, damage, wrong input, full disks and slow clients: what must never end in a traceback, half a file or silence.
 
-    python scripts/campaign.py [--minutes 10] [--only inputs,damage,saves,kills,layouts,disk,launch,clients]
+    python scripts/campaign.py [--minutes 10] [--only inputs,damage,resealed,saves,kills,layouts,disk,launch,clients]
                                [--seed N] [--short] [--folder runs/campaign] [--counts FILE]
 
 Each part gets its share of the time. Seeds are printed; a failure is kept in `<folder>/failures/`, its input made as
@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ.setdefault("GLOG_v", "3")
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
-PARTS = {"inputs": 0.25, "damage": 0.15, "saves": 0.05, "kills": 0.2, "layouts": 0.2, "disk": 0.05, "launch": 0.05,
-         "clients": 0.05}
+PARTS = {"inputs": 0.25, "damage": 0.1, "resealed": 0.05, "saves": 0.05, "kills": 0.2, "layouts": 0.2, "disk": 0.05,
+         "launch": 0.05, "clients": 0.05}
 """Parts and their share of the time."""
 
 

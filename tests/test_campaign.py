@@ -33,6 +33,15 @@ def test_ranks_of_a_sharded_layout_are_killed_and_go_on(tmp_path):
     assert figures["counts"]["resumed pangu data 2, sharded optimizer"] == 1
 
 
+@pytest.mark.slow
+def test_files_that_say_something_else_are_taken_or_refused(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "campaign.py"), "--short", "--seed", "1", "--folder",
+                           str(tmp_path), "--only", "resealed"], capture_output=True, text=True, timeout=600)
+    figures = json.loads(done.stdout.strip().split("\n")[-1])
+    assert done.returncode == 0 and figures["failures"] == 0, done.stderr[-3000:]
+    assert figures["counts"]["resealed ranker state.json"] == figures["counts"]["resealed pangu resume"] == 1
+
+
 def test_a_failure_is_made_small():
     sys.path.insert(0, str(ROOT / "scripts"))
     try:

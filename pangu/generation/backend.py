@@ -57,6 +57,9 @@ class Backend:
 
         return self.kernel_runner(sequences * -(-tokens // SLOTS))
 
+    def close(self) -> None:
+        """Nobody generates with it any more: what other processes hold of it is given back."""
+
     def kernel_runner(self, blocks: int) -> Runner:
         """A runner of the C++ kernels with at least this many blocks."""
         from pangu.generation.kernel_runner import KernelRunner

@@ -161,7 +161,8 @@ def fit_prompt(ids: list[int], context: int, vocabulary_size: int, settings: Gen
     """The ids of prompt number `index` that the model will read.
 
     Raises:
-        UserError: no ids, an id outside the vocabulary, or more than `context` ids while `truncate` is off.
+        UserError: no ids, an id outside the vocabulary, more than `context` ids while `truncate` is off, or no room for
+            a single one beside `max_new_tokens` while it is on.
     """
     where = f"prompt {index + 1}"
     if not ids:
@@ -169,7 +170,11 @@ def fit_prompt(ids: list[int], context: int, vocabulary_size: int, settings: Gen
     if min(ids) < 0 or max(ids) >= vocabulary_size:
         raise UserError(f"id outside the vocabulary of {vocabulary_size}", where=where, value=max(ids))
     if settings.truncate:
-        return ids[-max(1, context + 1 - settings.max_new_tokens):]
+        if settings.max_new_tokens > context:
+            raise UserError(f"the context of {context} tokens leaves no room for a prompt",
+                            where="generate.max_new_tokens", value=settings.max_new_tokens,
+                            hint=f"at most {context}, or generate.truncate=false")
+        return ids[-(context + 1 - settings.max_new_tokens):]
     if len(ids) > context:
         raise UserError(f"the prompt is longer than the model's context of {context} tokens", where=where,
                         value=f"{len(ids)} tokens", hint="shorten it, or set generate.truncate=true")

@@ -86,7 +86,7 @@ class CheckpointWeights:
             raise UserError("is quantized already", where="--int8", value=str(path))
         self.stored_int8 = kind is not None
         self._shapes = parameter_shapes(config)
-        self._check(None if kind is None else kind["group"])
+        self._check(None if kind is None else kind.get("group"))
 
     def packed(self) -> PackedWeights:
         """All of them."""

@@ -101,10 +101,12 @@ class BatchingEngine:
         self._inbox: deque[_Running] = deque()
         self._cancelled: set[Handle] = set()
         self._open: dict[Handle, _Running] = {}
-        self._replacement: tuple[Scheduler, str] | None = None
+        self._replacement: tuple[Scheduler, Backend, str] | None = None
+        self._unused: list[Backend] = []
         self._draining = self._closed = False
         self._past, self._requests, self._finished, self._cancellations = Counters(), 0, 0, 0
         self._schedulers = [self._scheduler(backend)]
+        self._backends = {self._schedulers[0]: backend}
         self._thread = threading.Thread(target=self._work, name="generating", daemon=True)
         self._thread.start()
 
@@ -149,11 +151,15 @@ class BatchingEngine:
             raise UserError("this engine was made without a way to load", where="reload")
         with self._load_lock:
             backend, place = self._load(checkpoint)
-            scheduler = self._scheduler(backend)
+            try:
+                scheduler = self._scheduler(backend)
+            except BaseException:
+                backend.close()
+                raise
             with self._wake:
                 if self._closed:
                     raise Draining
-                self._replacement = scheduler, place
+                self._replacement = scheduler, backend, place
                 self._wake.notify_all()
                 self._wake.wait_for(lambda: self._replacement is None or self._closed)
                 return self.version
@@ -231,6 +237,9 @@ class BatchingEngine:
                     return
                 self._take_in()
                 schedulers = list(self._schedulers)
+                unused, self._unused = self._unused, []
+            for backend in unused:
+                backend.close()
             for scheduler in schedulers:
                 self._step(scheduler)
 
@@ -249,7 +258,8 @@ class BatchingEngine:
         self._cancelled.clear()
         if self._replacement is not None:
             old = self._schedulers[-1]
-            scheduler, self.checkpoint = self._replacement
+            scheduler, backend, self.checkpoint = self._replacement
+            self._backends[scheduler] = backend
             self._replacement, self.version = None, self.version + 1
             self._schedulers.append(scheduler)
             for sequence in old.take_unstarted():
@@ -261,6 +271,7 @@ class BatchingEngine:
         for scheduler in self._schedulers[:-1]:
             if scheduler.idle:
                 self._schedulers.remove(scheduler)
+                self._unused.append(self._backends.pop(scheduler))
                 _add(self._past, scheduler.counters)
         self._wake.notify_all()
 
@@ -338,11 +349,6 @@ def _add(total: Counters, more: Counters) -> None:
         setattr(total, name, getattr(total, name) + value)
 
 
-def _cannot_load(checkpoint: str | None) -> tuple[Backend, str]:
-    raise UserError("a model over several processes is not replaced while it serves", where="reload",
-                    hint="start the server again")
-
-
 def start_engine(settings: Run, checkpoint: str | None, engine_settings: EngineSettings,
                  int8: bool = False, sharded: ShardedModel | None = None) -> BatchingEngine:
     """An engine with a run's model, ready: all is compiled.
@@ -353,16 +359,17 @@ def start_engine(settings: Run, checkpoint: str | None, engine_settings: EngineS
             folder.
         engine_settings: batch, cache, queue.
         int8: whether float checkpoints are quantized when they are loaded.
-        sharded: this process's part of a model over several, which has been opened; it cannot be reloaded.
+        sharded: this process's part of a model over several, which has been opened.
 
     Raises:
         UserError: no checkpoint, or one of another model; too large a cache.
     """
     from parallel.checkpoint.folder import resolve_checkpoint
 
-    if sharded is not None:
-        return BatchingEngine(sharded.backend, str(sharded.checkpoint), engine_settings, _cannot_load)
     place = checkpoint or settings.output.directory
+    if sharded is not None:
+        return BatchingEngine(sharded.backend, str(sharded.checkpoint), engine_settings,
+                              lambda path: sharded.load(path or place))
 
     def load(path: str | None) -> tuple[Backend, str]:
         found = resolve_checkpoint(path or place)

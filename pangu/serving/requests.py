@@ -169,8 +169,10 @@ class Reader:
     def _text_prompt(self, text: str, where: str) -> Prompt:
         if len(text) > _CHARACTERS_A_TOKEN * self.context:
             raise self._too_long(where, f"{len(text)} characters")
-        # No text is the beginning of a document.
-        return Prompt(self._fits(self.tokenizer.encode(text) or [self.tokenizer.eot_id], where), text)
+        ids = self.tokenizer.encode(text) if text else [self.tokenizer.eot_id]  # no text: the beginning of a document
+        if not ids:
+            raise bad(where, "the tokenizer writes nothing of this text", text)
+        return Prompt(self._fits(ids, where), text)
 
     def _id_prompt(self, value: list, where: str) -> Prompt:
         ids = self._fits(self._ids(value, where), where)

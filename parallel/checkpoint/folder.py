@@ -22,6 +22,10 @@ INDEX_VERSION = 3
 PARAMETERS_FILE = "parameters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 LAYOUT_PART = re.compile(r"^layout-(\d{5,})-of-(\d{5,})\.json$")
+_STATE = {"step": int, "iteration": int, "skipped": int, "counters": dict, "window": list, "metrics": dict,
+          "early_stop": dict, "companions": dict, "run": dict, "train": dict, "quantization": dict}
+"""What `state.json` holds where it holds it."""
+_IN_WORDS = {int: "no whole number", dict: "no object", list: "no list"}
 _NAME = re.compile(r"^step_(\d{8,})$")
 
 
@@ -94,6 +98,21 @@ def read_sealed_json(path: Path) -> dict:
     return value
 
 
+def read_state(path: Path) -> dict:
+    """`state.json` of the checkpoint at `path`; {} where there is none.
+
+    Raises:
+        UserError: damaged, changed, or a value of another kind than the code writes.
+    """
+    file = path / "state.json"
+    state = read_sealed_json(file) if file.is_file() else {}
+    for name, kind in _STATE.items():
+        value = state.get(name)
+        if not (value is None or type(value) is kind and (kind is not int or 0 <= value < 1 << 63)):
+            raise UserError(f"'{name}' is {_IN_WORDS[kind]}", where=file, value=value, hint="use another checkpoint")
+    return state
+
+
 def damage(path: Path) -> UserError | None:
     """What is wrong with the JSON files of a checkpoint and the presence of the files they name; None if nothing.
 
@@ -103,8 +122,7 @@ def damage(path: Path) -> UserError | None:
         layouts = [entry for entry in path.iterdir() if entry.name == "layout.json" or LAYOUT_PART.match(entry.name)]
         if not layouts:
             return UserError("the checkpoint has no layout", where=path)
-        if (path / "state.json").is_file():
-            read_sealed_json(path / "state.json")
+        read_state(path)
         for layout in layouts:
             for name in sorted(_files_named(layout)):
                 if not inside(path, name).is_file():

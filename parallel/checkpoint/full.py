@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.adapter_names import hint_for_unknown
+from parallel.checkpoint.adapter_names import hint_for_missing, hint_for_unknown
 from parallel.checkpoint.folder import OPTIMIZER_FILE, PARAMETERS_FILE
 from parallel.checkpoint.owners import Disks
 from parallel.checkpoint.sharded import Slices, parameter_of
@@ -124,14 +124,12 @@ def _compare(checkpoint: Slices, kind: str, parameters: Sequence[NamedTensor], e
     wanted = {p.name: p for p in parameters}
     missing = [name for name in wanted if name not in checkpoint.tensors]
     extra = [name for name in checkpoint.names(kind) if name not in wanted]
-    for what, names in (("lacks", missing), ("has the unknown", [] if extents else extra)):
+    for what, names, hint in (("lacks", missing, hint_for_missing),
+                              ("has the unknown", [] if extents else extra, hint_for_unknown)):
         if names:
-            hint = "is it of another model or optimizer?"
-            if names is extra:
-                hint = hint_for_unknown(names, hint)
             more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
             raise UserError(f"the checkpoint {what} parameter {', '.join(names[:_MAX_SHOWN])}{more}",
-                            where=checkpoint.path, hint=hint)
+                            where=checkpoint.path, hint=hint(names, "is it of another model or optimizer?"))
     for name, parameter in wanted.items():
         saved, extent = checkpoint.tensors[name], extents.get(parameter_of(name))
         shape = saved.shape if extent is None else tuple(stop - start for start, stop in extent)

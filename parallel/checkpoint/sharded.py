@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.checkpoint.folder import LAYOUT_PART, read_sealed_json, resolve_checkpoint
+from parallel.checkpoint.folder import LAYOUT_PART, read_state, resolve_checkpoint
 from parallel.checkpoint.index import Written, layout_files, read_layout
 from parallel.checkpoint.owners import Extent, volume
 from parallel.checkpoint.safetensors_file import DTYPES, SafetensorsFile
@@ -80,7 +80,7 @@ class Slices:
         for layout in layouts:
             for item in read_layout(layout):
                 self._add(item)
-        self.state = read_sealed_json(self.path / "state.json") if (self.path / "state.json").is_file() else {}
+        self.state = read_state(self.path)
         for name, tensor in self.tensors.items():
             if not missing:
                 self._check_cover(name, tuple((0, size) for size in tensor.shape), tensor.slices)

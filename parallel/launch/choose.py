@@ -9,6 +9,7 @@ from pathlib import Path
 
 from parallel.common.errors import UserError
 from parallel.sharding.config import ParallelConfig
+from parallel.training.device import check_precision
 from parallel.training.settings import RunSettings
 
 
@@ -29,7 +30,8 @@ def choose(config: ParallelConfig, precision: str = "fp32", dropout: float = 0.0
     """The backend for a resolved layout.
 
     `auto` takes MindSpore where it can run the layout (everything on Ascend; one device and data parallelism on the
-    CPU) and torch elsewhere; MindSpore's CUDA backend is never chosen.
+    CPU) and torch elsewhere; MindSpore's CUDA backend is taken where `parallel.mindspore.device` says so, and never by
+    itself.
 
     Args:
         config: resolved.
@@ -45,6 +47,8 @@ def choose(config: ParallelConfig, precision: str = "fp32", dropout: float = 0.0
         raise UserError(f"it says how torch runs a graph, and MindSpore runs this one ({choice.reason})",
                         where="parallel.execution", value=config.execution,
                         hint="set it to auto, or parallel.backend to torch")
+    if choice.backend == "mindspore":
+        check_precision(precision, choice.device)
     if config.fuses_otherwise and choice.device != "Ascend":
         raise UserError(f"gradients are fused into groups on Ascend, and {choice.backend} runs this one on "
                         f"{choice.device} ({choice.reason})", where="parallel.gradient_fusion_groups",
@@ -64,6 +68,9 @@ def choice_of(settings: RunSettings, ranks: int) -> Choice:
 
 
 def _chosen(config: ParallelConfig, needed: str) -> Choice:
+    if config.mindspore.device is not None:
+        _need("mindspore")
+        return Choice("mindspore", config.mindspore.device, "parallel.mindspore.device says so")
     if has_ascend() and config.backend != "torch":
         return Choice("mindspore", "Ascend", "all layouts run there")
     if config.backend == "mindspore":

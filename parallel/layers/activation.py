@@ -8,6 +8,7 @@ from typing import Literal
 import mindspore
 from mindspore import Tensor, ops
 
+from parallel.layers.parameter import casts_factors
 from parallel.sharding.layout import Layer, Operand, OpSharding
 
 Gelu = Literal["tanh", "fast", "erf"]
@@ -35,17 +36,22 @@ class GELU(Layer):
         self.divide, self.erf, self.one_more, self.half = ops.Mul(), ops.Erf(), ops.Add(), ops.Mul()
         self.linear = 2.0 * math.sqrt(2.0 / math.pi)
         self.cubic = self.linear * 0.044715
+        self.casts_factors = casts_factors()
 
     def construct(self, x_NF: Tensor) -> Tensor:
         if self.kind == "erf":
-            cdf_NF = self.one_more(self.erf(self.divide(x_NF, math.sqrt(0.5))), 1.0)
-            return self.half(self.gate(x_NF, cdf_NF), 0.5)
+            cdf_NF = self.one_more(self.erf(self.divide(x_NF, self.like(x_NF, math.sqrt(0.5)))), 1.0)
+            return self.half(self.gate(x_NF, cdf_NF), self.like(x_NF, 0.5))
         if not self.written_out:
             return self.fused(x_NF)
         if self.kind == "fast":
-            return self.gate(x_NF, self.sigmoid(self.scale(x_NF, 1.702)))
+            return self.gate(x_NF, self.sigmoid(self.scale(x_NF, self.like(x_NF, 1.702))))
         slope_NF = self.shift(self.scale(self.square(x_NF, x_NF), self.cubic), self.linear)
         return self.gate(x_NF, self.sigmoid(self.argument(x_NF, slope_NF)))
+
+    def like(self, x_NF: Tensor, factor: float) -> Tensor | float:
+        """The factor as this device multiplies it."""
+        return ops.cast(factor, x_NF.dtype) if self.casts_factors else factor
 
     def sharding(self) -> list[OpSharding]:
         wide = self.wide

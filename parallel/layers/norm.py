@@ -59,8 +59,8 @@ class RMSNorm(Layer):
         compute_dtype: type of the result.
         stream: named axes that shard the input's dims; the last must be None.
 
-    On the CPU, which has no such kernel, it is `FusedRMSNorm`, or written out where there is no C++ compiler; elsewhere
-    `ops.RmsNorm` is used.
+    On the CPU, which has no such kernel, it is `FusedRMSNorm`, or written out where there is no C++ compiler. On NVIDIA
+    GPUs, which have none either, it is written out; on Ascend `ops.RmsNorm` is used.
     """
 
     def __init__(self, width: int, *, epsilon: float = 1e-6, compute_dtype: mstype = mstype.float32,
@@ -68,7 +68,7 @@ class RMSNorm(Layer):
         super().__init__()
         self.compute_dtype, self.stream, self.epsilon = compute_dtype, stream, epsilon
         self.gamma = parameter((width,), "ones", shard_optimizer=False)
-        self.written_out = mindspore.get_context("device_target") == "CPU"
+        self.written_out = mindspore.get_context("device_target") != "Ascend"
         self.normalise = None if self.written_out else RmsNorm(epsilon)
         self.square, self.mean, self.shift = ops.Square(), ops.ReduceMean(keep_dims=True), ops.Add()
         self.rsqrt, self.divide, self.scale = ops.Rsqrt(), ops.Mul(), ops.Mul()

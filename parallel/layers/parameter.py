@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
@@ -50,3 +51,9 @@ def initialize(network: nn.Cell, seed: int) -> None:
     for name, item in network.parameters_and_names():
         if hasattr(item, "start"):
             item.set_data(Tensor(start_value(name, item.shape, item.start, seed), item.dtype))
+
+
+def casts_factors() -> bool:
+    """Whether a number that tensors are multiplied by is to be cast to their type first: MindSpore's CUDA backend has
+    no product of a float16 tensor and a Python number."""
+    return mindspore.get_context("device_target") == "GPU"

@@ -10,6 +10,7 @@ from pydantic import Field
 from parallel.common.settings import Settings
 from parallel.planning.cost.segments import Collective, Work
 from parallel.planning.mesh import Mesh
+from parallel.planning.runtime.settings import RuntimeSettings
 
 
 class LinkSettings(Settings):
@@ -80,6 +81,8 @@ class ClusterSettings(Settings):
     tp-comm-overlap, MindSpeed's mc2)."""
     efficiency: EfficiencySettings = EfficiencySettings()
     """Constants of the software."""
+    runtime: RuntimeSettings | None = None
+    """A runtime that runs a graph node by node and reads and writes memory at each; None = as the constants say."""
 
     @property
     def usable_bytes(self) -> int:
@@ -88,6 +91,8 @@ class ClusterSettings(Settings):
 
     def seconds_of(self, work: Work) -> float:
         """Time of a rank's cores for `work`: products by size, the rest by memory traffic, none below the least."""
+        if self.runtime is not None:
+            return self.runtime.seconds_of(work.started)
         own = self.efficiency
         peak, memory = self.peak_tflops * 1e12, self.memory_bandwidth_gb * 1e9 * own.memory
         seconds = 0.0

@@ -139,11 +139,17 @@ class Stage:
         memory: bytes by kind.
         collectives: all of one step with how often they run.
         parameters: elements of this stage's model part, uncut.
+        tensors: its parameters.
+        copied: elements that have a half-precision copy.
+        tied: elements that several of the stage's units use.
     """
 
     memory: Memory = field(default_factory=Memory)
     collectives: Counter = field(default_factory=Counter)
     parameters: int = 0
+    tensors: int = 0
+    copied: int = 0
+    tied: int = 0
 
 
 class Holdings:
@@ -156,6 +162,7 @@ class Holdings:
     """
 
     def __init__(self, slices: list[Slice], mesh: Mesh, optimizer: OptimizerSettings) -> None:
+        self.optimizer = optimizer.name
         self.states = STATES[optimizer.name] + (1 if optimizer.name == "rmsprop" and optimizer.momentum else 0)
         groups: dict[tuple[int, ...], list[Slice]] = {}
         for item in slices:
@@ -169,8 +176,10 @@ class Holdings:
             total.memory.optimizer += self.states * 4 * (item.bytes // WIDTH[item.count.dtype])
             total.memory.gradients += item.full
             total.parameters += item.full // WIDTH[item.count.dtype]
+            total.tensors += 1
             if item.count.cast not in (None, item.count.dtype):
                 total.memory.weight_copies += item.full // WIDTH[item.count.dtype] * WIDTH[item.count.cast]
+                total.copied += item.full // WIDTH[item.count.dtype]
             _gradient(total, item, mesh)
         return total
 
@@ -208,6 +217,10 @@ def _parameters(figures: Stage, holdings: Holdings, config: ParallelConfig, micr
         full = micro_batches > 1 and config.optimizer.level == 1
         memory.gradients += total.memory.gradients if full else total.memory.parameters
         figures.parameters += total.parameters
+        figures.tensors += total.tensors
+        figures.copied += total.copied
+        if len(units) > 1 and len(shared) == 1:
+            figures.tied += total.parameters
         if stage == min(shared) or config.optimizer_shard > 1:
             # Else a borrower sends its part as it is: the owner sums over the ranks once they are added.
             for collective, times in total.collectives.items():
@@ -254,7 +267,7 @@ def _activations(figures: Stage, description: Description, cost: NetworkCost, co
         if homes[segment.unit] != stage:
             continue
         again = is_recomputed(segment.unit, description.units, config)
-        for number, dims, size in _kept_on_stage(segment, part, again, description, cost, homes):
+        for number, dims, size in kept_on_stage(segment, part, again, description, cost, homes):
             kept[chunks[segment.unit]][id(segment.items[number].value), dims] = size
             if again and size < cost.mesh.local(dims) * WIDTH[segment.items[number].dtype]:
                 figures.collectives[_gather_back(cost.mesh, size)] += micro_batches
@@ -274,7 +287,7 @@ def _activations(figures: Stage, description: Description, cost: NetworkCost, co
                                            config.pipeline.stages, stage, micro_batches)
 
 
-def _kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description: Description, cost: NetworkCost,
+def kept_on_stage(segment: Segment, part: SegmentCost, again: bool, description: Description, cost: NetworkCost,
                    homes: list[int]) -> Iterator[tuple[int, Dims, int]]:
     """(number, layout, bytes) of every tensor that one segment keeps."""
     config = cost.mesh.config

@@ -28,6 +28,8 @@ from parallel.planning.memory import (
     stage_figures,
     stages_of_units,
 )
+from parallel.planning.runtime.memory import by_walking
+from parallel.planning.runtime.update import update_seconds
 from parallel.planning.timeline import Timeline, bound, timeline
 from parallel.sharding.config import ParallelConfig
 from parallel.task import Task, load_run
@@ -127,10 +129,13 @@ class Planner:
     def cost(self, config: ParallelConfig, micro_batches: int) -> NetworkCost:
         """The cost of a micro-batch; equal for all layouts that differ in pipeline, optimizer or recompute alone."""
         key = (config.data, config.op, config.expert, config.sequence, config.vocabulary, micro_batches,
-               tuple(config.recompute.cells), config.optimizer_shard if config.optimizer_shard < config.data else 0)
+               tuple(config.recompute.cells), config.optimizer_shard if config.optimizer_shard < config.data else 0,
+               config.pipeline.stages > 1 and self.cluster.runtime is not None)
         if key not in self._costs:
             found, parts = self.description(micro_batches, config.data)
-            self._costs[key] = network_cost(found, config, parts, tuple(self.cluster.fused))
+            runtime = self.cluster.runtime
+            wide = runtime is not None and runtime.update_of(self.train.optimizer.name).wide
+            self._costs[key] = network_cost(found, config, parts, tuple(self.cluster.fused), runtime, wide)
         known = self._costs[key]
         known.mesh.config = config
         return known
@@ -159,7 +164,10 @@ class Planner:
         last = config.pipeline.stages - 1
         wanted = sorted({0, min(1, last), last}) if ends_only else range(last + 1)
         figures = [stage_figures(found, cost, config, count, held, stage) for stage in wanted]
-        times = _Times(self.cluster, found, cost, config, figures, list(wanted))
+        if self.cluster.runtime is not None:
+            for stage, own in zip(wanted, figures, strict=True):
+                by_walking(own, found, cost, config, count, held, stage, self.cluster.runtime)
+        times = _Times(self.cluster, found, cost, config, figures, list(wanted), self.train.optimizer.name)
         return times.estimate(count, self, exact)
 
 
@@ -176,13 +184,15 @@ class _Times:
     """Seconds of one layout."""
 
     def __init__(self, cluster: ClusterSettings, found: Description, cost: NetworkCost, config: ParallelConfig,
-                 figures: list[Stage], stages_given: list[int]) -> None:
+                 figures: list[Stage], stages_given: list[int], optimizer: str) -> None:
+        self.optimizer = optimizer
         self.cluster, self.config, self.figures, self.stages_given = cluster, config, figures, stages_given
         self.network = Network(cluster, cost.mesh)
         self.transfer = self._transfer(cost, found)
         stages, chunks = config.pipeline.stages, config.pipeline.interleave
         self.forward = [[0.0] * chunks for _ in range(stages)]
         self.backward = [[0.0] * chunks for _ in range(stages)]
+        self.late = [[0.0] * chunks for _ in range(stages)] if cluster.runtime is not None else None
         self.shares = [Counter() for _ in range(stages)]
         homes, pieces = stages_of_units(found.units, config), chunks_of_units(found.units, config)
         known: dict[tuple, tuple] = {}
@@ -195,6 +205,9 @@ class _Times:
             self.forward[homes[segment.unit]][pieces[segment.unit]] += forward
             self.backward[homes[segment.unit]][pieces[segment.unit]] += backward
             self.shares[homes[segment.unit]].update(shares)
+            if self.late is not None:
+                self.late[homes[segment.unit]][pieces[segment.unit]] += cluster.runtime.late_seconds(
+                    part.backward.started)
 
     def _segment(self, part: SegmentCost, again: bool) -> tuple[float, float, dict[str, float]]:
         cluster = self.cluster
@@ -239,7 +252,8 @@ class _Times:
         if stages == 1:
             passes = count * loads[0]
         elif exact:
-            line = timeline(config.pipeline.schedule, self.forward, self.backward, count, self.transfer)
+            line = timeline(config.pipeline.schedule, self.forward, self.backward, count, self.transfer,
+                            self.late)
             passes = line.end
         else:
             passes = bound(loads, count, chunks) + 2 * (stages - 1) * self.transfer
@@ -287,6 +301,8 @@ class _Times:
         overlap, exposed = self.cluster.efficiency.overlap, 0.0
         for way, passes in (("forward", self.forward), ("backward", self.backward)):
             exposed += max((1 - overlap) * seconds[way], seconds[way] - overlap * rounds * sum(passes[stage]))
+        if self.cluster.runtime is not None:
+            return exposed, update_seconds(self.cluster.runtime, figures, self.optimizer, self.config.data, count)
         update = figures.memory.parameters / 4 * _UPDATE_BYTES
         rate = self.cluster.memory_bandwidth_gb * 1e9 * self.cluster.efficiency.memory
         return exposed, update / rate

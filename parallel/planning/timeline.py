@@ -96,7 +96,7 @@ def needs(stage: int, item: Pass, stages: int, chunks: int) -> tuple[int, Pass] 
 
 
 def timeline(schedule: str, forward: list[list[float]], backward: list[list[float]], micro_batches: int,
-             transfer: float = 0.0) -> Timeline:
+             transfer: float = 0.0, late: list[list[float]] | None = None) -> Timeline:
     """Start and end of every pass by following dependencies.
 
     Args:
@@ -104,6 +104,8 @@ def timeline(schedule: str, forward: list[list[float]], backward: list[list[floa
         forward, backward: seconds of one micro-batch, by stage and chunk.
         micro_batches: how many.
         transfer: seconds from one stage's end to the next stage's start.
+        late: seconds at the end of a backward pass, by stage and chunk, after what it sends is ready (gradients of
+            weights, where they come last); None = none.
     """
     stages, chunks = len(forward), len(forward[0])
     orders = [order(schedule, stages, stage, micro_batches, chunks) for stage in range(stages)]
@@ -121,6 +123,8 @@ def timeline(schedule: str, forward: list[list[float]], backward: list[list[floa
                 break
             free = done[stage][-1][2] if done[stage] else 0.0
             arrived = 0.0 if before is None else ends[before] + (transfer if before[0] != stage else 0.0)
+            if late is not None and before is not None and before[1].kind == "B":
+                arrived -= late[before[0]][before[1].chunk]
             start = max(free, arrived)
             end = start + (forward if item.kind == "F" else backward)[stage][item.chunk]
             ends[stage, item] = end

@@ -55,6 +55,9 @@ class RecomputeConfig(Settings):
 class MindSporeConfig(Settings):
     """How MindSpore runs its graphs; none of it shapes them. null leaves what MindSpore and CANN take by themselves."""
 
+    device: Literal["GPU"] | None = None
+    """GPU: MindSpore's own CUDA backend on NVIDIA GPUs, an experimental target that proves the path of a cluster and is
+    slow (docs/mindspore_cuda.md). null: Ascend where there is one, else the CPU."""
     jit_level: Literal["O0", "O1", "O2"] | None = None
     """Optimisation of the back end: O0 kernel by kernel, O1 fused kernels, O2 the whole graph sunk (Ascend only)."""
     compile_cache: str | None = None
@@ -202,6 +205,10 @@ class ParallelConfig(Settings):
 
     def _check(self) -> None:
         stages, shard = self.pipeline.stages, self.optimizer.shard
+        if self.mindspore.device is not None and self.backend != "mindspore":
+            raise UserError("MindSpore's CUDA backend is experimental and is never chosen by itself",
+                            where="parallel.mindspore.device", value=self.mindspore.device,
+                            hint="set parallel.backend to mindspore too")
         if shard == 0 or (shard > 0 and self.data % shard):
             raise UserError(f"must divide the data axis ({self.data})", where="parallel.optimizer.shard", value=shard,
                             hint="use -1 for all of the data axis")

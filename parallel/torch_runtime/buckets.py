@@ -1,7 +1,8 @@
 """Buckets of collectives: those of one kind, type and group that nobody waits for yet begin together, as one launch.
 
 A gradient's AllReduce is small beside what a link carries, and the launches of some hundred cost more than the bytes.
-So a collective is held back until its bucket is full, or until somebody reads the result of one that is in it.
+So a collective is held back until its bucket is full, or until somebody reads the result of one that is in it; but not
+a large one that the forward or the backward pass waits for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from parallel.torch_runtime.groups import JOINED
 
 FULL = 48 << 20
 """Bytes of a bucket that begins without waiting for more."""
+
+AWAITED = "awaited"
+"""Mark of a collective whose result more than the update waits for."""
+
+LARGE = 1 << 20
+"""Bytes of such a collective that is never held back."""
 
 
 def bucketed(items: Sequence[Any], graph: Graph, joins: frozenset[tuple[int, ...]], reads: Callable[[Any], list[int]],
@@ -61,6 +68,8 @@ def _key(item: Any, graph: Graph, joins: frozenset[tuple[int, ...]]) -> tuple | 
     if not isinstance(item, Node) or item.op not in JOINED or len(item.outputs) != 1:
         return None
     group = tuple(graph.groups[item.attributes["group"]])
+    if item.marks.get(AWAITED) and item.outputs[0].bytes >= LARGE:
+        return None
     if len(group) == 1 or group not in joins or not (item.op == "AllReduce" or item.outputs[0].shape):
         return None
     return item.op, group, str(item.attributes.get("op") or "sum"), item.outputs[0].dtype

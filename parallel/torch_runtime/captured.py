@@ -33,8 +33,9 @@ class Captured:
         self.result: Any = None
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
-        """One step."""
+        """One step; inputs that are not on the device are copied there."""
         if self.recorded is None:
+            inputs = [item.to(self.device) for item in inputs]
             if self.steps < _WARM_UP:
                 self.steps += 1
                 return self._beside(inputs)

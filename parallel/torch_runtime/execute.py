@@ -19,7 +19,7 @@ from parallel.common.errors import UserError
 from parallel.torch_runtime.buckets import bucketed
 from parallel.torch_runtime.graph import COLLECTIVES, Graph, Literal, Node
 from parallel.torch_runtime.groups import Communicator, Pending
-from parallel.torch_runtime.rules import RULES, UPDATES, VIEWS, WRITES
+from parallel.torch_runtime.rules import ANSWERS, RULES, UPDATES, VIEWS, WRITES
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,
           "int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64,
@@ -290,6 +290,9 @@ class Binder:
         if not self.graph.is_parameter(target):
             raise UserError(f"{node.op} writes what is no parameter", where=node.scope)
 
+        if node.op in ANSWERS:
+            return lambda values: rule(node, *[values[i] for i in inputs])
+
         def call(values: list) -> Any:
             rule(node, *[values[i] for i in inputs])
             return values[target].clone() if copied else values[target]
@@ -400,7 +403,7 @@ def hazards(graph: Graph, aliases: dict[int, int]) -> tuple[dict[int, set], set[
         if node.number in aliases:
             continue
         writes = written_by(graph, node, aliases)
-        shared: set[tuple[int, int]] = {(writes[0], node.number)} if writes else set()
+        shared: set[tuple[int, int]] = {(writes[0], node.number)} if writes and node.op not in ANSWERS else set()
         if node.op in VIEWS or node.op in COLLECTIVES:
             for number in read:
                 source = aliases.get(number, number)

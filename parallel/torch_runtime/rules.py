@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -167,9 +167,18 @@ def _made(node: Node, *inputs: Any) -> Tensor:
     return torch.full(ints(inputs[0]), value.item() if isinstance(value, Tensor) else value, dtype=dtype)
 
 
+def _numbers(nested: Any) -> Iterator[int]:
+    """All numbers of nested lists, in order."""
+    if isinstance(nested, (list, tuple)):
+        for item in nested:
+            yield from _numbers(item)
+    else:
+        yield int(nested)
+
+
 @rule("Pad")
 def _pad(node: Node, x: Tensor) -> Tensor:
-    flat = [int(item) for pair in node.attributes["paddings"] for item in (pair if isinstance(pair, list) else [pair])]
+    flat = list(_numbers(node.attributes["paddings"]))
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
     return nnf.pad(x, [size for pair in reversed(pairs) for size in pair])
 
@@ -470,5 +479,7 @@ UPDATES |= {
     "InplaceZero": lambda node, p, *_: p.zero_(),
     "InplaceCopy": lambda node, p, value, *_: p.copy_(value),
 }
-WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3}
+WRITES = {**dict.fromkeys(UPDATES, 1), "AdamWeightDecay": 3, "FusedAdam": 3, "FusedAdagrad": 2, "SlotAttention": 2}
 """How many of its first inputs a primitive (or a fused node) writes; those that write none are not named."""
+ANSWERS = {"SlotAttention"}
+"""Those of WRITES whose result is not the first of what they write."""

@@ -32,6 +32,8 @@ from parallel.training.operation.stall import waiting
 MODES = ("exact", "eager", "cuda_graph", "inductor")
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
                 torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_DATA_SHEETS = {"H200": 989.0, "H100 80GB HBM3": 989.0, "H100 PCIe": 756.0, "A100": 312.0}
+"""TFLOP/s in float16 and bfloat16 by a part of the name that the driver gives a GPU (NVIDIA's data sheets)."""
 
 
 class TorchTensor:
@@ -91,9 +93,6 @@ class TorchStep(SlicedBackend):
         self.mode, self.floating = mode, floating
         if mode == "cuda_graph" and self.device.type != "cuda":
             raise UserError("CUDA graphs need a GPU", where="mode", value=mode, hint="set it to eager")
-        if mode == "inductor" and self.device.type == "cuda" and int(program.parallel.get("op", 1)) > 1:
-            raise UserError("compiled regions have given wrong losses under op on GPUs (docs/measurements/gpu.md)",
-                            where="parallel.execution", value=mode, hint="set it to cuda_graph")
         self.own = program.ranks[rank]
         layout = program.parallel
         self.share = (self.own.data, int(layout["data"]))
@@ -221,6 +220,13 @@ class TorchStep(SlicedBackend):
         """Measured speed of a large matrix product in the type of `precision` on this device."""
         return measured_tflops(self.device, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision,
                                                                                                torch.float32))
+
+    def data_sheet_tflops(self, precision: str) -> float | None:
+        """See `Backend`; of some NVIDIA GPUs, without sparsity."""
+        if self.device.type != "cuda" or precision not in ("fp16", "bf16"):
+            return None
+        return next((tflops for name, tflops in _DATA_SHEETS.items()
+                     if name in torch.cuda.get_device_name(self.device)), None)
 
     def profiler(self, folder: Path) -> Callable[[], None]:
         """Begins to profile; the function ends it and writes `folder/rank_<r>.json`, a trace for chrome://tracing."""

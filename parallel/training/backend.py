@@ -105,6 +105,10 @@ class Backend(ABC):
     def peak_tflops(self, precision: str) -> float | None:
         """Speed of a large matrix product in the type of `train.precision` on one device, measured; None = unknown."""
 
+    def data_sheet_tflops(self, precision: str) -> float | None:
+        """What the maker of the device states for dense products in the type of `train.precision`; None = unknown."""
+        return None
+
     @abstractmethod
     def profiler(self, folder: Path) -> Callable[[], None]:
         """Begins to profile this process into `folder`; the function ends it."""

@@ -83,6 +83,6 @@ def restore_all(companions: Iterable[Companion], states: dict[str, Any], where: 
         if companion.name in states:
             try:
                 companion.restore(states[companion.name])
-            except (KeyError, TypeError, ValueError, IndexError):
+            except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
                 raise UserError(f"the state of '{companion.name}' in the checkpoint is damaged", where=where,
                                 hint="use another checkpoint") from None

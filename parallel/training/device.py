@@ -20,7 +20,7 @@ class Processes:
         rank: its number, from 0.
         ranks: how many there are.
         group: the communication group of all of them, None for a single process.
-        target: "CPU" or "Ascend".
+        target: "CPU", "Ascend", or "GPU" (MindSpore's CUDA backend).
     """
 
     rank: int
@@ -35,19 +35,24 @@ def start_device(options: MindSporeConfig | None = None, *, key: str = "", targe
     Args:
         options: `parallel.mindspore`; None = the defaults.
         key: of what is compiled (`agreement.graph_key`): MindSpore's cache of graphs looks at the sources only.
-        target: "CPU", "Ascend", or None for what this MindSpore finds.
+        target: "CPU", "Ascend", or None for `options.device`, or what this MindSpore finds (Ascend or the CPU).
 
     Raises:
-        UserError: Ascend is asked for and not there.
+        UserError: Ascend or a GPU is asked for and not there.
     """
     import mindspore
 
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
-    if target is not None and target != mindspore.get_context("device_target"):
-        try:
-            mindspore.set_device(target)
-        except (RuntimeError, ValueError):
-            raise UserError("this device is not available", where="device", value=target, hint="use CPU") from None
+    if target is None and options is not None:
+        target = options.device
+    found = mindspore.get_context("device_target")
+    if target is None and found == "GPU":
+        target = "CPU"  # where CUDA_HOME is set MindSpore takes the GPU by itself, which is for those who ask for it
+    if target == "GPU":
+        # A kernel that is missing is an error then; else MindSpore would take the CPU's and copy, and say nothing.
+        os.environ.setdefault("MS_DISABLE_KERNEL_BACKOFF", "1")
+    if target is not None and (target != found or target == "GPU"):
+        _set_device(target)
     target = mindspore.get_context("device_target")
     if options is not None:
         _set_options(options, key, target)
@@ -57,6 +62,26 @@ def start_device(options: MindSporeConfig | None = None, *, key: str = "", targe
 
     init()
     return Processes(get_rank(), get_group_size(), GlobalComm.WORLD_COMM_GROUP, target)
+
+
+def _set_device(target: str) -> None:
+    import mindspore
+
+    try:
+        mindspore.set_device(target)
+    except (RuntimeError, ValueError):
+        if target == "GPU":
+            raise UserError("MindSpore's CUDA backend does not load here", where="parallel.mindspore.device",
+                            value=target, hint="docs/mindspore_cuda.md says which libraries it needs") from None
+        raise UserError("this device is not available", where="device", value=target, hint="use CPU") from None
+
+
+def check_precision(precision: str, target: str) -> None:
+    """Raises a `UserError` if MindSpore has no kernels on `target` for `train.precision`; what the CPU lacks is left to
+    the packages, which know a way out."""
+    if target == "GPU" and precision == "bf16":
+        raise UserError("MindSpore's CUDA kernels lack bfloat16", where="train.precision", value=precision,
+                        hint="take fp16 or fp32, or parallel.backend=torch")
 
 
 def _set_options(options: MindSporeConfig, key: str, target: str) -> None:
@@ -72,6 +97,9 @@ def _set_options(options: MindSporeConfig, key: str, target: str) -> None:
         place = os.path.abspath(os.path.join(options.compile_cache, key))
         os.makedirs(place, exist_ok=True)
         os.environ |= {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": place}
+    if options.deterministic and target == "GPU":
+        raise UserError("MindSpore's CUDA kernels have no deterministic form", where="parallel.mindspore.deterministic",
+                        value=True, hint="leave it out")
     if options.deterministic:
         os.environ["HCCL_DETERMINISTIC"] = "true"
         mindspore.set_deterministic(True)

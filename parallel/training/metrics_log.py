@@ -12,6 +12,7 @@ from pathlib import Path
 from parallel.common.files import atomic_write, explain_os_error
 from parallel.common.json_text import dump_json
 from parallel.common.lines import split_lines
+from parallel.common.progress import info
 from parallel.common.structured import BadText, parse_object
 
 _FLUSH_SECONDS = 30.0
@@ -60,12 +61,17 @@ class MetricsLog:
             self._events.close()
 
     def draw(self, path: str | Path, title: str) -> None:
-        """Draws training and validation loss over the steps as a PNG; nothing if there is no point yet."""
+        """Draws training and validation loss over the steps as a PNG; nothing if there is no point yet or no
+        matplotlib."""
         curves = {name: self.series(name) for name in ("loss", "validation_loss")}
         if not any(steps for steps, _ in curves.values()):
             return
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            info(f"{path} is not drawn: matplotlib is not installed")
+            return
 
         # Without pyplot, whose registry keeps every figure's canvas alive: a drawing would cost about 1 MB for good.
         figure = Figure(figsize=(8, 4.5), dpi=100)
@@ -177,18 +183,18 @@ class Clock:
         """Units per second over the run."""
         return self.units * self.steps / self.seconds if self.seconds else None
 
-    def _share(self, rate: float | None) -> float | None:
-        if rate is None or not self.flops or not self.peak_tflops:
+    def _share(self, rate: float | None, tflops: float | None) -> float | None:
+        if rate is None or not self.flops or not tflops:
             return None
-        return rate / self.units * self.flops / (self.peak_tflops * 1e12 * self.ranks)
+        return rate / self.units * self.flops / (tflops * 1e12 * self.ranks)
 
     def mfu(self) -> float | None:
         """Share of the peak over the last steps, in [0, 1]."""
-        return self._share(self.rate())
+        return self._share(self.rate(), self.peak_tflops)
 
-    def mean_mfu(self) -> float | None:
-        """Share of the peak over the run, in [0, 1]."""
-        return self._share(self.mean_rate())
+    def mean_mfu(self, tflops: float | None = None) -> float | None:
+        """Share of the peak (or of `tflops` of a device) over the run, in [0, 1]."""
+        return self._share(self.mean_rate(), self.peak_tflops if tflops is None else tflops)
 
     def shown(self, units: str) -> dict[str, str]:
         """For the progress bar."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.checkpoint.tensors import NamedTensor, ParameterTensor
 from parallel.common.errors import UserError
@@ -20,7 +20,9 @@ from parallel.layers.parameter import start_value
 from parallel.training.backend import Backend, Batch, Outputs, SlicedBackend
 from parallel.training.data_source import DataSource
 from parallel.training.device import DeviceSum, DeviceSwap
+from parallel.training.one_stream import on_gpu
 from parallel.training.operation.stall import waiting
+from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.sharded.run import ShardedRun
 from parallel.training.step import TrainStep
 
@@ -65,6 +67,9 @@ class MindSporeBackend(Backend):
         """See `Backend`."""
         from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
+        if on_gpu():
+            raise UserError("the profiler of MindSpore's CUDA backend is not supported", where="train.profile",
+                            hint="leave it out, or take parallel.backend=torch")
         on_ascend = ms.get_context("device_target") == "Ascend"
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.NPU] if on_ascend else [])
         running = profile(activities=kinds, on_trace_ready=tensorboard_trace_handler(
@@ -90,9 +95,9 @@ class MindSporeBackend(Backend):
         """See `Backend` (Ascend only, never run by us).
 
         Raises:
-            UserError: the device is the CPU.
+            UserError: the device is another.
         """
-        if ms.get_context("device_target") == "CPU":
+        if ms.get_context("device_target") != "Ascend":
             raise UserError("data sink needs an Ascend device", where="train.data_sink", hint="set it to false")
         self._mode(True)
         sink = ms.data_sink(self.cell, source.mindspore_dataset(first, steps), sink_size=size)
@@ -143,7 +148,9 @@ class MindSporeBackend(Backend):
         self.exchange([0.0])
 
     def peak_tflops(self, precision: str) -> float | None:
-        """See `Backend`; measured on the CPU only."""
+        """See `Backend`; measured on the CPU and on NVIDIA GPUs."""
+        if on_gpu():
+            return chained_matmul_tflops(getattr(ms, COMPUTE_DTYPES[precision]))
         return measured_matmul_tflops() if ms.get_context("device_target") == "CPU" else None
 
     def close(self) -> None:
@@ -151,7 +158,7 @@ class MindSporeBackend(Backend):
 
 
 class ShardedBackend(MindSporeBackend, SlicedBackend):
-    """A network of which every process holds slices (Ascend).
+    """A network of which every process holds slices (Ascend, or NVIDIA GPUs as an experiment).
 
     Args:
         run: the compiled run.
@@ -210,3 +217,33 @@ def measured_matmul_tflops(size: int = 1536, repeats: int = 5) -> float:
         ops.matmul(a, b).asnumpy()
         best = min(best, time.perf_counter() - started)
     return 2.0 * size**3 / best / 1e12
+
+
+class _Chain(nn.Cell):
+    """The product of `count` equal square matrices, one after the other."""
+
+    def __init__(self, matrix: Tensor, count: int) -> None:
+        super().__init__()
+        self.matrix, self.count, self.matmul = Parameter(matrix, requires_grad=False), count, ops.MatMul()
+
+    def construct(self) -> Tensor:
+        product = self.matrix
+        for _ in range(self.count):
+            product = self.matmul(product, self.matrix)
+        return product[0, 0]
+
+
+def chained_matmul_tflops(dtype: ms.Type, size: int = 4096, lengths: tuple[int, int] = (8, 40)) -> float:
+    """Speed of a size x size matrix product on a GPU, TFLOP/s: by how much a graph of `lengths[1]` products takes
+    longer than one of `lengths[0]`, so that neither launch nor copies count; the best of three each."""
+    generator = np.random.default_rng(0)
+    matrix = Tensor((generator.standard_normal((size, size), np.float32) / math.sqrt(size)), dtype)
+    seconds = []
+    for length in lengths:
+        chain, best = _Chain(matrix, length), math.inf
+        for _ in range(4):  # the first compiles
+            started = time.perf_counter()
+            chain().asnumpy()
+            best = min(best, time.perf_counter() - started)
+        seconds.append(best)
+    return 2.0 * size**3 * (lengths[1] - lengths[0]) / max(seconds[1] - seconds[0], 1e-9) / 1e12

@@ -20,6 +20,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from parallel.layers.dropout import connect_dropout
 from parallel.layers.fused import squares_kernel
 from parallel.sharding.trainable import Trainable
+from parallel.training.one_stream import last_reduction
 from parallel.training.optimizers.row_gradients import separated, slots_for
 from parallel.training.optimizers.run import Optimizer
 from parallel.training.settings import LossScaleSettings, TrainSettings
@@ -255,6 +256,7 @@ class TrainStep(nn.Cell):
         self.share = (rank, ranks)  # which rows of a global batch this process is fed with
         self.step = Parameter(Tensor(0, ms.int32), name="step", requires_grad=False)
         self.iteration = Parameter(Tensor(0, ms.int32), name="iteration", requires_grad=False)
+        self.last = last_reduction()
         self.set_train(True)
 
     def construct(self, *batch: Tensor) -> tuple:
@@ -274,6 +276,9 @@ class TrainStep(nn.Cell):
         if self.clip_norm is not None:
             factor = factor * (self.clip_norm / ops.maximum(norm, Tensor(self.clip_norm, ms.float32)))
         rate = self.optimizer.learning_rate(self.step)
+        if self.last is not None:
+            # What a branch asks for, so that it comes before the branch, where the other AllReduces are.
+            finite = ops.depend(finite, self.last(ops.depend(rate, (loss, norm))))
         self.apply_gradients(gradients, factor, finite, rows)
         return (loss, norm, finite, scale, rate), gradients, factor
 
@@ -282,13 +287,15 @@ class TrainStep(nn.Cell):
         norm = self.norm(gradients) * factor
         return norm, ops.isfinite(norm)
 
-    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor, rows: tuple) -> None:
-        """Moves parameters, moments and counters, or the counters alone if the step is not `finite`."""
+    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor, rows: tuple) -> Tensor:
+        """Moves parameters, moments and counters, or the counters alone if the step is not `finite`; returns the new
+        `iteration`, since a None that comes out of a branch is made by Python on the host, which no device takes."""
         if finite:
             self.update(gradients, factor, rows)
-        ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
+        iteration = ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
         if self.loss_scale.dynamic:
             self.loss_scale(finite)
+        return iteration
 
     def update(self, gradients: tuple, factor: Tensor, rows: tuple) -> Tensor:
         """Moves parameters, moments and `step`."""

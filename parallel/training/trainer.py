@@ -261,10 +261,13 @@ class Trainer:
     def figures(self) -> dict[str, Any]:
         """The JSON line of the run: steps, last training loss, metrics, speed, MFU, newest checkpoint, where it ran."""
         loss = self.log.series("loss")[1] if self.log is not None else []
+        stated = self.backend.data_sheet_tflops(self.settings.precision)
+        sheet = {} if stated is None else {"mfu_of_data_sheet": self.clock.mean_mfu(stated),
+                                           "data_sheet_tflops": stated}
         return {
             "steps": self.iteration, "loss": loss[-1] if loss else self.last.get("loss"), **self.metrics,
             f"{self.plan.units}_per_second": self.clock.mean_rate(), "mfu": self.clock.mean_mfu(),
-            "peak_tflops": self.clock.peak_tflops,
+            "peak_tflops": self.clock.peak_tflops, **sheet,
             "checkpoint": str(self.saver.newest) if self.saver.newest is not None else None, "stopped": self.stopped_by,
             "backend": self.backend.name, "layout": self.plan.layout, "world": self.backend.ranks, **self.more_figures,
         }
@@ -384,7 +387,7 @@ class Trainer:
             if watch is not None and self.early_stop["bad"] >= watch.patience:
                 self.stopped_by = "early_stop"
             self.metrics = {k: math.nan if v is None else v for k, v in state["metrics"].items()}
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError("the checkpoint's state.json is damaged", where=path,
                             hint="use another checkpoint") from None
         self.saver.newest = path

@@ -168,26 +168,31 @@ class TargetAttention(Layer):
         width: W.
         hidden: width of the unit's hidden layer (36 in the paper; Swish instead of its Dice).
         length: L.
+        missing_row: id of padding.
+        compute_dtype: type of the unit's products; rows are weighed and summed in float32.
 
     Source: Deep Interest Network (arXiv 1706.06978) eq. 3.
     """
 
-    def __init__(self, width: int, hidden: int, length: int, missing_row: int) -> None:
+    def __init__(self, width: int, hidden: int, length: int, missing_row: int,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         self.width, self.length = width, length
         self.present = Present(missing_row)
-        self.first = Linear(4 * width, hidden, style=None, std=math.sqrt(2.0 / (4 * width + hidden)), rows=length)
-        self.second = Linear(hidden, 1, style=None, std=math.sqrt(2.0 / (hidden + 1)), rows=length)
+        self.first = Linear(4 * width, hidden, style=None, std=math.sqrt(2.0 / (4 * width + hidden)), rows=length,
+                            compute_dtype=compute_dtype)
+        self.second = Linear(hidden, 1, style=None, std=math.sqrt(2.0 / (hidden + 1)), rows=length,
+                             compute_dtype=compute_dtype)
         self.expand, self.tile, self.minus, self.times = ops.ExpandDims(), ops.Tile(), ops.Sub(), ops.Mul()
         self.concat, self.reshape = ops.Concat(axis=-1), ops.Reshape()
-        self.sigmoid, self.swish = ops.Sigmoid(), ops.Mul()
+        self.sigmoid, self.swish, self.cast = ops.Sigmoid(), ops.Mul(), ops.Cast()
         self.mask, self.weigh, self.sum = ops.Mul(), ops.Mul(), ops.ReduceSum()
 
     def construct(self, query_BW: Tensor, rows_BLW: Tensor, ids_BL: Tensor) -> Tensor:
         query_BLW = self.tile(self.expand(query_BW, 1), (1, self.length, 1))
         pairs = self.concat((query_BLW, rows_BLW, self.minus(query_BLW, rows_BLW), self.times(query_BLW, rows_BLW)))
         hidden_NH = self.first(self.reshape(pairs, (-1, 4 * self.width)))
-        weight_N1 = self.second(self.swish(hidden_NH, self.sigmoid(hidden_NH)))
+        weight_N1 = self.cast(self.second(self.swish(hidden_NH, self.sigmoid(hidden_NH))), mstype.float32)
         weight_BL1 = self.mask(self.reshape(weight_N1, (-1, self.length, 1)), self.present(ids_BL))
         return self.sum(self.weigh(rows_BLW, weight_BL1), 1)
 
@@ -226,6 +231,7 @@ class FeatureEmbedding(Layer):
         std: sigma of the tables' start.
         tables: those of a larger spec that this one is a part of; None makes new ones.
         lookup: how they are looked up when they are sharded (`recsys.settings.LookupSettings`); None = `Table`.
+        compute_dtype: type of the products of target attention.
 
     Inputs: ids_BM int32 (rows of the tables), numbers_BN float32. Output: (groups, sequences): one tensor a group in
     the order of `spec.groups`; sequences: (rows_BLW, mask_BL1) for each sequence that is kept as a sequence (pooling:
@@ -233,9 +239,9 @@ class FeatureEmbedding(Layer):
     """
 
     def __init__(self, spec: FeatureSpec, std: float, tables: dict[int, Table] | None = None,
-                 lookup: Any = None) -> None:
+                 lookup: Any = None, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
-        self.widths = tuple(spec.tables)
+        self.widths, self.compute_dtype = tuple(spec.tables), compute_dtype
         def made(rows: int, width: int) -> Layer:
             if lookup is not None and lookup.by == "alltoall":
                 return ShardedTable(rows, width, std, lookup.capacity_factor, lookup.rounds)
@@ -294,7 +300,7 @@ class FeatureEmbedding(Layer):
                     kind = "attention" if feature.pooling == "attention" else "pool"
                     query = place[feature.target] if kind == "attention" else len(poolings)
                     plan.append((kind, place[feature.name], query, len(poolings)))
-                    poolings.append(_pooling(feature, spec.slots[feature.name]))
+                    poolings.append(_pooling(feature, spec.slots[feature.name], self.compute_dtype))
             plans.append(tuple(plan))
             joins.append(Join(max(1, len(plan))))
         self.plans, self.kept = tuple(plan for plan in plans if plan), tuple(kept)
@@ -412,9 +418,9 @@ def runs_of_numbers(spec: FeatureSpec) -> list[list[NumericSlot]]:
     return sorted(runs, key=lambda run: run[0].column)
 
 
-def _pooling(feature: Feature, slot: Slot) -> Layer:
+def _pooling(feature: Feature, slot: Slot, compute_dtype: mstype) -> Layer:
     if feature.pooling == "attention":
-        return TargetAttention(slot.width, feature.attention_size, slot.length, slot.offset)
+        return TargetAttention(slot.width, feature.attention_size, slot.length, slot.offset, compute_dtype)
     return Pooling(feature.pooling, slot.offset)
 
 

@@ -20,6 +20,7 @@ from parallel.common.errors import UserError
 from parallel.common.progress import info
 from parallel.launch.inference import DEVICE, PROGRAM, compare_settings
 from recsys.passes.tasks import inference_kinds, shapes_inference, sizes_of
+from recsys.passes.weights import is_eight
 from recsys.saved_model import vocabulary_of
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class ShardedRanker:
         verb: says which passes there are.
 
     Raises:
-        UserError: no such checkpoint, one of another model or features, int8 weights, a program of other settings.
+        UserError: no such checkpoint, one of another model or features, int8 weights for a program of several ranks, a
+            program of other settings.
     """
 
     def __init__(self, settings: Run, checkpoint: Path | None, verb: str) -> None:
@@ -57,12 +59,13 @@ class ShardedRanker:
         if missing:
             raise UserError(f"the program holds no {missing[0]} graph", where=program.folder,
                             hint=f"export it with --graphs {','.join(inference_kinds(settings, verb))}")
-        if checkpoint is not None:
-            check_checkpoint(settings, checkpoint)
+        kind = check_checkpoint(settings, checkpoint, program) if checkpoint is not None else None
         self.program, self.kinds = program, program.inference_kinds
         self.member = Member(program, os.environ.get(DEVICE, "cpu"))
         read = reading(program, checkpoint)
-        self.rank = InferenceRank(program, self.member, read, 0, settings.parallel.execution in _CAPTURED)
+        self.rank = InferenceRank(program, self.member, read, 0, settings.parallel.execution in _CAPTURED,
+                                  eight=is_eight if kind is not None else None, group=(kind or {}).get("group"),
+                                  compiled=settings.parallel.execution == "inductor")
         self._next: dict[str, Any] = {}
         if self.first:
             info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}")
@@ -122,9 +125,9 @@ class ShardedRanker:
         from parallel.torch_runtime.inference.rank import tensor_of
 
         read, found = reading(self.program, Path(checkpoint)), {}
-        for name, held in self.rank.state.items():
+        for name, shape in self.rank.weights.shapes.items():
             value = tensor_of(read(name, self.rank.own.extents.get(name)))
-            if value.shape != held.shape:
+            if tuple(value.shape) != shape:
                 raise UserError(f"'{name}' has another shape", where=checkpoint)
             found[name] = value
         return found
@@ -132,7 +135,7 @@ class ShardedRanker:
     def take(self, values: dict[str, Any]) -> None:
         """Puts what `read` gave in place."""
         for name, value in values.items():
-            self.rank.state[name].copy_(value)
+            self.rank.weights.put(name, value)
 
     def lead_take(self, checkpoint: Path, values: dict[str, Any]) -> None:
         """`take` on all ranks of the group, of values that this one has read; called by its first rank alone."""
@@ -144,22 +147,32 @@ class ShardedRanker:
 def reading(program: Any, checkpoint: Path | None) -> Any:
     """`read(name, extent)` of the part of a parameter: of a checkpoint, or of the start values."""
     if checkpoint is not None:
-        return Slices(checkpoint).read
+        if Checkpoint(checkpoint).state.get("quantization") is None:
+            return Slices(checkpoint).read
+        from parallel.torch_runtime.inference.weights import widening
+
+        return widening(Slices(checkpoint).read, {tensor.name: tensor.shape for tensor in program.tensors})
     from parallel.torch_runtime.program import start_of
 
     return lambda name, extent: start_of(program.by_name[name], extent, program.seed)
 
 
-def check_checkpoint(settings: Run, path: Path) -> None:
-    """Raises a `UserError` unless a checkpoint can be read into shards of the run's passes."""
+def check_checkpoint(settings: Run, path: Path, program: Any) -> dict[str, Any] | None:
+    """How a checkpoint is quantized, if it is.
+
+    Raises:
+        UserError: it cannot be read into shards of the run's passes.
+    """
     opened = Checkpoint(path)
-    if opened.state.get("quantization") is not None:
+    kind = opened.state.get("quantization")
+    if kind is not None and program.world > 1:
         raise UserError("int8 weights run on one process", where=path,
                         hint="take the float checkpoint, or leave parallel.op and parallel.pipeline.stages at 1")
     own = vocabulary_of(path, settings).sizes()
     if any(sizes_of(settings).get(name, count) != count for name, count in own.items()):
         raise UserError("the checkpoint has another vocabulary than the passes were compiled for", where=path,
                         hint="set data.vocabulary to its vocabulary.json")
+    return kind
 
 
 class GroupScores:

@@ -21,6 +21,8 @@ from recsys.tables.names import is_sparse
 if TYPE_CHECKING:
     from recsys.settings import Run
 
+LEFT = frozenset({"embedding", "head", "auxiliary", "router", "infer_router", "train_router"})
+"""Names of cells whose weights stay floating: embeddings and heads are small, and a router's choice is not smooth."""
 
 class Weights:
     """Reads parameters by name.
@@ -94,6 +96,11 @@ class Weights:
                 keys = np.arange(known.sum()) if feature.is_dynamic else entries.keys[known]
                 own[FIRST_KNOWN + keys] = entries.values[known]
         return whole
+
+
+def is_eight(name: str) -> bool:
+    """Whether a parameter may have int8 weights: what is not in the embedding, a head or a router."""
+    return not LEFT.intersection(name.split("."))
 
 
 def rows_of(ids_BM: np.ndarray, spec: FeatureSpec, whole: FeatureSpec, keys: dict[str, np.ndarray]) -> np.ndarray:

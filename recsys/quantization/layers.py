@@ -13,9 +13,8 @@ from mindspore import Parameter, Tensor, nn
 from parallel.layers import int8
 from parallel.layers.int8 import QuantizedGroupedLinear, QuantizedNetwork, fused_swiglu
 from parallel.layers.int8_numbers import count_groups
+from recsys.passes.weights import LEFT
 from recsys.ug_sep.split_swiglu import SplitSwiGLU
-
-_LEFT = ("embedding", "head", "auxiliary", "router", "infer_router", "train_router")
 
 
 class QuantizedSplitSwiGLU(QuantizedNetwork):
@@ -53,7 +52,7 @@ def _replacement(cell: nn.Cell, group: int | None) -> nn.Cell | None:
 
 def swap(model: nn.Cell, group: int | None = None) -> dict[str, Parameter]:
     """`int8.swap` for a ranker."""
-    return int8.swap(model, group, _replacement, _LEFT)
+    return int8.swap(model, group, _replacement, LEFT)
 
 
 def quantize_model(model: nn.Cell, group: int | None = None) -> dict[str, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import SplitWithSize
 
+from parallel.layers.parameter import casts_factors
 from parallel.sharding.layout import Layer, Operand, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Table
@@ -31,12 +33,13 @@ class Columns(Layer):
 class TwoSidedEmbedding(nn.Cell):
     """One embedding for each side out of common tables. Called with rows of both sides it gives the groups of both."""
 
-    def __init__(self, spec: FeatureSpec, sides: UserCandidateSplit, std: float) -> None:
+    def __init__(self, spec: FeatureSpec, sides: UserCandidateSplit, std: float,
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         tables = {width: Table(rows, width, std) for width, rows in spec.tables.items()}
         self.tables = nn.CellList(list(tables.values()))
-        self.user = FeatureEmbedding(sides.user.spec, std, tables)
-        self.group = FeatureEmbedding(sides.candidate.spec, std, tables)
+        self.user = FeatureEmbedding(sides.user.spec, std, tables, compute_dtype=compute_dtype)
+        self.group = FeatureEmbedding(sides.candidate.spec, std, tables, compute_dtype=compute_dtype)
         self.user_ids, self.user_numbers = Columns(sides.user.ids), Columns(sides.user.numbers)
         self.candidate_ids, self.candidate_numbers = Columns(sides.candidate.ids), Columns(sides.candidate.numbers)
 
@@ -169,10 +172,14 @@ class SharedMean(Layer):
     def __init__(self, batch: str) -> None:
         super().__init__()
         self.batch, self.weigh_user, self.weigh_candidate, self.add = batch, ops.Mul(), ops.Mul(), ops.Add()
+        self.casts_factors = casts_factors()
 
     def construct(self, user_ND: Tensor, candidate_ND: Tensor, share: float) -> Tensor:
         """`share`: that of U among the tokens."""
-        return self.add(self.weigh_user(user_ND, share), self.weigh_candidate(candidate_ND, 1.0 - share))
+        rest = 1.0 - share
+        if self.casts_factors:
+            share, rest = ops.cast(share, user_ND.dtype), ops.cast(rest, candidate_ND.dtype)
+        return self.add(self.weigh_user(user_ND, share), self.weigh_candidate(candidate_ND, rest))
 
     def sharding(self) -> list[OpSharding]:
         row = (self.batch, None)

@@ -20,6 +20,7 @@ from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
+from parallel.layers.parameter import casts_factors
 from parallel.sharding.layout import Layer, OpSharding
 from recsys.settings import RankerSettings
 from recsys.ug_sep.compensation import Compensation
@@ -46,14 +47,15 @@ class Attend(Layer):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.scale = width ** -0.5
+        self.scale, self.casts_factor = width ** -0.5, casts_factors()
         self.turn_query, self.turn_key, self.turn_value = ops.Transpose(), ops.Transpose(), ops.Transpose()
         self.turn_back, self.scores, self.mix = ops.Transpose(), ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
         self.times, self.softmax, self.hide = ops.Mul(), ops.Softmax(-1), ops.Add()
 
     def construct(self, q_PNA: Tensor, k_TNA: Tensor, v_TNE: Tensor, bias_PT: Tensor | None = None) -> Tensor:
         q_NPA, k_NTA = self.turn_query(q_PNA, (1, 0, 2)), self.turn_key(k_TNA, (1, 0, 2))
-        scores_NPT = self.times(self.scores(q_NPA, k_NTA), self.scale)
+        scale = ops.cast(self.scale, q_NPA.dtype) if self.casts_factor else self.scale
+        scores_NPT = self.times(self.scores(q_NPA, k_NTA), scale)
         if bias_PT is not None:
             scores_NPT = self.hide(scores_NPT, bias_PT)
         y_NPE = self.mix(self.softmax(scores_NPT), self.turn_value(v_TNE, (1, 0, 2)))

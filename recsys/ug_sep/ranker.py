@@ -64,10 +64,10 @@ class SeparatedRanker(Ranker):
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__(settings, spec, tasks, compute_dtype)
         self.ug_sep, self.sides = settings.ug_sep, UserCandidateSplit.of(spec)
-        self.embedding = TwoSidedEmbedding(spec, self.sides, settings.embedding_std)
+        self.embedding = TwoSidedEmbedding(spec, self.sides, settings.embedding_std, compute_dtype)
         self.layout = TokenLayout(settings.op_sharding)
         self.in_slices = self.ug_sep.form == "slices" and self.ug_sep.separated
-        self.take, self.reshape, self.transpose = Take(), ops.Reshape(), ops.Transpose()
+        self.take, self.reshape, self.transpose, self.cast = Take(), ops.Reshape(), ops.Transpose(), ops.Cast()
         self.pack, self.unpack = ops.Concat(axis=1), SplitWithSize()
         self.sources, self.gap, self.auxiliary_layers, self.norm = (), 0, (), None
         self.sparse = False
@@ -115,7 +115,9 @@ class SeparatedRanker(Ranker):
         for shapes in self.component_shapes:
             own = ()
             for c, k in shapes:
-                own += (self.transpose(self.reshape(flat[taken], (rows, c, k)), (1, 0, 2)),)
+                # In the type that the user's pass had them in: float32 would spread over the candidates' tokens.
+                component = self.transpose(self.reshape(flat[taken], (rows, c, k)), (1, 0, 2))
+                own += (self.cast(component, self.compute_dtype),)
                 taken += 1
             components += (own,)
         groups, _ = self.embedding.group(ids_Nm, numbers_Nn)

@@ -72,10 +72,11 @@ class Campaign:
         if all(known["key"] != key for known in self.failures):
             self.failures.append({"kind": kind, "key": key, "what": what[-1500:], "file": str(path) if path else None})
 
-    def attempt(self, kind: str, call: Callable[[Any], Any], data: Any, allowed: tuple[type[Exception], ...] = ()
-                ) -> Any:
+    def attempt(self, kind: str, call: Callable[[Any], Any], data: Any, allowed: tuple[type[Exception], ...] = (),
+                shrink: bool = True) -> Any:
         """`call(data)`; an exception that is no `UserError` (or `allowed`) is a failure, kept with the smallest input
-        that shows it. Returns the result, or the exception that was allowed."""
+        that shows it (`shrink` off: where `call` does not read `data` itself). Returns the result, or the exception
+        that was allowed."""
         self.count(kind)
         started = time.monotonic()
         try:
@@ -86,7 +87,7 @@ class Campaign:
                 self.fail(kind, f"message of several lines or too long: {str(error)[:300]}", _text(data))
         except Exception as error:  # what the campaign looks for
             told, kind_of_error = traceback.format_exc(), type(error)
-            small = shrunk(data, lambda part: _raises(call, part, kind_of_error, allowed)) if isinstance(
+            small = shrunk(data, lambda part: _raises(call, part, kind_of_error, allowed)) if shrink and isinstance(
                 data, (str, bytes)) else data
             self.fail(kind, told, _text(small))
             return error

@@ -72,6 +72,15 @@ def test_clean_filter_dedup_mix_report_one_after_the_other(tmp_path, capsys):
     assert removed and all({"id", "kept_id", "similarity"} <= set(record) for record in removed)
 
 
+def test_a_step_that_leaves_nothing_says_so(tmp_path, capsys):
+    write_jsonl(tmp_path / "in.jsonl", [{"id": "a", "text": "好"}])
+    words = ["clean", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]
+    assert main("data_tools", VERBS, words) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["documents_out"] == 0
+    assert "nothing is left: clean removed all 1 documents" in said.err
+
+
 @pytest.mark.parametrize("words, message", [
     (["clean", "--input", "in.jsonl"], "--output: this flag is needed"),
     (["compare-versions"], "--versions: this flag is needed"),

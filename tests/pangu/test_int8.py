@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,3 +159,22 @@ def test_mistakes_are_one_line(home, capsys):
         assert message in line
     line, = run(home, capsys, "generate", "--checkpoint", home / "twice", "--int8", "--prompt", "北", code=2)
     assert "quantized already" in line
+
+
+@pytest.mark.slow
+def test_a_program_generates_the_same_texts_from_the_command(home, capsys, tmp_path):
+    words = ["--config", str(home / "run.yaml"), "parallel.op=1", "generate.batch_size=2", "generate.prefill_chunk=16"]
+    quantized, program = str(home / "program_q"), str(tmp_path / "program")
+    run(home, capsys, "quantize", "--output", quantized, "--records", 0)
+    rules = ["generate.max_new_tokens=12", "generate.temperature=0.0", "generate.batch_size=2"]
+    asked = ["--prompt", "问：3加4等于几？", "--prompt", "北京"]
+    wanted = run(home, capsys, "generate", "--checkpoint", quantized, *asked, *rules)["outputs"]
+    told = {}
+    for name, command in (("export", [*words, "--graphs", "decode,prefill,score", "--output", program]),
+                          ("launch", [*words, *rules[:2], "--run", "generate", "--program", program, "--nproc", "1",
+                                      "--", "--checkpoint", quantized, *asked])):
+        made = subprocess.run([sys.executable, "-m", "parallel", name, *command], capture_output=True, text=True,
+                              timeout=600)
+        assert made.returncode == 0, made.stderr[-3000:]
+        told[name] = json.loads(made.stdout.strip().splitlines()[-1])
+    assert told["launch"]["outputs"] == wanted

@@ -6,6 +6,7 @@ Shapes: see `graph`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -117,12 +118,14 @@ class SpanRunner:
         send: gives the other ranks of the group a message.
         blocks: of the cache; the graphs' cache has one more.
         config: the model's sizes.
+        lock: held while all ranks run a call: those of two models must not come in another order on another rank.
     """
 
     block_size, shares_prefixes = SLOTS, True
 
-    def __init__(self, rank: GraphRank, send: Any, blocks: int, config: Any) -> None:
+    def __init__(self, rank: GraphRank, send: Any, blocks: int, config: Any, lock: Any = None) -> None:
         self.rank, self.send, self.blocks, self.config = rank, send, blocks, config
+        self._lock = lock or threading.RLock()
         self.shapes = {kind: rank.shape(kind) for kind in KINDS}
         library = kernel_library()
         self._choice = LibraryChoice(library) if library is not None else None
@@ -132,8 +135,9 @@ class SpanRunner:
         logits: list[list[np.ndarray]] = [[] for _ in spans]
         best: list[list[np.ndarray]] = [[] for _ in spans]
         for numbers, call in self.calls(spans):
-            self.send(call.packed())
-            found = run_call(self.rank, call, self.shapes, self.blocks)
+            with self._lock:
+                self.send(call.packed())
+                found = run_call(self.rank, call, self.shapes, self.blocks)
             wanted = sum(part.outputs for part in call.parts)
             if not wanted:
                 continue
@@ -238,10 +242,3 @@ def sample_call(kind: str, shape: SpanShape, model: Any, seed: int) -> list[np.n
         ids = generator.integers(0, model.vocabulary_size, tokens)
         parts.append(Span(table, start, ids, min(tokens, max(1, shape.rows // count))))
     return Call(kind, parts).arrays(shape.inputs(), blocks * SLOTS)
-
-
-def follow(rank: GraphRank, hear: Any, blocks: int) -> None:
-    """Runs what the group's first rank sends until it ends (an empty message)."""
-    shapes = {kind: rank.shape(kind) for kind in KINDS}
-    while len(message := hear()):
-        run_call(rank, Call.unpacked(message), shapes, blocks)

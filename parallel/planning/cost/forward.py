@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from parallel.planning.cost.segments import Collective, Segment, Work
 from parallel.planning.describe import WIDTH, Op, SymbolicTensor, axes_in_order
 from parallel.planning.mesh import Mesh, redistribution
+from parallel.planning.runtime.kernels import SegmentKernels
 from parallel.planning.shapes import PRODUCTS, VIEWS, Dim, Dims
 
 BACK = {"AllReduce": "AllReduce", "AllGather": "ReduceScatter", "ReduceScatter": "AllGather", "AlltoAll": "AlltoAll"}
@@ -75,6 +76,8 @@ class ForwardPass:
         emitted: collectives of an operation.
         collectives: all of them, forward and backward.
         reads: (tensor, layout) of the forward results that gradients read.
+        read_by: (operation, tensor that it comes from) of the same.
+        operands: layouts of every operation's operands.
         masks: (tensor, layout) of ids beside which a mask is kept.
         forward, backward: work of all operations.
         moved: redistributions of a tensor that is made here.
@@ -87,6 +90,8 @@ class ForwardPass:
     emitted: dict[int, list[Collective]] = field(default_factory=dict)
     collectives: Counter = field(default_factory=Counter)
     reads: list[tuple[int, Dims]] = field(default_factory=list)
+    read_by: list[tuple[int, int]] = field(default_factory=list)
+    operands: list[list[Dims]] = field(default_factory=list)
     masks: list[tuple[int, Dims]] = field(default_factory=list)
     forward: Work = field(default_factory=Work)
     backward: Work = field(default_factory=Work)
@@ -103,10 +108,12 @@ class ForwardTracer:
     Args:
         arriving: layouts of `segment.outside`.
         fused: cells that run as one kernel.
+        kernels: of a runtime that runs node by node; None = of another.
     """
 
-    def __init__(self, mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused: FusedCells) -> None:
-        self.mesh, self.segment, self.fused = mesh, segment, fused
+    def __init__(self, mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused: FusedCells,
+                 kernels: SegmentKernels | None = None) -> None:
+        self.mesh, self.segment, self.fused, self.kernels = mesh, segment, fused, kernels
         self.done = ForwardPass(dict(zip(segment.outside, arriving, strict=True)))
         self.redistributed: set[tuple] = set()
 
@@ -121,6 +128,7 @@ class ForwardTracer:
         placed = self.mesh.placement(list(axes_in_order(operation)))
         operands = [self._operand(index, operation, item, axes, placed)
                     for item, axes in zip(operation.inputs, operation.wanted, strict=True)]
+        done.operands.append(operands)
         result = operation.rule(operands)
         outputs = result.outputs
         if operation.primitive == "OneHot" and operation.declared:
@@ -131,9 +139,9 @@ class ForwardTracer:
             done.maker[number[id(item)]] = index
         if result.summed and self.mesh.degree(result.summed) > 1:
             self._sum(index, operation, outputs[0], result.summed)
-        self._work(operation, operands, outputs)
+        self._work(index, operation, operands, outputs)
         if operation.needed:
-            self._read(operation, operands)
+            self._read(index, operation, operands)
             if operation.primitive == "Gather" and result.summed:
                 # A table sharded by rows: a mask of the ids that it holds is kept beside the ids.
                 done.masks.append((number[id(operation.inputs[1])], operands[1]))
@@ -197,7 +205,7 @@ class ForwardTracer:
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def _work(self, operation: Op, operands: list[Dims], outputs: tuple[Dims, ...]) -> None:
+    def _work(self, index: int, operation: Op, operands: list[Dims], outputs: tuple[Dims, ...]) -> None:
         done, work, cell = self.done, Work(), self.fused.cell_of(operation)
         out_bytes = sum(self.mesh.local(dims) * WIDTH[item.dtype]
                         for dims, item in zip(outputs, operation.outputs, strict=True)
@@ -218,6 +226,9 @@ class ForwardTracer:
             if operation.needed:
                 done.backward.bytes += in_bytes + out_bytes
                 done.backward.kernels += not cell
+        if self.kernels is not None:
+            work.started, back = self.kernels.of(operation, operands, outputs, index in done.emitted)
+            done.backward.started.update(back)
         done.forward.add(work)
         done.works.append(work)
 
@@ -243,7 +254,7 @@ class ForwardTracer:
         if operation.needed:
             self.done.backward.products[product] += _BACKWARD_PRODUCTS
 
-    def _read(self, operation: Op, operands: list[Dims]) -> None:
+    def _read(self, index: int, operation: Op, operands: list[Dims]) -> None:
         """Records the forward results that this operation's gradient reads."""
         rule, inputs = _READS.get(operation.primitive, ()), operation.inputs
         if rule == "cross":
@@ -252,11 +263,14 @@ class ForwardTracer:
         elif operation.primitive in ("RealDiv", "Div"):
             two = len(inputs) == 2
             rule = ("i1", "o0") if inputs[-1].differentiable and two else ("i1",) if two else ()
-        for side, index in ((name[0], int(name[1])) for name in rule):
+        if self.kernels is not None and self.kernels.keeps_input(operation):
+            rule = ("i0",)
+        for side, place in ((name[0], int(name[1])) for name in rule):
             items = inputs if side == "i" else operation.outputs
-            if index < len(items):
-                number = self.segment.number[id(items[index])]
-                self.done.reads.append((number, operands[index] if side == "i" else self.done.layout[number]))
+            if place < len(items):
+                number = self.segment.number[id(items[place])]
+                self.done.reads.append((number, operands[place] if side == "i" else self.done.layout[number]))
+                self.done.read_by.append((index, source_tensor(self.segment, self.done.maker, number)))
 
 
 def source_tensor(segment: Segment, maker: dict[int, int], number: int) -> int:

@@ -16,8 +16,11 @@ from dataclasses import dataclass, replace
 
 from parallel.planning.cost.forward import ForwardPass, ForwardTracer, FusedCells, source_tensor
 from parallel.planning.cost.segments import Segment, SegmentCost, segments
-from parallel.planning.describe import WIDTH, Description
+from parallel.planning.describe import WIDTH, Description, Op
 from parallel.planning.mesh import Mesh
+from parallel.planning.runtime.kernels import SegmentKernels
+from parallel.planning.runtime.settings import RuntimeSettings
+from parallel.planning.runtime.walk import Walker
 from parallel.planning.shapes import Dim, Dims
 from parallel.sharding.config import ParallelConfig
 
@@ -35,7 +38,8 @@ class NetworkCost:
 
 
 def network_cost(description: Description, config: ParallelConfig, parts: list[Segment] | None = None,
-                 fused: tuple[str, ...] = ()) -> NetworkCost:
+                 fused: tuple[str, ...] = (), runtime: RuntimeSettings | None = None,
+                 wide: bool = False) -> NetworkCost:
     """Cost of every segment of `description` under `config` (resolved): data, op, sequence, vocabulary and expert.
 
     Args:
@@ -43,6 +47,8 @@ def network_cost(description: Description, config: ParallelConfig, parts: list[S
         config: resolved.
         parts: `segments(description)`, where it is at hand.
         fused: ends of the paths of cells that run as one kernel.
+        runtime: one that runs node by node, whose kernels are wanted.
+        wide: whether its update reads gradients in float32 only.
     """
     mesh = Mesh(config)
     parts = parts or segments(description)
@@ -56,7 +62,7 @@ def network_cost(description: Description, config: ParallelConfig, parts: list[S
         arriving = tuple(layouts.get(id(segment.items[index]), segment.items[index].dims) for index in segment.outside)
         key = (segment.alike, arriving)
         if key not in known:
-            known[key] = segment_cost(mesh, segment, arriving, fused)
+            known[key] = segment_cost(mesh, segment, arriving, fused, runtime, wide)
         cost = known[key]
         for number, dims in cost.outputs.items():
             layouts[id(segment.items[number])] = dims
@@ -64,29 +70,37 @@ def network_cost(description: Description, config: ParallelConfig, parts: list[S
     return NetworkCost(mesh, parts, costs, layouts)
 
 
-def segment_cost(mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused: tuple[str, ...]) -> SegmentCost:
+def segment_cost(mesh: Mesh, segment: Segment, arriving: tuple[Dims, ...], fused: tuple[str, ...],
+                 runtime: RuntimeSettings | None = None, wide: bool = False) -> SegmentCost:
     """Cost of one segment.
 
     Args:
         arriving: layouts of `segment.outside`.
-        fused: as of `network_cost`.
+        fused, runtime, wide: as of `network_cost`.
     """
     cells = FusedCells(segment, fused)
-    done = ForwardTracer(mesh, segment, arriving, cells).run()
+    kernels = SegmentKernels(mesh, segment, tuple(runtime.attention), tuple(runtime.loss),
+                             tuple(runtime.lists)) if runtime else None
+    done = ForwardTracer(mesh, segment, arriving, cells, kernels).run()
     cost = SegmentCost(forward=done.forward, backward=done.backward, collectives=done.collectives,
                        arrivals=done.arrivals, arrived_from=done.arrived_from, largest=done.largest,
                        divides=done.divides, outputs={number: done.layout[number] for number in done.maker})
-    kept = _Kept(mesh, segment, done, cells, cost)
+    kept = _Kept(mesh, segment, done, cells, cost, kernels)
     kept.all()
     kept.selective()
+    if kernels is not None:
+        cost.walk = Walker(mesh, segment, done, kernels, cost.kept, wide or mesh.config.data > 1,
+                           mesh.config.pipeline.stages > 1).run()
     return cost
 
 
 class _Kept:
     """Fills in what a segment keeps for its backward pass, and what a recomputation of it runs."""
 
-    def __init__(self, mesh: Mesh, segment: Segment, done: ForwardPass, fused: FusedCells, cost: SegmentCost) -> None:
+    def __init__(self, mesh: Mesh, segment: Segment, done: ForwardPass, fused: FusedCells, cost: SegmentCost,
+                 kernels: SegmentKernels | None) -> None:
         self.mesh, self.segment, self.done, self.fused, self.cost = mesh, segment, done, fused, cost
+        self.kernels = kernels
 
     def all(self) -> None:
         """With and without recomputation of the unit."""
@@ -101,7 +115,7 @@ class _Kept:
             index = done.maker.get(number)
             if index is None or not self.segment.operations[index].layer:
                 item = self.segment.items[number]
-                if item.producer >= 0:
+                if item.producer >= 0 and not (self.kernels is not None and number in self.kernels.masks):
                     dims = done.layout[number]
                     cost.kept_recomputed[number, dims] = self.mesh.local(dims) * WIDTH[item.dtype]
             elif index not in again:
@@ -133,8 +147,12 @@ class _Kept:
     def selective(self) -> None:
         """Where only some cells are recomputed: their inputs are kept instead of what they make inside."""
         cost, done, again, todo = self.cost, self.done, set(), []
+        outside = self._read_outside()
         for (number, dims), size in cost.kept.items():
-            if self._in_selected(number):
+            if self._in_selected(number) and number in outside:
+                cost.kept_selective[number, dims] = size
+                todo.append(number)
+            elif self._in_selected(number):
                 todo.append(number)
                 # What was redistributed is kept as it was before, and redistributed again.
                 for collective in done.moved.get(number, ()):
@@ -157,12 +175,21 @@ class _Kept:
         for index in again:
             cost.selective.add(done.works[index])
 
+    def _read_outside(self) -> set[int]:
+        """Under a runtime that runs node by node: results of the recomputed cells that other cells' gradients read. The
+        graph reads the first ones there, and only the cell's own gradients read what is computed again."""
+        if self.kernels is None:
+            return set()
+        return {number for index, number in self.done.read_by
+                if not self._is_selected(self.segment.operations[index])}
+
     def _in_selected(self, number: int) -> bool:
         """Whether a tensor is made in a cell that the config recomputes."""
         index = self.done.maker.get(number)
-        if index is None:
-            return False
-        scope = f".{self.segment.operations[index].scope}."
+        return index is not None and self._is_selected(self.segment.operations[index])
+
+    def _is_selected(self, operation: Op) -> bool:
+        scope = f".{operation.scope}."
         return any(f".{name}." in scope for name in self.mesh.config.recompute.cells)
 
     def _inputs(self, index: int) -> list[int]:

@@ -32,11 +32,13 @@ class Collective:
 
 @dataclass
 class Work:
-    """Work of one rank's cores: products as (FLOPs, least dim, bytes moved), everything else as bytes moved."""
+    """Work of one rank's cores: products as (FLOPs, least dim, bytes moved), everything else as bytes moved; beside it
+    the kernels of a runtime that runs node by node (`parallel.planning.runtime`), where the cluster names one."""
 
     products: Counter = field(default_factory=Counter)
     bytes: int = 0
     kernels: int = 0
+    started: Counter = field(default_factory=Counter)
 
     @property
     def flops(self) -> int:
@@ -48,6 +50,30 @@ class Work:
         self.products.update(other.products)
         self.bytes += other.bytes
         self.kernels += other.kernels
+        self.started.update(other.started)
+
+
+@dataclass
+class SegmentWalk:
+    """Bytes of one rank beside what is counted for the stage.
+
+    Args:
+        forward: largest results of the forward pass that are there beside what is kept.
+        backward: of the fullest moment of the backward pass, less `kept`; may be negative.
+        kept: what the backward pass reads, as it is when that begins.
+        gradients: of its parameters, as they are when it has ended.
+        put_off: what the products of weights' gradients read, where these come at the end of a micro-batch.
+        borrowed: the largest of these alone.
+        tables: gradients of parameters that are looked up in.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    kept: int = 0
+    gradients: int = 0
+    put_off: int = 0
+    borrowed: int = 0
+    tables: int = 0
 
 
 @dataclass
@@ -66,6 +92,7 @@ class SegmentCost:
         largest: bytes of the largest result.
         divides: whether every axis divides the dim that it shards.
         outputs: layouts of the tensors that it makes.
+        walk: what a runtime that runs node by node holds at its fullest.
     """
 
     forward: Work = field(default_factory=Work)
@@ -82,6 +109,7 @@ class SegmentCost:
     largest: int = 0
     divides: bool = True
     outputs: dict[int, Dims] = field(default_factory=dict)
+    walk: SegmentWalk | None = None
 
 
 @dataclass

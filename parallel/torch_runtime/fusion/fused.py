@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.torch_runtime.fusion import swiglu, target_attention
 from parallel.torch_runtime.graph import Node
 
 _aten = torch.ops.aten
@@ -30,7 +31,10 @@ def fused_rules(device: torch.device, traced: bool = False) -> dict[str, Callabl
         from parallel.torch_runtime.fusion import kernels
 
         rules |= {"RowSums": kernels.row_sums, "RowSumsGrad": kernels.row_sums_grad, "FusedAdam": _adam_cuda,
+                  "FusedAdagrad": _adagrad_cuda, "FusedSwish": kernels.swish, "FusedSwishGrad": kernels.swish_grad,
                   "SumOfSquares": _sum_of_squares_cuda}
+        if torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm_backward", "CUDA"):  # torch 2.9 on
+            rules |= {"RmsNorm": _rms_norm_cuda, "RmsNormGrad": _rms_norm_grad_cuda}
     return rules
 
 
@@ -178,6 +182,14 @@ def _layer_norm_grad(node: Node, x: Tensor, gradient: Tensor, inverse: Tensor, m
                                             [True, True, True])
 
 
+def _rms_norm_cuda(node: Node, x: Tensor, gamma: Tensor, epsilon: float) -> tuple:
+    return _aten._fused_rms_norm(x, [x.shape[-1]], gamma, epsilon)
+
+
+def _rms_norm_grad_cuda(node: Node, gradient: Tensor, x: Tensor, inverse: Tensor, gamma: Tensor) -> tuple:
+    return _aten._fused_rms_norm_backward(gradient.contiguous(), x, [x.shape[-1]], inverse, gamma, [True, True])
+
+
 def _sum_of_squares(node: Node, x: Tensor) -> Tensor:
     return (x * x).sum()
 
@@ -201,9 +213,9 @@ def _sums_of_squares(node: Node, *tensors: Tensor) -> Tensor:
     return total.reshape(node.outputs[0].shape)
 
 
-def _adam_scalars(node: Node, *values: Any) -> Tensor:
+def _scalars(node: Node, *values: Any) -> Tensor:
     device = next(value.device for value in values if isinstance(value, Tensor))
-    if len(values) == 5:
+    if len(values) == node.outputs[0].shape[0] - 2:
         values = (*values, 1.0, 0.0)
     return torch.stack([value.reshape(()).float() if isinstance(value, Tensor)
                         else torch.full((), float(value), device=device) for value in values])
@@ -217,6 +229,21 @@ def _adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient
     p.copy_(p - rate * (new_m / (new_v.sqrt() + epsilon) + decay * p))
     m.copy_(new_m)
     v.copy_(new_v)
+
+
+def _adagrad(node: Node, p: Tensor, a: Tensor, scalars: Tensor, gradient: Tensor) -> None:
+    rate, epsilon, factor, skipped = scalars.unbind()
+    gradient = torch.where(skipped > 0, 0.0, gradient.to(p.dtype) * factor)
+    total = a + gradient * gradient
+    p.copy_(p - rate * gradient / (total.sqrt() + epsilon))
+    a.copy_(total)
+
+
+def _adagrad_cuda(node: Node, p: Tensor, a: Tensor, scalars: Tensor, gradient: Tensor) -> None:
+    from parallel.torch_runtime.fusion import kernels
+
+    fits = p.is_contiguous() and a.is_contiguous() and p.dtype == a.dtype == torch.float32
+    (kernels.adagrad if fits else _adagrad)(node, p, a, scalars, gradient)
 
 
 def _adam_cuda(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient: Tensor, *_: Any) -> None:
@@ -234,6 +261,8 @@ _PLAIN: dict[str, Callable] = {
     "Item": lambda node, items: items[node.attributes["index"]], "FusedAttention": _attention,
     "FusedAttentionGrad": _attention_grad, "RowSums": _row_sums, "RowSumsGrad": _row_sums_grad,
     "FusedLayerNorm": _layer_norm, "FusedLayerNormGrad": _layer_norm_grad, "SumOfSquares": _sum_of_squares,
-    "AdamScalars": _adam_scalars, "FusedAdam": _adam, "Linear": _linear, "DocumentSpans": _document_spans,
-    "SumsOfSquares": _sums_of_squares,
+    "AdamScalars": _scalars,
+    "AdagradScalars": _scalars, "FusedAdagrad": _adagrad, "FusedAdam": _adam, "Linear": _linear,
+    "DocumentSpans": _document_spans,
+    "SumsOfSquares": _sums_of_squares, **target_attention.RULES, **swiglu.RULES,
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""Triton kernels of the fused nodes that torch has no operator for: cross entropy's rows, AdamW with its scaling.
+"""Triton kernels of the fused nodes that torch has no operator for: cross entropy's rows, AdamW and Adagrad with their
+scaling, the gate of a SwiGLU.
 
 Imported on GPUs only. Each is compared with its plain form (`fused`) by `scripts/bench/gpu/train_350m.py`, and by the
 tests in Triton's interpreter where Triton is installed.
@@ -62,6 +63,42 @@ def _adam_kernel(p, m, v, scalars, gradient, count, BLOCK: tl.constexpr):
     tl.store(v + place, new_v, mask=inside)
 
 
+@triton.jit
+def _adagrad_kernel(p, a, scalars, gradient, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    rate, epsilon = tl.load(scalars), tl.load(scalars + 1)
+    factor, skipped = tl.load(scalars + 2), tl.load(scalars + 3)
+    g = tl.load(gradient + place, mask=inside).to(tl.float32) * factor
+    g = tl.where(skipped > 0.0, 0.0, g)
+    total = tl.load(a + place, mask=inside) + g * g
+    own = tl.load(p + place, mask=inside)
+    tl.store(p + place, own - rate * g / (tl.sqrt(total) + epsilon), mask=inside)
+    tl.store(a + place, total, mask=inside)
+
+
+@triton.jit
+def _swish_kernel(g, u, out, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    x = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
+    y = x * tl.sigmoid(x) * tl.load(u + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swish_grad_kernel(gradient, g, u, dg, du, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    x = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
+    given = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(x)
+    swish = x * sigmoid
+    by_g = given * tl.load(u + place, mask=inside, other=0.0).to(tl.float32) * (sigmoid + swish * (1.0 - sigmoid))
+    tl.store(dg + place, by_g.to(dg.dtype.element_ty), mask=inside)
+    tl.store(du + place, (given * swish).to(du.dtype.element_ty), mask=inside)
+
+
 def row_sums(node: Node, logits: Tensor, largest: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """See `fused`."""
     logits, rows = logits.contiguous(), logits.shape[0]
@@ -87,3 +124,25 @@ def adam(node: Node, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, gradient:
     """See `fused`; parameter and moments are float32 and contiguous."""
     block = 1024
     _adam_kernel[(triton.cdiv(p.numel(), block),)](p, m, v, scalars, gradient.contiguous(), p.numel(), BLOCK=block)
+
+
+def adagrad(node: Node, p: Tensor, a: Tensor, scalars: Tensor, gradient: Tensor) -> None:
+    """See `fused`; parameter and sum of squares are float32 and contiguous."""
+    block = 1024
+    _adagrad_kernel[(triton.cdiv(p.numel(), block),)](p, a, scalars, gradient.contiguous(), p.numel(), BLOCK=block)
+
+
+def swish(node: Node, g: Tensor, u: Tensor) -> Tensor:
+    """See `swiglu`."""
+    g, u = g.contiguous(), u.contiguous()
+    out = torch.empty_like(g)
+    _swish_kernel[(triton.cdiv(g.numel(), _BLOCK),)](g, u, out, g.numel(), BLOCK=_BLOCK)
+    return out
+
+
+def swish_grad(node: Node, gradient: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """See `swiglu`."""
+    gradient, g, u = gradient.contiguous(), g.contiguous(), u.contiguous()
+    dg, du = torch.empty_like(g), torch.empty_like(u)
+    _swish_grad_kernel[(triton.cdiv(g.numel(), _BLOCK),)](gradient, g, u, dg, du, g.numel(), BLOCK=_BLOCK)
+    return dg, du

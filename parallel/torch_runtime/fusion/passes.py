@@ -10,6 +10,8 @@ from typing import Any
 
 from parallel.torch_runtime.fusion.attention_pass import fuse_attention
 from parallel.torch_runtime.fusion.rewrite import Editor, plain_items
+from parallel.torch_runtime.fusion.swiglu import fuse_swish
+from parallel.torch_runtime.fusion.target_attention import fuse_target_attention
 from parallel.torch_runtime.graph import Graph, Kind, Literal, Node
 
 
@@ -28,11 +30,14 @@ def optimized(graph: Graph, *, causal: bool = False, early: bool = True, attenti
     plain_items(editor)
     if attention:
         fuse_attention(editor, causal)
+        fuse_target_attention(editor)
+    fuse_swish(editor)
     fuse_cross_entropy(editor)
     fuse_layer_norm(editor)
     fuse_squares(editor)
     fuse_norm(editor)
     fuse_adam(editor)
+    fuse_adagrad(editor)
     fuse_accumulation(editor)
     fuse_linear(editor)
     return editor.graph(early=early, free=free)
@@ -216,6 +221,84 @@ def _share_of_squares(editor: Editor, number: int) -> tuple[int, float] | None:
     return None
 
 
+def fuse_adam(editor: Editor) -> int:
+    """Scaling, holding back and AdamW of a parameter in one node: FusedAdam(parameter, m, v, scalars, gradient) with
+    scalars = [rate, beta1, beta2, epsilon, decay, factor, skipped], made once for all parameters that share them."""
+    scalars: dict[tuple, int] = {}
+    found = 0
+    for node in list(editor.nodes.values()):
+        if node.op != "AdamWeightDecay":
+            continue
+        gradient, factor, skipped = _unscaled(editor, node.inputs[8])
+        made = _scalars(editor, scalars, "AdamScalars", 7, [*node.inputs[3:8], factor, skipped], node)
+        editor.change(node, "FusedAdam", [*node.inputs[:3], made, gradient, *node.inputs[9:]])
+        found += 1
+    return found
+
+
+def _unscaled(editor: Editor, gradient: int) -> tuple[int, int | None, int | None]:
+    """(gradient, factor, skipped): what an update reads before it is scaled and held back, as narrow as it is."""
+    factor, skipped = None, None
+    fill = editor.maker(gradient, "MaskedFill")
+    scaled = editor.maker(fill.inputs[0], "Mul") if fill is not None else None
+    if scaled is not None and len(editor.users(scaled.number)) == 1:
+        by = editor.kind(scaled.inputs[1])
+        if by is not None and by.shape == ():
+            gradient, factor, skipped = scaled.inputs[0], scaled.inputs[1], fill.inputs[1]
+    cast = editor.maker(gradient, "Cast")
+    if cast is not None and editor.kind(cast.inputs[0]) is not None and cast.outputs[0].dtype == "float32":
+        gradient = cast.inputs[0]  # widened in passing
+    return gradient, factor, skipped
+
+
+def _scalars(editor: Editor, known: dict[tuple, int], op: str, size: int, values: list[int | None], like: Node) -> int:
+    """The node that joins an update's scalars, one for all that share them."""
+    listed = [number for number in values if number is not None]
+    key = tuple(str(editor.constant(number) or number) for number in listed)
+    if key not in known:
+        known[key] = editor.add(op, listed, [Kind((size,), "float32")], like)
+    return known[key]
+
+
+def fuse_adagrad(editor: Editor) -> int:
+    """Scaling, holding back and Adagrad of a parameter in one node: FusedAdagrad(parameter, sum of squares, scalars,
+    gradient) with scalars = [rate, epsilon, factor, skipped]."""
+    scalars: dict[tuple, int] = {}
+    found = 0
+    for node in list(editor.nodes.values()):
+        pattern = _adagrad(editor, node) if node.op == "Assign" else None
+        if pattern is None:
+            continue
+        total, gradient, rate, epsilon = pattern
+        gradient, factor, skipped = _unscaled(editor, gradient)
+        made = _scalars(editor, scalars, "AdagradScalars", 4, [rate, epsilon, factor, skipped], node)
+        editor.change(node, "FusedAdagrad", [node.inputs[0], total.inputs[0], made, gradient])
+        editor.replace(total.number, node.number)
+        editor.change(total, "Depend", [node.number])
+        found += 1
+    return found
+
+
+def _adagrad(editor: Editor, node: Node) -> tuple[Node, int, int, int] | None:
+    """(the Assign of the sum of squares, gradient, rate, epsilon) if a node assigns p - rate g / (sqrt(a + g^2) +
+    epsilon) to the parameter p."""
+    minus = editor.maker(node.inputs[1], "Sub")
+    step = editor.maker(minus.inputs[1], "Div", "RealDiv") if minus is not None else None
+    scaled = editor.maker(step.inputs[0], "Mul") if step is not None else None
+    below = editor.maker(step.inputs[1], "Add") if step is not None else None
+    root = editor.maker(below.inputs[0], "Sqrt") if below is not None else None
+    total = editor.maker(root.inputs[0], "Add") if root is not None else None
+    square = editor.maker(total.inputs[1], "Square") if total is not None else None
+    if square is None or scaled is None or editor.through(minus.inputs[0], "Load", "Depend") != node.inputs[0]:
+        return None
+    sums = [user for user in editor.users(total.number) if user.op == "Assign"
+            and editor.through(total.inputs[0], "Load", "Depend") == user.inputs[0]]
+    gradient = square.inputs[0]
+    if len(sums) != 1 or scaled.inputs[1] != gradient or (kind := editor.kind(scaled.inputs[0])) is None or kind.shape:
+        return None
+    return sums[0], gradient, scaled.inputs[0], below.inputs[1]
+
+
 def fuse_accumulation(editor: Editor) -> int:
     """What is only widened to be added to a parameter is widened in passing."""
     found = 0
@@ -225,33 +308,6 @@ def fuse_accumulation(editor: Editor) -> int:
         if kind is not None and kind.dtype in ("bfloat16", "float16") and cast.outputs[0].dtype == "float32":
             editor.change(node, "AssignAdd", [node.inputs[0], cast.inputs[0], *node.inputs[2:]], node.attributes)
             found += 1
-    return found
-
-
-def fuse_adam(editor: Editor) -> int:
-    """Scaling, holding back and AdamW of a parameter in one node: FusedAdam(parameter, m, v, scalars, gradient) with
-    scalars = [rate, beta1, beta2, epsilon, decay, factor, skipped], made once for all parameters that share them."""
-    scalars: dict[tuple, int] = {}
-    found = 0
-    for node in list(editor.nodes.values()):
-        if node.op != "AdamWeightDecay":
-            continue
-        gradient, factor, skipped = node.inputs[8], None, None
-        fill = editor.maker(gradient, "MaskedFill")
-        scaled = editor.maker(fill.inputs[0], "Mul") if fill is not None else None
-        if scaled is not None and len(editor.users(scaled.number)) == len(editor.users(fill.number)) == 1:
-            by = editor.kind(scaled.inputs[1])
-            if by is not None and by.shape == ():
-                gradient, factor, skipped = scaled.inputs[0], scaled.inputs[1], fill.inputs[1]
-        cast = editor.maker(gradient, "Cast")
-        if cast is not None and editor.kind(cast.inputs[0]) is not None and cast.outputs[0].dtype == "float32":
-            gradient = cast.inputs[0]  # widened in passing
-        listed = [number for number in (*node.inputs[3:8], factor, skipped) if number is not None]
-        key = tuple(str(editor.constant(number) or number) for number in listed)
-        if key not in scalars:
-            scalars[key] = editor.add("AdamScalars", listed, [Kind((7,), "float32")], node)
-        editor.change(node, "FusedAdam", [*node.inputs[:3], scalars[key], gradient, *node.inputs[9:]])
-        found += 1
     return found
 
 

@@ -1,7 +1,10 @@
 """Compiled regions: what is between fused attention, collectives and updates is traced and compiled by Inductor.
 
-A network's layers give the same region again and again, which is compiled once. Views, casts to a wider type and GELUs
-are computed again in every region that reads them, so that what is kept for the backward pass is the narrow tensor.
+A network's layers give the same region again and again, which is compiled once. Where a layer's result is summed over
+ranks, compiled kernels round to half precision wherever the graph does: there the bias is added to the sum, and the
+sum to the residual stream; rounded but once, the many sums that lie half way between two numbers would all go the way
+of a bias, however small, which the loss shows from the first update on. Views, casts to a wider type and GELUs are
+computed again in every region that reads them, so that what is kept for the backward pass is the narrow tensor.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from parallel.torch_runtime.buckets import AWAITED
 from parallel.torch_runtime.execute import Binder, Step, read_by
 from parallel.torch_runtime.fusion.fused import fused_rules
 from parallel.torch_runtime.fusion.rewrite import dependencies, only_for_the_update
@@ -21,7 +26,8 @@ from parallel.torch_runtime.graph import COLLECTIVES, WIDTHS, Graph, Kind, Node
 from parallel.torch_runtime.rules import WRITES
 
 # Inductor would add rows by atomics, in another order every time.
-OPAQUE = ("FusedAttention", "FusedAttentionGrad", "UnsortedSegmentSum", "ScatterNd", "SumsOfSquares")
+OPAQUE = ("FusedAttention", "FusedAttentionGrad", "FusedTargetAttention", "FusedTargetAttentionGrad",
+          "UnsortedSegmentSum", "ScatterNd", "SumsOfSquares")
 _PULLED = {"Load", "Depend", "StopGradient", "Reshape", "Transpose", "TransposeExt", "ExpandDims", "Squeeze", "Flatten",
            "MakeTuple", "MakeList", "GeLU"}
 _ITEMS = ("Item", "TupleGetItem")
@@ -37,7 +43,9 @@ class RegionBinder(Binder):
 
     def __init__(self, graph: Graph, *arguments: Any, compile: Callable | None = None, **keywords: Any) -> None:
         super().__init__(graph, *arguments, **keywords)
-        self.compile = compile or inductor
+        self.rounds = any(node.marks.get(AWAITED) and node.outputs[0].dtype in ("bfloat16", "float16")
+                          for node in graph.nodes)
+        self.compile = compile or partial(inductor, rounds=self.rounds)
         self.traced = {**self.rules, **fused_rules(self.device, traced=True)}
         self.kinds: dict[int, Kind | None] = {node.number: node.outputs[0] if len(node.outputs) == 1 else None
                                               for node in graph.nodes}
@@ -226,7 +234,7 @@ class _Region:
         self.nodes, self.inputs, self.outputs, self.description = nodes, list(position), outputs, description
         self.rules, self.values, self.dtype = binder.traced, binder.values, binder.dtype
         self.known, self.compile, self.declared = binder.known, binder.compile, binder._declared
-        self.overwritten = binder.overwritten
+        self.overwritten, self.rounds = binder.overwritten, binder.rounds
         self.apart: list[int] = []
         self.ready: Callable | None = None
 
@@ -241,8 +249,8 @@ class _Region:
     def __call__(self, values: list) -> list[Tensor]:
         inputs = [values[number] for number in self.inputs]
         if self.ready is None:
-            key = self.description + str([(item.dtype, tuple(item.shape), item.stride(), item.device.type)
-                                          for item in inputs])
+            key = str(self.rounds) + self.description + str([
+                (item.dtype, tuple(item.shape), item.stride(), item.device.type) for item in inputs])
             if key not in _compiled:
                 _compiled[key] = self.compile(self.plain, inputs)
             self.ready = _compiled[key]
@@ -261,11 +269,17 @@ class _Region:
                 and pointers.count(pointers[len(inputs) + place]) > 1]
 
 
-def inductor(function: Callable, inputs: list[Tensor]) -> Callable:
-    """A function of tensors compiled by Inductor for inputs like these."""
+def inductor(function: Callable, inputs: list[Tensor], rounds: bool = False) -> Callable:
+    """A function of tensors compiled by Inductor for inputs like these.
+
+    Args:
+        function, inputs: it and an example.
+        rounds: round to half precision after every operation that gives it, as the function does.
+    """
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.no_grad():
+    with torch.no_grad(), config.patch(emulate_precision_casts=rounds):
         traced = make_fx(function, tracing_mode="fake")(*inputs)
         return compile_fx(traced, list(inputs))

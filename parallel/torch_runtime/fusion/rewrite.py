@@ -9,8 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from parallel.torch_runtime.buckets import AWAITED
 from parallel.torch_runtime.execute import aliases_of, read_by, written_by
 from parallel.torch_runtime.graph import COLLECTIVES, Graph, Kind, Node
+from parallel.torch_runtime.groups import JOINED
 from parallel.torch_runtime.rules import VIEWS, WRITES
 
 
@@ -96,6 +98,12 @@ class Editor:
         if self.result == old:
             self.result = new
 
+    def drop(self, node: Node) -> None:
+        """Takes a node away that nothing reads any more, though it writes a parameter."""
+        for item in node.inputs:
+            self._users[item].pop(node.number, None)
+        del self.nodes[node.number]
+
     def graph(self, *, early: bool = False, free: frozenset[tuple[int, ...]] = frozenset()) -> Graph:
         """The changed graph without what nobody reads, in an order that keeps every dependency.
 
@@ -108,6 +116,10 @@ class Editor:
         original = self.original
         nodes = ordered(dataclasses.replace(original, nodes=sorted(self.nodes.values(), key=self._key),
                                             result=self.result), early=early, free=free)
+        if early:
+            done = dataclasses.replace(original, nodes=nodes, result=self.result)
+            for number in awaited(done, dependencies(done, free, control=False)):
+                self.nodes[number].marks = {**self.nodes[number].marks, AWAITED: True}
         return dataclasses.replace(original, nodes=nodes, result=self.result)
 
     def _key(self, node: Node) -> tuple[float, int]:
@@ -125,8 +137,9 @@ class Editor:
         self.nodes = {number: node for number, node in self.nodes.items() if number in wanted}
 
 
-_BACKWARD = ("LayerNormGrad", "FusedLayerNormGrad", "SoftmaxBackward", "FusedAttentionGrad", "GeLUGrad", "RmsNormGrad",
-             "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad", "SoftmaxGrad", "Receive", "Send")
+_BACKWARD = ("LayerNormGrad", "FusedLayerNormGrad", "SoftmaxBackward", "FusedAttentionGrad", "FusedTargetAttentionGrad",
+             "FusedSwishGrad", "GeLUGrad", "RmsNormGrad", "SiLUGrad", "ReluGrad", "SigmoidGrad", "TanhGrad",
+             "SoftmaxGrad", "Receive", "Send")
 
 
 def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...]] = frozenset()) -> list[Node]:
@@ -145,7 +158,7 @@ def ordered(graph: Graph, *, early: bool = False, free: frozenset[tuple[int, ...
             for item in waits[number]:
                 place[item] = min(place[item], place[number])
         graph = dataclasses.replace(graph, nodes=[nodes[number] for number in done])
-        done = _by_key(waits, _early(graph, waits, place), place)
+        done = _by_key(waits, _early(graph, waits, place, free), place)
     return [nodes[number] for number in done]
 
 
@@ -172,12 +185,14 @@ def _by_key(waits: dict[int, set[int]], key: dict[int, float], place: dict[int, 
     return done
 
 
-def _early(graph: Graph, waits: dict[int, set[int]], place: dict[int, float]) -> dict[int, float]:
+def _early(graph: Graph, waits: dict[int, set[int]], place: dict[int, float],
+           free: frozenset[tuple[int, ...]]) -> dict[int, float]:
     """When each node is to come, in places of the given order.
 
     What only the update reads comes as soon as it is ready; but where the backward pass is about to wait for other
     ranks, behind the node that begins to talk to them (zero-bubble pipelines order gradients so, too: Qi et al. 2023,
-    arXiv:2401.10241). Slices of weights are gathered before anything else.
+    arXiv:2401.10241). Slices of weights are gathered before anything else. A free collective that the pass waits for
+    begins as soon as what it sends is there: with interleaved parts of a batch the other part is computed meanwhile.
     """
     nodes, key = {node.number: node for node in graph.nodes}, dict(place)
     late, behind = only_for_the_update(graph, waits), set()
@@ -187,6 +202,10 @@ def _early(graph: Graph, waits: dict[int, set[int]], place: dict[int, float]) ->
             sent = place[node.number]
         elif node.op == "Receive" and place[node.number] - sent <= _PATIENCE:
             key[node.number] = sent + 0.25  # its buffer is ready before the message comes
+    for number in awaited(graph, waits):
+        if tuple(graph.groups[nodes[number].attributes["group"]]) in free:
+            ready = max((place[item] for item in waits[number]), default=place[number])
+            key[number] = min(key[number], ready + 0.25)
     talks = sorted(key[node.number] for node in graph.nodes if node.number not in late and _talks(node, graph))
     for node in graph.nodes:
         # What reads such a collective's result comes at the end: the longer it waits the less it has to.
@@ -207,6 +226,18 @@ def _early(graph: Graph, waits: dict[int, set[int]], place: dict[int, float]) ->
 
 _PATIENCE = 3000
 """Nodes that a gradient of parameters may be put off by, and a Receive be brought forward."""
+
+
+def awaited(graph: Graph, waits: dict[int, set[int]]) -> set[int]:
+    """Collectives whose results the forward or the backward pass waits for, but for gathers of weights.
+
+    Args:
+        graph: with its nodes in order.
+        waits: `dependencies`.
+    """
+    others = only_for_the_update(graph, waits) | set(_gathers_of_weights(graph, waits))
+    return {node.number for node in graph.nodes
+            if node.op in JOINED and node.number not in others and _talks(node, graph)}
 
 
 def _talks(node: Node, graph: Graph) -> bool:
@@ -296,9 +327,11 @@ def only_for_the_update(graph: Graph, waits: dict[int, set[int]]) -> set[int]:
 
 
 def plain_items(editor: Editor) -> None:
-    """TupleGetItem becomes Item, whose index is an attribute."""
+    """TupleGetItem becomes Item, whose index is an attribute, right behind what gives the tuple: a tuple that waits for
+    a reader in the backward pass would keep all its items until then."""
     for node in list(editor.nodes.values()):
         if node.op == "TupleGetItem":
             index = editor.constant(node.inputs[1])
             if isinstance(index, int):
                 editor.change(node, "Item", node.inputs[:1], {"index": index})
+                editor.position[node.number] = editor.position.get(node.inputs[0], editor.position[node.number])

@@ -70,16 +70,11 @@ class Member:
 
     def gather(self, items: Any) -> list[Any]:
         """A JSON value of every group's first rank, in the groups' order; each of them gets all."""
-        if self.groups == 1:
-            return [items]
-        data = torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.groups)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.leaders)
-        longest = max(int(size) for size in sizes)
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.groups)]
-        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))), group=self.leaders)
-        return [parse_json(bytes(part[:int(size)].numpy()).decode(), max_bytes=1 << 32)
-                for part, size in zip(parts, sizes, strict=True)]
+        return [items] if self.groups == 1 else _gathered(items, self.groups, self.leaders)
+
+    def tell_group(self, item: Any) -> list[Any]:
+        """A JSON value of every process of this group, in their order; each of them gets all."""
+        return [item] if self.size == 1 else _gathered(item, self.size, self.control)
 
     def broadcast(self, message: np.ndarray) -> None:
         """Sends the others of the group a message of int32s."""
@@ -98,3 +93,15 @@ class Member:
     def close(self) -> None:
         """Leaves the other processes."""
         leave()
+
+
+def _gathered(items: Any, count: int, group: Any) -> list[Any]:
+    """A JSON value of each of `count` processes of a gloo group."""
+    data = torch.frombuffer(bytearray(json.dumps(items).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(count)]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+    longest = max(int(size) for size in sizes)
+    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(count)]
+    dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))), group=group)
+    return [parse_json(bytes(part[:int(size)].numpy()).decode(), max_bytes=1 << 32)
+            for part, size in zip(parts, sizes, strict=True)]

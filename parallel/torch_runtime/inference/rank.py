@@ -16,12 +16,20 @@ from torch import Tensor
 from parallel.checkpoint.sharded import Extent
 from parallel.common.errors import UserError
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
+from parallel.torch_runtime.fusion.fused import fused_rules
+from parallel.torch_runtime.fusion.passes import optimized
+from parallel.torch_runtime.fusion.served import EIGHT_ROWS, choose_tiles, serving_rules
+from parallel.torch_runtime.fusion.serving_pass import for_serving
+from parallel.torch_runtime.fusion.weights import narrowed
+from parallel.torch_runtime.graph import Graph
+from parallel.torch_runtime.groups import Communicator
 from parallel.torch_runtime.inference.member import Member
+from parallel.torch_runtime.inference.weights import Weights
 from parallel.torch_runtime.program import CACHE, Program
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-ReadPart = Callable[[str, Extent | None], np.ndarray]
+ReadPart = Callable[[str, Extent | None], np.ndarray | Tensor]
 
 
 class InferenceRank:
@@ -34,12 +42,19 @@ class InferenceRank:
             shards and one tensor are in memory.
         slots: of the cache.
         captured: whether graphs are captured as CUDA graphs.
+        eight: whether a parameter's products take int8 weights where they have few rows; None = none do.
+        group: inputs of one scale of int8 weights (128); None = one scale for an output.
+        fused: whether patterns are fused; None = on GPUs.
+        compiled: whether what lies between fused nodes is compiled by Inductor; not with int8 weights.
 
     Raises:
-        UserError: the program is none of inference, a parameter is missing or of another shape.
+        UserError: the program is none of inference, a parameter is missing or of another shape, or shards part the
+            groups of int8 weights.
     """
 
-    def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool) -> None:
+    def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool, *,
+                 eight: Callable[[str], bool] | None = None, group: int | None = None,
+                 fused: bool | None = None, compiled: bool = False) -> None:
         self.program, self.member, self.device = program, member, member.device
         self.own = program.ranks[member.number]
         self.graphs = {kind: program.graph(member.number, kind) for kind in program.inference_kinds}
@@ -48,6 +63,10 @@ class InferenceRank:
                             hint="export it with --graphs and the names of such graphs")
         self.last = program.parallel["op"] * (program.parallel["pipeline"]["stages"] - 1)
         self.slots, self.captured = slots, captured and self.device.type == "cuda"
+        fused = self.device.type == "cuda" if fused is None else fused
+        self.compiled = compiled and eight is None
+        self.graphs = prepared(self.graphs, fused=fused, eight=eight, compiled=self.compiled)
+        self.weights = Weights(self.graphs.values(), self.device, group)
         self.state = self._state(read)
         self.bound: dict[str, Any] = {}
 
@@ -59,7 +78,10 @@ class InferenceRank:
         """The graph's result (logits [M, V] float32, say) on the device of the group's first rank; None elsewhere."""
         with torch.no_grad():
             bound = self._bound(kind)
-            result = bound.run([torch.from_numpy(array).to(self.device, non_blocking=True) for array in inputs])
+            given = [torch.from_numpy(array) for array in inputs]
+            if not self.captured:  # a captured graph copies them to its own
+                given = [item.to(self.device, non_blocking=True) for item in given]
+            result = bound.run(given)
         if self.last and self.member.number in (0, self.last):
             return self._handed_over(kind, result)
         return result if self.member.leads else None
@@ -80,22 +102,36 @@ class InferenceRank:
         return found
 
     def _state(self, read: ReadPart) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        for graph in self.graphs.values():
-            for name, kind in graph.parameters:
-                if name in state:
-                    continue
-                if name.startswith(CACHE):
-                    state[name] = torch.zeros((self.slots, *kind.shape[1:]), dtype=DTYPES[kind.dtype],
-                                              device=self.device)
-                else:
-                    value = tensor_of(read(name, self.own.extents.get(name)))
-                    if tuple(value.shape) != kind.shape:
-                        raise UserError(f"'{name}' has shape {list(value.shape)} in the checkpoint and "
-                                        f"{list(kind.shape)} in the program", where=self.program.folder,
-                                        hint="export the program with the checkpoint's model settings")
-                    state[name] = value.to(self.device, DTYPES[kind.dtype])
-        return state
+        for name, shape in self.weights.shapes.items():
+            if name.startswith(CACHE):
+                dtype = DTYPES[self.weights.types[name]]
+                self.weights.state[name] = torch.zeros((self.slots, *shape[1:]), dtype=dtype, device=self.device)
+                continue
+            value = tensor_of(read(name, self.own.extents.get(name)))
+            if tuple(value.shape) != shape:
+                raise UserError(f"'{name}' has shape {list(value.shape)} in the checkpoint and {list(shape)} in the "
+                                "program", where=self.program.folder,
+                                hint="export the program with the checkpoint's model settings")
+            self.weights.put(name, value, self._largest(name, read))
+        self.weights.settle()
+        return self.weights.state
+
+    def _largest(self, name: str, read: ReadPart) -> Tensor | None:
+        """What int8 weights are scaled by where other ranks have some of their inputs, so that all ranks have the scale
+        of one device; read for this rank's outputs with all inputs."""
+        extent, dim = self.own.extents.get(name), self.weights.inputs_of_eight(name)
+        if extent is None or dim is None:
+            return None
+        (begin, end), size, group = extent[dim], self.program.by_name[name].shape[dim], self.weights.group
+        if end - begin == size:
+            return None
+        if group is not None and size > group:
+            if begin % group or (end % group and end != size):
+                raise UserError(f"a shard of '{name}' has inputs {begin} to {end}, int8 weights a scale for {group}",
+                                where="parallel.op", value=self.program.parallel["op"],
+                                hint=f"take an op whose shards of {size} inputs are multiples of {group}")
+            return None
+        return self.weights.largest(name, tensor_of(read(name, (*extent[:dim], (0, size), *extent[dim + 1:]))))
 
     def _bound(self, kind: str) -> Bound:
         if kind not in self.bound:
@@ -104,7 +140,7 @@ class InferenceRank:
                                 hint=f"it holds {', '.join(self.graphs)}; export it with --graphs")
             graph = self.graphs[kind]
             graph.groups = [tuple(rank + self.member.base for rank in members) for members in graph.groups]
-            bound = Binder(graph, self.state, self.device, communicator=self.member.communicator).bind()
+            bound = binding(graph, self.weights, self.device, self.compiled, self.member.communicator)
             if self.captured:
                 from parallel.torch_runtime.captured import Captured
 
@@ -113,8 +149,37 @@ class InferenceRank:
         return self.bound[kind]
 
 
-def tensor_of(array: np.ndarray) -> Tensor:
+def prepared(graphs: dict[str, Graph], *, fused: bool, eight: Callable[[str], bool] | None = None,
+             compiled: bool = False) -> dict[str, Graph]:
+    """Graphs of inference with their patterns fused; see `InferenceRank`."""
+    if compiled:
+        narrow = narrowed(list(graphs.values()))
+        return {kind: optimized(graph, early=False) for kind, graph in zip(graphs, narrow, strict=True)}
+    if not fused and eight is None:
+        return graphs
+    return {kind: for_serving(graph, fused=fused, eight=lambda name, rows: (
+        eight is not None and rows <= EIGHT_ROWS and eight(name))) for kind, graph in graphs.items()}
+
+
+def binding(graph: Graph, weights: Weights, device: torch.device, compiled: bool,
+            communicator: Communicator | None = None) -> Bound:
+    """A `prepared` graph ready to run with settled weights."""
+    kind = Binder
+    if compiled:
+        from parallel.torch_runtime.fusion.regions import RegionBinder
+
+        kind = RegionBinder
+    bound = kind(graph, weights.state, device, communicator=communicator,
+                 rules=fused_rules(device) | serving_rules(device, weights)).bind()
+    if device.type == "cuda":
+        choose_tiles(graph, weights, device)
+    return bound
+
+
+def tensor_of(array: np.ndarray | Tensor) -> Tensor:
     """A checkpoint's array as a tensor; two bytes that NumPy has no type for are bfloat16."""
+    if isinstance(array, Tensor):
+        return array
     array = np.ascontiguousarray(array)
     if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

@@ -1,7 +1,8 @@
 """A sharded network on real devices: what the trainer needs beside the step where every process holds slices.
 
 Everything here that MindSpore can do without an Ascend device is tried by the tests in a simulated cluster: building,
-compiling, start values, checkpoints, resuming. Executing the step is not: compiled, not run.
+compiling, start values, checkpoints, resuming. Executing the step is not: compiled, not run. On NVIDIA GPUs it runs, as
+an experiment (docs/mindspore_cuda.md).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from parallel.sharding.trainable import is_weighted
 from parallel.task import Input, Task
 from parallel.training.data_source import SAMPLE_NUMBERS
 from parallel.training.device import DeviceSum, Processes
+from parallel.training.one_stream import OneStream, on_gpu
 from parallel.training.settings import TrainSettings
 from parallel.training.sharded.step import ShardedStep, input_shapes, micro_batches, sharded_step, switch_on
 
@@ -39,7 +41,7 @@ def needs_sharding(config: ParallelConfig, processes: Processes) -> bool:
         what = "on the CPU MindSpore runs data parallelism only"
         hint = "parallel.backend=torch (or auto) runs the others"
         if processes.target != "CPU":
-            what, hint = "one Ascend device runs an unsharded network", "set it to 1"
+            what, hint = f"one {processes.target} device runs an unsharded network", "set it to 1"
         raise UserError(what, where="parallel", hint=hint,
                         value=", ".join(f"{name} {degree}" for name, degree in sharded.items()))
     if processes.target == "CPU" or config.world == 1:
@@ -99,7 +101,8 @@ class ShardedRun:
         self.all_reduce = all_reduce or DeviceSum(processes.group)
         listed = sharded_parameters(task.network, config)
         full_parameters = {full.name: full for full in listed}
-        self.cell = sharded_step(task, settings, config, start_values=True)
+        # MindSpore's CUDA backend cannot call a graph that micro-batches share.
+        self.cell = sharded_step(task, settings, config, start_values=True, reuse=processes.target != "GPU")
         self.step: ShardedStep = self.cell.network
         self.step.rank, self.step.ranks, self.step.group = processes.rank, processes.ranks, processes.group
         self.step.share = self.rows
@@ -172,6 +175,10 @@ def _evaluation_cell(task: Task, config: ParallelConfig, graph: str) -> tuple[nn
         cell = task.scores(task.network)
         cell.apply_sharding(Axes(config))
         fed = fed[:cell.inputs]
+    if on_gpu() and config.data * config.op > 1:
+        divides(config.data * config.op, fed[0].shape[0], where="train.global_batch_size", what="the global batch",
+                hint="on GPUs it must divide by data x op")
+        cell = OneStream(cell, config.data * config.op, len(fed[0].shape))
     degrees = [(config.data, *[1] * (len(item.shape) - 1)) for item in fed]
     # The last stage gives the result. Broadcast by the graph, it would meet zeros sharded over two devices of a
     # stage, whatever the result's own shape: no rank would ever have it.

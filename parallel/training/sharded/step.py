@@ -22,6 +22,7 @@ from parallel.sharding.config import ParallelConfig, divides
 from parallel.sharding.parallelize import parallelize
 from parallel.sharding.trainable import shared_parameters
 from parallel.task import Input, Task
+from parallel.training.one_stream import on_gpu
 from parallel.training.optimizers.row_gradients import row_tables, separated, slots_for
 from parallel.training.optimizers.run import run_optimizer
 from parallel.training.settings import TrainSettings
@@ -35,6 +36,7 @@ _ZERO = ops.auto_generate.InplaceZero()
 _marked_square_sum = ops.MultitypeFuncGraph("marked_square_sum")
 _counted = ops.MultitypeFuncGraph("counted")
 _clear = ops.MultitypeFuncGraph("clear")
+_assign_zeros = ops.MultitypeFuncGraph("assign_zeros")
 
 
 @_marked_square_sum.register("Tensor")
@@ -50,6 +52,11 @@ def _(factor: Tensor, skipped: Tensor, gradient: Tensor) -> Tensor:
 @_clear.register("Tensor")
 def _(accumulated: Tensor) -> Tensor:
     return _ZERO(accumulated)
+
+
+@_assign_zeros.register("Tensor")
+def _(accumulated: Tensor) -> Tensor:
+    return ops.assign(accumulated, ops.zeros_like(accumulated))
 
 
 class FullGradient(nn.Cell):
@@ -74,13 +81,13 @@ class FullGradient(nn.Cell):
         """(loss, gradients, factor, rows) as `MeanGradient` gives them."""
         sums = self.network(*batch)
         gradients = self.differentiate(self.network, self.parameters)(*batch, sensitivity * self.first)
-        loss, factor = self.mean(self.on_all_stages(sums))
+        loss, factor = self.mean(self.on_all_stages(sums, gradients))
         if len(self.row_numbers) > 0:
             gradients, rows = separated(gradients, self.row_numbers)
             return loss, gradients, factor, rows
         return loss, self.accumulated_by(gradients), factor, ()
 
-    def on_all_stages(self, sums: Tensor) -> Tensor:
+    def on_all_stages(self, sums: Tensor, gradients: tuple) -> Tensor:
         """The network's result, where only the last stage has it."""
         return sums
 
@@ -122,19 +129,26 @@ class PipelineGradient(FullGradient):
         self.accumulated = parameters.clone("accu_grads", init="zeros")
         self.sharded = config.optimizer_shard > 1
         self.sum_over_stages = SumOverStages(config) if many else None
-        self.map = ops.HyperMap()
+        self.map, self.on_gpu = ops.HyperMap(), on_gpu()
 
-    def on_all_stages(self, sums: Tensor) -> Tensor:
+    def on_all_stages(self, sums: Tensor, gradients: tuple) -> Tensor:
         """The last stage's sums, on every stage."""
-        return self.sum_over_stages(sums) if self.sum_over_stages is not None else sums
+        if self.sum_over_stages is None:
+            return sums
+        if self.on_gpu:
+            # On NVIDIA GPUs all of a rank's communication is one queue. Were the first stage to ask for the sum before
+            # its backward pass, it would wait for the last stage, which waits for the first stage's activations.
+            sums = ops.depend(sums, gradients)
+        return self.sum_over_stages(sums)
 
     def accumulated_by(self, gradients: tuple) -> tuple:
         """The parameters that accumulate; under optimizer sharding the gradients, which the partitioner reduces."""
         return gradients if self.sharded else ops.depend(self.accumulated, gradients)
 
     def clear(self) -> None:
-        """Sets the accumulated gradients back to 0 in place (assigning a zero tensor would cost their memory again)."""
-        self.map(_clear, self.accumulated)
+        """Sets the accumulated gradients back to 0 in place; on GPUs, which have no such kernel, zeros are assigned and
+        cost their memory again."""
+        self.map(_assign_zeros if self.on_gpu else _clear, self.accumulated)
 
 
 class ShardedNorm(nn.Cell):
@@ -187,14 +201,15 @@ class ShardedStep(TrainStep):
 
     map = ops.HyperMap()
 
-    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor, rows: tuple) -> None:
+    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor, rows: tuple) -> Tensor:
         """See `TrainStep.apply_gradients`."""
         counted = self.map(ops.partial(_counted, factor, ops.logical_not(finite)), gradients)
         self.optimizer(counted, self.step, finite, rows)
         ops.assign(self.step, self.step + ops.cast(finite, ms.int32))
-        ops.assign(self.iteration, self.iteration + 1)
+        iteration = ops.assign(self.iteration, self.iteration + 1)
         self.loss_scale(finite)
         self.gradient.clear()
+        return iteration
 
 
 def micro_batches(settings: TrainSettings, config: ParallelConfig) -> int:

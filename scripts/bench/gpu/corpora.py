@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--most-poems", type=int, default=1 << 30)
     parser.add_argument("--most-classics", type=int, default=1 << 30)
+    parser.add_argument("--one-classic-of", type=int, default=1, help="train on one classic of so many (default 1)")
     parser.add_argument("--unseen-share", type=int, default=150, help="one text of so many is kept back (default 150)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -45,8 +46,10 @@ def main() -> None:
             write(files[f"unseen_{kind}" if unseen else "text"], {"text": text})
             counts[f"unseen_{kind}" if unseen else kind] += 1
 
-        for row in islice(rows(arguments.classics), arguments.most_classics):
-            put("classics", row["text"], kept_back(row["text"], arguments.unseen_share))
+        for number, row in enumerate(islice(rows(arguments.classics), arguments.most_classics)):
+            unseen = kept_back(row["text"], arguments.unseen_share)
+            if unseen or number % arguments.one_classic_of == 0:
+                put("classics", row["text"], unseen)
         for title, lines in islice(poems(arguments.poems), arguments.most_poems):
             unseen = kept_back("".join(lines), arguments.unseen_share)
             if unseen:

@@ -10,8 +10,9 @@ import torch
 
 KINDS = {
     "communication": ("nccl",), "attention": ("fmha", "flash", "cudnn_generated", "_forward_kernel", "_backward_rows",
-                                              "_backward_columns", "sdpa"),
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"), "update": ("_adam_kernel", "multi_tensor"),
+                                              "_backward_columns", "_rows_kernel", "_columns_kernel", "sdpa"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+    "update": ("_adam_kernel", "_adagrad_kernel", "multi_tensor"),
     "copies": ("Memcpy", "Memset", "CatArray", "direct_copy"), "reductions": ("reduce_kernel", "triton_red",
                                                                                "triton_per"),
 }  # fmt: skip

@@ -11,8 +11,9 @@ Make the programs where MindSpore is (any CPU machine), under one folder:
     $E programs/data2 $B parallel.data=2 train.global_batch_size=32
     $E programs/shard2 $B parallel.data=2 parallel.optimizer.shard=-1 train.global_batch_size=32
     $E programs/op2 $B parallel.data=1 parallel.op=2 train.global_batch_size=32
-    $E programs/stages2 $B parallel.data=1 parallel.pipeline.stages=2 parallel.pipeline.micro_batches=8 \\
-        train.global_batch_size=32
+    $E programs/op2i $B parallel.data=1 parallel.op=2 parallel.micro_batch_interleave=2 train.global_batch_size=32
+    $E programs/stages2_2 $B parallel.data=1 parallel.pipeline.stages=2 parallel.pipeline.micro_batches=8 \\
+        "parallel.pipeline.offsets=[2,-2]" train.global_batch_size=32
 
 Then, on a machine with torch, NumPy and GPUs (no MindSpore), from the repository's root:
 
@@ -22,7 +23,8 @@ Then, on a machine with torch, NumPy and GPUs (no MindSpore), from the repositor
     python scripts/bench/gpu/train_350m.py --programs programs --run one16drop --modes inductor --peer
     python scripts/bench/gpu/train_350m.py --programs programs --run one32 --modes inductor
     python scripts/bench/gpu/train_350m.py --programs programs --run data2,shard2 --modes inductor --nproc 2 --profile
-    python scripts/bench/gpu/train_350m.py --programs programs --run op2,stages2 --modes cuda_graph --nproc 2 --profile
+    python scripts/bench/gpu/train_350m.py --programs programs --run op2i --modes inductor --nproc 2 --profile
+    python scripts/bench/gpu/train_350m.py --programs programs --run stages2_2 --modes cuda_graph --nproc 2
 
 `--device cpu` runs the same on small programs. Ours and the peer take turns; the table gives milliseconds of a step
 back to back and read each step, tokens/s, MFU over the peak measured in this run and over 989 TFLOP/s, and peak memory.

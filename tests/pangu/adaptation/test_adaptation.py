@@ -240,6 +240,14 @@ def test_mistakes_are_one_line(home, capsys, verb, words, message):
     assert message in error and resolve_checkpoint(home / "base").exists()
 
 
+def test_adapters_are_not_resumed_from_a_run_without_them(home, capsys):
+    assert main("pangu", VERBS, [
+        "finetune", "--config", TINY, *where(home), f"adapt.checkpoint={home / 'base'}", "train.steps=9",
+        f"adapt.pairs={home / 'pairs.jsonl'}", f"output.directory={home / 'base'}", "adapt.low_rank.rank=4"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "adapt.low_rank" in error and "another output.directory" in error
+
+
 def test_pairs_of_a_task(tmp_path, capsys):
     folder = tmp_path / "tnews"
     folder.mkdir()

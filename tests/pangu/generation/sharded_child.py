@@ -68,9 +68,9 @@ def memory(line: str) -> int:
 
 
 def main() -> None:
-    config, checkpoint, output = sys.argv[1:]
+    config, checkpoint, output, *flags = sys.argv[1:]
     settings, before = load_settings(Run, config), memory("VmRSS")
-    sharded = open_sharded(settings, checkpoint)
+    sharded = open_sharded(settings, checkpoint, int8="int8" in flags)
     Path(f"{output}.memory-{os.environ['RANK']}").write_text(str(memory("VmHWM") - before))
     if sharded.backend is None:
         sharded.follow()

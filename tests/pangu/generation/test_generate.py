@@ -129,6 +129,11 @@ def test_truncation_keeps_the_end_and_room(generator):
     assert short.prompt_tokens == CONTEXT - 5
     greedy = settings.model_copy(update={"temperature": 0.0})
     assert len({o.text for o in generator.generate(["b" * 30 + "a" * (CONTEXT - 5), "a" * (CONTEXT - 5)], greedy)}) == 1
+    most = with_(generator, truncate=True, max_new_tokens=CONTEXT)
+    assert generator.generate(["ab"], most)[0].prompt_tokens == 1
+    with pytest.raises(UserError, match="no room for a prompt") as error:
+        generator.generate(["ab"], with_(generator, truncate=True, max_new_tokens=CONTEXT + 1))
+    assert (error.value.where, error.value.value) == ("generate.max_new_tokens", CONTEXT + 1)
 
 
 def test_scores_equal_the_models_own_probabilities(model):

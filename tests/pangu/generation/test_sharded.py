@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from pangu.__main__ import VERBS as PANGU_VERBS
 from pangu.build import PACKAGE
 from pangu.config import ModelConfig
 from pangu.generation.generate import Generator
@@ -57,6 +58,15 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def quantized(checkpoint, tmp_path_factory):
+    """The same checkpoint with int8 weights."""
+    folder = tmp_path_factory.mktemp("quantized")
+    words = ["quantize", "--config", str(written(folder)), "--checkpoint", str(checkpoint), "--records", "0"]
+    assert main("pangu", PANGU_VERBS, [*words, "--output", str(folder / "int8")]) == 0
+    return folder / "int8"
+
+
 def written(folder, config=CONFIG, **blocks):
     """A config file of the model with some blocks."""
     tree = {"model": config.model_dump(mode="json"), "output": {"directory": str(folder / "out")},
@@ -66,14 +76,14 @@ def written(folder, config=CONFIG, **blocks):
     return folder / "run.yaml"
 
 
-def launched(checkpoint, folder, layout, nproc, config=CONFIG):
+def launched(checkpoint, folder, layout, nproc, config=CONFIG, flags=()):
     """What the ranks of a layout wrote: logits of each text, and the texts generated."""
     path = written(folder, config, parallel=layout)
     parser = argparse.ArgumentParser()
     add_node_arguments(parser)
     arguments = parser.parse_args(["--nproc", str(nproc)])
     settings, plan = grouped(load_settings(Run, path), arguments)
-    command = ["-m", "tests.pangu.generation.sharded_child", str(path), str(checkpoint), str(folder / "told")]
+    command = ["-m", "tests.pangu.generation.sharded_child", str(path), str(checkpoint), str(folder / "told"), *flags]
     figures = launch_inference(PACKAGE, settings, plan, "generate", command, folder / "logs")
     assert figures["failed_rank"] is None
     with np.load(folder / "told.npz") as found:
@@ -112,6 +122,21 @@ def test_every_layout_computes_what_one_process_does(checkpoint, tmp_path, layou
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"op": 2}, {"op": 4}, {"op": 2, "pipeline": {"stages": 2}}], ids=str)
+def test_int8_weights_of_shards_are_those_of_one_device(checkpoint, quantized, tmp_path, layout):
+    """Quantized while they are read, and from a quantized checkpoint; also where a rank has a part of the inputs."""
+    size = layout.get("op", 1) * layout.get("pipeline", {}).get("stages", 1)
+    floating, _ = launched(checkpoint, tmp_path / "floating", {}, 1)
+    for name, place, flags in (("read", checkpoint, ["int8"]), ("stored", quantized, [])):
+        wanted, texts_of_one = launched(place, tmp_path / name / "one", {}, 1, flags=flags)
+        found, generated = launched(place, tmp_path / name / "shards", layout, size, flags=flags)
+        for one, other, wide in zip(found, wanted, floating, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+            assert np.abs(other - wide).max() > 1e-3 * np.abs(wide).max()
+        assert generated == texts_of_one
+
+
+@pytest.mark.slow
 def test_a_rank_holds_its_shards_and_never_the_model(tmp_path):
     """Opening a checkpoint of 167 MB takes a rank its 83 MB and less than the 25 MB of the largest tensor."""
     big = CONFIG.model_copy(update={"hidden_size": 768, "ffn_size": 3072, "vocabulary_size": 8000, "layers": 5})
@@ -146,19 +171,41 @@ def test_what_cannot_be_opened_is_one_line_with_what_fits(checkpoint, program, m
         open_sharded(settings, checkpoint)
     monkeypatch.undo()
     monkeypatch.setenv("PARALLEL_PROGRAM", str(folder))
-    with pytest.raises(UserError, match="int8 weights run on one process"):
-        open_sharded(settings, checkpoint, int8=True)
+    assert open_sharded(settings, checkpoint, int8=True).rank.weights.parts["layers.0.attention.query.weight", "eight"]
     with pytest.raises(UserError, match="generate.prefill_chunk: the program was exported with 16"):
         open_sharded(load_settings(Run, path, ["generate.prefill_chunk=32"]), checkpoint)
     monkeypatch.setenv("PARALLEL_PROGRAM", str(exported_inference(str(path), [], kinds=["prefill", "decode"])))
     with pytest.raises(UserError, match="the program holds no score graph"):
         open_sharded(settings, checkpoint)
     monkeypatch.setenv("PARALLEL_PROGRAM", str(folder))
-    main("parallel", VERBS, ["reshard", "--config", str(path), "--from", str(checkpoint), "--to",
+    main("parallel", VERBS, ["reshard", "--config", str(path), "--checkpoint", str(checkpoint),
                              str(tmp_path / "slices"), "parallel.op=2"])
     next((tmp_path / "slices").glob("parameters-00001-*")).unlink()
     with pytest.raises(UserError, match="parameters-00001-of-00002.safetensors"):
         open_sharded(settings, tmp_path / "slices")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [True, False])
+def test_int8_weights_in_a_program_write_what_one_process_does(checkpoint, program, quantized, monkeypatch, tmp_path):
+    """From a quantized checkpoint, and from a float one, whose word embedding stays as it is."""
+    from pangu.__main__ import VERBS as PANGU
+    from pangu.generation.backend import load_backend
+
+    folder, path = program
+    settings, place = load_settings(Run, path), checkpoint
+    if quantized:
+        place = tmp_path / "int8"
+        assert main("pangu", PANGU, ["quantize", "--config", str(path), "--checkpoint", str(checkpoint), "--output",
+                                     str(place), "--records", "0"]) == 0
+    prompts = texts(CONFIG.vocabulary_size)
+    wanted = Generator(load_backend(settings, place, not quantized), None).generate_ids(prompts, GREEDY)
+    monkeypatch.setenv("PARALLEL_PROGRAM", str(folder))
+    opened = open_sharded(settings, place, int8=not quantized)
+    found = Generator(opened.backend, None).generate_ids(prompts, GREEDY)
+    assert any(node.op == "Product" for node in opened.rank.graphs["decode"].nodes)
+    same = [one.ids == other.ids for one, other in zip(found, wanted, strict=True)]
+    assert all(same) if quantized else sum(same) >= len(same) // 2
 
 
 def test_equal_prompts_stay_together_and_the_longest_are_spread():

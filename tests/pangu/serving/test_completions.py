@@ -236,6 +236,7 @@ WRONG = [
     ({"prompt": {"a": 1}}, "prompt", "invalid_value"), ({"prompt": [1, "a"]}, "prompt", "invalid_value"),
     ({"prompt": [1, 10**30]}, "prompt", "invalid_value"), ({"prompt": [True]}, "prompt", "invalid_value"),
     ({"prompt": [5] * 65}, "prompt", "context_length_exceeded"),
+    ({"prompt": "\ufffd"}, "prompt", "invalid_value"), ({"prompt": ["a", "\u200b\x01"]}, "prompt", "invalid_value"),
     ({"prompt": "长" * 9999}, "prompt", "context_length_exceeded"),
     ({"prompt": ["a"] * 300}, "prompt", "too_many_sequences"), ({"n": 300}, "n", "invalid_value"),
     ({"n": 0}, "n", "invalid_value"), ({"n": 3, "best_of": 2}, "best_of", "invalid_value"),

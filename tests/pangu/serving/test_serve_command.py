@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import urllib.request
 
@@ -60,28 +61,47 @@ def test_texts_are_those_of_generate_and_reload_takes_a_newer_model(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [["parallel.op=2"], ["parallel.pipeline.stages=2"]], ids=str)
-def test_a_sharded_server_gives_the_texts_of_one_process_and_ends_when_told(run, tmp_path, layout):
-    from pangu.generation.backend import load_backend
+def test_a_sharded_server_gives_the_texts_of_one_process_takes_a_newer_model_and_ends(run, tmp_path, layout):
+    from pangu.generation.backend import Backend, load_backend
     from pangu.generation.generate import Generator
     from pangu.generation.settings import GenerateSettings
+    from parallel.checkpoint.full import save_checkpoint
 
     folder, settings = run
-    place = str(folder / "train" / "checkpoints" / "step_00000001")
+    place = tmp_path / "run"
+    shutil.copytree(folder / "train" / "checkpoints" / "step_00000001", place / "checkpoints" / "step_00000001")
+    tokenizer = Tokenizer(folder / "v.model")
     process, address = says_where("parallel", "launch", "--config", str(folder / "run.yaml"), "--run", "serve",
                                   "--nproc", "2", "serve.port=0", "serve.engine.running=4",
-                                  f"output.directory={tmp_path}", *layout, "--", "--checkpoint", place)
+                                  f"output.directory={tmp_path}", *layout, "--", "--checkpoint", str(place))
     try:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
-        generator = Generator(load_backend(settings, place), Tokenizer(folder / "v.model"))
+        generator = Generator(load_backend(settings, str(place)), tokenizer)
         for rule in ({"temperature": 0.0}, {"seed": 7, "top_p": 0.9}):
             wanted = generator.generate(PROMPTS, GenerateSettings(max_new_tokens=12, **rule))
             answer = client.completions.create(model="pangu_alpha", prompt=PROMPTS, max_tokens=12, **rule)
             assert [choice.text for choice in answer.choices] == [completion.text for completion in wanted]
-        with pytest.raises(openai.APIStatusError, match="start the server again"):
-            openai.OpenAI(base_url=address, api_key="none", max_retries=0).post("/reload", cast_to=object)
+        newer = tiny_model(5, vocabulary_size=tokenizer.vocabulary_size, sequence_length=64)
+        state = {"run": settings.model_dump(mode="json")}
+        save_checkpoint(place / "checkpoints", 2, list(newer.get_parameters()), (), state)
+        other = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
+        assert other.post("/reload", cast_to=dict)["version"] == 2
+        greedy = client.completions.create(model="pangu_alpha", prompt=PROMPTS, max_tokens=12, temperature=0)
+        rule = GenerateSettings(max_new_tokens=12, temperature=0)
+        wanted = Generator(Backend(newer), tokenizer, rule).generate(PROMPTS)
+        assert [choice.text for choice in greedy.choices] == [completion.text for completion in wanted]
+        save_checkpoint(place / "checkpoints", 3, list(newer.get_parameters()), (), state)
+        damaged = place / "checkpoints" / "step_00000003" / "parameters.safetensors"
+        data = bytearray(damaged.read_bytes())
+        data[-1] ^= 1
+        damaged.write_bytes(data)
+        with pytest.raises(openai.APIStatusError, match="parameters.safetensors"):
+            other.post("/reload", cast_to=dict)
+        again = client.completions.create(model="pangu_alpha", prompt=PROMPTS, max_tokens=12, temperature=0)
+        assert [choice.text for choice in again.choices] == [completion.text for completion in wanted]
         process.send_signal(signal.SIGTERM)
         figures = json.loads(process.stdout.read().strip().splitlines()[-1])
-        assert process.wait(30) == 0 and figures["requests"] == 6 and figures["ranks"] == 2
+        assert process.wait(30) == 0 and figures["requests"] == 12 and figures["ranks"] == 2
     finally:
         process.kill()
         process.wait()

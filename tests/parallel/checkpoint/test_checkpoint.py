@@ -10,10 +10,12 @@ import safetensors.numpy
 from mindspore import Parameter, Tensor
 
 from parallel.checkpoint import writing as module
+from parallel.checkpoint.folder import damage as damage_of
 from parallel.checkpoint.folder import list_checkpoints
 from parallel.checkpoint.full import Checkpoint, load_checkpoint, load_parameters, save_checkpoint
 from parallel.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from parallel.common.errors import UserError
+from parallel.common.files import json_with_digest, read_json
 
 SHAPES = {"table": (7, 4), "layer.weight": (3, 5), "layer.bias": (5,), "empty": (0, 4), "count": ()}
 
@@ -112,6 +114,18 @@ def test_damage_is_found(saved, damage):
         parameters = make(1, {"layer.weight": np.float16})
         load_checkpoint(saved, parameters)
         Checkpoint(saved).read("table")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("run", [1]), ("quantization", "int8"), ("step", 1.5), ("iteration", -1), ("iteration", 1 << 80), ("metrics", []),
+    ("companions", 3), ("window", {})])
+def test_a_state_of_another_form_with_the_right_digest_is_one_line(saved, name, value):
+    path = list_checkpoints(saved)[-1]
+    file = path / "state.json"
+    file.write_text(json_with_digest({**read_json(file), name: value}))
+    with pytest.raises(UserError, match=f"'{name}' is no") as error:
+        Checkpoint(path)
+    assert error.value.where == file and "is no" in str(damage_of(path))
 
 
 def test_keep_and_replace(tmp_path):

@@ -33,6 +33,7 @@ def main(folder: Path, rank: int, address: str, ways: list[str]) -> None:
     """Runs all ways, one after the other in the same processes."""
     import torch
 
+    from parallel.torch_runtime import buckets
     from parallel.torch_runtime.fusion import regions
     from parallel.torch_runtime.program import Program
     from parallel.torch_runtime.step import TorchStep
@@ -43,8 +44,9 @@ def main(folder: Path, rank: int, address: str, ways: list[str]) -> None:
     for way in ways:
         mode, floating = way.split("/")
         # The mode of compiled regions, with Python in place of the compiler, which would take minutes here.
-        regions.inductor = lambda function, inputs: function
+        regions.inductor = lambda function, inputs, **_: function
         regions._compiled.clear()
+        buckets.LARGE = 0  # sums as small as these are to be treated as large ones
         step = TorchStep(program, rank, device="cpu", mode="inductor" if mode == "regions" else mode,
                          floating=floating, address=address)
         part, parts = step.share

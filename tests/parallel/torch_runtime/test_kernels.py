@@ -11,7 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are made
 pytest.importorskip("triton")
 
 from parallel.torch_runtime.attention import dropout_attention, flash  # noqa: E402
-from parallel.torch_runtime.fusion import fused, kernels  # noqa: E402
+from parallel.torch_runtime.fusion import fused, kernels, swiglu, target_attention  # noqa: E402
 from parallel.torch_runtime.graph import Kind, Node  # noqa: E402
 
 
@@ -89,3 +89,41 @@ def test_documents_one_after_the_other(monkeypatch):
     monkeypatch.setattr(flash, "_has_kernel", lambda q: True)
     monkeypatch.setattr(flash, "_sequences", None)  # not by this way
     near(both(), wanted)
+
+
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_adagrad(skipped):
+    torch.manual_seed(0)
+    *given, gradient = (torch.rand(1000, 7) for _ in range(3))
+    scalars = torch.tensor([1e-2, 1e-8, 0.5, skipped])
+    ours, theirs = ([item.clone() for item in given] for _ in range(2))
+    kernels.adagrad(None, *ours, scalars, gradient)
+    fused._adagrad(None, *theirs, scalars, gradient)
+    near(ours, theirs)
+
+
+def test_the_gate_of_a_swiglu():
+    torch.manual_seed(0)
+    gradient, g, u = (torch.randn(3, 50, 30) for _ in range(3))
+    near([kernels.swish(None, g, u)], [swiglu.forward(None, g, u)])
+    near(kernels.swish_grad(None, gradient, g, u), swiglu.backward(None, gradient, g, u))
+    g.requires_grad_(), u.requires_grad_()
+    (g * torch.sigmoid(g) * u).backward(gradient)
+    near(kernels.swish_grad(None, gradient, g.detach(), u.detach()), [g.grad, u.grad])
+
+
+def test_target_attention(monkeypatch):
+    """Values and gradients by the kernels against the plain form in float32; rows lie apart as a lookup's slices do."""
+    torch.manual_seed(0)
+    samples, length, width, hidden = 3, 150, 32, 70
+    k = torch.randn(samples, length + 3, width)[:, 2:-1]
+    q, dout, present = torch.randn(samples, width), torch.randn(samples, 1, width), torch.rand(samples, length) > 0.2
+    w1, b1 = torch.randn(hidden, 4 * width) / 12, torch.randn(hidden) / 4
+    inputs = (q, k, present[..., None].float(), w1, b1, torch.randn(1, hidden) / 8, torch.randn(1))
+    node = Node("FusedTargetAttention", [], [], {"dtype": "float32"})
+    wanted = target_attention.forward(node, *inputs)
+    gradients = target_attention.backward(node, dout, wanted[1], *inputs)
+    monkeypatch.setattr(target_attention, "_own_kernels", lambda k, dtype: True)
+    found = target_attention.forward(node, *inputs)
+    near(found, wanted)
+    near(target_attention.backward(node, dout, found[1], *inputs), gradients)

@@ -57,6 +57,10 @@ CASES = [pytest.param(model, layout.name, layout.keys.split(), id=f"{model.parti
 CASES += [pytest.param("pangu/tiny", f"optimizer_{name}", ["parallel.data=2", "parallel.op=2",
                                                            "parallel.optimizer.shard=-1", *keys.split()],
                        id=f"tiny-{name}", marks=pytest.mark.slow) for name, keys in OPTIMIZERS.items()]
+CASES += [pytest.param("pangu/tiny", f"parts_{name}", ["parallel.micro_batch_interleave=2", *keys.split()],
+                       id=f"tiny-parts_{name}", marks=pytest.mark.slow)
+          for name, keys in (("op", "parallel.op=2"), ("sequence", "parallel.op=2 parallel.sequence=true"),
+                             ("data_op", "parallel.data=2 parallel.op=2"))]
 
 
 @dataclass
@@ -226,10 +230,10 @@ def test_a_layout_run_by_torch_is_the_replayed_one(model, name, keys, compilers,
 
 
 def test_the_runtime_asks_for_no_mindspore():
-    """Every module of the room but the launcher's."""
+    """Every module of the room but the launcher's and Triton's kernels."""
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts)
                for path in (ROOT / "parallel/torch_runtime").rglob("*.py")
-               if path.stem not in ("kernels", "dropout_attention", "__main__")]
+               if path.stem not in ("tiles", "__main__") and "\nimport triton" not in path.read_text()]
     code = ("import sys; sys.path.insert(0, 'tests/parallel/torch_runtime'); import layout_child, importlib; "
             f"[importlib.import_module(name) for name in {modules}]; assert 'mindspore' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},

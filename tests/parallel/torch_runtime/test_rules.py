@@ -82,6 +82,7 @@ CASES: list[tuple] = [
     ("Reshape", [X, (2, 6)]), ("Reshape", [X, (-1,)]), ("Reshape", [floats(1), ()]), ("Flatten", [floats(2, 3, 4)]),
     ("Squeeze", [floats(3, 1, 4)], {}, (3, 4)), ("Concat", [(X, Y), 1]), ("Concat", [(X, Y)], {"axis": 0}),
     ("Stack", [(X, Y)], {"axis": 1}), ("Stack", [(X, Y), 0]), ("Pad", [X], {"paddings": [[1, 0], [2, 1]]}),
+    ("Pad", [X], {"paddings": [[[1], [0]], [[2], [1]]]}),
     *[(op, [floats(2, 3, 4), floats(2, 4, 5)]) for op in ("BatchMatMul", "Bmm", "MatMulExt")],
     *[(op, [X, floats(4, 5)]) for op in ("MatMul", "Mm", "MatMulV2")], ("MatMul", [X, floats(5, 3), True, True]),
     ("BatchMatMul", [floats(2, 3, 4), floats(2, 5, 4), False, True]),

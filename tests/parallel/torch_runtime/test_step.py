@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -72,13 +74,13 @@ def test_out_of_memory_while_the_state_is_made(tmp_path, monkeypatch):
         TorchStep(program, 0, device="cpu", mode="exact")
 
 
-def test_compiled_regions_under_op_are_refused_on_gpus(tmp_path, monkeypatch):
-    monkeypatch.setattr("parallel.torch_runtime.step.device_of", lambda name: torch.device("cuda"))
-    node = Node("Add", [0, 1], [KIND], number=2)
-    program = written(tmp_path, [Graph([("x", KIND)], [("w", KIND)], [], [node], 2)])
-    program.parallel["op"] = 2
-    with pytest.raises(UserError, match=r"parallel\.execution: compiled regions .*inductor.*set it to cuda_graph"):
-        TorchStep(program, 0, device="cuda", mode="inductor")
+@pytest.mark.parametrize("name, tflops", [("NVIDIA H200", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA L4", None)])
+def test_the_data_sheet_of_a_gpu(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    step = SimpleNamespace(device=torch.device("cuda"))
+    assert TorchStep.data_sheet_tflops(step, "bf16") == tflops
+    assert TorchStep.data_sheet_tflops(step, "fp32") is None
+    assert TorchStep.data_sheet_tflops(SimpleNamespace(device=torch.device("cpu")), "bf16") is None
 
 
 def test_messages_that_would_be_taken_for_another_are_refused(tmp_path):

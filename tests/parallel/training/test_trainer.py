@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -44,7 +45,23 @@ def test_figures(finished):
     assert math.isclose(figures["validation_perplexity"], math.exp(figures["validation_loss"]), rel_tol=1e-9)
     assert figures["twice"] == 24
     assert [step for step, _ in seen] == list(range(1, 13)) and seen[-1][1] < seen[0][1]
+    assert "mfu_of_data_sheet" not in figures
     json.dumps(figures)
+
+
+def test_share_of_the_data_sheet(finished, monkeypatch):
+    _, figures, _, full = finished
+    monkeypatch.setattr(full.backend, "data_sheet_tflops", lambda precision: 4 * figures["peak_tflops"])
+    again = full.figures()
+    assert again["data_sheet_tflops"] == 4 * figures["peak_tflops"]
+    assert math.isclose(again["mfu_of_data_sheet"], figures["mfu"] / 4, rel_tol=1e-9)
+
+
+def test_no_picture_without_matplotlib(finished, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    finished[3].log.draw(tmp_path / "loss.png", "toy")
+    assert "loss.png is not drawn: matplotlib is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "loss.png").exists()
 
 
 def test_log_and_pictures(finished):

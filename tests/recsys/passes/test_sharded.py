@@ -80,6 +80,21 @@ def test_metrics_under_every_layout_are_those_of_one_device(name, nproc, layout,
     same_metrics(capsys, tmp_path, name, nproc, layout, *more)
 
 
+@pytest.mark.slow
+def test_a_quantized_checkpoint_is_evaluated_by_a_program_as_by_one_process(tmp_path, capsys):
+    make_run(tmp_path / "run", "tokenmixer_large")
+    assert main("recsys", VERBS, ["quantize", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "int8"),
+                                  "--part", "none"]) == 0
+    words, program = words_of("tokenmixer_large", tmp_path / "int8"), str(tmp_path / "program")
+    wanted = evaluated(capsys, words)
+    export = [sys.executable, "-m", "parallel", "export", *words, "--graphs", "scores_32", "--output", program]
+    subprocess.run(export, check=True, capture_output=True, timeout=600)
+    told = figures_of(launch([*words, "--program", program], 1, "evaluate"))
+    assert [told[name] for name in NAMES] == pytest.approx([wanted[name] for name in NAMES], abs=1e-5)
+    assert told["auc"] != pytest.approx(evaluated(capsys, words_of("tokenmixer_large", tmp_path / "run"))["auc"],
+                                        abs=1e-7)
+
+
 class Server:
     """A launch of `serve`; its address is told on stderr."""
 

@@ -1,0 +1,201 @@
+"""Target attention in Triton: sum_L a(q, k_l) k_l with a = w2 swish(W1 [q, k, q - k, q * k] + b1) + b2, hidden units on
+the chip alone, forward and backward.
+
+Shapes: B samples, L list length, W embedding width, H hidden units, filled up to a multiple of 64 whose weights are 0.
+
+The four parts of W1 = [a, b, c, d] are put together once a sample: W1 [q, k, q - k, q * k] = k (b - c + q d) +
+q (a + c), so a product has W rows where it is written with 4 W. "Effective" is b - c + q d, [B, W, H].
+
+Imported on GPUs only. `fusion.target_attention` has the plain form, with which the tests compare these kernels in
+Triton's interpreter. Which tiles a kernel runs with is measured when it first meets a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+UNITS = 64
+"""Hidden units are filled up to a multiple of it; a tile holds so many, or twice as many."""
+TILES = {"forward": ((128, 64, 8), (128, 64, 4), (64, 64, 4)), "rows": ((128, 64, 8), (128, 64, 4), (64, 64, 4)),
+         "columns": ((64, 64, 4), (64, 128, 8), (128, 64, 8))}
+"""Rows of a list, hidden units, warps: what is tried, the first where nothing can be measured."""
+_chosen: dict[tuple, tuple[int, int, int]] = {}
+
+
+@triton.jit
+def _sigmoid(x, FAST: tl.constexpr):
+    if FAST:  # one instruction in place of an exponential and a division; about 11 bits
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True,
+                                         pack=1)
+        found = 0.5 + 0.5 * tanh
+    else:
+        found = tl.sigmoid(x)
+    return found
+
+
+@triton.jit
+def _forward_kernel(k, present, effective, own, w2, b2, out, scores, length, hidden, k_sample, k_row, W: tl.constexpr,
+                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):
+    sample = tl.program_id(0).to(tl.int64)
+    w = tl.arange(0, W)
+    total = tl.zeros((W,), tl.float32)
+    bias = tl.load(b2).to(tl.float32)
+    for begin in range(0, length, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = row < length
+        keys = tl.load(k + sample * k_sample + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
+        narrow, keys = keys.to(effective.dtype.element_ty), keys.to(tl.float32)
+        score = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, hidden, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            both = tl.load(effective + (sample * W + w[:, None]) * hidden + column[None, :])
+            h = tl.dot(narrow, both) + tl.load(own + sample * hidden + column)[None, :]
+            score += tl.sum(h * _sigmoid(h, FAST) * tl.load(w2 + column)[None, :], 1)
+        score = (score + bias) * tl.load(present + sample * length + row, mask=inside, other=0.0)
+        tl.store(scores + sample * length + row, score, mask=inside)
+        total += tl.sum(keys * score[:, None], 0)
+    tl.store(out + sample * W + w, total)
+
+
+@triton.jit
+def _rows_kernel(k, present, effective, own, w2, scores, dout, dk, dscores, narrowed, length, hidden, k_sample, k_row,
+                 W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):
+    """Gradients by the rows and by the scores, a tile of rows a program; the rows in the type of the products."""
+    sample = tl.program_id(0).to(tl.int64)
+    w = tl.arange(0, W)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = row < length
+    keys = tl.load(k + sample * k_sample + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
+    narrow, keys = keys.to(effective.dtype.element_ty), keys.to(tl.float32)
+    place = (sample * length + row[:, None]) * W + w[None, :]
+    tl.store(narrowed + place, narrow, mask=inside[:, None])
+    gradient = tl.load(dout + sample * W + w).to(tl.float32)
+    score = tl.load(scores + sample * length + row, mask=inside, other=0.0)
+    dscore = tl.sum(keys * gradient[None, :], 1) * tl.load(present + sample * length + row, mask=inside, other=0.0)
+    tl.store(dscores + sample * length + row, dscore, mask=inside)
+    total = tl.zeros((ROWS, W), tl.float32)
+    for start in range(0, hidden, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        both = tl.load(effective + (sample * W + w[:, None]) * hidden + column[None, :])
+        h = tl.dot(narrow, both) + tl.load(own + sample * hidden + column)[None, :]
+        sigmoid = _sigmoid(h, FAST)
+        slope = tl.load(w2 + column)[None, :] * sigmoid * (1.0 + h * (1.0 - sigmoid))
+        total += tl.dot(slope.to(effective.dtype.element_ty), tl.trans(both))
+    total = total * dscore[:, None] + score[:, None] * gradient[None, :]
+    tl.store(dk + place, total, mask=inside[:, None])
+
+
+@triton.jit
+def _columns_kernel(narrowed, dscores, effective, own, w2, deffective, downs, dw2, length, hidden, W: tl.constexpr,
+                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):
+    """Gradients by what a sample multiplies its rows with, a tile of hidden units a program."""
+    sample = tl.program_id(1).to(tl.int64)
+    w = tl.arange(0, W)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    both = tl.load(effective + (sample * W + w[:, None]) * hidden + column[None, :])
+    bias, weight = tl.load(own + sample * hidden + column), tl.load(w2 + column)
+    product = tl.zeros((W, COLUMNS), tl.float32)
+    sums, second = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    for begin in range(0, length, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = row < length
+        narrow = tl.load(narrowed + (sample * length + row[:, None]) * W + w[None, :], mask=inside[:, None], other=0.0)
+        dscore = tl.load(dscores + sample * length + row, mask=inside, other=0.0)
+        h = tl.dot(narrow, both) + bias[None, :]
+        sigmoid = _sigmoid(h, FAST)
+        swish = h * sigmoid
+        dh = dscore[:, None] * (sigmoid + swish * (1.0 - sigmoid))
+        second += tl.sum(dscore[:, None] * swish, 0)
+        sums += tl.sum(dh, 0)
+        product += tl.dot(tl.trans(narrow), dh.to(narrow.dtype))
+    place = sample * hidden + column
+    tl.store(downs + place, sums * weight)
+    tl.store(dw2 + place, second)
+    tl.store(deffective + (sample * W + w[:, None]) * hidden + column[None, :], product * weight[None, :])
+
+
+def fits(k: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels take rows of this shape, on a GPU and in half precision."""
+    return (k.is_cuda and dtype in (torch.float16, torch.bfloat16) and k.shape[-1] in (16, 32, 64, 128)
+            and k.stride(-1) == 1)
+
+
+def filled(x: Tensor) -> Tensor:
+    """A tensor whose last dim, hidden units, is filled up with zeros."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % UNITS))
+
+
+def forward(k: Tensor, present: Tensor, effective: Tensor, own: Tensor, w2: Tensor,
+            b2: Tensor) -> tuple[Tensor, Tensor]:
+    """(out_BW, scores_BL), float32; `present` is [B, L] of 0 and 1.
+
+    Args:
+        effective: [B, W, H] in the type of the products.
+        own: q (a + c) + b1, float32 [B, H].
+        w2: float32 [H].
+    """
+    samples, length, width = k.shape
+    out, scores = (torch.empty(samples, size, dtype=torch.float32, device=k.device) for size in (width, length))
+    hidden = effective.shape[2]
+
+    def launch(rows: int, columns: int, warps: int) -> None:
+        _forward_kernel[(samples,)](k, present, effective, own, w2, b2, out, scores, length, hidden, k.stride(0),
+                                    k.stride(1), W=width, ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
+
+    _run("forward", k, hidden, launch)
+    return out, scores
+
+
+def backward(dout: Tensor, scores: Tensor, k: Tensor, present: Tensor, effective: Tensor, own: Tensor,
+             w2: Tensor) -> tuple[Tensor, ...]:
+    """(dk_BLW, dscores_BL, gradient of `effective` [B, W, H], of `own` [B, H], of w2 by sample [B, H]), float32."""
+    samples, length, width = k.shape
+    hidden = effective.shape[2]
+    made = {"dtype": torch.float32, "device": k.device}
+    dk, dscores = torch.empty(samples, length, width, **made), torch.empty(samples, length, **made)
+    narrowed = torch.empty(samples, length, width, dtype=effective.dtype, device=k.device)
+    deffective = torch.empty(samples, width, hidden, **made)
+    downs, dw2 = torch.empty(samples, hidden, **made), torch.empty(samples, hidden, **made)
+
+    def rows_launch(rows: int, columns: int, warps: int) -> None:
+        _rows_kernel[(samples, triton.cdiv(length, rows))](
+            k, present, effective, own, w2, scores, dout, dk, dscores, narrowed, length, hidden, k.stride(0),
+            k.stride(1), W=width, ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
+
+    def columns_launch(rows: int, columns: int, warps: int) -> None:
+        _columns_kernel[(hidden // columns, samples)](
+            narrowed, dscores, effective, own, w2, deffective, downs, dw2, length, hidden, W=width, ROWS=rows,
+            COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
+
+    _run("rows", k, hidden, rows_launch)
+    _run("columns", k, hidden, columns_launch)
+    return dk, dscores, deffective, downs, dw2
+
+
+def _run(name: str, k: Tensor, hidden: int, launch: Callable[[int, int, int], None]) -> None:
+    """Launches a kernel with the tiles that are fastest for this shape, found by the clock at its first launch."""
+    key = (name, tuple(k.shape), hidden, k.dtype)
+    if key not in _chosen:
+        fitting = [tile for tile in TILES[name] if hidden % tile[1] == 0]
+        timed = k.is_cuda and not torch.cuda.is_current_stream_capturing()
+        _chosen[key] = min(fitting, key=lambda tile: _milliseconds(launch, tile)) if timed else fitting[0]
+    launch(*_chosen[key])
+
+
+def _milliseconds(launch: Callable[[int, int, int], None], tile: tuple[int, int, int]) -> float:
+    try:
+        launch(*tile)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(2):
+            launch(*tile)
+        end.record()
+        end.synchronize()
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+    return begin.elapsed_time(end)
