@@ -145,8 +145,8 @@ class DeviceSum:
 
 class DeviceSwap:
     """AlltoAll of bytes over MindSpore's processes: `swap(uint8 [ranks, n])` sends row r to process r and returns what
-    each had for this one. On the CPU, whose backend has no AlltoAll, each pair of processes exchanges messages: none
-    receives what is for others.
+    each had for this one. Their CPU backend has AllGather and no AlltoAll, so there each receives what all have for all
+    and keeps its own; bytes travel as float32.
 
     Args:
         processes: this one among all, in their group of all.
@@ -155,47 +155,17 @@ class DeviceSwap:
     def __init__(self, processes: Processes) -> None:
         from mindspore import ops
 
-        self.rank, self.ranks = processes.rank, processes.ranks
-        self.exchange = None
-        if processes.target != "CPU":
-            self.exchange = ops.AlltoAll(processes.ranks, 0, 0, processes.group)
+        self.rank, self.ranks, self.on_cpu = processes.rank, processes.ranks, processes.target == "CPU"
+        self.exchange = (ops.AllGather(processes.group) if self.on_cpu else
+                         ops.AlltoAll(processes.ranks, 0, 0, processes.group))
 
     def __call__(self, parts: np.ndarray) -> np.ndarray:
         from mindspore import Tensor
 
+        # Each byte as a number: bit patterns of integers may be signalling NaNs, which a float may not keep.
+        numbers = parts.astype(np.float32)
         with waiting("an exchange of bytes between all processes"):
-            if self.exchange is not None:
-                # Each byte as a number: what AlltoAll takes on every device.
-                return self.exchange(Tensor(parts.astype(np.float32))).asnumpy().astype(np.uint8)
-            return self._pairs(parts)
-
-    def _pairs(self, parts: np.ndarray) -> np.ndarray:
-        """Pair by pair, round by round, so that in every round each process has one partner."""
-        from mindspore import Tensor
-        from mindspore.mint.distributed import recv, send
-
-        found = parts.copy()
-        for other in partners(self.rank, self.ranks):
-            received = Tensor(np.zeros(parts.shape[1], np.uint8))
-            for sends in (self.rank < other, self.rank > other):
-                if sends:
-                    send(Tensor(np.ascontiguousarray(parts[other])), other)
-                else:
-                    recv(received, other)
-            found[other] = received.asnumpy()
-        return found
-
-
-def partners(rank: int, ranks: int) -> list[int]:
-    """Whom process `rank` exchanges with in each round of a round-robin tournament, those without one left out."""
-    size = ranks + ranks % 2
-    found = []
-    for number in range(size - 1):
-        if rank == size - 1:
-            other = number * (size // 2) % (size - 1)
-        else:
-            other = (number - rank) % (size - 1)
-            other = size - 1 if other == rank else other
-        if other < ranks:
-            found.append(other)
-    return found
+            if self.on_cpu:
+                found = self.exchange(Tensor(numbers.reshape(1, -1))).asnumpy()
+                return found.reshape(self.ranks, *parts.shape)[:, self.rank].astype(np.uint8)
+            return self.exchange(Tensor(numbers)).asnumpy().astype(np.uint8)
