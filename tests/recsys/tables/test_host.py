@@ -295,7 +295,7 @@ def test_rows_that_stay_on_the_device_change_no_bit(tmp_path, graph_mode, rule):
     words = ("data.tables.place=host", f"train.sparse_optimizer.name={rule}", "data.tables.sweep_every=3",
              "train.sparse_optimizer.learning_rate=0.05", "train.validate_every=6", "output.checkpoint_every=6",
              "train.keep_best=auc", *_dynamic(settings_of()))
-    hot = ("data.tables.hot_rows=100")
+    hot = ("data.tables.hot_rows=100",)
     plain, _ = train(tmp_path / "plain", *words, "train.steps=24")
     train(tmp_path / "hot", *words, *hot, "train.steps=12")
     found, _ = train(tmp_path / "hot", *words, *hot, "train.steps=24")
