@@ -290,12 +290,12 @@ def same_files(one, other) -> None:
 @pytest.mark.parametrize("rule", ["rowwise_adagrad", *(pytest.param(rule, marks=pytest.mark.slow) for rule in (
     "adagrad", "lazy_adam", "sgd"))])
 def test_rows_that_stay_on_the_device_change_no_bit(tmp_path, graph_mode, rule):
-    """Dynamic ids with admission and sweeps, a validation and a checkpoint between; then the run goes on from that
-    checkpoint. A sweep ends every third step, and rows are chosen after steps 1, 4 and 16 only: they stay hot."""
-    words = ("data.tables.place=host", f"train.sparse_optimizer.name={rule}", "data.tables.sweep_every=3",
+    """Dynamic ids with admission and sweeps, other rows hot every five steps, a validation and a checkpoint between;
+    then the run goes on from that checkpoint."""
+    words = ("data.tables.place=host", f"train.sparse_optimizer.name={rule}", "data.tables.sweep_every=7",
              "train.sparse_optimizer.learning_rate=0.05", "train.validate_every=6", "output.checkpoint_every=6",
              "train.keep_best=auc", *_dynamic(settings_of()))
-    hot = ("data.tables.hot_rows=100",)
+    hot = ("data.tables.hot_rows=100", "data.tables.hot_every=3")
     plain, _ = train(tmp_path / "plain", *words, "train.steps=24")
     train(tmp_path / "hot", *words, *hot, "train.steps=12")
     found, _ = train(tmp_path / "hot", *words, *hot, "train.steps=24")
