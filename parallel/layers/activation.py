@@ -8,7 +8,7 @@ from typing import Literal
 import mindspore
 from mindspore import Tensor, ops
 
-from parallel.layers.parameter import casts_factors
+from parallel.layers.parameter import needs_one_type
 from parallel.sharding.layout import Layer, Operand, OpSharding
 
 Gelu = Literal["tanh", "fast", "erf"]
@@ -36,7 +36,7 @@ class GELU(Layer):
         self.divide, self.erf, self.one_more, self.half = ops.Mul(), ops.Erf(), ops.Add(), ops.Mul()
         self.linear = 2.0 * math.sqrt(2.0 / math.pi)
         self.cubic = self.linear * 0.044715
-        self.casts_factors = casts_factors()
+        self.casts = needs_one_type()
 
     def construct(self, x_NF: Tensor) -> Tensor:
         if self.kind == "erf":
@@ -51,7 +51,7 @@ class GELU(Layer):
 
     def like(self, x_NF: Tensor, factor: float) -> Tensor | float:
         """The factor as this device multiplies it."""
-        return ops.cast(factor, x_NF.dtype) if self.casts_factors else factor
+        return ops.cast(factor, x_NF.dtype) if self.casts else factor
 
     def sharding(self) -> list[OpSharding]:
         wide = self.wide

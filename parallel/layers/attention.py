@@ -24,7 +24,7 @@ from mindspore.ops.operations.nn_ops import FlashAttentionScore
 from parallel.common.errors import UserError
 from parallel.layers.dropout import Dropout, DropoutBits
 from parallel.layers.linear import Linear
-from parallel.layers.parameter import casts_factors
+from parallel.layers.parameter import needs_one_type
 from parallel.sharding.layout import Axes, Layer, OpSharding
 
 MASKED = -10000.0
@@ -174,7 +174,7 @@ class AttentionCore(Layer):
         self.factor, self.softmax_dtype = 1.0 / math.sqrt(head_width), softmax_dtype
         self.scale, self.mask, self.softmax = ops.Mul(), ops.Add(), ops.Softmax(axis=-1)
         self.rows = RowSoftmax() if mindspore.get_context("device_target") == "CPU" else None
-        self.casts_factor = casts_factors()
+        self.casts = needs_one_type()
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.cast = ops.Cast()
@@ -182,7 +182,7 @@ class AttentionCore(Layer):
 
     def construct(self, query_BHSK: Tensor, key_BHSK: Tensor, value_BHSK: Tensor, bias_B1SS: Tensor,
                   keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        factor = ops.cast(self.factor, query_BHSK.dtype) if self.casts_factor else self.factor
+        factor = ops.cast(self.factor, query_BHSK.dtype) if self.casts else self.factor
         score_BHSS = self.scores(self.scale(query_BHSK, factor), key_BHSK)
         score_BHSS = self.mask(self.cast(score_BHSS, self.softmax_dtype), self.cast(bias_B1SS, self.softmax_dtype))
         weight_BHSS = self.rows(score_BHSS) if self.rows is not None else self.softmax(score_BHSS)

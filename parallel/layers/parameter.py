@@ -53,7 +53,7 @@ def initialize(network: nn.Cell, seed: int) -> None:
             item.set_data(Tensor(start_value(name, item.shape, item.start, seed), item.dtype))
 
 
-def casts_factors() -> bool:
-    """Whether a number that tensors are multiplied by is to be cast to their type first: MindSpore's CUDA backend has
-    no product of a float16 tensor and a Python number."""
+def needs_one_type() -> bool:
+    """Whether operands must be cast to one type here: MindSpore's CUDA backend has no product of a float16 tensor and a
+    Python number, and no concatenation of float16 and float32, which other devices take."""
     return mindspore.get_context("device_target") == "GPU"

@@ -82,7 +82,8 @@ class ClusterSettings(Settings):
     efficiency: EfficiencySettings = EfficiencySettings()
     """Constants of the software."""
     runtime: RuntimeSettings | None = None
-    """A runtime that runs a graph node by node and reads and writes memory at each; None = as the constants say."""
+    """A runtime that runs a graph node by node, a kernel at each (configs/cluster/h200.yaml has one); None = as the
+    constants say."""
 
     @property
     def usable_bytes(self) -> int:

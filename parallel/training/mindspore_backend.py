@@ -175,6 +175,17 @@ class ShardedBackend(MindSporeBackend, SlicedBackend):
         """See `MindSporeBackend`."""
         return self.run.cell
 
+    def step(self, batch: Batch) -> Outputs:
+        """See `Backend`."""
+        self.run.copies_are_old = True
+        return super().step(batch)
+
+    def stretches(self, source: DataSource, first: int, steps: int, size: int) -> Iterator[tuple[int, Outputs]]:
+        """See `Backend`."""
+        for stretch in super().stretches(source, first, steps, size):
+            self.run.copies_are_old = True
+            yield stretch
+
     def full_start(self, name: str) -> np.ndarray:
         """See `SlicedBackend`."""
         starts = {parameter.name: parameter.start for parameter in self.run.task.network.get_parameters()}
@@ -187,12 +198,14 @@ class ShardedBackend(MindSporeBackend, SlicedBackend):
     def loss(self, batch: Batch) -> tuple[float, float]:
         """See `Backend`."""
         self._mode(False)
+        self.run.refresh_copies()
         loss, weight = self.mean_loss(*map(Tensor, batch)).asnumpy().tolist()
         return (loss * weight, weight) if self.run.reports_loss else (0.0, 0.0)
 
     def scores(self, batch: Batch) -> np.ndarray | None:
         """See `Backend`."""
         self._mode(False)
+        self.run.refresh_copies()
         scores = self.scorer(*map(Tensor, batch)).asnumpy()
         own, parts = self.share
         if len(scores) > len(batch[0]):  # every process knows all rows

@@ -13,7 +13,7 @@ from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import SplitWithSize
 
 from parallel.layers.linear import Linear
-from parallel.layers.parameter import parameter
+from parallel.layers.parameter import needs_one_type, parameter
 from parallel.sharding.layout import Layer, Operand, OpSharding
 from recsys.data.features import Feature, FeatureSpec, NumericSlot, Slot
 from recsys.layers.sharded_table import ShardedTable
@@ -102,12 +102,14 @@ class Join(Layer):
     def __init__(self, count: int, dims: int = 2) -> None:
         super().__init__()
         self.count, self.dims = count, dims
-        self.concat = ops.Concat(axis=1)
+        self.concat, self.casts = ops.Concat(axis=1), needs_one_type()
 
     def construct(self, *parts: Tensor) -> Tensor:
         # Not a tuple: cells of a pipeline stage are graphs of their own, which a tuple does not enter as one.
         if self.count == 1:
             return parts[0]
+        if self.casts:  # a float16 part beside a float32 one has no kernel either
+            parts = tuple([ops.cast(part, parts[0].dtype) for part in parts])
         return self.concat(parts)
 
     def sharding(self) -> list[OpSharding]:

@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.norm import LayerNorm
-from parallel.layers.parameter import casts_factors, parameter
+from parallel.layers.parameter import needs_one_type, parameter
 from parallel.sharding.layout import Layer, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import Join, group_widths
@@ -106,10 +106,10 @@ class Attend(Layer):
         super().__init__()
         self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
         self.softmax, self.scale, self.times, self.plus = ops.Softmax(-1), scale, ops.Mul(), ops.Add()
-        self.casts_factor = casts_factors()
+        self.casts = needs_one_type()
 
     def construct(self, q_BHQK: Tensor, k_BHFK: Tensor, v_BHFK: Tensor, bias_B11F: Tensor | None = None) -> Tensor:
-        scale = ops.cast(self.scale, q_BHQK.dtype) if self.casts_factor else self.scale
+        scale = ops.cast(self.scale, q_BHQK.dtype) if self.casts else self.scale
         scores = self.times(self.scores(q_BHQK, k_BHFK), scale)
         if bias_B11F is not None:
             scores = self.plus(scores, bias_B11F)

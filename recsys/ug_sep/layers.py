@@ -7,7 +7,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import SplitWithSize
 
-from parallel.layers.parameter import casts_factors
+from parallel.layers.parameter import needs_one_type
 from parallel.sharding.layout import Layer, Operand, OpSharding
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import FeatureEmbedding, Table
@@ -172,12 +172,12 @@ class SharedMean(Layer):
     def __init__(self, batch: str) -> None:
         super().__init__()
         self.batch, self.weigh_user, self.weigh_candidate, self.add = batch, ops.Mul(), ops.Mul(), ops.Add()
-        self.casts_factors = casts_factors()
+        self.casts = needs_one_type()
 
     def construct(self, user_ND: Tensor, candidate_ND: Tensor, share: float) -> Tensor:
         """`share`: that of U among the tokens."""
         rest = 1.0 - share
-        if self.casts_factors:
+        if self.casts:
             share, rest = ops.cast(share, user_ND.dtype), ops.cast(rest, candidate_ND.dtype)
         return self.add(self.weigh_user(user_ND, share), self.weigh_candidate(candidate_ND, rest))
 

@@ -20,7 +20,7 @@ from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.grouped import Add, GroupedLinear, TokenLayout
-from parallel.layers.parameter import casts_factors
+from parallel.layers.parameter import needs_one_type
 from parallel.sharding.layout import Layer, OpSharding
 from recsys.settings import RankerSettings
 from recsys.ug_sep.compensation import Compensation
@@ -47,14 +47,14 @@ class Attend(Layer):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.scale, self.casts_factor = width ** -0.5, casts_factors()
+        self.scale, self.casts = width ** -0.5, needs_one_type()
         self.turn_query, self.turn_key, self.turn_value = ops.Transpose(), ops.Transpose(), ops.Transpose()
         self.turn_back, self.scores, self.mix = ops.Transpose(), ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
         self.times, self.softmax, self.hide = ops.Mul(), ops.Softmax(-1), ops.Add()
 
     def construct(self, q_PNA: Tensor, k_TNA: Tensor, v_TNE: Tensor, bias_PT: Tensor | None = None) -> Tensor:
         q_NPA, k_NTA = self.turn_query(q_PNA, (1, 0, 2)), self.turn_key(k_TNA, (1, 0, 2))
-        scale = ops.cast(self.scale, q_NPA.dtype) if self.casts_factor else self.scale
+        scale = ops.cast(self.scale, q_NPA.dtype) if self.casts else self.scale
         scores_NPT = self.times(self.scores(q_NPA, k_NTA), scale)
         if bias_PT is not None:
             scores_NPT = self.hide(scores_NPT, bias_PT)

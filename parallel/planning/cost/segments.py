@@ -58,7 +58,6 @@ class SegmentWalk:
     """Bytes of one rank beside what is counted for the stage.
 
     Args:
-        forward: largest results of the forward pass that are there beside what is kept.
         backward: of the fullest moment of the backward pass, less `kept`; may be negative.
         kept: what the backward pass reads, as it is when that begins.
         gradients: of its parameters, as they are when it has ended.
@@ -67,7 +66,6 @@ class SegmentWalk:
         tables: gradients of parameters that are looked up in.
     """
 
-    forward: int = 0
     backward: int = 0
     kept: int = 0
     gradients: int = 0

@@ -89,9 +89,9 @@ def _fill(memory: Memory, runtime: RuntimeSettings, optimizer: str, parts: Seque
     at_end = int(scattered + runtime.update_of(optimizer).held * memory.parameters / 4)
     if others and put_off:
         # The gradients of a micro-batch's weights come under the next one's passes: what they read is still there, and
-        # so are those of the one before, not yet added, and its tables'.
+        # so are those of the one before, not yet added, and the tables' of all before the last two.
         walks, alive = [cost.walk for _, cost, _ in parts], sum(copies.values())
-        extra = put_off + alive + 2 * sum(walk.tables for walk in walks)
+        extra = put_off + alive + max(1, micro_batches - 2) * sum(walk.tables for walk in walks)
         if own + alive + extra > most:
             most, best = own + alive + extra, (own, alive, 0, extra)
     kept, alive, gradients, extra = best

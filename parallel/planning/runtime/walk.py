@@ -51,7 +51,6 @@ class Walker:
     def run(self) -> SegmentWalk:
         """The walk."""
         kept = sum(self.kept.values())
-        forward = self._forward()
         self.live = self.most = kept
         for item in self._leaving():
             self._gradient(item, self._size(item))
@@ -59,8 +58,7 @@ class Walker:
             operation = self.segment.operations[index]
             if operation.needed:
                 self._operation(index, operation)
-        return SegmentWalk(forward, self.most - kept, kept, self.found, self.put_off, self.borrowed,
-                           self.tables)
+        return SegmentWalk(self.most - kept, kept, self.found, self.put_off, self.borrowed, self.tables)
 
     def _leaving(self) -> list[int]:
         """Numbers of the tensors whose gradients come from other segments: those that nobody here reads last."""
@@ -70,12 +68,6 @@ class Walker:
                 read |= {number[id(item)] for item in operation.inputs}
         return [number[id(item)] for operation in self.segment.operations if operation.needed
                 for item in operation.outputs if item.differentiable and number[id(item)] not in read]
-
-    def _forward(self) -> int:
-        """The largest pair of neighbours among the results."""
-        sizes = [0] + [sum(self._size(self.segment.number[id(item)]) for item in operation.outputs)
-                       for operation in self.segment.operations]
-        return max((one + two for one, two in zip(sizes, sizes[1:], strict=False)), default=0)
 
     def _size(self, number: int) -> int:
         item = self.segment.items[number]
@@ -106,6 +98,33 @@ class Walker:
         self.most = max(self.most, self.live)
 
     def _operation(self, index: int, operation: Op) -> None:
+        """The gradients of one operation: made, passed on or given up, and what is kept for them."""
+        taken = left = self._taken(operation)
+        waits = self.staged and operation.primitive in PRODUCTS and operation.inputs[-1].parameter is not None
+        if waits:
+            self._put_off(operation, taken)
+        for place, (item, dims) in enumerate(zip(operation.inputs, self.done.operands[index], strict=True)):
+            if not item.differentiable:
+                continue
+            if item.parameter is not None:
+                self._parameter(operation, self.mesh.local(dims), WIDTH[item.dtype])
+                continue
+            number = self.segment.number[id(item)]
+            size = self._size(number)
+            if size == taken and self._passes_on(operation, place):
+                self.gradients[number].append(left)  # both operands of an addition have the same memory
+                left = 0
+            else:
+                self._gradient(number, size)
+        if not waits:
+            self.live -= left
+        for number in [number for number, last in self.last.items() if last == index and number in self.kept]:
+            size = self.kept.pop(number)
+            if number not in self.waiting:
+                self.live -= size
+
+    def _taken(self, operation: Op) -> int:
+        """Bytes of the gradients of an operation's results, added up where there are several of one."""
         own = [self.segment.number[id(item)] for item in operation.outputs]
         taken = 0
         for number in own:
@@ -113,41 +132,10 @@ class Walker:
             if len(found) > 1:
                 self.most = max(self.most, self.live + max(found))
                 self.live -= sum(found) - max(found)
-                found = [max(found)]
-            taken += sum(found)
-        out = sum(map(self._size, own[:1]))
-        self.most = max(self.most, self.live + int(_SCRATCH.get(operation.primitive, 0.0) * out))
-        waits = self.staged and operation.primitive in PRODUCTS and operation.inputs[-1].parameter is not None
-        if waits:
-            self._put_off(operation, taken)
-        passed = self._passes_on(operation)
-        for item, dims in zip(operation.inputs, self.done.operands[index], strict=True):
-            if not item.differentiable:
-                continue
-            number = self.segment.number[id(item)]
-            size = self._size(number)
-            if item.parameter is not None:
-                if operation.primitive == "Gather":
-                    self.tables += self.mesh.local(dims) * WIDTH[item.dtype]
-                if not is_free(operation):
-                    self._parameter(self.mesh.local(dims), WIDTH[item.dtype])
-                continue
-            if passed and size == taken:
-                self.gradients[number].append(size)
-                taken, passed = 0, operation.primitive == "Add"
-                if passed:
-                    taken, passed = -1, False
-                continue
-            if operation.primitive == "Add" and taken == -1:
-                self.gradients[number].append(0)  # the same memory as the other side's
-                continue
-            self._gradient(number, size)
-        if taken > 0 and not waits:
-            self.live -= taken
-        for number in [number for number, last in self.last.items() if last == index and number in self.kept]:
-            size = self.kept.pop(number)
-            if number not in self.waiting:
-                self.live -= size
+            taken += max(found, default=0)
+        scratch = _SCRATCH.get(operation.primitive, 0.0) * self._size(own[0])
+        self.most = max(self.most, self.live + int(scratch))
+        return taken
 
     def _put_off(self, operation: Op, taken: int) -> None:
         number = source_of(self.segment, self.done, operation)
@@ -156,7 +144,12 @@ class Walker:
         self.put_off += size
         self.borrowed = max(self.borrowed, size)
 
-    def _parameter(self, count: int, width: int) -> None:
+    def _parameter(self, operation: Op, count: int, width: int) -> None:
+        """The gradient of a parameter of `count` elements of `width` bytes."""
+        if operation.primitive == "Gather":
+            self.tables += count * width
+        if is_free(operation):
+            return
         if self.staged:
             self.most = max(self.most, self.live + count * width)
             return
@@ -167,9 +160,10 @@ class Walker:
         self.found += own
         self.most = max(self.most, self.live)
 
-    def _passes_on(self, operation: Op) -> bool:
-        """Whether the result's gradient is the operand's, in the same memory."""
-        return is_free(operation) or operation.primitive in ("Add", "Transpose", "Concat", "Sub")
+    def _passes_on(self, operation: Op, place: int) -> bool:
+        """Whether the result's gradient is the operand's at `place`, in the same memory."""
+        return is_free(operation) or operation.primitive in ("Add", "Transpose", "Concat") or (
+            operation.primitive == "Sub" and place == 0)
 
 
 def source_of(segment: Segment, done: ForwardPass, operation: Op) -> int:

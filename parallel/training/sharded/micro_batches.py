@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.communication import create_group, get_rank
@@ -159,9 +160,13 @@ class SumOverStages(nn.Cell):
         super().__init__(auto_prefix=False)
         per_stage = config.data * config.op
         first, stages = get_rank() % per_stage, config.pipeline.stages
-        group = f"stages_of_{first}"
-        create_group(group, [first + stage * per_stage for stage in range(stages)])
-        self.add = ops.AllReduce(ops.ReduceOp.SUM, group)
+        self.group = f"stages_of_{first}"
+        create_group(self.group, [first + stage * per_stage for stage in range(stages)])
+        self.add = ops.AllReduce(ops.ReduceOp.SUM, self.group)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.add(x)
+
+    def everywhere(self, value: np.ndarray) -> np.ndarray:
+        """The same at once, outside a graph."""
+        return ops.AllReduce(ops.ReduceOp.SUM, self.group)(Tensor(value)).asnumpy()

@@ -21,11 +21,12 @@ from parallel.sharding.config import ParallelConfig, divides
 from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize, recompute
 from parallel.sharding.slices import Extent, holders, sharded_parameters
-from parallel.sharding.trainable import is_weighted
+from parallel.sharding.trainable import is_weighted, shared_parameters
 from parallel.task import Input, Task
 from parallel.training.data_source import SAMPLE_NUMBERS
 from parallel.training.device import DeviceSum, Processes
 from parallel.training.one_stream import OneStream, on_gpu
+from parallel.training.operation.stall import waiting
 from parallel.training.settings import TrainSettings
 from parallel.training.sharded.step import ShardedStep, input_shapes, micro_batches, sharded_step, switch_on
 
@@ -106,6 +107,7 @@ class ShardedRun:
         self.step: ShardedStep = self.cell.network
         self.step.rank, self.step.ranks, self.step.group = processes.rank, processes.ranks, processes.group
         self.step.share = self.rows
+        self.full_parameters, self.copies_are_old = full_parameters, False
         extents = {name: full.slice_of_rank(processes.rank) for name, full in full_parameters.items()}
         self.holder = Holder(processes.rank, processes.ranks,
                              {name: extent for name, extent in extents.items() if extent is not None},
@@ -134,6 +136,25 @@ class ShardedRun:
                 full = start_value(parameter.name, self.holder.shapes[parameter.name], parameter.start,
                                    self.settings.seed)
                 put_slice(parameter, full[_slices(self.holder.extents[parameter.name])])
+
+    def refresh_copies(self) -> None:
+        """Gives stages that borrow a parameter its values of now; called by all processes. A step sends them along; the
+        graphs without gradients do not, and read what the borrower keeps, which drifts."""
+        if not self.copies_are_old:
+            return
+        self.copies_are_old = False
+        per_stage = self.config.data * self.config.op
+        for parameter, cells in shared_parameters(self.task.network) if self.config.pipeline.stages > 1 else []:
+            owner, own = min(cell.pipeline_stage for cell in cells), parameter.name in self.holder.extents
+            rule = self.full_parameters[parameter.name].slice_of_rank
+            extent = rule(owner * per_stage + self.processes.rank % per_stage)
+            value = np.zeros([last - first for first, last in extent], ms.dtype_to_nptype(parameter.dtype))
+            if self.stage == owner:
+                value = parameter.asnumpy()
+            with waiting(f"the stages' sum of {parameter.name}"):
+                value = self.step.gradient.sum_over_stages.everywhere(value)
+            if own and self.stage != owner:
+                put_slice(parameter, value)
 
     def barrier(self) -> None:
         """Returns when all processes have called it."""

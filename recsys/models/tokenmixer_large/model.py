@@ -107,6 +107,10 @@ class TokenMixerLargeSettings(RankerSettings):
         """F of the networks of tokens, rounded to a whole number."""
         return round(self.ratio * self.width)
 
+    def mixed_inner(self, tokens: int, heads: int) -> int:
+        """F of the networks of mixed tokens, of width `tokens` D / `heads`."""
+        return round(self.ratio * (tokens * self.width // heads))
+
     @property
     def residual_sources(self) -> tuple[int, ...]:
         """Layers i that add the output of layer i - inter_residual."""
@@ -145,7 +149,8 @@ class TokenMixerBlock(nn.Cell):
         self.balance = settings.moe.balance / (2 * settings.layers) if settings.moe is not None else 0.0
         self.mix = TokenMixing(tokens, heads, width, layout=layout)
         self.revert = TokenMixing(tokens, heads, width, reverting=True, layout=layout)
-        self.first = network(settings, heads, mixed, round(settings.ratio * mixed), mixed, layout, compute_dtype)
+        inner = settings.mixed_inner(tokens, heads)
+        self.first = network(settings, heads, mixed, inner, mixed, layout, compute_dtype)
         self.second = network(settings, tokens, width, settings.inner, width, layout, compute_dtype)
         figure = self.variant == "figure_prenorm"
         self.norm1 = RMSNorm(width if figure else mixed, compute_dtype=compute_dtype, stream=layout.stream)
@@ -266,6 +271,9 @@ class TokenMixerLarge(Ranker):
 
     def check_op(self, parallel: ParallelConfig, batch: int) -> None:
         check_token_axes(self.settings, parallel, batch, {self.tokens, self.heads})
+        if self.settings.op_sharding == "width":
+            divides(parallel.op, self.settings.mixed_inner(self.tokens, self.heads), where="parallel.op",
+                    what="inner width of the networks of mixed tokens,", hint="choose another model.ratio or heads")
 
     def auxiliary_heads(self) -> list[nn.Cell]:
         return list(self.auxiliary)

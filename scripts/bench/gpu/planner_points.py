@@ -125,16 +125,15 @@ def batch_of(program: Any, rows: int, seed: int) -> list[np.ndarray]:
     return found
 
 
-def measured(point: dict[str, Any], arguments: argparse.Namespace, rank: int, address: str | None) -> dict[str, Any]:
-    """One point on this process's device: milliseconds of a step, memory, losses of the first steps."""
+def step_of(program: Any, rank: int, device: str, address: str | None) -> Any:
+    """A rank's step whose start values are made on the device; captured on a GPU."""
     import torch
 
     from parallel.torch_runtime.execute import DTYPES
-    from parallel.torch_runtime.program import Program
     from parallel.torch_runtime.step import TorchStep
 
     class Step(TorchStep):
-        """A step whose start values are made on the device."""
+        """With random numbers of the right scale in place of those that the seed gives."""
 
         def _started(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
             held = self.program.by_name.get(name)
@@ -144,55 +143,37 @@ def measured(point: dict[str, Any], arguments: argparse.Namespace, rank: int, ad
                 return torch.full(shape, value, dtype=DTYPES[dtype], device=self.device)
             return torch.randn(shape, dtype=DTYPES[dtype], device=self.device) * float(held.start[1])
 
-    device, cuda = torch.device(arguments.device), arguments.device != "cpu"
+    return Step(program, rank, device=device, mode="eager" if device == "cpu" else "cuda_graph", address=address)
+
+
+def measured(point: dict[str, Any], arguments: argparse.Namespace, rank: int, address: str | None) -> dict[str, Any]:
+    """One point on this process's device: milliseconds of a step, memory, losses of the first steps."""
+    import torch
+
+    from parallel.torch_runtime.program import Program
+
+    cuda, before = arguments.device != "cpu", 0
     if cuda:
-        device = torch.device(f"cuda:{rank}")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(rank)
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    before, begin = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
+        before = torch.cuda.memory_allocated()
+    begin = time.perf_counter()
     program = Program(Path(arguments.programs) / point["name"])
     joint = program.world > 1
-    step = Step(program, rank if joint else 0, device=str(device), mode="cuda_graph" if cuda else "eager",
-                address=address)
-    rows = program.inputs[0][1][0] // step.share[1]
-    batch = batch_of(program, rows, 7 + step.share[0])
-
-    def done() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    losses, feed = [float(step.run("step", batch)[0]) for _ in range(4)], None
-    start = done() - begin
+    step = step_of(program, rank if joint else 0, f"cuda:{rank}" if cuda else "cpu", address)
+    batch = batch_of(program, program.inputs[0][1][0] // step.share[1], 7 + step.share[0])
+    losses = [float(step.run("step", batch)[0]) for _ in range(4)]
     found = {"name": point["name"], "kind": point["kind"], "world": program.world, "losses": losses,
-             "start_s": round(start, 2)}
+             "start_s": round(time.perf_counter() - begin, 2)}
+    call = lambda: step.run("step", batch)  # noqa: E731
     if cuda:
         found |= {"peak_allocated_gb": (torch.cuda.max_memory_allocated() - before) / 1e9,
                   "reserved_gb": torch.cuda.memory_reserved() / 1e9, "before_gb": before / 1e9}
-        bound = next(iter(step.bound.values()))
-        feed = bound.recorded.replay
-    call = feed or (lambda: step.run("step", batch))
-    call()
-    own, begin = None, done()
-    call()
-    own = done() - begin
-    times = int(max(3, min(60, arguments.seconds / max(own, 1e-5))))
-    if joint:
-        times = int(step.communicator.add([float(times)])[0] / program.world)
-    turns = []
-    for _ in range(_TURNS):
-        if joint:
-            step.barrier()
-        begin = done()
-        for _ in range(times):
-            call()
-        turns.append(1e3 * (done() - begin) / times)
-    if joint:
-        turns = [value / program.world for value in step.communicator.add(turns)]
-    found |= {"step_ms": statistics.median(turns), "turns_ms": [round(value, 4) for value in turns], "steps": times}
+        call = next(iter(step.bound.values())).recorded.replay
+    found |= timed(call, step, arguments.seconds, torch.cuda.synchronize if cuda else lambda: None)
     if arguments.profile and cuda:
         found["kernels"] = kernels_of(call)
     if joint:
@@ -201,6 +182,34 @@ def measured(point: dict[str, Any], arguments: argparse.Namespace, rank: int, ad
         found["peak_allocated_gb_by_rank"] = step.communicator.add(peaks)
     step.bound.clear()
     return found
+
+
+def timed(call: Any, step: Any, seconds: float, finish: Any) -> dict[str, Any]:
+    """Milliseconds of a step: the median of turns of about `seconds` each, back to back; of several ranks, their mean.
+
+    Args:
+        call: one step.
+        step: whose ranks begin a turn together.
+        finish: returns when the device has nothing left to do.
+    """
+    def taken(times: int) -> float:
+        finish()
+        begin = time.perf_counter()
+        for _ in range(times):
+            call()
+        finish()
+        return (time.perf_counter() - begin) / times
+
+    taken(1)
+    times = int(max(3, min(60, seconds / max(taken(1), 1e-5))))
+    if step.ranks > 1:
+        times = int(step.exchange([float(times)])[0] / step.ranks)
+    turns = []
+    for _ in range(_TURNS):
+        step.barrier()
+        turns.append(1e3 * taken(times))
+    turns = [value / step.ranks for value in step.exchange(turns)]
+    return {"step_ms": statistics.median(turns), "turns_ms": [round(value, 4) for value in turns], "steps": times}
 
 
 def kernels_of(call: Any) -> list[list[Any]]:

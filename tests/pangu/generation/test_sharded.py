@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quantized(checkpoint, tmp_path_factory):
+def int8_checkpoint(checkpoint, tmp_path_factory):
     """The same checkpoint with int8 weights."""
     folder = tmp_path_factory.mktemp("quantized")
     words = ["quantize", "--config", str(written(folder)), "--checkpoint", str(checkpoint), "--records", "0"]
@@ -123,11 +123,11 @@ def test_every_layout_computes_what_one_process_does(checkpoint, tmp_path, layou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"op": 2}, {"op": 4}, {"op": 2, "pipeline": {"stages": 2}}], ids=str)
-def test_int8_weights_of_shards_are_those_of_one_device(checkpoint, quantized, tmp_path, layout):
+def test_int8_weights_of_shards_are_those_of_one_device(checkpoint, int8_checkpoint, tmp_path, layout):
     """Quantized while they are read, and from a quantized checkpoint; also where a rank has a part of the inputs."""
     size = layout.get("op", 1) * layout.get("pipeline", {}).get("stages", 1)
     floating, _ = launched(checkpoint, tmp_path / "floating", {}, 1)
-    for name, place, flags in (("read", checkpoint, ["int8"]), ("stored", quantized, [])):
+    for name, place, flags in (("read", checkpoint, ["int8"]), ("stored", int8_checkpoint, [])):
         wanted, texts_of_one = launched(place, tmp_path / name / "one", {}, 1, flags=flags)
         found, generated = launched(place, tmp_path / name / "shards", layout, size, flags=flags)
         for one, other, wide in zip(found, wanted, floating, strict=True):
@@ -178,7 +178,7 @@ def test_what_cannot_be_opened_is_one_line_with_what_fits(checkpoint, program, m
     with pytest.raises(UserError, match="the program holds no score graph"):
         open_sharded(settings, checkpoint)
     monkeypatch.setenv("PARALLEL_PROGRAM", str(folder))
-    main("parallel", VERBS, ["reshard", "--config", str(path), "--checkpoint", str(checkpoint),
+    main("parallel", VERBS, ["reshard", "--config", str(path), "--from", str(checkpoint), "--to",
                              str(tmp_path / "slices"), "parallel.op=2"])
     next((tmp_path / "slices").glob("parameters-00001-*")).unlink()
     with pytest.raises(UserError, match="parameters-00001-of-00002.safetensors"):

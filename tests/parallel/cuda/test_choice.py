@@ -69,3 +69,23 @@ def test_without_its_libraries_it_says_where_they_are_told(tmp_path):
                    "from parallel.sharding.config import MindSporeConfig\n"
                    "start_device(MindSporeConfig(device='GPU'))", CUDA_HOME=str(tmp_path))
     assert done.returncode != 0 and "docs/mindspore_cuda.md" in done.stderr, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("target", ["Ascend", "CPU"])
+def test_graphs_of_other_devices_get_nothing_of_it(target, monkeypatch):
+    import mindspore as ms
+
+    from parallel.layers.activation import GELU
+    from parallel.layers.attention import AttentionCore
+    from parallel.layers.norm import RMSNorm
+    from parallel.training.one_stream import last_reduction, on_gpu
+    from recsys.layers.embedding import Join
+
+    real = ms.get_context
+    for device in (target, "GPU"):
+        monkeypatch.setattr(ms, "get_context",
+                            lambda key, device=device: device if key == "device_target" else real(key))
+        there = device == "GPU"
+        layers = GELU("erf"), AttentionCore(16, dropout=0.0), Join(2)
+        assert [layer.casts for layer in layers] == [there] * 3 and on_gpu() == there
+        assert RMSNorm(16).written_out == (device != "Ascend") and last_reduction() is None, "one process"

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from parallel.launch.plan import free_port
 from tests.parallel.cuda.stand_ins import build, has_cuda_backend
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
@@ -36,6 +37,31 @@ for config in sys.argv[2:]:
                      settings.train)
     step.compile(*[ms.Tensor(np.zeros(item.shape, item.dtype)) for item in task.inputs])
     print("compiled", config)
+"""
+
+
+COPIES = """
+import sys
+import numpy as np
+from pangu.build import build
+from parallel.checkpoint.tensors import ParameterTensor
+from parallel.task import load_run
+from parallel.training.device import start_device
+from parallel.training.mindspore_backend import ShardedBackend
+from parallel.training.sharded.run import ShardedRun
+settings = load_run("configs/pangu/tiny.yaml", sys.argv[1:])[1]
+processes = start_device(settings.parallel.mindspore)
+config = settings.parallel.resolve(2)
+run = ShardedRun(build(settings, config, "float32"), settings.train, config, processes)
+table = next(p for p in run.task.network.get_parameters() if p.name.endswith("word.table"))
+for number, value in enumerate((3.0, 5.0)):
+    if run.stage == 0:
+        ParameterTensor(table, sliced=True).assign(np.full(run.holder.shapes[table.name], value, np.float32))
+    run.copies_are_old = number == 0
+    run.refresh_copies()
+    assert not run.copies_are_old
+    print("table of stage", run.stage, float(table.asnumpy().min()), float(table.asnumpy().max()), flush=True)
+run.barrier()
 """
 
 
@@ -93,6 +119,30 @@ def test_a_sharded_run_resumes_under_another_layout(cuda, records, tmp_path):
     steps = [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
              if "loss" in row]
     assert steps == [1, 2, 3]
+
+
+def test_a_stage_that_borrows_the_table_gets_what_its_owner_has(cuda, tmp_path):
+    keys = [*SMALL, *ON_GPU, "parallel.pipeline.stages=2", "parallel.pipeline.micro_batches=2"]
+    port = str(free_port())
+    shared = {**cuda, "MS_WORKER_NUM": "2", "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": port, "RANK_SIZE": "2"}
+    workers = ({"MS_ROLE": "MS_WORKER", "MS_NODE_ID": rank, "RANK_ID": rank} for rank in "01")
+    started = []
+    for number, role in enumerate([{"MS_ROLE": "MS_SCHED"}, *workers]):
+        with open(tmp_path / f"{number}.log", "w") as log:
+            text = COPIES if number else "import mindspore.communication as c; c.init()"
+            started.append(subprocess.Popen([sys.executable, "-c", text, *keys], stdout=log, stderr=log,
+                                            env={**shared, **role}))
+    try:
+        codes = [child.wait(timeout=600) for child in started[1:]]
+    finally:
+        for child in started:
+            child.kill()
+            child.wait()
+    logs = [(tmp_path / f"{number}.log").read_text() for number in (1, 2)]
+    assert codes == [0, 0], logs[1][-2000:]
+    assert "table of stage 0 5.0 5.0" in logs[0], logs[0][-2000:]
+    # The second time nothing was old, so nothing was sent.
+    assert logs[1].count("table of stage 1 3.0 3.0") == 2, logs[1][-2000:]
 
 
 RANKERS = [f"configs/recsys/{name}.yaml" for name in (
