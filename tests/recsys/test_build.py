@@ -19,6 +19,8 @@ REFUSED = {
     "inner width": ("rankmixer", "parallel.op=2 model.width=32 model.ffn_ratio=0.78125", "inner width"),
     "mixed inner width": ("tokenmixer_large", "parallel.op=2 model.heads=6 model.ratio=0.58",
                           "networks of mixed tokens"),
+    "separated mixed inner width": ("tokenmixer_large_ug_sep", "parallel.op=2 model.heads=8 model.ratio=0.62",
+                                    "networks of mixed tokens"),
     "separated tokens": ("tokenmixer_large_ug_sep", "parallel.op=2 model.op_sharding=tokens", "are not sharded"),
     "tokens": ("rankmixer", "parallel.op=3 model.op_sharding=tokens parallel.vocabulary=false", "or mixing heads"),
     "no experts": ("rankmixer", "parallel.data=2 parallel.expert=2", "no routed experts"),

@@ -201,6 +201,12 @@ def network(settings: TokenMixerLargeSettings, tokens: int, inputs: int, inner: 
                              dispatch=moe.dispatch, capacity_factor=moe.capacity_factor, **shared)
 
 
+def check_mixed_width(settings: TokenMixerLargeSettings, parallel: ParallelConfig, tokens: int, heads: int) -> None:
+    """Raises a `UserError` unless op divides the inner width of the networks of mixed tokens."""
+    divides(parallel.op, settings.mixed_inner(tokens, heads), where="parallel.op",
+            what="inner width of the networks of mixed tokens,", hint="choose another model.ratio or heads")
+
+
 def check_routed_experts(moe: SparseMoESettings | None, parallel: ParallelConfig) -> None:
     """Raises a `UserError` unless there are routed experts and expert parallelism divides them."""
     if moe is None:
@@ -272,8 +278,7 @@ class TokenMixerLarge(Ranker):
     def check_op(self, parallel: ParallelConfig, batch: int) -> None:
         check_token_axes(self.settings, parallel, batch, {self.tokens, self.heads})
         if self.settings.op_sharding == "width":
-            divides(parallel.op, self.settings.mixed_inner(self.tokens, self.heads), where="parallel.op",
-                    what="inner width of the networks of mixed tokens,", hint="choose another model.ratio or heads")
+            check_mixed_width(self.settings, parallel, self.tokens, self.heads)
 
     def auxiliary_heads(self) -> list[nn.Cell]:
         return list(self.auxiliary)

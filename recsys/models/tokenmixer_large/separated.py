@@ -11,8 +11,13 @@ from parallel.layers.norm import RMSNorm
 from parallel.sharding.config import ParallelConfig
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
-from recsys.models.tokenmixer_large.model import TokenMixerLargeSettings, check_routed_experts, network
-from recsys.models.tokenmixer_large.separated_blocks import separated_block
+from recsys.models.tokenmixer_large.model import (
+    TokenMixerLargeSettings,
+    check_mixed_width,
+    check_routed_experts,
+    network,
+)
+from recsys.models.tokenmixer_large.separated_blocks import SeparatedBlock, separated_block
 from recsys.ranker import TaskHeads
 from recsys.ug_sep.layers import Shape
 from recsys.ug_sep.pyramid import PyramidBlock, count_pairs
@@ -51,6 +56,13 @@ class SeparatedTokenMixerLarge(SeparatedRanker):
 
     def auxiliary_heads(self) -> list[nn.Cell]:
         return list(self.auxiliary)
+
+    def check_op(self, parallel: ParallelConfig, batch: int) -> None:
+        super().check_op(parallel, batch)
+        for block in self.layers:
+            if isinstance(block, SeparatedBlock):
+                tokens, heads = sum(block.counts), sum(block.heads)
+                check_mixed_width(self.settings, parallel, tokens, heads)
 
     def check_experts(self, parallel: ParallelConfig) -> None:
         check_routed_experts(self.settings.moe, parallel)
