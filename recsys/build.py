@@ -37,6 +37,8 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     Raises:
         UserError: an axis does not divide what it shards, or a vocabulary's size is neither given nor to be had.
     """
+    from mindspore.nn.utils import no_init_parameters
+
     from recsys.layers.embedding import Table
     from recsys.layers.sizes import count
     from recsys.tables.names import is_sparse
@@ -49,9 +51,10 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     columns = target_columns(settings)
     network = loss_network(settings, spec, tasks, compute_dtype)
     if hosted:
-        for _, cell in network.cells_and_names():
-            if isinstance(cell, Table):
-                cell.windows = parallel.data
+        with no_init_parameters():
+            for _, cell in network.cells_and_names():
+                if isinstance(cell, Table):
+                    cell.divide(parallel.data)
     check_layout(settings, network.model, parallel)
     batch = settings.train.global_batch_size
     known = min(spec.tables.values()) // (parallel.data if hosted else 1)

@@ -30,27 +30,35 @@ class Table(Layer):
     The op axis shards V (every device looks up its own rows, the results are summed).
 
     Attributes:
-        windows: where the rows of a step are given from outside, into how many parts the batch is divided, each with
-            V / windows rows of its own (its ids are below that); the data axis then shards V. 0 = a plain table.
+        windows: where the rows of a step are given from outside (`divide`), into how many parts D the batch is divided;
+            0 = a plain table.
     """
 
     windows = 0
 
     def __init__(self, rows: int, width: int, std: float) -> None:
         super().__init__()
+        self.std = std
         self.table = parameter((rows, width), "normal", std, shard_optimizer=False)
         self.gather, self.pick, self.reshape = ops.Gather(), ops.Gather(batch_dims=1), ops.Reshape()
+
+    def divide(self, parts: int) -> None:
+        """Makes the table a window [D, V / D, W] for each of D parts of the batch, whose ids are below V / D; the data
+        axis then shards D. It has three dims of its own since the partitioner shards what enters a Reshape by all
+        devices."""
+        (rows, width), name = self.table.shape, self.table.name
+        self.table = parameter((parts, rows // parts, width), "normal", self.std, shard_optimizer=False)
+        self.windows, self.table.name = parts, name
 
     def construct(self, ids_BM: Tensor) -> Tensor:
         if self.windows == 0:
             return self.gather(self.table, ids_BM, 0)
-        parts, (rows, width), (batch, columns) = self.windows, self.table.shape, ids_BM.shape
-        rows_DNW = self.pick(self.reshape(self.table, (parts, rows // parts, width)),
-                             self.reshape(ids_BM, (parts, batch * columns // parts)), 1)
+        parts, width, (batch, columns) = self.windows, self.table.shape[2], ids_BM.shape
+        rows_DNW = self.pick(self.table, self.reshape(ids_BM, (parts, batch * columns // parts)), 1)
         return self.reshape(rows_DNW, (batch, columns, width))
 
     def weights(self) -> dict[str, Operand]:
-        return {"table": ("batch", None)} if self.windows else super().weights()
+        return {"table": ("batch", None, None)} if self.windows else super().weights()
 
     def sharding(self) -> list[OpSharding]:
         if self.windows:

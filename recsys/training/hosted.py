@@ -1,7 +1,7 @@
 """Tables on the host beside a network that is sharded: every process of data x op owns rows, fetches those of its part
 of the batch, and sends their gradients back. Imports no framework.
 
-The network has a window for each data-parallel part (`recsys.layers.embedding.Table.windows`); processes that differ in
+The network has a window for each data-parallel part (`recsys.layers.embedding.Table.divide`); processes that differ in
 op have the same part and the same window, so the first of them counts the ids and each sends a share of the gradients.
 """
 
@@ -55,7 +55,8 @@ class HostedRanks(SlicedBackend):
         """See `Backend`."""
         outputs = self.backend.step((self._fill(batch[0], train=True), *batch[1:]))
         if outputs["finite"]:
-            self.tables.update([tensor.read() for tensor in self.windows])
+            self.tables.update([tensor.read().reshape(window.shape)
+                                for tensor, window in zip(self.windows, self.tables.windows, strict=True)])
         self.tables.end_step()
         return outputs
 
