@@ -129,10 +129,9 @@ def compile_graphs(config: str, overrides: Sequence[str], compilers: Compilers, 
 
 def needs_sharing(train: TrainSettings, layout: ParallelConfig) -> bool:
     """Whether MindSpore compiles the layout only with micro-batches that share one copy of the network's graph."""
-    from parallel.training.sharded.step import micro_batches
+    from parallel.training.sharded.step import micro_batches, needs_shared_graph
 
-    scheduled = layout.pipeline.stages > 1 and layout.pipeline.schedule != "1f1b"
-    return scheduled or (layout.optimizer.level > 1 and micro_batches(train, layout) > 1)
+    return needs_shared_graph(layout, micro_batches(train, layout))
 
 
 def read_ranks(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> AllRanks:

@@ -235,7 +235,7 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
         settings: the `train:` block.
         config: resolved for the world.
         reuse: micro-batches share one copy of the network's graph until the back end (faster compile, same result),
-            unless the network's `shares_graph` is False; False inlines each (flat graph).
+            unless the network's `shares_graph` or `mindspore.share_graph` is False; False inlines each (flat graph).
         start_values: True gives parameters their values while compiling; a proof needs none.
         stage: leave out the layers of other stages than this one, which the partitioner would drop (faster compile,
             same result for ranks of this stage; `parallel.training.sharded.stage_only`).
@@ -254,6 +254,17 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
     return switch_on(step, config, degree, start_values)
 
 
+def needs_shared_graph(config: ParallelConfig, count: int) -> bool:
+    """Whether MindSpore compiles the layout only with micro-batches that share one copy of the network's graph.
+
+    Args:
+        config: resolved.
+        count: micro-batches.
+    """
+    scheduled = config.pipeline.stages > 1 and config.pipeline.schedule != "1f1b"
+    return scheduled or (config.optimizer.level > 1 and count > 1)
+
+
 def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelConfig, count: int, inputs: list[Input],
                 reuse: bool) -> FullGradient:
     """Forward and backward pass of a global batch in `count` micro-batches, each perhaps in interleaved parts."""
@@ -265,7 +276,7 @@ def gradient_of(network: nn.Cell, parameters: ParameterTuple, config: ParallelCo
         wrapped = Interleaved.of(len(inputs), wrapped, parts, dims, config.data)
     if count == 1:
         return FullGradient(wrapped, parameters)
-    if reuse and network.shares_graph:
+    if reuse and network.shares_graph and config.mindspore.share_graph:
         wrapped.cell_init_args = f"lazy_inline_{type(wrapped).__name__}"
     return PipelineGradient(wrapped, parameters, config, count, dims)
 
