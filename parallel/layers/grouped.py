@@ -86,6 +86,8 @@ class GroupedLinear(Layer):
     Source: RankMixer eq. 6-9 (arXiv 2507.15551).
     """
 
+    in_compute_type = ("weight", "bias")
+
     def __init__(self, tokens: int, inputs: int, outputs: int, *, layout: TokenLayout = WIDTH_LAYOUT,
                  style: Literal["column", "row"] | None = None, gain: float = 1.0, bias: bool = True,
                  compute_dtype: mstype = mstype.float32) -> None:

@@ -32,6 +32,8 @@ class Linear(Layer):
     Source: PanGu-alpha section 4 and Fig. 7 (strategies ((dp,1),(mp,1)) and ((dp,mp),(1,mp))).
     """
 
+    in_compute_type = ("weight", "bias")
+
     def __init__(self, inputs: int, outputs: int, *, style: Literal["column", "row"] | None, std: float,
                  axis: str = "width", bias: bool = True, rows: int = 1, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()

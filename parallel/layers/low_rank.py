@@ -27,6 +27,8 @@ class AdaptedLinear(Linear):
         alpha: strength; the change is multiplied by alpha / R.
     """
 
+    in_compute_type = ("weight", "bias", DOWN, UP)
+
     def __init__(self, linear: Linear, rank: int, alpha: float) -> None:
         nn.Cell.__init__(self)
         self.inputs, self.outputs, self.style, self.axis = linear.inputs, linear.outputs, linear.style, linear.axis

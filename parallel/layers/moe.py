@@ -251,6 +251,8 @@ class SparsePertokenMoE(Layer):
     Source: TokenMixer-Large eq. 19-21 (arXiv 2602.06563).
     """
 
+    in_compute_type = ("gate_weight", "up_weight", "down_weight")
+
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, active: int, alpha: float | None = None,
                  layout: TokenLayout = WIDTH_LAYOUT, dispatch: Dispatch = "auto", capacity_factor: float = 1.5,
                  down_gain: float = 0.01, outputs: int | None = None, compute_dtype: mstype = mstype.float32) -> None:

@@ -53,13 +53,19 @@ class RecomputeConfig(Settings):
 
 
 class MindSporeConfig(Settings):
-    """How MindSpore runs its graphs; none of it shapes them. null leaves what MindSpore and CANN take by themselves."""
+    """How MindSpore runs its graphs; none of it changes what they compute. null leaves what MindSpore and CANN take by
+    themselves."""
 
     device: Literal["GPU"] | None = None
     """GPU: MindSpore's own CUDA backend on NVIDIA GPUs, an experimental target that proves the path of a cluster and is
     slow (docs/mindspore_cuda.md). null: Ascend where there is one, else the CPU."""
     jit_level: Literal["O0", "O1", "O2"] | None = None
     """Optimisation of the back end: O0 kernel by kernel, O1 fused kernels, O2 the whole graph sunk (Ascend only)."""
+    share_graph: bool = True
+    """Micro-batches share one copy of the network's graph, which compiles as fast as one micro-batch. What optimizer
+    sharding does not split (everything without it, else the word table and vectors) is then cast to half precision for
+    every micro-batch again. false: every micro-batch is written out and a parameter is cast once a step; compiling
+    takes as many times longer as there are micro-batches. Not with gpipe, interleaved, or optimizer levels above 1."""
     compile_cache: str | None = None
     """Folder in which compiled graphs are kept, so that the same ranks start faster the next time (experimental in
     MindSpore)."""
@@ -231,6 +237,9 @@ class ParallelConfig(Settings):
         if self.pipeline.interleave > 1 and self.pipeline.schedule != "interleaved":
             raise UserError("needs the interleaved schedule", where="parallel.pipeline.interleave",
                             value=self.pipeline.interleave, hint="set pipeline.schedule: interleaved")
+        if not self.mindspore.share_graph and (self.pipeline.schedule != "1f1b" or self.optimizer.level > 1):
+            raise UserError("MindSpore compiles this schedule or level only where micro-batches share a graph",
+                            where="parallel.mindspore.share_graph", value=False, hint="leave it out")
         offsets = self.pipeline.offsets
         if offsets is not None and (len(offsets) != stages or sum(offsets) != 0):
             raise UserError(f"needs {stages} numbers that add up to 0", where="parallel.pipeline.offsets",

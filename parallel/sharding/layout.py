@@ -87,7 +87,13 @@ class Layer(nn.Cell):
     """A cell that carries its layout: `sharding()` lists how each of its primitives is sharded.
 
     `auto_prefix=False` keeps the names of the parameters below as they are (for wrappers).
+
+    Attributes:
+        in_compute_type: of this layer's own parameters, those that it casts to the type of its products wherever they
+            are used, so that a network that is not trained may hold them in it (`hold_weights`).
     """
+
+    in_compute_type: tuple[str, ...] = ()
 
     def sharding(self) -> list[OpSharding]:
         """The layout of this layer's own primitives (its child layers carry their own)."""
@@ -118,6 +124,21 @@ def apply_sharding(network: nn.Cell, config: ParallelConfig) -> Any:
         if isinstance(cell, Layer):
             cell.apply_sharding(axes)
     return network
+
+
+def hold_weights(network: nn.Cell, compute_dtype: Any) -> None:
+    """Gives the parameters that layers cast to the type of their products that type, so that no call casts them: for
+    networks that are used and not trained. They have no values yet.
+
+    Args:
+        network: its layers.
+        compute_dtype: the network's; a layer with a `compute_dtype` of its own keeps to that.
+    """
+    for _, cell in network.cells_and_names():
+        for name in cell.in_compute_type if isinstance(cell, Layer) else ():
+            item = getattr(cell, name)
+            if item is not None:
+                item.set_dtype(getattr(cell, "compute_dtype", compute_dtype))
 
 
 def redistributing(network: nn.Cell, config: ParallelConfig) -> list[str]:

@@ -74,10 +74,19 @@ class Cross(Layer):
 
 
 class FieldLinear(Layer):
-    """y_BGW = W_GF x_BFW: new fields as weighted sums of the old ones (Wukong's linear compression)."""
+    """y_BGW = W_GF x_BFW: new fields as weighted sums of the old ones (Wukong's linear compression).
 
-    def __init__(self, inputs: int, outputs: int, rows: int) -> None:
+    Args:
+        inputs, outputs: F and G.
+        rows: W.
+        compute_dtype: type of the product.
+    """
+
+    in_compute_type = ("weight",)
+
+    def __init__(self, inputs: int, outputs: int, rows: int, compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
+        self.compute_dtype, self.cast = compute_dtype, ops.Cast()
         self.weight = parameter((outputs, inputs), "normal", math.sqrt(2.0 / (inputs + outputs)))
         self.size = 2 * inputs * outputs * rows
         self.transpose, self.back, self.matmul = ops.Transpose(), ops.Transpose(), ops.MatMul(transpose_b=True)
@@ -86,9 +95,8 @@ class FieldLinear(Layer):
     def construct(self, x_BFW: Tensor) -> Tensor:
         _, fields, width = x_BFW.shape
         x_NF = self.reshape(self.transpose(x_BFW, (0, 2, 1)), (-1, fields))
-        weight = ops.cast(self.weight, x_NF.dtype)
-        y_BWG = self.reshape(self.matmul(x_NF, weight), (-1, width, self.weight.shape[0]))
-        return self.back(y_BWG, (0, 2, 1))
+        y_NG = self.matmul(self.cast(x_NF, self.compute_dtype), self.cast(self.weight, self.compute_dtype))
+        return self.back(self.reshape(y_NG, (-1, width, self.weight.shape[0])), (0, 2, 1))
 
     @property
     def flops_per_sample(self) -> int:

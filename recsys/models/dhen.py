@@ -56,7 +56,7 @@ class CrossModule(nn.Cell):
     def __init__(self, fields: int, width: int, settings: DHENSettings, compute_dtype: mstype) -> None:
         super().__init__()
         self.flat, self.cross = Flat(fields * width), Cross(fields * width, settings.rank, compute_dtype)
-        self.compress = FieldLinear(fields, settings.fields, width)
+        self.compress = FieldLinear(fields, settings.fields, width, compute_dtype)
         self.reshape, self.shape = ops.Reshape(), (-1, fields, width)
 
     def construct(self, x_BFW: Tensor) -> Tensor:

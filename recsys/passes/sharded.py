@@ -43,8 +43,8 @@ class ShardedRanker:
         verb: says which passes there are.
 
     Raises:
-        UserError: no such checkpoint, one of another model or features, int8 weights for a program of several ranks, a
-            program of other settings.
+        UserError: no such checkpoint, one of another model or features, shards that part the groups of int8 weights,
+            a program of other settings.
     """
 
     def __init__(self, settings: Run, checkpoint: Path | None, verb: str) -> None:
@@ -117,25 +117,18 @@ class ShardedRanker:
     # -- other values -------------------------------------------------------------------------------------------------
 
     def read(self, checkpoint: str | Path) -> dict[str, Any]:
-        """This rank's shards of another checkpoint, by parameter.
+        """This rank's parts of another checkpoint, by parameter (`InferenceRank.part`).
 
         Raises:
             UserError: one is missing or of another shape.
         """
-        from parallel.torch_runtime.inference.rank import tensor_of
-
-        read, found = reading(self.program, Path(checkpoint)), {}
-        for name, shape in self.rank.weights.shapes.items():
-            value = tensor_of(read(name, self.rank.own.extents.get(name)))
-            if tuple(value.shape) != shape:
-                raise UserError(f"'{name}' has another shape", where=checkpoint)
-            found[name] = value
-        return found
+        read = reading(self.program, Path(checkpoint))
+        return {name: self.rank.part(name, read) for name in self.rank.weights.shapes}
 
     def take(self, values: dict[str, Any]) -> None:
         """Puts what `read` gave in place."""
-        for name, value in values.items():
-            self.rank.weights.put(name, value)
+        for name, part in values.items():
+            self.rank.weights.put(name, *part)
 
     def lead_take(self, checkpoint: Path, values: dict[str, Any]) -> None:
         """`take` on all ranks of the group, of values that this one has read; called by its first rank alone."""
@@ -165,9 +158,6 @@ def check_checkpoint(settings: Run, path: Path, program: Any) -> dict[str, Any] 
     """
     opened = Checkpoint(path)
     kind = opened.state.get("quantization")
-    if kind is not None and program.world > 1:
-        raise UserError("int8 weights run on one process", where=path,
-                        hint="take the float checkpoint, or leave parallel.op and parallel.pipeline.stages at 1")
     own = vocabulary_of(path, settings).sizes()
     if any(sizes_of(settings).get(name, count) != count for name, count in own.items()):
         raise UserError("the checkpoint has another vocabulary than the passes were compiled for", where=path,

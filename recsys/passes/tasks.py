@@ -125,17 +125,21 @@ def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
 
 
 def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind: str) -> Task:
-    """The task of such a graph; see `parallel.task.ModelPackage`.
+    """The task of such a graph, whose weights are parameters of the compute type, so that no call casts them; see
+    `parallel.task.ModelPackage`.
 
     Raises:
         UserError: an axis does not divide what it shards, or a vocabulary's size is not known.
     """
+    from parallel.sharding.layout import hold_weights
+
     check_inference(settings)
     own = settings.model_copy(deep=True)
     own.model.keep_all_rows()
     name, _, rows = kind.rpartition("_")
     task = task_of(own, whole_spec(own, sizes_of(own)), name, int(rows), settings.serve.engine.requests, compute_dtype)
     task.network.model.check_layout(parallel, int(rows))
+    hold_weights(task.network.model, task.network.model.compute_dtype)
     return replace(task, network=task.scores(task.network))
 
 

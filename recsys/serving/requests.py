@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,9 +150,17 @@ def _encode_closely(trained: Trained, columns: list[tuple[Feature, pa.Array]], w
         return _RowEncoder([feature for feature, _ in columns], trained.columns, "error").encode(
             table, trained.spec, trained.vocabulary, where, 0)[0]
     except UserError as error:  # what helps with a log does not help with a request
-        raise UserError(error.what, where=error.where, value=error.value) from None
+        raise UserError(error.what, where=_place(error.where, where), value=error.value) from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=where) from None
+
+
+def _place(of_log: str | None, where: str) -> str:
+    """A row of a log as the place in a request: the third of candidates is `candidates[2]`, the user's row `user`."""
+    row = re.fullmatch(rf"{where}, row (\d+)", of_log or "")
+    if row is None:
+        return of_log or where
+    return where if where == "user" else f"{where}[{int(row[1]) - 1}]"
 
 
 def _values(feature: Feature, rows: list[dict], where: str) -> list:

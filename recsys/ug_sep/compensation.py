@@ -25,6 +25,8 @@ class Compensation(Layer):
     residual) were chosen here.
     """
 
+    in_compute_type = ("weight",)
+
     def __init__(self, form: str, sources: int, width: int, targets: int, outputs: int, rank: int,
                  compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()

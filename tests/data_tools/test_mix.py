@@ -64,6 +64,20 @@ def test_the_same_for_a_seed_whatever_the_parts(sources, tmp_path, two_workers):
     assert len(list((tmp_path / "a").glob("part-*"))) > 2
 
 
+def test_an_output_that_was_changed_is_made_again(sources, tmp_path):
+    settings = {"weights": {"news": 1, "novel-a": 1, "novel-b": 1}, "maximum_epochs": 1.0}
+    mix(sources, tmp_path, **settings)
+    changed, *_ = sorted(path for path in tmp_path.rglob("*.jsonl") if ".work" not in path.parts)
+    whole = changed.read_bytes()
+    for damaged in (whole[:-1] + b" ", whole[:len(whole) // 2], None):
+        changed.unlink() if damaged is None else changed.write_bytes(damaged)
+        mix(sources, tmp_path, **settings)
+        assert changed.read_bytes() == whole
+    before = changed.stat().st_mtime_ns
+    mix(sources, tmp_path, **settings)
+    assert changed.stat().st_mtime_ns == before  # a whole output is left alone
+
+
 def test_mistakes_in_the_mixture_are_reported(sources, tmp_path):
     with pytest.raises(UserError, match="novel-a"):
         mix(sources, tmp_path / "a", weights={"news": 1})

@@ -1,6 +1,7 @@
 """Training on the shared trainer: it learns, resumes to the bit, evaluates what it trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -103,3 +104,15 @@ def test_a_checkpoint_of_another_model_is_refused(trained, capsys):
     assert main("recsys", VERBS, ["evaluate", "--config", CONFIG, *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and "shape" in error[0]
+
+
+def test_a_resume_under_another_schedule_says_what_changed(trained, tmp_path, capsys):
+    folder, _, _ = trained["resumed"]
+    shutil.copytree(folder, tmp_path / "copy")
+    words = overrides(tmp_path / "copy", "train.steps=61", "train.optimizer.learning_rate=0.002",
+                      "train.optimizer.schedule.warmup_steps=3", "train.validate_every=null")
+    assert main("recsys", VERBS, ["train", "--config", CONFIG, *words]) == 0
+    said = capsys.readouterr().err
+    assert "train.optimizer.learning_rate was" in said and "and is 0.002: the run will differ" in said
+    assert "train.optimizer.schedule.warmup_steps was" in said and "and is 3: the run will differ" in said
+    assert "going on from" in said and "(step 60)" in said

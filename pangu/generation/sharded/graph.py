@@ -20,9 +20,8 @@ from mindspore import dtype as mstype
 from pangu.generation.sharded.shapes import SpanShape
 from pangu.model import DecoderLayer, PanGuAlpha
 from parallel.layers.attention import AttentionBias
-from parallel.layers.linear import Linear
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Layer, OpSharding
+from parallel.sharding.layout import Layer, OpSharding, hold_weights
 from parallel.sharding.trainable import Trainable
 
 if TYPE_CHECKING:
@@ -172,8 +171,6 @@ class SpanDecoder(Trainable):
 def span_decoder(model: PanGuAlpha, shape: SpanShape) -> SpanDecoder:
     """The cell whose matrices, biases and words are parameters of the compute type, so that no call casts them."""
     decoder = SpanDecoder(model, shape)
-    held = [cell for _, cell in model.cells_and_names() if isinstance(cell, Linear)]
-    parameters = [item for cell in held for item in (cell.weight, cell.bias) if item is not None]
-    for item in [*parameters, model.embedding.word.table]:
-        item.set_dtype(model.compute_dtype)
+    hold_weights(model, model.compute_dtype)
+    model.embedding.word.table.set_dtype(model.compute_dtype)
     return decoder

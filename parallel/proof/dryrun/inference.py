@@ -9,6 +9,7 @@ from typing import Any
 
 from parallel.common.errors import UserError
 from parallel.common.progress import info, progress, table
+from parallel.proof.compile.casts import parameter_casts
 from parallel.proof.compile.graph import Graph, read_graph
 from parallel.proof.compile.rank_compiler import Compiled, Compilers, Request
 from parallel.proof.dryrun.accounting import Collective, collectives, coordinates, summary
@@ -20,7 +21,7 @@ from parallel.torch_runtime.program import CACHE
 from parallel.training.settings import RunSettings
 
 _SHARES_MEMORY = {"Load", "Depend", "Reshape", "TupleGetItem", "MakeTuple", "UpdateState", "ScatterUpdate",
-                  "ExpandDims"}
+                  "ScatterSub", "ExpandDims"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def _figures(compiled: Compiled) -> dict[str, Any]:
     _show(rank, coordinates(rank, config)[0], held, sent)
     return {"rank": rank, "world": config.world, "graph": compiled.request.graph, "weight_bytes": held.weights,
             "cache_bytes": held.cache, "activation_bytes": held.activations, "tokens": compiled.result["tokens"],
+            "parameter_casts": sum(item.count for item in parameter_casts(graph).values()),
             **summary(sent), "seconds": round(compiled.result["seconds"], 2)}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.common.errors import UserError
+from parallel.common.start_value import NOT_KEPT
 from parallel.proof.compile.graph import Graph, read_graph
 from parallel.proof.compile.rank_compiler import Compiled, Compilers, Request
 from parallel.proof.dryrun.accounting import coordinates
@@ -54,7 +55,7 @@ class AllRanks:
             state = {}
             for name, kind in program.graph.parameters.items():
                 dtype = np.dtype("float64" if exact and np.dtype(kind.dtype).kind == "f" else kind.dtype)
-                if name.startswith("accu_grads."):
+                if name.startswith(NOT_KEPT):
                     state[name] = np.zeros(kind.shape, dtype)
                 elif name in values:
                     state[name] = np.array(part_of(values[name], extents.get(name)), dtype).reshape(kind.shape)
@@ -128,10 +129,9 @@ def compile_graphs(config: str, overrides: Sequence[str], compilers: Compilers, 
 
 def needs_sharing(train: TrainSettings, layout: ParallelConfig) -> bool:
     """Whether MindSpore compiles the layout only with micro-batches that share one copy of the network's graph."""
-    from parallel.training.sharded.step import micro_batches
+    from parallel.training.sharded.step import micro_batches, needs_shared_graph
 
-    scheduled = layout.pipeline.stages > 1 and layout.pipeline.schedule != "1f1b"
-    return scheduled or (layout.optimizer.level > 1 and micro_batches(train, layout) > 1)
+    return needs_shared_graph(layout, micro_batches(train, layout))
 
 
 def read_ranks(compiled: dict[int, Compiled], graphs: dict[int, Graph]) -> AllRanks:

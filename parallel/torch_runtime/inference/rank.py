@@ -107,14 +107,23 @@ class InferenceRank:
                 dtype = DTYPES[self.weights.types[name]]
                 self.weights.state[name] = torch.zeros((self.slots, *shape[1:]), dtype=dtype, device=self.device)
                 continue
-            value = tensor_of(read(name, self.own.extents.get(name)))
-            if tuple(value.shape) != shape:
-                raise UserError(f"'{name}' has shape {list(value.shape)} in the checkpoint and {list(shape)} in the "
-                                "program", where=self.program.folder,
-                                hint="export the program with the checkpoint's model settings")
-            self.weights.put(name, value, self._largest(name, read))
+            self.weights.put(name, *self.part(name, read))
         self.weights.settle()
         return self.weights.state
+
+    def part(self, name: str, read: ReadPart) -> tuple[Tensor, Tensor | None]:
+        """This rank's part of a parameter, and what its int8 weights are scaled by if that is more than the part:
+        what `Weights.put` takes.
+
+        Raises:
+            UserError: it is missing or of another shape, or shards part the groups of int8 weights.
+        """
+        value, shape = tensor_of(read(name, self.own.extents.get(name))), self.weights.shapes[name]
+        if tuple(value.shape) != shape:
+            raise UserError(f"'{name}' has shape {list(value.shape)} in the checkpoint and {list(shape)} in the "
+                            "program", where=self.program.folder,
+                            hint="export the program with the checkpoint's model settings")
+        return value, self._largest(name, read)
 
     def _largest(self, name: str, read: ReadPart) -> Tensor | None:
         """What int8 weights are scaled by where other ranks have some of their inputs, so that all ranks have the scale

@@ -14,11 +14,18 @@ from pangu.generation.sharded.shapes import KINDS, SLOTS, span_shape
 from pangu.generation.weights import parameter_shapes
 from parallel.__main__ import VERBS
 from parallel.common.command import main
+from parallel.proof.compile.casts import parameter_casts
+from parallel.proof.compile.graph import read_graph
+from parallel.proof.compile.rank_compiler import Request
+from parallel.task import load_run
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "pangu" / "tiny.yaml")
 SIZES = {"layers": 3, "hidden_size": 32, "heads": 4, "vocabulary_size": 304, "sequence_length": 64}
 SMALL = [*(f"model.{name}={size}" for name, size in SIZES.items()), "generate.batch_size=3",
          "generate.prefill_chunk=16", "model.linear_std=0.2", "model.ffn_std=0.2", "model.embedding_std=0.5"]
+RANKERS = Path(CONFIG).parents[1] / "recsys"
+ONE_DEVICE = ["parallel.data=1", "parallel.op=1", "parallel.expert=1", "parallel.optimizer.shard=1",
+              "parallel.pipeline.stages=1"]
 LAYOUTS = ["parallel.op=4", "parallel.pipeline.stages=2", "parallel.op=2 parallel.vocabulary=false",
            "parallel.op=2 parallel.pipeline.stages=2"]
 
@@ -57,6 +64,36 @@ def test_a_dry_run_tells_weights_and_cache_of_every_stage(capsys):
     assert whole / 2 < first["weight_bytes"] + last["weight_bytes"] < whole / 2 + table + 40_000
     assert first["collectives"]["Send"]["count"] == last["collectives"]["Receive"]["count"] == 1
     assert first["unexpected_redistributions"] == 0
+
+
+def casts_of(compilers, config: Path, kind: str, *words: str) -> dict:
+    """The casts of parameters in a graph of inference on one device."""
+    request = Request(1, 0, str(config), [*ONE_DEVICE, *words], graph=kind)
+    return parameter_casts(read_graph(compilers.compile([request])[0].graph))
+
+
+def test_a_token_and_a_candidate_cast_no_weight(compilers):
+    assert casts_of(compilers, Path(CONFIG), "decode", "train.precision=bf16", *SMALL) == {}
+    separated = RANKERS / "tokenmixer_large_ug_sep.yaml"
+    assert casts_of(compilers, separated, "candidates_64", "train.precision=fp16") == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_graph_of_the_language_model_casts_a_weight(compilers, kind, precision):
+    assert casts_of(compilers, Path(CONFIG), kind, f"train.precision={precision}", *SMALL) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(RANKERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_pass_of_a_ranker_casts_a_weight(compilers, path):
+    package, settings = load_run(path)
+    if settings.data.tables.place == "host":
+        pytest.skip("tables on the host are served by one process without such graphs")
+    kinds = {kind.rpartition("_")[0]: kind for kind in package.inference_kinds(settings, "serve")}
+    for kind in kinds.values():
+        assert casts_of(compilers, path, kind, "train.precision=bf16") == {}
 
 
 def test_what_has_no_such_graph_is_one_line(capsys):

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from parallel.proof.compile.casts import RECEIVED, parameter_casts
 from parallel.proof.compile.graph import read_graph
 from parallel.proof.compile.rank_compiler import Request
 from parallel.proof.dryrun.dryrun import read_rank
+from parallel.sharding.config import ParallelConfig
 from parallel.task import load_run
 from tests.parallel import proof_networks as networks
 
@@ -192,22 +194,38 @@ def test_dropout_communicates_nothing_and_compiles_on_every_stage(compiled):
         assert wet.memory.largest_constant <= 4 * networks.PANGU["heads"] * 8  # numbers of heads x positions
 
 
+def half(compilers, parallel: dict, rank: int = 0, precision: str = "float16", **train):
+    """The graph of a rank with products in half precision."""
+    world = ParallelConfig.model_validate(parallel).resolve().world
+    request = Request(world, rank, builder="proof_networks:halved", paths=[str(Path(__file__).parents[1])],
+                      arguments={"parallel": parallel, "train": train, "compute_dtype": precision})
+    return read_graph(compilers.compile([request])[0].graph)
+
+
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_sharded_weights_are_cast_once_a_step(compilers, tmp_path, precision):
+def test_sharded_weights_are_cast_once_a_step(compilers, precision):
     """Before they are gathered, for all micro-batches, so that half of the bytes travel; what optimizer sharding leaves
     out (the word table, vectors) is cast for every one."""
-    request = Request(2, 0, builder="proof_networks:halved", paths=[str(Path(__file__).parents[1])],
-                      arguments={"parallel": {"data": 2, "optimizer": {"shard": -1}},
-                                 "train": {"accumulation": MICRO}, "compute_dtype": precision})
-    graph = read_graph(compilers.compile([request])[0].graph)
-    casts, gathered = {}, []
-    for _, node, times in graph.walk():
-        if node.op == "Cast" and node.outputs[0].dtype == precision and node.inputs[0] in graph.parameters:
-            casts[node.inputs[0]] = casts.get(node.inputs[0], 0) + times
-        if node.op == "AllGather" and node.instance.startswith("parallel_optimizer"):
-            gathered.append((times, node.outputs[0].dtype, len(node.outputs[0].shape)))
+    graph = half(compilers, {"data": 2, "optimizer": {"shard": -1}}, precision=precision, accumulation=MICRO)
+    casts = {name: item.count for name, item in parameter_casts(graph).items()}
+    gathered = [(times, node.outputs[0].dtype, len(node.outputs[0].shape)) for _, node, times in graph.walk()
+                if node.op == "AllGather" and node.instance.startswith("parallel_optimizer")]
+    assert casts["embedding.word.table"] == MICRO
     matrices = [name for name, kind in graph.parameters.items()
                 if name.endswith(".weight") and not name.startswith(("accu_grads.", "adam"))]
     assert len(matrices) == LAYERS * 6 and all(casts[name] == 1 for name in matrices)
     halves = [item for item in gathered if item[2] == 2 and item[1] == precision]
     assert len(halves) == LAYERS * 6 and all(times == 1 for times, _, _ in halves)
+
+
+@pytest.mark.parametrize(("block", "rank", "train"), [
+    ({"data": 2}, 0, {"accumulation": MICRO}), ({"data": 2, "optimizer": {"shard": -1}, **STAGES}, 3, {})])
+def test_micro_batches_without_a_shared_graph_cast_every_parameter_once_a_step(compilers, block, rank, train):
+    """Also the word table that the first stage sends to the last."""
+    shared, flat = (parameter_casts(half(compilers, block | {"mindspore": {"share_graph": share}}, rank, **train))
+                    for share in (True, False))
+    assert shared.keys() == flat.keys() and all(item.count == 1 for item in flat.values())
+    again = {name: item.count for name, item in shared.items() if item.count > 1}
+    assert set(again.values()) == {MICRO}
+    assert len(again) == len(shared) if rank == 0 else set(again) == {RECEIVED}
+    assert sum(item.bytes for item in flat.values()) < sum(item.bytes for item in shared.values())

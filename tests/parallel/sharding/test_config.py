@@ -40,6 +40,8 @@ def test_the_free_axis_takes_the_rest(data, op, stages, free):
     ({"pipeline": {"stages": 2, "micro_batches": 2, "schedule": "interleaved"}}, 2, "at least 2 chunks"),
     ({"data": 2, "pipeline": {"stages": 2, "micro_batches": 2}, "optimizer": {"shard": -1, "level": 3}}, 4,
      "does not compile level 3"),
+    ({"data": 2, "optimizer": {"shard": -1, "level": 2}, "mindspore": {"share_graph": False}}, 2,
+     "parallel.mindspore.share_graph"),
 ])
 def test_what_does_not_fit_names_its_key(block, devices, part):
     with pytest.raises(UserError) as caught:

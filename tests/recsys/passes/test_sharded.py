@@ -80,11 +80,34 @@ def test_metrics_under_every_layout_are_those_of_one_device(name, nproc, layout,
     same_metrics(capsys, tmp_path, name, nproc, layout, *more)
 
 
+def quantize(folder: Path) -> None:
+    assert main("recsys", VERBS, ["quantize", "--checkpoint", str(folder / "run"), "--output", str(folder / "int8"),
+                                  "--part", "none"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, nproc, layout", [
+    ("tokenmixer_large", 2, ["parallel.op=2"]),
+    ("tokenmixer_large", 2, ["parallel.op=2", "model.op_sharding=tokens"]),
+    ("tokenmixer_large", 2, ["parallel.op=1", "parallel.pipeline.stages=2"]),
+    ("tokenmixer_large_moe", 2, ["parallel.op=2", "model.op_sharding=tokens"]),
+    ("rankmixer", 4, ["parallel.op=4"]),
+])
+def test_int8_weights_over_several_processes_are_those_of_one(name, nproc, layout, tmp_path, capsys):
+    more = [word for word in layout if word.startswith("model.")]
+    make_run(tmp_path / "run", name, *more)
+    quantize(tmp_path)
+    told = figures_of(launch([*words_of(name, tmp_path / "int8"), *layout], nproc, "evaluate"))
+    wanted = evaluated(capsys, words_of(name, tmp_path / "int8", *more))
+    assert [told[name] for name in NAMES] == pytest.approx([wanted[name] for name in NAMES], abs=1e-5)
+    assert told["logloss"] != pytest.approx(evaluated(capsys, words_of(name, tmp_path / "run", *more))["logloss"],
+                                            abs=1e-7)
+
+
 @pytest.mark.slow
 def test_a_quantized_checkpoint_is_evaluated_by_a_program_as_by_one_process(tmp_path, capsys):
     make_run(tmp_path / "run", "tokenmixer_large")
-    assert main("recsys", VERBS, ["quantize", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "int8"),
-                                  "--part", "none"]) == 0
+    quantize(tmp_path)
     words, program = words_of("tokenmixer_large", tmp_path / "int8"), str(tmp_path / "program")
     wanted = evaluated(capsys, words)
     export = [sys.executable, "-m", "parallel", "export", *words, "--graphs", "scores_32", "--output", program]
@@ -124,15 +147,18 @@ class Server:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tokenmixer_large_ug_sep", "rankmixer"])
-def test_a_server_over_two_processes_answers_as_one_does_before_and_after_a_reload(name, tmp_path):
+@pytest.mark.parametrize("name, int8", [("tokenmixer_large_ug_sep", False), ("rankmixer", False), ("rankmixer", True)])
+def test_a_server_over_two_processes_answers_as_one_does_before_and_after_a_reload(name, int8, tmp_path):
     settings, log = make_run(tmp_path / "run", name)
-    words = words_of(name, tmp_path / "run", "parallel.op=2", "serve.engine.requests=2",
+    served = tmp_path / ("int8" if int8 else "run")
+    if int8:
+        quantize(tmp_path)
+    words = words_of(name, served, "parallel.op=2", "serve.engine.requests=2",
                      "serve.engine.candidates=[4, 16]", "serve.engine.timeout_seconds=60")
     server = Server(words, 2)
 
     def compared(version: int) -> None:
-        trained = load(tmp_path / "run")
+        trained = load(served)
         for seed, count in ((1, 3), (2, 20)):  # one that fills up a graph, one that takes two
             body = {**body_of(trained, log, seed, count), "top_k": count}
             ask = read_request(body, trained, 100)
@@ -144,6 +170,8 @@ def test_a_server_over_two_processes_answers_as_one_does_before_and_after_a_relo
 
     compared(1)
     add_checkpoint(tmp_path / "run", settings, log, 2, 7)
+    if int8:
+        quantize(tmp_path)
     assert server.post("/reload", {})["version"] == 2
     compared(2)
     assert server.end()["version"] == 2

@@ -50,6 +50,15 @@ def test_a_number_that_float32_does_not_hold_is_refused(trained, price):
     assert np.isfinite(ask(trained, price="3e38").numbers).all()
 
 
+def test_a_refusal_names_the_candidate_and_its_feature(trained):
+    good, bad = '{"vid": 3, "price": 1, "tags": []}', '{"vid": 3, "price": %s, "tags": %s}'
+    for price, tags, feature in (("1e39", "[]", "price"), ('"much"', "[]", "price"), ("1", "[[1]]", "tags")):
+        body = f'{{"user": {{"uid": 1}}, "candidates": [{good}, {good}, {bad % (price, tags)}]}}'
+        with pytest.raises(UserError) as caught:
+            read_request(parse_json(body), trained, 10)
+        assert "candidates[2]" in str(caught.value) and feature in str(caught.value), str(caught.value)
+
+
 @pytest.mark.parametrize("tags", ["[[1]]", '[{"a": 1}]', '["a", ["b"]]', "3", '{"a": 1}'])
 def test_a_list_holds_single_values(trained, tags):
     with pytest.raises(UserError, match="list"):
