@@ -18,7 +18,6 @@ from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
 from parallel.layers.dropout import drops
 from parallel.layers.parameter import start_value
-from parallel.proof.compile.graph import read_graph
 from parallel.sharding.config import ParallelConfig, divides
 from parallel.sharding.layout import Axes
 from parallel.sharding.parallelize import parallelize, recompute
@@ -235,9 +234,12 @@ class ForwardLoss(nn.Cell):
 
 def reads_batches(cell: nn.Cell, arrays: int) -> bool:
     """Whether the compiled graph of a cell looks at any of its first `arrays` inputs, the arrays of a batch."""
-    graph = read_graph(_cell_graph_executor._get_func_graph_proto(cell, cell.phase_cache[cell.phase], "mind_ir"))
-    names = [name for name in graph.main.inputs if name not in graph.parameters]
-    return any(name in graph.main.users for name in names[:arrays])
+    from mindspore.train import mind_ir_pb2
+
+    model = mind_ir_pb2.ModelProto()
+    model.ParseFromString(_cell_graph_executor._get_func_graph_proto(cell, cell.phase_cache[cell.phase], "mind_ir"))
+    names = {item.name for item in model.graph.input[:arrays]}
+    return any(name.removeprefix("REF::") in names for node in model.graph.node for name in node.input)
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:
