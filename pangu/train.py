@@ -50,7 +50,7 @@ def training_step(settings: Run, processes: Any) -> Any:
 
     from pangu.build import most_records, training_network
     from parallel.layers.parameter import initialize
-    from parallel.training.optimizers import Optimizer
+    from parallel.training.optimizers.run import Optimizer
     from parallel.training.settings import COMPUTE_DTYPES
     from parallel.training.sharded.run import unsharded_network
     from parallel.training.sharded.step import check_rows

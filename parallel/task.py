@@ -51,6 +51,8 @@ class Task:
         figures: anything that reports want to show (sizes and names).
         is_sparse: by name, the parameters that `train.sparse_optimizer` owns; None = there are none.
         most_rows: samples that the network takes at once on one device at most; None = any number.
+        given: the parameters that `is_sparse` are given to every step from outside, which leaves their gradients in
+            their place instead of moving them; they do not count in the norm.
         scores: for a ranker, `scores(network)` -> the `Layer` from the first `inputs` (its attribute) of the inputs to
             probabilities [rows, tasks], with the parameters of `network`, itself not sharded; None for others.
     """
@@ -63,6 +65,7 @@ class Task:
     is_sparse: Callable[[str], bool] | None = None
     scores: Callable[[Any], Any] | None = None
     most_rows: int | None = None
+    given: bool = False
 
 
 def with_sample_numbers(task: Task, dropout: float) -> Task:

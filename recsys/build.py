@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -36,24 +37,49 @@ def build(settings: Run, parallel: ParallelConfig, compute_dtype: str = "float32
     Raises:
         UserError: an axis does not divide what it shards, or a vocabulary's size is neither given nor to be had.
     """
+    from mindspore.nn.utils import no_init_parameters
+
+    from recsys.layers.embedding import Table
     from recsys.layers.sizes import count
     from recsys.tables.names import is_sparse
 
     spec = spec_of(settings)
-    if settings.data.tables.place == "host":
-        spec = window_spec(spec, settings.train.global_batch_size, settings.data.tables.window)
+    hosted = settings.data.tables.place == "host"
+    if hosted:
+        spec = windows_of(settings, spec, parallel)
     tasks = len(labels_of(settings))
     columns = target_columns(settings)
     network = loss_network(settings, spec, tasks, compute_dtype)
+    if hosted:
+        with no_init_parameters():
+            for _, cell in network.cells_and_names():
+                if isinstance(cell, Table):
+                    cell.divide(parallel.data)
     check_layout(settings, network.model, parallel)
     batch = settings.train.global_batch_size
-    inputs = [Input("ids", (batch, spec.id_columns), "int32", min(spec.tables.values())),
+    known = min(spec.tables.values()) // (parallel.data if hosted else 1)
+    inputs = [Input("ids", (batch, spec.id_columns), "int32", known),
               Input("numbers", (batch, spec.numeric_columns), "float32"),
               Input("labels", (batch, columns), "float32")]
     figures = {"model": settings.model.name, "layers": settings.model.depth(), **count(network)}
     task = Task(network, inputs, lambda seed: sample_batch(spec, batch, columns, seed), batch, figures, is_sparse,
-                scores)
+                scores, given=hosted)
     return with_sample_numbers(task, settings.model.dropout)
+
+
+def windows_of(settings: Run, spec: FeatureSpec, parallel: ParallelConfig) -> FeatureSpec:
+    """The spec of a network whose tables are on the host: a window for each data-parallel part of a batch.
+
+    Raises:
+        UserError: micro-batches or stages, which windows do not know, or a batch that does not divide.
+    """
+    if parallel.pipeline.stages * parallel.pipeline.micro_batches * parallel.micro_batch_interleave > 1 or \
+            settings.train.accumulation > 1:
+        raise UserError("tables on the host know no stages and no micro-batches", where="data.tables.place",
+                        value="host", hint="set it to graph")
+    divides(parallel.data, settings.train.global_batch_size, where="parallel.data", what="train.global_batch_size")
+    spec = window_spec(spec, settings.train.global_batch_size // parallel.data, settings.data.tables.window)
+    return replace(spec, tables={width: rows * parallel.data for width, rows in spec.tables.items()})
 
 
 def scores(network: Any) -> Any:
@@ -159,6 +185,9 @@ class RankerPackage(ModelPackage["Run"]):
     def replay_overrides(self, settings: Run) -> list[str]:
         """One device computes every row of routed experts, so no capacity may leave one out. Of the epsilon see
         docs/replay.md."""
+        if settings.data.tables.place == "host":
+            raise UserError("a replay compares networks that hold their tables", where="data.tables.place",
+                            value="host", hint="set it to graph")
         capacity, epsilon = settings.model.full_capacity(), ["train.optimizer.epsilon=1e-2"]
         if capacity is not None:
             return [f"model.moe.capacity_factor={capacity}", *epsilon]

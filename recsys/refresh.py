@@ -15,13 +15,14 @@ from parallel.common.errors import UserError
 from parallel.common.progress import info, table
 from parallel.layers.parameter import start_value
 from parallel.training.device import start_device
-from parallel.training.optimizers import run_optimizer
+from parallel.training.optimizers.row_gradients import row_tables
+from parallel.training.optimizers.run import run_optimizer
 from recsys.build import labels_of, loss_network
 from recsys.data.columns import features_of
 from recsys.data.features import Feature, FeatureSpec, assign_columns
 from recsys.data.log import count_values
 from recsys.data.vocabulary import VOCABULARY, Vocabulary
-from recsys.tables.names import is_sparse
+from recsys.tables.names import ACCUMULATOR, is_sparse
 from recsys.tables.refresh import refresh_run
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def refresh_feature(feature: Feature, vocabulary: Vocabulary, counts: dict[str, 
 def move_checkpoint(settings: Run, spec: FeatureSpec, rows: dict[str, list[int]], source: Path, out: Path) -> Path:
     """The newest checkpoint of `source` with some rows of the tables, and what the optimizer knows of them, reset."""
     network = loss_network(settings, spec, len(labels_of(settings)))
-    states = run_optimizer(network.trainable_params(), settings.train, is_sparse).states()
+    states = run_optimizer(network.trainable_params(), settings.train, is_sparse, row_tables(network)).states()
     fresh = {state.name: _first(state) for state in states}
     path = resolve_checkpoint(source)
     state = load_checkpoint(path, list(network.get_parameters()), states)
@@ -96,6 +97,9 @@ def move_checkpoint(settings: Run, spec: FeatureSpec, rows: dict[str, list[int]]
         for moment in states:
             if moment.name.endswith(f".{item.name}"):
                 _replace(moment, chosen, fresh[moment.name])
+        for own in network.get_parameters():
+            if own.name == f"{item.name}{ACCUMULATOR}":
+                _replace(own, chosen, own.start[1])
     return save_checkpoint(out / "checkpoints", int(state["step"]), list(network.get_parameters()), states,
                            {key: value for key, value in state.items() if key not in ("format", "version", "step")})
 

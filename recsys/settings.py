@@ -282,8 +282,9 @@ class SparseOptimizer(RankerOptimizer):
     """Optimizer of the embedding tables."""
 
     name: Literal["adamw", "adam", "lamb", "adagrad", "rmsprop", "rowwise_adagrad", "lazy_adam", "sgd"] = "adam"
-    """With data.tables.place: host only the rows of a step are touched: rowwise_adagrad (one number of state a row),
-    adagrad, lazy_adam (adam means it too), sgd. In the graph: the others."""
+    """With data.tables.place: host, and in the graph with model.lookup.by: alltoall, only rows of the step are touched
+    by rowwise_adagrad (one number of state a row), adagrad, lazy_adam (on the host adam means it too), sgd. In the
+    graph all others go over whole tables."""
 
 
 class RankerTrain(TrainSettings):

@@ -13,7 +13,7 @@ from parallel.sharding.config import ParallelConfig
 from parallel.training.agreement import graph_key
 from parallel.training.device import Processes, set_seed, start_device
 from parallel.training.mindspore_backend import MindSporeBackend, ShardedBackend
-from parallel.training.optimizers import run_optimizer
+from parallel.training.optimizers.run import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.sharded.run import ShardedRun, needs_sharding, unsharded_network
 from parallel.training.step import TrainStep
@@ -25,6 +25,7 @@ from recsys.data.readers import reader
 from recsys.evaluation.log_metrics import Evaluation
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
+from recsys.network import tables_by_rows
 from recsys.ranker import TrainingLoss
 from recsys.tables.names import is_sparse
 from recsys.training.any_backend import batches_of, keep_vocabulary, run_of, train_on
@@ -69,7 +70,8 @@ def run(settings: Run, arguments: argparse.Namespace | None = None) -> dict:
 
 def _is_flat(settings: Run) -> bool:
     """Whether the run is one over an encoded log with tables in the graph, which any backend runs."""
-    return settings.data.tables.place != "host" and reader(settings.data.reader).stream is None
+    here = settings.data.tables.place != "host" or settings.parallel.backend == "torch"
+    return here and reader(settings.data.reader).stream is None
 
 
 def run_stream(settings: Run, processes: Processes) -> dict:
@@ -103,7 +105,8 @@ def train(settings: Run, network: TrainingLoss, log: Log, processes: Processes) 
     """Trains a network whose parameters have values; the run's figures."""
     options = unsharded_network(network, settings.train, settings.parallel.resolve(processes.ranks))
     model = network.model
-    optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
+    tables = tables_by_rows(settings, network, processes.ranks)
+    optimizer = run_optimizer(network.trainable_params(), options, is_sparse, tables)
     loss = sharing_loss(network, settings) if options.share_users else network
     step = TrainStep(loss, optimizer, options, group=processes.group, rank=processes.rank, ranks=processes.ranks)
     batches = batches_of(settings, log, processes.rank, processes.ranks)

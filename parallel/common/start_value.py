@@ -6,13 +6,17 @@ import zlib
 
 import numpy as np
 
+ROW_SLOTS = "row_slots."
+NOT_KEPT = ("accu_grads.", ROW_SLOTS)
+"""Beginnings of the names of what a training step holds beside parameters, states and counters: gradients of its
+micro-batches and of the rows of tables. It starts at 0 and no checkpoint has it."""
 _ROWS_AT_ONCE = 4 << 20
 
 
 def draw(array: np.ndarray, kind: str, scale: float, generator: np.random.Generator) -> None:
     """Fills `array` in place, in pieces, so that the memory needed beside it stays small."""
-    if kind in ("zeros", "ones"):
-        array.fill(0.0 if kind == "zeros" else 1.0)
+    if kind in ("zeros", "ones", "fill"):
+        array.fill({"zeros": 0.0, "ones": 1.0}.get(kind, scale))
         return
     flat = array.reshape(-1)
     for begin in range(0, flat.size, _ROWS_AT_ONCE):

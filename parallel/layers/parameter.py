@@ -12,7 +12,8 @@ from parallel.common.start_value import draw, start_value
 
 
 class Start(Initializer):
-    """Start value of a parameter: kind `normal`, `truncated_normal` (at two sigma), `uniform`, `zeros` or `ones`.
+    """Start value of a parameter: kind `normal`, `truncated_normal` (at two sigma), `uniform`, `zeros`,
+    `ones` or `fill` (all `scale`).
 
     Args:
         kind: the distribution.

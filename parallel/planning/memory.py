@@ -24,8 +24,8 @@ from parallel.sharding.config import ParallelConfig
 from parallel.sharding.parallelize import stage_of_layers
 from parallel.training.settings import OptimizerSettings
 
-STATES = {"adamw": 2, "adam": 2, "lamb": 2, "adagrad": 1, "rmsprop": 1}
-"""Float32 states for each parameter (rmsprop with momentum has one more)."""
+STATES = {"adamw": 2, "adam": 2, "lamb": 2, "adagrad": 1, "rmsprop": 1, "lazy_adam": 2, "rowwise_adagrad": 0, "sgd": 0}
+"""Float32 states for each parameter (rmsprop with momentum has one more; rowwise_adagrad one a row, left out)."""
 _SCALAR = 4
 
 

@@ -462,9 +462,18 @@ def _scatter_update(node: Node, p: Tensor, rows: Tensor, value: Tensor, *_: Any)
     p.index_copy_(0, rows.reshape(-1).long(), value.reshape(-1, *p.shape[1:]).to(p.dtype))
 
 
+def _scatter_sub(node: Node, p: Tensor, rows: Tensor, value: Tensor, *_: Any) -> None:
+    flat, values = rows.reshape(-1).long(), value.reshape(-1, *p.shape[1:]).to(p.dtype)
+    if p.is_cuda:  # sorts the rows, so that the order of additions is fixed; index_add uses atomics there
+        p.index_put_((flat,), -values, accumulate=True)
+    else:
+        p.index_add_(0, flat, values, alpha=-1)
+
+
 UPDATES |= {
     "Assign": _assign,
     "ScatterUpdate": _scatter_update,
+    "ScatterSub": _scatter_sub,
     "AssignAdd": lambda node, p, value, *_: p.add_(value),
     "AssignSub": lambda node, p, value, *_: p.sub_(value),
     "InplaceZero": lambda node, p, *_: p.zero_(),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
+from parallel.common.start_value import NOT_KEPT
 from parallel.torch_runtime.execute import DTYPES, Binder, Bound
 from parallel.torch_runtime.fusion.attention_pass import documents_input
 from parallel.torch_runtime.fusion.fused import fused_rules
@@ -31,7 +32,6 @@ from parallel.training.operation.stall import waiting
 MODES = ("exact", "eager", "cuda_graph", "inductor")
 _SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
                 torch.int32: "I32", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-_ACCUMULATED = "accu_grads."
 _DATA_SHEETS = {"H200": 989.0, "H100 80GB HBM3": 989.0, "H100 PCIe": 756.0, "A100": 312.0}
 """TFLOP/s in float16 and bfloat16 by a part of the name that the driver gives a GPU (NVIDIA's data sheets)."""
 
@@ -207,6 +207,10 @@ class TorchStep(SlicedBackend):
         """Adds lists of equal length over all ranks."""
         return self.communicator.add(values) if self.communicator is not None else list(values)
 
+    def swap(self, parts: np.ndarray) -> np.ndarray:
+        """See `SlicedBackend`."""
+        return self.communicator.swap(parts) if self.communicator is not None else parts
+
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
         if self.communicator is not None:
@@ -277,7 +281,7 @@ class TorchStep(SlicedBackend):
         wanted = DTYPES[dtype]
         if wanted.is_floating_point and self.floating != "declared":
             wanted = DTYPES[self.floating]
-        if name.startswith(_ACCUMULATED):
+        if name.startswith(NOT_KEPT):
             return torch.zeros(shape, dtype=wanted, device=self.device)
         held = self.program.by_name.get(name)
         if held is None:

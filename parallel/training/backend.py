@@ -132,5 +132,10 @@ class SlicedBackend(Backend):
     """A backend that can tell what its parameters started from (all but MindSpore's of an unsharded network)."""
 
     @abstractmethod
+    def swap(self, parts: np.ndarray) -> np.ndarray:
+        """AlltoAll over all ranks: row r of `parts`, uint8 [ranks, n], goes to rank r, and row r of the result comes
+        from rank r. All ranks call it with the same n."""
+
+    @abstractmethod
     def full_start(self, name: str) -> np.ndarray:
         """Start value of a parameter of the network before it is sharded."""

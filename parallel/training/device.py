@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
+
 from parallel.common.errors import UserError
 from parallel.sharding.config import MindSporeConfig
 from parallel.training.operation.stall import waiting
@@ -139,3 +141,31 @@ class DeviceSum:
 
         with waiting(f"a sum of {len(values)} numbers over all processes"):
             return self.add(Tensor(values, mstype.float32)).asnumpy().tolist()
+
+
+class DeviceSwap:
+    """AlltoAll of bytes over MindSpore's processes: `swap(uint8 [ranks, n])` sends row r to process r and returns what
+    each had for this one. Their CPU backend has AllGather and no AlltoAll, so there each receives what all have for all
+    and keeps its own; bytes travel as float32.
+
+    Args:
+        processes: this one among all, in their group of all.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        from mindspore import ops
+
+        self.rank, self.ranks, self.on_cpu = processes.rank, processes.ranks, processes.target == "CPU"
+        self.exchange = (ops.AllGather(processes.group) if self.on_cpu else
+                         ops.AlltoAll(processes.ranks, 0, 0, processes.group))
+
+    def __call__(self, parts: np.ndarray) -> np.ndarray:
+        from mindspore import Tensor
+
+        # Each byte as a number: bit patterns of integers may be signalling NaNs, which a float may not keep.
+        numbers = parts.astype(np.float32)
+        with waiting("an exchange of bytes between all processes"):
+            if self.on_cpu:
+                found = self.exchange(Tensor(numbers.reshape(1, -1))).asnumpy()
+                return found.reshape(self.ranks, *parts.shape)[:, self.rank].astype(np.uint8)
+            return self.exchange(Tensor(numbers)).asnumpy().astype(np.uint8)

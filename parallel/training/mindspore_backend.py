@@ -19,7 +19,7 @@ from parallel.common.errors import UserError
 from parallel.layers.parameter import start_value
 from parallel.training.backend import Backend, Batch, Outputs, SlicedBackend
 from parallel.training.data_source import DataSource
-from parallel.training.device import DeviceSum
+from parallel.training.device import DeviceSum, DeviceSwap
 from parallel.training.one_stream import on_gpu
 from parallel.training.operation.stall import waiting
 from parallel.training.settings import COMPUTE_DTYPES
@@ -166,7 +166,7 @@ class ShardedBackend(MindSporeBackend, SlicedBackend):
 
     def __init__(self, run: ShardedRun) -> None:
         super().__init__(run.step, scorer=run.scores, all_reduce=run.all_reduce)
-        self.run, self.holder, self.mean_loss = run, run.holder, run.loss
+        self.run, self.holder, self.mean_loss, self.reads = run, run.holder, run.loss, run.reads
         self.inputs = [(item.name, tensor.shape, item.dtype)
                        for item, tensor in zip(run.task.inputs, run.inputs, strict=True)]
 
@@ -190,6 +190,10 @@ class ShardedBackend(MindSporeBackend, SlicedBackend):
         """See `SlicedBackend`."""
         starts = {parameter.name: parameter.start for parameter in self.run.task.network.get_parameters()}
         return start_value(name, self.holder.shapes[name], starts[name], self.run.settings.seed)
+
+    def swap(self, parts: np.ndarray) -> np.ndarray:
+        """See `SlicedBackend`."""
+        return DeviceSwap(self.run.processes)(parts)
 
     def loss(self, batch: Batch) -> tuple[float, float]:
         """See `Backend`."""

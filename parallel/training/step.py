@@ -21,7 +21,8 @@ from parallel.layers.dropout import connect_dropout
 from parallel.layers.fused import squares_kernel
 from parallel.sharding.trainable import Trainable
 from parallel.training.one_stream import last_reduction
-from parallel.training.optimizers import Optimizer
+from parallel.training.optimizers.row_gradients import separated, slots_for
+from parallel.training.optimizers.run import Optimizer
 from parallel.training.settings import LossScaleSettings, TrainSettings
 
 
@@ -45,7 +46,8 @@ class BlockGradient(nn.Cell):
     def __init__(self, network: nn.Cell, parameters: ParameterTuple, weighted: bool) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
-        self.parameters = parameters
+        slots, self.row_numbers = slots_for(network, parameters)
+        self.parameters = ParameterTuple(slots)
         self.weighted = weighted
         self.differentiate = ops.value_and_grad(self.objective, None, self.parameters, has_aux=True)
         self.one = Tensor(1.0, ms.float32)
@@ -65,16 +67,20 @@ class BlockGradient(nn.Cell):
         return value, ops.stop_gradient(loss), ops.stop_gradient(weight)
 
     def construct(self, sensitivity: Tensor, by_weight: bool, *batch: Tensor) -> tuple:
-        """Scalars loss and weight, and one gradient per parameter."""
+        """Scalars loss and weight, one gradient per parameter, and the rows of those that are of rows (`separated`)."""
         (_, loss, weight), gradients = self.differentiate(sensitivity, by_weight, *batch)
-        return loss, weight, gradients
+        if len(self.row_numbers) > 0:
+            gradients, rows = separated(gradients, self.row_numbers)
+            return loss, weight, gradients, rows
+        return loss, weight, gradients, ()
 
 
 class MeanGradient(nn.Cell):
     """Gradient sums over `accumulation` micro-batches and the data-parallel ranks, and the factor to means.
 
-    Returns `(loss, gradients, factor)`: the gradient of the mean loss over the global batch is `gradient * factor /
-    sensitivity`. Nothing is multiplied here, since clipping multiplies anyway.
+    Returns `(loss, gradients, factor, rows)`: the gradient of the mean loss over the global batch is `gradient * factor
+    / sensitivity`. Nothing is multiplied here, since clipping multiplies anyway. Gradients of rows (`rows` has their
+    numbers) are those of one block: they are not added.
 
     Args:
         block: gradient of one block.
@@ -95,15 +101,15 @@ class MeanGradient(nn.Cell):
     def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
         """batch: tensors with the rank's rows first."""
         if not self.by_weight:
-            loss, _, gradients = self.block(sensitivity, False, *batch)
-            return loss, gradients, self.one
+            loss, _, gradients, rows = self.block(sensitivity, False, *batch)
+            return loss, gradients, self.one, rows
         # Divided here and multiplied back in `factor`, lest half-precision gradients grow with the number of tokens.
         size = 1.0 * batch[0].size if self.block.weighted else 1.0
         loss_sum, weight_sum, gradients = self.accumulate(sensitivity / size, batch)
         if self.reduce is not None:
             loss_sum, weight_sum = self.reduce(loss_sum), self.reduce(weight_sum)
             gradients = self.added(gradients)
-        return loss_sum / weight_sum, gradients, size / weight_sum
+        return loss_sum / weight_sum, gradients, size / weight_sum, ()
 
     def added(self, gradients: tuple) -> tuple:
         """The gradients, added over the ranks."""
@@ -118,7 +124,7 @@ class MeanGradient(nn.Cell):
             piece = ()
             for tensor in batch:
                 piece = piece + (ops.depend(tensor[number * rows:(number + 1) * rows], weight_sum),)
-            loss, weight, gradients = self.block(sensitivity, True, *piece)
+            loss, weight, gradients, _ = self.block(sensitivity, True, *piece)
             if number == 0:
                 total = gradients
             else:
@@ -264,7 +270,7 @@ class TrainStep(nn.Cell):
         scale = Tensor(1.0, ms.float32)
         if not self.unscaled:
             scale = self.loss_scale.value * scale
-        loss, gradients, factor = self.gradient(scale, *batch)
+        loss, gradients, factor, rows = self.gradient(scale, *batch)
         factor = factor / scale
         norm, finite = self.measure(gradients, factor)
         if self.clip_norm is not None:
@@ -273,7 +279,7 @@ class TrainStep(nn.Cell):
         if self.last is not None:
             # What a branch asks for, so that it comes before the branch, where the other AllReduces are.
             finite = ops.depend(finite, self.last(ops.depend(rate, (loss, norm))))
-        self.apply_gradients(gradients, factor, finite)
+        self.apply_gradients(gradients, factor, finite, rows)
         return (loss, norm, finite, scale, rate), gradients, factor
 
     def measure(self, gradients: tuple, factor: Tensor) -> tuple:
@@ -281,21 +287,21 @@ class TrainStep(nn.Cell):
         norm = self.norm(gradients) * factor
         return norm, ops.isfinite(norm)
 
-    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor) -> Tensor:
+    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor, rows: tuple) -> Tensor:
         """Moves parameters, moments and counters, or the counters alone if the step is not `finite`; returns the new
         `iteration`, since a None that comes out of a branch is made by Python on the host, which no device takes."""
         if finite:
-            self.update(gradients, factor)
+            self.update(gradients, factor, rows)
         iteration = ops.assign(self.iteration, ops.depend(self.iteration, finite) + 1)
         if self.loss_scale.dynamic:
             self.loss_scale(finite)
         return iteration
 
-    def update(self, gradients: tuple, factor: Tensor) -> Tensor:
+    def update(self, gradients: tuple, factor: Tensor, rows: tuple) -> Tensor:
         """Moves parameters, moments and `step`."""
         if not self.unscaled:
             gradients = self.map(ops.partial(times, factor), gradients)
-        done = self.optimizer(gradients, self.step)
+        done = self.optimizer(gradients, self.step, None, rows)
         return ops.assign(self.step, ops.depend(self.step, done) + 1)
 
     def counters(self) -> list[Parameter]:

@@ -14,7 +14,7 @@ from mindspore.ops.auto_generate import SplitWithSize
 
 from parallel.layers.linear import Linear
 from parallel.layers.parameter import needs_one_type, parameter
-from parallel.sharding.layout import Layer, OpSharding
+from parallel.sharding.layout import Layer, Operand, OpSharding
 from recsys.data.features import Feature, FeatureSpec, NumericSlot, Slot
 from recsys.layers.sharded_table import ShardedTable
 
@@ -28,18 +28,43 @@ class Table(Layer):
         std: sigma of the start.
 
     The op axis shards V (every device looks up its own rows, the results are summed).
+
+    Attributes:
+        windows: where the rows of a step are given from outside (`divide`), into how many parts D the batch is divided;
+            0 = a plain table.
     """
+
+    windows = 0
 
     def __init__(self, rows: int, width: int, std: float) -> None:
         super().__init__()
+        self.std = std
         self.table = parameter((rows, width), "normal", std, shard_optimizer=False)
-        self.gather = ops.Gather()
+        self.gather, self.pick, self.reshape = ops.Gather(), ops.Gather(batch_dims=1), ops.Reshape()
+
+    def divide(self, parts: int) -> None:
+        """Makes the table a window [D, V / D, W] for each of D parts of the batch, whose ids are below V / D; the data
+        axis then shards D. It has three dims of its own since the partitioner shards what enters a Reshape by all
+        devices."""
+        (rows, width), name = self.table.shape, self.table.name
+        self.table = parameter((parts, rows // parts, width), "normal", self.std, shard_optimizer=False)
+        self.windows, self.table.name = parts, name
 
     def construct(self, ids_BM: Tensor) -> Tensor:
-        return self.gather(self.table, ids_BM, 0)
+        if self.windows == 0:
+            return self.gather(self.table, ids_BM, 0)
+        parts, width, (batch, columns) = self.windows, self.table.shape[2], ids_BM.shape
+        rows_DNW = self.pick(self.table, self.reshape(ids_BM, (parts, batch * columns // parts)), 1)
+        return self.reshape(rows_DNW, (batch, columns, width))
+
+    def weights(self) -> dict[str, Operand]:
+        return {"table": ("batch", None, None)} if self.windows else super().weights()
 
     def sharding(self) -> list[OpSharding]:
+        if self.windows:
+            return [OpSharding(self.pick, (("batch", None, None), ("batch", None)))]
         return [OpSharding(self.gather, (("vocabulary", None), ("batch", None)), weights=("table",))]
+
 
 class SplitColumns(Layer):
     """Splits dim 1 into the given sizes; its gradient is one concatenation (slices would add full-size zeros)."""

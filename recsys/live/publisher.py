@@ -30,7 +30,7 @@ from recsys.data.vocabulary import VOCABULARY
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Values, Versions
 from recsys.tables.files import FOLDER, write_all_entries
-from recsys.tables.names import is_sparse
+from recsys.tables.names import is_accumulator, is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -150,6 +150,8 @@ class Publisher(Companion):
         parameters = {tensor.name: np.array(tensor.read()) for tensor in self.backend.parameters()}
         delta = Delta(0, step, self.time)
         for name, values in parameters.items():
+            if is_accumulator(name):
+                continue
             if not is_sparse(name):
                 delta.dense[name] = values
                 continue

@@ -26,7 +26,7 @@ from parallel.training.operation.saving import disks_of
 from recsys.data.vocabulary import VOCABULARY
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Versions
-from recsys.tables.names import is_sparse
+from recsys.tables.names import is_accumulator, is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -114,7 +114,7 @@ class RanksPublisher(Companion):
         rows = self._changed([tensor for tensor in tensors if is_sparse(tensor.name)])
         self.backend.barrier()  # what was staged before is written
         if not full:
-            tensors = [tensor for tensor in tensors if not is_sparse(tensor.name)]
+            tensors = [tensor for tensor in tensors if not is_sparse(tensor.name) and not is_accumulator(tensor.name)]
             _write_rows(staged / f"rows-{self.backend.rank:05d}.safetensors", rows)
         path = save(staged, step, tensors, (), {}, 1, rank=self.backend.rank, holder=self.backend.holder)
         if self.backend.rank == 0:

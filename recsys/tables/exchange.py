@@ -107,30 +107,10 @@ class Threads:
         return found
 
 
-class GatherSwap:
-    """`Rounds.swap` over MindSpore's processes. Their CPU backend has AllGather and no AlltoAll, so each receives what
-    all have for all and keeps its own; bytes travel as float32.
-
-    Args:
-        rank, ranks, group: this process, how many, and their communication group.
-    """
-
-    def __init__(self, rank: int, ranks: int, group: str) -> None:
-        from mindspore import ops
-
-        self.rank, self.ranks, self.gather = rank, ranks, ops.AllGather(group)
-
-    def __call__(self, out: np.ndarray) -> np.ndarray:
-        from mindspore import Tensor
-
-        # Each byte as a number: bit patterns of integers may be signalling NaNs, which a float may not keep.
-        found = self.gather(Tensor(out.astype(np.float32).reshape(1, -1))).asnumpy()
-        return found.reshape(self.ranks, *out.shape)[:, self.rank].astype(np.uint8)
-
-
 def exchange_of(processes: object, capacity: int) -> Exchange:
     """The exchange of `parallel.training.device.Processes`."""
     if processes.ranks == 1:
         return Alone()
-    swap = GatherSwap(processes.rank, processes.ranks, processes.group)
-    return Rounds(processes.rank, processes.ranks, -(-capacity // 8) * 8, swap)
+    from parallel.training.device import DeviceSwap
+
+    return Rounds(processes.rank, processes.ranks, -(-capacity // 8) * 8, DeviceSwap(processes))

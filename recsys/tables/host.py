@@ -2,7 +2,8 @@
 gradients that come back.
 
 Over several processes each holds the rows of the keys that `owners` gives it. Ids go to their owners and rows come back
-by AlltoAll; gradients go the same way and are added at the owner, so no row is held twice.
+by AlltoAll; gradients go the same way and are added at the owner, so no row is held twice. Processes with the same
+samples (those of the op axis) hold rows like all others.
 
 Shapes: B samples, M id columns, N keys of a call, W width.
 """
@@ -57,13 +58,16 @@ class HostTables(Companion):
         spec: columns of the features in the log.
         batch: samples of a step on this process.
         exchange: of the processes.
+        copy: (which, of how many) processes with the same samples this is (those of the op axis). The first counts the
+            ids, each sends its share of the gradients.
     """
 
     name = "tables"
 
-    def __init__(self, settings: Run, spec: FeatureSpec, batch: int, exchange: Exchange | None = None) -> None:
+    def __init__(self, settings: Run, spec: FeatureSpec, batch: int, exchange: Exchange | None = None,
+                 copy: tuple[int, int] = (0, 1)) -> None:
         own = settings.data.tables
-        self.settings, self.spec, self.exchange = own, spec, exchange or Alone()
+        self.settings, self.spec, self.exchange, self.copy = own, spec, exchange or Alone(), copy
         self.optimizer = TableOptimizer(settings.train)
         self.columns, self.plans = KeyColumns(spec), plans(spec)
         hot = own.hot_rows or 0
@@ -242,8 +246,10 @@ class HostTables(Companion):
         ranks = self.exchange.ranks
         homes = {name: owners(keys, ranks) for name, (keys, _) in asked.items()}
         sent = {name: [np.flatnonzero(homes[name] == other) for other in range(ranks)] for name in asked}
+        counts = np.float32(self.copy[0] == 0)
         received = self.exchange.all_to_all([_pack(
-            [array[sent[name][other]] for name, pair in asked.items() for array in pair]) for other in range(ranks)])
+            [array[sent[name][other]] for name, (keys, times) in asked.items() for array in (keys, times * counts)])
+            for other in range(ranks)])
         received = [_unpack(message, [np.int64, np.float32] * len(asked)) for message in received]
         replies: list[list[np.ndarray]] = [[] for _ in range(ranks)]
         self._exchanged = {}
@@ -278,7 +284,7 @@ class HostTables(Companion):
             gradient = gradients[self.plans[name].width]
             for other in range(ranks):
                 sent = self._exchanged[name][2][other]
-                touched = asked.touched[sent]
+                touched = asked.touched[sent] & (np.arange(len(sent)) % self.copy[1] == self.copy[0])
                 messages[other] += [touched.astype(np.uint8), gradient[asked.slots[sent[touched]]]]
         received = self.exchange.all_to_all([_pack(message) for message in messages])
         received = [_unpack(message, [np.uint8, np.float32] * len(self._asked)) for message in received]

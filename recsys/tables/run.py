@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from parallel.common.errors import UserError
 from parallel.training.device import Processes
-from parallel.training.optimizers import Optimizer
+from parallel.training.optimizers.run import Optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.sharded.run import unsharded_network
 from parallel.training.trainer import Trainer

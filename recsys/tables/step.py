@@ -14,7 +14,7 @@ from mindspore import dtype as mstype
 
 from parallel.checkpoint.tensors import NamedTensor
 from parallel.training.mindspore_backend import MindSporeBackend
-from parallel.training.optimizers import Optimizer, pick
+from parallel.training.optimizers.run import Optimizer, pick
 from parallel.training.settings import TrainSettings
 from parallel.training.step import GlobalNorm, MeanGradient, TrainStep, times
 from recsys.tables.host import HostTables
@@ -90,7 +90,7 @@ class TableStep(TrainStep):
             finite = self.reduce(1.0 - ops.cast(finite, mstype.float32)) == 0.0
         return norm, ops.logical_and(ops.isfinite(norm), finite)
 
-    def update(self, gradients: tuple, factor: Tensor) -> Tensor:
+    def update(self, gradients: tuple, factor: Tensor, rows: tuple) -> Tensor:
         """See `TrainStep.update`: of the dense parameters."""
         dense = self.map(ops.partial(times, factor), self.map(ops.partial(pick, gradients), self.dense_indices))
         done = self.optimizer(dense, self.step)

@@ -11,13 +11,14 @@ from parallel.checkpoint.folder import list_checkpoints
 from parallel.common.errors import UserError
 from parallel.common.files import atomic_write
 from parallel.common.progress import table
-from parallel.training.backend import Backend
+from parallel.training.backend import Backend, SlicedBackend
 from parallel.training.trainer import Run, Trainer
 from recsys.data.batches import Batches
 from recsys.data.log import Log, prepare
 from recsys.data.vocabulary import VOCABULARY
 from recsys.layers.tasks import TaskPlan
 from recsys.live.ranks import ranks_publisher
+from recsys.training.hosted import hosted_ranks
 from recsys.training.validation import Best, RanksEvaluation, validation_rows
 from recsys.versions.warm_start import warm_start_slices
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from recsys.settings import Run as RunSettings
 
 
-def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -> dict[str, Any]:
+def train_on(settings: RunSettings, backend: SlicedBackend, figures: dict[str, Any]) -> dict[str, Any]:
     """Trains, evaluates on validation as it goes and on test at the end; resumes where an earlier run stopped.
 
     Args:
@@ -40,22 +41,28 @@ def train_on(settings: RunSettings, backend: Backend, figures: dict[str, Any]) -
     if options.share_users:
         raise UserError("a sharded run does not share users", where="train.share_users", hint="set it to false")
     log = prepared(settings, backend)
+    tables = None
+    if settings.data.tables.place == "host":
+        backend = hosted_ranks(settings, log.spec, backend)
+        tables = backend.tables
     batches = batches_of(settings, log, *backend.share)
     plan, batch = TaskPlan.of(settings.model.tasks, len(log.labels)), options.global_batch_size
     evaluation = RanksEvaluation(backend, validation_rows(settings, log.parts["validation"]), log.labels, plan, batch)
-    best = Best(settings, evaluation, backend.parameters, backend.rank, holder=backend.holder)
+    best = Best(settings, evaluation, backend.parameters, backend.rank, holder=backend.holder, tables=tables)
     if backend.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     if options.start_from is not None and not list_checkpoints(Path(settings.output.directory) / "checkpoints"):
         warm_start_slices(backend, log.spec, log.vocabulary, options.start_from)
-    publisher = ranks_publisher(settings, backend)
+    companions = [companion for companion in (tables, ranks_publisher(settings, backend)) if companion is not None]
     trainer = Trainer(backend, run_of(settings, figures, batches, ranks=backend.ranks, evaluate=[best],
-                                      companions=[publisher] if publisher is not None else []))
+                                      companions=companions))
     result = trainer.run()
     best.restore()
     test = log.parts["test"] if len(log.parts["test"]) else log.parts["validation"]
     result = with_test(result, RanksEvaluation(backend, test, log.labels, plan, batch)(trainer.iteration))
     result |= {"best_step": best.step, **sizes(figures), **attainable_auc(settings, log)}
+    if tables is not None:
+        result |= {"parameters": figures["dense_parameters"], **tables.figures()}
     if backend.rank == 0:
         table("Trained", ["figure", "value"], result.items())
     return result

@@ -9,7 +9,7 @@ from parallel.common.errors import UserError
 from parallel.layers.parameter import initialize
 from parallel.training.device import Processes
 from parallel.training.mindspore_backend import MindSporeBackend
-from parallel.training.optimizers import run_optimizer
+from parallel.training.optimizers.run import run_optimizer
 from parallel.training.sharded.run import unsharded_network
 from parallel.training.step import TrainStep
 from parallel.training.trainer import Trainer
@@ -21,6 +21,7 @@ from recsys.data.vocabulary import VOCABULARY, Vocabulary
 from recsys.evaluation.progressive import Progressive
 from recsys.layers.sizes import count
 from recsys.live.publisher import publisher_of
+from recsys.network import tables_by_rows
 from recsys.ranker import Scores, TrainingLoss
 from recsys.tables.names import is_sparse
 from recsys.tables.run import hosted_backend
@@ -84,7 +85,8 @@ def train_stream(settings: Run, network: TrainingLoss, reading: tuple, processes
         model, tables = network.model, backend.hosted.tables
     else:
         options = unsharded_network(network, options, settings.parallel.resolve(processes.ranks))
-        optimizer = run_optimizer(network.trainable_params(), options, is_sparse)
+        by_rows = tables_by_rows(settings, network, processes.ranks)
+        optimizer = run_optimizer(network.trainable_params(), options, is_sparse, by_rows)
         step = TrainStep(network, optimizer, options, group=processes.group, rank=processes.rank,
                          ranks=processes.ranks)
         backend = MindSporeBackend(step, scorer=Scores(model))

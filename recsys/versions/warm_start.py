@@ -16,7 +16,7 @@ from parallel.training.backend import SlicedBackend
 from recsys.data.features import FIRST_KNOWN, FeatureSpec, Slot
 from recsys.data.vocabulary import Vocabulary
 from recsys.saved_model import Trained, describe
-from recsys.tables.names import is_sparse
+from recsys.tables.names import is_accumulator, is_sparse
 
 _TABLE = re.compile(r"\.tables\.(\d+)\.table$")
 _GROUP = re.compile(r"(?:^|\.)tokenize\.networks\.(\d+)\.linears\.0\.weight$")
@@ -76,7 +76,7 @@ def warm_start_slices(backend: SlicedBackend, spec: FeatureSpec, vocabulary: Voc
 
 
 def _is_state(name: str) -> bool:
-    return name.startswith(("adam_", "adagrad_", "rmsprop_", "lamb_"))
+    return name.startswith(("adam_", "adagrad_", "rmsprop_", "lamb_")) or is_accumulator(name)
 
 
 class _Move:
@@ -109,6 +109,8 @@ class _Move:
         """(value, what became of it) of one parameter whose start value is given."""
         if found := _TABLE.search(name):
             return self._table(name, int(found[1]), start)
+        if _is_state(name):
+            return None, "anew (a state of the optimizer)"
         if name not in self.file.layout:
             return None, "anew (not in the checkpoint)"
         value = self.file.read(name)

@@ -113,7 +113,7 @@ class Trained:
     def __init__(self, settings) -> None:
         import mindspore as ms
 
-        from parallel.training.optimizers import run_optimizer
+        from parallel.training.optimizers.run import run_optimizer
         from parallel.training.step import TrainStep
         from recsys.build import loss_network
         from recsys.data.log import prepare

@@ -127,7 +127,7 @@ def our_side(tokens: int, width: int, x: np.ndarray, y: np.ndarray, start: Path,
 
     from parallel.layers.grouped import TokenLayout
     from parallel.layers.parameter import initialize
-    from parallel.training.optimizers import Optimizer
+    from parallel.training.optimizers.run import Optimizer
     from parallel.training.step import TrainStep
     from recsys.layers.tokenization import MeanPool
     from recsys.models.rankmixer.model import RankMixerBlock, RankMixerSettings

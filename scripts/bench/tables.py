@@ -100,7 +100,7 @@ class Sized:
     def __init__(self, rows: int, batch: int, folder: Path, hot: int | None) -> None:
         from parallel.layers.parameter import initialize
         from parallel.task import load_run
-        from parallel.training.optimizers import Optimizer
+        from parallel.training.optimizers.run import Optimizer
         from recsys.build import loss_network
         from recsys.data.columns import features_of
         from recsys.data.features import assign_columns

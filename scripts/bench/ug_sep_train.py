@@ -40,7 +40,7 @@ def trainer(config: str, words: list[str], shared: bool):
 
     from parallel.common.settings import load_settings
     from parallel.layers.parameter import initialize
-    from parallel.training.optimizers import Optimizer
+    from parallel.training.optimizers.run import Optimizer
     from parallel.training.step import TrainStep
     from recsys.build import loss_network
     from recsys.data.batches import Batches

@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.layers.dropout import Dropout, DropoutKeys
 from parallel.training.data_source import DataSource, sample_numbers
-from parallel.training.optimizers import Optimizer
+from parallel.training.optimizers.run import Optimizer
 from parallel.training.settings import LossScaleSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from parallel.training.step import TrainStep
 

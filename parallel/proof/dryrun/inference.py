@@ -21,7 +21,7 @@ from parallel.torch_runtime.program import CACHE
 from parallel.training.settings import RunSettings
 
 _SHARES_MEMORY = {"Load", "Depend", "Reshape", "TupleGetItem", "MakeTuple", "UpdateState", "ScatterUpdate",
-                  "ExpandDims"}
+                  "ScatterSub", "ExpandDims"}
 
 
 @dataclass(frozen=True)

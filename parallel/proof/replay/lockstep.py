@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from parallel.common.progress import info, table
+from parallel.common.start_value import NOT_KEPT
 from parallel.proof.dryrun.accounting import coordinates
 from parallel.proof.replay.collective_order import wrong_order
 from parallel.proof.replay.collectives import Deadlock
@@ -110,7 +111,9 @@ class Replay:
         for rank, extents in zip(ranks, self.world.extents, strict=True):
             copies = rank.program.copies
             for name, value in rank.state.items():
-                if name not in full or value.ndim == 0 or name.partition(".")[2] in copies or name in copies:
+                if name not in full or name.startswith(NOT_KEPT) or value.ndim == 0:
+                    continue
+                if name.partition(".")[2] in copies or name in copies:
                     continue
                 floor = (self.reference.reach(name) if name in trainable
                          else floors.get(name.partition(".")[0], 1e-12))

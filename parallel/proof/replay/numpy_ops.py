@@ -421,8 +421,15 @@ def _scatter_update(node: Node, p: np.ndarray, rows: np.ndarray, value: np.ndarr
     return (new,)
 
 
+def _scatter_sub(node: Node, p: np.ndarray, rows: np.ndarray, value: np.ndarray, *_: Any) -> tuple:
+    new = p.copy()
+    np.subtract.at(new, rows, value)
+    return (new,)
+
+
 UPDATES |= {
     "ScatterUpdate": _scatter_update,
+    "ScatterSub": _scatter_sub,
     "Assign": lambda node, p, value, *_: (value,),
     "AssignAdd": lambda node, p, value, *_: (p + value,),
     "AssignSub": lambda node, p, value, *_: (p - value,),

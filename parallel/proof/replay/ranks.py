@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.common.errors import UserError
+from parallel.common.start_value import NOT_KEPT
 from parallel.proof.compile.graph import Graph, read_graph
 from parallel.proof.compile.rank_compiler import Compiled, Compilers, Request
 from parallel.proof.dryrun.accounting import coordinates
@@ -54,7 +55,7 @@ class AllRanks:
             state = {}
             for name, kind in program.graph.parameters.items():
                 dtype = np.dtype("float64" if exact and np.dtype(kind.dtype).kind == "f" else kind.dtype)
-                if name.startswith("accu_grads."):
+                if name.startswith(NOT_KEPT):
                     state[name] = np.zeros(kind.shape, dtype)
                 elif name in values:
                     state[name] = np.array(part_of(values[name], extents.get(name)), dtype).reshape(kind.shape)

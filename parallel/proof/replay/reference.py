@@ -68,14 +68,16 @@ class OneDevice:
     def _build(self) -> None:
         """The network at its start values and its step, not compiled yet."""
         from parallel.layers.parameter import initialize
-        from parallel.training.optimizers import run_optimizer
+        from parallel.training.optimizers.row_gradients import row_tables
+        from parallel.training.optimizers.run import run_optimizer
         from parallel.training.step import TrainStep, enable_weighted_loss
 
         train = self.settings.train.model_copy(update={"accumulation": self.count})
         self.task = self.package.build(self.settings, ParallelConfig(), "float32")
         initialize(self.task.network, train.seed)
-        optimizer = run_optimizer(self.task.network.trainable_params(), train, self.task.is_sparse)
-        self.step = TrainStep(self.task.network, optimizer, train, weighted=enable_weighted_loss(self.task.network))
+        network, is_sparse = self.task.network, self.task.is_sparse
+        optimizer = run_optimizer(network.trainable_params(), train, is_sparse, row_tables(network))
+        self.step = TrainStep(network, optimizer, train, weighted=enable_weighted_loss(network))
 
     def compiled(self, count: int | None = None) -> AllRanks:
         """The same network as a world of one rank, compiled like a layout; compiled when first asked for.

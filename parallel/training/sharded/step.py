@@ -23,7 +23,8 @@ from parallel.sharding.parallelize import parallelize
 from parallel.sharding.trainable import shared_parameters
 from parallel.task import Input, Task
 from parallel.training.one_stream import on_gpu
-from parallel.training.optimizers import run_optimizer
+from parallel.training.optimizers.row_gradients import row_tables, separated, slots_for
+from parallel.training.optimizers.run import run_optimizer
 from parallel.training.settings import TrainSettings
 from parallel.training.sharded.micro_batches import Interleaved, LossAndWeight, MicroBatch, SumOverStages
 from parallel.training.sharded.stage_only import held_parameters, leave_out_other_stages
@@ -68,7 +69,8 @@ class FullGradient(nn.Cell):
 
     def __init__(self, network: nn.Cell, parameters: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.network, self.parameters = network, parameters
+        slots, self.row_numbers = slots_for(network, parameters)
+        self.network, self.parameters = network, ParameterTuple(slots)
         # The plain form: the partitioner looks for exactly this shape of a forward graph (one tensor out).
         self.differentiate = ops.GradOperation(get_by_list=True, sens_param=True)
         self.first = Tensor([1.0, 0.0], ms.float32)
@@ -76,11 +78,14 @@ class FullGradient(nn.Cell):
         self.part, self.reshape = ops.StridedSlice().shard(((1,),)), ops.Reshape()
 
     def construct(self, sensitivity: Tensor, *batch: Tensor) -> tuple:
-        """(loss, gradients, factor) as `MeanGradient` gives them."""
+        """(loss, gradients, factor, rows) as `MeanGradient` gives them."""
         sums = self.network(*batch)
         gradients = self.differentiate(self.network, self.parameters)(*batch, sensitivity * self.first)
         loss, factor = self.mean(self.on_all_stages(sums, gradients))
-        return loss, self.accumulated_by(gradients), factor
+        if len(self.row_numbers) > 0:
+            gradients, rows = separated(gradients, self.row_numbers)
+            return loss, gradients, factor, rows
+        return loss, self.accumulated_by(gradients), factor, ()
 
     def on_all_stages(self, sums: Tensor, gradients: tuple) -> Tensor:
         """The network's result, where only the last stage has it."""
@@ -153,7 +158,8 @@ class ShardedNorm(nn.Cell):
     slice and add the total over the ranks of the stage and over the stages.
 
     Args:
-        left_out: numbers of gradients that do not count on this rank (`borrowed`).
+        left_out: numbers of gradients that do not count on this rank (`borrowed`, `Task.given`), but make the norm NaN
+            where they are not finite.
     """
 
     def __init__(self, left_out: tuple[int, ...] = ()) -> None:
@@ -195,10 +201,10 @@ class ShardedStep(TrainStep):
 
     map = ops.HyperMap()
 
-    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor) -> Tensor:
+    def apply_gradients(self, gradients: tuple, factor: Tensor, finite: Tensor, rows: tuple) -> Tensor:
         """See `TrainStep.apply_gradients`."""
         counted = self.map(ops.partial(_counted, factor, ops.logical_not(finite)), gradients)
-        self.optimizer(counted, self.step, finite)
+        self.optimizer(counted, self.step, finite, rows)
         ops.assign(self.step, self.step + ops.cast(finite, ms.int32))
         iteration = ops.assign(self.iteration, self.iteration + 1)
         self.loss_scale(finite)
@@ -240,8 +246,10 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
     with no_init_parameters():
         parameters = ParameterTuple(held_parameters(network))
         gradient = gradient_of(network, parameters, config, count, task.inputs, reuse)
-        step = ShardedStep(network, run_optimizer(parameters, settings, task.is_sparse), settings,
-                           gradient=gradient, norm=ShardedNorm(borrowed(network, parameters, config)))
+        optimizer = run_optimizer(parameters, settings, task.is_sparse, row_tables(network), given=task.given)
+        given = [i for i in range(len(parameters)) if task.given and task.is_sparse(parameters[i].name)]
+        left_out = tuple(sorted({*borrowed(network, parameters, config), *given}, reverse=True))
+        step = ShardedStep(network, optimizer, settings, gradient=gradient, norm=ShardedNorm(left_out))
     degree = [(config.data, *[1] * (len(item.shape) - 1)) for item in task.inputs]
     return switch_on(step, config, degree, start_values)
 

@@ -26,7 +26,7 @@ start_device(MindSporeConfig(device="GPU"))
 import mindspore as ms
 from parallel.layers.parameter import initialize
 from parallel.task import build_task
-from parallel.training.optimizers import run_optimizer
+from parallel.training.optimizers.run import run_optimizer
 from parallel.training.settings import COMPUTE_DTYPES
 from parallel.training.step import TrainStep
 for config in sys.argv[2:]:

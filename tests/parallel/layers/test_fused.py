@@ -11,7 +11,7 @@ from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
 from parallel.layers.relu_moe import ReluMoE
-from parallel.training.optimizers import Optimizer
+from parallel.training.optimizers.run import Optimizer
 from parallel.training.settings import OptimizerSettings, TrainSettings
 from parallel.training.step import TrainStep
 

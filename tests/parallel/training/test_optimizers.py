@@ -7,7 +7,8 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from parallel.common.errors import UserError
-from parallel.training.optimizers import Adam, Optimizer, is_decayed
+from parallel.training.optimizers.dense import Adam, is_decayed
+from parallel.training.optimizers.run import Optimizer
 from parallel.training.schedules import LearningRate
 from parallel.training.settings import OptimizerSettings, ScheduleSettings
 

@@ -65,17 +65,20 @@ def run_steps(tables: HostTables, spec, steps: int, part: slice, rows: int, sums
         tables.end_step()
 
 
-@pytest.mark.parametrize("capacity", [64, 1 << 16])
-def test_four_processes_hold_what_one_holds(capacity, tmp_path):
+@pytest.mark.parametrize(("capacity", "copies"), [(64, 1), (1 << 16, 1), (1 << 16, 2)])
+def test_four_processes_hold_what_one_holds(capacity, copies, tmp_path):
+    """Data 4, and data 2 x op 2, where two processes have the same samples and the same gradients."""
     spec, rows, steps = assign_columns(features(), 16), 32, 6
     alone, seen = HostTables(settings_of(), spec, rows), []
     run_steps(alone, spec, steps, slice(0, rows), rows, seen)
     world, parts, failures = Threads(4, capacity), [[] for _ in range(4)], []
-    ranks = [HostTables(settings_of(), spec, rows // 4, world.of(rank)) for rank in range(4)]
+    own = rows * copies // 4
+    ranks = [HostTables(settings_of(), spec, own, world.of(rank), (rank % copies, copies)) for rank in range(4)]
 
     def work(rank: int) -> None:
         try:
-            run_steps(ranks[rank], spec, steps, slice(rank * 8, rank * 8 + 8), rows, parts[rank])
+            first = rank // copies * own
+            run_steps(ranks[rank], spec, steps, slice(first, first + own), rows, parts[rank])
             ranks[rank].before_checkpoint(tmp_path, steps)
         except Exception as error:
             failures.append(error)
@@ -89,7 +92,9 @@ def test_four_processes_hold_what_one_holds(capacity, tmp_path):
         assert ranks[0].exchange.most_rounds > 1, "the capacity was meant to be too small for one round"
     for step in range(steps):
         for number, whole in enumerate(seen[step]):
-            np.testing.assert_allclose(np.concatenate([part[step][number] for part in parts]), whole, atol=2e-6)
+            for copy in range(copies):
+                met = np.concatenate([part[step][number] for part in parts[copy::copies]])
+                np.testing.assert_allclose(met, whole, atol=2e-6)
     for name, table in alone.tables.items():
         whole = table.entries()
         held = [one.tables[name].entries() for one in ranks]
@@ -202,7 +207,7 @@ def test_host_and_graph_train_alike(tmp_path, graph_mode):
     from mindspore import Tensor
 
     from parallel.layers.parameter import initialize
-    from parallel.training.optimizers import Optimizer, run_optimizer
+    from parallel.training.optimizers.run import Optimizer, run_optimizer
     from parallel.training.step import TrainStep
     from recsys.build import loss_network
     from recsys.data.batches import Batches
@@ -342,3 +347,28 @@ def test_two_real_processes_equal_one(tmp_path):
     for name in ("auc", "logloss", "validation_auc", "validation_logloss"):
         assert figures[0][name] == pytest.approx(figures[1][name], abs=1e-5)
     assert figures[1]["table_rows"] < 0.7 * figures[0]["table_rows"]
+
+
+@pytest.mark.slow
+def test_data_and_op_over_four_real_processes_equal_one(tmp_path):
+    """`python -m parallel launch --nproc 4 parallel.data=2 parallel.op=2 data.tables.place=host`: MindSpore's graphs on
+    torch, rows on all four processes, a stop and a resume; against one process of MindSpore."""
+    import json
+    import subprocess
+    import sys
+
+    pytest.importorskip("torch")
+    words = [*TINY, *HOST, "train.validate_every=6", "train.keep_best=auc", "data.tables.exchange_kb=16",
+             "output.checkpoint_every=6", f"data.cache={tmp_path / 'data'}"]
+    figures = {}
+    for count, layout, stops in ((1, ["parallel.data=1"], [12]), (4, ["parallel.data=2", "parallel.op=2"], [6, 12])):
+        for steps in stops:
+            command = [sys.executable, "-m", "parallel", "launch", "--config", "configs/recsys/dlrm_mlp.yaml",
+                       "--nproc", str(count), *words, *layout, f"train.steps={steps}",
+                       f"output.directory={tmp_path / str(count)}"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+            figures[count] = json.loads(done.stdout.splitlines()[-1])
+    for name in ("loss", "auc", "logloss", "validation_auc", "validation_logloss"):
+        assert figures[4][name] == pytest.approx(figures[1][name], abs=1e-5), name
+    assert figures[4]["table_rows"] < 0.35 * figures[1]["table_rows"]

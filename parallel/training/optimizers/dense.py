@@ -7,15 +7,14 @@ float32 whatever the type of the parameter. Whether gradients are finite is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from parallel.common.errors import UserError
 from parallel.layers.fused import adam_kernel
-from parallel.training.schedules import LearningRate
-from parallel.training.settings import OptimizerSettings, TrainSettings
+from parallel.training.settings import OptimizerSettings
 
 _NOT_DECAYED = ("layernorm", "layer_norm", "norm.", "bias")
 
@@ -226,76 +225,18 @@ def rmsprop_update(rate: Tensor, decay: Tensor, momentum: Tensor | None, epsilon
     return ops.assign(parameter, ops.cast(value, parameter.dtype))
 
 
+class HandOver(nn.Cell):
+    """Leaves gradients in the place of their parameters, for whoever moves these outside of the graph."""
+
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        super().__init__(auto_prefix=False)
+        self.parameters, self.map = ParameterTuple(list(parameters)), ops.HyperMap()
+
+    def construct(self, gradients: tuple, rate: Tensor, step: Tensor, finite: Tensor | None = None) -> Tensor:
+        """Takes the gradients; see `Adam.construct`."""
+        return ops.depend(step, self.map(ops.assign, self.parameters, gradients))
+
+
 OPTIMIZERS: dict[str, type[nn.Cell]] = {
     "adamw": Adam, "adam": Adam, "lamb": Lamb, "adagrad": Adagrad, "rmsprop": RMSProp,
 }
-
-
-def pick(items: tuple, index: int) -> Tensor:
-    """items[index], for maps over indices."""
-    return items[index]
-
-
-class Optimizer(nn.Cell):
-    """All optimizers of a run with their schedules; each parameter belongs to the first group that claims it.
-
-    Args:
-        parameters: the trainable parameters, in the order of the gradients.
-        settings: optimizer of the parameters that no group claims.
-        steps: steps of the run (end of the learning-rate decay unless the schedule says otherwise).
-        groups: pairs (claims(parameter) -> bool, settings), tried in order.
-    """
-
-    def __init__(self, parameters: Sequence[Parameter], settings: OptimizerSettings, steps: int,
-                 groups: Sequence[tuple[Callable[[Parameter], bool], OptimizerSettings]] = ()) -> None:
-        super().__init__(auto_prefix=False)
-        parameters = list(parameters)
-        if not parameters:
-            raise UserError("the network has no trainable parameter", where="optimizer")
-        owners = [next((g for g, (claims, _) in enumerate(groups) if claims(p)), len(groups)) for p in parameters]
-        choices = [*(own for _, own in groups), settings]
-        self.members, cells, rates = [], [], []
-        # The parameters without a group come first: their rate is the one that the log shows.
-        for group in (len(groups), *range(len(groups))):
-            members = tuple(i for i, owner in enumerate(owners) if owner == group)
-            if members:
-                own = choices[group]
-                self.members.append(members)
-                cells.append(OPTIMIZERS[own.name]([parameters[i] for i in members], own))
-                rates.append(LearningRate(own, steps))
-        self.members, self.map = tuple(self.members), ops.HyperMap()
-        self.cells_of_groups, self.rates = nn.CellList(cells, auto_prefix=False), nn.CellList(rates, auto_prefix=False)
-
-    def construct(self, gradients: tuple, step: Tensor, finite: Tensor | None = None) -> Tensor:
-        """Updates all parameters and returns the learning rate of the main group, a float32 scalar.
-
-        finite: None, or whether this step counts, for graphs that cannot branch; where it is false, gradients (all 0,
-        which the caller sees to), a rate of 0 and held states leave everything as it was.
-        """
-        done = self.rates[0](step)
-        for group in range(len(self.members)):
-            own = gradients
-            if len(self.members) > 1:
-                own = self.map(ops.partial(pick, gradients), self.members[group])
-            rate = self.rates[group](step)
-            if finite is not None:
-                rate = ops.select(finite, rate, ops.zeros_like(rate))
-            done = ops.depend(done, self.cells_of_groups[group](own, rate, step, finite))
-        return done
-
-    def learning_rate(self, step: Tensor) -> Tensor:
-        """The main group's learning rate at `step`."""
-        return self.rates[0](step)
-
-    def states(self) -> list[Parameter]:
-        """The moments of all groups."""
-        own = {id(p) for cell in self.cells_of_groups for p in cell.parameters}
-        return [p for p in self.get_parameters() if id(p) not in own]
-
-
-def run_optimizer(parameters: Sequence[Parameter], train: TrainSettings,
-                  is_sparse: Callable[[str], bool] | None = None) -> Optimizer:
-    """The optimizer of a run: `train.sparse_optimizer`, where it is set, owns the parameters whose name `is_sparse`."""
-    sparse = train.sparse_settings()
-    groups = [(lambda parameter: is_sparse(parameter.name), sparse)] if sparse is not None and is_sparse else []
-    return Optimizer(parameters, train.optimizer, train.steps, groups)
