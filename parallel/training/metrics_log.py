@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from parallel.common.json_text import dump_json
 from parallel.common.lines import split_lines
 from parallel.common.progress import info
 from parallel.common.structured import BadText, parse_object
+from parallel.training.operation.event_file import EventFile
 
 _FLUSH_SECONDS = 30.0
 
@@ -91,8 +91,7 @@ class MetricsLog:
 
 
 class _Events:
-    """A TensorBoard event file, written where it is called: the thread of `SummaryWriter` could report a full disk by
-    a traceback only.
+    """A TensorBoard event file, written where it is called, so that a full disk is one line.
 
     Args:
         directory: of the event files.
@@ -100,23 +99,14 @@ class _Events:
     """
 
     def __init__(self, directory: Path, purge_step: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        self.directory, self._event, self._flushed = directory, event_pb2.Event, time.monotonic()
+        self.directory, self._flushed = directory, time.monotonic()
         with self._explained():
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = EventsWriter(str(directory / "events"), f".{os.getpid()}.{os.urandom(3).hex()}")
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+            self._file = EventFile(directory, purge_step)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Adds scalars of a step."""
-        from tensorboardX.summary import scalar
-
         with self._explained():
-            for name, value in values.items():
-                self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._file.add(step, values)
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed = time.monotonic()

@@ -28,7 +28,11 @@ from recsys.saved_model import Trained, describe
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
 from recsys.tables.names import is_sparse
-from recsys.ug_sep.ranker import CandidatePass, SeparatedRanker, UserPass
+from recsys.ug_sep.ranker import CandidatePass, RequestPass, SeparatedRanker, UserPass
+
+FEW = 256
+"""Rows of a batch up to which a user that is not cached is computed in the graph of its candidates; beyond, what a
+second graph costs is little beside the candidates' own time."""
 
 
 class Rows(NamedTuple):
@@ -48,6 +52,9 @@ class Scorer:
         tables: `recsys.tables.host.HostTables`, where the model's are on the host.
     """
 
+    joins = True
+    """Whether one graph can compute a request's user and its candidates (`score_request`)."""
+
     def __init__(self, model: Any, settings: EngineSettings, cache: StateCache, tables: Any = None) -> None:
         self.model, self.settings, self.cache, self.version = model, settings, cache, 1
         self.spec, self.sides = model.spec, model.sides if isinstance(model, SeparatedRanker) else None
@@ -55,6 +62,7 @@ class Scorer:
         self.full_pass = model
         if self.separated:
             self.user_pass, self.candidate_pass = UserPass(model), CandidatePass(model)
+            self.request_pass = RequestPass(model)
         if tables is not None:
             self._read_from(tables)
         model.set_train(False)
@@ -69,20 +77,27 @@ class Scorer:
             self.user_pass = Hosted(self.user_pass, self.model, tables, np.array(sides.user.ids, np.int64))
             self.candidate_pass = Hosted(self.candidate_pass, self.model, tables,
                                          np.array(sides.candidate.ids, np.int64), argument=2)
+            self.request_pass = Hosted(self.request_pass, self.model, tables)
 
     def warm(self, on_graph: Callable[[str], None] = lambda _: None) -> None:
         """Compiles and runs every graph once."""
-        spec, users = self.spec, sorted({1, self.settings.requests})
+        spec, users, cache = self.spec, sorted({1, self.settings.requests}), self.cache
         for requests in users if self.separated else [1]:
             for size in self.settings.candidates:
                 count = max(size, requests)
                 ids = np.zeros((count, spec.id_columns), np.int32)
                 rows = np.array_split(np.arange(count), requests)
-                self.score([(ids[part], np.full((len(part), spec.numeric_columns), number, np.float32))
-                            for number, part in enumerate(rows)])
+                batch = [(ids[part], np.full((len(part), spec.numeric_columns), number, np.float32))
+                         for number, part in enumerate(rows)]
+                self.cache = StateCache(requests)
+                self.score(batch)
+                if self.separated:  # once more, all users cached
+                    self.score(batch)
                 on_graph(f"{requests} x {size}")
-        self.cache.clear()
-        self.cache.hits = self.cache.misses = 0
+        if self.separated and users[-1] > 1:  # among several requests one user may be missing
+            self.cache = StateCache(0)
+            self._states({b"": self.sides.user.take(*(array[:1] for array in batch[0]))}, {b"": None})
+        self.cache = cache
 
     def score(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
         """probabilities_CK of each (ids_CM, numbers_CN); the user columns of a request's first row hold for all."""
@@ -107,6 +122,11 @@ class Scorer:
         """The candidates' pass; `states` is what `on_device` made."""
         return self.candidate_pass(states, Tensor(index_N), Tensor(ids_Nm), Tensor(numbers_Nn)).asnumpy()
 
+    def score_request(self, ids_NM: np.ndarray, numbers_NN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(state_1S, what `score_candidates` gives) of one user's candidates, from whole rows."""
+        state_1S, found_NK = self.request_pass(Tensor(ids_NM), Tensor(numbers_NN))
+        return state_1S.asnumpy(), found_NK.asnumpy()
+
     def on_device(self, states_RS: np.ndarray) -> Any:
         """The states as the candidates' pass takes them, for all batches of candidates."""
         return Tensor(states_RS)
@@ -121,7 +141,13 @@ class Scorer:
         sides, most = self.sides, self.settings.requests
         if len(batch) > most:
             raise ValueError(f"{len(batch)} requests where {most} are one batch")
-        states_RS = self._states([sides.user.take(ids[:1], numbers[:1]) for ids, numbers in batch])
+        users = [sides.user.take(ids[:1], numbers[:1]) for ids, numbers in batch]
+        keys = [user_key(self.version, *user) for user in users]
+        found = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+        if self.joins and len(batch) == 1 and found[keys[0]] is None and (size := self._few(len(batch[0][0]))):
+            return self._joined(keys[0], size, *batch[0])
+        found = self._states(dict(zip(keys, users, strict=True)), found)
+        states_RS = np.stack([found[key] for key in keys])
         rows = [sides.candidate.take(ids, numbers) for ids, numbers in batch]
         if len(batch) > 1:
             states_RS = np.concatenate([states_RS, np.repeat(states_RS[-1:], most - len(batch), 0)])
@@ -130,11 +156,19 @@ class Scorer:
         return self._chunks(lambda *arrays: self.score_candidates(states, *arrays), index_N,
                             np.concatenate([ids for ids, _ in rows]), np.concatenate([numbers for _, numbers in rows]))
 
-    def _states(self, users: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """states_RS: of the cache, the others computed, each user once."""
-        keys = [user_key(self.version, ids, numbers) for ids, numbers in users]
-        found = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
-        missing = {key: user for key, user in zip(keys, users, strict=True) if found[key] is None}
+    def _few(self, candidates: int) -> int | None:
+        """The fixed size of a batch that holds so many, if that is at most `FEW`."""
+        return next((size for size in self.settings.candidates if candidates <= size <= FEW), None)
+
+    def _joined(self, key: bytes, size: int, ids_CM: np.ndarray, numbers_CN: np.ndarray) -> np.ndarray:
+        """Both passes of one request in one graph; the user's state is kept."""
+        states_1S, found_NK = self.score_request(_filled(ids_CM, size), _filled(numbers_CN, size))
+        self.cache.put(key, states_1S[0].copy())
+        return found_NK[:len(ids_CM)]
+
+    def _states(self, users: dict[bytes, tuple], found: dict[bytes, np.ndarray | None]) -> dict[bytes, np.ndarray]:
+        """`found`, states in the cache, with the missing ones computed, each user once."""
+        missing = {key: user for key, user in users.items() if found[key] is None}
         if missing:
             ids = np.concatenate([ids for ids, _ in missing.values()])
             numbers = np.concatenate([numbers for _, numbers in missing.values()])
@@ -143,7 +177,7 @@ class Scorer:
             for key, state in zip(missing, states, strict=False):
                 found[key] = state.copy()
                 self.cache.put(key, found[key])
-        return np.stack([found[key] for key in keys])
+        return found
 
     def _chunks(self, run: Callable, *arrays: np.ndarray) -> np.ndarray:
         """`run` on batches of the fixed sizes, the last one filled up; its results for the real rows."""

@@ -32,6 +32,8 @@ class ShardedScorer(Scorer):
         settings, cache: see `Scorer`.
     """
 
+    joins = False
+
     def __init__(self, ranker: ShardedRanker, spec: Any, separated: bool, settings: EngineSettings,
                  cache: StateCache) -> None:
         self.ranker, self.spec, self.separated = ranker, spec, separated

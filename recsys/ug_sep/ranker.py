@@ -101,8 +101,12 @@ class SeparatedRanker(Ranker):
     def user_pass(self, ids_Rm: Tensor, numbers_Rn: Tensor) -> Tensor:
         """state_RS: all that candidates need of each request's user. Inputs: the columns of `sides.user`."""
         groups, _ = self.embedding.user(ids_Rm, numbers_Rn)
-        rows, flat = ids_Rm.shape[0], ()
-        for layer in self.user_layers(groups):
+        return self.packed(self.user_layers(groups), ids_Rm.shape[0])
+
+    def packed(self, components: tuple, rows: int) -> Tensor:
+        """state_RS out of each layer's components of `rows` requests."""
+        flat = ()
+        for layer in components:
             for component in layer:
                 flat += (self.reshape(self.transpose(component, (1, 0, 2)), (rows, -1)),)
         return self.pack(flat)
@@ -122,6 +126,17 @@ class SeparatedRanker(Ranker):
             components += (own,)
         groups, _ = self.embedding.group(ids_Nm, numbers_Nn)
         return self.served(self.head(self.candidate_layers(groups, components, index_N)))
+
+    def request_pass(self, ids_NM: Tensor, numbers_NN: Tensor) -> tuple:
+        """(state_1S, logits_NK) of the candidates of one user, that of the first row: both passes at once. Inputs: all
+        columns."""
+        embedding = self.embedding
+        users, _ = embedding.user(embedding.user_ids(ids_NM[:1]), embedding.user_numbers(numbers_NN[:1]))
+        components = self.user_layers(users)
+        groups, _ = embedding.group(embedding.candidate_ids(ids_NM), embedding.candidate_numbers(numbers_NN))
+        # Of an index only the length is read where there is one user.
+        hidden_ND = self.candidate_layers(groups, components, ids_NM[:, 0])
+        return self.packed(components, 1), self.served(self.head(hidden_ND))
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
 
@@ -268,6 +283,18 @@ class CandidatePass(nn.Cell):
 
     def construct(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:
         return self.model.candidate_pass(state_RS, index_N, ids_Nm, numbers_Nn)
+
+
+class RequestPass(nn.Cell):
+    """`SeparatedRanker.request_pass` as a graph of its own."""
+
+    def __init__(self, model: SeparatedRanker) -> None:
+        super().__init__(auto_prefix=False)
+        model.check_masks()
+        self.model = model
+
+    def construct(self, ids_NM: Tensor, numbers_NN: Tensor) -> tuple:
+        return self.model.request_pass(ids_NM, numbers_NN)
 
 
 class CandidateScores(Layer):

@@ -1,1 +1,1 @@
-"""What runs of days need around their loop: checkpoints in the background, stalls, profiles."""
+"""What runs of days need around their loop: checkpoints in the background, stalls, profiles, event files."""

@@ -4,7 +4,10 @@ import json
 import math
 import os
 import signal
+import struct
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,7 +77,36 @@ def test_log_and_pictures(finished):
     assert math.isclose(losses[4], (seen[2][1] + seen[3][1]) / 2, rel_tol=1e-12) and figures["loss"] == losses[12]
     assert [r["step"] for r in records if "validation_loss" in r] == [5, 10, 12]
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert any(path.name.startswith("events.out") for path in (folder / "tensorboard").iterdir())
+    assert events(folder / "tensorboard") == [
+        (r["step"], name, value) for r in records for name, value in r.items() if name != "step"]
+
+
+def events(folder):
+    """(step, name, value) of every scalar in the folder's one event file, read by TensorBoard's own messages."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import masked_crc32c
+
+    (path,) = folder.iterdir()
+    data, at, found = path.read_bytes(), 0, []
+    assert ".out.tfevents." in path.name
+    while at < len(data):
+        size, head = struct.unpack_from("<QI", data, at)
+        body = data[at + 12:at + 12 + size]
+        assert head == masked_crc32c(data[at:at + 8])
+        assert struct.unpack_from("<I", data, at + 12 + size)[0] == masked_crc32c(body)
+        found.append(Event.FromString(body))
+        at += size + 16
+    assert found[0].file_version == "brain.Event:2" and abs(found[0].wall_time - time.time()) < 3600
+    assert found[1].step == 1 and found[1].session_log.status == SessionLog.START
+    return [(event.step, value.tag, pytest.approx(value.simple_value, rel=1e-6))
+            for event in found[2:] for value in event.summary.value]
+
+
+def test_a_run_of_mindspore_imports_no_torch(tmp_path):
+    code = ("import sys; from parallel.training.metrics_log import MetricsLog; "
+            f"log = MetricsLog({str(tmp_path)!r}); log.write(1, loss=2.5); log.close(); "
+            "assert 'torch' not in sys.modules and 'mindspore' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_validation_is_the_weighted_mean_without_dropout(finished):

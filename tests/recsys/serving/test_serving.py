@@ -15,7 +15,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import read_json
 from parallel.serving.queue import Busy
 from recsys.saved_model import describe, load
-from recsys.serving.engine import Engine
+from recsys.serving.engine import Engine, Scorer
 from recsys.serving.requests import read_request
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
@@ -67,6 +67,33 @@ def test_how_requests_are_batched_changes_nothing(run, engine):
     for item, scores in zip(asked, alone, strict=True):
         np.testing.assert_allclose(scores, plain(engine.trained.model, *item), rtol=0, atol=1e-6)
         assert scores.shape == (len(item[0]), 1)
+
+
+def test_an_uncached_user_of_few_candidates_is_one_graph(run, monkeypatch):
+    """... whose state later requests use; what is large, and what comes together with others, takes two."""
+    scorer = Scorer(load(run[0]).model, SMALL, StateCache(5))
+    ran = []
+    for name in ("request_pass", "user_pass", "candidate_pass"):
+        graph = getattr(scorer, name)
+        monkeypatch.setattr(scorer, name, lambda *inputs, name=name, graph=graph: ran.append(name) or graph(*inputs))
+
+    def passes(*batch) -> list[str]:
+        ran.clear()
+        scores.append(scorer.score(list(batch)))
+        return list(ran)
+
+    scores, (one, other) = [], requests_of(run[2], 2, 3)
+    other[1][:, list(scorer.sides.user.numbers)] += 1.0
+    assert passes(one) == ["request_pass"]
+    assert passes(one) == ["candidate_pass"] and passes(one, other) == ["user_pass", "candidate_pass"]
+    scorer.cache.clear()
+    monkeypatch.setattr("recsys.serving.engine.FEW", 3)
+    assert passes(one) == ["user_pass", "candidate_pass"]
+    monkeypatch.setattr("recsys.serving.engine.FEW", 16)
+    many = tuple(np.repeat(array, 17, 0)[:17] for array in other)
+    assert passes(many) == ["user_pass", "candidate_pass", "candidate_pass"]
+    for found in scores[1:4]:
+        np.testing.assert_allclose(found[0], scores[0][0], rtol=0, atol=1e-6)
 
 
 def test_unseparated_models_are_served_too(tmp_path):

@@ -20,7 +20,7 @@ from recsys.models.tokenmixer_large import model as tokenmixer_large
 from recsys.models.tokenmixer_large.model import TokenMixerLargeSettings
 from recsys.models.tokenmixer_large.separated_blocks import separated_block
 from recsys.ug_sep.pyramid import PyramidBlock
-from recsys.ug_sep.ranker import CandidatePass, UserPass
+from recsys.ug_sep.ranker import CandidatePass, RequestPass, UserPass
 from recsys.ug_sep.sides import allot, heads_of, pair, tokens_of_ratio
 from recsys.ug_sep.user_aggregation import SharedUsersLoss, distinct_users, share
 from tests.recsys.layers.test_blocks import gelu, layer_norm, made, mix, rms_norm, swiglu, values
@@ -245,6 +245,10 @@ def test_a_state_of_several_users_serves_all_candidates(name, tasks):
     assert np.abs(some - wanted[order]).max() <= 1e-6
     alone = model.user_pass(Tensor(users[1:2]), Tensor(user_numbers[1:2])).asnumpy()
     assert np.abs(alone - state.asnumpy()[1:2]).max() <= 1e-5
+    # Both passes at once, for the candidates of one user.
+    own = index == 1
+    one, found = (made.asnumpy() for made in model.request_pass(Tensor(ids[own]), Tensor(numbers[own])))
+    assert np.array_equal(one, alone) and np.abs(found - wanted[own]).max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -272,6 +276,11 @@ def test_the_same_in_compiled_graphs(tasks):
     state = UserPass(model)(*map(Tensor, user))
     got = CandidatePass(model)(state, Tensor(np.arange(12, dtype=np.int32)), *map(Tensor, group)).asnumpy()
     assert np.abs(got - wanted).max() <= 1e-6
+    _, one = RequestPass(model)(Tensor(ids), Tensor(numbers))
+    own, own_numbers = ids.copy(), numbers.copy()
+    own[:, list(model.sides.user.ids)] = ids[:1, list(model.sides.user.ids)]
+    own_numbers[:, list(model.sides.user.numbers)] = numbers[:1, list(model.sides.user.numbers)]
+    assert np.abs(one.asnumpy() - scores(model, own, own_numbers)).max() <= 1e-6
 
 
 def loss_and_gradients(network, batch, tables=False):
@@ -402,7 +411,7 @@ def test_mistakes_are_named(words, message):
 
 def test_without_a_mask_there_is_no_state(tasks):
     model = tasks("rankmixer", "model.ug_sep.mixing_mask=false").network.model
-    for cell in (UserPass, CandidatePass):
+    for cell in (UserPass, CandidatePass, RequestPass):
         with pytest.raises(UserError, match="depends on the candidate"):
             cell(model)
 
