@@ -503,6 +503,12 @@ int64_t table_sweep(void* handle, uint32_t oldest, double least, double decay, i
   return removed;
 }
 
+// Which of n rows that hold a key a sweep with these bounds would free.
+void table_expires(void* handle, const int32_t* rows, int64_t n, uint32_t oldest, double least, uint8_t* out) {
+  const Table& table = *static_cast<Table*>(handle);
+  for (int64_t i = 0; i < n; ++i) out[i] = table.seen(rows[i]) < oldest || table.count(rows[i]) < least;
+}
+
 // The table's entries in the order of its rows, then those that wait for admission (row -1) in the order of their keys:
 // first call with null arrays for their number, of entries last seen at `since` or later. Values and states of the rows
 // are read with `table_gather` and `table_states`.

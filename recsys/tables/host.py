@@ -224,21 +224,21 @@ class HostTables(Companion):
 
     def sweep(self) -> int:
         """Evicts what has expired by each feature's rules; rows freed on this process."""
-        self.settle(forget=True)
+        self.settle()
         freed = 0
         for name, plan in self.plans.items():
             feature = plan.slot.feature
             if feature.is_dynamic:
                 oldest = self._now(name, self.steps + 1) - feature.expire_after if feature.expire_after else 0
+                if self.hot is not None:
+                    self.hot.before_sweep(name, oldest, feature.expire_below)
                 freed += self.tables[name].sweep(oldest, feature.expire_below, feature.count_decay)
         return freed
 
-    def settle(self, forget: bool = False) -> None:
-        """Brings the tables up to date with the rows that are on the device; `forget`: none stays there."""
+    def settle(self) -> None:
+        """Brings the tables up to date with the rows that are on the device."""
         if self.hot is not None:
             self.hot.write_back()
-            if forget:
-                self.hot.forget()
 
     # -- several processes --------------------------------------------------------------------------------------------
 

@@ -246,3 +246,16 @@ def test_a_hundred_million_ids_of_width_8_take_less_than_10_gigabytes():
     command = [sys.executable, "scripts/bench/tables.py", "--skip-step", "--skip-peers", "--ids", "100000000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["memory"]["gigabytes"] < 10.0
+
+
+def test_what_a_sweep_will_free_is_told_before():
+    """So that other rows can stay on a device."""
+    table, keys = DynamicTable(2), np.arange(100)
+    for step in range(1, 11):
+        met = keys[keys % step == 0]
+        table.meet(met, np.ones(len(met), np.float32), step)
+    rows = table.find(keys)
+    told = table.expires(rows, oldest=8, least=3.0)
+    table.sweep(oldest=8, least=3.0)
+    assert 0 < told.sum() < len(keys)
+    np.testing.assert_array_equal(told, table.find(keys) < 0)
