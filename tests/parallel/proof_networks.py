@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
+from parallel.layers.experts.moe import SparsePertokenMoE
 from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer, OpSharding
 from parallel.sharding.trainable import Trainable

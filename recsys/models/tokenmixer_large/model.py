@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
+from parallel.layers.experts.moe import SparsePertokenMoE
 from parallel.layers.grouped import Add, GroupedSwiGLU, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import RMSNorm
 from parallel.sharding.config import ParallelConfig, divides
 from recsys.data.features import FeatureSpec

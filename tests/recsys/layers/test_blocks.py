@@ -6,11 +6,11 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from parallel.common.errors import UserError
+from parallel.layers.experts.moe import SparsePertokenMoE
+from parallel.layers.experts.relu_moe import ReluMoE
 from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
-from parallel.layers.relu_moe import ReluMoE
 from recsys.layers.mixing import TokenMixing
 from recsys.models.rankmixer.model import RankMixerBlock, RankMixerSettings, ReluMoESettings
 from recsys.models.tokenmixer_large.model import SparseMoESettings, TokenMixerBlock, TokenMixerLargeSettings

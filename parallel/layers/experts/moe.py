@@ -15,10 +15,10 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
+from parallel.layers.experts.routed import CapacityExperts, DroplessExperts, routed_weight
 from parallel.layers.fused import FusedSparseExperts, library
 from parallel.layers.grouped import WIDTH_LAYOUT, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.layers.routed import CapacityExperts, DroplessExperts, routed_weight
 from parallel.sharding.layout import Layer, Operand, OpSharding
 
 Dispatch = Literal["auto", "grouped", "capacity", "dropless"]
