@@ -107,3 +107,16 @@ def test_other_numbers_of_processes_go_on_from_what_four_wrote(runs):
                            f"parallel.data={count}", f"output.directory={copied}")
         for name in ("loss", "auc", "logloss", "validation_auc"):
             assert found[name] == pytest.approx(wanted[name], abs=1e-5), (count, name)
+
+
+def test_four_processes_start_from_what_four_wrote(runs):
+    """`train.start_from`: dense weights and rows are the old run's, as where one process starts from it."""
+    folder, words, _ = runs
+    more = [f"train.start_from={folder / '4'}", "train.steps=3", "train.log_every=1", "train.validate_every=3"]
+    found = {}
+    for count, layout in ((1, ["parallel.data=1"]), (4, ["parallel.data=2", "parallel.op=2"])):
+        found[count] = figures_of("parallel", "launch", "--config", CONFIG, "--nproc", str(count), *words, *layout,
+                                  *more, f"output.directory={folder / f'from 4 to {count}'}")
+    for name in ("loss", "auc", "logloss", "validation_auc"):
+        assert found[4][name] == pytest.approx(found[1][name], abs=1e-5), name
+    assert found[4]["table_rows"] < 0.35 * found[1]["table_rows"]
