@@ -137,7 +137,7 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
 
     check_inference(settings)
     own = settings.model_copy(deep=True)
-    own.model.keep_all_rows()
+    own.model.keep_all_rows(dropless=True)
     name, _, rows = kind.rpartition("_")
     task = task_of(own, whole_spec(own, sizes_of(own)), name, int(rows), settings.serve.engine.requests, compute_dtype)
     task.network.model.check_layout(parallel, int(rows))

@@ -76,6 +76,7 @@ def test_metrics_over_two_processes_are_those_of_one(tmp_path, capsys):
     ("tokenmixer_large", 2, ["parallel.op=1", "parallel.pipeline.stages=2"], []),
     ("tokenmixer_large", 4, ["parallel.op=2", "parallel.pipeline.stages=2"], []),
     ("tokenmixer_large_moe", 2, ["parallel.op=2"], ["model.op_sharding=tokens"]),
+    ("tokenmixer_large_moe", 2, ["parallel.op=2"], ["model.op_sharding=tokens", "model.moe.dispatch=dropless"]),
     ("tokenmixer_large_ug_sep", 2, ["parallel.op=2"], []),
     ("rankmixer", 4, ["parallel.op=4"], []),
     ("dcnv2", 2, ["parallel.op=2"], []),
