@@ -138,7 +138,8 @@ def test_passes_of_a_separated_ranker_send_what_their_layers_need_and_end_whole(
     sent = Counter(node.op for node in program.graph(0, "candidates_64").nodes if node.op in (
         "AllReduce", "AllGather", "AlltoAll", "ReduceScatter"))
     layers = load_run(words[1], words[2:])[1].model.layers
-    assert program.result_shape(0, "user_2")[0] == 2 and sent["AllReduce"] == 2 * layers and sent["AlltoAll"] == 0 and sent["AllGather"] <= 1, sent
+    assert program.result_shape(0, "user_2")[0] == 2
+    assert sent["AllReduce"] == 2 * layers and sent["AlltoAll"] == 0 and sent["AllGather"] <= 1, sent
 
 
 class Server:
