@@ -249,9 +249,13 @@ class RankerSettings(Settings):
         """The capacity factor under which no routed expert leaves a row out; None without such experts."""
         return None
 
-    def keep_all_rows(self) -> None:
+    def keep_all_rows(self, dropless: bool = False) -> None:
         """Lets routed experts take all rows that choose them, in graphs of static shapes in which what a row gets must
-        not depend on its batch; nothing without such experts."""
+        not depend on its batch; nothing without such experts.
+
+        Args:
+            dropless: whether what runs the graph has a grouped product, if the settings ask for one.
+        """
 
 
 class FlatSchedule(ScheduleSettings):

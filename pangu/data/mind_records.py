@@ -16,6 +16,7 @@ from parallel.common.settings import Settings
 
 COLUMN = "input_ids"
 HEADER_BYTES = 1 << 20
+_KEPT_BYTES = 1 << 26
 REPAIR = "make the records anew with `python -m pangu pack`"
 
 
@@ -54,7 +55,8 @@ class MindRecords:
             raise UserError("reading MindRecord files needs MindSpore", where=directory,
                             hint="write flat files with `python -m pangu flatten` where MindSpore is installed") \
                 from None
-        found = self._guarded(lambda: self._reader([0]) and self._size())
+        self._kept: np.ndarray | None = None
+        found = self._guarded(self._size)
         self._sums = self._record_sums(files)
         if found != self._records:
             raise UserError(f"files are damaged: the index speaks of {self._records} records", where=self.directory,
@@ -64,14 +66,23 @@ class MindRecords:
         return self._records
 
     def read(self, numbers: np.ndarray, rows: int) -> Iterator[np.ndarray]:
-        """The records `numbers` in this order, int32 [rows, record_length] at a time (the last may be shorter)."""
+        """The records `numbers` in this order, int32 [rows, record_length] at a time (the last may be shorter).
+
+        The files are opened once a call, so it wants many numbers; up to 64 MiB of records are kept instead, and their
+        files opened once for good.
+        """
         if not numbers.size:
             return
-        if numbers.size > self._records:  # the reader takes no more numbers than there are records
-            different, places = np.unique(numbers, return_inverse=True)
-            ids = next(self.read(different, different.size))[places]
-            yield from (ids[first:first + rows] for first in range(0, len(ids), rows))
+        if 4 * self._records * self.record_length <= _KEPT_BYTES:
+            if self._kept is None:
+                everything = np.arange(self._records)
+                self._kept = np.concatenate(list(self._opened(everything, self._records)))
+            yield from (self._kept[numbers[first:first + rows]] for first in range(0, numbers.size, rows))
             return
+        yield from self._opened(numbers, rows)
+
+    def _opened(self, numbers: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+        """`read` from the files; MindSpore takes no more numbers than there are records."""
         iterator = self._guarded(lambda: self._reader(numbers.tolist()).batch(rows).create_tuple_iterator(
             num_epochs=1, output_numpy=True))
         try:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 _SECONDS_BETWEEN_LINES = 10.0
 _WIDTH_OF_LOGS = 140
+_LONGEST = 365 * 86400.0
 _Item = TypeVar("_Item")
 
 
@@ -67,8 +68,18 @@ class Bar:
         seconds = self._last_line - self._started
         rate = (self.completed - self._first) / max(seconds, 1e-9)
         of = f"/{self.total}" if self.total is not None else ""
-        left = f"  eta {(self.total - self.completed) / rate:.0f} s" if self.total and rate > 0 else ""
-        print(f"{self.description} {self.completed}{of}  {seconds:.0f} s{left}  {text}", file=sys.stderr, flush=True)
+        left = (self.total - self.completed) / rate if self.total and rate > 0 else _LONGEST
+        eta = f"  eta {duration(left)}" if left < _LONGEST else ""  # a stream has as good as no end
+        print(f"{self.description} {self.completed}{of}  {duration(seconds)}{eta}  {text}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds below two minutes, then minutes and seconds, hours and minutes, days and hours."""
+    whole = round(seconds)
+    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= 2 * size:
+            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+    return f"{whole} s"
 
 
 def progress(items: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:

@@ -23,10 +23,10 @@ from parallel.checkpoint.full import Checkpoint, load_parameters
 from parallel.common.errors import UserError
 from parallel.common.native import build_library
 from parallel.common.progress import info
+from parallel.layers.experts.moe import Permutation, SparsePertokenMoE
 from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU, Swish
 from parallel.layers.int8_numbers import GROUP, SCALE, count_groups, dequantize, error_of, panels, quantize
 from parallel.layers.linear import Linear
-from parallel.layers.moe import Permutation, SparsePertokenMoE
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "w8a16.cpp"
 _EXPERT_WEIGHTS = ("gate_weight", "up_weight", "down_weight")
@@ -124,7 +124,7 @@ class Int8Product(nn.Cell):
 
 
 def _float_experts() -> nn.Cell:
-    from parallel.layers.moe import GroupedMatMul
+    from parallel.layers.experts.moe import GroupedMatMul
 
     return GroupedMatMul()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from parallel.common.settings import load_settings
-from parallel.layers.moe import CapacityExperts
+from parallel.layers.experts.routed import CapacityExperts
 from parallel.planning.cluster import ClusterSettings, Network
 from parallel.planning.cost.network import NetworkCost, network_cost
 from parallel.planning.cost.segments import Collective, Segment, SegmentCost, segments

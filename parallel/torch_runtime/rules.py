@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from parallel.common.errors import UserError
 from parallel.torch_runtime.attention import flash
 from parallel.torch_runtime.graph import Node
 
@@ -402,6 +403,16 @@ def _gelu(node: Node, x: Tensor) -> Tensor:
 @rule("GeLUGrad")
 def _gelu_grad(node: Node, gradient: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+
+
+@rule("GroupedMatmul")
+def _grouped(node: Node, rows: Sequence[Tensor], weights: Sequence[Tensor], *more: Any) -> tuple:
+    (x_NI,), (w_EIO,), ends = rows, weights, more[5]
+    if x_NI.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UserError("captured graphs do not know how many rows an expert has", where="model.moe.dispatch",
+                        value="dropless", hint="set it to capacity, or parallel.execution to eager")
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    return (torch.cat([x @ w for x, w in zip(x_NI.split(sizes), w_EIO, strict=True)]),)
 
 
 @rule("TopK")

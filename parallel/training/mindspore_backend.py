@@ -166,7 +166,7 @@ class ShardedBackend(MindSporeBackend, SlicedBackend):
 
     def __init__(self, run: ShardedRun) -> None:
         super().__init__(run.step, scorer=run.scores, all_reduce=run.all_reduce)
-        self.run, self.holder, self.mean_loss = run, run.holder, run.loss
+        self.run, self.holder, self.mean_loss, self.reads = run, run.holder, run.loss, run.reads
         self.inputs = [(item.name, tensor.shape, item.dtype)
                        for item, tensor in zip(run.task.inputs, run.inputs, strict=True)]
 

@@ -179,6 +179,12 @@ class DynamicTable:
         values_NW, states_NS = (np.ascontiguousarray(array, np.float32) for array in (values_NW, states_NS))
         self._kernel.table_set(self._table, address(rows_N), len(rows_N), address(values_NW), address(states_NS))
 
+    def expires(self, rows_N: np.ndarray, oldest: int = 0, least: float = 0.0) -> np.ndarray:
+        """bool [N]: which rows of ordinary keys `sweep` would free."""
+        rows_N, out = np.ascontiguousarray(rows_N, np.int32), np.empty(len(rows_N), np.uint8)
+        self._kernel.table_expires(self._table, address(rows_N), len(rows_N), max(0, oldest), least, address(out))
+        return out.astype(bool)
+
     def sweep(self, oldest: int = 0, least: float = 0.0, decay: float = 1.0) -> int:
         """Evicts keys last seen before `oldest` or counted less than `least`, then decays the counts; rows freed."""
         return int(self._kernel.table_sweep(self._table, max(0, oldest), least, decay, ALWAYS_BELOW))
@@ -186,7 +192,8 @@ class DynamicTable:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def entries(self, since: int = 0) -> Entries:
-        """All that was last seen at `since` or later, in the order of rows."""
+        """All that was last seen at `since` or later, in the order of rows; always the rows of the missing and the
+        unseen value."""
         count = self._kernel.table_entries(self._table, since, None, None, None, None)
         keys, rows = np.empty(count, np.int64), np.empty(count, np.int32)
         counts, seen = np.empty(count, np.float32), np.empty(count, np.uint32)

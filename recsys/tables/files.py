@@ -82,6 +82,10 @@ def stage_tables(tables: dict[str, DynamicTable], directory: Path, rank: int, ra
         if ranks == 1:
             shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True, exist_ok=True)
+        # What a run of another number of processes left when it was killed here.
+        for path in staged.iterdir():
+            if (match := _NAME.match(path.name)) and int(match[3]) != ranks:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise explain_os_error(error, staged) from error
     for name, table in tables.items():

@@ -80,6 +80,7 @@ class HostTables(Companion):
         self.empty()
         self.steps = self.updates = 0
         self.clock = time.time
+        self.time: float | None = None
         self._asked: dict[str, _Asked] = {}
         self._exchanged = None
 
@@ -117,6 +118,8 @@ class HostTables(Companion):
         Raises:
             UserError: the step names more rows than the window has.
         """
+        if train:
+            self.time = self.clock()
         chosen = {name: self._own(plan, columns) for name, plan in self.plans.items()}
         asked, which = {}, {}
         for name, own in chosen.items():
@@ -184,9 +187,15 @@ class HostTables(Companion):
             found[name] = rows >= 0, rows
         return found
 
+    @property
+    def seconds(self) -> float:
+        """The time of the last training step: what comes after it, a sweep or a version, may not depend on whether the
+        next batch of a stream is there already."""
+        return self.time if self.time is not None else self.clock()
+
     def _now(self, name: str, step: int) -> int:
         seconds = self.plans[name].slot.feature.expire_unit == "seconds"
-        return int(self.clock()) if seconds else step
+        return int(self.seconds) if seconds else step
 
     def _fill(self, name: str, known: tuple, slots: np.ndarray) -> None:
         window = self.windows[self.plans[name].width]
@@ -224,21 +233,21 @@ class HostTables(Companion):
 
     def sweep(self) -> int:
         """Evicts what has expired by each feature's rules; rows freed on this process."""
-        self.settle(forget=True)
+        self.settle()
         freed = 0
         for name, plan in self.plans.items():
             feature = plan.slot.feature
             if feature.is_dynamic:
                 oldest = self._now(name, self.steps + 1) - feature.expire_after if feature.expire_after else 0
+                if self.hot is not None:
+                    self.hot.before_sweep(name, oldest, feature.expire_below)
                 freed += self.tables[name].sweep(oldest, feature.expire_below, feature.count_decay)
         return freed
 
-    def settle(self, forget: bool = False) -> None:
-        """Brings the tables up to date with the rows that are on the device; `forget`: none stays there."""
+    def settle(self) -> None:
+        """Brings the tables up to date with the rows that are on the device."""
         if self.hot is not None:
             self.hot.write_back()
-            if forget:
-                self.hot.forget()
 
     # -- several processes --------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Hot rows of tables on the host: those met most often stay on the device, with their optimizer's state, from one step
 to the next, and are moved there. The last rows of every window are theirs. They go back to their tables whenever these
-are read as a whole (a checkpoint, a version, a sweep) and when others have become hotter.
+are read as a whole (a checkpoint, a version, a sweep) and when others have become hotter. A sweep takes only those away
+that it frees.
 
 Which rows are hot changes nothing but where they are: they move by the formulas of `parallel/kernels/tables.cpp`, in
 the same order of operations.
@@ -226,8 +227,28 @@ class HotTables:
                     table.set_rows(rows, values[part], states[part])
                 own.moved = False
 
+    def before_sweep(self, name: str, oldest: int, least: float) -> None:
+        """Leaves out the rows that a sweep of a table will free, whose numbers go to other ids; all others stay hot.
+        The tables are up to date (`write_back`).
+
+        Args:
+            name: of the table.
+            oldest, least: see `DynamicTable.sweep`.
+        """
+        own, table, number = self.widths[self.plans[name].width], self.tables[name], self.numbers[name]
+
+        def stays(keys: np.ndarray) -> np.ndarray:
+            kept, mine = np.ones(len(keys), bool), (keys >> 32) == number
+            kept[mine] = ~table.expires(keys[mine] & (2**32 - 1), oldest, least)
+            return kept
+
+        kept = stays(own.keys)
+        own.keys, own.places = own.keys[kept], own.places[kept]
+        own.met = [(keys[kept], times[kept]) for keys, times, kept in
+                   ((keys, times, stays(keys)) for keys, times in own.met)]
+
     def forget(self) -> None:
-        """No row is hot: rows have been freed, or are others."""
+        """No row is hot: they are others."""
         for own in self.widths:
             own.keys, own.places, own.met, own.moved = own.keys[:0], own.places[:0], [], False
 

@@ -26,6 +26,7 @@ _SIGNATURES = {
     "table_gather": (None, [_POINTER] * 3 + [_LONG, _POINTER]),
     "table_update": (None, [_POINTER] * 3 + [_LONG, _POINTER, _INT] + [_DOUBLE] * 6),
     "table_sweep": (_LONG, [_POINTER, _UNSIGNED, _DOUBLE, _DOUBLE, _LONG]),
+    "table_expires": (None, [_POINTER] * 2 + [_LONG, _UNSIGNED, _DOUBLE, _POINTER]),
     "table_entries": (_LONG, [_POINTER, _UNSIGNED] + [_POINTER] * 4),
     "table_states": (None, [_POINTER] * 2 + [_LONG, _POINTER]),
     "table_set": (None, [_POINTER] * 2 + [_LONG] + [_POINTER] * 2),

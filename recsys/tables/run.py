@@ -65,19 +65,24 @@ def hosted_backend(settings: Run, spec: FeatureSpec, tasks: int,
     """The backend of a run with tables on the host, and its network, whose parameters have no values yet.
 
     Raises:
-        UserError: the run asks for another backend than MindSpore.
+        UserError: another backend than MindSpore, or more than data parallelism.
     """
     options = settings.train
     if settings.parallel.backend == "torch":
-        raise UserError("tables on the host are trained by MindSpore", where="parallel.backend", value="torch",
-                        hint="leave it out, or set data.tables.place: graph")
+        raise UserError("on a stream tables on the host are trained by MindSpore", where="parallel.backend",
+                        value="torch", hint="leave it out, or set data.tables.place: graph")
     if settings.data.tables.hot_rows is not None and processes.ranks > 1:
         raise UserError("hot rows are for one process", where="data.tables.hot_rows",
                         value=settings.data.tables.hot_rows, hint="set it to null")
+    parallel = settings.parallel.resolve(processes.ranks)
+    if beyond := parallel.beyond_data():
+        raise UserError("with tables on the host MindSpore runs data parallelism only", where="parallel",
+                        value=", ".join(f"{name} {degree}" for name, degree in beyond.items()),
+                        hint="parallel.backend=torch runs data x op")
     batch = options.global_batch_size // processes.ranks
     tables = HostTables(settings, spec, batch, exchange_of(processes, settings.data.tables.exchange_kb << 10))
     network = loss_network(settings, tables.window, tasks, COMPUTE_DTYPES[options.precision])
-    options = unsharded_network(network, options, settings.parallel.resolve(processes.ranks))
+    options = unsharded_network(network, options, parallel)
     dense = [parameter for parameter in network.trainable_params() if not is_sparse(parameter.name)]
     step = TableStep(network, Optimizer(dense, options.optimizer, options.steps), options, group=processes.group,
                      rank=processes.rank, ranks=processes.ranks)

@@ -51,10 +51,10 @@ def main() -> None:
 
 def networks(family: str, arguments: argparse.Namespace) -> dict:
     """The dense network and its sparse forms, with values."""
+    from parallel.layers.experts.moe import SparsePertokenMoE
+    from parallel.layers.experts.relu_moe import ReluMoE
     from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU
-    from parallel.layers.moe import SparsePertokenMoE
     from parallel.layers.parameter import initialize
-    from parallel.layers.relu_moe import ReluMoE
 
     sizes = (arguments.tokens, arguments.width, arguments.ratio * arguments.width)
     made = {"dense": (GroupedSwiGLU if family == "swiglu" else GroupedFeedForward)(*sizes)}

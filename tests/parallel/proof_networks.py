@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
-from parallel.layers.grouped import Add, GroupedFeedForward
+from parallel.layers.experts.moe import SparsePertokenMoE
+from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer, OpSharding
 from parallel.sharding.trainable import Trainable
@@ -16,6 +17,7 @@ from parallel.training.settings import TrainSettings
 
 PANGU = {"layers": 2, "hidden_size": 16, "heads": 4, "vocabulary_size": 64, "sequence_length": 8, "dropout": 0.0}
 RANKER = {"tokens": 4, "width": 8, "inner": 32, "blocks": 4}
+EXPERTS = {"tokens": 4, "width": 8, "inner": 16, "experts": 4, "active": 3}
 BATCH = 16
 
 
@@ -104,6 +106,30 @@ class RankerBlocks(Trainable):
     def pipeline_cells(self) -> list:
         """Blocks in order, for stages and recomputation."""
         return [self.entrance, *[list(pair) for pair in zip(self.networks, self.adds, strict=True)], self.error]
+
+
+class UsedExperts(Trainable):
+    """Experts of every token for an input [B, T, D], not trained."""
+
+    def __init__(self, dispatch: str) -> None:
+        super().__init__(auto_prefix=False)
+        self.entrance = Entrance()
+        self.moe = SparsePertokenMoE(**EXPERTS, dispatch=dispatch, layout=TokenLayout("tokens"))
+        self.set_train(False)
+
+    def construct(self, features_BTD: Tensor) -> Tensor:
+        return self.moe(self.entrance(features_BTD))
+
+
+def experts(parallel: dict, dispatch: str) -> tuple:
+    """`UsedExperts` under a `parallel:` block."""
+    from mindspore.nn.utils import no_init_parameters
+
+    config = ParallelConfig.model_validate(parallel).resolve()
+    with no_init_parameters():
+        network = UsedExperts(dispatch)
+    inputs = [Input("features", (BATCH, EXPERTS["tokens"], EXPERTS["width"]), "float32")]
+    return Task(network, inputs, lambda seed: (), BATCH), TrainSettings(global_batch_size=BATCH), config
 
 
 def ranker(parallel: dict, wrong: bool = False, train: dict | None = None) -> tuple:

@@ -39,18 +39,26 @@ class Rows(DataSource):
     columns = ("records", "position_ids", "documents")
     steps_per_epoch = 8
 
-    def __init__(self, shapes: list[tuple], share: tuple[int, int]) -> None:
-        self.shapes, self.share = shapes, share
+    def __init__(self, inputs: list, share: tuple[int, int]) -> None:
+        self.inputs, self.share, self.read = inputs, share, 0
 
     def batches(self, start_step: int):
         step = start_step
         while True:
             part, parts = self.share
-            rows = self.shapes[0][0] // parts
+            rows = self.inputs[0].shape[0] // parts
             numbers = 1000 * step + np.arange(part * rows, (part + 1) * rows)
-            yield tuple(np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), (rows, *shape[1:])).astype(
-                np.int32) for shape in self.shapes)
+            self.read += 1
+            yield tuple(np.broadcast_to(numbers.reshape(-1, *[1] * (len(item.shape) - 1)), (rows, *item.shape[1:])
+                                        ).astype(item.dtype) for item in self.inputs)
             step += 1
+
+
+def records_of(settings, share: tuple[int, int]) -> DataSource:
+    """Real packed records where the run's settings say that they are."""
+    from pangu.train_on import sources
+
+    return sources(settings, share)[0]
 
 
 def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
@@ -76,24 +84,27 @@ def run(rank: int, world: int, add: SharedSum, order: dict) -> None:
     task, settings, config = build_task(order["config"], order["overrides"], world)
     assert needs_sharding(config, processes)
     sharded = ShardedRun(task, settings.train, config, processes, validated=order["validated"], all_reduce=add)
-    seen = []
+    seen, graphs, real = [], set(), sharded.cell
 
     def stand_in(*batch: Tensor) -> tuple:
         seen.append([item.asnumpy() for item in batch])
+        real.compile(*batch)  # which a call of the cell would do
+        graphs.update(real.compile_cache)
         values = (4.0 - sharded.step.rank * 0.0, 1.0, True, 1.0, 0.1)
         return tuple(Tensor(value) for value in values)
 
     stand_in.set_train = lambda mode: None
-    shapes = [item.shape for item in task.inputs if item.name != "sample_numbers"]
+    arrays = [item for item in task.inputs if item.name != "sample_numbers"]
+    source = records_of(settings, sharded.rows) if order["records"] else Rows(arrays, sharded.rows)
     backend = ShardedBackend(sharded)
     sharded.cell = stand_in
-    trainer = Trainer(backend, Run(Rows(shapes, sharded.rows), settings.train, settings.output))
+    trainer = Trainer(backend, Run(source, settings.train, settings.output))
     figures = trainer.run()
     message = {"figures": figures, "rows": [[int(item.reshape(len(item), -1)[i, 0]) for i in range(len(item))]
                                             for item in seen[0]] if seen else [],
                "shapes": {item.name: list(item.shape) for item in backend.parameters()},
                "extents": {name: [list(pair) for pair in extent] for name, extent in sharded.holder.extents.items()},
-               "validated": sharded.loss is not None}
+               "validated": sharded.loss is not None, "graphs": len(graphs), "read": getattr(source, "read", None)}
     (Path(order["folder"]) / f"rank_{rank}.json").write_text(json.dumps(message, default=str), encoding="utf-8")
 
 

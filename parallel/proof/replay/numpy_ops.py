@@ -299,6 +299,16 @@ def _gelu_grad(node: Node, gradient: np.ndarray, x: np.ndarray, y: np.ndarray) -
     return gradient * (0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * inner)
 
 
+@rule("GroupedMatmul")
+def _grouped(node: Node, rows: Sequence[np.ndarray], weights: Sequence[np.ndarray], *more: Any) -> tuple:
+    """Consecutive rows times a weight each; the last of the tensors says where the rows of each weight end."""
+    (x_NI,), (w_EIO,), ends = rows, weights, more[5]
+    y_NO = np.zeros((len(x_NI), w_EIO.shape[2]), x_NI.dtype)
+    for number, (first, last) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        y_NO[int(first):int(last)] = x_NI[int(first):int(last)] @ w_EIO[number]
+    return (y_NO,)
+
+
 @rule("TopK")
 def _top(node: Node, x: np.ndarray, count: int) -> tuple:
     order = np.argsort(-x, axis=-1, kind="stable")[..., :int(count)]

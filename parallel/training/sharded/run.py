@@ -12,6 +12,7 @@ from collections.abc import Callable
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.graph.api import _cell_graph_executor
 
 from parallel.checkpoint.writing import Holder
 from parallel.common.errors import UserError
@@ -90,7 +91,8 @@ class ShardedRun:
         validated, scored: whether the loss without gradients, or a ranker's scores, are wanted too.
         all_reduce: adds lists of floats over all processes; None = AllReduce on the device.
 
-    Attributes: `cell`, what is called with this process's rows; `step`, the step in it; `holder`, for checkpoints.
+    Attributes: `cell`, what is called with this process's rows; `step`, the step in it; `holder`, for checkpoints;
+    `reads`, whether a graph of this process looks at a batch (see `Backend`).
     """
 
     def __init__(self, task: Task, settings: TrainSettings, config: ParallelConfig, processes: Processes, *,
@@ -122,6 +124,10 @@ class ShardedRun:
         self.cell.set_train(True)
         self.cell.compile(*self.inputs)
         self.give_start_values()
+        between = 0 < self.stage < config.pipeline.stages - 1
+        arrays = sum(item.name != SAMPLE_NUMBERS for item in task.inputs)
+        self.reads = not between or any(reads_batches(cell, arrays) for cell in (self.cell, self.loss, self.scores)
+                                        if cell is not None)
 
     @property
     def reports_loss(self) -> bool:
@@ -224,6 +230,16 @@ class ForwardLoss(nn.Cell):
             weight = ops.ones_like(loss)
         parts = self.reshape(self.cast(loss, ms.float32), (1,)), self.reshape(self.cast(weight, ms.float32), (1,))
         return self.join(parts)
+
+
+def reads_batches(cell: nn.Cell, arrays: int) -> bool:
+    """Whether the compiled graph of a cell looks at any of its first `arrays` inputs, the arrays of a batch."""
+    from mindspore.train import mind_ir_pb2
+
+    model = mind_ir_pb2.ModelProto()
+    model.ParseFromString(_cell_graph_executor._get_func_graph_proto(cell, cell.phase_cache[cell.phase], "mind_ir"))
+    names = {item.name for item in model.graph.input[:arrays]}
+    return any(name.removeprefix("REF::") in names for node in model.graph.node for name in node.input)
 
 
 def put_slice(parameter: Parameter, value: np.ndarray) -> None:

@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
+from parallel.layers.experts.relu_moe import ReluMoE
 from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
 from parallel.layers.norm import LayerNorm
-from parallel.layers.relu_moe import ReluMoE
 from parallel.sharding.config import ParallelConfig
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths

@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 
 from parallel.common.errors import UserError
 from parallel.common.settings import Settings
+from parallel.layers.experts.moe import SparsePertokenMoE
 from parallel.layers.grouped import Add, GroupedSwiGLU, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import RMSNorm
 from parallel.sharding.config import ParallelConfig, divides
 from recsys.data.features import FeatureSpec
@@ -35,8 +35,10 @@ class SparseMoESettings(Settings):
     """k, the shared expert included. k = 2 chooses one routed expert, whose gate is then not renormalised."""
     alpha: float | None = None
     """Gate value scaling; null = E / k (paper Table 12)."""
-    dispatch: Literal["auto", "grouped", "capacity"] = "auto"
-    """grouped: exact, on the CPU; capacity: static shapes, for expert parallelism; auto: what the device has."""
+    dispatch: Literal["auto", "grouped", "capacity", "dropless"] = "auto"
+    """grouped: exact, on the CPU; capacity: static shapes, for expert parallelism; dropless: as capacity while it
+    trains, and once trained static shapes without padding, by an operator that Ascend has from 910B on; auto: grouped
+    on the CPU, on Ascend dropless in bfloat16 and capacity in other types."""
     capacity_factor: float = Field(1.5, gt=0.0)
     """capacity: rows that an expert takes, over its even share; beyond it rows get no routed expert."""
     balance: float = Field(0.0, ge=0.0)
@@ -97,10 +99,11 @@ class TokenMixerLargeSettings(RankerSettings):
         """See `RankerSettings`."""
         return self.moe.experts if self.moe is not None else None
 
-    def keep_all_rows(self) -> None:
+    def keep_all_rows(self, dropless: bool = False) -> None:
         """See `RankerSettings`."""
         if self.moe is not None:
-            self.moe.dispatch, self.moe.capacity_factor = "capacity", float(self.moe.experts)
+            padded = "capacity" if self.moe.dispatch != "dropless" or not dropless else "dropless"
+            self.moe.dispatch, self.moe.capacity_factor = padded, float(self.moe.experts)
 
     @property
     def inner(self) -> int:

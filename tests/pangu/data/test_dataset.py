@@ -329,6 +329,41 @@ def test_ids_beyond_the_vocabulary_are_noticed(folder, tmp_path):
 
 # ---------------------------------------------------------------- rows from files of their own
 
+def count_openings(monkeypatch) -> list:
+    """Grows by one whenever MindRecord files are opened."""
+    import mindspore.dataset as ds
+
+    opened, real = [], ds.MindDataset
+    monkeypatch.setattr(ds, "MindDataset", lambda *words, **options: opened.append(1) or real(*words, **options))
+    return opened
+
+
+def test_mindrecord_files_that_fit_in_memory_are_opened_once(folder, monkeypatch):
+    expected = take(open_set(folder, reader="flat"), 0, 80)
+    opened = count_openings(monkeypatch)
+    dataset = open_set(folder, reader="mindrecord")
+    built = len(opened)
+    assert_same(take(dataset, 0, 80), expected)  # three epochs
+    assert_same(take(dataset, 40, 40), expected[40:])
+    assert built == 1 and len(opened) == 2
+
+
+def test_larger_mindrecord_files_are_opened_once_for_as_many_records_as_they_hold(tmp_path, monkeypatch):
+    from pangu.data import mind_records
+
+    pack([f"{number}号，一二三四五六" for number in range(12000)], CharacterTokenizer,
+         PackOptions(shards=2, workers=1, validation_fraction=0.0), output=tmp_path / "many", sequence_length=LENGTH)
+    records = read_index(tmp_path / "many").train.records
+    assert records > 8192
+    expected = take(open_set(tmp_path / "many", reader="flat", batch_size=64), 0, records // 64)
+    monkeypatch.setattr(mind_records, "_KEPT_BYTES", 0)
+    opened = count_openings(monkeypatch)
+    dataset = open_set(tmp_path / "many", reader="mindrecord", batch_size=64)
+    built = len(opened)
+    assert_same(take(dataset, 0, records // 64), expected)
+    assert built == 1 and len(opened) == 2
+
+
 @pytest.mark.parametrize("reader", ["flat", "mindrecord"])
 def test_by_file_the_order_is_the_same_for_any_number_of_ranks(folder, reader):
     """Rows 2k, 2k + 1 of a batch of 6 come from file k; 1 and 3 ranks make the same batches, and resume in them."""

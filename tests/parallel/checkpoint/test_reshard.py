@@ -229,7 +229,7 @@ def test_the_first_stages_copy_of_a_shared_table_counts(tmp_path):
 
 def test_slices_of_experts():
     """data 4 = 2 replicas x 2 of the expert axis: experts are sharded by the inner half of the data coordinate."""
-    from parallel.layers.moe import SparsePertokenMoE
+    from parallel.layers.experts.moe import SparsePertokenMoE
 
     class Experts(Layer):
         def __init__(self):

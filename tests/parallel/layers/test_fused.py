@@ -6,11 +6,11 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from parallel.layers import fused
+from parallel.layers.experts.moe import SparsePertokenMoE
+from parallel.layers.experts.relu_moe import ReluMoE
 from parallel.layers.grouped import GroupedFeedForward, GroupedLinear, GroupedSwiGLU
-from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
-from parallel.layers.relu_moe import ReluMoE
 from parallel.training.optimizers.run import Optimizer
 from parallel.training.settings import OptimizerSettings, TrainSettings
 from parallel.training.step import TrainStep

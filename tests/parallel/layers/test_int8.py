@@ -111,7 +111,7 @@ def test_experts_see_their_own_rows(kernels, path):
     q = generator.integers(-127, 128, (tokens, experts, inputs, outputs)).astype(np.int8)
     scale = generator.random((tokens, experts, 2, outputs)).astype(np.float32)
     y = product(kernels, f"experts_{path}", x, q, scale, counts)
-    from parallel.layers.moe import grouped_product
+    from parallel.layers.experts.moe import grouped_product
 
     expected = grouped_product(x, dequantize(q, scale), counts)
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * np.abs(expected).max())

@@ -17,6 +17,7 @@ import pytest
 from parallel.checkpoint.sharded import Slices
 from parallel.layers.parameter import start_value
 from parallel.task import build_task
+from tests.parallel.torch_runtime.records import LENGTH, VOCABULARY, packed
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the dry run needs g++ on x86-64")
@@ -31,13 +32,14 @@ STAGED = ["parallel.op=2", "parallel.pipeline.stages=2", "parallel.pipeline.micr
 
 
 def simulate(folder: Path, layout: list[str], *more: str, world: int = 4, validated: bool = False,
-             config: Path = CONFIG, model: list[str] = MODEL) -> list[dict]:
+             config: Path = CONFIG, model: list[str] = MODEL, records: bool = False) -> list[dict]:
     """What every rank of the run told."""
     from parallel.proof.compile.cann_stubs import library_path
     from parallel.proof.compile.rank_compiler import child_environment
 
     folder.mkdir(parents=True, exist_ok=True)
     order = {"world": world, "config": str(config), "folder": str(folder), "validated": validated,
+             "records": records,
              "overrides": [*model, *layout, f"output.directory={folder / 'run'}", *more]}
     (folder / "order.json").write_text(json.dumps(order))
     environment = child_environment(library_path())
@@ -94,6 +96,30 @@ def test_a_ranker_starts_from_the_slices_of_one_device(tmp_path):
     sharded = {name for name,
                extent in message[0]["extents"].items() if [stop for _, stop in extent] != list(start[name].shape)}
     assert {f"layers.{i}.network.{part}.weight" for i in range(2) for part in ("mapping", "projection")} <= sharded
+
+
+def test_a_second_batch_of_real_records_makes_no_second_graph(tmp_path):
+    """On every rank of a layout of all kinds, whose parameters are slices by then."""
+    records = packed(tmp_path / "records")
+    model = [*MODEL, f"model.vocabulary_size={VOCABULARY}", f"model.sequence_length={LENGTH}"]
+    layout = ["parallel.data=2", "parallel.optimizer.shard=-1", *STAGED[1:]]
+    message = simulate(tmp_path, layout, f"data.directory={records}", model=model, records=True)
+    assert [own["graphs"] for own in message] == [1] * 4
+    assert [own["figures"]["steps"] for own in message] == [2] * 4
+    assert message[0]["rows"] != message[1]["rows"] and all(own["rows"][0] for own in message)
+
+
+def test_a_stage_between_others_reads_nothing(tmp_path):
+    """Of a ranker; a language model's stages all look at the documents."""
+    config = ROOT / "configs" / "recsys" / "rankmixer.yaml"
+    model = ["model.layers=4", "train.global_batch_size=8", "train.steps=2", "train.validate_every=null",
+             "train.keep_best=null", "output.tensorboard=false", "output.loss_curve=false",
+             "output.checkpoint_every=null", f"data.cache={tmp_path / 'cache'}"]
+    layout = ["parallel.pipeline.stages=4", "parallel.pipeline.micro_batches=4"]
+    told = simulate(tmp_path, layout, config=config, model=model)
+    assert [own["read"] > 0 for own in told] == [True, False, False, True]
+    assert [any(map(any, own["rows"])) for own in told] == [True, False, False, True]
+    assert [own["graphs"] for own in told] == [1] * 4
 
 
 @pytest.mark.slow

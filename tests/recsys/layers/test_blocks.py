@@ -6,11 +6,11 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from parallel.common.errors import UserError
+from parallel.layers.experts.moe import SparsePertokenMoE
+from parallel.layers.experts.relu_moe import ReluMoE
 from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU, TokenLayout
-from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
-from parallel.layers.relu_moe import ReluMoE
 from recsys.layers.mixing import TokenMixing
 from recsys.models.rankmixer.model import RankMixerBlock, RankMixerSettings, ReluMoESettings
 from recsys.models.tokenmixer_large.model import SparseMoESettings, TokenMixerBlock, TokenMixerLargeSettings
@@ -137,7 +137,7 @@ def numpy_moe(x, p, chosen, alpha):
 
 
 @pytest.mark.parametrize("active", [2, 3])
-@pytest.mark.parametrize("dispatch", ["grouped", "capacity"])
+@pytest.mark.parametrize("dispatch", ["grouped", "capacity", "dropless"])
 def test_sparse_pertoken_moe_equals_numpy(active, dispatch):
     moe = made(SparsePertokenMoE(3, 8, 16, experts=4, active=active, dispatch=dispatch, capacity_factor=3.0,
                                  down_gain=1.0))
@@ -147,8 +147,9 @@ def test_sparse_pertoken_moe_equals_numpy(active, dispatch):
     assert len(np.unique(np.concatenate(picks))) == 3
 
 
-def test_capacity_leaves_out_what_does_not_fit():
-    moe = made(SparsePertokenMoE(1, 8, 18, experts=3, active=2, dispatch="capacity", capacity_factor=0.5,
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_capacity_leaves_out_what_does_not_fit(dispatch):
+    moe = made(SparsePertokenMoE(1, 8, 18, experts=3, active=2, dispatch=dispatch, capacity_factor=0.5,
                                  down_gain=1.0))
     x = np.abs(stream(1, 8))
     moe.router.weight.set_data(Tensor(np.array([[[1.0, -1.0]] * 8], np.float32)))
@@ -164,6 +165,7 @@ def test_capacity_leaves_out_what_does_not_fit():
 def test_python_on_the_host_is_refused_on_a_device(monkeypatch):
     monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
     assert SparsePertokenMoE(1, 8, 18, experts=3, active=2).dispatch == "capacity"
+    assert SparsePertokenMoE(1, 8, 18, experts=3, active=2, compute_dtype=ms.bfloat16).dispatch == "dropless"
     with pytest.raises(UserError, match="model.moe.dispatch: grouped dispatch runs Python on the host"):
         SparsePertokenMoE(1, 8, 18, experts=3, active=2, dispatch="grouped")
 

@@ -13,8 +13,8 @@ from mindspore import Tensor, ops
 
 from parallel.__main__ import VERBS as PARALLEL_VERBS
 from parallel.common.command import main
+from parallel.layers.experts.moe import SparsePertokenMoE
 from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU
-from parallel.layers.moe import SparsePertokenMoE
 from parallel.layers.parameter import initialize
 from parallel.task import load_run
 from recsys.__main__ import VERBS

@@ -8,6 +8,7 @@ import pytest
 
 from parallel.common.errors import UserError
 from recsys.tables.dynamic import UNKNOWN, DynamicTable, Entries, Rule
+from recsys.tables.files import read_entries, stage_tables, table_files, take_staged
 from recsys.tables.keys import ALWAYS_BELOW, MISSING_KEY, UNSEEN_KEY, key_of_text, keys_of, owners
 from recsys.tables.native import unique
 
@@ -246,3 +247,30 @@ def test_a_hundred_million_ids_of_width_8_take_less_than_10_gigabytes():
     command = [sys.executable, "scripts/bench/tables.py", "--skip-step", "--skip-peers", "--ids", "100000000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["memory"]["gigabytes"] < 10.0
+
+
+def test_what_a_sweep_will_free_is_told_before():
+    """So that other rows can stay on a device."""
+    table, keys = DynamicTable(2), np.arange(100)
+    for step in range(1, 11):
+        met = keys[keys % step == 0]
+        table.meet(met, np.ones(len(met), np.float32), step)
+    rows = table.find(keys)
+    told = table.expires(rows, oldest=8, least=3.0)
+    table.sweep(oldest=8, least=3.0)
+    assert 0 < told.sum() < len(keys)
+    np.testing.assert_array_equal(told, table.find(keys) < 0)
+
+
+def test_files_of_a_killed_run_of_more_processes_are_no_part_of_a_checkpoint(tmp_path):
+    """Four processes were killed while they wrote, two go on."""
+    table = DynamicTable(2)
+    for rank in (0, 1, 3):
+        stage_tables({"item": table}, tmp_path, rank, 4)
+    table.meet(np.arange(10), np.ones(10, np.float32), 1)
+    for rank in range(2):
+        stage_tables({"item": table}, tmp_path, rank, 2)
+    (tmp_path / "checkpoint").mkdir()
+    take_staged(tmp_path, tmp_path / "checkpoint")
+    assert [path.name[-14:] for path in table_files(tmp_path / "checkpoint")["item"]] == ["02.safetensors"] * 2
+    assert [len(read_entries(path)) for path in table_files(tmp_path / "checkpoint")["item"]] == [10, 10]

@@ -15,12 +15,13 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
+from parallel.layers.experts.routed import CapacityExperts, DroplessExperts, routed_weight
 from parallel.layers.fused import FusedSparseExperts, library
 from parallel.layers.grouped import WIDTH_LAYOUT, GroupedLinear, GroupedSwiGLU, Swish, TokenLayout
 from parallel.layers.parameter import parameter
-from parallel.sharding.layout import Axes, Layer, Operand, OpSharding
+from parallel.sharding.layout import Layer, Operand, OpSharding
 
-Dispatch = Literal["auto", "grouped", "capacity"]
+Dispatch = Literal["auto", "grouped", "capacity", "dropless"]
 
 
 def _segments(counts_TR: np.ndarray):
@@ -130,105 +131,6 @@ class GroupedExperts(nn.Cell):
         return self.total(self.weigh(y_TBAD, self.reshape(gates_TBA, (tokens, batch, active, 1))), 2)
 
 
-def routed_weight(layout: TokenLayout) -> Operand:
-    """How a weight [T, E, ., .] of the routed experts is sharded."""
-    return (layout.tokens, "experts", None, None)
-
-
-class CapacityExperts(Layer):
-    """As `GroupedExperts` with static shapes: in training each expert takes at most C rows of each data-parallel part,
-    and rows beyond that get nothing from it. In inference C is the samples of the part: every row gets its experts.
-
-    Args:
-        tokens: T.
-        experts: R.
-        factor: C = ceil(factor x rows / R) in training; factor >= R drops nothing.
-        layout: what tensor parallelism shards.
-
-    The batch is seen as G parts, one a device of the data axis, so that routing needs no exchange; the only exchanges
-    are those that bring the rows to the devices that hold their experts and back (expert parallelism).
-    """
-
-    def __init__(self, tokens: int, experts: int, factor: float, *, layout: TokenLayout = WIDTH_LAYOUT) -> None:
-        super().__init__()
-        self.tokens, self.experts, self.factor, self.layout, self.parts = tokens, experts, factor, layout, 1
-        self.reshape, self.order, self.cast = ops.Reshape(), ops.TopK(), ops.Cast()
-        self.same, self.expand = ops.Equal(), ops.ExpandDims()
-        self.turn_rows, self.turn_chosen, self.turn_back = ops.Transpose(), ops.Transpose(), ops.Transpose()
-        self.there, self.back = ops.Transpose(), ops.Transpose()
-        self.pick, self.pick_order, self.pick_back = (ops.Gather(batch_dims=2) for _ in range(3))
-        self.count, self.seen, self.starts = ops.ReduceSum(), ops.CumSum(), ops.CumSum()
-        self.own, self.own_sum, self.keep = ops.Mul(), ops.ReduceSum(), ops.Mul()
-        self.fit, self.total, self.turn_gates = ops.Mul(), ops.ReduceSum(), ops.Transpose()
-        self.product1, self.product2, self.product3 = ops.BatchMatMul(), ops.BatchMatMul(), ops.BatchMatMul()
-        self.swish = Swish((layout.tokens, "experts", "data_in_expert", None))
-
-    def construct(self, x_TBD: Tensor, chosen_TBA: Tensor, gates_TBA: Tensor, gate: Tensor, up: Tensor,
-                  down: Tensor) -> Tensor:
-        tokens, batch, width = x_TBD.shape
-        active, parts = chosen_TBA.shape[2], self.parts
-        rows = batch // parts * active
-        capacity = min(rows, -int(-self.factor * rows // self.experts))
-        if not self.training:  # a sample chooses an expert once
-            capacity = batch // parts
-        chosen_GTN = self.turn_chosen(self.reshape(chosen_TBA, (tokens, parts, rows)), (1, 0, 2))
-        read_GTS, slot_GTN, fits_GTN = self.plan(chosen_GTN, rows, capacity, active)
-        x_GTBD = self.turn_rows(self.reshape(x_TBD, (tokens, parts, batch // parts, width)), (1, 0, 2, 3))
-        taken = self.reshape(self.pick(x_GTBD, read_GTS, 2), (parts, tokens, self.experts, capacity, width))
-        taken = self.reshape(self.there(taken, (1, 2, 0, 3, 4)), (tokens, self.experts, parts * capacity, width))
-        y = self.product3(self.swish(self.product1(taken, gate), self.product2(taken, up)), down)
-        outputs = down.shape[-1]
-        y = self.back(self.reshape(y, (tokens, self.experts, parts, capacity, outputs)), (2, 0, 1, 3, 4))
-        y_GTSD = self.reshape(y, (parts, tokens, self.experts * capacity, outputs))
-        y_GTND = self.pick_back(y_GTSD, slot_GTN, 2)
-        gates_GTN = self.turn_gates(self.reshape(gates_TBA, (tokens, parts, rows)), (1, 0, 2))
-        gates_GTN = self.fit(gates_GTN, self.cast(fits_GTN, gates_GTN.dtype))
-        y_GTND = self.keep(y_GTND, self.reshape(gates_GTN, (parts, tokens, rows, 1)))
-        y_GTBD = self.total(self.reshape(y_GTND, (parts, tokens, batch // parts, active, outputs)), 3)
-        return self.reshape(self.turn_back(y_GTBD, (1, 0, 2, 3)), (tokens, batch, outputs))
-
-    def plan(self, chosen_GTN: Tensor, rows: int, capacity: int, active: int) -> tuple:
-        """read_GTS: the row that slot s = (expert, c) reads; slot_GTN: where a pair's result is; fits_GTN: whether
-        it has a slot at all."""
-        shape = (self.parts, self.tokens, self.experts * capacity)
-        number_GTN = self.cast(chosen_GTN, mstype.float32)
-        # Descending (expert, position) keys: the k-th largest is the k-th pair in the order of the experts.
-        _, order_GTN = self.order(number_GTN * (-1.0 * rows) - Tensor(np.arange(rows, dtype=np.float32)), rows)
-        experts_R = Tensor(np.arange(self.experts, dtype=np.int32))
-        hot_GTNR = self.cast(self.same(self.expand(chosen_GTN, -1), experts_R), mstype.float32)
-        counts_GTR = self.count(hot_GTNR, 2)
-        starts_GTR1 = self.reshape(self.starts(counts_GTR, 2) - counts_GTR, (*shape[:2], self.experts, 1))
-        # Beyond an expert's last pair any pair will do: nothing reads its slot.
-        place = ops.minimum(starts_GTR1 + Tensor(np.arange(capacity, dtype=np.float32)), rows - 1.0)
-        read_GTS = self.pick_order(order_GTN, self.reshape(self.cast(place, mstype.int32), shape), 2) // active
-        nth_GTN = self.own_sum(self.own(self.seen(hot_GTNR, 2), hot_GTNR), 3) - 1.0
-        slot_GTN = number_GTN * (1.0 * capacity) + ops.minimum(nth_GTN, capacity - 1.0)
-        return read_GTS, self.cast(slot_GTN, mstype.int32), nth_GTN < 1.0 * capacity
-
-    def apply_sharding(self, axes) -> None:
-        self.parts = axes.sizes["batch"]
-        super().apply_sharding(axes)
-
-    def redistributes(self, axes: Axes) -> bool:
-        return axes.sizes["experts"] > 1  # rows go to the devices of their experts and back
-
-    def sharding(self) -> list[OpSharding]:
-        token, after = self.layout.tokens, self.layout.tokens_after_batch
-        row, plane, cube = (("batch", after) + (None,) * dims for dims in (1, 2, 3))
-        expert, weight = (token, "experts", "data_in_expert", None), routed_weight(self.layout)
-        return [OpSharding(self.turn_chosen, ((token, "batch", None),)),
-                OpSharding(self.turn_rows, ((token, "batch", None, None),)), OpSharding(self.turn_back, (plane,)),
-                OpSharding(self.there, (cube,)), OpSharding(self.back, ((token, None, "batch", None, None),)),
-                OpSharding(self.order, (row,)), OpSharding(self.expand, (row,)),
-                OpSharding(self.same, (plane, (None,))), OpSharding(self.count, (plane,)),
-                OpSharding(self.seen, (plane,)), OpSharding(self.fit, (row, row)), OpSharding(self.total, (cube,)),
-                OpSharding(self.turn_gates, ((token, "batch", None),)), OpSharding(self.starts, (row,)),
-                OpSharding(self.pick, (plane, row)), OpSharding(self.pick_order, (row, row)),
-                OpSharding(self.pick_back, (plane, row)), OpSharding(self.own, (plane, plane)),
-                OpSharding(self.own_sum, (plane,)), OpSharding(self.keep, (plane, plane)),
-                *(OpSharding(product, (expert, weight)) for product in (self.product1, self.product2, self.product3))]
-
-
 class SparsePertokenMoE(Layer):
     """alpha * sum over the chosen of g_i Expert_i(x_t) + SharedExpert(x_t), with E experts for every token.
 
@@ -240,7 +142,8 @@ class SparsePertokenMoE(Layer):
         active: k, the shared one included; k - 1 of E - 1 are chosen.
         alpha: gate value scaling; None = E / k.
         layout: what tensor parallelism shards (tokens or none; an expert is not sharded further).
-        dispatch: grouped (exact, CPU), capacity (static shapes); auto = grouped on the CPU, capacity elsewhere.
+        dispatch: grouped (exact, CPU), capacity (static shapes), dropless (as capacity while it trains, without padding
+            when it is used); auto = grouped on the CPU, elsewhere dropless in bfloat16 and capacity in other types.
         capacity_factor: see `CapacityExperts`.
         down_gain, outputs: see `GroupedSwiGLU`.
 
@@ -273,12 +176,19 @@ class SparsePertokenMoE(Layer):
         self.up_weight = parameter((tokens, self.routed, width, self.inner), "uniform", into)
         self.down_weight = parameter(out, "uniform", down_gain * math.sqrt(6.0 / (outputs + self.inner)))
         on_cpu = mindspore.get_context("device_target") == "CPU"
-        self.dispatch = dispatch if dispatch != "auto" else ("grouped" if on_cpu else "capacity")
+        self.dispatch = dispatch
+        if dispatch == "auto":
+            self.dispatch = "grouped" if on_cpu else "dropless" if compute_dtype == mstype.bfloat16 else "capacity"
         if self.dispatch == "grouped" and not on_cpu:
             raise UserError("grouped dispatch runs Python on the host, which a device's graph cannot",
                             where="model.moe.dispatch", value="grouped", hint="leave it at auto, or take capacity")
-        self.run = (GroupedExperts(self.routed) if self.dispatch == "grouped"
-                    else CapacityExperts(tokens, self.routed, capacity_factor, layout=layout))
+        if self.dispatch == "grouped":
+            self.run = GroupedExperts(self.routed)
+        else:
+            kind = DroplessExperts if self.dispatch == "dropless" else CapacityExperts
+            self.run = kind(tokens, self.routed, capacity_factor, layout=layout)
+        # The CPU has no grouped product; what it has instead gives the same.
+        self.host = GroupedExperts(self.routed) if self.dispatch == "dropless" and on_cpu else None
         self.softmax, self.top, self.sum, self.share = ops.Softmax(-1), ops.TopK(), ops.ReduceSum(True), ops.RealDiv()
         self.scale, self.add, self.cast = ops.Mul(), ops.Add(), ops.Cast()
         self.turn, self.turn_gates, self.turn_chosen = ops.Transpose(), ops.Transpose(), ops.Transpose()
@@ -305,8 +215,9 @@ class SparsePertokenMoE(Layer):
         gates_TBA, chosen_TBA = self.route(x_TBD)
         kind = self.compute_dtype
         gates_TBA = self.cast(self.scale(gates_TBA, self.alpha), kind)
-        routed_TBD = self.run(self.cast(x_TBD, kind), chosen_TBA, gates_TBA, self.cast(self.gate_weight, kind),
-                              self.cast(self.up_weight, kind), self.cast(self.down_weight, kind))
+        run = self.run if self.host is None or self.training else self.host
+        routed_TBD = run(self.cast(x_TBD, kind), chosen_TBA, gates_TBA, self.cast(self.gate_weight, kind),
+                         self.cast(self.up_weight, kind), self.cast(self.down_weight, kind))
         return self.add(routed_TBD, self.shared(x_TBD))
 
     def balance(self, x_TBD: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Mixtures of experts for every token: softmax-routed ones and such with ReLU gates."""
