@@ -185,7 +185,7 @@ class Repeat(Layer):
         return [OpSharding(self.tile, ((None, "batch", None),))]
 
 
-class Take(nn.Cell):
+class Take(Layer):
     """Components [c, R, K] for each candidate: row index_N[n] for candidate n; as they are without an index (R = N)."""
 
     def __init__(self) -> None:
@@ -205,6 +205,10 @@ class Take(nn.Cell):
         if x_cRK.shape[1] == 1:
             return self.tile(x_cRK, (1, index_N.shape[0], 1))
         return self.gather(x_cRK, index_N, 1)
+
+    def sharding(self) -> list[OpSharding]:
+        # A candidate's user may be on any rank, so users are replicated.
+        return [OpSharding(self.gather, ((None, None, None), ("batch",)))]
 
 
 class SharedMean(Layer):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,24 @@ def test_a_quantized_checkpoint_is_evaluated_by_a_program_as_by_one_process(tmp_
     assert [told[name] for name in NAMES] == pytest.approx([wanted[name] for name in NAMES], abs=1e-5)
     assert told["auc"] != pytest.approx(evaluated(capsys, words_of("tokenmixer_large", tmp_path / "run"))["auc"],
                                         abs=1e-7)
+
+
+@pytest.mark.slow
+def test_passes_of_a_separated_ranker_send_what_their_layers_need_and_end_whole(tmp_path):
+    """Two AllReduces a layer, and one of the tokenizer's AllGathers: a state is taken apart without sending."""
+    from parallel.torch_runtime.program import Program
+
+    words = words_of("tokenmixer_large_ug_sep", tmp_path / "run", "parallel.op=2", "serve.engine.requests=2")
+    export = [sys.executable, "-m", "parallel", "export", *words, "--graphs", "user_2,candidates_64", "--output",
+              str(tmp_path / "program")]
+    subprocess.run(export, check=True, capture_output=True, timeout=600)
+    program = Program(tmp_path / "program")
+    assert list(program.result_shape(0, "user_2")) == list(program.shapes("candidates_64")["state"])
+    sent = Counter(node.op for node in program.graph(0, "candidates_64").nodes if node.op in (
+        "AllReduce", "AllGather", "AlltoAll", "ReduceScatter"))
+    layers = load_run(words[1], words[2:])[1].model.layers
+    assert program.result_shape(0, "user_2")[0] == 2
+    assert sent["AllReduce"] == 2 * layers and sent["AlltoAll"] == 0 and sent["AllGather"] <= 1, sent
 
 
 class Server:
