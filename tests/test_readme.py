@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# The quickstart draws its run and measures the peak; the others need not.
+BARE = ["output.loss_curve=false", "train.peak_tflops=1"]
 SMALL = ["train.steps=12", "train.global_batch_size=4", "train.validate_every=null", "model.layers=2",
          "model.hidden_size=32", "model.sequence_length=64", "train.validation_batches=2"]
 FOLDERS = ["data.tokenizer={tmp}/vocabulary.model", "data.directory={tmp}/records", "output.directory={tmp}/train"]
@@ -32,21 +34,22 @@ ADDED = [
     ("python -m data_tools dedup", []),
     ("python -m data_tools run", ["engine.name=local"]),
     ("python -m parallel estimate", []),
-    ("python -m parallel plan", []),
+    ("python -m parallel plan", ["model.layers=16"]),
     ("python -m recsys quantize", []),
     ("python -m recsys serve", ["port=0", "engine.candidates=[64]", "engine.requests=2"]),
-    ("python -m recsys bench", ["--rounds", "2", "--candidates", "20", "--skip-matmul"]),
-    ("python -m recsys train", ["train.steps=4", "data.synthetic.samples=2000", "output.directory={tmp}/ranker"]),
+    ("python -m recsys bench", ["--rounds", "2", "--candidates", "20", "--skip-matmul", "model.layers=1"]),
+    ("python -m recsys train", ["train.steps=4", "data.synthetic.samples=2000", "output.directory={tmp}/ranker",
+                                 "model.layers=1", *BARE]),
     ("python -m recsys count", []),
     ("python -m parallel dryrun", TINY),
-    ("python -m parallel replay", TINY),
-    ("bash scripts/run_distribute.sh", ["model.vocabulary_size=1000", *FOLDERS[:2], *SMALL,
-                                        "output.directory={tmp}/two"]),
+    ("python -m parallel replay", [*TINY, "parallel.data=1"]),
+    ("bash scripts/run_distribute.sh", ["--nproc", "2", "parallel.data=1", "model.vocabulary_size=1000", *FOLDERS[:2],
+                                        *SMALL, "output.directory={tmp}/two", *BARE]),
     ("python -m pangu train-vocabulary", ["model.vocabulary_size=1000", *FOLDERS]),
     ("python -m pangu pack", ["model.vocabulary_size=1000", *FOLDERS, *SMALL]),
     ("python -m pangu count", []),
     ("python -m pangu train --print-reference", []),
-    ("python -m pangu train", ["model.vocabulary_size=1000", *FOLDERS, *SMALL]),
+    ("python -m pangu train", ["model.vocabulary_size=1000", *FOLDERS, *SMALL, "output.loss_curve=false"]),
     ("python -m pangu evaluate", ["--limit", "4", "model.vocabulary_size=1000", *FOLDERS, *SMALL]),
     ("python -m pangu generate", ["generate.max_new_tokens=4", "model.vocabulary_size=1000", *FOLDERS, *SMALL]),
 ]

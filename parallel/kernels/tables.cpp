@@ -510,14 +510,16 @@ void table_expires(void* handle, const int32_t* rows, int64_t n, uint32_t oldest
 }
 
 // The table's entries in the order of its rows, then those that wait for admission (row -1) in the order of their keys:
-// first call with null arrays for their number, of entries last seen at `since` or later. Values and states of the rows
-// are read with `table_gather` and `table_states`.
+// first call with null arrays for their number, of entries last seen at `since` or later; the missing and the unseen
+// value's are always among them, since ids without a row move the latter, which nobody saw. Values and states of the
+// rows are read with `table_gather` and `table_states`.
 int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows, float* counts, uint32_t* seen) {
   const Table& table = *static_cast<Table*>(handle);
+  const auto wanted = [since](int64_t key, uint32_t last) { return last >= since || key < INT64_MIN + kSpecial; };
   if (table.direct) {
     int64_t n = 0;
     for (int64_t row = 0; row < table.rows; ++row) {
-      if (table.seen(row) == 0 || table.seen(row) < since) continue;
+      if (table.seen(row) == 0 || !wanted(Table::direct_key(row), table.seen(row))) continue;
       if (keys != nullptr) {
         keys[n] = Table::direct_key(row);
         rows[n] = static_cast<int32_t>(row);
@@ -531,7 +533,7 @@ int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows
   int64_t n = 0;
   for (uint64_t at = 0; at < table.slots; ++at) {
     const Slot& one = table.slot[at];
-    if (one.key != kFree && (one.row < 0 ? one.seen : table.seen(one.row)) >= since) ++n;
+    if (one.key != kFree && wanted(one.key, one.row < 0 ? one.seen : table.seen(one.row))) ++n;
   }
   if (keys == nullptr) return n;
   std::vector<int64_t> of_row(table.rows, kFree);
@@ -541,7 +543,7 @@ int64_t table_entries(void* handle, uint32_t since, int64_t* keys, int32_t* rows
     if (one.key == kFree) continue;
     if (one.row < 0) {
       if (one.seen >= since) waiting.push_back(at);
-    } else if (table.seen(one.row) >= since) {
+    } else if (wanted(one.key, table.seen(one.row))) {
       of_row[one.row] = one.key;
     }
   }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from parallel.checkpoint.owners import Disks, owned_slices, volume
 from parallel.planning.memory import STATES
 from parallel.sharding.config import ParallelConfig
-from parallel.sharding.slices import holders, sharded_parameters
+from parallel.sharding.slices import SliceOfRank, holders, sharded_parameters
 from parallel.task import Task
 from parallel.training.settings import OptimizerSettings, TrainSettings
 
@@ -49,8 +49,14 @@ def checkpoint_bytes(task: Task, train: TrainSettings, config: ParallelConfig) -
         slices += 1
     counts = Counter(owner for _, owner, _ in tensors)
     # Borrowed copies of a shared table are held too, and were written.
-    held = sum(_WIDTH * counts[full.name] * volume(extent) for full in listed for rank in range(config.world)
-               if (extent := full.slice_of_rank(rank)) is not None)
+    held, alike = 0, {}
+    for full in listed:
+        rule = full.slice_of_rank
+        # Most parameters are those of one layer once more.
+        key = rule.key if isinstance(rule, SliceOfRank) else id(full)
+        if key not in alike:
+            alike[key] = sum(volume(extent) for rank in range(config.world) if (extent := rule(rank)) is not None)
+        held += _WIDTH * counts[full.name] * alike[key]
     return CheckpointBytes(sum(loads.values()), held, max(loads.values()), slices)
 
 

@@ -4,9 +4,8 @@ The values are copied between two steps and written by a thread; while it writes
 server gets is always the newest. The first version is complete and written before the first step: a folder that cannot
 be written ends the run at once and not after an hour.
 
-Where tables on the host are spread over processes, each writes its rows of a version into a hidden folder that all see,
-and process 0 puts them beside the dense weights. Steps (or event time) alone then decide when a version is due, so that
-all agree, and a version waits for the one before.
+Where tables on the host are spread over processes, process 0 puts the rows of all beside the dense weights. Steps (or
+event time) alone then decide when a version is due, so that all agree, and a version waits for the one before.
 """
 
 from __future__ import annotations
@@ -27,15 +26,14 @@ from parallel.training.operation.saving import disks_of
 from recsys.data.features import FeatureSpec
 from recsys.data.readers import reader
 from recsys.data.vocabulary import VOCABULARY
+from recsys.live.host_rows import HostRows
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Values, Versions
-from recsys.tables.files import FOLDER, write_all_entries
 from recsys.tables.names import is_accumulator, is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run
 
-_STAGED = ".tables"
 # Rows whose gradient is 0 stay as they are under these.
 _ROW_EXACT = ("adagrad", "rowwise_adagrad", "lazy_adam")
 
@@ -97,15 +95,15 @@ class Publisher(Companion):
                  describe: dict[str, Any], vocabulary: Path, *, exact_rows: bool, tables: Any = None,
                  event_time: Callable[[int], float | None] = lambda step: None,
                  ids_of: Callable[[Any], np.ndarray] = lambda batch: batch[0]) -> None:
-        self.settings, self.backend, self.describe, self.tables = settings, backend, describe, tables
+        self.settings, self.backend, self.describe = settings, backend, describe
         self.vocabulary, self.event_time, self.ids_of = vocabulary, event_time, ids_of
         self.touched = TouchedRows(spec, exact_rows) if tables is None else None
         self.versions = Versions(folder, settings.keep)
         self.thread, self.writing = ThreadPoolExecutor(1, "publish"), None
-        self.spread = tables is not None and tables.exchange.ranks > 1
+        self.hosted = HostRows(tables, self.versions.folder) if tables is not None else None
+        self.spread = self.hosted is not None and self.hosted.spread
         self.step = self.published = 0
         self.time: float | None = None
-        self.since, self.since_time, self.sweeps = 0, 0.0, 0
         self.begun = False
 
     def before_step(self, step: int, batch: Any) -> None:
@@ -145,7 +143,8 @@ class Publisher(Companion):
     def _publish(self, step: int, full: bool = False) -> Future:
         """Copies what is to be written and hands it to the thread."""
         self.step, self.time = step, self.event_time(step)
-        full = full or self.published % self.settings.full_every == 0 or self._swept()
+        swept = self.hosted is not None and self.hosted.swept()
+        full = full or swept or self.published % self.settings.full_every == 0
         self.published += 1
         parameters = {tensor.name: np.array(tensor.read()) for tensor in self.backend.parameters()}
         delta = Delta(0, step, self.time)
@@ -157,7 +156,7 @@ class Publisher(Companion):
                 continue
             rows = self.touched.changed(name, values)
             delta.rows[name] = rows, values[rows]
-        add = self._adds(self._entries(full))
+        add = self.hosted.stage(full, self._written) if self.hosted is not None else None
         if self.touched is not None:
             self.touched.begin()
         if self.backend.rank != 0:
@@ -167,44 +166,15 @@ class Publisher(Companion):
             return self.thread.submit(self._write_full, tensors, step, self.time, add)
         return self.thread.submit(self.versions.write_delta, delta, add)
 
-    def _adds(self, entries: dict[str, Any]) -> Callable[[Path], Any]:
-        """What puts the entries of all processes into a version's folder."""
-        if not self.spread:
-            return lambda folder: write_all_entries(folder / FOLDER, entries) if entries else None
+    def _written(self) -> None:
         if self.writing is not None:
             self.writing.result()
-        staged, exchange = self.versions.folder / _STAGED, self.tables.exchange
-        if exchange.rank == 0:
-            shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
-        exchange.all_to_all([b""] * exchange.ranks)  # the version before has taken its files
-        write_all_entries(staged, entries, exchange.rank, exchange.ranks)
-        exchange.all_to_all([b""] * exchange.ranks)
-        return lambda folder: staged.rename(folder / FOLDER)
 
-    def _write_full(self, tensors: list, step: int, time: float | None, add: Callable[[Path], Any]) -> int:
+    def _write_full(self, tensors: list, step: int, time: float | None, add: Callable[[Path], Any] | None) -> int:
         target = self.versions.folder / VOCABULARY
         with atomic_write(target, "wb") as file, self.vocabulary.open("rb") as source:
             shutil.copyfileobj(source, file)
         return self.versions.write_full(tensors, {"run": self.describe}, step, time, add)
-
-    def _swept(self) -> bool:
-        """Whether rows of tables on the host were evicted since the last version: a delta cannot say so."""
-        if self.tables is None or not self.tables.settings.sweep_every:
-            return False
-        before, self.sweeps = self.sweeps, self.tables.steps // self.tables.settings.sweep_every
-        return self.sweeps != before
-
-    def _entries(self, full: bool) -> dict[str, Any]:
-        """Entries of tables on the host: all, or those seen since the last version."""
-        if self.tables is None:
-            return {}
-        self.tables.settle()
-        found = {}
-        for name, table in self.tables.tables.items():
-            seconds = self.tables.plans[name].slot.feature.expire_unit == "seconds"
-            found[name] = table.entries(0 if full else int(self.since_time) if seconds else self.since + 1)
-        self.since, self.since_time = self.tables.steps, self.tables.clock() - 1.0
-        return found
 
 
 def publisher_of(settings: Run, backend: Backend, spec: FeatureSpec, *, tables: Any = None,

@@ -1,13 +1,14 @@
 """Publishes versions of a model whose parameters lie in slices on the processes of a run. Needs no MindSpore.
 
 At a version every process writes its slices of the dense weights, and the rows of its tables that changed, into a
-hidden folder that all share; process 0 makes the version of them, in a thread, tensor by tensor. What a server gets is
-what one process would have published.
+hidden folder that all share; process 0 makes the version of them, in a thread, tensor by tensor. Rows of tables on the
+host come the same way (`recsys.live.host_rows`). What a server gets is what one process would have published.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from parallel.training.backend import Backend
 from parallel.training.companions import Companion
 from parallel.training.operation.saving import disks_of
 from recsys.data.vocabulary import VOCABULARY
+from recsys.live.host_rows import HostRows
 from recsys.live.settings import PublishSettings
 from recsys.live.versions import Delta, Versions
 from recsys.tables.names import is_accumulator, is_sparse
@@ -65,15 +67,17 @@ class RanksPublisher(Companion):
         backend: whose parameters are published.
         describe: the run's settings, kept in whole versions.
         vocabulary: file that goes beside the versions.
+        tables: `recsys.tables.host.HostTables`, where the tables are on the host.
     """
 
     name = "publish"
 
     def __init__(self, settings: PublishSettings, folder: Path, backend: Backend, describe: dict[str, Any],
-                 vocabulary: Path) -> None:
+                 vocabulary: Path, tables: Any = None) -> None:
         self.settings, self.folder, self.backend, self.describe = settings, folder, backend, describe
         self.vocabulary = vocabulary
         self.versions = Versions(folder, settings.keep)
+        self.hosted = HostRows(tables, folder) if tables is not None else None
         self.thread, self.writing = ThreadPoolExecutor(1, "publish"), None
         self.copies: dict[str, np.ndarray] = {}
         self.step = self.published = 0
@@ -107,18 +111,20 @@ class RanksPublisher(Companion):
             writing.result()
 
     def _publish(self, step: int, full: bool = False) -> None:
-        full = full or self.published % self.settings.full_every == 0
+        swept = self.hosted is not None and self.hosted.swept()
+        full = full or swept or self.published % self.settings.full_every == 0
         self.step, self.published = step, self.published + 1
         self._written()
         tensors, staged = list(self.backend.parameters()), self.folder / _STAGED
         rows = self._changed([tensor for tensor in tensors if is_sparse(tensor.name)])
         self.backend.barrier()  # what was staged before is written
+        add = self.hosted.stage(full, self._written) if self.hosted is not None else None
         if not full:
             tensors = [tensor for tensor in tensors if not is_sparse(tensor.name) and not is_accumulator(tensor.name)]
             _write_rows(staged / f"rows-{self.backend.rank:05d}.safetensors", rows)
         path = save(staged, step, tensors, (), {}, 1, rank=self.backend.rank, holder=self.backend.holder)
         if self.backend.rank == 0:
-            self.writing = self.thread.submit(self._write_full if full else self._write_delta, path, step)
+            self.writing = self.thread.submit(self._write_full if full else self._write_delta, path, step, add)
 
     def _changed(self, tables: list[Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """(numbers, values) of this process's rows that changed since the last version, by table."""
@@ -131,15 +137,15 @@ class RanksPublisher(Companion):
             self.copies[tensor.name] = values
         return found
 
-    def _write_full(self, path: Path, step: int) -> None:
+    def _write_full(self, path: Path, step: int, add: Callable[[Path], Any] | None) -> None:
         target = self.folder / VOCABULARY
         with atomic_write(target, "wb") as file, self.vocabulary.open("rb") as source:
             shutil.copyfileobj(source, file)
         slices = Slices(path)
         tensors = [Assembled(slices, name) for name in slices.names(PARAMETERS_FILE)]
-        self.versions.write_full(tensors, {"run": self.describe}, step, None)
+        self.versions.write_full(tensors, {"run": self.describe}, step, None, add)
 
-    def _write_delta(self, path: Path, step: int) -> None:
+    def _write_delta(self, path: Path, step: int, add: Callable[[Path], Any] | None) -> None:
         slices, delta = Slices(path), Delta(0, step, None)
         delta.dense = {name: Assembled(slices, name) for name in slices.names(PARAMETERS_FILE)}
         parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -153,7 +159,7 @@ class RanksPublisher(Companion):
             rows, values = (np.concatenate(part) for part in zip(*pieces, strict=True))
             distinct, first = np.unique(rows, return_index=True)  # replicas hold the same rows
             delta.rows[table] = distinct, np.ascontiguousarray(values[first])
-        self.versions.write_delta(delta)
+        self.versions.write_delta(delta, add)
 
 
 def _write_rows(path: Path, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -164,8 +170,8 @@ def _write_rows(path: Path, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> N
                              for name, array in arrays.items()])
 
 
-def ranks_publisher(settings: Run, backend: Backend) -> RanksPublisher | None:
-    """The publisher of a run whose processes hold slices, where its settings want one.
+def ranks_publisher(settings: Run, backend: Backend, tables: Any = None) -> RanksPublisher | None:
+    """The publisher of a run whose processes hold slices, where its settings want one; see `RanksPublisher`.
 
     Raises:
         UserError: seconds of event time are asked for; the machines have disks of their own.
@@ -181,4 +187,4 @@ def ranks_publisher(settings: Run, backend: Backend) -> RanksPublisher | None:
                         value=settings.output.shared_disk, hint="set publish.every_steps to null")
     directory = Path(settings.output.directory)
     return RanksPublisher(own, Path(own.directory or directory / "live"), backend, settings.model_dump(mode="json"),
-                          directory / VOCABULARY)
+                          directory / VOCABULARY, tables)

@@ -8,7 +8,8 @@ inputs, and they follow until it ends.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,12 @@ from parallel.checkpoint.sharded import Slices
 from parallel.common.errors import UserError
 from parallel.common.progress import info
 from parallel.launch.inference import DEVICE, PROGRAM, compare_settings
-from recsys.passes.tasks import inference_kinds, shapes_inference, sizes_of
-from recsys.passes.weights import is_eight
+from recsys.data.columns import features_of
+from recsys.data.features import assign_columns
+from recsys.passes.tasks import inference_kinds, shapes_inference, sizes_of, whole_spec
+from recsys.passes.weights import Weights, WholeRows, is_eight
 from recsys.saved_model import vocabulary_of
+from recsys.tables.names import is_sparse
 
 if TYPE_CHECKING:
     from recsys.settings import Run
@@ -36,15 +40,30 @@ def is_sharded() -> bool:
     return PROGRAM in os.environ
 
 
+@dataclass
+class Values:
+    """What a rank has of a checkpoint.
+
+    Args:
+        parts: of each parameter (`InferenceRank.part`).
+        rows: of the tables.
+    """
+
+    parts: dict[str, tuple]
+    rows: WholeRows
+
+
 class ShardedRanker:
     """Args:
         settings: of the run.
         checkpoint: whole or in the slices of any layout; None = start values.
         verb: says which passes there are.
 
+    Attributes: `rows`, of the tables, for encoded ids.
+
     Raises:
         UserError: no such checkpoint, one of another model or features, shards that part the groups of int8 weights,
-            a program of other settings.
+            more rows on the host than the program's tables have, a program of other settings.
     """
 
     def __init__(self, settings: Run, checkpoint: Path | None, verb: str) -> None:
@@ -62,11 +81,12 @@ class ShardedRanker:
         kind = check_checkpoint(settings, checkpoint, program) if checkpoint is not None else None
         self.program, self.kinds = program, program.inference_kinds
         self.member = Member(program, os.environ.get(DEVICE, "cpu"))
-        read = reading(program, checkpoint)
+        self.settings = settings
+        self.whole = whole_spec(settings, sizes_of(settings))
+        read, self.rows = self._reading(checkpoint)
         self.rank = InferenceRank(program, self.member, read, 0, settings.parallel.execution in _CAPTURED,
                                   eight=is_eight if kind is not None else None, group=(kind or {}).get("group"),
                                   compiled=settings.parallel.execution == "inductor")
-        self._next: dict[str, Any] = {}
         if self.first:
             info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}")
 
@@ -116,38 +136,52 @@ class ShardedRanker:
 
     # -- other values -------------------------------------------------------------------------------------------------
 
-    def read(self, checkpoint: str | Path) -> dict[str, Any]:
-        """This rank's parts of another checkpoint, by parameter (`InferenceRank.part`).
+    def read(self, checkpoint: str | Path) -> Values:
+        """What this rank has of another checkpoint.
 
         Raises:
-            UserError: one is missing or of another shape.
+            UserError: a parameter is missing or of another shape, or a table has too many rows.
         """
-        read = reading(self.program, Path(checkpoint))
-        return {name: self.rank.part(name, read) for name in self.rank.weights.shapes}
+        read, rows = self._reading(Path(checkpoint))
+        return Values({name: self.rank.part(name, read) for name in self.rank.weights.shapes}, rows)
 
-    def take(self, values: dict[str, Any]) -> None:
+    def take(self, values: Values) -> None:
         """Puts what `read` gave in place."""
-        for name, part in values.items():
+        for name, part in values.parts.items():
             self.rank.weights.put(name, *part)
+        self.rows = values.rows
 
-    def lead_take(self, checkpoint: Path, values: dict[str, Any]) -> None:
+    def _reading(self, checkpoint: Path | None) -> tuple[Callable[[str, Any], Any], WholeRows]:
+        """`read(name, extent)` of the part of a parameter, of a checkpoint or (None) of the start values, and the rows
+        of its tables. Those on the host are sharded as those in the graph are: by rows."""
+        if checkpoint is None:
+            from parallel.torch_runtime.program import start_of
+
+            program = self.program
+            return (lambda name, extent: start_of(program.by_name[name], extent, program.seed),
+                    WholeRows(self.whole, self.whole, {}))
+        weights, shapes = Weights(checkpoint, self.settings), {item.name: item.shape for item in self.program.tensors}
+        known = vocabulary_of(checkpoint, self.settings).sizes()
+        spec = assign_columns(features_of(self.settings.data), self.settings.model.embedding_size, known)
+        slices = Slices(checkpoint).read
+        if weights.quantized:
+            from parallel.torch_runtime.inference.weights import widening
+
+            slices = widening(slices, shapes)
+
+        def read(name: str, extent: Any) -> Any:
+            if not (weights.hosted and is_sparse(name)):
+                return slices(name, extent)
+            whole = weights.read(self.whole, name, shapes[name])
+            return whole if extent is None else whole[tuple(slice(*part) for part in extent)].copy()
+
+        return read, WholeRows(spec, self.whole, weights.keys())
+
+    def lead_take(self, checkpoint: Path, values: Values) -> None:
         """`take` on all ranks of the group, of values that this one has read; called by its first rank alone."""
         path = np.frombuffer(str(checkpoint.resolve()).encode(), np.uint8).astype(np.int32)
         self.member.broadcast(np.concatenate([[np.int32(_TAKE)], path]))
         self.take(values)
-
-
-def reading(program: Any, checkpoint: Path | None) -> Any:
-    """`read(name, extent)` of the part of a parameter: of a checkpoint, or of the start values."""
-    if checkpoint is not None:
-        if Checkpoint(checkpoint).state.get("quantization") is None:
-            return Slices(checkpoint).read
-        from parallel.torch_runtime.inference.weights import widening
-
-        return widening(Slices(checkpoint).read, {tensor.name: tensor.shape for tensor in program.tensors})
-    from parallel.torch_runtime.program import start_of
-
-    return lambda name, extent: start_of(program.by_name[name], extent, program.seed)
 
 
 def check_checkpoint(settings: Run, path: Path, program: Any) -> dict[str, Any] | None:

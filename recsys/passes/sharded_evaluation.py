@@ -46,7 +46,7 @@ class ShardedEvaluation:
         for first in progress(turns, "evaluate", len(turns)) if self.ranker.first else turns:
             number = min(first + member.group, total - 1)  # all score as often
             (ids, numbers, _), _, _ = filled_batch(self.rows, number * self.batch, self.batch)
-            own = self.ranker.run(kind, (ids.astype(np.int32), numbers))
+            own = self.ranker.run(kind, (self.ranker.rows.rows(ids), numbers))
             given = own if member.leads and first + member.group < total else None
             whole = merge.gathered(given, (member.groups * self.batch, len(self.labels)), member.group * self.batch)
             for place in range(min(member.groups, total - first)):

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
 from parallel.task import Input, Task
 from recsys.data.columns import features_of
 from recsys.data.features import FeatureSpec, assign_columns
 from recsys.data.vocabulary import VOCABULARY, Vocabulary
 from recsys.network import labels_of, loss_network
+from recsys.passes.weights import rooms
 from recsys.settings import run_class
 
 if TYPE_CHECKING:
@@ -145,9 +147,6 @@ def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind:
 
 def check_inference(settings: Run) -> None:
     """Raises a `UserError` for what is not served sharded."""
-    if settings.data.tables.place == "host":
-        raise UserError("tables on the host are served and evaluated by one process", where="data.tables.place",
-                        value="host", hint="set parallel.op and parallel.pipeline.stages to 1")
     if settings.model.lookup.by != "op":
         raise UserError("a forward pass alone shards tables over the op axis", where="model.lookup.by",
                         value=settings.model.lookup.by, hint="set model.lookup.by=op: the checkpoint is the same")
@@ -165,22 +164,32 @@ def shapes_inference(tree: dict[str, Any]) -> dict[str, Any]:
                                             "like_rate")},
         "train": {"precision": tree["train"]["precision"]},
         "serve": {"requests": tree["serve"]["engine"]["requests"]},
-        "sizes": _sizes(data["vocabulary"], tree["output"]["directory"]),
+        "sizes": _sizes(data["vocabulary"], tree["output"]["directory"], data["tables"]["place"]),
         "parallel": {"op": layout["op"], "vocabulary": layout["vocabulary"],
                      "pipeline": {key: layout["pipeline"][key] for key in ("stages", "offsets")}},
     }  # fmt: skip
 
 
 def sizes_of(settings: Run) -> dict[str, int]:
-    """Known values of each vocabulary feature, by the vocabulary that the run names or has in its folder."""
-    return _sizes(settings.data.vocabulary, settings.output.directory)
+    """Known values of each vocabulary feature, by the vocabulary that the run names or has in its folder, and rows of
+    tables on the host, by its newest checkpoint (`rooms`)."""
+    return _sizes(settings.data.vocabulary, settings.output.directory, settings.data.tables.place)
 
 
-def _sizes(vocabulary: str | None, directory: str) -> dict[str, int]:
+def _sizes(vocabulary: str | None, directory: str, place: str) -> dict[str, int]:
     path = Path(vocabulary) if vocabulary is not None else Path(directory) / VOCABULARY
     if vocabulary is not None and not path.is_file():
         raise UserError("there is no such file", where="data.vocabulary", value=vocabulary)
-    return Vocabulary.load(path).sizes() if path.is_file() else {}
+    hosted = _rooms(directory) if place == "host" else {}
+    return hosted | (Vocabulary.load(path).sizes() if path.is_file() else {})
+
+
+def _rooms(directory: str) -> dict[str, int]:
+    try:
+        newest = resolve_checkpoint(directory)
+    except UserError:
+        return {}  # passes with start values, in which no key has a row
+    return rooms(newest)
 
 
 def _sample(inputs: list[Input], seed: int) -> tuple[np.ndarray, ...]:

@@ -3,12 +3,15 @@ put together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parallel.checkpoint.full import Checkpoint
+from parallel.checkpoint.safetensors_file import SafetensorsFile
+from parallel.common.errors import UserError
 from parallel.layers.int8_numbers import SCALE, dequantize
 from recsys.data.columns import features_of
 from recsys.data.features import FIRST_KNOWN, MISSING, UNSEEN, FeatureSpec
@@ -58,7 +61,8 @@ class Weights:
         found = {}
         for name, feature in self._owners().items():
             if feature.is_dynamic:
-                keys = self.entries(name).keys
+                files = [SafetensorsFile(path) for path in self.files[name]]  # values are not needed, and long
+                keys = np.sort(np.concatenate([file.read("keys")[file.read("rows") >= 0] for file in files]))
                 found[name] = keys[_known(keys)]
         return found
 
@@ -127,6 +131,46 @@ def rows_of(ids_BM: np.ndarray, spec: FeatureSpec, whole: FeatureSpec, keys: dic
         found = np.where(own == UNSEEN_KEY, UNSEEN, found)
         rows[:, columns] = slot.offset + np.where(own == MISSING_KEY, MISSING, found)
     return rows
+
+
+class WholeRows:
+    """Rows of the whole tables, for ids as requests and logs have them.
+
+    Args:
+        spec: places of the features in the log.
+        whole: places of the features in a network with whole tables.
+        keys: of dynamic features (`Weights.keys`).
+
+    Raises:
+        UserError: a feature has more keys than its table has rows.
+    """
+
+    def __init__(self, spec: FeatureSpec, whole: FeatureSpec, keys: dict[str, np.ndarray]) -> None:
+        self.spec, self.whole, self.known = spec, whole, keys
+        for name, own in keys.items():
+            if len(own) > whole.slots[name].rows - FIRST_KNOWN:
+                raise UserError(f"the table of '{name}' has more rows than the passes were compiled for",
+                                where="checkpoint", value=len(own), hint="start or export them again: they are for the "
+                                "newest checkpoint of output.directory, and some more rows")
+
+    def rows(self, ids_Bm: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
+        """int32 [B, m] rows for ids of some columns of the log (None: of all)."""
+        if columns is None or not self.known:
+            return rows_of(ids_Bm, self.spec, self.whole, self.known)
+        ids_BM = np.zeros((len(ids_Bm), self.spec.id_columns), np.int64)
+        ids_BM[:, columns] = ids_Bm
+        return rows_of(ids_BM, self.spec, self.whole, self.known)[:, columns]
+
+
+def rooms(checkpoint: Path) -> dict[str, int]:
+    """Rows that passes with whole tables have for each feature with a table on the host: those that it has, and an
+    eighth to a quarter more, so that a later checkpoint fits, too."""
+    found = {}
+    for name, paths in table_files(checkpoint).items():
+        rows = sum(int((SafetensorsFile(path).read("rows") >= 0).sum()) for path in paths)
+        grain = 1 << max(4, rows.bit_length() - 3)
+        found[name] = (rows + rows // 8) // grain * grain + grain
+    return found
 
 
 def _known(keys: np.ndarray) -> np.ndarray:

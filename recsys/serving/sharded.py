@@ -41,10 +41,11 @@ class ShardedScorer(Scorer):
         self.sides = UserCandidateSplit.of(spec) if separated else None
 
     def score_rows(self, ids_NM: np.ndarray, numbers_NN: np.ndarray) -> np.ndarray:
-        return self.ranker.lead(f"scores_{len(ids_NM)}", (ids_NM.astype(np.int32), numbers_NN))
+        return self.ranker.lead(f"scores_{len(ids_NM)}", (self.ranker.rows.rows(ids_NM), numbers_NN))
 
     def user_states(self, ids_Rm: np.ndarray, numbers_Rn: np.ndarray) -> np.ndarray:
-        return self.ranker.lead(f"user_{len(ids_Rm)}", (ids_Rm.astype(np.int32), numbers_Rn))
+        rows_Rm = self.ranker.rows.rows(ids_Rm, self.sides.user.ids)
+        return self.ranker.lead(f"user_{len(ids_Rm)}", (rows_Rm, numbers_Rn))
 
     def on_device(self, states_RS: np.ndarray) -> np.ndarray:
         # There is one graph, for as many users as may come together.
@@ -52,8 +53,8 @@ class ShardedScorer(Scorer):
 
     def score_candidates(self, states: Any, index_N: np.ndarray, ids_Nm: np.ndarray,
                          numbers_Nn: np.ndarray) -> np.ndarray:
-        return self.ranker.lead(f"candidates_{len(index_N)}", (states, index_N.astype(np.int32),
-                                                               ids_Nm.astype(np.int32), numbers_Nn))
+        rows_Nm = self.ranker.rows.rows(ids_Nm, self.sides.candidate.ids)
+        return self.ranker.lead(f"candidates_{len(index_N)}", (states, index_N.astype(np.int32), rows_Nm, numbers_Nn))
 
     def predictions(self, found_NK: np.ndarray) -> np.ndarray:
         return found_NK.astype(np.float64)  # the passes end in probabilities

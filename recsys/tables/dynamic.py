@@ -192,7 +192,8 @@ class DynamicTable:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def entries(self, since: int = 0) -> Entries:
-        """All that was last seen at `since` or later, in the order of rows."""
+        """All that was last seen at `since` or later, in the order of rows; always the rows of the missing and the
+        unseen value."""
         count = self._kernel.table_entries(self._table, since, None, None, None, None)
         keys, rows = np.empty(count, np.int64), np.empty(count, np.int32)
         counts, seen = np.empty(count, np.float32), np.empty(count, np.uint32)

@@ -1,13 +1,14 @@
 """Tables on disk: one safetensors file a feature and process, with (key, row, values, state, count, last seen) of every
 entry. Any number of processes reads what any number wrote. Needs no MindSpore.
 
-    tables/<feature>-<rank>-of-<ranks>.safetensors: keys, rows, values, states, counts, seen
+    tables/<feature>-<rank>-of-<ranks>.safetensors: keys, rows, values, states, counts, seen; checksums [6] of these
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from recsys.tables.dynamic import DynamicTable
 
 FOLDER = "tables"
-_STAGED = ".tables"
+_STAGED, _CHECKSUMS = ".tables", "checksums"
 _NAME = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.safetensors$")
 
 
 def write_entries(path: Path, entries: Entries) -> None:
     """One file; `seen` as int64, since the format has no unsigned 32-bit numbers."""
     arrays = {name: getattr(entries, name) for name in Entries.NAMES} | {"seen": entries.seen.astype(np.int64)}
+    arrays[_CHECKSUMS] = _checksums(arrays)
     try:
         write_safetensors(path, [(name, dtype_name(array.dtype), array.shape, lambda array=array: array)
                                  for name, array in arrays.items()])
@@ -45,12 +47,23 @@ def read_entries(path: Path) -> Entries:
         UserError: damaged, or another file.
     """
     file = SafetensorsFile(path)
-    if set(file.entries) != set(Entries.NAMES):
+    if set(file.entries) - {_CHECKSUMS} != set(Entries.NAMES):
         raise UserError("this is no table of a checkpoint", where=path)
-    entries = Entries(*(file.read(name) for name in Entries.NAMES))
+    arrays = {name: file.read(name) for name in Entries.NAMES}
+    # Files of older versions have none.
+    if _CHECKSUMS in file.entries and not np.array_equal(file.read(_CHECKSUMS), _checksums(arrays)):
+        raise UserError("the table is damaged: its numbers do not have their checksums", where=path,
+                        hint="take another checkpoint or version")
+    entries = Entries(*arrays.values())
     if len({len(getattr(entries, name)) for name in Entries.NAMES}) != 1:
         raise UserError("the table's parts have different lengths", where=path)
     return entries
+
+
+def _checksums(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """int64 [6], CRC-32 of each part."""
+    return np.array([zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+                     for name in Entries.NAMES], np.int64)
 
 
 def file_name(feature: str, rank: int, ranks: int) -> str:
@@ -66,11 +79,12 @@ def write_all_entries(folder: Path, entries: dict[str, Entries], rank: int = 0, 
 
 
 def read_all_entries(folder: Path) -> dict[str, Entries]:
-    """Entries of every feature that any number of processes wrote into a folder, those of all of them together."""
-    found: dict[str, list[Entries]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if match := _NAME.match(path.name):
-            found.setdefault(unquote(match[1]), []).append(read_entries(path))
+    """Entries of every feature that any number of processes wrote into a folder, those of all of them together.
+
+    Raises:
+        UserError: files are damaged, or some of a set are missing.
+    """
+    found = {name: [read_entries(path) for path in paths] for name, paths in _sets(folder).items()}
     return {name: own[0] if len(own) == 1 else Entries(*(np.concatenate([getattr(one, part) for one in own])
                                                          for part in Entries.NAMES)) for name, own in found.items()}
 
@@ -82,6 +96,10 @@ def stage_tables(tables: dict[str, DynamicTable], directory: Path, rank: int, ra
         if ranks == 1:
             shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True, exist_ok=True)
+        # What a run of another number of processes left when it was killed here.
+        for path in staged.iterdir():
+            if (match := _NAME.match(path.name)) and int(match[3]) != ranks:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise explain_os_error(error, staged) from error
     for name, table in tables.items():
@@ -99,13 +117,19 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
     Raises:
         UserError: there are none, or some of a set are missing.
     """
-    found: dict[str, list[Path]] = {}
-    for path in sorted((folder / FOLDER).glob("*.safetensors")) if (folder / FOLDER).is_dir() else []:
-        if match := _NAME.match(path.name):
-            found.setdefault(unquote(match[1]), []).append(path)
+    found = _sets(folder / FOLDER)
     if not found:
         raise UserError("the checkpoint has no tables", where=folder,
                         hint="was the run trained with data.tables.place: host?")
+    return found
+
+
+def _sets(folder: Path) -> dict[str, list[Path]]:
+    """Files in a folder (or none) by feature, of all processes that wrote."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        if match := _NAME.match(path.name):
+            found.setdefault(unquote(match[1]), []).append(path)
     for name, paths in found.items():
         if len(paths) != int(_NAME.match(paths[0].name)[3]):
             raise UserError(f"files of table '{name}' are missing", where=folder, value=len(paths))

@@ -80,6 +80,7 @@ class HostTables(Companion):
         self.empty()
         self.steps = self.updates = 0
         self.clock = time.time
+        self.time: float | None = None
         self._asked: dict[str, _Asked] = {}
         self._exchanged = None
 
@@ -117,6 +118,8 @@ class HostTables(Companion):
         Raises:
             UserError: the step names more rows than the window has.
         """
+        if train:
+            self.time = self.clock()
         chosen = {name: self._own(plan, columns) for name, plan in self.plans.items()}
         asked, which = {}, {}
         for name, own in chosen.items():
@@ -184,9 +187,15 @@ class HostTables(Companion):
             found[name] = rows >= 0, rows
         return found
 
+    @property
+    def seconds(self) -> float:
+        """The time of the last training step: what comes after it, a sweep or a version, may not depend on whether the
+        next batch of a stream is there already."""
+        return self.time if self.time is not None else self.clock()
+
     def _now(self, name: str, step: int) -> int:
         seconds = self.plans[name].slot.feature.expire_unit == "seconds"
-        return int(self.clock()) if seconds else step
+        return int(self.seconds) if seconds else step
 
     def _fill(self, name: str, known: tuple, slots: np.ndarray) -> None:
         window = self.windows[self.plans[name].width]

@@ -52,8 +52,10 @@ def train_on(settings: RunSettings, backend: SlicedBackend, figures: dict[str, A
     if backend.rank == 0:
         keep_vocabulary(log, Path(settings.output.directory))
     if options.start_from is not None and not list_checkpoints(Path(settings.output.directory) / "checkpoints"):
-        warm_start_slices(backend, log.spec, log.vocabulary, options.start_from)
-    companions = [companion for companion in (tables, ranks_publisher(settings, backend)) if companion is not None]
+        warm_start_slices(backend, tables.window if tables is not None else log.spec, log.vocabulary,
+                          options.start_from, tables)
+    companions = [companion for companion in (tables, ranks_publisher(settings, backend, tables))
+                  if companion is not None]
     trainer = Trainer(backend, run_of(settings, figures, batches, ranks=backend.ranks, evaluate=[best],
                                       companions=companions))
     result = trainer.run()

@@ -134,12 +134,6 @@ def hosted_ranks(settings: Run, spec: FeatureSpec, backend: SlicedBackend) -> Ho
     if own.hot_rows is not None:
         raise UserError("hot rows are for one process on MindSpore", where="data.tables.hot_rows", value=own.hot_rows,
                         hint="set it to null")
-    if options.start_from is not None:
-        raise UserError("a sharded run with tables on the host starts anew", where="train.start_from",
-                        value=options.start_from, hint="start it with data parallelism only")
-    if settings.publish.wanted:
-        raise UserError("a sharded run with tables on the host publishes no versions", where="publish",
-                        hint="leave it out")
     parts, copies = backend.share[1], backend.ranks // backend.share[1]
     exchange = Alone() if backend.ranks == 1 else Rounds(backend.rank, backend.ranks, own.exchange_kb << 10,
                                                          backend.swap)

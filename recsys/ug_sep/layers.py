@@ -80,6 +80,51 @@ class Beside(Layer):
         return [OpSharding(self.concat, (self.stream, self.stream))]
 
 
+class Pack(Layer):
+    """state_RS: components [c, R, k], side by side. A pass ends in it, so every rank of the op axis has all rows;
+    without a layout of its own the compiler would shard them.
+
+    Args:
+        count: how many components there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.transpose, self.reshape, self.concat, self.count = ops.Transpose(), ops.Reshape(), ops.Concat(1), count
+
+    def construct(self, components: tuple, rows: int) -> Tensor:
+        flat = ()
+        for component in components:
+            flat += (self.reshape(self.transpose(component, (1, 0, 2)), (rows, -1)),)
+        return self.concat(flat)
+
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.transpose, ((None, "batch", None),)),
+                OpSharding(self.concat, (("batch", None),) * self.count)]
+
+
+class Unpack(Layer):
+    """Components [c, R, k] of a state_RS that `Pack` made.
+
+    Args:
+        shapes: (c, k) of each.
+    """
+
+    def __init__(self, shapes: tuple[Shape, ...]) -> None:
+        super().__init__()
+        self.split, self.reshape, self.transpose = SplitWithSize(), ops.Reshape(), ops.Transpose()
+        self.shapes, self.sizes = shapes, tuple(c * k for c, k in shapes)
+
+    def construct(self, state_RS: Tensor) -> tuple:
+        components, parts = (), self.split(state_RS, self.sizes, 1)
+        for part, (c, k) in zip(parts, self.shapes):  # noqa: B905 (graphs know no strict)
+            components += (self.transpose(self.reshape(part, (state_RS.shape[0], c, k)), (1, 0, 2)),)
+        return components
+
+    def sharding(self) -> list[OpSharding]:
+        return [OpSharding(self.split, (("batch", None),)), OpSharding(self.transpose, (("batch", None, None),))]
+
+
 class Fill(Layer):
     """Zeros after (or before) the last dim of x_TBD."""
 
@@ -140,7 +185,7 @@ class Repeat(Layer):
         return [OpSharding(self.tile, ((None, "batch", None),))]
 
 
-class Take(nn.Cell):
+class Take(Layer):
     """Components [c, R, K] for each candidate: row index_N[n] for candidate n; as they are without an index (R = N)."""
 
     def __init__(self) -> None:
@@ -160,6 +205,10 @@ class Take(nn.Cell):
         if x_cRK.shape[1] == 1:
             return self.tile(x_cRK, (1, index_N.shape[0], 1))
         return self.gather(x_cRK, index_N, 1)
+
+    def sharding(self) -> list[OpSharding]:
+        # A candidate's user may be on any rank, so users are replicated.
+        return [OpSharding(self.gather, ((None, None, None), ("batch",)))]
 
 
 class SharedMean(Layer):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.ops.auto_generate import SplitWithSize
 
 from parallel.common.errors import UserError
 from parallel.layers.grouped import TokenLayout
@@ -28,7 +27,7 @@ from recsys.layers.losses import Answers
 from recsys.layers.tokenization import MeanPool
 from recsys.ranker import Ranker, check_token_axes
 from recsys.settings import RankerSettings
-from recsys.ug_sep.layers import Beside, Shape, SharedMean, Take, TwoSidedEmbedding
+from recsys.ug_sep.layers import Beside, Pack, Shape, SharedMean, Take, TwoSidedEmbedding, Unpack
 from recsys.ug_sep.sides import UserCandidateSplit
 
 
@@ -67,8 +66,7 @@ class SeparatedRanker(Ranker):
         self.embedding = TwoSidedEmbedding(spec, self.sides, settings.embedding_std, compute_dtype)
         self.layout = TokenLayout(settings.op_sharding)
         self.in_slices = self.ug_sep.form == "slices" and self.ug_sep.separated
-        self.take, self.reshape, self.transpose, self.cast = Take(), ops.Reshape(), ops.Transpose(), ops.Cast()
-        self.pack, self.unpack = ops.Concat(axis=1), SplitWithSize()
+        self.take, self.reshape, self.cast = Take(), ops.Reshape(), ops.Cast()
         self.sources, self.gap, self.auxiliary_layers, self.norm = (), 0, (), None
         self.sparse = False
 
@@ -82,13 +80,14 @@ class SeparatedRanker(Ranker):
         self.join_tokens = Beside(0, self.layout.stream)
         self.component_shapes = (tuple(shapes), *(tuple(layer.components) for layer in self.layers),
                                  ((1, self.settings.width),))
-        self.sizes = tuple(c * k for shapes in self.component_shapes for c, k in shapes)
+        flat = tuple(shape for shapes in self.component_shapes for shape in shapes)
+        self.pack, self.unpack = Pack(len(flat)), Unpack(flat)
         self.make_head(self.settings.width)
 
     @property
     def state_size(self) -> int:
         """S: numbers that a request's state holds."""
-        return sum(self.sizes)
+        return sum(self.unpack.sizes)
 
     def check_masks(self) -> None:
         """Raises a `UserError` unless every mask is on; not within graphs, which raise none."""
@@ -107,22 +106,19 @@ class SeparatedRanker(Ranker):
         """state_RS out of each layer's components of `rows` requests."""
         flat = ()
         for layer in components:
-            for component in layer:
-                flat += (self.reshape(self.transpose(component, (1, 0, 2)), (rows, -1)),)
-        return self.pack(flat)
+            flat += tuple(layer)
+        return self.pack(flat, rows)
 
     def candidate_pass(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:
         """logits_NK of candidates; `index_N` int32 is each one's row of the state (not read if R = 1). Inputs: the
         columns of `sides.candidate`."""
-        rows, taken, components = state_RS.shape[0], 0, ()
-        flat = self.unpack(state_RS, self.sizes, 1)
+        parts, taken, components = self.unpack(state_RS), 0, ()
         for shapes in self.component_shapes:
             own = ()
-            for c, k in shapes:
+            for part in parts[taken:taken + len(shapes)]:
                 # In the type that the user's pass had them in: float32 would spread over the candidates' tokens.
-                component = self.transpose(self.reshape(flat[taken], (rows, c, k)), (1, 0, 2))
-                own += (self.cast(component, self.compute_dtype),)
-                taken += 1
+                own += (self.cast(part, self.compute_dtype),)
+            taken += len(shapes)
             components += (own,)
         groups, _ = self.embedding.group(ids_Nm, numbers_Nn)
         return self.served(self.head(self.candidate_layers(groups, components, index_N)))

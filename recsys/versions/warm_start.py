@@ -56,13 +56,13 @@ def warm_start(network: Any, spec: FeatureSpec, vocabulary: Vocabulary, path: st
 
 
 def warm_start_slices(backend: SlicedBackend, spec: FeatureSpec, vocabulary: Vocabulary,
-                      path: str | Path) -> dict[str, int]:
+                      path: str | Path, tables: Any = None) -> dict[str, int]:
     """`warm_start` of a process that holds slices (or everything, on a backend of another framework): each parameter
     is moved whole, one at a time, and this process's slice of it taken. Process 0 prints.
 
     Args:
         backend: at its start values, which it can tell whole.
-        spec, vocabulary, path: see `warm_start`.
+        spec, vocabulary, path, tables: see `warm_start`.
     """
     move, rows, holder = _Move(describe(path, stored=True), spec, vocabulary), [], backend.holder
     for tensor in backend.parameters():
@@ -71,6 +71,8 @@ def warm_start_slices(backend: SlicedBackend, spec: FeatureSpec, vocabulary: Voc
         if value is not None:
             places = tuple(slice(*pair) for pair in holder.extents[tensor.name]) if holder is not None else ()
             tensor.assign(np.ascontiguousarray(value[places]))
+    if tables is not None:
+        rows += move.host_tables(tables)
     names = {tensor.name for tensor in backend.parameters()} | set(holder.shapes if holder is not None else ())
     return move.told(rows, names, shown=backend.rank == 0)
 
@@ -208,9 +210,11 @@ class _Move:
         return count, count, ""
 
     def host_tables(self, tables: Any) -> list[tuple[str, str]]:
-        """Rows of features by key; the old run's may be on the host or in the graph."""
+        """Rows of features by key, on each process those of its keys; the old run's may be on the host or in the
+        graph."""
         from recsys.tables.dynamic import Entries
         from recsys.tables.files import FOLDER, read_entries, table_files
+        from recsys.tables.keys import owners
 
         found = []
         files = table_files(self.old.path) if (self.old.path / FOLDER).is_dir() else {}
@@ -232,8 +236,9 @@ class _Move:
                 chosen = np.array([key < 0 or key in moved for key in whole.keys.tolist()], bool)
                 whole = whole.take(chosen)
                 whole.keys = np.array([key if key < 0 else moved[key] for key in whole.keys.tolist()], np.int64)
-            own.put(whole)
             found.append((f"table {name}", "kept" if len(whole) == total else f"{len(whole):,} of {total:,} rows"))
+            rank, ranks = tables.exchange.rank, tables.exchange.ranks
+            own.put(whole if ranks == 1 else whole.take(owners(whole.keys, ranks) == rank))
         return found
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_training_gradients_equal_derived_ones(dropout):
     import mindspore as ms
     from mindspore import ParameterTuple, Tensor, ops

@@ -79,15 +79,7 @@ GRID = {
     **{f"{name} in stages": (ROOT / f"configs/recsys/{name}.yaml", 0, "parallel.data=2 parallel.pipeline.stages=2")
        for name in ("tokenmixer_large_ug_sep", "rankmixer_ug_sep", "hiformer", "autoint", "dhen")},
 }
-QUICK = ("all of them, last stage, sequence", "flash, recomputed, last stage", "ranker")
-
-
-@pytest.fixture(scope="module")
-def compilers():
-    from parallel.proof.compile.rank_compiler import Compilers
-
-    with Compilers() as made:
-        yield made
+QUICK = ("all of them, last stage, sequence", "ranker")
 
 
 def against_dry_run(compilers, name: str) -> None:

@@ -77,12 +77,6 @@ class Compiled:
 
 
 @pytest.fixture(scope="module")
-def compilers():
-    with Compilers(2) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     from tests.parallel.torch_runtime.records import packed
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss, roc_auc_score
 
 from parallel.common.errors import UserError
 from recsys.evaluation.metrics import (
@@ -23,6 +22,18 @@ from recsys.evaluation.metrics import (
     segmented_ne,
     xauc,
 )
+
+
+def log_loss(labels, scores):
+    from sklearn import metrics  # not at the top: every process that collects tests would wait for it
+
+    return metrics.log_loss(labels, scores)
+
+
+def roc_auc_score(labels, scores):
+    from sklearn import metrics
+
+    return metrics.roc_auc_score(labels, scores)
 
 
 def random_log(seed, n=3000, users=40, levels=None):

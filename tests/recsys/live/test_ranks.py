@@ -48,12 +48,14 @@ def test_deltas_of_a_sharded_run_make_its_last_checkpoint(layout, tmp_path):
         assert 0 < sum(len(rows) for rows, _ in read_delta(path).rows.values()) <= 3 * 16
 
 
-# Two processes are compiled and trained.
+# Two or four processes are compiled and trained.
 @pytest.mark.slow
-def test_tables_that_lie_on_two_processes_are_published_together(tmp_path):
-    words = ["parallel", "launch", "--config", str(tmp_path / "run.yaml"), "--nproc", "2", *SMALL,
+@pytest.mark.parametrize("layout", [["parallel.data=2"], ["parallel.data=2", "parallel.op=2"]])
+def test_tables_that_lie_on_several_processes_are_published_together(layout, tmp_path):
+    """Of MindSpore's processes, and of those on torch, whose dense weights lie in slices."""
+    words = ["parallel", "launch", "--config", str(tmp_path / "run.yaml"), "--nproc", str(2 * len(layout)), *SMALL,
              f"data.cache={tmp_path / 'data'}", f"output.directory={tmp_path / 'run'}", "train.steps=6",
-             "publish.full_every=4", "train.sparse_optimizer={name: adagrad, learning_rate: 0.1}", "parallel.data=2",
+             "publish.full_every=4", "train.sparse_optimizer={name: adagrad, learning_rate: 0.1}", *layout,
              "data.tables={place: host, exchange_kb: 1}"]
     (tmp_path / "run.yaml").write_text("model: {name: dlrm_mlp}\n")
     ended = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=600)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,13 @@ from parallel.common.command import main  # noqa: E402
 from parallel.common.errors import UserError  # noqa: E402
 from parallel.task import load_run  # noqa: E402
 from recsys.__main__ import VERBS  # noqa: E402
+from recsys.data.columns import features_of  # noqa: E402
+from recsys.data.log import prepare  # noqa: E402
 from recsys.passes.tasks import check_inference  # noqa: E402
 from recsys.saved_model import load  # noqa: E402
+from recsys.serving.engine import Engine  # noqa: E402
 from recsys.serving.requests import read_request  # noqa: E402
+from recsys.serving.settings import EngineSettings  # noqa: E402
 from tests.recsys.runs import DATA, add_checkpoint, body_of, make_run, plain  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -119,6 +124,24 @@ def test_a_quantized_checkpoint_is_evaluated_by_a_program_as_by_one_process(tmp_
                                         abs=1e-7)
 
 
+@pytest.mark.slow
+def test_passes_of_a_separated_ranker_send_what_their_layers_need_and_end_whole(tmp_path):
+    """Two AllReduces a layer, and one of the tokenizer's AllGathers: a state is taken apart without sending."""
+    from parallel.torch_runtime.program import Program
+
+    words = words_of("tokenmixer_large_ug_sep", tmp_path / "run", "parallel.op=2", "serve.engine.requests=2")
+    export = [sys.executable, "-m", "parallel", "export", *words, "--graphs", "user_2,candidates_64", "--output",
+              str(tmp_path / "program")]
+    subprocess.run(export, check=True, capture_output=True, timeout=600)
+    program = Program(tmp_path / "program")
+    assert list(program.result_shape(0, "user_2")) == list(program.shapes("candidates_64")["state"])
+    sent = Counter(node.op for node in program.graph(0, "candidates_64").nodes if node.op in (
+        "AllReduce", "AllGather", "AlltoAll", "ReduceScatter"))
+    layers = load_run(words[1], words[2:])[1].model.layers
+    assert program.result_shape(0, "user_2")[0] == 2
+    assert sent["AllReduce"] == 2 * layers and sent["AlltoAll"] == 0 and sent["AllGather"] <= 1, sent
+
+
 class Server:
     """A launch of `serve`; its address is told on stderr."""
 
@@ -179,6 +202,59 @@ def test_a_server_over_two_processes_answers_as_one_does_before_and_after_a_relo
 
 
 @pytest.mark.slow
+def test_tables_on_the_host_are_sharded_by_rows_in_serving_and_evaluation(tmp_path, capsys):
+    """Trained by the verb, users and items as dynamic ids; a server takes a later checkpoint with more rows."""
+    words = [*words_of("tokenmixer_large_ug_sep", tmp_path / "run"), *dynamic_ids("tokenmixer_large_ug_sep"),
+             "data.tables.place=host", "train.sparse_optimizer={name: rowwise_adagrad, learning_rate: 0.1}",
+             "train.optimizer.learning_rate=0.01", "train.validate_every=null", "train.global_batch_size=16"]
+
+    def train(steps: int) -> None:
+        assert main("recsys", VERBS, ["train", *words, f"train.steps={steps}"]) == 0
+        capsys.readouterr()
+
+    train(30)
+    told = figures_of(launch([*words, "parallel.op=2"], 2, "evaluate"))
+    wanted = evaluated(capsys, words)
+    assert [told[name] for name in NAMES] == pytest.approx([wanted[name] for name in NAMES], abs=1e-5)
+    served = ["serve.engine.requests=2", "serve.engine.candidates=[4, 16]", "serve.engine.timeout_seconds=60"]
+    server = Server([*words, *served, "parallel.op=2"], 2)
+    log = prepare(load_run(words[1], words[2:])[1].data, 16)
+
+    def compared(version: int) -> None:
+        trained = load(tmp_path / "run", rows=40)
+        for seed, count in ((1, 3), (2, 20)):
+            body = {**body_of(trained, log, seed, count), "top_k": count}
+            body["user"]["user_id"] = (3, -1)[seed - 1]  # one that has a row, one that has none
+            ask = read_request(body, trained, 100)
+            answer = server.post("/rank", body)
+            assert answer["version"] == version
+            found = {item["candidate"]: item["score"] for item in answer["ranking"]}
+            np.testing.assert_allclose([found[index] for index in range(count)], scored(trained, ask), atol=1e-5)
+
+    compared(1)
+    train(36)
+    assert server.post("/reload", {})["version"] == 2
+    compared(2)
+    server.end()
+
+
+def dynamic_ids(name: str) -> list[str]:
+    """An override that makes users and items dynamic ids."""
+    tree = [feature.model_dump(mode="json") for feature in features_of(load_run(f"configs/recsys/{name}.yaml",
+                                                                                [])[1].data)]
+    for feature in tree:
+        if feature["name"] in ("user_id", "item_id"):
+            feature.update(values="dynamic", rows=None)
+    return [f"data.features={json.dumps(tree)}"]
+
+
+def scored(trained, ask) -> np.ndarray:
+    """Probabilities of a request by one process with the same tables on the host."""
+    engine = Engine(trained, EngineSettings(requests=1, candidates=[4, 16], timeout_seconds=60))
+    return engine.scorer.score([(ask.ids, ask.numbers)])[0][:, 0]
+
+
+@pytest.mark.slow
 def test_bench_measures_a_request_over_all_processes(tmp_path):
     words = words_of("tokenmixer_large_ug_sep", tmp_path / "run", "parallel.op=2", "serve.engine.requests=1",
                      "serve.engine.candidates=[16]")
@@ -187,10 +263,10 @@ def test_bench_measures_a_request_over_all_processes(tmp_path):
 
 
 def test_what_cannot_be_sharded_is_one_line(tmp_path):
-    words = words_of("tokenmixer_large", tmp_path / "run", "data.tables.place=host", "parallel.op=2")
-    process = launch(words, 2, "evaluate")
+    process = launch(words_of("tokenmixer_large", tmp_path / "run", "model.lookup.by=alltoall", "parallel.op=2"), 2,
+                     "evaluate")
     _, error = process.communicate(timeout=300)
-    assert process.returncode == 2 and len(error.strip().splitlines()) == 1 and "data.tables.place" in error, error
+    assert process.returncode == 2 and len(error.strip().splitlines()) == 1 and "model.lookup.by" in error, error
 
 
 @pytest.mark.parametrize("name, change, where", [

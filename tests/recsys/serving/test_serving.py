@@ -15,7 +15,7 @@ from parallel.common.errors import UserError
 from parallel.common.files import read_json
 from parallel.serving.queue import Busy
 from recsys.saved_model import describe, load
-from recsys.serving.engine import Engine, Scorer
+from recsys.serving.engine import Engine
 from recsys.serving.requests import read_request
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
@@ -69,10 +69,10 @@ def test_how_requests_are_batched_changes_nothing(run, engine):
         assert scores.shape == (len(item[0]), 1)
 
 
-def test_an_uncached_user_of_few_candidates_is_one_graph(run, monkeypatch):
+def test_an_uncached_user_of_few_candidates_is_one_graph(run, engine, monkeypatch):
     """... whose state later requests use; what is large, and what comes together with others, takes two."""
-    scorer = Scorer(load(run[0]).model, SMALL, StateCache(5))
-    ran = []
+    scorer, ran = engine.scorer, []
+    monkeypatch.setattr(scorer, "cache", StateCache(5))
     for name in ("request_pass", "user_pass", "candidate_pass"):
         graph = getattr(scorer, name)
         monkeypatch.setattr(scorer, name, lambda *inputs, name=name, graph=graph: ran.append(name) or graph(*inputs))

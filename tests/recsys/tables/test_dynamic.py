@@ -8,6 +8,14 @@ import pytest
 
 from parallel.common.errors import UserError
 from recsys.tables.dynamic import UNKNOWN, DynamicTable, Entries, Rule
+from recsys.tables.files import (
+    read_all_entries,
+    read_entries,
+    stage_tables,
+    table_files,
+    take_staged,
+    write_all_entries,
+)
 from recsys.tables.keys import ALWAYS_BELOW, MISSING_KEY, UNSEEN_KEY, key_of_text, keys_of, owners
 from recsys.tables.native import unique
 
@@ -259,3 +267,36 @@ def test_what_a_sweep_will_free_is_told_before():
     table.sweep(oldest=8, least=3.0)
     assert 0 < told.sum() < len(keys)
     np.testing.assert_array_equal(told, table.find(keys) < 0)
+
+
+def test_files_of_a_killed_run_of_more_processes_are_no_part_of_a_checkpoint(tmp_path):
+    """Four processes were killed while they wrote, two go on."""
+    table = DynamicTable(2)
+    for rank in (0, 1, 3):
+        stage_tables({"item": table}, tmp_path, rank, 4)
+    table.meet(np.arange(10), np.ones(10, np.float32), 1)
+    for rank in range(2):
+        stage_tables({"item": table}, tmp_path, rank, 2)
+    (tmp_path / "checkpoint").mkdir()
+    take_staged(tmp_path, tmp_path / "checkpoint")
+    assert [path.name[-14:] for path in table_files(tmp_path / "checkpoint")["item"]] == ["02.safetensors"] * 2
+    assert [len(read_entries(path)) for path in table_files(tmp_path / "checkpoint")["item"]] == [10, 10]
+
+
+def test_a_damaged_or_missing_file_is_one_line(tmp_path):
+    """A flipped bit anywhere, and one process's file of a set."""
+    table = DynamicTable(2)
+    table.meet(np.arange(10), np.ones(10, np.float32), 1)
+    for rank in range(2):
+        write_all_entries(tmp_path, {"item": table.entries()}, rank, 2)
+    assert len(read_all_entries(tmp_path)["item"]) == 20
+    path = next(tmp_path.iterdir())
+    raw, begin = path.read_bytes(), 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    for at in range(begin, len(raw), 37):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1:])
+        with pytest.raises(UserError, match="damaged"):
+            read_entries(path)
+    path.write_bytes(raw)
+    path.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="are missing"):
+        read_all_entries(tmp_path)

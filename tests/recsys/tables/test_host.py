@@ -358,28 +358,3 @@ def test_two_real_processes_equal_one(tmp_path):
     for name in ("auc", "logloss", "validation_auc", "validation_logloss"):
         assert figures[0][name] == pytest.approx(figures[1][name], abs=1e-5)
     assert figures[1]["table_rows"] < 0.7 * figures[0]["table_rows"]
-
-
-@pytest.mark.slow
-def test_data_and_op_over_four_real_processes_equal_one(tmp_path):
-    """`python -m parallel launch --nproc 4 parallel.data=2 parallel.op=2 data.tables.place=host`: MindSpore's graphs on
-    torch, rows on all four processes, a stop and a resume; against one process of MindSpore."""
-    import json
-    import subprocess
-    import sys
-
-    pytest.importorskip("torch")
-    words = [*TINY, *HOST, "train.validate_every=6", "train.keep_best=auc", "data.tables.exchange_kb=16",
-             "output.checkpoint_every=6", f"data.cache={tmp_path / 'data'}"]
-    figures = {}
-    for count, layout, stops in ((1, ["parallel.data=1"], [12]), (4, ["parallel.data=2", "parallel.op=2"], [6, 12])):
-        for steps in stops:
-            command = [sys.executable, "-m", "parallel", "launch", "--config", "configs/recsys/dlrm_mlp.yaml",
-                       "--nproc", str(count), *words, *layout, f"train.steps={steps}",
-                       f"output.directory={tmp_path / str(count)}"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-            assert done.returncode == 0, done.stderr[-3000:]
-            figures[count] = json.loads(done.stdout.splitlines()[-1])
-    for name in ("loss", "auc", "logloss", "validation_auc", "validation_logloss"):
-        assert figures[4][name] == pytest.approx(figures[1][name], abs=1e-5), name
-    assert figures[4]["table_rows"] < 0.35 * figures[1]["table_rows"]

@@ -251,7 +251,12 @@ def test_a_state_of_several_users_serves_all_candidates(name, tasks):
     assert np.array_equal(one, alone) and np.abs(found - wanted[own]).max() <= 1e-6
 
 
-@pytest.mark.parametrize("name", MODELS)
+def some(*kept):
+    """All models, but by default those of `kept`: the others have the same law, shown by these for both families."""
+    return [pytest.param(name, marks=() if name in kept else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", some("tml", "rankmixer_experts"))
 @pytest.mark.parametrize(("candidates", "requests"), [(1, 1), (2, 1), (1000, 1), (1000, 5)])
 def test_up_to_a_thousand_candidates_of_one_user_and_of_several(name, candidates, requests, tasks):
     task = tasks(name)
@@ -313,7 +318,7 @@ def batch_of_few_users(task):
     return batch, shared
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some("tml_experts", "tml_pyramid", "rankmixer_experts"))
 def test_loss_and_gradients_by_slices_masks_and_shared_users(name, tasks):
     task = tasks(name)
     model, (batch, shared) = task.network.model, batch_of_few_users(task)

@@ -99,6 +99,26 @@ def test_rows_on_the_host_are_kept_by_id(tmp_path):
                                   tables.tables["item_id"].gather(tables.tables["item_id"].find(keys)))
 
 
+def test_rows_on_the_host_go_to_the_processes_that_own_their_keys(tmp_path):
+    """Of two, together all that the old run had, and no row twice."""
+    from recsys.tables.host import HostTables
+    from recsys.tables.keys import owners
+    from recsys.versions.warm_start import _Move
+    from tests.recsys.tables.test_serving import add_checkpoint as add_hosted
+
+    words = ["data.tables.place=host", f"output.directory={tmp_path / 'old'}", f"data.cache={tmp_path / 'data'}"]
+    log, settings = _settings("dlrm_mlp", *words)
+    tables = add_hosted(tmp_path / "old", settings, log, 1)
+    processes = [HostTables(settings, log.spec, 64, SimpleNamespace(rank=rank, ranks=2)) for rank in range(2)]
+    for process in processes:
+        told = _Move(_described(tmp_path / "old"), log.spec, log.vocabulary).host_tables(process)
+        assert {what for _, what in told} == {"kept"}
+    for name, table in tables.tables.items():
+        held = [process.tables[name].entries().keys for process in processes]
+        assert all((owners(keys, 2) == rank).all() for rank, keys in enumerate(held)), name
+        assert sorted(np.concatenate(held).tolist()) == sorted(table.entries().keys.tolist()), name
+
+
 def _described(folder):
     from recsys.saved_model import describe
 

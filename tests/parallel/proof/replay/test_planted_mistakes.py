@@ -20,9 +20,8 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def layout(root):
+def layout(root, compilers):
     """(world, one-device run, steps) of data 2 x op 2 with optimizer sharding and sequence parallelism."""
-    from parallel.proof.compile.rank_compiler import Compilers
     from parallel.proof.replay.ranks import compile_ranks
     from parallel.proof.replay.reference import OneDevice
     from parallel.proof.replay.settings import with_defaults
@@ -30,8 +29,7 @@ def layout(root):
     config = str(root / CONFIG)
     overrides = with_defaults(config, [*TINY, "parallel.data=2", "parallel.op=2", "parallel.optimizer.shard=-1",
                                        "parallel.sequence=true"])
-    with Compilers(2) as compilers:
-        return compile_ranks(config, overrides, compilers), OneDevice(config, overrides)
+    return compile_ranks(config, overrides, compilers), OneDevice(config, overrides)
 
 
 def planted(world, change):
