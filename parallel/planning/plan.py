@@ -257,9 +257,7 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     best, paper = found.best[0], None
     show(best, planner)
     if own.world == devices:
-        paper = planner.evaluate(own)
-        info(f"the config file's own layout: step {paper.step_seconds:.4g} s, {paper.fullest.total / 1e9:.1f} GB"
-             + (", does not fit" if paper.missing > 0 else "") + f"; it loses by {main_loss(paper, best)}")
+        paper = compare_with_own(planner, own, best)
     text = dump_yaml({"parallel": block(best.config)})
     info(text)
     if arguments.output:
@@ -275,6 +273,19 @@ def run(settings: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.confirm:
         figures |= confirm(arguments.config, arguments.overrides, found)
     return figures
+
+
+def compare_with_own(planner: Planner, own: ParallelConfig, best: Estimate) -> Estimate | None:
+    """The estimate of the config file's own layout, with why it is slower than the best one; None where the model does
+    not have it, as with fewer layers than the file's stages."""
+    try:
+        estimate = planner.evaluate(own)
+    except UserError as error:
+        info(f"the config file's own layout is not this model's: {error}")
+        return None
+    info(f"the config file's own layout: step {estimate.step_seconds:.4g} s, {estimate.fullest.total / 1e9:.1f} GB"
+         + (", does not fit" if estimate.missing > 0 else "") + f"; it loses by {main_loss(estimate, best)}")
+    return estimate
 
 
 def nothing_fits(planner: Planner, found: Search, devices: int) -> UserError:

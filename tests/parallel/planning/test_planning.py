@@ -18,7 +18,7 @@ from parallel.planning.describe import as_on_ascend, describe
 from parallel.planning.hints import hints
 from parallel.planning.memory import Holdings, parameter_slices, stage_figures
 from parallel.planning.mesh import Mesh, redistribution
-from parallel.planning.plan import block, divisors, nothing_fits, search
+from parallel.planning.plan import block, compare_with_own, divisors, nothing_fits, search
 from parallel.planning.planner import planner_for
 from parallel.planning.published import POINTS, check
 from parallel.planning.report import sensitivity, timeline_picture, write_report
@@ -320,6 +320,12 @@ def test_plan_finds_the_best_of_what_it_tried(planner):
         assert seconds[0] <= planner.evaluate(config.resolve()).step_seconds * 1.001
     again = ParallelConfig.model_validate(block(found.best[0].config))
     assert again == found.best[0].config
+
+
+def test_the_files_own_layout_may_be_none_of_the_models(planner, capsys):
+    own = ParallelConfig(pipeline={"stages": 16, "micro_batches": 16}).resolve()
+    assert compare_with_own(planner, own, planner.evaluate(ParallelConfig().resolve())) is None
+    assert "is not this model's" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_reported_with_a_hint(planner):
