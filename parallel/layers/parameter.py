@@ -43,6 +43,7 @@ def parameter(shape: tuple[int, ...], kind: str, scale: float = 1.0, *, dtype: m
     """
     made = Parameter(initializer(Start(kind, scale), shape, dtype), parallel_optimizer=shard_optimizer)
     made.start = (kind, scale)
+    made.sliced = not shape  # MindSpore fails when it gives a single number the shape of its slice
     return made
 
 

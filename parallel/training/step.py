@@ -21,6 +21,7 @@ from parallel.layers.dropout import connect_dropout
 from parallel.layers.fused import squares_kernel
 from parallel.sharding.trainable import Trainable
 from parallel.training.one_stream import last_reduction
+from parallel.training.optimizers.budget import replicas_in_norm
 from parallel.training.optimizers.row_gradients import separated, slots_for
 from parallel.training.optimizers.run import Optimizer
 from parallel.training.settings import LossScaleSettings, TrainSettings
@@ -141,11 +142,11 @@ class GlobalNorm(nn.Cell):
     of the groups is counted k times by the sum, hence divided by k (rule of the released PanGu-alpha code).
 
     Args:
-        replicas: for each gradient, on how many ranks of the groups the same values are.
+        replicas: for each gradient, on how many ranks of the groups the same values are; infinite = it does not count.
         groups: communication groups over which partial sums are added, one after the other.
     """
 
-    def __init__(self, replicas: Sequence[int], groups: Sequence[str] = ()) -> None:
+    def __init__(self, replicas: Sequence[float], groups: Sequence[str] = ()) -> None:
         super().__init__(auto_prefix=False)
         self.shares = tuple(1.0 / count for count in replicas)
         self.map = ops.HyperMap()
@@ -243,7 +244,7 @@ class TrainStep(nn.Cell):
         self.numbered = connect_dropout(network, settings.seed)
         self.gradient = gradient or MeanGradient(BlockGradient(network, parameters, weighted), settings.accumulation,
                                                  group, ranks)
-        self.norm = norm or GlobalNorm([1] * len(parameters))
+        self.norm = norm or GlobalNorm(replicas_in_norm(parameters))
         self.optimizer = optimizer
         self.loss_scale = LossScale(settings.loss_scale, settings.precision)
         self.clip_norm = settings.clip_norm

@@ -14,6 +14,7 @@ from mindspore import dtype as mstype
 
 from parallel.checkpoint.tensors import NamedTensor
 from parallel.training.mindspore_backend import MindSporeBackend
+from parallel.training.optimizers.budget import replicas_in_norm
 from parallel.training.optimizers.run import Optimizer, pick
 from parallel.training.settings import TrainSettings
 from parallel.training.step import GlobalNorm, MeanGradient, TrainStep, times
@@ -71,7 +72,8 @@ class TableStep(TrainStep):
         self.gradient = _DenseMean(self.gradient.block, settings.accumulation, group, ranks, dense)
         self.dense_indices = tuple(index for index, own in enumerate(dense) if own)
         self.window_indices = tuple(index for index, own in enumerate(dense) if not own)
-        self.norm = GlobalNorm([1] * len(self.dense_indices))
+        owned = [parameter for parameter, own in zip(network.trainable_params(), dense, strict=True) if own]
+        self.norm = GlobalNorm(replicas_in_norm(owned))
         self.window_norm = GlobalNorm([1] * len(self.window_indices))
         self.unscaled = False
         self.reduce = ops.AllReduce(ops.ReduceOp.SUM, group) if group is not None and ranks > 1 else None

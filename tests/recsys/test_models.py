@@ -131,9 +131,12 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     ("dlrm_mlp", {"pipeline": {"stages": 2, "micro_batches": 2}}, "no stack of blocks"),
     ("rankmixer", {"pipeline": {"stages": 4, "micro_batches": 4}}, "more stages than layers"),
     ("tokenmixer_large_moe", {"op": 2}, "not sharded along their width"),
+    ("rankmixer model.moe={experts: 2}", {"pipeline": {"stages": 2, "micro_batches": 2}}, "from stage to stage"),
+    ("rankmixer_ug_sep model.moe={experts: 2}", {"pipeline": {"stages": 2, "micro_batches": 2}}, "from stage to stage"),
 ])
 def test_layouts_that_do_not_fit_are_refused(name, parallel, message):
-    _, settings = load_run(CONFIGS / f"{name}.yaml")
+    name, _, more = name.partition(" ")
+    _, settings = load_run(CONFIGS / f"{name}.yaml", [more] if more else [])
     with pytest.raises(UserError, match=message):
         build(settings, ParallelConfig.model_validate(parallel).resolve())
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, ops
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
@@ -33,14 +32,14 @@ class ReluMoE(Layer):
         the
             penalty falls on G_infer alone, and evaluation takes G_infer alone. "single_relu" has one.
         budget: share of gates that should be above 0 in G_infer.
-        penalty, penalty_step: see `adapt`.
+        penalty, penalty_step: lambda at the start, and by what a step moves it (`BudgetFactors`).
         outputs: width of the result; None = D.
 
     Output: (v_TBD, penalty scalar). The biases of the routers start at 1, so that every expert starts active.
 
     Source: RankMixer eq. 10-11; the penalty's rule is that of ReMoE (arXiv 2412.14711): lambda is multiplied by the
-    step while more than the budget is active, and divided while less. The paper gives neither rule nor blend: both were
-    chosen here.
+    step while more than the budget is active, and divided while less; a step counts all of its micro-batches and ranks.
+    The paper gives neither rule nor blend: both were chosen here.
     """
 
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, router: Literal["dtsi", "single_relu"],
@@ -61,12 +60,15 @@ class ReluMoE(Layer):
         if self.two_routers:
             self.train_router = GroupedLinear(tokens, width, experts, layout=layout, gain=0.1)
             self.train_router.bias.start = ("ones", 1.0)
-        # Moved by the forward pass, saved with the parameters.
-        self.factor = Parameter(Tensor(penalty, ms.float32), requires_grad=False)
-        self.budget, self.step = budget, penalty_step
+        self.factor = parameter((), "fill", penalty, shard_optimizer=False)
+        self.factor.budget_step = penalty_step
+        self.budget = budget
         self.relu1, self.relu2, self.blend, self.halve = ops.ReLU(), ops.ReLU(), ops.Add(), ops.Mul()
         self.expand, self.weigh, self.bias, self.add = ops.ExpandDims(), ops.Mul(), ops.BatchMatMul(), ops.Add()
-        self.reshape, self.cast, self.sum, self.mean = ops.Reshape(), ops.Cast(), ops.ReduceSum(), ops.ReduceMean()
+        self.reshape, self.cast = ops.Reshape(), ops.Cast()
+        # Batch first: MindSpore's reductions know the mesh in that order only.
+        self.turn1, self.turn2 = ops.Transpose(), ops.Transpose()
+        self.share, self.height = ops.ReduceMean(), ops.ReduceMean()
         self.active, self.spread = ops.Greater(), ops.Gather()
         kernels = library(compute_dtype)
         self.fused = FusedGatedExperts(kernels) if kernels is not None else None
@@ -102,12 +104,14 @@ class ReluMoE(Layer):
         return self.add(v_TBD, self.cast(self.bias(gates_TBE, self.expert_bias), v_TBD.dtype))
 
     def adapt(self, infer_TBE: Tensor) -> Tensor:
-        """lambda x (sum of the gates, mean over the batch), and lambda moved towards the budget for the next step."""
-        used = self.mean(self.cast(self.active(ops.stop_gradient(infer_TBE), 0.0), mstype.float32))
-        factor = ops.stop_gradient(self.factor * 1.0)
-        moved = ops.select(used > self.budget, factor * self.step, factor / self.step)
-        penalty = factor * self.sum(infer_TBE) / infer_TBE.shape[1]
-        return ops.depend(penalty, ops.assign(self.factor, moved))
+        """lambda x (sum of the gates, mean over the batch). What is added to it is 0, with the gradient by lambda that
+        `BudgetFactors` moves it by: the share of gates above 0 less the budget."""
+        above_TBE = self.cast(self.active(ops.stop_gradient(infer_TBE), 0.0), mstype.float32)
+        used = self.share(self.turn1(above_TBE, (1, 0, 2)))
+        factor = self.factor * 1.0
+        held = ops.stop_gradient(factor)
+        penalty = held * (self.height(self.turn2(infer_TBE, (1, 0, 2))) * (self.tokens * self.experts))
+        return penalty + (factor - held) * ops.stop_gradient(used - self.budget)
 
     @property
     def flops_per_sample(self) -> int:
@@ -124,9 +128,10 @@ class ReluMoE(Layer):
     def sharding(self) -> list[OpSharding]:
         tokens, batch, _ = self.layout.inner
         row, plane = (tokens, batch, None), (tokens, batch, None, None)
+        first = (batch, self.layout.tokens_after_batch, None)
         return [OpSharding(self.relu1, (row,)), OpSharding(self.relu2, (row,)), OpSharding(self.blend, (row, row)),
                 OpSharding(self.expand, (row,)), OpSharding(self.halve, (row, ())),
                 OpSharding(self.weigh, (plane, plane)), OpSharding(self.add, (row, row)),
                 OpSharding(self.bias, (row, (tokens, None, None)), weights=(None, "expert_bias")),
-                OpSharding(self.sum, (row,)),
-                OpSharding(self.active, (row, ())), OpSharding(self.mean, (row,))]
+                OpSharding(self.active, (row, ())), OpSharding(self.turn1, (row,)), OpSharding(self.turn2, (row,)),
+                OpSharding(self.share, (first,)), OpSharding(self.height, (first,))]

@@ -399,12 +399,8 @@ def _held(network: Any) -> list[list]:
 
 
 def _start_of(item: Any) -> list:
-    """How a parameter starts; a UserError for one that a layer sets and moves by itself (`ReluMoE`'s factor)."""
-    start = getattr(item, "start", None)
-    if start is None:
-        raise UserError("a layer sets this number and moves it while it trains, which graphs compiled apart cannot",
-                        where=item.name, hint="leave the layer out (RankMixer: model.moe)")
-    return list(start)
+    """How a parameter starts (`parallel.layers.parameter`)."""
+    return list(item.start)
 
 
 def _build(request: Request) -> tuple[Any, Any, Any]:

@@ -8,6 +8,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.common.errors import UserError
 from parallel.layers.embedding import RowTable
+from parallel.training.optimizers.budget import BudgetFactors, holds_budget
 from parallel.training.optimizers.dense import OPTIMIZERS, HandOver
 from parallel.training.optimizers.rows import ROW_OPTIMIZERS
 from parallel.training.schedules import LearningRate
@@ -26,7 +27,7 @@ class Optimizer(nn.Cell):
         parameters: the trainable parameters, in the order of the gradients.
         settings: optimizer of the parameters that no group claims.
         steps: steps of the run (end of the learning-rate decay unless the schedule says otherwise).
-        groups: pairs (claims(parameter) -> bool, settings), tried in order.
+        groups: pairs (claims(parameter) -> bool, settings), tried in order; factors that hold a budget are a last one.
         tables: layers whose gradients are of rows; a group that claims one's table claims all of them and no others.
         handed: owns the parameters of the only group, instead of its settings' optimizer.
     """
@@ -38,6 +39,7 @@ class Optimizer(nn.Cell):
         parameters = list(parameters)
         if not parameters:
             raise UserError("the network has no trainable parameter", where="optimizer")
+        budgets, groups = len(groups), [*groups, (holds_budget, settings)]
         owners = [next((g for g, (claims, _) in enumerate(groups) if claims(p)), len(groups)) for p in parameters]
         choices = [*(own for _, own in groups), settings]
         own_tables = {id(table.table) for table in tables}
@@ -52,6 +54,8 @@ class Optimizer(nn.Cell):
                 self.by_rows += (bool(own_tables & set(map(id, mine))),)
                 if handed is not None and group == 0:
                     cells.append(handed)
+                elif group == budgets:
+                    cells.append(BudgetFactors(mine))
                 elif self.by_rows[-1]:
                     cells.append(ROW_OPTIMIZERS[own.name](mine, own, [table.accumulator for table in tables]))
                 else:

@@ -23,6 +23,7 @@ from parallel.sharding.parallelize import parallelize
 from parallel.sharding.trainable import shared_parameters
 from parallel.task import Input, Task
 from parallel.training.one_stream import on_gpu
+from parallel.training.optimizers.budget import holds_budget
 from parallel.training.optimizers.row_gradients import row_tables, separated, slots_for
 from parallel.training.optimizers.run import run_optimizer
 from parallel.training.settings import TrainSettings
@@ -127,6 +128,8 @@ class PipelineGradient(FullGradient):
         super().__init__(wrapped, parameters)
         # The partitioner finds these by name and adds each micro-batch's gradient to them.
         self.accumulated = parameters.clone("accu_grads", init="zeros")
+        for item in self.accumulated:
+            item.sliced = not item.shape
         self.sharded = config.optimizer_shard > 1
         self.sum_over_stages = SumOverStages(config) if many else None
         self.map, self.on_gpu = ops.HyperMap(), on_gpu()
@@ -247,7 +250,8 @@ def sharded_step(task: Task, settings: TrainSettings, config: ParallelConfig, *,
         parameters = ParameterTuple(held_parameters(network))
         gradient = gradient_of(network, parameters, config, count, task.inputs, reuse)
         optimizer = run_optimizer(parameters, settings, task.is_sparse, row_tables(network), given=task.given)
-        given = [i for i in range(len(parameters)) if task.given and task.is_sparse(parameters[i].name)]
+        given = [i for i in range(len(parameters)) if holds_budget(parameters[i])
+                 or (task.given and task.is_sparse(parameters[i].name))]
         left_out = tuple(sorted({*borrowed(network, parameters, config), *given}, reverse=True))
         step = ShardedStep(network, optimizer, settings, gradient=gradient, norm=ShardedNorm(left_out))
     degree = [(config.data, *[1] * (len(item.shape) - 1)) for item in task.inputs]

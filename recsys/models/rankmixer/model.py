@@ -100,6 +100,13 @@ def network(settings: RankMixerSettings, tokens: int, inputs: int, inner: int, o
                    compute_dtype=compute_dtype)
 
 
+def check_gates(moe: ReluMoESettings | None, parallel: ParallelConfig) -> None:
+    """Raises a `UserError` where gates have a penalty that would have to go from stage to stage."""
+    if moe is not None and parallel.pipeline.stages > 1:
+        raise UserError("the penalty of the experts' gates does not go from stage to stage", where="model.moe",
+                        value=f"{moe.experts} experts", hint="set it to null, or train without stages")
+
+
 class RankMixerBlock(nn.Cell):
     """S = LN(TokenMixing(X) + X); X' = LN(PFFN(S) + S), norm after the residual (eq. 1)."""
 
@@ -165,6 +172,10 @@ class RankMixer(Ranker):
             if self.sparse:
                 penalties += (penalty,)
         return self.pool(x_TBD), (), penalties
+
+    def check_layout(self, parallel: ParallelConfig, batch: int) -> None:
+        check_gates(self.settings.moe, parallel)
+        super().check_layout(parallel, batch)
 
     def check_op(self, parallel: ParallelConfig, batch: int) -> None:
         check_token_axes(self.settings, parallel, batch, {self.settings.tokens})

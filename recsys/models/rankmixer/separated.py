@@ -14,10 +14,11 @@ from mindspore import dtype as mstype
 from parallel.common.errors import UserError
 from parallel.layers.grouped import Add, TokenLayout
 from parallel.layers.norm import LayerNorm
+from parallel.sharding.config import ParallelConfig
 from recsys.data.features import FeatureSpec
 from recsys.layers.embedding import group_widths
 from recsys.layers.tokenization import SliceTokenizer
-from recsys.models.rankmixer.model import RankMixerSettings, network
+from recsys.models.rankmixer.model import RankMixerSettings, check_gates, network
 from recsys.ug_sep.compensation import Compensation
 from recsys.ug_sep.layers import Beside, Blank, Repeat, Shape, Take
 from recsys.ug_sep.mixing import TwoSidedMixing
@@ -158,6 +159,10 @@ class SeparatedRankMixer(SeparatedRanker):
                                    for before, after in zip(path[:-1], path[1:], strict=True)])
         self.sparse = settings.moe is not None
         self.finish(path, list(self.tokenize.components))
+
+    def check_layout(self, parallel: ParallelConfig, batch: int) -> None:
+        check_gates(self.settings.moe, parallel)
+        super().check_layout(parallel, batch)
 
     def _counts(self, users: dict[str, int], groups: dict[str, int]) -> Shape:
         settings = self.settings

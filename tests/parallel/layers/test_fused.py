@@ -99,7 +99,7 @@ def test_primitive_equals_plain_operations(name, training, monkeypatch):
     for key, value in theirs.items():
         scale = max(1.0, np.abs(value).max())
         np.testing.assert_allclose(ours[key], value, atol=1e-5 * scale, err_msg=key)
-        if training:
+        if training and key != "factor":  # whose gradient is 0 where the budget is met
             assert np.abs(value).max() > 0, key
 
 

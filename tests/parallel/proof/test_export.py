@@ -59,12 +59,3 @@ def test_a_program_keeps_the_settings_of_the_run_that_asked_for_it(tmp_path, mon
     assert [program.parallel["execution"] for program in (first, second)] == ["exact", "eager"]
     assert second.tree["overrides"][-1] == "parallel.execution=eager"
     assert second.graph(0).nodes
-
-
-def test_a_layer_that_moves_a_number_by_itself_is_one_line(tmp_path):
-    words = ["export", "--config", str(ROOT / "configs/recsys/rankmixer.yaml"), "--output", str(tmp_path / "out"),
-             "--graphs", "step", "model.moe={experts: 2, router: dtsi}", "data.synthetic.samples=2000",
-             f"data.cache={tmp_path / 'cache'}"]
-    code, _, errors = run_command("parallel", words)
-    assert code == 2 and "Traceback" not in errors
-    assert "error: layers.0.network.factor: a layer sets this number" in errors

@@ -11,6 +11,7 @@ from parallel.layers.experts.relu_moe import ReluMoE
 from parallel.layers.grouped import GroupedFeedForward, GroupedSwiGLU, TokenLayout
 from parallel.layers.norm import LayerNorm, RMSNorm
 from parallel.layers.parameter import initialize
+from parallel.training.optimizers.budget import BudgetFactors
 from recsys.layers.mixing import TokenMixing
 from recsys.models.rankmixer.model import RankMixerBlock, RankMixerSettings, ReluMoESettings
 from recsys.models.tokenmixer_large.model import SparseMoESettings, TokenMixerBlock, TokenMixerLargeSettings
@@ -238,10 +239,13 @@ def test_relu_moe_equals_numpy_and_both_routers_learn():
     moe.set_train()
     y, penalty = moe(Tensor(x))
     close(y, mixed((gates("train_router") + gates("infer_router")) / 2))
-    assert penalty.asnumpy() == pytest.approx(0.25 * gates("infer_router").sum() / BATCH, rel=1e-5)
+    assert penalty.asnumpy() == pytest.approx(p["factor"] * gates("infer_router").sum() / BATCH, rel=1e-5)
     used = (gates("infer_router") > 0).mean()
-    assert moe.factor.asnumpy() == (0.5 if used > 0.5 else 0.125)
-    weights = ms.ParameterTuple(moe.trainable_params())
+    toward = ops.grad(lambda s: moe(s)[1], None, ms.ParameterTuple([moe.factor]))(Tensor(x))[0]
+    assert toward.asnumpy() == pytest.approx(used - 0.5, abs=1e-6)
+    BudgetFactors([moe.factor])((toward,), Tensor(0.1), Tensor(0))
+    assert moe.factor.asnumpy() == pytest.approx(p["factor"] * (2.0 if used > 0.5 else 0.5))
+    weights = ms.ParameterTuple([item for item in moe.trainable_params() if item is not moe.factor])
     gradients = ops.grad(lambda s: ops.square(moe(s)[0]).sum(), None, weights)(Tensor(x))
     for parameter, gradient in zip(weights, gradients, strict=True):
         assert np.abs(gradient.asnumpy()).max() > 0, parameter.name
