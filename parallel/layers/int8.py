@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import GroupedMatmul
 
 from parallel.checkpoint.full import Checkpoint, load_parameters
 from parallel.common.errors import UserError
 from parallel.common.native import build_library
 from parallel.common.progress import info
 from parallel.layers.experts.moe import Permutation, SparsePertokenMoE
+from parallel.layers.experts.routed import CapacityExperts, DroplessExperts
 from parallel.layers.grouped import GroupedLinear, GroupedSwiGLU, Swish
 from parallel.layers.int8_numbers import GROUP, SCALE, count_groups, dequantize, error_of, panels, quantize
 from parallel.layers.linear import Linear
@@ -93,13 +96,23 @@ class Int8Product(nn.Cell):
         self.weight = Parameter(Tensor(made), name=name, requires_grad=False)
 
     def _prepare_on_ascend(self) -> None:
-        if self.experts:
-            raise UserError("int8 experts run on the CPU only so far", where="quantized checkpoint",
-                            hint="serve the float checkpoint on this device")
         from mindspore.ops.auto_generate import WeightQuantBatchMatmul
 
+        if is_first_910(device_name()) or (self.experts and self.groups > 1):
+            what = f"{device_name()} has no product with int8 weights" if self.groups == 1 or not self.experts else \
+                "experts have no product with a scale for each group of inputs"
+            info(f"{what}: {self.name} is widened to float16 when it is loaded, neither faster nor smaller")
+            self.widen()
+            return
         self.mode = "ascend"
-        self.product = WeightQuantBatchMatmul(False, False, 0 if self.groups == 1 else GROUP)
+        if not self.experts:
+            self.product = WeightQuantBatchMatmul(False, False, 0 if self.groups == 1 else GROUP)
+
+    def widen(self) -> None:
+        """Puts float16 weights in place of the int8 ones."""
+        made, name, self.mode = dequantize(self.weight.asnumpy(), self.scale.asnumpy()), self.weight.name, "widened"
+        del self.weight
+        self.weight = Parameter(Tensor(made, mstype.float16), name=name, requires_grad=False)
 
     def construct(self, x_TMK: Tensor, counts_TR: Tensor | None = None) -> Tensor:
         if self.mode == "kernel":
@@ -121,6 +134,35 @@ class Int8Product(nn.Cell):
             own = scale[token, 0] if self.groups == 1 else scale[token]
             y += (self.product(x_TMK[token], self.weight[token], own, None, None, None, None),)
         return self.stack(y)
+
+
+def device_name() -> str:
+    """Name of the Ascend chip, "" where there is none to ask."""
+    try:
+        return mindspore.hal.get_device_name(0, "Ascend")
+    except (RuntimeError, ValueError):
+        return ""
+
+
+def is_first_910(name: str) -> bool:
+    """Whether a chip is of the Atlas training series (the Ascend 910 without a digit behind its letter), for which CANN
+    has neither WeightQuantBatchMatmul nor GroupedMatmul."""
+    return re.fullmatch(r"Ascend910(A|B|ProA|ProB|PremiumA)?", name) is not None
+
+
+class Int8Rows(nn.Cell):
+    """`ExpertProduct` with the int8 weights of a product that has one scale for an output; float16 in and out."""
+
+    def __init__(self, product: Int8Product) -> None:
+        super().__init__(auto_prefix=False)
+        self.scale, self.outputs = product.scale, product.shape[-1]
+        self.product, self.cast, self.reshape = GroupedMatmul(split_item=3, group_type=0), ops.Cast(), ops.Reshape()
+
+    def construct(self, x_NI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+        scale_EO = self.cast(self.reshape(self.scale, (-1, self.outputs)), mstype.float16)
+        offset_EO = ops.zeros_like(scale_EO)
+        return self.product([self.cast(x_NI, mstype.float16)], [w_EIO], None, None, None, [scale_EO], [offset_EO],
+                            ends_E)[0]
 
 
 def _float_experts() -> nn.Cell:
@@ -223,6 +265,24 @@ class QuantizedMoE(nn.Cell):
         self.plan, self.swish = Permutation(moe.routed), Swish((None, None, None))
         self.softmax, self.top, self.sum = ops.Softmax(-1), ops.TopK(), ops.ReduceSum(True)
         self.gather, self.reshape, self.total, self.cast = ops.Gather(), ops.Reshape(), ops.ReduceSum(), ops.Cast()
+        self.tokens, self.on_device = moe.tokens, None
+
+    def place(self) -> None:
+        """Takes the form of a device that runs no Python, once the weights are in its order: rows sorted by expert, or
+        padded where the weights are widened."""
+        products = (self.gate_product, self.up_product, self.down_product)
+        modes = {product.mode for product in products}
+        if not modes & {"ascend", "widened"}:
+            return
+        if "widened" in modes:
+            for product in products:
+                if product.mode == "ascend":
+                    product.widen()
+            self.on_device = CapacityExperts(self.tokens, self.routed, self.routed)
+        else:
+            self.on_device = DroplessExperts(self.tokens, self.routed, self.routed)
+            self.on_device.grouped1, self.on_device.grouped2, self.on_device.grouped3 = map(Int8Rows, products)
+        self.on_device.set_train(False)
 
     def construct(self, x_TBD: Tensor) -> Tensor:
         tokens, batch, width = x_TBD.shape
@@ -230,6 +290,11 @@ class QuantizedMoE(nn.Cell):
         gates_TBA, chosen_TBA = self.top(self.softmax(self.cast(self.router(x_TBD), mstype.float32)), self.chosen)
         if self.chosen >= 2:
             gates_TBA = gates_TBA / self.sum(gates_TBA, -1)
+        if self.on_device is not None:
+            x_half, gates_half = self.cast(x_TBD, mstype.float16), self.cast(gates_TBA * self.alpha, mstype.float16)
+            routed = self.on_device(x_half, chosen_TBA, gates_half, self.gate_product.weight, self.up_product.weight,
+                                    self.down_product.weight)
+            return self.cast(routed, x_TBD.dtype) + self.cast(self.shared(x_TBD), x_TBD.dtype)
         source_TN, place_TBA, counts_TR = self.plan(chosen_TBA)
         rows_TND = self.reshape(self.gather(self.reshape(x_TBD, (tokens * batch, width)), source_TN, 0),
                                 (tokens, batch * self.chosen, width))
@@ -344,7 +409,8 @@ def relative_error(weight: np.ndarray, product: Int8Product) -> float:
 
 
 def prepare(model: nn.Cell) -> str | None:
-    """Brings all int8 weights into the order of the device; "kernel", "float32", "ascend", or None without any."""
+    """Brings all int8 weights into the order of the device; "kernel", "float32", "ascend", "widened" (Ascend 910), or
+    None without any."""
     modes = set()
     for product in products(model):
         product.prepare()
@@ -352,6 +418,8 @@ def prepare(model: nn.Cell) -> str | None:
     for _, cell in model.cells_and_names():
         if isinstance(cell, QuantizedNetwork):
             cell.fuse()
+        if isinstance(cell, QuantizedMoE):
+            cell.place()
     if "float32" in modes and library() is None and os.environ.get("PANGU_KERNELS", "1") == "0":
         info("PANGU_KERNELS=0: int8 weights are widened to float32 when they are loaded")
     return next(iter(modes), None)

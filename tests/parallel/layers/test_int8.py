@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import shutil
 
+import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import Tensor, nn
 
 from parallel.common.errors import UserError
 from parallel.layers import int8
+from parallel.layers.experts.moe import SparsePertokenMoE
 from parallel.layers.int8_numbers import GROUP, dequantize, panels, quantize
+from parallel.layers.parameter import initialize
 
 PATHS = ("auto", "avx512", "avx2", "portable")
 # Tokens, rows, inputs, outputs: none a multiple of a vector, a panel or a block, some smaller than one.
@@ -176,6 +180,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.common.api import _cell_graph_executor
+from parallel.layers import int8
+from parallel.layers.experts.moe import SparsePertokenMoE
 from parallel.layers.int8 import Int8Product
 
 ms.set_context(mode=ms.GRAPH_MODE)
@@ -197,8 +203,47 @@ for groups in (1, 2):
     assert product.mode == "ascend"
     net = Net(product).set_train(False)
     _cell_graph_executor.compile(net, Tensor(np.ones((3, 5, 256)), ms.float16), phase="predict")
+for name, groups, mode, form in (("", 1, "ascend", "DroplessExperts"), ("", 2, "widened", "CapacityExperts"),
+                                 ("Ascend910ProA", 1, "widened", "CapacityExperts")):
+    int8.device_name = lambda name=name: name
+    moe = SparsePertokenMoE(3, 256, 1024, experts=4, active=3, dispatch="capacity", compute_dtype=ms.float16)
+    moe = int8.QuantizedMoE(moe, (groups, groups))
+    for product in int8.products(moe):
+        product.prepare()
+        assert product.mode == mode, product.mode
+    moe.place()
+    assert type(moe.on_device).__name__ == form
+    _cell_graph_executor.compile(Net(moe).set_train(False), Tensor(np.ones((3, 5, 256)), ms.float16), phase="predict")
 print("compiled")
 """
+
+
+def test_experts_on_a_device_without_int8_products_give_what_the_cpu_gives(monkeypatch, capsys):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    x = Tensor(np.random.default_rng(0).standard_normal((3, 6, 32)).astype(np.float32))
+    results = []
+    for chip in (None, "Ascend910A"):
+        moe = SparsePertokenMoE(3, 32, 64, experts=4, active=3, down_gain=1.0)
+        initialize(moe, 1)
+        net = nn.SequentialCell([moe])
+        int8.quantize_model(net, int8.swap(net))
+        if chip is not None:
+            monkeypatch.setattr(int8, "device_name", lambda chip=chip: chip)
+            for product in int8.products(net):
+                if product.experts:
+                    product._prepare_on_ascend()
+            net[0].place()
+        else:
+            int8.prepare(net)
+        results.append(net(x).asnumpy())
+    assert np.abs(results[0] - results[1]).max() < 5e-3 * np.abs(results[0]).max()
+    assert "Ascend910A has no product with int8 weights" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("name", "first"), [("Ascend910A", True), ("Ascend910ProB", True), ("Ascend910B", True),
+                                             ("Ascend910B2", False), ("Ascend910_9391", False), ("", False)])
+def test_the_first_910_is_known_by_its_name(name, first):
+    assert int8.is_first_910(name) == first
 
 
 def test_ascends_own_product_compiles(tmp_path):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import pytest
 
+from parallel.checkpoint.folder import list_checkpoints
 from recsys.data.log import prepare
 from recsys.saved_model import load
 from tests.recsys.runs import body_of
-from tests.recsys.tables.test_host import HOST, TINY
+from tests.recsys.tables.test_host import HOST, TINY, same_files
 
 pytestmark = pytest.mark.slow
 CONFIG = "configs/recsys/dlrm_mlp.yaml"
@@ -120,3 +124,23 @@ def test_four_processes_start_from_what_four_wrote(runs):
     for name in ("loss", "auc", "logloss", "validation_auc"):
         assert found[4][name] == pytest.approx(found[1][name], abs=1e-5), name
     assert found[4]["table_rows"] < 0.35 * found[1]["table_rows"]
+
+
+def test_four_processes_that_are_killed_go_on_bit_for_bit(runs):
+    """SIGKILL to all after a checkpoint; what the resumed run ends with is what the other one did."""
+    folder, words, _ = runs
+    killed = folder / "killed"
+    command = ["parallel", "launch", "--config", CONFIG, "--nproc", "4", *words, "parallel.data=2", "parallel.op=2",
+               "train.steps=12", "output.checkpoint_every=2", f"output.directory={killed}"]
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list_checkpoints(killed / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    for pid in (process.pid, *map(int, children.split())):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert list_checkpoints(killed / "checkpoints")[-1].name < "step_00000012"
+    figures_of(*command)
+    same_files(folder / "4" / "checkpoints" / "step_00000012", killed / "checkpoints" / "step_00000012")
