@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,21 +27,26 @@ class Ranks(Protocol):
         ...
 
 
-def good_checkpoint(directory: str | Path) -> Path | None:
+Check = Callable[[Path, int, int], None]
+"""Raises a `UserError` where one of several processes (number, how many) finds files of others damaged."""
+
+
+def good_checkpoint(directory: str | Path, also: Check | None = None) -> Path | None:
     """The newest checkpoint of `directory` all of whose data are what was written; None if there is none at all.
 
     Reads every byte of the newest (and of older ones as long as the newer are damaged). Each damaged one is reported on
     stderr with what is wrong and what is taken instead. What killed processes left half-made there is removed first.
+    `also` looks at files of others in a checkpoint (`parallel.training.companions`).
 
     Raises:
         UserError: there are checkpoints and all are damaged.
     """
     sweep(directory)
     found = list_checkpoints(directory)
-    return newest_undamaged(found, _damage) if found else None
+    return newest_undamaged(found, partial(_damage, also=also)) if found else None
 
 
-def agreed_checkpoint(directory: str | Path, backend: Ranks, disks: Disks) -> Path | None:
+def agreed_checkpoint(directory: str | Path, backend: Ranks, disks: Disks, also: Check | None = None) -> Path | None:
     """`good_checkpoint` of a run of many processes, the same on all; each reads its share of the bytes on its disk.
 
     Raises:
@@ -50,11 +56,11 @@ def agreed_checkpoint(directory: str | Path, backend: Ranks, disks: Disks) -> Pa
         sweep(directory)
         sweep_shared(Path(directory))
     if backend.ranks == 1:
-        return good_checkpoint(directory)
+        return good_checkpoint(directory, also)
     first, steps = None, _steps_of_chief(directory, backend)
     for step in steps:
         path = checkpoint_path(directory, step)
-        error = _damage(path, backend.rank % disks.each, disks.each, disks.count > 1)
+        error = _damage(path, backend.rank % disks.each, disks.each, disks.count > 1, also)
         bad = [rank for rank, wrong in enumerate(_gathered(backend, error is not None)) if wrong]
         if not bad:
             if first is not None and backend.rank == 0:
@@ -88,9 +94,12 @@ def _gathered(backend: Ranks, wrong: bool) -> list[float]:
     return backend.exchange(own)
 
 
-def _damage(path: Path, part: int = 0, parts: int = 1, partial: bool = False) -> UserError | None:
+def _damage(path: Path, part: int = 0, parts: int = 1, partial: bool = False,
+            also: Check | None = None) -> UserError | None:
     try:
         Slices(path, partial=partial).check(part, parts)
+        if also is not None:
+            also(path, part, parts)
     except UserError as error:
         return error
     except OSError as error:

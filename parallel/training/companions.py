@@ -40,6 +40,13 @@ class Companion:
         """Called by the process that writes a checkpoint, to put files of its own into its folder before it is
         complete."""
 
+    def check_files(self, folder: Path, part: int, parts: int) -> None:
+        """Called before a checkpoint is chosen to go on from, on each of `parts` processes, which share the files.
+
+        Raises:
+            UserError: a file is missing or damaged; then an earlier checkpoint is looked at.
+        """
+
     def restore_files(self, folder: Path) -> None:
         """Called on every rank with the checkpoint that a run goes on from, before `restore`.
 

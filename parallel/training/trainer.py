@@ -329,7 +329,7 @@ class Trainer:
         if int(os.environ.get(RESTARTS, "0")) and list_checkpoints(self.checkpoints):
             resume = "auto"  # where it began, this run began from something else, and has come further since
         if resume == "auto":
-            path = agreed_checkpoint(self.checkpoints, self.backend, self.saver.disks)
+            path = agreed_checkpoint(self.checkpoints, self.backend, self.saver.disks, self._check_files)
         elif resume != "never":
             path = resolve_checkpoint(resume)
         elif found := list_checkpoints(self.checkpoints):
@@ -344,6 +344,10 @@ class Trainer:
             info(f"going on from {path} (step {self.iteration})")
             if self.iteration >= self.settings.steps:
                 info(f"nothing is left to train: train.steps is {self.settings.steps}")
+
+    def _check_files(self, path: Path, part: int, parts: int) -> None:
+        for companion in self.companions:
+            companion.check_files(path, part, parts)
 
     def _load(self, path: Path) -> None:
         extents = self.backend.holder.extents if self.backend.holder is not None else None

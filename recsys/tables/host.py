@@ -25,7 +25,7 @@ from recsys.data.features import FIRST_KNOWN, FeatureSpec
 from recsys.tables.columns import KeyColumns, TablePlan, plans, window_spec
 from recsys.tables.dynamic import DynamicTable
 from recsys.tables.exchange import Alone, Exchange
-from recsys.tables.files import read_tables, stage_tables, take_staged
+from recsys.tables.files import read_entries, read_tables, stage_tables, table_files, take_staged
 from recsys.tables.keys import MISSING_KEY, UNSEEN_KEY, owners
 from recsys.tables.native import add_rows, unique
 from recsys.tables.optimizer import TableOptimizer
@@ -319,6 +319,16 @@ class HostTables(Companion):
     def add_files(self, folder: Path) -> None:
         """Moves what all processes wrote into the checkpoint."""
         take_staged(self._staged, folder)
+
+    def check_files(self, folder: Path, part: int, parts: int) -> None:
+        """Compares the tables of a checkpoint with their checksums.
+
+        Raises:
+            UserError: one is missing or damaged.
+        """
+        files = [file for own in table_files(folder).values() for file in own]
+        for file in files[part::parts]:
+            read_entries(file)
 
     def restore_files(self, folder: Path) -> None:
         """Takes the rows of a checkpoint whose keys are this process's.

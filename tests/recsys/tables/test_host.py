@@ -259,11 +259,22 @@ def _copy_starts(network, spec, settings) -> None:
         item.table.set_data(Tensor(values))
 
 
-def test_dynamic_ids_from_the_log_to_the_score(tmp_path, graph_mode):
-    """The synthetic log with users and items as dynamic ids, a strict admission and sweeps."""
-    words = (*HOST, "train.steps=6", "train.validate_every=6", "data.tables.sweep_every=2", "train.keep_best=null")
-    figures, settings = train(tmp_path / "run", *words, *_dynamic(settings_of()))
+def test_dynamic_ids_from_the_log_to_the_score(tmp_path, graph_mode, capsys):
+    """The synthetic log with users and items as dynamic ids, a strict admission and sweeps; then a table of the newest
+    checkpoint is damaged, and the run goes on from the one before."""
+    words = (*HOST, "train.validate_every=6", "data.tables.sweep_every=2", "train.keep_best=null",
+             "output.checkpoint_every=3", *_dynamic(settings_of()))
+    figures, settings = train(tmp_path / "run", *words, "train.steps=6")
     assert figures["table_waiting"] > 0 and figures["table_rows"] > 20 and 0.0 < figures["logloss"] < 2.0
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    good = {path.name: path.read_bytes() for path in newest.rglob("*.safetensors")}
+    table = next(newest.rglob("user_id-*.safetensors"))
+    table.write_bytes(good[table.name][:-9] + bytes([good[table.name][-9] ^ 1]) + good[table.name][-8:])
+    capsys.readouterr()
+    train(tmp_path / "run", *words, "train.steps=6")
+    said = capsys.readouterr().err
+    assert "step_00000006 is damaged and passed over" in said and "step 3)" in said, said
+    assert {path.name: path.read_bytes() for path in newest.rglob("*.safetensors")} == good
 
 
 def _dynamic(settings) -> list[str]:
