@@ -181,6 +181,7 @@ UPDATES = {
     "AdamWeightDecay": [P, X, Q, 0.1, 0.9, 0.99, 1e-6, 0.01, Y], "Assign": [X, Y], "AssignAdd": [X, Y],
     "AssignSub": [X, Y], "InplaceZero": [X], "InplaceCopy": [X, floats(4)],
     "ScatterUpdate": [X, lambda generator: generator.permutation(3)[:2].astype(np.int32), floats(2, 4)],
+    "ScatterSub": [X, lambda generator: np.array([2, 0, 2], np.int32), floats(3, 4)],
 }  # fmt: skip
 
 
