@@ -38,8 +38,8 @@ MODELS = {
 }
 # With seed 1 and four layers one input of one ReLU is within rounding of 0 (docs/replay.md).
 MODELS["recsys/longer"] += " train.seed=2"
-# On one rank MindSpore adds up the gradients of a DHEN layer's input in another order if the layer is not recomputed; the
-# MoE ranker differs there by rounding too (5e-15 in float64), and on two ranks by no bit.
+# On one rank MindSpore adds up the gradients of a DHEN layer's input in another order if the layer is not recomputed;
+# the MoE ranker differs there by rounding too (5e-15 in float64), and on two ranks by no bit.
 OTHER_ORDER = {("recsys/dhen", "recompute"), ("recsys/tokenmixer_large_moe", "recompute")}
 
 
