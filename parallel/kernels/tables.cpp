@@ -177,6 +177,9 @@ struct Table {
   float& count(int64_t row) const { return state(row)[states]; }
   uint32_t& seen(int64_t row) const { return reinterpret_cast<uint32_t*>(state(row))[states + 1]; }
 
+  // Whether a sweep with these bounds frees a row that holds a key.
+  bool expires(int64_t row, uint32_t oldest, double least) const { return seen(row) < oldest || count(row) < least; }
+
   void ask_for(int64_t row) const {
     const char* from = reinterpret_cast<const char*>(values(row));
     for (int64_t at = 0; at < stride() * 4; at += 64) __builtin_prefetch(from + at, 1);
@@ -471,7 +474,7 @@ int64_t table_sweep(void* handle, uint32_t oldest, double least, double decay, i
   if (table.direct) {
     for (int64_t row = kSpecial; row < table.rows; ++row) {
       if (table.seen(row) == 0) continue;
-      if (table.seen(row) < oldest || table.count(row) < least) {
+      if (table.expires(row, oldest, least)) {
         table.seen(row) = 0;
         --table.admitted;
         ++removed;
@@ -485,7 +488,7 @@ int64_t table_sweep(void* handle, uint32_t oldest, double least, double decay, i
   for (uint64_t at = 0; at < table.slots; ++at) {
     const Slot& one = table.slot[at];
     if (one.key == kFree || one.key < always) continue;
-    if (one.row < 0 ? one.seen < oldest : (table.seen(one.row) < oldest || table.count(one.row) < least)) {
+    if (one.row < 0 ? one.seen < oldest : table.expires(one.row, oldest, least)) {
       leaving.push_back(one.key);
     } else if (one.row >= 0) {
       table.count(one.row) = static_cast<float>(table.count(one.row) * decay);
@@ -506,7 +509,7 @@ int64_t table_sweep(void* handle, uint32_t oldest, double least, double decay, i
 // Which of n rows that hold a key a sweep with these bounds would free.
 void table_expires(void* handle, const int32_t* rows, int64_t n, uint32_t oldest, double least, uint8_t* out) {
   const Table& table = *static_cast<Table*>(handle);
-  for (int64_t i = 0; i < n; ++i) out[i] = table.seen(rows[i]) < oldest || table.count(rows[i]) < least;
+  for (int64_t i = 0; i < n; ++i) out[i] = table.expires(rows[i], oldest, least);
 }
 
 // The table's entries in the order of its rows, then those that wait for admission (row -1) in the order of their keys:

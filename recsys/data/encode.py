@@ -92,10 +92,14 @@ class RowErrors:
         if self.strict:
             index = int(np.flatnonzero(bad)[0])
             value = values[index].as_py() if isinstance(values, (pa.Array, pa.ChunkedArray)) else values[index]
-            raise UserError(f"{what} in column '{column}'", where=f"{self.where}, row {int(self.rows[index]) + 1}",
-                            value=value, hint="repair the row, or set data.on_bad_row: skip")
+            raise UserError(f"{what} in column '{column}'", where=self.place(int(self.rows[index])), value=value,
+                            hint="repair the row, or set data.on_bad_row: skip")
         self.report.skipped[f"{column}: {what}"] += int((bad & ~self.bad).sum())
         self.bad |= bad
+
+    def place(self, row: int) -> str:
+        """Where a row is, for its error."""
+        return f"{self.where}, row {row + 1}"
 
 
 def column(table: pa.Table, name: str, where: str) -> pa.Array:
@@ -177,13 +181,15 @@ class Encoder:
         on_bad_row: "error" stops at the first bad row, "skip" counts it.
     """
 
+    row_errors = RowErrors
+
     def __init__(self, features: list[Feature], columns: Columns, on_bad_row: str) -> None:
         self.features, self.columns, self.on_bad_row = features, columns, on_bad_row
         self.report = Report()
 
     def count(self, table: pa.Table, statistics: Statistics, where: str, first_row: int | np.ndarray) -> None:
         """Feeds a table to the statistics pass; `first_row` as in `RowErrors`."""
-        errors = RowErrors(len(table), where, first_row, self.on_bad_row, Report())
+        errors = self.row_errors(len(table), where, first_row, self.on_bad_row, Report())
         for feature in self.features:
             values = column(table, feature.source, where)
             if feature.type == "numeric":
@@ -200,7 +206,7 @@ class Encoder:
             UserError: a column is missing or of a wrong type; or, under on_bad_row: error, a row is bad.
         """
         rows = len(table)
-        errors = RowErrors(rows, where, first_row, self.on_bad_row, self.report)
+        errors = self.row_errors(rows, where, first_row, self.on_bad_row, self.report)
         labels = self._labels(table, where, errors)
         ids = np.zeros((rows, spec.id_columns), id_type(spec))
         values = np.zeros((rows, spec.numeric_columns), np.float32)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +36,22 @@ class Ask:
     body: dict | None = None
 
 
+class _PlacesInRequest(RowErrors):
+    """Says `candidates[2]` of the third candidate, and `user` of the user."""
+
+    def place(self, row: int) -> str:
+        """See `RowErrors`."""
+        return _place(self.where, row)
+
+
+def _place(where: str, row: int) -> str:
+    return where if where == "user" else f"{where}[{row}]"
+
+
 class _RowEncoder(Encoder):
     """An `Encoder` of rows that have no labels yet."""
+
+    row_errors = _PlacesInRequest
 
     def _labels(self, table: pa.Table, where: str, errors: RowErrors) -> np.ndarray:
         return np.zeros((len(table), 1), np.float32)
@@ -150,17 +163,9 @@ def _encode_closely(trained: Trained, columns: list[tuple[Feature, pa.Array]], w
         return _RowEncoder([feature for feature, _ in columns], trained.columns, "error").encode(
             table, trained.spec, trained.vocabulary, where, 0)[0]
     except UserError as error:  # what helps with a log does not help with a request
-        raise UserError(error.what, where=_place(error.where, where), value=error.value) from None
+        raise UserError(error.what, where=error.where, value=error.value) from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"cannot be read: {str(error).splitlines()[0]}", where=where) from None
-
-
-def _place(of_log: str | None, where: str) -> str:
-    """A row of a log as the place in a request: the third of candidates is `candidates[2]`, the user's row `user`."""
-    row = re.fullmatch(rf"{where}, row (\d+)", of_log or "")
-    if row is None:
-        return of_log or where
-    return where if where == "user" else f"{where}[{int(row[1]) - 1}]"
 
 
 def _values(feature: Feature, rows: list[dict], where: str) -> list:
@@ -169,7 +174,7 @@ def _values(feature: Feature, rows: list[dict], where: str) -> list:
         return [row[name] for row in rows]
     except KeyError:
         index = next(index for index, row in enumerate(rows) if name not in row)
-    raise UserError(f"feature '{name}' is missing", where=where if where == "user" else f"{where}[{index}]",
+    raise UserError(f"feature '{name}' is missing", where=_place(where, index),
                     hint="give it there or in user; null means a missing value")
 
 
@@ -322,18 +327,18 @@ def _column(feature: Feature, values: list, where: str) -> pa.Array:
     if feature.is_list and not any(isinstance(value, str) for value in values):
         for index, value in enumerate(values):
             if value is not None and not isinstance(value, list):
-                raise UserError(f"feature '{name}' must be a list", where=f"{where}[{index}]", value=value)
+                raise UserError(f"feature '{name}' must be a list", where=_place(where, index), value=value)
         for index, value in enumerate(values):
             wrong = next((item for item in value or () if isinstance(item, (list, dict))), None)
             if wrong is not None:
-                raise UserError(f"feature '{name}' must be a list of single values", where=f"{where}[{index}]",
+                raise UserError(f"feature '{name}' must be a list of single values", where=_place(where, index),
                                 value=wrong)
         values = [None if value is None else [None if item is None else str(item) for item in value]
                   for value in values]
         return _array(values, name, where, pa.list_(pa.string()))
     for index, value in enumerate(values):
         if isinstance(value, (list, dict)):
-            raise UserError(f"feature '{name}' must be a single value", where=f"{where}[{index}]", value=value)
+            raise UserError(f"feature '{name}' must be a single value", where=_place(where, index), value=value)
     kinds = {type(value) for value in values if value is not None}
     large = feature.type != "numeric" and any(type(value) is int and not -2**63 <= value < 2**63 for value in values)
     if int in kinds and feature.type == "numeric":
