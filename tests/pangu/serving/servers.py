@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from pangu.serving.service import Service
 from pangu.serving.settings import ServeSettings
 from parallel.serving.errors import openai_shape
 from parallel.serving.run import address, bind, make_server
+from tests.servers import says_where
 
 TEXT = ("问：王芳的工作是什么？答：教师。 上联：春风吹绿江南岸，下联：明月照我还。 李娜：好久不见！张伟：你好， "
         "今天天气很好，我们去公园看花。 摘要是：图书馆开放了。 hello world, stop here. 𠮷 is one character. "
@@ -58,16 +57,3 @@ def serving(engine, tokenizer: Tokenizer, **settings):
 def started(run, *words) -> tuple[subprocess.Popen, str]:
     """(process, address) of `python -m pangu serve`, once it says that it serves."""
     return says_where("pangu", "serve", "--config", str(run[0] / "run.yaml"), "port=0", "engine.running=4", *words)
-
-
-def says_where(*words) -> tuple[subprocess.Popen, str]:
-    """The same of `python -m` and any words that begin a server."""
-    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "COLUMNS": "400"})
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if "http://" in line:
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return process, line[line.index("http://"):].strip()
-    raise AssertionError("".join(said))

@@ -13,8 +13,9 @@ from pangu.data.tokenizer import Tokenizer
 from pangu.settings import Run, ServeRun
 from parallel.common.errors import UserError
 from parallel.common.settings import load_settings, validate
-from tests.pangu.serving.servers import says_where, started
+from tests.pangu.serving.servers import started
 from tests.pangu.tiny import tiny_model
+from tests.servers import says_where
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -17,13 +14,15 @@ import pytest
 from parallel.checkpoint.full import Checkpoint
 from parallel.checkpoint.tensors import ParameterTensor
 from parallel.common.errors import UserError
-from recsys.live.versions import Delta, Values, Versions, merged, read_current, read_delta
+from recsys.live.versions import Delta, Values, Versions, merged
 from recsys.saved_model import load
 from recsys.serving.engine import Engine
 from recsys.serving.follow import Follower, LiveModel, live_folder, load_current
 from recsys.serving.requests import read_request
 from recsys.serving.settings import EngineSettings
 from tests.recsys.runs import body_of, make_run, plain
+from tests.recsys.serving.following import answers_while_versions_come
+from tests.servers import says_where
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 SHAPES = EngineSettings(requests=2, candidates=[8], queue=200, timeout_seconds=60, cache_users=50)
@@ -82,42 +81,12 @@ def test_every_answer_is_wholly_of_one_version_while_versions_come(request, tmp_
     run = request.getfixturevalue(which)
     writer = Writer(run, tmp_path / "live")
     writer.publish(full=True)
-    trained, current = load_current(tmp_path / "live", 64)
-    engine = Engine(trained, SHAPES)
-    engine.start()
-    follower = Follower(engine, current, 0.01)
-    follower.start()
     reference, _ = load_current(tmp_path / "live", 64)
-    bodies = [body_of(trained, run[2], seed, 5) for seed in range(6)]
-    asks = [read_request(body, trained, 20) for body in bodies]
-    stop, answers, chains = threading.Event(), [], {}
-
-    def client(number: int) -> None:
-        while not stop.is_set():
-            ask = asks[number % len(asks)]
-            answers.append((number % len(asks), *engine.submit(ask.ids, ask.numbers).result(60)))
-
-    with ThreadPoolExecutor(clients) as pool:
-        done = [pool.submit(client, number) for number in range(clients)]
-        for number in range(updates):
-            version = writer.publish()
-            chains[version] = read_delta(read_current(tmp_path / "live").chain[-1][1])
-            deadline = time.monotonic() + 60
-            # Now and then several versions come between two looks.
-            while number % 4 and engine.version < version:
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-        while engine.version < version:
-            time.sleep(0.002)
-        time.sleep(0.2)
-        stop.set()
-        for one in done:
-            one.result()  # raises what a client met
-    follower.stop()
-    engine.stop()
+    bodies = [body_of(reference, run[2], seed, 5) for seed in range(6)]
+    asks = [read_request(body, reference, 20) for body in bodies]
+    answers, chains = answers_while_versions_come(tmp_path / "live", 64, SHAPES, asks, writer.publish, clients, updates)
     expected = {1: [plain(reference.model, ask.ids, ask.numbers)[:, 0] for ask in asks],
                 **expected_scores(reference, chains, bodies)}
-    assert {answered for _, _, answered in answers} >= {updates + 1} and len(answers) > updates
     for body, scores, version in answers:
         np.testing.assert_allclose(scores[:, 0], expected[version][body], rtol=0, atol=2e-6)
     moved = np.abs(np.asarray(expected[1][0]) - np.asarray(expected[updates + 1][0])).max()
@@ -158,15 +127,8 @@ def test_by_the_commands(run, tmp_path):
     """`serve follow=true` beside a writer of versions; 64 clients over HTTP."""
     writer = Writer(run, tmp_path / "live")
     writer.publish(full=True)
-    process = subprocess.Popen([sys.executable, "-m", "recsys", "serve", "--checkpoint", str(tmp_path), "port=0",
-                                "follow=true", "engine.candidates=[8]", "engine.queue=200",
-                                "engine.timeout_seconds=60"], stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "GLOG_v": "3"})
-    for line in process.stderr:
-        if "http://" in line:
-            break
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    address = line[line.index("http://"):].strip()
+    process, address = says_where("recsys", "serve", "--checkpoint", str(tmp_path), "port=0", "follow=true",
+                                  "engine.candidates=[8]", "engine.queue=200", "engine.timeout_seconds=60")
     body = json.dumps(body_of(load(run[0]), run[2], 1, 5)).encode()
     stop = threading.Event()
 

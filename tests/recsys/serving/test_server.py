@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -27,6 +24,7 @@ from recsys.serving.requests import read_request
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache
 from tests.recsys.runs import body_of, plain
+from tests.servers import says_where
 
 STUCK = EngineSettings(requests=1, candidates=[4, 16], queue=3, timeout_seconds=1.5, cache_users=5)
 
@@ -60,18 +58,8 @@ def server(run):
     pytest.importorskip("prometheus_client")
     words = ["port=0", "max_candidates=20", "max_body_bytes=20000", "engine.requests=4", "engine.candidates=[16]",
              "engine.queue=64", "engine.timeout_seconds=30"]
-    process = subprocess.Popen([sys.executable, "-m", "recsys", "serve", "--checkpoint", str(run[0]), *words],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "COLUMNS": "400", "PYTHONUNBUFFERED": "1"})
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if "http://" in line:
-            break
-    else:
-        pytest.fail("".join(lines))
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    yield line[line.index("http://"):].strip(), process
+    process, address = says_where("recsys", "serve", "--checkpoint", str(run[0]), *words)
+    yield address, process
     process.kill()
     process.wait()
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -14,14 +10,14 @@ from parallel.checkpoint.full import Checkpoint
 from parallel.task import load_run
 from recsys.data.log import prepare
 from recsys.live.host_rows import HostRows
-from recsys.live.versions import Delta, Values, Versions, merged, read_current, read_delta
+from recsys.live.versions import Delta, Values, Versions, merged
 from recsys.saved_model import load
-from recsys.serving.engine import Engine
-from recsys.serving.follow import Follower, LiveModel, load_current
+from recsys.serving.follow import LiveModel, load_current
 from recsys.serving.requests import read_request
 from recsys.tables.names import is_sparse
 from recsys.tables.step import Hosted
 from tests.recsys.runs import DATA
+from tests.recsys.serving.following import answers_while_versions_come
 from tests.recsys.tables.test_host import _dynamic
 from tests.recsys.tables.test_serving import SMALL, add_checkpoint, request_of
 
@@ -64,44 +60,14 @@ class Writer:
 
 def test_every_answer_is_wholly_of_one_version_while_versions_come(tmp_path, updates=12, clients=8):
     writer = Writer(tmp_path)
-    trained, current = load_current(tmp_path / "live", 16)
     reference, _ = load_current(tmp_path / "live", 16)
-    engine = Engine(trained, SMALL)
-    engine.start()
-    follower = Follower(engine, current, 0.01)
-    follower.start()
     # A user who is known, one who is not.
-    asks = [read_request(request_of(trained, user, [1, 2, 3, 10**9]), trained, 20) for user in (3, 5, 8, 10**9)]
-    stop, answers, deltas = threading.Event(), [], {}
-
-    def client(number: int) -> None:
-        while not stop.is_set():
-            ask = asks[number % len(asks)]
-            answers.append((number % len(asks), *engine.submit(ask.ids, ask.numbers).result(60)))
-
-    with ThreadPoolExecutor(clients) as pool:
-        done = [pool.submit(client, number) for number in range(clients)]
-        for number in range(updates):
-            version = writer.publish()
-            deltas[version] = read_delta(read_current(tmp_path / "live").chain[-1][1])
-            deadline = time.monotonic() + 60
-            # Now and then several versions come between two looks.
-            while number % 4 and engine.version < version:
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-        while engine.version < version:
-            time.sleep(0.002)
-        time.sleep(0.2)
-        stop.set()
-        for one in done:
-            one.result()  # raises what a client met
-    follower.stop()
-    engine.stop()
+    asks = [read_request(request_of(reference, user, [1, 2, 3, 10**9]), reference, 20) for user in (3, 5, 8, 10**9)]
+    answers, deltas = answers_while_versions_come(tmp_path / "live", 16, SMALL, asks, writer.publish, clients, updates)
     expected = {1: scores(reference, asks)}
     for version, delta in sorted(deltas.items()):
         LiveModel(reference).put(merged([delta]))
         expected[version] = scores(reference, asks)
-    assert {version for *_, version in answers} >= {updates + 1} and len(answers) > updates
     for ask, found, version in answers:
         np.testing.assert_allclose(found[:, 0], expected[version][ask], rtol=0, atol=2e-6)
     steps = [np.abs(np.asarray(expected[version + 1]) - np.asarray(expected[version])).max(1)

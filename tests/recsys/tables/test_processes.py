@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 
@@ -19,6 +18,7 @@ from recsys.data.log import prepare
 from recsys.saved_model import load
 from tests.recsys.runs import body_of
 from tests.recsys.tables.test_host import HOST, TINY, same_files
+from tests.servers import says_where
 
 pytestmark = pytest.mark.slow
 CONFIG = "configs/recsys/dlrm_mlp.yaml"
@@ -76,18 +76,8 @@ def test_one_process_serves_what_four_wrote(runs, graph_mode):
 
 def served(folder, bodies: list[dict]) -> list[list[dict]]:
     """Rankings by a server of its own."""
-    process = subprocess.Popen([sys.executable, "-m", "recsys", "serve", "--checkpoint", str(folder), "port=0",
-                                "engine.candidates=[8]"], stderr=subprocess.PIPE, text=True)
+    process, address = says_where("recsys", "serve", "--checkpoint", str(folder), "port=0", "engine.candidates=[8]")
     try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if "http://" in line:
-                break
-        else:
-            raise AssertionError("".join(lines)[-2000:])
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        address = line[line.index("http://"):].split()[0]
         found = []
         for body in bodies:
             request = urllib.request.Request(f"{address}/rank", data=json.dumps(body).encode())
