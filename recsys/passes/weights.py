@@ -3,6 +3,7 @@ put together."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,7 @@ class WholeRows:
         return rows_of(ids_BM, self.spec, self.whole, self.known)[:, columns]
 
 
+@functools.lru_cache(maxsize=4)  # asked for by every pass, and a checkpoint stays as it is
 def rooms(checkpoint: Path) -> dict[str, int]:
     """Rows that passes with whole tables have for each feature with a table on the host: those that it has, and an
     eighth to a quarter more, so that a later checkpoint fits, too."""
