@@ -9,8 +9,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "products.h"
 #include "rows.h"
-#include "wide.h"
+
+#ifndef INLINE
+#define INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace kernels {
 
@@ -38,20 +42,18 @@ struct RowsOut {
   const int64_t* at;
 };
 
-// The sums of a tile: over k of a(r, k) panel[k][..]. a(r, k) is element k of row r; if `kAcross`, a.data is
-// [depth][kTileRows].
-template <int R, bool kAcross>
+// The sums of a tile: over k of element k of row r times panel[k][..].
+template <int R>
 INLINE void sum_tile(const Rows& a, int64_t depth, const float* panel, Lanes (&sums)[R][kTileVectors]) {
   const float* row[R];
-  if (!kAcross)
-    for (int r = 0; r < R; ++r) row[r] = a.data + a.at[r];
+  for (int r = 0; r < R; ++r) row[r] = a.data + a.at[r];
   for (int64_t k = 0; k < depth; ++k, panel += kTileColumns) {
     Lanes weight[kTileVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) weight[v] = *reinterpret_cast<const Lanes*>(panel + v * kTileLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const Lanes value = Lanes{} + (kAcross ? a.data[k * kTileRows + r] : row[r][k]);
+      const Lanes value = Lanes{} + row[r][k];
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) sums[r][v] += value * weight[v];
     }
@@ -59,14 +61,14 @@ INLINE void sum_tile(const Rows& a, int64_t depth, const float* panel, Lanes (&s
 }
 
 // Puts or adds a tile's sums to `width` columns of its rows.
-template <int R, bool kAcross>
+template <int R>
 void make_tile(int64_t rows, const Rows& a, int64_t depth, const float* panel, bool add, int64_t width,
                const RowsOut& c) {
   if constexpr (R > 1) {
-    if (rows < R) return make_tile<R - 1, kAcross>(rows, a, depth, panel, add, width, c);
+    if (rows < R) return make_tile<R - 1>(rows, a, depth, panel, add, width, c);
   }
   Lanes sums[R][kTileVectors] = {};
-  sum_tile<R, kAcross>(a, depth, panel, sums);
+  sum_tile<R>(a, depth, panel, sums);
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     float* to = c.data + c.at[r];
@@ -84,9 +86,9 @@ void make_tile(int64_t rows, const Rows& a, int64_t depth, const float* panel, b
 }
 
 // Panels [depth][kTileColumns], one after the other, of `width` columns of the rows of b; further columns are 0.
-inline void pack_rows(const Rows& b, int64_t depth, int64_t width, float* panels) {
+inline void pack_rows(const Matrix& b, int64_t depth, int64_t width, float* panels) {
   for (int64_t k = 0; k < depth; ++k) {
-    const float* from = b.data + b.at[k];
+    const float* from = b.data + k * b.stride;
     float* to = panels + k * kTileColumns;
     int64_t column = 0;
     for (; column + kTileColumns <= width; column += kTileColumns, to += depth * kTileColumns)
@@ -98,71 +100,23 @@ inline void pack_rows(const Rows& b, int64_t depth, int64_t width, float* panels
   }
 }
 
-// One panel of the transposed: column j is row j of w, `stride` apart.
-inline void pack_panel(const float* w, int64_t stride, int64_t depth, int64_t width, float* panel) {
-  int64_t j = 0;
-#if defined(__x86_64__)
-  for (; j + 4 <= width; j += 4) {
-    int64_t k = 0;
-    for (; k + 4 <= depth; k += 4) {
-      const float* from = w + j * stride + k;
-      __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + stride), c = _mm_loadu_ps(from + 2 * stride),
-             d = _mm_loadu_ps(from + 3 * stride);
-      _MM_TRANSPOSE4_PS(a, b, c, d);
-      float* to = panel + k * kTileColumns + j;
-      _mm_storeu_ps(to, a), _mm_storeu_ps(to + kTileColumns, b);
-      _mm_storeu_ps(to + 2 * kTileColumns, c), _mm_storeu_ps(to + 3 * kTileColumns, d);
-    }
-    for (; k < depth; ++k)
-      for (int64_t i = j; i < j + 4; ++i) panel[k * kTileColumns + i] = w[i * stride + k];
-  }
-#endif
-  for (int64_t i = j; i < kTileColumns; ++i)
-    for (int64_t k = 0; k < depth; ++k) panel[k * kTileColumns + i] = i < width ? w[i * stride + k] : 0.0f;
-}
-
-// Panels of the transposed: column j is row j of w, `stride` apart.
-inline void pack_columns(const float* w, int64_t stride, int64_t depth, int64_t width, float* panels) {
-  for (int64_t column = 0; column < width; column += kTileColumns, panels += depth * kTileColumns)
-    pack_panel(w + column * stride, stride, depth, std::min<int64_t>(kTileColumns, width - column), panels);
-}
-
-// Tiles [depth][kTileRows], one after the other, of `width` columns of the rows of a.
-inline void pack_across(const Rows& a, int64_t depth, int64_t width, float* tiles) {
-  for (int64_t k = 0; k < depth; ++k) {
-    const float* from = a.data + a.at[k];
-    float* to = tiles + k * kTileRows;
-    int64_t column = 0;
-    for (; column + kTileRows <= width; column += kTileRows, to += depth * kTileRows)
-#pragma GCC unroll 6
-      for (int r = 0; r < kTileRows; ++r) to[r] = from[column + r];
-    for (; column < width; ++column) *to++ = from[column];
-  }
-}
-
-// Rows of c [rows, columns] = rows of a [rows, depth] b (+ c if `add`). pack(k, depth, column, width, panels) brings
-// the part of b that begins at (k, column). With `kAcross` a is [depth, rows].
-template <bool kAcross, typename Pack>
-void multiply_rows(int64_t rows, int64_t columns, int64_t depth, const Rows& a, const Pack& pack, bool add,
-                   const RowsOut& c) {
-  float *panels = scratch<7>(kDepth * (kGroup + kBlockRows)), *tiles = panels + kDepth * kGroup;
-  if (depth == 0 && !add)
-    for (int64_t r = 0; r < rows; ++r) std::fill(c.data + c.at[r], c.data + c.at[r] + columns, 0.0f);
+// Rows of c [rows, columns] = rows of a [rows, depth] times b (+ c if `add`).
+inline void multiply_rows(int64_t rows, int64_t columns, int64_t depth, const Rows& a, const Matrix& b, bool add,
+                          const RowsOut& c) {
+  float* panels = scratch<7>(kDepth * kGroup);
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t deep = std::min(kDepth, depth - k);
     for (int64_t group = 0; rows > 0 && group < columns; group += kGroup) {
       const int64_t end = std::min(group + kGroup, columns);
-      pack(k, deep, group, end - group, panels);
+      pack_rows({b.data + k * b.stride + group, b.stride}, deep, end - group, panels);
       for (int64_t block = 0; block < rows; block += kBlockRows) {
         const int64_t last = std::min(rows, block + kBlockRows);
-        if (kAcross) pack_across({a.data + block, a.at + k}, deep, last - block, tiles);
         for (int64_t column = group; column < end; column += kTileColumns) {
           const float* panel = panels + (column - group) * deep;
           const int64_t width = std::min<int64_t>(kTileColumns, end - column);
-          for (int64_t r = block; r < last; r += kTileRows) {
-            const Rows own = kAcross ? Rows{tiles + (r - block) * deep, nullptr} : Rows{a.data + k, a.at + r};
-            make_tile<kTileRows, kAcross>(last - r, own, deep, panel, add || k > 0, width, {c.data + column, c.at + r});
-          }
+          for (int64_t r = block; r < last; r += kTileRows)
+            make_tile<kTileRows>(last - r, {a.data + k, a.at + r}, deep, panel, add || k > 0, width,
+                                 {c.data + column, c.at + r});
         }
       }
     }

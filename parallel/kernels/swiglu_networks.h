@@ -60,7 +60,9 @@ inline void swiglu_rows_backward(const float* x, const float* dy, int64_t rows, 
       sum += active * other[i] * change;
       own[i] = active * other[i] * factor;
       up[i] = change * active * factor;
-      down[i] = change * other[i] * (gate + active * (1.0f - gate)) * factor;
+      // Beyond 20 swish' is the gate alone; a processor's quick reciprocal leaves 1 - gate at 6e-8, times a large number.
+      const float bounded = std::max(-20.0f, std::min(one[i], 20.0f));
+      down[i] = change * other[i] * gate * (1.0f + bounded * (1.0f - gate)) * factor;
     }
     if (d_scale) d_scale[r] = sum;
   }

@@ -29,6 +29,7 @@ NETWORKS = {
     "relu_experts": lambda: ReluMoE(TOKENS, WIDTH, INNER, experts=4, **RELU),
     # Wider and deeper than a panel of the kernels, and no multiple of a tile.
     "relu_experts_wide": lambda: ReluMoE(TOKENS, WIDTH, 4 * 290, experts=4, outputs=21, **RELU),
+    "relu_experts_far": lambda: ReluMoE(TOKENS, WIDTH, 4 * 8200, experts=4, **RELU),  # oneDNN's products
     "layer_norm": lambda: LayerNorm(WIDTH),
     "rms_norm": lambda: RMSNorm(WIDTH),
 }
