@@ -35,9 +35,10 @@ inline void gelu(const float* bias, float gate, int64_t size, float* h, float* k
 inline void gelu_backward(const float* z, int64_t size, float* h, float* d) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
-    const float square = z[i] * z[i], gate = sigmoid(z[i] * (kLinear + kCubic * square));
-    h[i] = z[i] * gate;
-    d[i] *= gate + h[i] * (1.0f - gate) * (kLinear + 3.0f * kCubic * square);
+    const float square = z[i] * z[i];
+    const Sigmoids s = sigmoids(z[i] * (kLinear + kCubic * square));
+    h[i] = z[i] * s.open;
+    d[i] *= s.open + h[i] * s.closed * (kLinear + 3.0f * kCubic * square);
   }
 }
 
@@ -46,10 +47,12 @@ inline float gelu_backward(const float* z, int64_t size, float gate, float* h, f
   float sum = 0;
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
-    const float square = z[i] * z[i], open = sigmoid(z[i] * (kLinear + kCubic * square)), value = z[i] * open;
+    const float square = z[i] * z[i];
+    const Sigmoids s = sigmoids(z[i] * (kLinear + kCubic * square));
+    const float value = z[i] * s.open;
     sum += value * d[i];
     h[i] = gate * value;
-    d[i] *= gate * (open + value * (1.0f - open) * (kLinear + 3.0f * kCubic * square));
+    d[i] *= gate * (s.open + value * s.closed * (kLinear + 3.0f * kCubic * square));
   }
   return sum;
 }
