@@ -29,20 +29,14 @@ inline void gelu(const float* bias, float gate, int64_t size, float* h, float* k
   }
 }
 
-// What gelu'(z) is above sigmoid(2 u) = `open`. Beyond 6 it is 0, but a processor's quick reciprocal leaves 1 - open at
-// 6e-8, which a large z would blow up.
-inline float slope(float z, float open) {
-  const float bounded = std::max(-6.0f, std::min(z, 6.0f));
-  return bounded * open * (1.0f - open) * (kLinear + 3.0f * kCubic * bounded * bounded);
-}
-
 // h = gelu(z) and d *= gelu'(z).
 inline void gelu_backward(const float* z, int64_t size, float* h, float* d) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
-    const float open = sigmoid(z[i] * (kLinear + kCubic * z[i] * z[i]));
-    h[i] = z[i] * open;
-    d[i] *= open + slope(z[i], open);
+    const float square = z[i] * z[i];
+    const Sigmoids s = sigmoids(z[i] * (kLinear + kCubic * square));
+    h[i] = z[i] * s.open;
+    d[i] *= s.open + h[i] * s.closed * (kLinear + 3.0f * kCubic * square);
   }
 }
 
@@ -51,10 +45,12 @@ inline float gelu_backward(const float* z, int64_t size, float gate, float* h, f
   float sum = 0;
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
-    const float open = sigmoid(z[i] * (kLinear + kCubic * z[i] * z[i])), value = z[i] * open;
+    const float square = z[i] * z[i];
+    const Sigmoids s = sigmoids(z[i] * (kLinear + kCubic * square));
+    const float value = z[i] * s.open;
     sum += value * d[i];
     h[i] = gate * value;
-    d[i] *= gate * (open + slope(z[i], open));
+    d[i] *= gate * (s.open + value * s.closed * (kLinear + 3.0f * kCubic * square));
   }
   return sum;
 }

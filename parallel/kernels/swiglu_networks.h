@@ -56,13 +56,12 @@ inline void swiglu_rows_backward(const float* x, const float* dy, int64_t rows, 
     float sum = 0;
 #pragma GCC ivdep
     for (int64_t i = 0; i < inner; ++i) {
-      const float gate = sigmoid(one[i]), active = one[i] * gate, change = down[i];
+      const Sigmoids s = sigmoids(one[i]);
+      const float active = one[i] * s.open, change = down[i];
       sum += active * other[i] * change;
       own[i] = active * other[i] * factor;
       up[i] = change * active * factor;
-      // Beyond 20 swish' is the gate alone; a processor's quick reciprocal leaves 1 - gate at 6e-8, times a large number.
-      const float bounded = std::max(-20.0f, std::min(one[i], 20.0f));
-      down[i] = change * other[i] * gate * (1.0f + bounded * (1.0f - gate)) * factor;
+      down[i] = change * other[i] * (s.open + active * s.closed) * factor;
     }
     if (d_scale) d_scale[r] = sum;
   }
