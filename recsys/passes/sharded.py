@@ -95,15 +95,17 @@ class ShardedRanker:
         """Whether this is the process that answers and tells figures."""
         return self.member.rank == 0
 
-    def run(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
-        """A pass over this rank's shards, called by every rank of the group with the same inputs; its result on the
-        group's first rank, None elsewhere."""
+    def run(self, kind: str, inputs: Sequence[np.ndarray]) -> Any:
+        """A pass over this rank's shards, called by every rank of the group with the same inputs; its result (a tuple
+        where the graph gives several) on the group's first rank, None elsewhere."""
         result = self.rank.run(kind, inputs)
+        if isinstance(result, tuple):
+            return tuple(item.float().cpu().numpy() for item in result)
         return None if result is None else result.float().cpu().numpy()
 
     # -- leading and following ----------------------------------------------------------------------------------------
 
-    def lead(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    def lead(self, kind: str, inputs: Sequence[np.ndarray]) -> Any:
         """`run` on all ranks of the group, called by its first rank alone."""
         flat = [np.ascontiguousarray(array).reshape(-1).view(np.int32) for array in inputs]
         self.member.broadcast(np.concatenate([[np.int32(self.kinds.index(kind))], *flat]))

@@ -24,16 +24,12 @@ from parallel.common.errors import UserError
 from parallel.layers.int8 import Int8Product, products
 from parallel.layers.int8_numbers import dequantize, panels
 from parallel.serving.queue import Waiting, WorkQueue, answer
+from recsys.passes.tasks import FEW
 from recsys.saved_model import Trained, describe
 from recsys.serving.settings import EngineSettings
 from recsys.serving.state_cache import StateCache, user_key
 from recsys.tables.names import is_sparse
 from recsys.ug_sep.ranker import CandidatePass, RequestPass, SeparatedRanker, UserPass
-
-FEW = 256
-"""Rows of a batch up to which a user that is not cached is computed in the graph of its candidates; beyond, what a
-second graph costs is little beside the candidates' own time."""
-
 
 class Rows(NamedTuple):
     """A request in numbers: ids_CM, numbers_CN."""
