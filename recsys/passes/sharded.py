@@ -22,7 +22,7 @@ from parallel.common.progress import info
 from parallel.launch.inference import DEVICE, PROGRAM, compare_settings
 from recsys.data.columns import features_of
 from recsys.data.features import assign_columns
-from recsys.passes.tasks import inference_kinds, shapes_inference, sizes_of, whole_spec
+from recsys.passes.tasks import USER_INPUTS, inference_kinds, shapes_inference, sizes_of, whole_spec
 from recsys.passes.weights import Weights, WholeRows, is_eight
 from recsys.saved_model import vocabulary_of
 from recsys.tables.names import is_sparse
@@ -86,7 +86,7 @@ class ShardedRanker:
         read, self.rows = self._reading(checkpoint)
         self.rank = InferenceRank(program, self.member, read, 0, settings.parallel.execution in _CAPTURED,
                                   eight=is_eight if kind is not None else None, group=(kind or {}).get("group"),
-                                  compiled=settings.parallel.execution == "inductor")
+                                  compiled=settings.parallel.execution == "inductor", beside=USER_INPUTS)
         if self.first:
             info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}")
 

@@ -31,6 +31,7 @@ from recsys.serving.state_cache import StateCache, user_key
 from recsys.tables.names import is_sparse
 from recsys.ug_sep.ranker import CandidatePass, RequestPass, SeparatedRanker, UserPass
 
+
 class Rows(NamedTuple):
     """A request in numbers: ids_CM, numbers_CN."""
 

@@ -13,6 +13,8 @@ Imported on GPUs only, and by the tests in Triton's interpreter.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +73,7 @@ AHEAD = 2048  # bytes of an output's weights that are fetched so
 
 def early_options(device: torch.device) -> dict[str, bool]:
     """Options of a launch on a device."""
-    early = EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    early = EARLY and not _lane and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
@@ -238,16 +240,28 @@ def _norm_kernel(x, gamma, beta, y, width, x_row, epsilon, BLOCK: tl.constexpr, 
     tl.store(y + row * width + place, found.to(y.dtype.element_ty), mask=inside)
 
 
-_COUNTS: dict[torch.device, Tensor] = {}
+_COUNTS: dict[tuple[torch.device, int], Tensor] = {}
 _MOST_SHARED = 1 << 16
+_lane = 0
+
+
+@contextlib.contextmanager
+def lane(number: int) -> Iterator[None]:
+    """Launches within it may run beside those of other lanes; all but those of lane 0 wait for the kernel before."""
+    global _lane
+    before, _lane = _lane, number
+    try:
+        yield
+    finally:
+        _lane = before
 
 
 def counts_on(device: torch.device) -> Tensor:
     """Zeros by which the programs of a launch tell who ends last, and which are zeros again when it has ended; for
-    launches one after the other."""
-    if device not in _COUNTS:
-        _COUNTS[device] = torch.zeros(_MOST_SHARED, dtype=torch.int32, device=device)
-    return _COUNTS[device]
+    launches one after the other, those of a lane."""
+    if (device, _lane) not in _COUNTS:
+        _COUNTS[device, _lane] = torch.zeros(_MOST_SHARED, dtype=torch.int32, device=device)
+    return _COUNTS[device, _lane]
 
 
 def product(x: Tensor, w: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, extra: Tensor | None = None,
