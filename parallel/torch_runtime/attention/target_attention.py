@@ -13,6 +13,7 @@ Triton's interpreter. Which tiles a kernel runs with is measured when it first m
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -20,11 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 UNITS = 64
-"""Hidden units are filled up to a multiple of it; a tile holds so many, or twice as many."""
+"""Hidden units are filled up to a multiple of it; a tile holds so many, or several times as many."""
 TILES = {"forward": ((128, 64, 8), (128, 64, 4), (64, 64, 4)), "rows": ((128, 64, 8), (128, 64, 4), (64, 64, 4)),
-         "columns": ((64, 64, 4), (64, 128, 8), (128, 64, 8))}
+         "columns": ((64, 64, 4), (64, 128, 8), (128, 64, 8)), "both": ((64, 256, 8), (64, 128, 4), (64, 64, 4))}
 """Rows of a list, hidden units, warps: what is tried, the first where nothing can be measured."""
+WAYS = ("both", "apart")
+"""Ways of the backward pass: hidden units computed once more for all gradients, or once more by rows and once by
+columns, whose gradients nobody adds up in memory."""
 _chosen: dict[tuple, tuple[int, int, int]] = {}
+_ways: dict[tuple, str] = {}
+_SHARE = 128  # samples whose gradients a program of `_sums_kernel` adds up
 
 
 @triton.jit
@@ -91,8 +97,8 @@ def _rows_kernel(k, present, effective, own, w2, scores, dout, dk, dscores, narr
 
 
 @triton.jit
-def _columns_kernel(narrowed, dscores, effective, own, w2, deffective, downs, dw2, length, hidden, W: tl.constexpr,
-                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):
+def _columns_kernel(narrowed, dscores, effective, own, w2, cross, deffective, downs, dw2, dq, length, hidden,
+                    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):
     """Gradients by what a sample multiplies its rows with, a tile of hidden units a program."""
     sample = tl.program_id(1).to(tl.int64)
     w = tl.arange(0, W)
@@ -116,7 +122,77 @@ def _columns_kernel(narrowed, dscores, effective, own, w2, deffective, downs, dw
     place = sample * hidden + column
     tl.store(downs + place, sums * weight)
     tl.store(dw2 + place, second)
-    tl.store(deffective + (sample * W + w[:, None]) * hidden + column[None, :], product * weight[None, :])
+    product = product * weight[None, :]
+    tl.store(deffective + (sample * W + w[:, None]) * hidden + column[None, :], product)
+    factor = tl.load(cross + w[:, None] * hidden + column[None, :]).to(tl.float32)
+    tl.store(dq + (tl.program_id(0) * tl.num_programs(1) + sample) * W + w, tl.sum(product * factor, 1))
+
+
+@triton.jit
+def _both_kernel(k, present, effective, own, w2, cross, scores, dout, dk, dscores, deffective, downs, dw2, dq, length,
+                 hidden, k_sample, k_row, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                 FAST: tl.constexpr):
+    """All gradients of a sample: tiles of hidden units, within each the rows, whose gradients are added up in memory,
+    by the program that wrote them."""
+    sample = tl.program_id(0).to(tl.int64)
+    w = tl.arange(0, W)
+    gradient = tl.load(dout + sample * W + w).to(tl.float32)
+    query = tl.zeros((W,), tl.float32)
+    for start in range(0, hidden, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        place = sample * hidden + column
+        at = (sample * W + w[:, None]) * hidden + column[None, :]
+        both = tl.load(effective + at)
+        bias, weight = tl.load(own + place), tl.load(w2 + column)
+        product = tl.zeros((W, COLUMNS), tl.float32)
+        sums, second = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+        for begin in range(0, length, ROWS):
+            row = begin + tl.arange(0, ROWS)
+            inside = row < length
+            keys = tl.load(k + sample * k_sample + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
+            narrow, keys = keys.to(effective.dtype.element_ty), keys.to(tl.float32)
+            dscore = tl.sum(keys * gradient[None, :], 1)
+            dscore = dscore * tl.load(present + sample * length + row, mask=inside, other=0.0)
+            h = tl.dot(narrow, both) + bias[None, :]
+            sigmoid = _sigmoid(h, FAST)
+            swish = h * sigmoid
+            second += tl.sum(dscore[:, None] * swish, 0)
+            dh = dscore[:, None] * (weight[None, :] * (sigmoid + swish * (1.0 - sigmoid)))
+            sums += tl.sum(dh, 0)
+            slope = dh.to(effective.dtype.element_ty)
+            product += tl.dot(tl.trans(narrow), slope)
+            total = tl.dot(slope, tl.trans(both))
+            own_rows = dk + (sample * length + row[:, None]) * W + w[None, :]
+            if start == 0:
+                score = tl.load(scores + sample * length + row, mask=inside, other=0.0)
+                total += score[:, None] * gradient[None, :]
+                tl.store(dscores + sample * length + row, dscore, mask=inside)
+            else:
+                total += tl.load(own_rows, mask=inside[:, None], other=0.0)
+            tl.store(own_rows, total, mask=inside[:, None])
+        tl.store(downs + place, sums)
+        tl.store(dw2 + place, second)
+        tl.store(deffective + at, product)
+        query += tl.sum(product * tl.load(cross + w[:, None] * hidden + column[None, :]).to(tl.float32), 1)
+    tl.store(dq + sample * W + w, query)
+
+
+@triton.jit
+def _sums_kernel(deffective, q, plain, weighed, samples, hidden, W: tl.constexpr, COLUMNS: tl.constexpr,
+                 SHARE: tl.constexpr):
+    """Sums over a share of the samples of d and of q d, for one row of W and a tile of hidden units."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < hidden
+    first, second = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    begin = tl.program_id(2) * SHARE
+    for sample in range(begin, tl.minimum(begin + SHARE, samples)):
+        place = sample * W + row
+        d = tl.load(deffective + place * hidden + column, mask=inside, other=0.0)
+        first += d
+        second += tl.load(q + place) * d
+    place = (tl.program_id(2) * W + row) * hidden + column
+    tl.store(plain + place, first, mask=inside)
+    tl.store(weighed + place, second, mask=inside)
 
 
 def fits(k: Tensor, dtype: torch.dtype) -> bool:
@@ -151,49 +227,96 @@ def forward(k: Tensor, present: Tensor, effective: Tensor, own: Tensor, w2: Tens
     return out, scores
 
 
-def backward(dout: Tensor, scores: Tensor, k: Tensor, present: Tensor, effective: Tensor, own: Tensor,
-             w2: Tensor) -> tuple[Tensor, ...]:
-    """(dk_BLW, dscores_BL, gradient of `effective` [B, W, H], of `own` [B, H], of w2 by sample [B, H]), float32."""
+def backward(dout: Tensor, scores: Tensor, q: Tensor, k: Tensor, present: Tensor, effective: Tensor, own: Tensor,
+             w2: Tensor, cross: Tensor) -> tuple[Tensor, ...]:
+    """Gradients, float32: (dk_BLW, dscores_BL, of `own` [B, H], of w2 by sample [B, H], of q by q x cross [B, W], and
+    the sums over samples of the gradient of `effective` and of that times q, each [W, H]).
+
+    Args:
+        q: float32 [B, W].
+        effective: base + q cross, as `forward` has it.
+        cross: [W, H], in the type of the products.
+    """
     samples, length, width = k.shape
     hidden = effective.shape[2]
     made = {"dtype": torch.float32, "device": k.device}
     dk, dscores = torch.empty(samples, length, width, **made), torch.empty(samples, length, **made)
-    narrowed = torch.empty(samples, length, width, dtype=effective.dtype, device=k.device)
     deffective = torch.empty(samples, width, hidden, **made)
     downs, dw2 = torch.empty(samples, hidden, **made), torch.empty(samples, hidden, **made)
+    strides = (length, hidden, k.stride(0), k.stride(1))
 
-    def rows_launch(rows: int, columns: int, warps: int) -> None:
-        _rows_kernel[(samples, triton.cdiv(length, rows))](
-            k, present, effective, own, w2, scores, dout, dk, dscores, narrowed, length, hidden, k.stride(0),
-            k.stride(1), W=width, ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
+    def both() -> Tensor:
+        dq = torch.empty(samples, width, **made)
 
-    def columns_launch(rows: int, columns: int, warps: int) -> None:
-        _columns_kernel[(hidden // columns, samples)](
-            narrowed, dscores, effective, own, w2, deffective, downs, dw2, length, hidden, W=width, ROWS=rows,
-            COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
+        def launch(rows: int, columns: int, warps: int) -> None:
+            _both_kernel[(samples,)](
+                k, present, effective, own, w2, cross, scores, dout, dk, dscores, deffective, downs, dw2, dq, *strides,
+                W=width, ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
 
-    _run("rows", k, hidden, rows_launch)
-    _run("columns", k, hidden, columns_launch)
-    return dk, dscores, deffective, downs, dw2
+        _run("both", k, hidden, launch)
+        return dq
+
+    def apart() -> Tensor:
+        narrowed = torch.empty(samples, length, width, dtype=effective.dtype, device=k.device)
+        dq = torch.empty(hidden // UNITS, samples, width, **made)
+
+        def rows_launch(rows: int, columns: int, warps: int) -> None:
+            _rows_kernel[(samples, triton.cdiv(length, rows))](
+                k, present, effective, own, w2, scores, dout, dk, dscores, narrowed, *strides, W=width, ROWS=rows,
+                COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
+
+        def columns_launch(rows: int, columns: int, warps: int) -> None:
+            _columns_kernel[(hidden // columns, samples)](
+                narrowed, dscores, effective, own, w2, cross, deffective, downs, dw2, dq, length, hidden, W=width,
+                ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
+
+        _run("rows", k, hidden, rows_launch)
+        tiles = hidden // _run("columns", k, hidden, columns_launch)[1]
+        return dq[:tiles].sum(0)
+
+    dq = _by_the_clock((tuple(k.shape), hidden, k.dtype), {"both": both, "apart": apart}, k.is_cuda)
+    return dk, dscores, downs, dw2, dq, *_summed(deffective, q)
 
 
-def _run(name: str, k: Tensor, hidden: int, launch: Callable[[int, int, int], None]) -> None:
-    """Launches a kernel with the tiles that are fastest for this shape, found by the clock at its first launch."""
+def _summed(deffective: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the samples of d [B, W, H], and of q [B, W] d."""
+    samples, width, hidden = deffective.shape
+    shares, columns = triton.cdiv(samples, _SHARE), min(256, triton.next_power_of_2(hidden))
+    plain, weighed = (torch.empty(shares, width, hidden, dtype=torch.float32, device=q.device) for _ in range(2))
+    _sums_kernel[(width, triton.cdiv(hidden, columns), shares)](deffective, q, plain, weighed, samples, hidden, W=width,
+                                                                COLUMNS=columns, SHARE=_SHARE, num_warps=2)
+    return plain.sum(0), weighed.sum(0)
+
+
+def _by_the_clock(key: tuple, ways: dict[str, Callable[[], Tensor]], cuda: bool) -> Tensor:
+    """What the fastest of some ways gives, found at the first launch."""
+    if key not in _ways:
+        timed = cuda and not torch.cuda.is_current_stream_capturing() and len(WAYS) > 1
+        for name in WAYS if timed else ():
+            ways[name]()  # chooses its tiles
+        _ways[key] = min(WAYS, key=lambda name: _milliseconds(ways[name])) if timed else WAYS[0]
+    return ways[_ways[key]]()
+
+
+def _run(name: str, k: Tensor, hidden: int, launch: Callable[[int, int, int], None]) -> tuple[int, int, int]:
+    """Launches a kernel with the tiles that are fastest for this shape, found by the clock at its first launch; which
+    they are."""
     key = (name, tuple(k.shape), hidden, k.dtype)
     if key not in _chosen:
         fitting = [tile for tile in TILES[name] if hidden % tile[1] == 0]
         timed = k.is_cuda and not torch.cuda.is_current_stream_capturing()
-        _chosen[key] = min(fitting, key=lambda tile: _milliseconds(launch, tile)) if timed else fitting[0]
+        _chosen[key] = min(fitting, key=lambda tile: _milliseconds(lambda: launch(*tile))) if timed else fitting[0]
     launch(*_chosen[key])
+    return _chosen[key]
 
 
-def _milliseconds(launch: Callable[[int, int, int], None], tile: tuple[int, int, int]) -> float:
+def _milliseconds(launch: Callable[[], Any]) -> float:
     try:
-        launch(*tile)
+        launch()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(2):
-            launch(*tile)
+            launch()
         end.record()
         end.synchronize()
     except triton.runtime.errors.OutOfResources:
