@@ -23,7 +23,8 @@ from torch import Tensor
 UNITS = 64
 """Hidden units are filled up to a multiple of it; a tile holds so many, or several times as many."""
 TILES = {"forward": ((128, 64, 8), (128, 64, 4), (64, 64, 4)), "rows": ((128, 64, 8), (128, 64, 4), (64, 64, 4)),
-         "columns": ((64, 64, 4), (64, 128, 8), (128, 64, 8)), "both": ((64, 256, 8), (64, 128, 4), (64, 64, 4))}
+         "columns": ((64, 64, 4), (64, 128, 8), (128, 64, 8)),
+         "both": ((64, 128, 8), (64, 64, 4), (64, 64, 8), (128, 64, 8))}
 """Rows of a list, hidden units, warps: what is tried, the first where nothing can be measured."""
 WAYS = ("both", "apart")
 """Ways of the backward pass: hidden units computed once more for all gradients, or once more by rows and once by
@@ -42,6 +43,17 @@ def _sigmoid(x, FAST: tl.constexpr):
     else:
         found = tl.sigmoid(x)
     return found
+
+
+@triton.jit
+def _effective_kernel(q, base, cross, effective, hidden, W: tl.constexpr, COLUMNS: tl.constexpr):
+    """base + q cross of a sample and a tile of hidden units."""
+    sample = tl.program_id(0).to(tl.int64)
+    w, column = tl.arange(0, W), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = w[:, None] * hidden + column[None, :]
+    factor = tl.load(q + sample * W + w).to(cross.dtype.element_ty).to(tl.float32)
+    found = tl.load(base + at).to(tl.float32) + factor[:, None] * tl.load(cross + at).to(tl.float32)
+    tl.store(effective + sample * W * hidden + at, found.to(effective.dtype.element_ty))
 
 
 @triton.jit
@@ -138,42 +150,43 @@ def _both_kernel(k, present, effective, own, w2, cross, scores, dout, dk, dscore
     w = tl.arange(0, W)
     gradient = tl.load(dout + sample * W + w).to(tl.float32)
     query = tl.zeros((W,), tl.float32)
+    k, dk = k + sample * k_sample, dk + sample * length * W
+    present, scores, dscores = present + sample * length, scores + sample * length, dscores + sample * length
+    effective, deffective = effective + sample * W * hidden, deffective + sample * W * hidden
     for start in range(0, hidden, COLUMNS):
+        # Hidden units are rows here: sums over a list's rows then stay within a thread, and slopes in registers.
         column = start + tl.arange(0, COLUMNS)
-        place = sample * hidden + column
-        at = (sample * W + w[:, None]) * hidden + column[None, :]
+        at = w[None, :] * hidden + column[:, None]
         both = tl.load(effective + at)
-        bias, weight = tl.load(own + place), tl.load(w2 + column)
-        product = tl.zeros((W, COLUMNS), tl.float32)
+        bias, weight = tl.load(own + sample * hidden + column), tl.load(w2 + column)
+        product = tl.zeros((COLUMNS, W), tl.float32)
         sums, second = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
         for begin in range(0, length, ROWS):
             row = begin + tl.arange(0, ROWS)
             inside = row < length
-            keys = tl.load(k + sample * k_sample + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
+            keys = tl.load(k + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
             narrow, keys = keys.to(effective.dtype.element_ty), keys.to(tl.float32)
             dscore = tl.sum(keys * gradient[None, :], 1)
-            dscore = dscore * tl.load(present + sample * length + row, mask=inside, other=0.0)
-            h = tl.dot(narrow, both) + bias[None, :]
+            dscore = dscore * tl.load(present + row, mask=inside, other=0.0)
+            h = tl.dot(both, tl.trans(narrow)) + bias[:, None]
             sigmoid = _sigmoid(h, FAST)
             swish = h * sigmoid
-            second += tl.sum(dscore[:, None] * swish, 0)
-            dh = dscore[:, None] * (weight[None, :] * (sigmoid + swish * (1.0 - sigmoid)))
-            sums += tl.sum(dh, 0)
-            slope = dh.to(effective.dtype.element_ty)
-            product += tl.dot(tl.trans(narrow), slope)
-            total = tl.dot(slope, tl.trans(both))
-            own_rows = dk + (sample * length + row[:, None]) * W + w[None, :]
-            if start == 0:
-                score = tl.load(scores + sample * length + row, mask=inside, other=0.0)
-                total += score[:, None] * gradient[None, :]
-                tl.store(dscores + sample * length + row, dscore, mask=inside)
-            else:
-                total += tl.load(own_rows, mask=inside[:, None], other=0.0)
-            tl.store(own_rows, total, mask=inside[:, None])
-        tl.store(downs + place, sums)
-        tl.store(dw2 + place, second)
+            second += tl.sum(dscore[None, :] * swish, 1)
+            dh = dscore[None, :] * (sigmoid + swish * (1.0 - sigmoid))
+            sums += tl.sum(dh, 1)
+            slope = (dh * weight[:, None]).to(effective.dtype.element_ty)
+            product += tl.dot(slope, narrow)
+            total = tl.dot(tl.trans(slope), both)
+            score = tl.load(scores + row, mask=inside & (start == 0), other=0.0)
+            place = row[:, None] * W + w[None, :]
+            total += score[:, None] * gradient[None, :]
+            total += tl.load(dk + place, mask=inside[:, None] & (start > 0), other=0.0)
+            tl.store(dscores + row, dscore, mask=inside & (start == 0))
+            tl.store(dk + place, total, mask=inside[:, None])
+        tl.store(downs + sample * hidden + column, sums * weight)
+        tl.store(dw2 + sample * hidden + column, second)
         tl.store(deffective + at, product)
-        query += tl.sum(product * tl.load(cross + w[:, None] * hidden + column[None, :]).to(tl.float32), 1)
+        query += tl.sum(product * tl.load(cross + at).to(tl.float32), 0)
     tl.store(dq + sample * W + w, query)
 
 
@@ -204,6 +217,15 @@ def fits(k: Tensor, dtype: torch.dtype) -> bool:
 def filled(x: Tensor) -> Tensor:
     """A tensor whose last dim, hidden units, is filled up with zeros."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % UNITS))
+
+
+def effective(q: Tensor, base: Tensor, cross: Tensor) -> Tensor:
+    """base + q cross by sample, [B, W, H]; of q [B, W], and `filled` base and cross [W, H] in the type of the products.
+    """
+    (samples, width), hidden = q.shape, base.shape[1]
+    found = torch.empty(samples, width, hidden, dtype=base.dtype, device=q.device)
+    _effective_kernel[(samples, hidden // UNITS)](q.contiguous(), base, cross, found, hidden, W=width, COLUMNS=UNITS)
+    return found
 
 
 def forward(k: Tensor, present: Tensor, effective: Tensor, own: Tensor, w2: Tensor,

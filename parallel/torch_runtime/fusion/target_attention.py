@@ -177,11 +177,9 @@ def _prepared(node: Node, q: Tensor, w1: Tensor, b1: Tensor, dtype: torch.dtype)
 
 def _filled(q: Tensor, base: Tensor, cross: Tensor, own: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(base + q cross for each sample, own, w2) with as many hidden units as the kernels take."""
-    from parallel.torch_runtime.attention.target_attention import filled
+    from parallel.torch_runtime.attention.target_attention import effective, filled
 
-    base, cross = filled(base), filled(cross)
-    effective = torch.addcmul(base[None], q.to(base.dtype)[:, :, None], cross[None])
-    return effective, filled(own), filled(w2.reshape(-1).float())
+    return effective(q, filled(base), filled(cross)), filled(own), filled(w2.reshape(-1).float())
 
 
 def _hidden(q: Tensor, k: Tensor, base: Tensor, cross: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,17 +67,16 @@ class Lanes(Bound):
 
     def __init__(self, bound: Bound, lane: set[int], device: torch.device) -> None:
         super().__init__(**{item.name: getattr(bound, item.name) for item in dataclasses.fields(bound)})
-        self.device, self.stream = device, torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Ahead of the rest, which waits for it, where both have kernels to run.
+        self.device, self.stream = device, torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.beside = [step for step in bound.steps if _made(step)[0] in lane]
         self.rest = [step for step in bound.steps if _made(step)[0] not in lane]
         maker = {number: place for place, step in enumerate(self.beside) for number in _made(step)}
-        self.waits: list[int | None] = []
+        lasts = [max((maker[number] for number in read_by(step.node) if number in maker), default=-1)
+                 for step in self.rest]
+        near = 0 if any(step.node.op == "Region" for step in self.rest) else _NEAR
+        self.waits = [None if last is None else lasts[last] for last in _together(lasts, near)]
         """For each step of the rest the last step of the lane that it has to wait for, if none before it has."""
-        done = -1
-        for step in self.rest:
-            last = max((maker[number] for number in read_by(step.node) if number in maker), default=-1)
-            self.waits.append(last if last > done else None)
-            done = max(done, last)
         self.told = {place for place in self.waits if place is not None}
         self.kept = set(maker)
 
@@ -102,6 +101,22 @@ class Lanes(Bound):
             _execute(step, values, [number for number in step.frees if number not in self.kept])
         main.wait_stream(self.stream)
         return values[self.graph.result]
+
+
+def _together(lasts: Sequence[int], near: int) -> list[int | None]:
+    """Who waits for what, given the last place of a lane that each reads (-1 = none): for each the place in `lasts` of
+    what it waits for, or None. What is made at most `near` places later is waited for at once."""
+    found: list[int | None] = [None] * len(lasts)
+    held = -1  # who waits
+    for place, last in enumerate(lasts):
+        done = -1 if held < 0 else lasts[found[held]]
+        if last <= done:
+            continue
+        if held >= 0 and last <= lasts[held] + near:
+            found[held] = place
+        else:
+            held, found[place] = place, place
+    return found
 
 
 def _made(step: Step) -> tuple[int, ...]:
@@ -152,16 +167,12 @@ def cuts(graph: Graph, lane: set[int], pulled: Callable[[Any], bool]) -> tuple[s
     kept = [node for node in graph.nodes if not pulled(node)]
     place = {node.number: number for number, node in enumerate(kept)}
     rest = [node for node in kept if node.number not in lane]
-    waits: list[tuple[int, int]] = []  # (node of the rest, place of the last node of the lane that it waits for)
-    for node in rest:
-        read = {item for number in read_by(node) for item in origins(number)} & lane
-        last = max((place[number] for number in read), default=-1)
-        if last >= 0 and (not waits or last > waits[-1][1] + _NEAR):
-            waits.append((node.number, last))
-        elif waits and last > waits[-1][1]:
-            waits[-1] = (waits[-1][0], last)
-    return {kept[last].number for _, last in waits}, {number for number, _ in waits} | {rest[0].number}
+    lasts = [max((place[item] for number in read_by(node) for item in origins(number) & lane), default=-1)
+             for node in rest]
+    waits = {rest[own].number: kept[lasts[last]].number for own, last in enumerate(_together(lasts, _NEAR))
+             if last is not None}
+    return set(waits.values()), {*waits, rest[0].number}
 
 
 _NEAR = 3
-"""Nodes of a lane whose results are waited for together: a region more costs more than it hides."""
+"""Nodes of a lane whose results are waited for together: a branch more, or a region, costs more than it hides."""
