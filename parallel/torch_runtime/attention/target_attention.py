@@ -22,15 +22,12 @@ from torch import Tensor
 
 UNITS = 64
 """Hidden units are filled up to a multiple of it; a tile holds so many, or several times as many."""
-TILES = {"forward": ((128, 64, 8), (128, 64, 4), (64, 64, 4)), "rows": ((128, 64, 8), (128, 64, 4), (64, 64, 4)),
-         "columns": ((64, 64, 4), (64, 128, 8), (128, 64, 8)),
-         "both": ((64, 128, 8), (64, 64, 4), (64, 64, 8), (128, 64, 8))}
-"""Rows of a list, hidden units, warps: what is tried, the first where nothing can be measured."""
-WAYS = ("both", "apart")
-"""Ways of the backward pass: hidden units computed once more for all gradients, or once more by rows and once by
-columns, whose gradients nobody adds up in memory."""
-_chosen: dict[tuple, tuple[int, int, int]] = {}
-_ways: dict[tuple, str] = {}
+TILES = {"forward": ((128, 64, 4), (64, 64, 4), (128, 64, 8)), "rows": ((128, 64, 8), (64, 64, 4), (64, 128, 4)),
+         "columns": ((32, 128, 4, False), (128, 64, 4, False), (64, 64, 4, True), (32, 128, 4, True),
+                     (64, 128, 8, True))}
+"""Rows of a list, hidden units, warps (and whether hidden units are the products' rows): what is tried, the first where
+nothing can be measured."""
+_chosen: dict[tuple, tuple] = {}
 _SHARE = 128  # samples whose gradients a program of `_sums_kernel` adds up
 
 
@@ -61,21 +58,23 @@ def _forward_kernel(k, present, effective, own, w2, b2, out, scores, length, hid
                     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     w = tl.arange(0, W)
+    k, effective, own = k + sample * k_sample, effective + sample * W * hidden, own + sample * hidden
+    present, scores = present + sample * length, scores + sample * length
     total = tl.zeros((W,), tl.float32)
     bias = tl.load(b2).to(tl.float32)
     for begin in range(0, length, ROWS):
         row = begin + tl.arange(0, ROWS)
         inside = row < length
-        keys = tl.load(k + sample * k_sample + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
+        keys = tl.load(k + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
         narrow, keys = keys.to(effective.dtype.element_ty), keys.to(tl.float32)
         score = tl.zeros((ROWS,), tl.float32)
         for start in range(0, hidden, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            both = tl.load(effective + (sample * W + w[:, None]) * hidden + column[None, :])
-            h = tl.dot(narrow, both) + tl.load(own + sample * hidden + column)[None, :]
+            both = tl.load(effective + w[:, None] * hidden + column[None, :])
+            h = tl.dot(narrow, both) + tl.load(own + column)[None, :]
             score += tl.sum(h * _sigmoid(h, FAST) * tl.load(w2 + column)[None, :], 1)
-        score = (score + bias) * tl.load(present + sample * length + row, mask=inside, other=0.0)
-        tl.store(scores + sample * length + row, score, mask=inside)
+        score = (score + bias) * tl.load(present + row, mask=inside, other=0.0)
+        tl.store(scores + row, score, mask=inside)
         total += tl.sum(keys * score[:, None], 0)
     tl.store(out + sample * W + w, total)
 
@@ -88,10 +87,11 @@ def _rows_kernel(k, present, effective, own, w2, scores, dout, dk, dscores, narr
     w = tl.arange(0, W)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < length
-    keys = tl.load(k + sample * k_sample + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
+    k, effective, own = k + sample * k_sample, effective + sample * W * hidden, own + sample * hidden
+    keys = tl.load(k + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
     narrow, keys = keys.to(effective.dtype.element_ty), keys.to(tl.float32)
-    place = (sample * length + row[:, None]) * W + w[None, :]
-    tl.store(narrowed + place, narrow, mask=inside[:, None])
+    place = row[:, None] * W + w[None, :]
+    tl.store(narrowed + sample * length * W + place, narrow, mask=inside[:, None])
     gradient = tl.load(dout + sample * W + w).to(tl.float32)
     score = tl.load(scores + sample * length + row, mask=inside, other=0.0)
     dscore = tl.sum(keys * gradient[None, :], 1) * tl.load(present + sample * length + row, mask=inside, other=0.0)
@@ -99,13 +99,13 @@ def _rows_kernel(k, present, effective, own, w2, scores, dout, dk, dscores, narr
     total = tl.zeros((ROWS, W), tl.float32)
     for start in range(0, hidden, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        both = tl.load(effective + (sample * W + w[:, None]) * hidden + column[None, :])
-        h = tl.dot(narrow, both) + tl.load(own + sample * hidden + column)[None, :]
+        both = tl.load(effective + w[:, None] * hidden + column[None, :])
+        h = tl.dot(narrow, both) + tl.load(own + column)[None, :]
         sigmoid = _sigmoid(h, FAST)
         slope = tl.load(w2 + column)[None, :] * sigmoid * (1.0 + h * (1.0 - sigmoid))
         total += tl.dot(slope.to(effective.dtype.element_ty), tl.trans(both))
     total = total * dscore[:, None] + score[:, None] * gradient[None, :]
-    tl.store(dk + place, total, mask=inside[:, None])
+    tl.store(dk + sample * length * W + place, total, mask=inside[:, None])
 
 
 @triton.jit
@@ -115,15 +115,17 @@ def _columns_kernel(narrowed, dscores, effective, own, w2, cross, deffective, do
     sample = tl.program_id(1).to(tl.int64)
     w = tl.arange(0, W)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    both = tl.load(effective + (sample * W + w[:, None]) * hidden + column[None, :])
+    at = w[:, None] * hidden + column[None, :]
+    both = tl.load(effective + sample * W * hidden + at)
     bias, weight = tl.load(own + sample * hidden + column), tl.load(w2 + column)
+    narrowed, dscores = narrowed + sample * length * W, dscores + sample * length
     product = tl.zeros((W, COLUMNS), tl.float32)
     sums, second = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
     for begin in range(0, length, ROWS):
         row = begin + tl.arange(0, ROWS)
         inside = row < length
-        narrow = tl.load(narrowed + (sample * length + row[:, None]) * W + w[None, :], mask=inside[:, None], other=0.0)
-        dscore = tl.load(dscores + sample * length + row, mask=inside, other=0.0)
+        narrow = tl.load(narrowed + row[:, None] * W + w[None, :], mask=inside[:, None], other=0.0)
+        dscore = tl.load(dscores + row, mask=inside, other=0.0)
         h = tl.dot(narrow, both) + bias[None, :]
         sigmoid = _sigmoid(h, FAST)
         swish = h * sigmoid
@@ -135,59 +137,44 @@ def _columns_kernel(narrowed, dscores, effective, own, w2, cross, deffective, do
     tl.store(downs + place, sums * weight)
     tl.store(dw2 + place, second)
     product = product * weight[None, :]
-    tl.store(deffective + (sample * W + w[:, None]) * hidden + column[None, :], product)
-    factor = tl.load(cross + w[:, None] * hidden + column[None, :]).to(tl.float32)
+    tl.store(deffective + sample * W * hidden + at, product)
+    factor = tl.load(cross + at).to(tl.float32)
     tl.store(dq + (tl.program_id(0) * tl.num_programs(1) + sample) * W + w, tl.sum(product * factor, 1))
 
 
 @triton.jit
-def _both_kernel(k, present, effective, own, w2, cross, scores, dout, dk, dscores, deffective, downs, dw2, dq, length,
-                 hidden, k_sample, k_row, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                 FAST: tl.constexpr):
-    """All gradients of a sample: tiles of hidden units, within each the rows, whose gradients are added up in memory,
-    by the program that wrote them."""
-    sample = tl.program_id(0).to(tl.int64)
+def _turned_columns_kernel(narrowed, dscores, effective, own, w2, cross, deffective, downs, dw2, dq, length, hidden,
+                           W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr):
+    """The same with hidden units as rows of the products: sums over a list's rows then stay within a thread, and slopes
+    within registers."""
+    sample = tl.program_id(1).to(tl.int64)
     w = tl.arange(0, W)
-    gradient = tl.load(dout + sample * W + w).to(tl.float32)
-    query = tl.zeros((W,), tl.float32)
-    k, dk = k + sample * k_sample, dk + sample * length * W
-    present, scores, dscores = present + sample * length, scores + sample * length, dscores + sample * length
-    effective, deffective = effective + sample * W * hidden, deffective + sample * W * hidden
-    for start in range(0, hidden, COLUMNS):
-        # Hidden units are rows here: sums over a list's rows then stay within a thread, and slopes in registers.
-        column = start + tl.arange(0, COLUMNS)
-        at = w[None, :] * hidden + column[:, None]
-        both = tl.load(effective + at)
-        bias, weight = tl.load(own + sample * hidden + column), tl.load(w2 + column)
-        product = tl.zeros((COLUMNS, W), tl.float32)
-        sums, second = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
-        for begin in range(0, length, ROWS):
-            row = begin + tl.arange(0, ROWS)
-            inside = row < length
-            keys = tl.load(k + row[:, None] * k_row + w[None, :], mask=inside[:, None], other=0.0)
-            narrow, keys = keys.to(effective.dtype.element_ty), keys.to(tl.float32)
-            dscore = tl.sum(keys * gradient[None, :], 1)
-            dscore = dscore * tl.load(present + row, mask=inside, other=0.0)
-            h = tl.dot(both, tl.trans(narrow)) + bias[:, None]
-            sigmoid = _sigmoid(h, FAST)
-            swish = h * sigmoid
-            second += tl.sum(dscore[None, :] * swish, 1)
-            dh = dscore[None, :] * (sigmoid + swish * (1.0 - sigmoid))
-            sums += tl.sum(dh, 1)
-            slope = (dh * weight[:, None]).to(effective.dtype.element_ty)
-            product += tl.dot(slope, narrow)
-            total = tl.dot(tl.trans(slope), both)
-            score = tl.load(scores + row, mask=inside & (start == 0), other=0.0)
-            place = row[:, None] * W + w[None, :]
-            total += score[:, None] * gradient[None, :]
-            total += tl.load(dk + place, mask=inside[:, None] & (start > 0), other=0.0)
-            tl.store(dscores + row, dscore, mask=inside & (start == 0))
-            tl.store(dk + place, total, mask=inside[:, None])
-        tl.store(downs + sample * hidden + column, sums * weight)
-        tl.store(dw2 + sample * hidden + column, second)
-        tl.store(deffective + at, product)
-        query += tl.sum(product * tl.load(cross + at).to(tl.float32), 0)
-    tl.store(dq + sample * W + w, query)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    at = w[None, :] * hidden + column[:, None]
+    both = tl.load(effective + sample * W * hidden + at)
+    bias, weight = tl.load(own + sample * hidden + column), tl.load(w2 + column)
+    narrowed, dscores = narrowed + sample * length * W, dscores + sample * length
+    product = tl.zeros((COLUMNS, W), tl.float32)
+    sums, second = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    for begin in range(0, length, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = row < length
+        narrow = tl.load(narrowed + row[:, None] * W + w[None, :], mask=inside[:, None], other=0.0)
+        dscore = tl.load(dscores + row, mask=inside, other=0.0)
+        h = tl.dot(both, tl.trans(narrow)) + bias[:, None]
+        sigmoid = _sigmoid(h, FAST)
+        swish = h * sigmoid
+        second += tl.sum(dscore[None, :] * swish, 1)
+        dh = dscore[None, :] * (sigmoid + swish * (1.0 - sigmoid))
+        sums += tl.sum(dh, 1)
+        product += tl.dot(dh.to(narrow.dtype), narrow)
+    place = sample * hidden + column
+    tl.store(downs + place, sums * weight)
+    tl.store(dw2 + place, second)
+    product = product * weight[:, None]
+    tl.store(deffective + sample * W * hidden + at, product)
+    factor = tl.load(cross + at).to(tl.float32)
+    tl.store(dq + (tl.program_id(0) * tl.num_programs(1) + sample) * W + w, tl.sum(product * factor, 0))
 
 
 @triton.jit
@@ -265,39 +252,22 @@ def backward(dout: Tensor, scores: Tensor, q: Tensor, k: Tensor, present: Tensor
     dk, dscores = torch.empty(samples, length, width, **made), torch.empty(samples, length, **made)
     deffective = torch.empty(samples, width, hidden, **made)
     downs, dw2 = torch.empty(samples, hidden, **made), torch.empty(samples, hidden, **made)
-    strides = (length, hidden, k.stride(0), k.stride(1))
+    narrowed = torch.empty(samples, length, width, dtype=effective.dtype, device=k.device)
+    dq = torch.empty(hidden // UNITS, samples, width, **made)
 
-    def both() -> Tensor:
-        dq = torch.empty(samples, width, **made)
+    def rows_launch(rows: int, columns: int, warps: int) -> None:
+        _rows_kernel[(samples, triton.cdiv(length, rows))](
+            k, present, effective, own, w2, scores, dout, dk, dscores, narrowed, length, hidden, k.stride(0),
+            k.stride(1), W=width, ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
 
-        def launch(rows: int, columns: int, warps: int) -> None:
-            _both_kernel[(samples,)](
-                k, present, effective, own, w2, cross, scores, dout, dk, dscores, deffective, downs, dw2, dq, *strides,
-                W=width, ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
+    def columns_launch(rows: int, columns: int, warps: int, turned: bool) -> None:
+        (_turned_columns_kernel if turned else _columns_kernel)[(hidden // columns, samples)](
+            narrowed, dscores, effective, own, w2, cross, deffective, downs, dw2, dq, length, hidden, W=width,
+            ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
 
-        _run("both", k, hidden, launch)
-        return dq
-
-    def apart() -> Tensor:
-        narrowed = torch.empty(samples, length, width, dtype=effective.dtype, device=k.device)
-        dq = torch.empty(hidden // UNITS, samples, width, **made)
-
-        def rows_launch(rows: int, columns: int, warps: int) -> None:
-            _rows_kernel[(samples, triton.cdiv(length, rows))](
-                k, present, effective, own, w2, scores, dout, dk, dscores, narrowed, *strides, W=width, ROWS=rows,
-                COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
-
-        def columns_launch(rows: int, columns: int, warps: int) -> None:
-            _columns_kernel[(hidden // columns, samples)](
-                narrowed, dscores, effective, own, w2, cross, deffective, downs, dw2, dq, length, hidden, W=width,
-                ROWS=rows, COLUMNS=columns, FAST=k.is_cuda, num_warps=warps)
-
-        _run("rows", k, hidden, rows_launch)
-        tiles = hidden // _run("columns", k, hidden, columns_launch)[1]
-        return dq[:tiles].sum(0)
-
-    dq = _by_the_clock((tuple(k.shape), hidden, k.dtype), {"both": both, "apart": apart}, k.is_cuda)
-    return dk, dscores, downs, dw2, dq, *_summed(deffective, q)
+    _run("rows", k, hidden, rows_launch)
+    tiles = hidden // _run("columns", k, hidden, columns_launch)[1]
+    return dk, dscores, downs, dw2, dq[:tiles].sum(0), *_summed(deffective, q)
 
 
 def _summed(deffective: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,17 +280,7 @@ def _summed(deffective: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return plain.sum(0), weighed.sum(0)
 
 
-def _by_the_clock(key: tuple, ways: dict[str, Callable[[], Tensor]], cuda: bool) -> Tensor:
-    """What the fastest of some ways gives, found at the first launch."""
-    if key not in _ways:
-        timed = cuda and not torch.cuda.is_current_stream_capturing() and len(WAYS) > 1
-        for name in WAYS if timed else ():
-            ways[name]()  # chooses its tiles
-        _ways[key] = min(WAYS, key=lambda name: _milliseconds(ways[name])) if timed else WAYS[0]
-    return ways[_ways[key]]()
-
-
-def _run(name: str, k: Tensor, hidden: int, launch: Callable[[int, int, int], None]) -> tuple[int, int, int]:
+def _run(name: str, k: Tensor, hidden: int, launch: Callable[..., None]) -> tuple:
     """Launches a kernel with the tiles that are fastest for this shape, found by the clock at its first launch; which
     they are."""
     key = (name, tuple(k.shape), hidden, k.dtype)

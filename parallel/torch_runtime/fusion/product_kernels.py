@@ -31,8 +31,8 @@ _FEW = 16
 @dataclass(frozen=True)
 class Tile:
     """How a product is cut: outputs and inputs of a block, programs that share an output's inputs, warps, blocks of
-    weights under way, whether one row takes the matrix units, too, and how many bytes of each output's weights are
-    fetched while the kernel before ends (None = AHEAD for one row, while several rows wait for its end).
+    weights under way, whether one row takes the matrix units, too, and how many bytes of each output's weights one row
+    fetches while the kernel before it ends (None = AHEAD).
 
     Four warps and 64 outputs would be Hopper's `wgmma`, for which Triton reads int8 weights byte by byte: two warps."""
 
@@ -69,7 +69,7 @@ def rows_of_block(rows: int) -> int:
 EARLY = True
 """Whether kernels begin while the one before them ends (programmatic dependent launch, from Hopper on): what they read
 first, weights, is no result of it, and is on its way to the second-level cache when the activations are ready. Products
-of several rows do where their tile says so: their blocks are large, and two kernels side by side may be slower."""
+of several rows do not: their blocks are large, and two kernels side by side were slower."""
 AHEAD = 2048  # bytes of an output's weights that are fetched so
 
 
@@ -102,37 +102,6 @@ def _wide(b):
         sub.f32 $2, $2, 0f4B000080;
         sub.f32 $3, $3, 0f4B000080;
         }""", "=f,=f,=f,=f,r", [b], dtype=tl.float32, is_pure=True, pack=4)
-
-
-@triton.jit
-def _half(b, like: tl.constexpr):
-    """bfloat16 or float16 of int8s by bit operations, exactly. In bfloat16 through float32, of which the upper half is
-    kept; in float16 b + 128 becomes the last byte of 1024."""
-    if like == tl.bfloat16:
-        found = tl.inline_asm_elementwise("""{
-            .reg .b32 t, e, f, g, h;
-            xor.b32 t, $2, 0x80808080;
-            prmt.b32 e, t, 0x4B000000, 0x7440;
-            prmt.b32 f, t, 0x4B000000, 0x7441;
-            prmt.b32 g, t, 0x4B000000, 0x7442;
-            prmt.b32 h, t, 0x4B000000, 0x7443;
-            sub.f32 e, e, 0f4B000080;
-            sub.f32 f, f, 0f4B000080;
-            sub.f32 g, g, 0f4B000080;
-            sub.f32 h, h, 0f4B000080;
-            prmt.b32 $0, e, f, 0x7632;
-            prmt.b32 $1, g, h, 0x7632;
-            }""", "=r,=r,r", [b], dtype=tl.bfloat16, is_pure=True, pack=4)
-    else:
-        found = tl.inline_asm_elementwise("""{
-            .reg .b32 t;
-            xor.b32 t, $2, 0x80808080;
-            prmt.b32 $0, t, 0x64646464, 0x4140;
-            prmt.b32 $1, t, 0x64646464, 0x4342;
-            sub.f16x2 $0, $0, 0x64806480;
-            sub.f16x2 $1, $1, 0x64806480;
-            }""", "=r,=r,r", [b], dtype=tl.float16, is_pure=True, pack=4)
-    return found
 
 
 @triton.jit
@@ -212,8 +181,7 @@ def _row_kernel(x, w, scale, bias, extra, y, parts, counts, inputs, outputs, x_t
 def _rows_kernel(x, w, scale, bias, extra, y, parts, counts, rows, inputs, outputs, x_token, x_row, w_token,
                  scale_token, y_token, SCALED: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr,
                  HAS_EXTRA: tl.constexpr, GELU: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
-                 STAGES: tl.constexpr, O: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
-                 LINE: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr):
+                 STAGES: tl.constexpr, O: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
     block, token, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     o, m = block * O + tl.arange(0, O), tl.arange(0, M)
     inside, present = o < outputs, m < rows
@@ -221,8 +189,6 @@ def _rows_kernel(x, w, scale, bias, extra, y, parts, counts, rows, inputs, outpu
     each = tl.cdiv(tl.cdiv(inputs, K), PARTS) * K
     weights = w + token * w_token + safe.to(tl.int64)[:, None] * inputs
     given = x + token * x_token + row[None, :] * x_row
-    if EARLY:
-        _begun(weights, part * each, inputs, LINE, LINES)
     sums = tl.zeros((O, M), tl.float32)
     for begin in tl.range(part * each, tl.minimum((part + 1) * each, inputs), K, num_stages=STAGES):
         k = begin + tl.arange(0, K)
@@ -232,12 +198,11 @@ def _rows_kernel(x, w, scale, bias, extra, y, parts, counts, rows, inputs, outpu
         else:
             a = tl.load(given + k[:, None], mask=present[None, :] & (k[:, None] < inputs), other=0.0)
             b = tl.load(weights + k[None, :], mask=k[None, :] < inputs, other=0)
-        b = _half(b, a.dtype) if BITS else b.to(a.dtype)
         if GROUPED:
             own = tl.load(scale + token * scale_token + (begin // 128) * outputs + safe)
-            sums += tl.dot(b, a, input_precision="ieee") * own[:, None]
+            sums += tl.dot(b.to(a.dtype), a, input_precision="ieee") * own[:, None]
         else:
-            sums = tl.dot(b, a, sums, input_precision="ieee")
+            sums = tl.dot(b.to(a.dtype), a, sums, input_precision="ieee")
     found = sums
     last = True
     if PARTS > 1:
@@ -333,15 +298,13 @@ def product(x: Tensor, w: Tensor, scale: Tensor | None = None, bias: Tensor | No
              counts_on(x.device))
     token = 0 if scale is None else scale.stride(0)
     grid = (blocks, tokens, shared)
-    options |= {"LINE": 128 // w.element_size(), "LINES": (AHEAD if tile.ahead is None else tile.ahead) // 128}
     if block == 1:
+        lines = (AHEAD if tile.ahead is None else tile.ahead) // 128
         _row_kernel[grid](*given, inputs, outputs, x.stride(0), w.stride(0), token, y.stride(0), BITS=x.is_cuda,
-                          **early_options(x.device), **options)
+                          LINE=128 // w.element_size(), LINES=lines, **early_options(x.device), **options)
     else:
-        bits = x.is_cuda and scale is not None and x.dtype in (torch.bfloat16, torch.float16)
-        options |= early_options(x.device) if tile.ahead is not None else {"EARLY": False}
         _rows_kernel[grid](*given, rows, inputs, outputs, x.stride(0), x.stride(1), w.stride(0), token, y.stride(0),
-                           M=block, BITS=bits, **options)
+                           M=block, **options)
     return y
 
 

@@ -6,9 +6,10 @@
 Each side runs as one CUDA graph of products with matrices that go round, so that more bytes are read than the second
 level of cache holds before one is read again. The peer is the faster of `torch.matmul` / `torch.bmm` with weights
 [T, K, O] and with [T, O, K]. Ours runs with every candidate tile of `fusion/tiles.py`; `int8` is the fastest, which
-serving chooses by the same clock; with `--sweep` many more tiles are tried, which as many processes as there are cores
-compile first, and the four fastest of a shape are printed. Results are checked against float32 before they are timed. Shapes are plain layers of
-PanGu-alpha 13B and others, and per-token layers of RankMixer-1B and TokenMixer-Large 500M (T > 1).
+serving chooses by the same clock. With `--sweep` more tiles are tried, which as many processes as there are cores
+compile first, and the four fastest of a shape are printed. Results are checked against float32 before they are timed.
+Shapes are plain layers of PanGu-alpha 13B and others, and per-token layers of RankMixer-1B and TokenMixer-Large 500M
+(T > 1).
 
 Last line of stdout: JSON; `less` is how much less time int8 takes, 1 - geometric mean of ratios, by rows; `crossover`
 the least number of rows at which any shape is not faster, null if all are.
@@ -45,9 +46,10 @@ _ONE = [(8, 512, 1, 4, 3), (8, 1024, 1, 4, 3), (16, 512, 1, 4, 3), (16, 512, 1, 
         (4, 1024, 1, 2, 1), (8, 512, 1, 4, 1), (4, 1024, 1, 4, 2), (4, 2048, 1, 8, 2), (8, 512, 1, 2, 3)]
 _MORE = [(32, 256, 1, 4, 4), (32, 256, 2, 4, 4), (32, 256, 4, 4, 3), (64, 128, 2, 2, 4), (32, 128, 1, 2, 6),
          (32, 128, 2, 2, 6), (16, 256, 1, 2, 5), (16, 512, 1, 4, 4), (32, 512, 1, 4, 3), (64, 256, 2, 4, 3),
-         (16, 512, 1, 2, 4), (32, 512, 2, 4, 3), (16, 256, 1, 4, 5), (16, 256, 2, 2, 5)]
+         (16, 512, 1, 2, 4), (32, 512, 2, 4, 3), (16, 256, 1, 4, 5), (16, 256, 2, 2, 5), (64, 128, 4, 2, 4),
+         (64, 256, 4, 2, 3), (128, 64, 4, 2, 4), (128, 128, 4, 2, 3), (128, 64, 8, 2, 4), (128, 128, 8, 4, 3)]
 SWEPT = {1: [tiles.Tile(*tile, False, ahead) for tile in _ONE for ahead in (0, 512, 2048)]} | {
-    block: [tiles.Tile(*tile, False, ahead) for tile in _MORE for ahead in (None, 0, 1024)] for block in (16, 32, 64)}
+    block: [tiles.Tile(*tile) for tile in _MORE] for block in (16, 32, 64)}
 """By rows of a block, what `--sweep` tries."""
 _COLD_BYTES = 192 << 20
 
