@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 KINDS = ("scores", "user", "candidates")
 REQUEST = "request"
-FEW = 256
-"""Candidates up to which a user that is not cached is computed in the graph of its candidates; beyond, what a second
-graph costs is little beside the candidates' own time."""
 USER_INPUTS = ("user_ids", "user_numbers")
 """Inputs of the graph of a request on which its user alone depends."""
 
@@ -130,12 +127,12 @@ def evaluation_rows(settings: Run) -> int:
 
 def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
     """The graphs that a verb needs (None = all): of `evaluate` one over whole rows, of `serve` and `bench` the user's
-    for one and for all requests of a batch, the candidates' for every size that batches are filled up to, and on one
-    device both passes of a request in one graph for sizes up to `FEW`."""
+    for one and for all requests of a batch, and for every size that batches are filled up to the candidates' and, on
+    one device, both passes of a request in one graph."""
     engine = settings.serve.engine
     evaluated, served = (f"scores_{evaluation_rows(settings)}",), tuple(f"scores_{size}" for size in engine.candidates)
     if len(kinds_of(settings)) > 1:
-        joined = [size for size in engine.candidates if verb is None or size <= FEW] if joins(settings) else []
+        joined = engine.candidates if joins(settings) else []
         served = (*(f"user_{count}" for count in sorted({1, engine.requests})),
                   *(f"candidates_{size}" for size in engine.candidates), *(f"{REQUEST}_{size}" for size in joined))
     return evaluated if verb == "evaluate" else served if verb else tuple(dict.fromkeys((*evaluated, *served)))

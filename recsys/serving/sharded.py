@@ -61,6 +61,10 @@ class ShardedScorer(Scorer):
                                                                      (ids, self.sides.candidate.ids)))
         return self.ranker.lead(f"{REQUEST}_{len(ids)}", (user_rows, user_numbers[:1], rows, numbers))
 
+    def joined_size(self, candidates: int) -> int | None:
+        # The user's lane runs beside the candidates': it pays at every size.
+        return next((size for size in self.settings.candidates if candidates <= size), None)
+
     def predictions(self, found_NK: np.ndarray) -> np.ndarray:
         return found_NK.astype(np.float64)  # the passes end in probabilities
 
