@@ -211,7 +211,7 @@ def test_a_program_of_one_device_scores_a_new_user_in_the_graph_of_its_candidate
               str(tmp_path / "program")]
     assert "request_16" in kinds
     subprocess.run(export, check=True, capture_output=True, timeout=600)
-    server, trained = Server(words, 1, "--program", str(tmp_path / "program")), load(tmp_path / "run")
+    server, trained = Server([*words, "--program", str(tmp_path / "program")], 1), load(tmp_path / "run")
     for seed, count in ((1, 3), (1, 3), (2, 14), (3, 20)):  # a cached user, and more than one graph's candidates
         body = {**body_of(trained, log, seed, count), "top_k": count}
         ask = read_request(body, trained, 100)
