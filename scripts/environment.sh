@@ -44,11 +44,13 @@ install_packages() {
     [ -x "$ROOT/.venv/bin/python" ] || "$python" -m venv "$ROOT/.venv" || return 2
     extras="$(printf '%s\n' "$@" | paste -sd, -)"
     echo "installing packages into .venv (once) ..." >&2
-    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    # Most modules of MindSpore are never imported, so their bytecode is not written; that of the others is, once.
+    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
       -c "$ROOT/scripts/constraints.txt" -e "$ROOT${extras:+[$extras]}" >&2 || {
       echo "error: installing packages failed; see pip's message above" >&2
       return 2
     }
+    env -u PYTHONDONTWRITEBYTECODE GLOG_v=3 "$ROOT/.venv/bin/python" -c "import mindspore" >/dev/null 2>&1
     for extra in core "$@"; do echo "$sum $extra" >>"$stamp"; done
   fi
 }
