@@ -32,9 +32,9 @@ SMALLEST, LARGEST = 1_000, 8_000_000_000
 
 # source, share of the documents, writer
 KINDS = (
-    ("context", 0.40, skills.context_document),
-    ("arithmetic", 0.33, skills.arithmetic_document),
-    ("sentiment", 0.13, skills.sentiment_document),
+    ("context", 0.44, skills.context_document),
+    ("arithmetic", 0.30, skills.arithmetic_document),
+    ("sentiment", 0.12, skills.sentiment_document),
     ("recital", 0.02, prose.recital),
     ("dialogue", 0.03, prose.dialogue),
     ("portrait", 0.015, prose.portrait),

@@ -13,7 +13,6 @@ from data_tools.synthetic.words import Draw, reserved
 LARGEST_TERM = 10
 CHOICES = 4
 SAME_RELATION = 0.3  # passages whose facts differ in the person only; in the others the relation alone tells
-_SUMS = 0.3  # share of sums beside differences in training; questions have as many of both, and differences are harder
 _TRIES = 200
 
 
@@ -157,7 +156,7 @@ def _terms(draw: Draw) -> tuple[int, int]:
 def _sum(draw: Draw, in_words: float) -> tuple[str, str, int, int, int]:
     """A question, the answer up to its number, the number and the two terms; `in_words`: chance of a little story."""
     a, b = _terms(draw)
-    add, story = draw.chance(0.5 if draw.held_out else _SUMS), draw.chance(in_words)
+    add, story = draw.chance(0.5), draw.chance(in_words)
     first, second, answer = (a, b, a + b) if add else (a + b, a, b)
     pattern = draw.one("arithmetic", ("gain" if add else "lose") if story else ("add" if add else "subtract"))
     # A thing is written with its measure word first.
@@ -167,17 +166,11 @@ def _sum(draw: Draw, in_words: float) -> tuple[str, str, int, int, int]:
     return question, f"{first}{'加' if add else '减'}{second}等于", answer, first, second
 
 
-def _told(draw: Draw) -> str:
-    a, b = _terms(draw)
-    return f"{a}加{b}等于{a + b}。" if draw.chance(_SUMS) else f"{a + b}减{a}等于{b}。"
-
-
 def _statement(draw: Draw) -> str:
-    """A few sums told, a row counted, or a comparison."""
+    """A sum told, a row counted, or a comparison."""
+    a, b = _terms(draw)
     roll = draw.rng.random()
-    if roll < 0.8:
-        return "".join(_told(draw) for _ in range(draw.rng.randint(2, 6)))
-    if roll < 0.9:
+    if roll < 0.3:
         low = draw.rng.randint(0, LARGEST_TERM)
         high = low + draw.rng.randint(3, 9)
         row = list(range(low, high + 1))
@@ -185,14 +178,15 @@ def _statement(draw: Draw) -> str:
         if draw.chance(0.4):
             row, head = row[::-1], draw.one("arithmetic", "back").format(a=low, b=high)
         return head + "、".join(map(str, row)) + "。"
-    a, b = _terms(draw)
-    return draw.one("arithmetic", "compare").format(a=a + b, b=a, c=b)
+    if roll < 0.5:
+        return draw.one("arithmetic", "compare").format(a=a + b, b=a, c=b)
+    return f"{a}加{b}等于{a + b}。" if roll < 0.75 else f"{a + b}减{a}等于{b}。"
 
 
 def arithmetic_document(draw: Draw) -> str:
-    """Two to four sums with their answers, mostly after some that are told: these take a third of the tokens."""
-    lines = [draw.one("arithmetic", "heads") + (_statement(draw) if draw.chance(0.8) else "")]
-    for _ in range(draw.rng.randint(2, 4)):
+    """Three to six sums with their answers, now and then a sum told or a row counted first."""
+    lines = [draw.one("arithmetic", "heads") + (_statement(draw) if draw.chance(0.4) else "")]
+    for _ in range(draw.rng.randint(3, 6)):
         question, sentence, answer, _, _ = _sum(draw, in_words=0.15)
         lines += ["问：" + question, f"答：{sentence}{answer}。"]
     return "\n".join(lines)
