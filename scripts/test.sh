@@ -9,4 +9,5 @@ prepare_environment data serve stream evaluate mindformers export bench test || 
 fitting=$(awk '/^MemAvailable/ {print int($2 / 3000000)}' /proc/meminfo)
 workers=$(($(nproc) + 1))
 [ "$workers" -le "$fitting" ] || workers=$((fitting > 1 ? fitting : 1))
+unset PYTHONDONTWRITEBYTECODE  # hundreds of commands are started: each would compile what it imports again
 cd "$ROOT" && exec python -m pytest -n "${TEST_WORKERS:-$workers}" --dist loadfile --no-loadscope-reorder --durations=30 "$@"

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "exchange.h"
+#include "gated_experts.h"
 #include "gelu_networks.h"
 #include "linear.h"
 #include "norms.h"
@@ -111,21 +112,21 @@ ENTRY(feed_forward_backward) {
 // x, gates, w1, b1, w2, b2 -> y
 ENTRY(gated_experts) {
   if (count != 7) return kBadCall;
-  return run_gelu_forward(gelu_sizes(shapes[0], shapes[2], shapes[4], shapes[1][2]), gelu_inputs(params, true),
+  return run_gated_forward(gelu_sizes(shapes[0], shapes[2], shapes[4], shapes[1][2]), gelu_inputs(params, true),
                           out(params, 6), nullptr);
 }
 
 // x, gates, w1, b1, w2, b2 -> y, z
 ENTRY(gated_experts_kept) {
   if (count != 8) return kBadCall;
-  return run_gelu_forward(gelu_sizes(shapes[0], shapes[2], shapes[4], shapes[1][2]), gelu_inputs(params, true),
+  return run_gated_forward(gelu_sizes(shapes[0], shapes[2], shapes[4], shapes[1][2]), gelu_inputs(params, true),
                           out(params, 6), out(params, 7));
 }
 
 // x, gates, w1, b1, w2, b2, z, dy -> dx, dgates, dw1, db1, dw2, db2
 ENTRY(gated_experts_backward) {
   if (count != 14) return kBadCall;
-  return run_gelu_backward(
+  return run_gated_backward(
       gelu_sizes(shapes[0], shapes[2], shapes[4], shapes[1][2]), gelu_inputs(params, true), in(params, 6),
       in(params, 7),
       {out(params, 8), out(params, 10), out(params, 11), out(params, 12), out(params, 13), out(params, 9)});

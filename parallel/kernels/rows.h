@@ -44,4 +44,14 @@ inline void add_rows(const float* taken, int64_t width, const std::vector<int64_
 // 1 / (1 + exp(-x)). Bounded, since -ffast-math knows no infinity; beyond the bound nothing changes in float.
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(std::min(-x, 80.0f))); }
 
+// sigmoid(x) and 1 - sigmoid(x). The second is no difference: a quotient of -ffast-math may be 1 - 6e-8 where it is 1
+// in float, which a derivative then multiplies by powers of x.
+struct Sigmoids {
+  float open, closed;
+};
+inline Sigmoids sigmoids(float x) {
+  const float e = std::exp(std::min(-x, 80.0f)), open = 1.0f / (1.0f + e);
+  return {open, e * open};
+}
+
 }  // namespace kernels

@@ -56,11 +56,12 @@ inline void swiglu_rows_backward(const float* x, const float* dy, int64_t rows, 
     float sum = 0;
 #pragma GCC ivdep
     for (int64_t i = 0; i < inner; ++i) {
-      const float gate = sigmoid(one[i]), active = one[i] * gate, change = down[i];
+      const Sigmoids s = sigmoids(one[i]);
+      const float active = one[i] * s.open, change = down[i];
       sum += active * other[i] * change;
       own[i] = active * other[i] * factor;
       up[i] = change * active * factor;
-      down[i] = change * other[i] * (gate + active * (1.0f - gate)) * factor;
+      down[i] = change * other[i] * (s.open + active * s.closed) * factor;
     }
     if (d_scale) d_scale[r] = sum;
   }

@@ -22,7 +22,7 @@ from parallel.common.progress import info
 from parallel.launch.inference import DEVICE, PROGRAM, compare_settings
 from recsys.data.columns import features_of
 from recsys.data.features import assign_columns
-from recsys.passes.tasks import inference_kinds, shapes_inference, sizes_of, whole_spec
+from recsys.passes.tasks import USER_INPUTS, inference_kinds, shapes_inference, sizes_of, whole_spec
 from recsys.passes.weights import Weights, WholeRows, is_eight
 from recsys.saved_model import vocabulary_of
 from recsys.tables.names import is_sparse
@@ -86,7 +86,7 @@ class ShardedRanker:
         read, self.rows = self._reading(checkpoint)
         self.rank = InferenceRank(program, self.member, read, 0, settings.parallel.execution in _CAPTURED,
                                   eight=is_eight if kind is not None else None, group=(kind or {}).get("group"),
-                                  compiled=settings.parallel.execution == "inductor")
+                                  compiled=settings.parallel.execution == "inductor", beside=USER_INPUTS)
         if self.first:
             info(f"{self.member.world} processes, {self.member.groups} of data x {self.member.size}")
 
@@ -95,15 +95,17 @@ class ShardedRanker:
         """Whether this is the process that answers and tells figures."""
         return self.member.rank == 0
 
-    def run(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
-        """A pass over this rank's shards, called by every rank of the group with the same inputs; its result on the
-        group's first rank, None elsewhere."""
+    def run(self, kind: str, inputs: Sequence[np.ndarray]) -> Any:
+        """A pass over this rank's shards, called by every rank of the group with the same inputs; its result (a tuple
+        where the graph gives several) on the group's first rank, None elsewhere."""
         result = self.rank.run(kind, inputs)
+        if isinstance(result, tuple):
+            return tuple(item.float().cpu().numpy() for item in result)
         return None if result is None else result.float().cpu().numpy()
 
     # -- leading and following ----------------------------------------------------------------------------------------
 
-    def lead(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    def lead(self, kind: str, inputs: Sequence[np.ndarray]) -> Any:
         """`run` on all ranks of the group, called by its first rank alone."""
         flat = [np.ascontiguousarray(array).reshape(-1).view(np.int32) for array in inputs]
         self.member.broadcast(np.concatenate([[np.int32(self.kinds.index(kind))], *flat]))

@@ -4,8 +4,10 @@ exported, and what sharded evaluation and serving run.
     scores      ids_BM, numbers_BN                      -> probabilities_BK
     user        ids_Rm, numbers_Rn                      -> state_RS                 (separated rankers)
     candidates  state_RS, index_N, ids_Nm, numbers_Nn   -> probabilities_NK         (separated rankers)
+    request     user's ids_1m, numbers_1n, candidates' ids_Nm, numbers_Nn -> state_1S, probabilities_NK
+                                                        (separated rankers on one device: both passes in one graph)
 
-Columns of `user` and `candidates` are those of `recsys.ug_sep.sides.UserCandidateSplit`.
+Columns of the sides are those of `recsys.ug_sep.sides.UserCandidateSplit`.
 
 Graphs of sharded evaluation and serving are called by their pass and rows, `scores_512` or `candidates_64`. (`scores`
 alone is a graph of training.)
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from recsys.settings import Run
 
 KINDS = ("scores", "user", "candidates")
+REQUEST = "request"
+USER_INPUTS = ("user_ids", "user_numbers")
+"""Inputs of the graph of a request on which its user alone depends."""
 
 
 def kinds_of(settings: Run) -> tuple[str, ...]:
@@ -86,14 +91,19 @@ def task_of(settings: Run, spec: FeatureSpec, kind: str, rows: int, users: int =
     network = loss_network(settings, spec, len(labels_of(settings)), compute_dtype)
     model = network.model
     ids, numbers, leading = spec.id_columns, spec.numeric_columns, []
+    known = min(spec.tables.values())
     if kind != "scores":
-        if kind not in kinds_of(settings):
+        if len(kinds_of(settings)) == 1:
             raise UserError("the ranker is not separated into a user and a candidate side", where="model.ug_sep")
         own = model.sides.user if kind == "user" else model.sides.candidate
         ids, numbers = len(own.ids), len(own.numbers)
     if kind == "candidates":
         leading = [Input("state", (users, model.state_size), "float32"), Input("index", (rows,), "int32", users)]
-    inputs = [*leading, Input("ids", (rows, ids), "int32", min(spec.tables.values())),
+    elif kind == REQUEST:
+        user = model.sides.user
+        leading = [Input(USER_INPUTS[0], (1, len(user.ids)), "int32", known),
+                   Input(USER_INPUTS[1], (1, len(user.numbers)), "float32")]
+    inputs = [*leading, Input("ids", (rows, ids), "int32", known),
               Input("numbers", (rows, numbers), "float32")]
     return Task(network, inputs, lambda seed: _sample(inputs, seed), rows,
                 scores=lambda network: cell_of(kind, network.model))
@@ -102,9 +112,9 @@ def task_of(settings: Run, spec: FeatureSpec, kind: str, rows: int, users: int =
 def cell_of(kind: str, model: Any) -> Any:
     """The cell of a pass, with the parameters of `model`."""
     from recsys.ranker import Scores
-    from recsys.ug_sep.ranker import CandidateScores, UserPass
+    from recsys.ug_sep.ranker import CandidateScores, RequestScores, UserPass
 
-    return {"scores": Scores, "user": UserPass, "candidates": CandidateScores}[kind](model)
+    return {"scores": Scores, "user": UserPass, "candidates": CandidateScores, REQUEST: RequestScores}[kind](model)
 
 
 # -- graphs of sharded evaluation and serving --------------------------------------------------------------------------
@@ -117,13 +127,20 @@ def evaluation_rows(settings: Run) -> int:
 
 def inference_kinds(settings: Run, verb: str | None = None) -> tuple[str, ...]:
     """The graphs that a verb needs (None = all): of `evaluate` one over whole rows, of `serve` and `bench` the user's
-    for one and for all requests of a batch, and the candidates' for every size that batches are filled up to."""
+    for one and for all requests of a batch, and for every size that batches are filled up to the candidates' and, on
+    one device, both passes of a request in one graph."""
     engine = settings.serve.engine
     evaluated, served = (f"scores_{evaluation_rows(settings)}",), tuple(f"scores_{size}" for size in engine.candidates)
     if len(kinds_of(settings)) > 1:
+        joined = engine.candidates if joins(settings) else []
         served = (*(f"user_{count}" for count in sorted({1, engine.requests})),
-                  *(f"candidates_{size}" for size in engine.candidates))
+                  *(f"candidates_{size}" for size in engine.candidates), *(f"{REQUEST}_{size}" for size in joined))
     return evaluated if verb == "evaluate" else served if verb else tuple(dict.fromkeys((*evaluated, *served)))
+
+
+def joins(settings: Run) -> bool:
+    """Whether there are graphs of whole requests: on one device, where nothing of a user is sharded."""
+    return settings.parallel.op * settings.parallel.pipeline.stages == 1
 
 
 def inference(settings: Run, parallel: ParallelConfig, compute_dtype: str, kind: str) -> Task:

@@ -144,7 +144,7 @@ class Scorer:
         users = [sides.user.take(ids[:1], numbers[:1]) for ids, numbers in batch]
         keys = [user_key(self.version, *user) for user in users]
         found = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
-        if self.joins and len(batch) == 1 and found[keys[0]] is None and (size := self._few(len(batch[0][0]))):
+        if self.joins and len(batch) == 1 and found[keys[0]] is None and (size := self.joined_size(len(batch[0][0]))):
             return self._joined(keys[0], size, *batch[0])
         found = self._states(dict(zip(keys, users, strict=True)), found)
         states_RS = np.stack([found[key] for key in keys])
@@ -156,8 +156,8 @@ class Scorer:
         return self._chunks(lambda *arrays: self.score_candidates(states, *arrays), index_N,
                             np.concatenate([ids for ids, _ in rows]), np.concatenate([numbers for _, numbers in rows]))
 
-    def _few(self, candidates: int) -> int | None:
-        """The fixed size of a batch that holds so many, if that is at most `FEW`."""
+    def joined_size(self, candidates: int) -> int | None:
+        """The fixed size of a batch that holds so many, if a new user is computed in the graph of these."""
         return next((size for size in self.settings.candidates if candidates <= size <= FEW), None)
 
     def _joined(self, key: bytes, size: int, ids_CM: np.ndarray, numbers_CN: np.ndarray) -> np.ndarray:

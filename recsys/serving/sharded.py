@@ -12,7 +12,7 @@ import numpy as np
 from parallel.checkpoint.folder import resolve_checkpoint
 from parallel.common.errors import UserError
 from recsys.passes.sharded import ShardedRanker
-from recsys.passes.tasks import kinds_of
+from recsys.passes.tasks import REQUEST, joins, kinds_of
 from recsys.saved_model import Trained, describe
 from recsys.serving.engine import Engine, Scorer
 from recsys.serving.settings import EngineSettings
@@ -29,14 +29,13 @@ class ShardedScorer(Scorer):
         ranker: this process's part; it leads.
         spec: places of the features.
         separated: whether the passes are the user's and the candidates'.
+        joins: whether there are graphs of whole requests.
         settings, cache: see `Scorer`.
     """
 
-    joins = False
-
-    def __init__(self, ranker: ShardedRanker, spec: Any, separated: bool, settings: EngineSettings,
+    def __init__(self, ranker: ShardedRanker, spec: Any, separated: bool, joins: bool, settings: EngineSettings,
                  cache: StateCache) -> None:
-        self.ranker, self.spec, self.separated = ranker, spec, separated
+        self.ranker, self.spec, self.separated, self.joins = ranker, spec, separated, joins
         self.settings, self.cache, self.version = settings, cache, 1
         self.sides = UserCandidateSplit.of(spec) if separated else None
 
@@ -56,6 +55,16 @@ class ShardedScorer(Scorer):
         rows_Nm = self.ranker.rows.rows(ids_Nm, self.sides.candidate.ids)
         return self.ranker.lead(f"candidates_{len(index_N)}", (states, index_N.astype(np.int32), rows_Nm, numbers_Nn))
 
+    def score_request(self, ids_NM: np.ndarray, numbers_NN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        (user_ids, user_numbers), (ids, numbers) = self.sides.split(ids_NM, numbers_NN)
+        user_rows, rows = (self.ranker.rows.rows(*side) for side in ((user_ids[:1], self.sides.user.ids),
+                                                                     (ids, self.sides.candidate.ids)))
+        return self.ranker.lead(f"{REQUEST}_{len(ids)}", (user_rows, user_numbers[:1], rows, numbers))
+
+    def joined_size(self, candidates: int) -> int | None:
+        # The user's lane runs beside the candidates': it pays at every size.
+        return next((size for size in self.settings.candidates if candidates <= size), None)
+
     def predictions(self, found_NK: np.ndarray) -> np.ndarray:
         return found_NK.astype(np.float64)  # the passes end in probabilities
 
@@ -72,8 +81,9 @@ class ShardedEngine(Engine):
         super().__init__(trained, settings)
 
     def make_scorer(self) -> ShardedScorer:
-        return ShardedScorer(self.ranker, self.trained.spec, len(kinds_of(self.trained.settings)) > 1, self.settings,
-                             self.cache)
+        settings = self.trained.settings
+        return ShardedScorer(self.ranker, self.trained.spec, len(kinds_of(settings)) > 1,
+                             joins(self.ranker.settings), self.settings, self.cache)
 
     def prepare(self, checkpoint: str | Path) -> tuple[Trained, dict[str, Any], int]:
         """See `Engine.prepare`; the values are this process's shards."""

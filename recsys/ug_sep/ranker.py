@@ -127,11 +127,16 @@ class SeparatedRanker(Ranker):
         """(state_1S, logits_NK) of the candidates of one user, that of the first row: both passes at once. Inputs: all
         columns."""
         embedding = self.embedding
-        users, _ = embedding.user(embedding.user_ids(ids_NM[:1]), embedding.user_numbers(numbers_NN[:1]))
+        return self.both_passes(embedding.user_ids(ids_NM[:1]), embedding.user_numbers(numbers_NN[:1]),
+                                embedding.candidate_ids(ids_NM), embedding.candidate_numbers(numbers_NN))
+
+    def both_passes(self, user_ids_1m: Tensor, user_numbers_1n: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> tuple:
+        """As `request_pass`, by the columns of either side."""
+        users, _ = self.embedding.user(user_ids_1m, user_numbers_1n)
         components = self.user_layers(users)
-        groups, _ = embedding.group(embedding.candidate_ids(ids_NM), embedding.candidate_numbers(numbers_NN))
+        groups, _ = self.embedding.group(ids_Nm, numbers_Nn)
         # Of an index only the length is read where there is one user.
-        hidden_ND = self.candidate_layers(groups, components, ids_NM[:, 0])
+        hidden_ND = self.candidate_layers(groups, components, ids_Nm[:, 0])
         return self.packed(components, 1), self.served(self.head(hidden_ND))
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
@@ -305,10 +310,21 @@ class CandidateScores(Layer):
         self.answers = None if model.plan.plain else Answers(model.plan)
 
     def construct(self, state_RS: Tensor, index_N: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> Tensor:
-        logits_NK = self.model.candidate_pass(state_RS, index_N, ids_Nm, numbers_Nn)
+        return self.probabilities(self.model.candidate_pass(state_RS, index_N, ids_Nm, numbers_Nn))
+
+    def probabilities(self, logits_NK: Tensor) -> Tensor:
+        """What the logits are served as."""
         if self.answers is not None:
             return self.answers(logits_NK)
         return self.sigmoid(logits_NK)
 
     def sharding(self) -> list[OpSharding]:
         return [OpSharding(self.sigmoid, (("batch", None),))]
+
+
+class RequestScores(CandidateScores):
+    """`RequestPass` up to the probabilities_NK: (state_1S, probabilities_NK) by the columns of either side."""
+
+    def construct(self, user_ids_1m: Tensor, user_numbers_1n: Tensor, ids_Nm: Tensor, numbers_Nn: Tensor) -> tuple:
+        state_1S, logits_NK = self.model.both_passes(user_ids_1m, user_numbers_1n, ids_Nm, numbers_Nn)
+        return state_1S, self.probabilities(logits_NK)

@@ -224,7 +224,7 @@ def child_environment(libraries: str) -> dict[str, str]:
     paths = [str(_PROJECT), environment.get("PYTHONPATH", "")]
     environment |= {
         "MS_SIMULATION_LEVEL": "0", "RANK_SIZE": "1", "RANK_ID": "0", "LD_LIBRARY_PATH": libraries,
-        "PYTHONPATH": ":".join(path for path in paths if path), "GLOG_v": "3", "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": ":".join(path for path in paths if path), "GLOG_v": "3",
         "GLIBC_TUNABLES": ":".join(filter(None, (environment.get("GLIBC_TUNABLES"), _MALLOC))),
     }  # fmt: skip
     return environment

@@ -13,6 +13,8 @@ Imported on GPUs only, and by the tests in Triton's interpreter.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +31,8 @@ _FEW = 16
 @dataclass(frozen=True)
 class Tile:
     """How a product is cut: outputs and inputs of a block, programs that share an output's inputs, warps, blocks of
-    weights under way, and whether one row takes the matrix units, too.
+    weights under way, whether one row takes the matrix units, too, and how many bytes of each output's weights one row
+    fetches while the kernel before it ends (None = AHEAD).
 
     Four warps and 64 outputs would be Hopper's `wgmma`, for which Triton reads int8 weights byte by byte: two warps."""
 
@@ -39,6 +42,7 @@ class Tile:
     warps: int = 4
     stages: int = 3
     matrix: bool = False
+    ahead: int | None = None
 
 
 TILES: dict[tuple[bool, int], Tile] = {
@@ -71,7 +75,7 @@ AHEAD = 2048  # bytes of an output's weights that are fetched so
 
 def early_options(device: torch.device) -> dict[str, bool]:
     """Options of a launch on a device."""
-    early = EARLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    early = EARLY and not _lane and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
@@ -104,8 +108,9 @@ def _wide(b):
 def _begun(weights, first, inputs, LINE: tl.constexpr, LINES: tl.constexpr):
     """Lets the next kernel begin, fetches the first weights and waits for the kernel before."""
     gdc_launch_dependents()
-    place = tl.minimum(first + tl.arange(0, LINES) * LINE, inputs - 1)
-    fetch(weights + place[None, :])
+    if LINES > 0:
+        place = tl.minimum(first + tl.arange(0, LINES) * LINE, inputs - 1)
+        fetch(weights + place[None, :])
     gdc_wait()
 
 
@@ -238,16 +243,28 @@ def _norm_kernel(x, gamma, beta, y, width, x_row, epsilon, BLOCK: tl.constexpr, 
     tl.store(y + row * width + place, found.to(y.dtype.element_ty), mask=inside)
 
 
-_COUNTS: dict[torch.device, Tensor] = {}
+_COUNTS: dict[tuple[torch.device, int], Tensor] = {}
 _MOST_SHARED = 1 << 16
+_lane = 0
+
+
+@contextlib.contextmanager
+def lane(number: int) -> Iterator[None]:
+    """Launches within it may run beside those of other lanes; all but those of lane 0 wait for the kernel before."""
+    global _lane
+    before, _lane = _lane, number
+    try:
+        yield
+    finally:
+        _lane = before
 
 
 def counts_on(device: torch.device) -> Tensor:
     """Zeros by which the programs of a launch tell who ends last, and which are zeros again when it has ended; for
-    launches one after the other."""
-    if device not in _COUNTS:
-        _COUNTS[device] = torch.zeros(_MOST_SHARED, dtype=torch.int32, device=device)
-    return _COUNTS[device]
+    launches one after the other, those of a lane."""
+    if (device, _lane) not in _COUNTS:
+        _COUNTS[device, _lane] = torch.zeros(_MOST_SHARED, dtype=torch.int32, device=device)
+    return _COUNTS[device, _lane]
 
 
 def product(x: Tensor, w: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, extra: Tensor | None = None,
@@ -282,8 +299,9 @@ def product(x: Tensor, w: Tensor, scale: Tensor | None = None, bias: Tensor | No
     token = 0 if scale is None else scale.stride(0)
     grid = (blocks, tokens, shared)
     if block == 1:
+        lines = (AHEAD if tile.ahead is None else tile.ahead) // 128
         _row_kernel[grid](*given, inputs, outputs, x.stride(0), w.stride(0), token, y.stride(0), BITS=x.is_cuda,
-                          LINE=128 // w.element_size(), LINES=AHEAD // 128, **early_options(x.device), **options)
+                          LINE=128 // w.element_size(), LINES=lines, **early_options(x.device), **options)
     else:
         _rows_kernel[grid](*given, rows, inputs, outputs, x.stride(0), x.stride(1), w.stride(0), token, y.stride(0),
                            M=block, **options)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from parallel.torch_runtime.execute import Binder, Step, read_by
 from parallel.torch_runtime.fusion.fused import fused_rules
 from parallel.torch_runtime.fusion.rewrite import dependencies, only_for_the_update
 from parallel.torch_runtime.graph import COLLECTIVES, WIDTHS, Graph, Kind, Node
+from parallel.torch_runtime.inference.lanes import cuts
 from parallel.torch_runtime.rules import WRITES
 
 # Inductor would add rows by atomics, in another order every time.
@@ -38,11 +39,14 @@ _compiled: dict[str, Callable] = {}
 class RegionBinder(Binder):
     """`Binder` whose steps are compiled regions and, between them, single nodes.
 
-    Args: see `Binder`; `compile` makes a callable of (function, example inputs), by default `inductor`.
+    Args: see `Binder`; `compile` makes a callable of (function, example inputs), by default `inductor`; `lane` are
+        numbers of nodes that run beside the others (`inference.lanes`).
     """
 
-    def __init__(self, graph: Graph, *arguments: Any, compile: Callable | None = None, **keywords: Any) -> None:
+    def __init__(self, graph: Graph, *arguments: Any, compile: Callable | None = None,
+                 lane: Collection[int] = (), **keywords: Any) -> None:
         super().__init__(graph, *arguments, **keywords)
+        self.lane = set(lane)
         self.rounds = any(node.marks.get(AWAITED) and node.outputs[0].dtype in ("bfloat16", "float16")
                           for node in graph.nodes)
         self.compile = compile or partial(inductor, rounds=self.rounds)
@@ -80,6 +84,7 @@ class RegionBinder(Binder):
         region: list[Node] = []
         later: list[Node] = []
         behind: set[int] = set()  # what waits for something in `later`
+        ending, beginning = cuts(self.graph, self.lane, self._pulled) if self.lane else ((), ())
 
         def close() -> None:
             if region:
@@ -95,6 +100,8 @@ class RegionBinder(Binder):
                 if blocked:
                     behind.add(node.number)
                 continue
+            if node.number in beginning:
+                close()
             if node.op in COLLECTIVES and node.number not in late:
                 # Its result is waited for: it begins at once, and what does not need it goes on.
                 close()
@@ -111,7 +118,7 @@ class RegionBinder(Binder):
                 plan.append(node)
             else:
                 region.append(node)
-                if len(region) >= _LARGEST:
+                if len(region) >= _LARGEST or node.number in ending:
                     close()
         close()
         return plan

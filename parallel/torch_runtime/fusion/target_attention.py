@@ -177,11 +177,9 @@ def _prepared(node: Node, q: Tensor, w1: Tensor, b1: Tensor, dtype: torch.dtype)
 
 def _filled(q: Tensor, base: Tensor, cross: Tensor, own: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(base + q cross for each sample, own, w2) with as many hidden units as the kernels take."""
-    from parallel.torch_runtime.attention.target_attention import filled
+    from parallel.torch_runtime.attention.target_attention import effective, filled
 
-    base, cross = filled(base), filled(cross)
-    effective = torch.addcmul(base[None], q.to(base.dtype)[:, :, None], cross[None])
-    return effective, filled(own), filled(w2.reshape(-1).float())
+    return effective(q, filled(base), filled(cross)), filled(own), filled(w2.reshape(-1).float())
 
 
 def _hidden(q: Tensor, k: Tensor, base: Tensor, cross: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,22 +222,25 @@ def backward(node: Node, dout: Tensor, scores: Tensor, q: Tensor, k: Tensor, pre
         from parallel.torch_runtime.attention import target_attention
 
         effective, whole_own, whole_w2 = _filled(q, base, cross, own, w2)
-        dk, dscores, *found = target_attention.backward(dout.contiguous(), scores, k, present.contiguous(), effective,
-                                                        whole_own, whole_w2)
-        deffective, downs, dw2 = (item[..., :base.shape[1]] for item in found)
+        dk, dscores, downs, dw2, dq, db, dd = target_attention.backward(
+            dout.contiguous(), scores, q.float().contiguous(), k, present.contiguous(), effective, whole_own, whole_w2,
+            target_attention.filled(cross))
+        downs, dw2, db, dd = (item[..., :base.shape[1]] for item in (downs, dw2, db, dd))
     else:
         dk, dscores, deffective, downs, dw2 = _plain_backward(dout, scores, q, k, present, base, cross, own, w2)
-    db, dd = deffective.sum(0), torch.einsum("bw,bwh->wh", q.to(deffective.dtype), deffective)
+        db, dd = deffective.sum(0), torch.einsum("bw,bwh->wh", q.to(deffective.dtype), deffective)
+        dq = (deffective * cross.to(deffective.dtype)).sum(-1)
     da = q.to(downs.dtype).t() @ downs
     dw1 = torch.cat([part.t() for part in (da, db, da - db, dd)], 1)
-    dq = torch.addmm((deffective * cross.to(deffective.dtype)).sum(-1), downs, both.to(downs.dtype).t())
+    dq = torch.addmm(dq, downs, both.to(downs.dtype).t())
     return (dq[:, None].to(q.dtype), dk, dw1.to(w1.dtype), downs.sum(0).to(b1.dtype), dw2.sum(0)[None].to(w2.dtype),
             dscores.sum().reshape(b2.shape).to(b2.dtype))
 
 
 def _plain_backward(dout: Tensor, scores: Tensor, q: Tensor, k: Tensor, present: Tensor, base: Tensor, cross: Tensor,
                     own: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
-    """See `attention.target_attention.backward`."""
+    """(dk_BLW, dscores_BL, gradient of what a sample multiplies its rows with [B, W, H], of `own` [B, H], of w2 by
+    sample [B, H])."""
     dtype, weight = base.dtype, w2.reshape(-1).to(base.dtype)
     dscores = torch.bmm(k, dout[:, :, None])[..., 0] * present
     dk = scores[..., None] * dout[:, None]

@@ -21,11 +21,13 @@ from parallel.torch_runtime.fusion.product_kernels import CHOSEN, Tile, key_of, 
 
 _COLD_BYTES = 192 << 20  # gone through before a weight is used again: more than a second-level cache
 _FEW_ROWS = [Tile(32, 256, 1, 4, 4), Tile(32, 256, 2, 4, 4), Tile(32, 256, 4, 4, 3), Tile(16, 256, 1, 2, 5),
-             Tile(64, 128, 1, 2, 4), Tile(64, 128, 2, 2, 4), Tile(32, 128, 1, 2, 6), Tile(64, 256, 1, 4, 3)]
+             Tile(64, 128, 1, 2, 4), Tile(64, 128, 2, 2, 4), Tile(32, 128, 1, 2, 6), Tile(32, 128, 2, 2, 6),
+             Tile(64, 256, 1, 4, 3)]
 CANDIDATES: dict[tuple[bool, int], list[Tile]] = {
-    (True, 1): [Tile(8, 512, 1, 4, 3), Tile(8, 1024, 1, 4, 3), Tile(8, 512, 2, 4, 4), Tile(16, 512, 1, 4, 3),
-                Tile(16, 512, 1, 8, 3), Tile(32, 128, 1, 2, 6, True), Tile(64, 128, 1, 2, 4, True),
-                Tile(32, 256, 1, 4, 4, True), Tile(32, 256, 4, 4, 3, True)],
+    (True, 1): [Tile(8, 512, 1, 4, 3, ahead=512), Tile(8, 512, 1, 4, 3, ahead=0), Tile(8, 1024, 1, 4, 3, ahead=512),
+                Tile(8, 512, 1, 2, 3, ahead=512), Tile(8, 512, 1, 2, 3, ahead=0), Tile(16, 256, 1, 4, 4, ahead=0),
+                Tile(16, 512, 1, 4, 3, ahead=512), Tile(4, 2048, 1, 4, 1), Tile(64, 128, 1, 2, 4, True),
+                Tile(32, 256, 1, 4, 4, True)],
     (False, 1): [Tile(4, 512, 1, 4, 3), Tile(8, 512, 1, 8, 3), Tile(8, 512, 4, 4, 3), Tile(4, 1024, 1, 4, 1),
                  Tile(2, 1024, 1, 4, 1), Tile(1, 2048, 1, 4, 1), Tile(8, 256, 1, 4, 5), Tile(32, 128, 1, 4, 4, True),
                  Tile(32, 128, 2, 4, 4, True)],

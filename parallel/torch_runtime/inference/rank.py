@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from parallel.torch_runtime.fusion.serving_pass import for_serving
 from parallel.torch_runtime.fusion.weights import narrowed
 from parallel.torch_runtime.graph import Graph
 from parallel.torch_runtime.groups import Communicator
+from parallel.torch_runtime.inference import lanes
 from parallel.torch_runtime.inference.member import Member
 from parallel.torch_runtime.inference.weights import Weights
 from parallel.torch_runtime.program import CACHE, Program
@@ -46,6 +48,7 @@ class InferenceRank:
         group: inputs of one scale of int8 weights (128); None = one scale for an output.
         fused: whether patterns are fused; None = on GPUs.
         compiled: whether what lies between fused nodes is compiled by Inductor; not with int8 weights.
+        beside: names of inputs; where a graph has them, what depends on them alone runs beside the rest (`lanes`).
 
     Raises:
         UserError: the program is none of inference, a parameter is missing or of another shape, or shards part the
@@ -54,8 +57,9 @@ class InferenceRank:
 
     def __init__(self, program: Program, member: Member, read: ReadPart, slots: int, captured: bool, *,
                  eight: Callable[[str], bool] | None = None, group: int | None = None,
-                 fused: bool | None = None, compiled: bool = False) -> None:
+                 fused: bool | None = None, compiled: bool = False, beside: Collection[str] = ()) -> None:
         self.program, self.member, self.device = program, member, member.device
+        self.beside = beside
         self.own = program.ranks[member.number]
         self.graphs = {kind: program.graph(member.number, kind) for kind in program.inference_kinds}
         if not self.graphs:
@@ -149,7 +153,8 @@ class InferenceRank:
                                 hint=f"it holds {', '.join(self.graphs)}; export it with --graphs")
             graph = self.graphs[kind]
             graph.groups = [tuple(rank + self.member.base for rank in members) for members in graph.groups]
-            bound = binding(graph, self.weights, self.device, self.compiled, self.member.communicator)
+            beside = [place for place, name in enumerate(self.shape(kind)) if name in self.beside]
+            bound = binding(graph, self.weights, self.device, self.compiled, self.member.communicator, beside)
             if self.captured:
                 from parallel.torch_runtime.captured import Captured
 
@@ -171,15 +176,20 @@ def prepared(graphs: dict[str, Graph], *, fused: bool, eight: Callable[[str], bo
 
 
 def binding(graph: Graph, weights: Weights, device: torch.device, compiled: bool,
-            communicator: Communicator | None = None) -> Bound:
-    """A `prepared` graph ready to run with settled weights."""
-    kind = Binder
+            communicator: Communicator | None = None, beside: Collection[int] = ()) -> Bound:
+    """A `prepared` graph ready to run with settled weights; `beside` are places of inputs, and what depends on them
+    alone runs beside the rest."""
+    kind, lane = Binder, lanes.beside(graph, beside) if beside else set()
+    if lane:
+        graph = lanes.in_front(graph, lane)
     if compiled:
         from parallel.torch_runtime.fusion.regions import RegionBinder
 
-        kind = RegionBinder
+        kind = partial(RegionBinder, lane=lane)
     bound = kind(graph, weights.state, device, communicator=communicator,
                  rules=fused_rules(device) | serving_rules(device, weights)).bind()
+    if lane:
+        bound = lanes.Lanes(bound, lane, device)
     if device.type == "cuda":
         choose_tiles(graph, weights, device)
     return bound

@@ -63,9 +63,10 @@ class Served:
                 self.weights.state.setdefault(name, None)
         self.weights.settle()
 
-    def function(self, name: str) -> Callable[[Sequence[Tensor]], Tensor]:
-        """A graph as a function of its inputs."""
-        return binding(self.graphs[name], self.weights, self.device, self.compiled).run
+    def function(self, name: str, beside: Sequence[int] = ()) -> Callable[[Sequence[Tensor]], Tensor]:
+        """A graph as a function of its inputs; what depends on those at the places `beside` alone runs beside the
+        rest."""
+        return binding(self.graphs[name], self.weights, self.device, self.compiled, beside=beside).run
 
 
 class DrawnStep(TorchStep):

@@ -12,8 +12,10 @@ float32 before anything is timed. MFU counts the products as the network writes 
 (8192^3) and over 989 TFLOP/s.
 
 The third line compares, for 100, 500 and 1,000 candidates of one request, three ratios of user to candidate tokens: the
-unseparated network on the same tokens, both passes of the separated one, and its candidate pass alone on a user state
-that is there. `--device cpu` runs the same on small programs. The last line of stdout is one JSON object.
+unseparated network on the same tokens ("entangled"), both passes of the separated one ("separated"), both in one graph
+whose user's side runs beside the candidates' ("request"; "one lane": behind one another), and its candidate pass alone
+on a user state that is there ("cached"). Inputs are the same throughout, but a request's: those of its own graph.
+`--device cpu` runs the same on small programs. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from parallel.torch_runtime.graph import Graph, Literal  # noqa: E402
 from parallel.torch_runtime.program import Program  # noqa: E402
 from parallel.torch_runtime.step import measured_tflops  # noqa: E402
 from scripts.bench.gpu import ranker_peers as peers  # noqa: E402
+from scripts.bench.gpu.kernel_times import profiled  # noqa: E402
 from scripts.bench.gpu.ranker_parts import (  # noqa: E402
     DATA_SHEET_TFLOPS,
     Served,
@@ -52,7 +55,7 @@ from scripts.bench.gpu.ranker_parts import (  # noqa: E402
     within,
 )
 
-CANDIDATES, RATIOS = (100, 500, 1000), ("1:2", "1:1", "3:1")
+CANDIDATES, RATIOS, SIDES = "100,500,1000", "1:2,1:1,3:1", "separated,request,cached,one lane"
 
 
 class Bench:
@@ -66,6 +69,9 @@ class Bench:
         self.folder, self.modes = Path(arguments.programs), arguments.modes.split(",")
         self.device = torch.device("cuda:0" if arguments.device == "cuda" else "cpu")
         self.seconds, self.limit, self.parts = arguments.seconds, arguments.limit, arguments.parts.split(",")
+        self.candidates, self.ratios = [int(count) for count in arguments.candidates.split(",")], \
+            arguments.ratios.split(",")
+        self.sides, self.profile = arguments.sides.split(","), arguments.profile
         self.peak = measured_tflops(self.device, torch.bfloat16)
 
     def figures(self, milliseconds: float, count: float, rows: int) -> dict[str, float]:
@@ -138,30 +144,30 @@ class Bench:
     # -- separated rankers --------------------------------------------------------------------------------------------
 
     def separated(self, model: str) -> dict[str, Any]:
-        """Milliseconds of a request by number of candidates: entangled, and by ratio separated and cached."""
+        """By mode and number of candidates, milliseconds of a request: entangled, and by ratio separated in two passes,
+        both passes as one graph in two lanes, and with the user's state at hand."""
+        return {mode: self._separated(model, mode) for mode in self.modes}
+
+    def _separated(self, model: str, mode: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        whole, parts = Passes(self.folder / f"ug_{model}", self.modes[0], self.device), {}
-        for ratio in RATIOS:
+        whole, parts = Passes(self.folder / f"ug_{model}", mode, self.device), {}
+        for ratio in self.ratios:
             path = self.folder / f"ug_{model}_{ratio.replace(':', '_')}"
             if (path / "program.json.gz").is_file():
-                parts[ratio] = Passes(path, self.modes[0], self.device)
-        for count in CANDIDATES:
+                parts[ratio] = Passes(path, mode, self.device)
+        for count in self.candidates:
             entries, checked = {}, {}
             together, _ = whole(f"scores_{count}")
-            entries["entangled"] = self._entry(f"{model} entangled {count}", checked, "entangled",
+            entries["entangled"] = self._entry(f"{model} {mode} entangled {count}", checked, "entangled",
                                                lambda together=together: together)
             for ratio, rank in parts.items():
-                user, state = rank("user_1")
-                candidates, _ = rank(f"candidates_{count}")
-                entries[f"separated {ratio}"] = self._entry(
-                    f"{model} separated {ratio} {count}", checked, f"separated {ratio}",
-                    lambda user=user, candidates=candidates: lambda: candidates(user()))
-                entries[f"cached {ratio}"] = self._entry(
-                    f"{model} cached {ratio} {count}", checked, f"cached {ratio}",
-                    lambda candidates=candidates, state=state: lambda: candidates(state))
-                if checked.get(f"cached {ratio}") is not None and checked.get(f"separated {ratio}") is not None:
-                    found.setdefault("cached_is_separated", {})[f"{ratio} {count}"] = difference(
-                        checked[f"cached {ratio}"], checked[f"separated {ratio}"])
+                for side, call in self._sides(rank, count).items():
+                    entries[f"{side} {ratio}"] = self._entry(f"{model} {mode} {side} {ratio} {count}", checked,
+                                                             f"{side} {ratio}", lambda call=call: call)
+                for side in ("cached", "request"):
+                    one, other = (checked.get(f"{name} {ratio}") for name in (side, "separated"))
+                    if one is not None and other is not None:
+                        found.setdefault(f"{side}_is_separated", {})[f"{ratio} {count}"] = difference(one, other)
             times = in_turns({name: call for name, call in entries.items() if call is not None}, self.device,
                              seconds=self.seconds)
             base = times.get("entangled")
@@ -170,10 +176,24 @@ class Bench:
             found[str(count)]["gflops"] = {"entangled": round(flops(whole.graphs[f"scores_{count}"]) / 1e9, 1)} | {
                 ratio: round(sum(flops(rank.graphs[kind]) for kind in ("user_1", f"candidates_{count}")) / 1e9, 1)
                 for ratio, rank in parts.items()}
-            self._show(f"{model} C={count}", found[str(count)])
+            self._show(f"{model} {mode} C={count}", found[str(count)])
+            if self.profile and self.device.type == "cuda":
+                found[str(count)]["profile"] = {
+                    name: profiled(lambda _, call=call: call(), range(5), self.device)
+                    for name, call in entries.items() if call is not None}
+            entries.clear()
             gc.collect()
         found["numbers"] = self._agrees(parts)
         return found
+
+    def _sides(self, rank: Passes, count: int) -> dict[str, Any]:
+        """What is timed of a separated program, as functions of nothing that give the probabilities."""
+        user, state = rank("user_1")
+        candidates, _ = rank(f"candidates_{count}")
+        found = {"separated": lambda: candidates(user()), "cached": lambda: candidates(state)}
+        if f"request_{count}" in rank.graphs:
+            found["request"], found["one lane"] = rank.request(count), rank.request(count, lanes=False)
+        return {name: call for name, call in found.items() if name in self.sides}
 
     def _agrees(self, parts: dict[str, Passes]) -> dict[str, float]:
         """|fused - exact| / |exact| of both passes of every ratio: the exact mode keeps to the graph node by node."""
@@ -182,7 +202,7 @@ class Bench:
             scores = []
             for passes in (own, Passes(own.path, "exact", self.device)):
                 with torch.no_grad():
-                    scores.append(passes(f"candidates_{CANDIDATES[0]}")[0](passes("user_1")[1]).clone())
+                    scores.append(passes(f"candidates_{self.candidates[0]}")[0](passes("user_1")[1]).clone())
             found[ratio] = round(difference(*scores), 6)
         return found
 
@@ -200,10 +220,18 @@ class Passes:
         self.path, self.device, self.program = path, device, Program(path)
         self.graphs = {kind: self.program.graph(0, kind) for kind in self.program.inference_kinds}
         self.served = Served(self.program, self.graphs, mode, device)
+        self.rows = dict.fromkeys(("ids", "user_ids"), smallest_table(self.program))
+
+    def request(self, count: int, lanes: bool = True) -> Any:
+        """Both passes in one graph, on the inputs of either, as a function of nothing; it gives the probabilities."""
+        user, candidates = (inputs_of(self.program.tree["shapes"][kind], self.rows, self.device)
+                            for kind in ("user_1", f"candidates_{count}"))
+        function = self.served.function(f"request_{count}", (0, 1) if lanes else ())
+        return lambda: function([*user, *candidates[2:]])[1]
 
     def __call__(self, kind: str) -> tuple[Any, Tensor | None]:
         """(a pass as a function: of the state, or of nothing; its result, of a pass without a state)."""
-        inputs = inputs_of(self.program.tree["shapes"][kind], {"ids": smallest_table(self.program)}, self.device)
+        inputs = inputs_of(self.program.tree["shapes"][kind], self.rows, self.device)
         function = self.served.function(kind)
         if kind.startswith("candidates"):
             return (lambda state: function([state, *inputs[1:]])), None
@@ -270,7 +298,11 @@ def main() -> int:
     parser.add_argument("--programs", required=True, help="folder with exported programs")
     parser.add_argument("--run", default="", help="programs of RankMixer, with commas between")
     parser.add_argument("--separated", default="", help="models of which there are separated programs")
-    parser.add_argument("--modes", default="cuda_graph,inductor", help="of the runtime; --separated takes the first")
+    parser.add_argument("--modes", default="cuda_graph,inductor", help="of the runtime")
+    parser.add_argument("--candidates", default=CANDIDATES, help="of --separated: of a request")
+    parser.add_argument("--ratios", default=RATIOS, help="of --separated: user to candidate tokens")
+    parser.add_argument("--sides", default=SIDES, help="of --separated: what is timed beside the unseparated network")
+    parser.add_argument("--profile", action="store_true", help="of --separated: also where the time goes")
     parser.add_argument("--parts", default="dense,whole", help="of --run: which parts of the pass")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=0.15, help="of a turn; there are five of each")

@@ -1,12 +1,15 @@
 """Products of few rows with int8 weights (W8A16) on a GPU, against torch's own in bfloat16, weights out of cache.
 
     python scripts/bench/gpu/w8a16.py [--rows 1,4,16,32,64] [--output FILE] [--device cpu --small]
+    python scripts/bench/gpu/w8a16.py --sweep --rows 1,16,32 --shapes 0,3,2,4,5
 
 Each side runs as one CUDA graph of products with matrices that go round, so that more bytes are read than the second
 level of cache holds before one is read again. The peer is the faster of `torch.matmul` / `torch.bmm` with weights
 [T, K, O] and with [T, O, K]. Ours runs with every candidate tile of `fusion/tiles.py`; `int8` is the fastest, which
-serving chooses by the same clock. Results are checked against float32 before they are timed. Shapes are plain layers of
-PanGu-alpha 13B and others, and per-token layers of RankMixer-1B and TokenMixer-Large 500M (T > 1).
+serving chooses by the same clock. With `--sweep` more tiles are tried, which as many processes as there are cores
+compile first, and the four fastest of a shape are printed. Results are checked against float32 before they are timed.
+Shapes are plain layers of PanGu-alpha 13B and others, and per-token layers of RankMixer-1B and TokenMixer-Large 500M
+(T > 1).
 
 Last line of stdout: JSON; `less` is how much less time int8 takes, 1 - geometric mean of ratios, by rows; `crossover`
 the least number of rows at which any shape is not faster, null if all are.
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -37,6 +41,16 @@ SHAPES = [(1, 4096, 4096), (1, 4096, 16384), (1, 5120, 15360), (1, 5120, 5120), 
           (16, 1536, 5568), (16, 5568, 1536), (16, 768, 1608), (16, 1608, 768)]
 SMALL = [(1, 256, 64), (3, 200, 48)]
 GROUPED = (16, 1536, 5568)
+_ONE = [(8, 512, 1, 4, 3), (8, 1024, 1, 4, 3), (16, 512, 1, 4, 3), (16, 512, 1, 8, 3), (16, 256, 1, 4, 4),
+        (2, 2048, 1, 4, 1), (4, 2048, 1, 4, 1), (4, 1024, 1, 4, 1), (8, 1024, 1, 4, 1), (2, 4096, 1, 8, 1),
+        (4, 1024, 1, 2, 1), (8, 512, 1, 4, 1), (4, 1024, 1, 4, 2), (4, 2048, 1, 8, 2), (8, 512, 1, 2, 3)]
+_MORE = [(32, 256, 1, 4, 4), (32, 256, 2, 4, 4), (32, 256, 4, 4, 3), (64, 128, 2, 2, 4), (32, 128, 1, 2, 6),
+         (32, 128, 2, 2, 6), (16, 256, 1, 2, 5), (16, 512, 1, 4, 4), (32, 512, 1, 4, 3), (64, 256, 2, 4, 3),
+         (16, 512, 1, 2, 4), (32, 512, 2, 4, 3), (16, 256, 1, 4, 5), (16, 256, 2, 2, 5), (64, 128, 4, 2, 4),
+         (64, 256, 4, 2, 3), (128, 64, 4, 2, 4), (128, 128, 4, 2, 3), (128, 64, 8, 2, 4), (128, 128, 8, 4, 3)]
+SWEPT = {1: [tiles.Tile(*tile, False, ahead) for tile in _ONE for ahead in (0, 512, 2048)]} | {
+    block: [tiles.Tile(*tile) for tile in _MORE] for block in (16, 32, 64)}
+"""By rows of a block, what `--sweep` tries."""
 _COLD_BYTES = 192 << 20
 
 
@@ -47,6 +61,8 @@ def main() -> None:
     parser.add_argument("--shapes", help="numbers of some of SHAPES, with commas between")
     parser.add_argument("--device", default=None)
     parser.add_argument("--small", action="store_true", help="small shapes, one tile")
+    parser.add_argument("--sweep", action="store_true", help="many tiles; with --small three")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile first, of --sweep")
     parser.add_argument("--output", help="JSON file for the times of all tiles")
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -57,10 +73,22 @@ def main() -> None:
     print(f"copy {copied / 1e12:.3f} TB/s (read and written)", flush=True)
     found = []
     shapes = SMALL if arguments.small else SHAPES
+    if arguments.sweep:
+        blocks = sorted({rows_of_block(int(item)) for item in arguments.rows.split(",")})
+        for block in blocks:
+            tiles.CANDIDATES[True, block] = SWEPT[block][:3 if arguments.small else None]
+        if device.type == "cuda":
+            tasks = [(block, place, arguments.processes) for place in range(arguments.processes) for block in blocks]
+            with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+                pool.map(compiled, tasks, chunksize=len(blocks))
+            print("compiled", flush=True)
     for shape in [shapes[int(item)] for item in arguments.shapes.split(",")] if arguments.shapes else shapes:
         for rows in (int(item) for item in arguments.rows.split(",")):
             found.append(measured(shape, rows, device, dtype, cold, arguments.small))
             print(line(found[-1], copied), flush=True)
+            if arguments.sweep:
+                best = sorted(found[-1]["tiles_us"], key=lambda item: item[1])[:4]
+                print("     ", *(f"{tile} {value:.2f}" for tile, value in best), sep="  ", flush=True)
     grouped = measured(SMALL[1] if arguments.small else GROUPED, 1, device, dtype, cold, arguments.small, group=128)
     print("a scale for each 128 inputs: " + line(grouped, copied))
     if arguments.output:
@@ -86,7 +114,7 @@ def measured(shape: tuple[int, int, int], rows: int, device: torch.device, dtype
     x = torch.randn(tokens, rows, inputs, device=device).to(dtype)
     w = (torch.randn(tokens, outputs, inputs, device=device) / math.sqrt(inputs)).to(dtype)
     eight, scale = quantized(w, group)
-    listed = tiles.CANDIDATES[True, rows_of_block(rows)][:1 if small else None]
+    listed = tiles.CANDIDATES[True, rows_of_block(rows)][:3 if small else None]
     wanted = x.float() @ widened(eight, scale).transpose(1, 2)
     errors = {tile: float((product(x, eight, scale, tile=tile).float() - wanted).norm() / wanted.norm())
               for tile in listed if fits(x, eight, scale, tile)}
@@ -99,6 +127,15 @@ def measured(shape: tuple[int, int, int], rows: int, device: torch.device, dtype
             "tile": list(vars(best).values()), "error": errors[best], "bytes": eight.numel(), "group": group,
             "peers_us": {name: value * 1e6 for name, value in peers.items()},
             "tiles_us": [[list(vars(tile).values()), value * 1e6] for tile, value in times.items()]}
+
+
+def compiled(task: tuple[int, int, int]) -> None:
+    """Compiles a share of the tiles that are swept, in a process of its own, for an even number of inputs."""
+    block, place, processes = task
+    x = torch.randn(1, block, 8192, device="cuda").bfloat16()
+    w, scale = quantized(torch.randn(1, 8192, 8192, device="cuda"))
+    for tile in SWEPT[block][place::processes]:
+        fits(x, w, scale, tile)
 
 
 def fits(x: Tensor, w: Tensor, scale: Tensor, tile: tiles.Tile) -> bool:

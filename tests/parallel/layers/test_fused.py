@@ -27,6 +27,9 @@ NETWORKS = {
     "sparse_one_of_three": lambda: SparsePertokenMoE(TOKENS, WIDTH, INNER, experts=4, active=2, down_gain=1.0),
     "sparse_all": lambda: SparsePertokenMoE(TOKENS, WIDTH, INNER, experts=4, active=4, down_gain=1.0, outputs=20),
     "relu_experts": lambda: ReluMoE(TOKENS, WIDTH, INNER, experts=4, **RELU),
+    # Wider and deeper than a panel of the kernels, and no multiple of a tile.
+    "relu_experts_wide": lambda: ReluMoE(TOKENS, WIDTH, 4 * 290, experts=4, outputs=21, **RELU),
+    "relu_experts_far": lambda: ReluMoE(TOKENS, WIDTH, 4 * 8200, experts=4, **RELU),  # oneDNN's products
     "layer_norm": lambda: LayerNorm(WIDTH),
     "rms_norm": lambda: RMSNorm(WIDTH),
 }
@@ -62,7 +65,7 @@ def pair(name, monkeypatch):
         moved = Tensor(a.asnumpy() + 0.1 * generator.standard_normal(a.shape).astype(np.float32))
         if a.requires_grad:
             a.set_data(moved), b.set_data(moved)
-    if name == "relu_experts":
+    if name.startswith("relu_experts"):
         shut(one), shut(other)
     return one, other
 
@@ -103,6 +106,16 @@ def test_primitive_equals_plain_operations(name, training, monkeypatch):
             assert np.abs(value).max() > 0, key
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_experts_add_up_blocks_of_rows(training, monkeypatch):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    x = Tensor(np.random.default_rng(0).standard_normal((TOKENS, 1100, WIDTH)).astype(np.float32))
+    one, other = pair("relu_experts", monkeypatch)
+    ours, theirs = results(one, x, training), results(other, x, training)
+    for key, value in theirs.items():
+        np.testing.assert_allclose(ours[key], value, atol=1e-5 * max(1.0, np.abs(value).max()), err_msg=key)
+
+
 def test_large_inputs_stay_finite(monkeypatch):
     ms.set_context(mode=ms.PYNATIVE_MODE)
     x = Tensor(np.random.default_rng(0).standard_normal((TOKENS, 8, WIDTH)).astype(np.float32) * 1e4)
@@ -133,7 +146,7 @@ def test_same_in_one_graph(monkeypatch):
 def test_result_does_not_depend_on_the_run(monkeypatch):
     ms.set_context(mode=ms.PYNATIVE_MODE)
     x = Tensor(np.random.default_rng(0).standard_normal((TOKENS, BATCH, WIDTH)).astype(np.float32))
-    for name in ("feed_forward", "sparse_two_of_six", "layer_norm"):
+    for name in ("feed_forward", "relu_experts", "sparse_two_of_six", "layer_norm"):
         one, _ = pair(name, monkeypatch)
         first = results(one, x, True)
         for _ in range(3):

@@ -112,10 +112,16 @@ def test_the_gate_of_a_swiglu():
     near(kernels.swish_grad(None, gradient, g.detach(), u.detach()), [g.grad, u.grad])
 
 
-def test_target_attention(monkeypatch):
+@pytest.mark.parametrize("turned", [False, True])
+def test_target_attention(monkeypatch, turned):
     """Values and gradients by the kernels against the plain form in float32; rows lie apart as a lookup's slices do."""
+    from parallel.torch_runtime.attention import target_attention as own
+
     torch.manual_seed(0)
-    samples, length, width, hidden = 3, 150, 32, 70
+    monkeypatch.setattr(own, "_SHARE", 2)
+    monkeypatch.setattr(own, "TILES", own.TILES | {"columns": ((64, 64, 4, turned),)})
+    monkeypatch.setattr(own, "_chosen", {})
+    samples, length, width, hidden = 3, 150, 32, 150
     k = torch.randn(samples, length + 3, width)[:, 2:-1]
     q, dout, present = torch.randn(samples, width), torch.randn(samples, 1, width), torch.rand(samples, length) > 0.2
     w1, b1 = torch.randn(hidden, 4 * width) / 12, torch.randn(hidden) / 4

@@ -24,7 +24,7 @@ from parallel.task import load_run  # noqa: E402
 from recsys.__main__ import VERBS  # noqa: E402
 from recsys.data.columns import features_of  # noqa: E402
 from recsys.data.log import prepare  # noqa: E402
-from recsys.passes.tasks import check_inference  # noqa: E402
+from recsys.passes.tasks import check_inference, inference_kinds  # noqa: E402
 from recsys.saved_model import load  # noqa: E402
 from recsys.serving.engine import Engine  # noqa: E402
 from recsys.serving.requests import read_request  # noqa: E402
@@ -199,6 +199,26 @@ def test_a_server_over_two_processes_answers_as_one_does_before_and_after_a_relo
     assert server.post("/reload", {})["version"] == 2
     compared(2)
     assert server.end()["version"] == 2
+
+
+@pytest.mark.slow
+def test_a_program_of_one_device_scores_a_new_user_in_the_graph_of_its_candidates(tmp_path):
+    settings, log = make_run(tmp_path / "run", "tokenmixer_large_ug_sep")
+    words = words_of("tokenmixer_large_ug_sep", tmp_path / "run", "serve.engine.requests=1",
+                     "serve.engine.candidates=[4, 16]", "serve.engine.timeout_seconds=60")
+    kinds = inference_kinds(load_run(words[1], words[2:])[1], "serve")
+    export = [sys.executable, "-m", "parallel", "export", *words, "--graphs", ",".join(kinds), "--output",
+              str(tmp_path / "program")]
+    assert "request_16" in kinds
+    subprocess.run(export, check=True, capture_output=True, timeout=600)
+    server, trained = Server([*words, "--program", str(tmp_path / "program")], 1), load(tmp_path / "run")
+    for seed, count in ((1, 3), (1, 3), (2, 14), (3, 20)):  # a cached user, and more than one graph's candidates
+        body = {**body_of(trained, log, seed, count), "top_k": count}
+        ask = read_request(body, trained, 100)
+        found = {item["candidate"]: item["score"] for item in server.post("/rank", body)["ranking"]}
+        wanted = plain(trained.model, ask.ids, ask.numbers)[:, 0]
+        np.testing.assert_allclose([found[index] for index in range(count)], wanted, rtol=0, atol=1e-5)
+    server.end()
 
 
 @pytest.mark.slow

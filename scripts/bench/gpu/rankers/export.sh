@@ -19,7 +19,7 @@ for model in rankmixer_1b tokenmixer_500m; do
     wanted "ug_$model" "$@" && export_one "ug_$model" $OWN/ug_$model.yaml scores_100,scores_500,scores_1000 $SERVED
     for ratio in 1:1 1:2 3:1; do
         name=ug_${model}_${ratio/:/_}
-        wanted "$name" "$@" && export_one "$name" $OWN/ug_$model.yaml user_1,candidates_100,candidates_500,candidates_1000 \
+        wanted "$name" "$@" && export_one "$name" $OWN/ug_$model.yaml user_1,candidates_100,candidates_500,candidates_1000,request_100,request_500,request_1000 \
             $SERVED "model.ug_sep={ratio: \"$ratio\"}"
     done
 done
