@@ -82,7 +82,7 @@ def test_the_quickstarts_model_is_above_chance_and_scores_as_the_slow_scorer(tmp
                  for q in generate_questions(skill, count)]
     where = trained(QUICKSTART, tmp_path, generate_corpus(), questions)
     tasks = "synthetic_context,synthetic_sentiment,synthetic_arithmetic"
-    for shots, context in ((0, 0.4), (1, 0.35), (2, 0.3)):  # other passages in front make it harder to find the fact
+    for shots, context in ((0, 0.6), (1, 0.35), (2, 0.3)):  # other passages in front make it harder to find the fact
         results = evaluate(where, tmp_path, capsys, "--tasks", tasks, "--data", tmp_path / "data", "--shots", shots)
         assert_above_chance(results["synthetic_sentiment"], 0.7)
         assert_above_chance(results["synthetic_context"], context, 2.0)
