@@ -367,8 +367,9 @@ def _swap_below(cell: nn.Cell, group: int | None, replace: Replacement, left: fr
             for product in products(made):
                 product.weight.name, product.scale.name = product.name, product.name + SCALE
                 gone[product.name] = before[product.name]
-            if getattr(cell, "fused", None) is not None:
-                cell.fused = None
+            for whole in ("fused", "open"):  # which work on the weights of their cell
+                if getattr(cell, whole, None) is not None:
+                    setattr(cell, whole, None)
             child = made
         _swap_below(child, group, replace, left, gone)
 

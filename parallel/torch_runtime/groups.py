@@ -32,6 +32,8 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+ON_GPUS = "nccl"
+"""What connects GPUs; gloo, through the host, where several processes share one GPU to be compared."""
 _COLLECTIVE = datetime.timedelta(seconds=600.0)
 """After which a collective that others do not join is an error."""
 
@@ -232,11 +234,11 @@ def join(rank: int, world: int, device: torch.device, *, address: str | None = N
     if address is None:
         address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     seconds = seconds or float(os.environ.get("PARALLEL_MEET_SECONDS", "600"))
-    options = {"device_id": device} if device.type == "cuda" else {}
+    options = {"device_id": device} if device.type == "cuda" and ON_GPUS == "nccl" else {}
     try:
         host, _, port = address.rpartition(":")
         store = dist.TCPStore(host, int(port), world, rank == 0, timeout=datetime.timedelta(seconds=seconds))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+        dist.init_process_group(ON_GPUS if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=_COLLECTIVE, **options)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]

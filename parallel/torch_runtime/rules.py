@@ -410,9 +410,11 @@ def _grouped(node: Node, rows: Sequence[Tensor], weights: Sequence[Tensor], *mor
     (x_NI,), (w_EIO,), ends = rows, weights, more[5]
     if x_NI.is_cuda and torch.cuda.is_current_stream_capturing():
         raise UserError("captured graphs do not know how many rows an expert has", where="model.moe.dispatch",
-                        value="dropless", hint="set it to capacity, or parallel.execution to eager")
+                        value="dropless",
+                        hint="set it to capacity (dense for ReLU gates), or parallel.execution to eager")
     sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    return (torch.cat([x @ w for x, w in zip(x_NI.split(sizes), w_EIO, strict=True)]),)
+    products = [x @ w for x, w in zip(x_NI[:sum(sizes)].split(sizes), w_EIO, strict=True)]
+    return (torch.cat([*products, x_NI.new_zeros(len(x_NI) - sum(sizes), w_EIO.shape[2])]),)
 
 
 @rule("TopK")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn, ops
 
 from parallel.layers.experts.moe import SparsePertokenMoE
+from parallel.layers.experts.relu_moe import ReluMoE
 from parallel.layers.grouped import Add, GroupedFeedForward, TokenLayout
 from parallel.sharding.config import ParallelConfig
 from parallel.sharding.layout import Layer, OpSharding
@@ -17,6 +18,8 @@ from parallel.training.settings import TrainSettings
 
 PANGU = {"layers": 2, "hidden_size": 16, "heads": 4, "vocabulary_size": 64, "sequence_length": 8, "dropout": 0.0}
 RANKER = {"tokens": 4, "width": 8, "inner": 32, "blocks": 4}
+GATED = {"tokens": 4, "width": 8, "inner": 24, "outputs": 6, "experts": 4, "router": "dtsi", "budget": 0.5,
+         "penalty": 1e-8, "penalty_step": 1.2}
 EXPERTS = {"tokens": 4, "width": 8, "inner": 16, "experts": 4, "active": 3}
 BATCH = 16
 
@@ -129,6 +132,30 @@ def experts(parallel: dict, dispatch: str) -> tuple:
     with no_init_parameters():
         network = UsedExperts(dispatch)
     inputs = [Input("features", (BATCH, EXPERTS["tokens"], EXPERTS["width"]), "float32")]
+    return Task(network, inputs, lambda seed: (), BATCH), TrainSettings(global_batch_size=BATCH), config
+
+
+class UsedGates(Trainable):
+    """ReLU-gated experts of every token for an input [B, T, D], not trained."""
+
+    def __init__(self, dispatch: str, tokens: str) -> None:
+        super().__init__(auto_prefix=False)
+        self.entrance = Entrance()
+        self.moe = ReluMoE(**GATED, dispatch=dispatch, layout=TokenLayout(tokens))
+        self.set_train(False)
+
+    def construct(self, features_BTD: Tensor) -> Tensor:
+        return self.moe(self.entrance(features_BTD))[0]
+
+
+def gates(parallel: dict, dispatch: str, tokens: str) -> tuple:
+    """`UsedGates` under a `parallel:` block."""
+    from mindspore.nn.utils import no_init_parameters
+
+    config = ParallelConfig.model_validate(parallel).resolve()
+    with no_init_parameters():
+        network = UsedGates(dispatch, tokens)
+    inputs = [Input("features", (BATCH, GATED["tokens"], GATED["width"]), "float32")]
     return Task(network, inputs, lambda seed: (), BATCH), TrainSettings(global_batch_size=BATCH), config
 
 

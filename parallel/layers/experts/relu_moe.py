@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import mindspore
 from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from parallel.common.errors import UserError
 from parallel.layers.activation import GELU
+from parallel.layers.experts.open_rows import OpenExperts
 from parallel.layers.fused import FusedGatedExperts, library
 from parallel.layers.grouped import WIDTH_LAYOUT, GroupedLinear, TokenLayout
 from parallel.layers.parameter import parameter
@@ -23,7 +25,8 @@ class ReluMoE(Layer):
 
     All E experts of a token together are one network of inner width F whose parts are scaled by their gates; a gate of
     0 takes its expert out exactly. On the CPU (`FusedGatedExperts`) the work of such experts is not done, in training
-    and inference alike, nor does it change a gradient; elsewhere everything is one batched matmul.
+    and inference alike, nor does it change a gradient; elsewhere everything is one batched matmul, or, where it is
+    used and `dispatch` says so, what `OpenExperts` does.
 
     Args:
         tokens, width, inner: T, D, F; E must divide F.
@@ -34,6 +37,9 @@ class ReluMoE(Layer):
         budget: share of gates that should be above 0 in G_infer.
         penalty, penalty_step: lambda at the start, and by what a step moves it (`BudgetFactors`).
         outputs: width of the result; None = D.
+        dispatch: on devices: dense, all experts for all rows; dropless, trains the same way, and where it is used
+            computes open pairs of a row and an expert alone, in layouts that `OpenExperts` fits. The CPU always
+            computes just these.
 
     Output: (v_TBD, penalty scalar). The biases of the routers start at 1, so that every expert starts active.
 
@@ -44,7 +50,8 @@ class ReluMoE(Layer):
 
     def __init__(self, tokens: int, width: int, inner: int, *, experts: int, router: Literal["dtsi", "single_relu"],
                  budget: float, penalty: float, penalty_step: float, layout: TokenLayout = WIDTH_LAYOUT,
-                 outputs: int | None = None, compute_dtype: mstype = mstype.float32) -> None:
+                 outputs: int | None = None, dispatch: Literal["dense", "dropless"] = "dense",
+                 compute_dtype: mstype = mstype.float32) -> None:
         super().__init__()
         if inner % experts:
             raise UserError(f"experts must divide the inner width {inner}", where="model.moe.experts", value=experts)
@@ -61,7 +68,7 @@ class ReluMoE(Layer):
             self.train_router = GroupedLinear(tokens, width, experts, layout=layout, gain=0.1)
             self.train_router.bias.start = ("ones", 1.0)
         self.factor = parameter((), "fill", penalty, shard_optimizer=False)
-        self.factor.budget_step = penalty_step
+        self.factor.budget_step, self.hold = penalty_step, ops.Mul()
         self.budget = budget
         self.relu1, self.relu2, self.blend, self.halve = ops.ReLU(), ops.ReLU(), ops.Add(), ops.Mul()
         self.expand, self.weigh, self.bias, self.add = ops.ExpandDims(), ops.Mul(), ops.BatchMatMul(), ops.Add()
@@ -72,6 +79,9 @@ class ReluMoE(Layer):
         self.active, self.spread = ops.Greater(), ops.Gather()
         kernels = library(compute_dtype)
         self.fused = FusedGatedExperts(kernels) if kernels is not None else None
+        self.compute_dtype = compute_dtype
+        on_cpu = mindspore.get_context("device_target") == "CPU"  # which has no grouped product
+        self.open = OpenExperts(tokens, experts, layout=layout) if dispatch == "dropless" and not on_cpu else None
 
     def gates(self, s_TBD: Tensor) -> tuple:
         """(the gates to mix with, G_infer), both [T, B, E]."""
@@ -96,6 +106,11 @@ class ReluMoE(Layer):
         if self.fused is not None:
             return self.fused(s_TBD, gates_TBE, self.mapping.weight, self.mapping.bias, self.projection.weight,
                               self.expert_bias)
+        if self.open is not None and not self.training and self.open.fits:
+            kind = self.compute_dtype
+            v_TBD = self.open(self.cast(s_TBD, kind), gates_TBE, self.cast(self.mapping.weight, kind),
+                              self.cast(self.mapping.bias, kind), self.cast(self.projection.weight, kind))
+            return self.add(v_TBD, self.cast(self.bias(gates_TBE, self.expert_bias), v_TBD.dtype))
         inner_TBF = self.gelu(self.mapping(s_TBD))
         batch = s_TBD.shape[1]
         pieces = self.reshape(inner_TBF, (self.tokens, batch, self.experts, -1))
@@ -108,7 +123,7 @@ class ReluMoE(Layer):
         `BudgetFactors` moves it by: the share of gates above 0 less the budget."""
         above_TBE = self.cast(self.active(ops.stop_gradient(infer_TBE), 0.0), mstype.float32)
         used = self.share(self.turn1(above_TBE, (1, 0, 2)))
-        factor = self.factor * 1.0
+        factor = self.hold(self.factor, 1.0)
         held = ops.stop_gradient(factor)
         penalty = held * (self.height(self.turn2(infer_TBE, (1, 0, 2))) * (self.tokens * self.experts))
         return penalty + (factor - held) * ops.stop_gradient(used - self.budget)

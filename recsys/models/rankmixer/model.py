@@ -41,6 +41,10 @@ class ReluMoESettings(Settings):
     """First factor of the penalty on gates (ReMoE: 1e-8)."""
     penalty_step: float = Field(1.2, gt=1.0)
     """The factor is multiplied by this at every step above the budget and divided by it below (ReMoE: 1.2)."""
+    dispatch: Literal["dense", "dropless"] = "dense"
+    """On devices. dense: all experts for all rows; dropless: trains the same way, and where it is used sorts the pairs
+    of a row and an expert and multiplies the open ones alone, in static shapes (Ascend 910B and later). The CPU
+    multiplies just the open ones in any case."""
 
 
 class RankMixerSettings(RankerSettings):
@@ -77,6 +81,11 @@ class RankMixerSettings(RankerSettings):
 
     separable: ClassVar[bool] = True
 
+    def keep_all_rows(self, dropless: bool = False) -> None:
+        """See `RankerSettings`."""
+        if self.moe is not None and not dropless:
+            self.moe.dispatch = "dense"
+
     @property
     def inner(self) -> int:
         """F, rounded to a whole number."""
@@ -97,7 +106,7 @@ def network(settings: RankMixerSettings, tokens: int, inputs: int, inner: int, o
         return GroupedFeedForward(tokens, inputs, inner, layout=layout, outputs=outputs, compute_dtype=compute_dtype)
     return ReluMoE(tokens, inputs, inner, experts=moe.experts, router=moe.router, budget=moe.budget,
                    penalty=moe.penalty, penalty_step=moe.penalty_step, layout=layout, outputs=outputs,
-                   compute_dtype=compute_dtype)
+                   dispatch=moe.dispatch, compute_dtype=compute_dtype)
 
 
 def check_gates(moe: ReluMoESettings | None, parallel: ParallelConfig) -> None:

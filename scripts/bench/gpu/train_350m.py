@@ -25,6 +25,10 @@ Then, on a machine with torch, NumPy and GPUs (no MindSpore), from the repositor
     python scripts/bench/gpu/train_350m.py --programs programs --run data2,shard2 --modes inductor --nproc 2 --profile
     python scripts/bench/gpu/train_350m.py --programs programs --run op2i --modes inductor --nproc 2 --profile
     python scripts/bench/gpu/train_350m.py --programs programs --run stages2_2 --modes cuda_graph --nproc 2
+    python scripts/bench/gpu/train_350m.py --programs programs --run op2 --modes inductor+uncaptured,eager --nproc 2 \\
+        --shared --steps 4
+
+The last line is for a machine with one GPU: both ranks run there and talk through the host, so losses are all it tells.
 
 `--device cpu` runs the same on small programs. Ours and the peer take turns; the table gives milliseconds of a step
 back to back and read each step, tokens/s, MFU over the peak measured in this run and over 989 TFLOP/s, and peak memory.
@@ -48,7 +52,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from parallel.torch_runtime import buckets, captured, execute  # noqa: E402
+from parallel.torch_runtime import buckets, captured, execute, groups  # noqa: E402
 from parallel.torch_runtime.fusion import attention_pass  # noqa: E402
 from parallel.torch_runtime.program import Program  # noqa: E402
 from parallel.torch_runtime.step import TorchStep, measured_tflops  # noqa: E402
@@ -198,7 +202,8 @@ class Contest:
 def contest(arguments: argparse.Namespace, name: str, rank: int, address: str | None) -> dict[str, dict]:
     """All modes (and the peer) of one program; those of several ranks one after the other."""
     program = Program(Path(arguments.programs) / name)
-    device = torch.device(f"cuda:{rank or arguments.gpu}" if arguments.device == "cuda" else "cpu")
+    device = torch.device(f"cuda:{arguments.gpu if arguments.shared else rank or arguments.gpu}"
+                          if arguments.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     modes, found = arguments.modes.split(","), {}
@@ -277,10 +282,12 @@ def main() -> int:
     parser.add_argument("--attention", action="store_true", help="time attention of every kind, and tiles of our own")
     parser.add_argument("--check", action="store_true", help="compare the kernels with their plain forms first")
     parser.add_argument("--nproc", type=int, default=1, help="more than 1: programs of several ranks")
+    parser.add_argument("--shared", action="store_true", help="all ranks on one GPU, by gloo: for their losses alone")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
+    groups.ON_GPUS = "gloo" if arguments.shared else "nccl"
     names = [name for name in arguments.run.split(",") if name]
     if arguments.rank is not None:
         for name in names:

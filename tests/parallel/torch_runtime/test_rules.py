@@ -101,6 +101,8 @@ CASES: list[tuple] = [
     ("OneHot", [whole(6, low=-2, high=7), 5, 1.0, 0.0, -1]), ("OneHot", [whole(2, 3), 4, 0.9, 0.1, 0]),
     ("GroupedMatmul", [(floats(7, 4),), (floats(4, 4, 5),), *[None] * 5, lambda generator: np.array([2, 2, 6, 7]), 3,
                        0, False, False]),
+    ("GroupedMatmul", [(floats(7, 4),), (floats(2, 4, 5),), *[None] * 5, lambda generator: np.array([2, 4]), 3,
+                       0, False, False]),  # the last three rows are nobody's
     ("Split", [floats(4, 6)], {"axis": 1, "output_num": 3}), ("Split", [floats(4, 6), 0, 2]),
     ("SplitWithSize", [floats(4, 6), (1, 2, 3), 1]), ("Unstack", [X], {"axis": 1}), ("Unstack", [X, 0]),
     *[(op, [floats(2, 3, 4), dims]) for op in ("Softmax", "LogSoftmax") for dims in (-1, (1,), (0, 2))],
