@@ -9,7 +9,7 @@ from parallel.common.command import Verb, main
 RUN = "pangu.settings:Run"
 VERBS = [
     Verb("quickstart", "pangu.quickstart:run", "run the main job: text, vocabulary, training, generated text",
-         settings=RUN, arguments="pangu.quickstart:add_arguments", config="configs/pangu/tiny.yaml"),
+         settings=RUN, arguments="pangu.quickstart:add_arguments", config="configs/pangu/quickstart.yaml"),
     Verb("count", "pangu.count:run", "count parameters exactly, without allocating them", settings=RUN),
     Verb("train-vocabulary", "pangu.data.prepare:run_train_vocabulary", "train a vocabulary on data.corpus",
          settings=RUN),

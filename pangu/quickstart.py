@@ -211,4 +211,8 @@ def run_command(command: list[str], runner: Callable[..., subprocess.CompletedPr
         raise KeyboardInterrupt
     if done.returncode:
         raise UserError("the step failed; its message is above", where=" ".join(command[:2]))
-    return parse_object(split_lines(done.stdout.strip())[-1])
+    figures = parse_object(split_lines(done.stdout.strip())[-1])
+    # A run that was told to stop ends well and goes on when it is typed again, but it is not finished.
+    if str(figures.get("stopped")).startswith("SIG"):
+        raise KeyboardInterrupt
+    return figures

@@ -32,15 +32,15 @@ SMALLEST, LARGEST = 1_000, 8_000_000_000
 
 # source, share of the documents, writer
 KINDS = (
-    ("context", 0.42, skills.context_document),
-    ("arithmetic", 0.18, skills.arithmetic_document),
-    ("sentiment", 0.10, skills.sentiment_document),
-    ("recital", 0.12, prose.recital),
-    ("dialogue", 0.05, prose.dialogue),
-    ("portrait", 0.03, prose.portrait),
-    ("place", 0.02, prose.place),
-    ("story", 0.02, prose.story),
-    ("letter", 0.02, prose.letter),
+    ("context", 0.44, skills.context_document),
+    ("arithmetic", 0.30, skills.arithmetic_document),
+    ("sentiment", 0.12, skills.sentiment_document),
+    ("recital", 0.02, prose.recital),
+    ("dialogue", 0.03, prose.dialogue),
+    ("portrait", 0.015, prose.portrait),
+    ("place", 0.01, prose.place),
+    ("story", 0.015, prose.story),
+    ("letter", 0.01, prose.letter),
     ("couplet", 0.02, prose.couplet),
     ("poem", 0.02, prose.poem),
 )

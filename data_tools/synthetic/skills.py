@@ -58,14 +58,17 @@ def _asked(draw: Draw, fact: tuple[str, str, str]) -> str:
 
 
 def context_document(draw: Draw) -> str:
-    """A passage of two to four facts, now and then told once more in another order, and questions about the facts."""
-    facts = _facts(draw, draw.rng.choice((2, 2, 3, 3, 4)))
+    """A passage of one to three facts, now and then told once more in another order, and questions about the facts.
+
+    A passage of one fact leaves nothing to choose from: from it a model learns soonest that the answer is copied.
+    """
+    facts = _facts(draw, draw.rng.randint(1, 3))
     lines = [_passage(draw, facts)]
     if draw.chance(0.4):
         again = draw.rng.sample(facts, len(facts))
         lines.append(draw.one("context", "again") + "".join(_sentence(draw, *fact) + "。" for fact in again))
     # The same fact may be asked for twice, in other words: a model learns to look back from that soonest.
-    for fact in draw.rng.choices(facts, k=draw.rng.randint(1, 4)):
+    for fact in draw.rng.choices(facts, k=draw.rng.randint(1, 3)):
         lines += ["问：" + _asked(draw, fact), "答：" + _sentence(draw, *fact) + "。"]
     return "\n".join(lines)
 

@@ -27,26 +27,26 @@ SMALL = ["model.layers=2", "model.hidden_size=64", "model.heads=2", "model.seque
          "model.linear_std=0.125", "model.vocabulary_size=600", "train.steps=500", "train.global_batch_size=16",
          "train.validate_every=null", "train.optimizer.learning_rate=0.004",
          "train.optimizer.schedule.warmup_steps=20"]
+TINY, QUICKSTART = (str(ROOT / f"configs/pangu/{name}.yaml") for name in ("tiny", "quickstart"))
 PUBLISHED = ["ocnli", "tnews", "chid", "cluewsc2020", "csl", "iflytek", "c3"]
 
 
-def trained(home: Path, documents, questions, *words: str) -> list[str]:
-    """Trains with the plain verbs on `documents`; returns the settings of the run."""
+def trained(config: str, home: Path, documents, questions, *words: str) -> list[str]:
+    """Trains with the plain verbs on `documents`; returns the words that name the run and its settings."""
     write_jsonl(documents, home / "corpus.jsonl")
     (home / "data" / "synthetic").mkdir(parents=True)
     write_jsonl(questions, home / "data" / "synthetic" / "questions.jsonl")
-    where = [f"data.corpus={home / 'corpus.jsonl'}", f"data.tokenizer={home / 'v.model'}",
+    where = ["--config", config, f"data.corpus={home / 'corpus.jsonl'}", f"data.tokenizer={home / 'v.model'}",
              f"data.directory={home / 'records'}", f"output.directory={home / 'run'}", "output.tensorboard=false",
              "output.save_optimizer=false", *words]
     for verb in ("train-vocabulary", "pack", "train"):
-        assert main("pangu", VERBS, [verb, "--config", str(ROOT / "configs/pangu/tiny.yaml"), *where]) == 0
+        assert main("pangu", VERBS, [verb, *where]) == 0
     return where
 
 
 def evaluate(where: list[str], home: Path, capsys, *words: object) -> dict:
     capsys.readouterr()
-    assert main("pangu", VERBS, ["evaluate", "--config", str(ROOT / "configs/pangu/tiny.yaml"), "--output",
-                                 str(home / "evaluation"), *map(str, words), *where]) == 0
+    assert main("pangu", VERBS, ["evaluate", "--output", str(home / "evaluation"), *map(str, words), *where]) == 0
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]
 
 
@@ -60,7 +60,7 @@ def assert_above_chance(result: dict, least: float, standard_errors: float = 5.0
 @pytest.mark.slow
 def test_a_model_of_opinions_is_above_chance_with_and_without_examples(tmp_path, capsys):
     draw = Draw(random.Random(3))
-    where = trained(tmp_path, [{"text": sentiment_document(draw)} for _ in range(9000)],
+    where = trained(TINY, tmp_path, [{"text": sentiment_document(draw)} for _ in range(9000)],
                     generate_questions("sentiment", 150), *SMALL)
     words = ("--tasks", "synthetic_sentiment", "--data", tmp_path / "data")
     for shots in (0, 2):
@@ -70,7 +70,7 @@ def test_a_model_of_opinions_is_above_chance_with_and_without_examples(tmp_path,
         assert_above_chance(result, 0.65, 3.5)
     # After one step it is near chance, so it is the training that is measured.
     young = [*where, "train.steps=1", f"output.directory={tmp_path / 'young'}"]
-    assert main("pangu", VERBS, ["train", "--config", str(ROOT / "configs/pangu/tiny.yaml"), *young]) == 0
+    assert main("pangu", VERBS, ["train", *young]) == 0
     result = evaluate(young, tmp_path / "young", capsys, *words)["synthetic_sentiment"]
     assert abs(result["metric"] - 0.5) < 4 * (0.25 / 150) ** 0.5
 
@@ -80,9 +80,9 @@ def test_the_quickstarts_model_is_above_chance_and_scores_as_the_slow_scorer(tmp
     """Trains about 5 minutes."""
     questions = [q for skill, count in (("context", 400), ("sentiment", 200), ("arithmetic", 200))
                  for q in generate_questions(skill, count)]
-    where = trained(tmp_path, generate_corpus(), questions)
+    where = trained(QUICKSTART, tmp_path, generate_corpus(), questions)
     tasks = "synthetic_context,synthetic_sentiment,synthetic_arithmetic"
-    for shots, context in ((0, 0.4), (1, 0.35), (2, 0.3)):  # other passages in front make it harder to find the fact
+    for shots, context in ((0, 0.6), (1, 0.35), (2, 0.3)):  # other passages in front make it harder to find the fact
         results = evaluate(where, tmp_path, capsys, "--tasks", tasks, "--data", tmp_path / "data", "--shots", shots)
         assert_above_chance(results["synthetic_sentiment"], 0.7)
         assert_above_chance(results["synthetic_context"], context, 2.0)
@@ -113,5 +113,5 @@ def _model_of(where: list[str]):
     from pangu.settings import Run
     from parallel.common.settings import load_settings
 
-    settings = load_settings(Run, ROOT / "configs/pangu/tiny.yaml", where)
+    settings = load_settings(Run, QUICKSTART, where[2:])
     return load_model(settings, settings.output.directory), Tokenizer(settings.data.tokenizer)

@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from parallel.torch_runtime.execute import Bound, Step, read_by
-from parallel.torch_runtime.graph import Graph
+from parallel.torch_runtime.graph import COLLECTIVES, Graph
 
 
 def beside(graph: Graph, inputs: Collection[int]) -> set[int]:
     """Numbers of the nodes that depend on some of these inputs and on no other, with what is made of parameters alone
-    for them.
+    for them; none in a graph whose ranks talk, whose order is that of all ranks.
 
     Args:
         graph: with its nodes in order.
         inputs: places among the graph's inputs.
     """
+    if any(node.op in COLLECTIVES for node in graph.nodes):
+        return set()
     own: dict[int, bool | None] = {number: number in inputs for number in range(len(graph.inputs))}
     for node in graph.nodes:
         found = {own.get(number) for number in read_by(node)} - {None}

@@ -51,6 +51,8 @@ def test_the_lane_is_what_one_input_alone_leads_to():
     # Of the candidates the first product, which reads nothing of the user's.
     assert lanes.beside(graph, [1]) == set(sorted(set(nodes) - lane)[:2])
     assert lanes.beside(graph, []) == set()
+    graph.nodes.append(Node("AllReduce", [graph.result], [], {}, "", {}, graph.result + 1))
+    assert lanes.beside(graph, [0]) == set(), "an order of collectives would be another"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
