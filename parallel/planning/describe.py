@@ -429,8 +429,11 @@ def _noting(trace: Trace) -> Iterator[None]:
     try:
         for owner, name, value in patches:
             setattr(owner, name, value)
+        # The operator would compute with a parameter that has no value yet.
+        Parameter.__mul__ = lambda parameter, factor: trace.item(parameter) * factor
         yield
     finally:
+        del Parameter.__mul__
         for owner, name, value in kept:
             setattr(owner, name, value)
 
