@@ -68,7 +68,7 @@ class ReluMoE(Layer):
             self.train_router = GroupedLinear(tokens, width, experts, layout=layout, gain=0.1)
             self.train_router.bias.start = ("ones", 1.0)
         self.factor = parameter((), "fill", penalty, shard_optimizer=False)
-        self.factor.budget_step, self.hold = penalty_step, ops.Mul()
+        self.factor.budget_step = penalty_step
         self.budget = budget
         self.relu1, self.relu2, self.blend, self.halve = ops.ReLU(), ops.ReLU(), ops.Add(), ops.Mul()
         self.expand, self.weigh, self.bias, self.add = ops.ExpandDims(), ops.Mul(), ops.BatchMatMul(), ops.Add()
@@ -123,7 +123,7 @@ class ReluMoE(Layer):
         `BudgetFactors` moves it by: the share of gates above 0 less the budget."""
         above_TBE = self.cast(self.active(ops.stop_gradient(infer_TBE), 0.0), mstype.float32)
         used = self.share(self.turn1(above_TBE, (1, 0, 2)))
-        factor = self.hold(self.factor, 1.0)
+        factor = self.factor * 1.0
         held = ops.stop_gradient(factor)
         penalty = held * (self.height(self.turn2(infer_TBE, (1, 0, 2))) * (self.tokens * self.experts))
         return penalty + (factor - held) * ops.stop_gradient(used - self.budget)
