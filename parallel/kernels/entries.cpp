@@ -113,14 +113,14 @@ ENTRY(feed_forward_backward) {
 ENTRY(gated_experts) {
   if (count != 7) return kBadCall;
   return run_gated_forward(gelu_sizes(shapes[0], shapes[2], shapes[4], shapes[1][2]), gelu_inputs(params, true),
-                          out(params, 6), nullptr);
+                           out(params, 6), nullptr);
 }
 
 // x, gates, w1, b1, w2, b2 -> y, z
 ENTRY(gated_experts_kept) {
   if (count != 8) return kBadCall;
   return run_gated_forward(gelu_sizes(shapes[0], shapes[2], shapes[4], shapes[1][2]), gelu_inputs(params, true),
-                          out(params, 6), out(params, 7));
+                           out(params, 6), out(params, 7));
 }
 
 // x, gates, w1, b1, w2, b2, z, dy -> dx, dgates, dw1, db1, dw2, db2

@@ -36,8 +36,8 @@ inline OpenRows& own_open_rows() {
   return open;
 }
 
-// Weights of an expert up to this many floats are multiplied where the rows lie; of larger ones, which come from memory,
-// oneDNN makes as much of copied rows.
+// Weights of an expert up to this many floats are multiplied where the rows lie; of larger ones, which come from
+// memory, oneDNN makes as much of copied rows.
 constexpr int64_t kNearWeights = 1 << 17;
 
 // Rows [first, first + rows) of token t. z: where x W1 + b1 is kept, [T, B, F], or null.
