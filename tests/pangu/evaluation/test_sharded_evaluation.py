@@ -22,7 +22,7 @@ from pangu.__main__ import VERBS
 from parallel.__main__ import VERBS as PARALLEL_VERBS
 from parallel.common.command import main
 from parallel.launch.plan import free_port
-from tests.pangu.test_trained import trained
+from tests.pangu.test_trained import TINY, trained
 
 ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs/pangu/tiny.yaml")
@@ -37,7 +37,7 @@ def home(tmp_path_factory):
     """A model that was trained for a moment, so that greedy texts are no ties; questions and passages."""
     home = tmp_path_factory.mktemp("evaluation")
     draw = Draw(random.Random(3))
-    trained(home, [{"text": sentiment_document(draw)} for _ in range(1200)], generate_questions("sentiment", 40),
+    trained(TINY, home, [{"text": sentiment_document(draw)} for _ in range(1200)], generate_questions("sentiment", 40),
             *SIZES, "train.steps=30", "train.global_batch_size=16", "train.validate_every=null",
             "train.optimizer.learning_rate=0.004", "train.optimizer.schedule.warmup_steps=5")
     (home / "data" / "cmrc2018").mkdir()
